@@ -1,0 +1,1 @@
+"""Objectives: how good an allocation is."""

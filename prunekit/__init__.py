@@ -1,0 +1,38 @@
+"""Prune language models: any pruner, any allocator, any objective; a smaller model that loads anywhere."""
+
+from prunekit import modeling
+from prunekit.api import prune
+from prunekit.calibration.tokens import TokenBatch
+from prunekit.contracts import Allocator, Finisher, LocalPruner, Objective, Problem, Query, Search
+from prunekit.errors import PluginError, WrongInput
+from prunekit.layer import Candidate, LayerProblem, best_groups
+from prunekit.pipeline import Result
+from prunekit.recipe import Recipe
+from prunekit.sites import Allocation, Budget, Site, Space
+from prunekit.supernet import Supernet
+
+__all__ = [
+    "Allocation",
+    "Allocator",
+    "Budget",
+    "Candidate",
+    "Finisher",
+    "LayerProblem",
+    "LocalPruner",
+    "Objective",
+    "PluginError",
+    "Problem",
+    "Query",
+    "Recipe",
+    "Result",
+    "Search",
+    "Site",
+    "Space",
+    "Supernet",
+    "TokenBatch",
+    "WrongInput",
+    "best_groups",
+    "prune",
+]
+
+modeling.register()  # so that transformers loads models whose layers differ in size

@@ -1,0 +1,17 @@
+"""Llama 2 and 3, and models of the same shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prunekit.adapters.adapter import ModelAdapter
+from prunekit.modeling import FAMILIES
+
+
+@dataclass(frozen=True)
+class Llama(ModelAdapter):
+    """Separate q, k, v and o with grouped KV heads; a gated MLP."""
+
+    family = FAMILIES["llama"]
+    layers = "model.layers"
+    final = ("model.norm", "lm_head")

@@ -1,0 +1,165 @@
+"""The walk that fills a supernet: block by block, site by site, all rungs at once.
+
+For every site: add up what it receives, state the layer problem, let the pruner answer, measure the
+errors, store the candidates, and carry the activations on, so that the next site is pruned for what
+it will really see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from prunekit.adapters import ModelAdapter
+from prunekit.calibration.flow import BlockFlow
+from prunekit.calibration.moments import Moments
+from prunekit.calibration.tokens import TokenBatch
+from prunekit.contracts import LocalPruner
+from prunekit.errors import PluginError, WrongInput
+from prunekit.layer import Candidate, LayerProblem
+from prunekit.progress import Progress
+from prunekit.sites import Allocation, Site, Space
+from prunekit.store import CandidateStore
+
+Carry = Literal["dense", "centre", "expected"]
+CARRIES: tuple[Carry, ...] = get_args(Carry)
+
+
+def build(
+    model: nn.Module,
+    adapter: ModelAdapter,
+    space: Space,
+    centre: Allocation,
+    pruner: LocalPruner,
+    tokens: TokenBatch,
+    store: CandidateStore,
+    *,
+    carry: Carry = "expected",
+    damping: float = 0.01,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress,
+    label: str = "prune",
+) -> tuple[tuple[float, ...], ...]:
+    """Fill `store` with a candidate for every rung of `space`; return their relative errors by site and rung.
+
+    `carry` says which activations reach the next site: those of the dense model, of the candidate at
+    `centre`, or the expectation over the ladder. Candidates are rounded to `dtype` before they are
+    judged: what is measured is what will be saved. Sites that are already stored are not pruned again.
+    """
+    if all(site in store for site in space.sites):
+        return tuple(tuple(store.errors(site)) for site in space.sites)
+    cross = "cross" in pruner.needs
+    flow = BlockFlow(model, adapter, tokens, dense=cross)
+    rungs_of = dict(zip(space.sites, space.ladders, strict=True))
+    centre_of = dict(zip(space.sites, centre, strict=True))
+    with progress.stage(label, len(space.sites)) as stage:
+        for index, sites in groupby(space.sites, key=lambda site: site.block):
+            for site in sites:
+                ladder = rungs_of[site]
+                if site not in store:
+                    layer = layer_problem(model, adapter, site, flow.received(site, cross=cross), pruner, damping)
+                    candidates = answers(pruner, layer, site, ladder, dtype)
+                    store.put(site, candidates, [_error(layer, site, c) for c in candidates])
+                if carry != "dense":
+                    counts = ladder if carry == "expected" else (centre_of[site],)
+                    flow.carry(site, expected_weight(store, site, counts))
+                stage.advance(note=site.name)
+            flow.advance(index)
+    return tuple(tuple(store.errors(site)) for site in space.sites)
+
+
+def layer_problem(
+    model: nn.Module, adapter: ModelAdapter, site: Site, moments: Moments, pruner: LocalPruner, damping: float
+) -> LayerProblem:
+    """What the pruner is told of a site; groups made contiguous.
+
+    Raises:
+        WrongInput: what reaches the site is not finite.
+    """
+    if not bool(torch.isfinite(moments.outer).all()):
+        raise WrongInput(f"{site.name} receives values that are not finite; try --dtype float32 or other text")
+    block = adapter.blocks(model)[site.block]
+    order = _order(site, moments.outer.device)
+    gram, cross, needs = moments.gram, moments.cross, pruner.needs
+    if unmet := needs - {"gram", "cross", "mean", "variance", "coupled"}:
+        raise PluginError(f"{type(pruner).__name__} needs {', '.join(sorted(unmet))}, which calibration cannot collect")
+    return LayerProblem(
+        weight=adapter.linear(block, site).weight.detach()[:, order],
+        gram=gram[order][:, order],
+        group_size=site.group_size,
+        damping=damping,
+        cross=None if cross is None else cross[order][:, order],
+        energy=moments.energy,
+        mean=moments.mean[order] if "mean" in needs else None,
+        variance=moments.variance[order] if "variance" in needs else None,
+        coupled=coupled_power(adapter, block, site) if "coupled" in needs else None,
+        name=site.name,
+    )
+
+
+def coupled_power(adapter: ModelAdapter, block: nn.Module, site: Site) -> Float[Tensor, " n_groups"]:
+    """Σ w² over the rows of other linear maps that go with each group."""
+    *fed, own = adapter.cuts(block, site)
+    total = torch.zeros(len(own.index), dtype=torch.float64, device=next(block.parameters()).device)
+    for cut in fed:
+        linear = block.get_submodule(cut.path)
+        assert isinstance(linear, nn.Linear)
+        rows = linear.weight.detach().double().square().sum(1 - cut.dim)
+        total += rows[cut.index.to(rows.device)].sum(1)
+    return total
+
+
+def answers(
+    pruner: LocalPruner, layer: LayerProblem, site: Site, keeps: Sequence[int], dtype: torch.dtype
+) -> list[Candidate]:
+    """The pruner's candidates for `keeps`, checked, rounded to `dtype`, columns in the model's order.
+
+    Raises:
+        PluginError: a candidate is missing, keeps another count, is not finite or not zero elsewhere.
+    """
+    who = f"{type(pruner).__name__} on {site.name}"
+    proposed = list(pruner.prune(layer, list(keeps)))
+    if len(proposed) != len(keeps):
+        raise PluginError(f"{who}: {len(keeps)} counts were asked, {len(proposed)} candidates came")
+    order = _order(site, layer.weight.device)
+    checked = []
+    for keep, candidate in zip(keeps, proposed, strict=True):
+        kept = candidate.kept
+        if kept is None or len(kept) != keep or list(kept) != sorted(set(kept)):
+            raise PluginError(f"{who}: {keep} groups in ascending order were asked, not {kept}")
+        if not bool(torch.isfinite(candidate.weight).all()):
+            raise PluginError(f"{who}: the weight that keeps {keep} groups is not finite")
+        gone = layer.columns([g for g in range(layer.n_groups) if g not in set(kept)])
+        if bool(candidate.weight[:, gone].any()):
+            raise PluginError(f"{who}: columns outside the {keep} kept groups are not zero")
+        weight = torch.empty_like(candidate.weight, dtype=dtype)
+        weight[:, order] = candidate.weight.to(dtype)
+        checked.append(Candidate(kept, weight))
+    return checked
+
+
+def expected_weight(store: CandidateStore, site: Site, counts: Sequence[int]) -> Float[Tensor, "d_out d_in"]:
+    """W̄ = Σ_k k Ŵ_k / Σ_k k over kept counts: the mean activation of the ladder in one weight.
+
+    Týr-the-Pruner (arXiv 2503.09657), expectation error accumulation: rungs weigh by what they keep;
+    by linearity one forward with W̄ is the weighted mean of one forward per rung.
+    """
+    total = sum(counts)
+    mean = store.get(site, counts[0]).weight.double() * (counts[0] / total if total else 0.0)
+    for count in counts[1:]:
+        mean += store.get(site, count).weight.double() * (count / total)
+    return mean
+
+
+def _error(layer: LayerProblem, site: Site, candidate: Candidate) -> float:
+    return layer.error(candidate.weight[:, _order(site, candidate.weight.device)])
+
+
+def _order(site: Site, device: torch.device) -> Tensor:
+    """Columns of the model in the order of the layer problem, group by group."""
+    return torch.tensor(site.columns(range(site.n_groups)), dtype=torch.long, device=device)

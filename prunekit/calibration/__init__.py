@@ -1,0 +1,1 @@
+"""From text to moments: tokens, streams through the blocks, what each site receives."""

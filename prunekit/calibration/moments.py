@@ -1,0 +1,86 @@
+"""What a site receives, added up over tokens: counts, sums and second moments.
+
+Moments are additive over batches, devices and machines: add shards, then read means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Moments:
+    """Running sums over tokens, in float64; products of a batch are taken in float32 or better."""
+
+    tokens: int
+    total: Float[Tensor, " d"]  # Σ x̂
+    outer: Float[Tensor, "d d"]  # Σ x̂ x̂ᵀ
+    crossed: Float[Tensor, "d d"] | None = None  # Σ x x̂ᵀ, x the dense model's input
+    power: float = 0.0  # Σ ‖W x‖²
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device, *, cross: bool = False) -> Moments:
+        """Nothing received yet."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        return cls(0, zeros(width), zeros(width, width), zeros(width, width) if cross else None)
+
+    def add(self, seen: Float[Tensor, "tokens d"]) -> None:
+        """Receive a batch."""
+        x = _precise(seen)
+        self.tokens += len(x)
+        self.total += x.sum(0, dtype=torch.float64)
+        self.outer += x.T @ x
+
+    def add_dense(
+        self, dense: Float[Tensor, "tokens d"], seen: Float[Tensor, "tokens d"], weight: Float[Tensor, "d_out d"]
+    ) -> None:
+        """What the dense model's site received for the tokens of the last `add`, and what it made of them."""
+        assert self.crossed is not None
+        x = _precise(dense)
+        self.crossed += x.T @ _precise(seen)
+        self.power += float((x @ weight.to(x).T).square().sum(dtype=torch.float64))
+
+    def merged(self, other: Moments) -> Moments:
+        """Both together."""
+        both = self.crossed is not None and other.crossed is not None
+        return Moments(
+            self.tokens + other.tokens,
+            self.total + other.total,
+            self.outer + other.outer,
+            self.crossed + other.crossed if both else None,  # type: ignore[operator]
+            self.power + other.power,
+        )
+
+    @property
+    def mean(self) -> Float[Tensor, " d"]:
+        return self.total / self.tokens
+
+    @property
+    def gram(self) -> Float[Tensor, "d d"]:
+        """H = E[x̂ x̂ᵀ]."""
+        return self.outer / self.tokens
+
+    @property
+    def cross(self) -> Float[Tensor, "d d"] | None:
+        """G = E[x x̂ᵀ]."""
+        return None if self.crossed is None else self.crossed / self.tokens
+
+    @property
+    def variance(self) -> Float[Tensor, " d"]:
+        return (self.outer.diagonal() / self.tokens - self.mean.square()).clamp_min(0)
+
+    @property
+    def energy(self) -> float | None:
+        """E‖W x‖² on dense inputs."""
+        return None if self.crossed is None else self.power / self.tokens
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

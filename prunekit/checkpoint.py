@@ -1,0 +1,140 @@
+"""Open a model, whole and checked: shapes before weights, so that wrong input fails before long work."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunekit.adapters import ModelAdapter, adapter_for
+from prunekit.errors import WrongInput
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A dense model, ready to be pruned."""
+
+    model: nn.Module  # in the dtype and on the device of the computation, not trainable
+    tokenizer: Any
+    adapter: ModelAdapter
+    dtype: torch.dtype  # of the checkpoint: what is saved again
+    name: str
+
+
+def skeleton(source: str | nn.Module, *, trust_remote_code: bool = False) -> tuple[nn.Module, ModelAdapter]:
+    """The model without its weights, and its adapter.
+
+    Raises:
+        WrongInput: no such model, or an architecture without adapter.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if isinstance(source, nn.Module):
+        return source, adapter_for(source.config.model_type)  # type: ignore[union-attr]
+    try:
+        config = AutoConfig.from_pretrained(_located(source), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise WrongInput(f"{source!r} is not a model that can be opened: {_first_line(error)}") from error
+    adapter = adapter_for(config.model_type)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), adapter
+
+
+def opened(
+    source: str | nn.Module,
+    tokenizer: Any = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Dense:
+    """Load a model from a folder or hub id, or take one in memory (which is copied if it must change).
+
+    Raises:
+        WrongInput: it cannot be opened, has no adapter, or holds weights that are not finite.
+    """
+    from transformers import AutoModelForCausalLM
+
+    place = resolved_device(device)
+    if isinstance(source, nn.Module):
+        model, name = source, str(getattr(source.config, "_name_or_path", "") or type(source).__name__)  # type: ignore[union-attr]
+        tokenizer = tokenizer if tokenizer is not None else _no_tokenizer()
+        model = copy.deepcopy(model)
+    else:
+        _, _ = skeleton(source, trust_remote_code=trust_remote_code)
+        name, path = source, _located(source)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code)
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(source, trust_remote_code)
+    stored = next(model.parameters()).dtype
+    for parameter, value in model.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise WrongInput(f"{name}: {parameter} holds values that are not finite; the checkpoint is damaged")
+    computed = (stored if place.type == "cuda" else torch.float32) if dtype == "auto" else DTYPES[dtype]
+    if dtype == "auto" and stored == torch.float64:
+        computed = stored
+    model = model.to(place, computed).eval().requires_grad_(False)
+    return Dense(model, tokenizer, adapter_for(model.config.model_type), stored, name)
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer beside a model.
+
+    Raises:
+        WrongInput: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(_located(source), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise WrongInput(f"{source!r} has no tokenizer that can be opened: {_first_line(error)}") from error
+
+
+def resolved_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one.
+
+    Raises:
+        WrongInput: no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise WrongInput(f"no device {device!r}; there are auto, cpu, cuda, cuda:N") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise WrongInput(f"device {device!r} was asked, but this machine has no CUDA device; use --device cpu")
+    return found
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over the names, shapes and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _located(source: str) -> str:
+    path = Path(source).expanduser()
+    if path.exists():
+        return str(path)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise WrongInput(f"there is no model folder {source!r}; give a folder with a config.json, or a hub id")
+    return source
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _no_tokenizer() -> Any:
+    raise WrongInput("a model in memory needs its tokenizer: prune(model, tokenizer, ...)")

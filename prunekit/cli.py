@@ -1,0 +1,400 @@
+"""The command line: prune, evaluate, list, check, demo.
+
+Nothing heavy is imported before it is needed, so help and wrong flags answer at once. Wrong input is one
+sentence on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from prunekit.errors import PluginError, WrongInput
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from prunekit.registry import Registry
+
+BROKEN, WRONG, INTERRUPTED = 1, 2, 130  # exit codes
+SUITES = {
+    "pruner": "PrunerSuite",
+    "allocator": "AllocatorSuite",
+    "objective": "ObjectiveSuite",
+    "adapter": "AdapterSuite",
+}  # in prunekit.testing
+
+
+class _Sentences(TyperGroup):
+    """Turns what the user got wrong into a sentence, whichever command it happened in."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (WrongInput, ImportError) as error:
+            raise _ended(str(error), WRONG) from error
+        except PermissionError as error:
+            raise _ended(f"{error.filename}: permission denied; choose another place", WRONG) from error
+        except PluginError as error:
+            raise _ended(str(error), BROKEN) from error
+        except KeyboardInterrupt as error:
+            again = "; the same command goes on from here" if ctx.invoked_subcommand == "prune" else ""
+            raise _ended(f"interrupted{again}", INTERRUPTED) from error
+        except Exception as error:
+            if hasattr(error, "format_message"):  # a wrong flag: the parser's own errors are not public
+                raise _ended(error.format_message(), WRONG) from error  # type: ignore[attr-defined]
+            raise
+
+
+app = typer.Typer(
+    cls=_Sentences,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Prune language models: any pruner, any allocator, any objective; a smaller model that loads anywhere.",
+)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"prunekit {metadata.version('prunekit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a fork after use would warn
+
+
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder, or id on the hub.", show_default=False)]
+ModelOption = Annotated[str | None, typer.Option("--model", help="The same as MODEL.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any value of the recipe: pruner.damping=0.1. Repeatable."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results and errors.")]
+
+
+@app.command()
+def prune(
+    model: Model = None,
+    *,
+    model_option: ModelOption = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of the parameters of all blocks to remove.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the result.")] = None,
+    recipe: Annotated[str, typer.Option(help="A YAML file, the folder of a pruned model, or a preset.")] = "default",
+    pruner: Annotated[str | None, typer.Option(help="Decides what to keep in one layer.")] = None,
+    allocator: Annotated[str | None, typer.Option(help="Decides how much each layer keeps.")] = None,
+    objective: Annotated[str | None, typer.Option(help="Judges allocations.")] = None,
+    carry: Annotated[str | None, typer.Option(help="Activations for the next block: dense, centre, expected.")] = None,
+    structure: Annotated[str | None, typer.Option(help="What is removed: groups.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="python-docs, a text/jsonl/parquet file, or on the hub.")] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(help="Tokens to measure layers on.")] = None,
+    search_tokens: Annotated[int | None, typer.Option(help="Tokens to judge allocations on.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed, the same model.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the computation: auto, float32, bfloat16, ...")] = None,
+    set_: Set = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run of the same recipe.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what --output holds.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a smaller model. Every option but MODEL and --output has a default, from the recipe."""
+    from prunekit.recipe import Recipe, parsed
+
+    flags = {
+        "model": _model(model, model_option),
+        "sparsity": sparsity,
+        "pruner": pruner,
+        "allocator": allocator,
+        "objective": objective,
+        "carry": carry,
+        "structure": structure,
+        "data.dataset": dataset,
+        "data.calibration_tokens": calibration_tokens,
+        "data.search_tokens": search_tokens,
+        "data.seqlen": seqlen,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    chosen = Recipe.load(recipe).with_overrides(given | dict(map(parsed, set_ or [])))
+    if (source := chosen.model) is None:
+        raise WrongInput("no model was given; name a folder or a hub id: prunekit prune MODEL --output DIR")
+    if output is None:
+        raise WrongInput("no --output was given; name a new folder for the pruned model")
+    chosen = chosen.checked()
+
+    from prunekit import pipeline
+    from prunekit.progress import progress_for
+
+    _calm()
+    result = pipeline.prune(chosen, output=output, progress=progress_for(quiet), resume=resume, overwrite=overwrite)
+    _print(comparison(str(output), *_from_report(result.report, source, output)))
+
+
+@app.command()
+def evaluate(
+    model: Model = None,
+    *,
+    model_option: ModelOption = None,
+    dataset: Annotated[
+        str, typer.Option(help="python-docs, a text/jsonl/parquet file, or on the hub.")
+    ] = "python-docs",
+    split: Annotated[str | None, typer.Option(help="Of the data set; a held-out one where there is.")] = None,
+    field: Annotated[str, typer.Option(help="Where jsonl, parquet and hub rows have their text.")] = "text",
+    seqlen: Annotated[int | None, typer.Option(min=2, help="Tokens per window; 2048, or the model's.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="The first so many tokens of the text.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the computation: auto, float32, bfloat16, ...")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Perplexity, size and speed of a model, dense or pruned."""
+    name = _model(model, model_option)
+    if name is None:
+        raise WrongInput("no model was given; name a folder or a hub id: prunekit evaluate MODEL")
+    from prunekit.evaluate import evaluate as measure
+    from prunekit.progress import progress_for
+
+    _calm()
+    found = measure(
+        name,
+        dataset,
+        split=split,
+        field=field,
+        seqlen=seqlen,
+        tokens=tokens,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        progress=progress_for(quiet),
+    )
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    table = _table(name)
+    table.add_row("perplexity", f"{found['perplexity']:.2f}")
+    table.add_row("loss", f"{found['nll']:.4f} ± {found['standard_error']:.4f} nats per token")
+    table.add_row("measured as", found["label"])
+    table.add_row("parameters", f"{found['parameters']:,}")
+    table.add_row("weights", _bytes(found["bytes"]))
+    table.add_row("prefill", f"{found['prefill_tokens_per_second']:,.0f} tokens/s on {found['device']}")
+    table.add_row("decode", f"{found['decode_tokens_per_second']:,.1f} tokens/s on {found['device']}")
+    _print(table)
+
+
+@app.command(name="list")
+def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Every plug-in: kind, name, owner, what it does, its options."""
+    rows = [_described(entry) for registry in _kinds() for entry in registry.values()]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2, default=str))
+        return
+    from rich.table import Table
+
+    from prunekit.recipe import presets
+
+    table = Table(
+        "kind", "name", "what it does", "options", "owner", box=None, header_style="bold", padding=(0, 2, 0, 0)
+    )
+    for row in rows:
+        options = "\n".join(f"{o['name']}: {o['type']} = {_short(o['default'])}" for o in row["options"])
+        table.add_row(row["kind"], row["name"], row["summary"], options, row["owner"])
+    for name in presets():
+        table.add_row("recipe", name, f"prunekit prune MODEL --recipe {name}", "", "")
+    _print(table)
+
+
+@app.command()
+def check(
+    name: Annotated[str, typer.Argument(help="A pruner, allocator, objective or adapter.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="OPTION=VALUE", help="An option of the plug-in. Repeatable.")
+    ] = None,
+) -> None:
+    """Run the conformance suite on a plug-in."""
+    from prunekit.recipe import parsed
+    from prunekit.registry import unknown
+
+    found = [registry for registry in _kinds() if name in list(registry)]
+    if not found:
+        raise WrongInput(unknown("plug-in", name, {n for registry in _kinds() for n in registry}))
+    registry = next((r for r in found if r.kind in SUITES), None)
+    if registry is None:
+        raise WrongInput(f"there is no suite for a {found[0].kind}; there are suites for every {', '.join(SUITES)}")
+    for needed in ("pytest", "hypothesis"):
+        if find_spec(needed) is None:
+            raise WrongInput(f"the suites need {needed}, which is not installed: pip install 'prunekit[testing]'")
+    spec = {"name": name, **dict(map(parsed, set_ or []))}
+    registry.build(spec)  # a wrong option is the user's mistake, not the plug-in's
+    raise typer.Exit(_passes(registry, spec))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")] = Path("demo-output"),
+    quiet: Quiet = False,
+) -> None:
+    """Prune the bundled model to half of its blocks, offline, and compare."""
+    from prunekit.demo.run import run
+    from prunekit.progress import progress_for
+
+    _calm()
+    found = run(output, progress_for(quiet))
+    _print(comparison(str(output), found.dense, found.pruned))
+    typer.echo(f"loaded back in a fresh process: logits differ by at most {found.difference:.1e}")
+
+
+# -- tables -------------------------------------------------------------------------------------------
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.4g} {unit}"
+        n /= 1000
+    return f"{n:,.4g} GB"
+
+
+ROWS: Mapping[str, Callable[[float], str]] = {
+    "parameters": "{:,.0f}".format,
+    "block parameters": "{:,.0f}".format,
+    "perplexity": "{:,.2f}".format,
+    "size on disk": _bytes,
+    "prefill tokens/s": "{:,.0f}".format,
+    "decode tokens/s": "{:,.1f}".format,
+}
+
+
+def comparison(title: str, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Table:
+    """Dense against pruned; keys are those of `ROWS`, what was not measured is left out."""
+    table = _table(title, "dense", "pruned", "ratio")
+    for row, text in ROWS.items():
+        if row in dense and row in pruned:
+            ratio = f"{pruned[row] / dense[row]:.3f}" if dense[row] else ""
+            table.add_row(row, text(dense[row]), text(pruned[row]), ratio)
+    return table
+
+
+def _from_report(report: Mapping[str, Any], model: str, output: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """The rows a report can fill, dense and pruned."""
+
+    def rows(which: str, folder: Path) -> dict[str, float]:
+        found: dict[str, float] = {
+            "parameters": report[which]["parameters"],
+            "block parameters": report[which]["block_parameters"],
+            "perplexity": report["losses"][which]["perplexity"],
+        }
+        stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        return {**found, "size on disk": stored} if stored else found
+
+    return rows("dense", Path(model).expanduser()), rows("pruned", output)
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title, *(columns or ("",)), box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for column in table.columns[1:] if columns else ():
+        column.justify = "right"
+    return table
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    # a pipe has no width: a label cut in two is of no use to a program
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping) and "name" in value:  # a plug-in inside a plug-in has its own row
+        return str(value["name"])
+    return str(value)
+
+
+# -- plumbing -----------------------------------------------------------------------------------------
+
+
+def _ended(sentence: str, code: int) -> typer.Exit:
+    typer.echo(f"error: {sentence}" if code != INTERRUPTED else sentence, err=True)
+    return typer.Exit(code)
+
+
+def _model(argument: str | None, option: str | None) -> str | None:
+    if argument is not None and option is not None and argument != option:
+        raise WrongInput(f"two models were given, {argument!r} and --model {option!r}; give one")
+    return argument if argument is not None else option
+
+
+def _kinds() -> tuple[Registry[Any], ...]:
+    from prunekit.registry import KINDS
+
+    return KINDS
+
+
+def _described(entry: Any) -> dict[str, Any]:
+    row = {"kind": entry.kind, "name": entry.name, "owner": entry.owner}
+    try:
+        options = [{"name": o.name, "type": o.type, "default": o.default} for o in entry.options]
+        return {**row, "summary": entry.summary, "options": options}
+    except ImportError as error:  # an extra that is not installed hides one plug-in, not the list
+        return {**row, "summary": str(error), "options": []}
+
+
+def _passes(registry: Registry[Any], spec: Mapping[str, Any]) -> int:
+    """Exit code of the suite, run on a module of three lines as an author would write it."""
+    import tempfile
+
+    import pytest
+
+    module = (
+        "import pytest\n"
+        'pytest.register_assert_rewrite("prunekit.testing")\n'
+        "from prunekit import registry, testing\n\n\n"
+        f"class Test{registry.kind.capitalize()}(testing.{SUITES[registry.kind]}):\n"
+        f"    plugin = next(r for r in registry.KINDS if r.kind == {registry.kind!r}).build({dict(spec)!r})\n"
+    )
+    with tempfile.TemporaryDirectory(prefix="prunekit-check-") as folder:
+        file = Path(folder) / "test_plugin.py"
+        file.write_text(module)
+        options = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", f"--rootdir={folder}"]
+        return int(pytest.main([str(file), *options]))
+
+
+def _calm() -> None:
+    """Progress is ours to show."""
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub
+    from transformers.utils import logging
+
+    disable_progress_bars()
+    hub.set_verbosity_error()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

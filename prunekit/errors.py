@@ -1,0 +1,9 @@
+"""What went wrong, in one sentence: what was asked, what there is, what to do."""
+
+
+class WrongInput(ValueError):
+    """The user asked for something that cannot be done. The command line shows the sentence and exits with 2."""
+
+
+class PluginError(RuntimeError):
+    """A plug-in broke its contract; names the plug-in and the promise."""

@@ -1,0 +1,6 @@
+"""From the pruned network to a directory that loads, and the proof that it does."""
+
+from prunekit.export.hf import save, to_transformers
+from prunekit.export.verify import NotVerified, Verified, verify
+
+__all__ = ["NotVerified", "Verified", "save", "to_transformers", "verify"]

@@ -1,0 +1,100 @@
+"""Proof that an exported directory is the model that was promised: load it elsewhere and compare.
+
+Elsewhere is a fresh Python process without network that runs this file alone. It loads the directory
+as a user would: with its bundled code, or after `import prunekit`, or with transformers only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
+    from torch import Tensor
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+class NotVerified(RuntimeError):
+    """A saved directory is not the model that was promised; says what differs."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the fresh process found."""
+
+    parameters: int  # tied ones counted once
+    difference: float  # largest |Δ logit|
+    model_class: str
+
+
+def verify(
+    directory: str | Path,
+    probe_ids: Int64[Tensor, "windows length"],
+    expected_logits: Float[Tensor, "windows length vocabulary"],
+    expected_parameters: int,
+    tolerance: float = 1e-4,
+) -> Verified:
+    """Load `directory` in a fresh process; its logits on `probe_ids` must be within `tolerance` of the expected.
+
+    Raises:
+        NotVerified: it does not load, the parameter count is not exact, or logits differ.
+    """
+    from safetensors.torch import save_file
+
+    directory = Path(directory)
+    with tempfile.TemporaryDirectory() as scratch:
+        probe = Path(scratch, "probe.safetensors")
+        save_file({"ids": probe_ids.cpu().contiguous(), "logits": expected_logits.detach().cpu().contiguous()}, probe)
+        # -P: the folder of this file is no place to import from; modules of remote code go to the scratch folder
+        child = subprocess.run(
+            [sys.executable, "-P", __file__, str(directory.resolve()), str(probe)],
+            env=os.environ | OFFLINE | {"HF_MODULES_CACHE": str(Path(scratch, "modules"))},
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if child.returncode:
+        raise NotVerified(f"{directory} does not load in a fresh process:\n{child.stderr[-4000:].strip()}")
+    found = Verified(**json.loads(child.stdout.splitlines()[-1]))
+    if found.parameters != expected_parameters:
+        raise NotVerified(f"{directory} has {found.parameters:,} parameters, not {expected_parameters:,}")
+    if not found.difference <= tolerance:  # NaN is not within any tolerance
+        raise NotVerified(f"logits of {directory} differ by {found.difference:.3g}; {tolerance:.3g} is allowed")
+    return found
+
+
+def _compare(directory: Path, probe: Path) -> Verified:
+    """Load and compare, in this process."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    config = json.loads((directory / "config.json").read_text())
+    bundled = "auto_map" in config
+    if config["model_type"].startswith("prunekit_") and not bundled:
+        import prunekit  # noqa: F401  registers the model type
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=bundled).eval()
+    tensors = load_file(probe)
+    expected = tensors["logits"].double()
+    with torch.no_grad():
+        logits = model(tensors["ids"], use_cache=False).logits.double()
+    if logits.shape != expected.shape:
+        raise SystemExit(f"logits have shape {tuple(logits.shape)}, not {tuple(expected.shape)}")
+    return Verified(
+        parameters=sum(p.numel() for p in model.parameters()),
+        difference=float((logits - expected).abs().max()),
+        model_class=type(model).__name__,
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(_compare(Path(sys.argv[1]), Path(sys.argv[2])))))

@@ -1,0 +1,241 @@
+"""One linear map, the moments of its inputs, and answers to the question which groups to keep.
+
+    y = W x,   x̂ what the layer will see,   H = E[x̂ x̂ᵀ],   G = E[x x̂ᵀ],   E(Ŵ) = E‖W x - Ŵ x̂‖²
+
+A pruner reads a `LayerProblem` and returns `Candidate`s; it never sees a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One answer: which groups stay, and the weight with exact zeros elsewhere."""
+
+    kept: tuple[int, ...] | None  # ids, ascending; None when the structure has no groups
+    weight: Float[Tensor, "d_out d_in"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProblem:
+    """Everything a local pruner may know of one linear map.
+
+    Groups are contiguous: group g holds the columns g·size … (g+1)·size - 1. Weights are (d_out, d_in).
+    Moments are means over tokens. Fields after `damping` are there when the pruner `needs` them.
+    """
+
+    weight: Float[Tensor, "d_out d_in"]
+    gram: Float[Tensor, "d_in d_in"]  # H = E[x̂ x̂ᵀ]
+    group_size: int = 1
+    structure: str = "groups"
+    damping: float = 0.01  # ridge, as a share of the mean of diag H
+    cross: Float[Tensor, "d_in d_in"] | None = None  # G = E[x x̂ᵀ], x the dense model's input
+    energy: float | None = None  # E‖W x‖² on dense inputs; from the gram when there is no cross
+    mean: Float[Tensor, " d_in"] | None = None
+    variance: Float[Tensor, " d_in"] | None = None
+    coupled: Float[Tensor, " n_groups"] | None = None  # Σ squared weights of the rows that feed a group
+    gradient: Float[Tensor, "d_out d_in"] | None = None
+    name: str = "layer"
+
+    def __post_init__(self) -> None:
+        d_in = self.weight.shape[1]
+        if tuple(self.gram.shape) != (d_in, d_in) or d_in % self.group_size:
+            raise ValueError(
+                f"{self.name}: {d_in} input columns need a ({d_in}, {d_in}) gram and a group size that divides "
+                f"{d_in}, not {tuple(self.gram.shape)} and {self.group_size}"
+            )
+        for part in ("weight", "gram", "cross", "mean", "variance", "coupled", "gradient"):
+            value = getattr(self, part)
+            # a sum is finite only when all terms are; float64 because half precision overflows
+            if value is not None and not bool(torch.isfinite(value.sum(dtype=torch.float64))):
+                raise ValueError(f"{self.name}: its {part} is not finite; look at the model and the calibration tokens")
+
+    @property
+    def d_in(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def n_groups(self) -> int:
+        return self.d_in // self.group_size
+
+    @cached_property
+    def ridge(self) -> float:
+        """λ = damping · mean diag H, ten times more (at most 4 times) until H + λI has a Cholesky factor.
+
+        1 where nothing ever reaches the layer.
+
+        Raises:
+            ValueError: no such λ; the gram is no second moment.
+        """
+        scale = float(self.gram.diagonal().double().mean())
+        if scale <= 0:
+            return 1.0
+        ridge, gram = self.damping * scale, self.gram.double()
+        for _ in range(5):
+            if not bool(torch.linalg.cholesky_ex(_with_diagonal(gram, ridge)).info):
+                return ridge
+            ridge = max(10 * ridge, 1e-8 * scale)
+        raise ValueError(
+            f"{self.name}: H + λI has no Cholesky factor up to λ = {ridge / 10:.1e}, mean diag H = {scale:.1e}; "
+            "accumulate the moments in float32 or better, on more tokens, or raise `damping`"
+        )
+
+    @cached_property
+    def hessian(self) -> Float[Tensor, "d_in d_in"]:
+        """H + λI in float64: solve with it; judge with `gram`."""
+        return _with_diagonal(self.gram.double(), self.ridge)
+
+    @cached_property
+    def target(self) -> Float[Tensor, "d_out d_in"]:
+        """W* = W (G + λI) (H + λI)⁻¹ in float64, the best weight when nothing is removed.
+
+        Any symmetric method run on W* solves the asymmetric problem. W itself when there is no cross.
+        """
+        weight = self.weight.double()
+        if self.cross is None:
+            return weight
+        reached = weight @ _with_diagonal(self.cross.double(), self.ridge)  # R = W G
+        return _solved(self.hessian, reached.T).T
+
+    def group_sum(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, " n_groups"]:
+        """Sum over rows, then over the columns of each group, in float64."""
+        rows = x.reshape(-1, self.d_in).sum(0, dtype=torch.float64)
+        return rows.reshape(self.n_groups, self.group_size).sum(1)
+
+    def columns(self, groups: Sequence[int]) -> Tensor:
+        """Input columns of `groups`, in the order given."""
+        ids = torch.as_tensor(list(groups), dtype=torch.long, device=self.weight.device)
+        return (ids[:, None] * self.group_size + torch.arange(self.group_size, device=ids.device)).flatten()
+
+    def masked(self, groups: Sequence[int]) -> Candidate:
+        """Keep `groups` with their weights as they are."""
+        return self._placed(groups, self.weight[:, self.columns(groups)])
+
+    def refitted(self, groups: Sequence[int]) -> Candidate:
+        """Keep `groups`, with the least-squares weights Ŵ_K = W* H_:K (H_KK)⁻¹."""
+        if len(groups) == self.n_groups:
+            return self._whole()
+        groups = sorted(groups)  # the same set, the same bits
+        kept = self.columns(groups)
+        reached = self.target @ self.hessian[:, kept]
+        return self._placed(groups, _solved(self.hessian[kept][:, kept], reached.T).T if groups else reached)
+
+    def nested(self, ranking: Sequence[int]) -> Nested:
+        """The refits of the first 0, 1, … n_groups groups of a ranking, from one factorisation."""
+        return Nested(self, tuple(ranking))
+
+    def _whole(self) -> Candidate:
+        """Keep everything: the weight itself, bit for bit, unless other inputs ask for W*."""
+        groups = range(self.n_groups)
+        return self.masked(groups) if self.cross is None else self._placed(groups, self.target)
+
+    def _placed(self, groups: Sequence[int], values: Float[Tensor, "d_out kept"]) -> Candidate:
+        """The candidate whose columns of `groups`, in the order given, hold `values`."""
+        weight = torch.zeros_like(self.weight)
+        weight[:, self.columns(groups)] = values.to(weight.dtype)
+        return Candidate(tuple(sorted(int(g) for g in groups)), weight)
+
+    def error(self, weight: Float[Tensor, "d_out d_in"]) -> float:
+        """E(Ŵ) / E‖W x‖²: relative output error, 0 lossless, 1 as bad as zeros."""
+        dense, pruned, gram = self.weight.double(), weight.double(), self.gram.double()
+        if self.cross is None:
+            power = float(((dense @ gram) * dense).sum()) if self.energy is None else self.energy
+            lost = dense - pruned
+            error = float(((lost @ gram) * lost).sum())
+        else:
+            if self.energy is None:
+                raise ValueError(f"{self.name}: a problem with a cross moment needs the dense energy E‖W x‖²")
+            power = self.energy
+            reached = dense @ self.cross.double()
+            error = power - 2 * float((pruned * reached).sum()) + float(((pruned @ gram) * pruned).sum())
+        return max(error, 0.0) / power if power > 0 else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Nested:
+    """All counts of one ranking, each refitted on its kept groups, for the price of one.
+
+    Order the columns as ranked and let H = L Lᵀ be the damped Hessian in that order. Since the leading k rows of
+    L depend on the leading k columns alone, one factor serves every count:
+
+        Z   = Lᵀ W*ᵀ                   (d_in, d_out)                                      (1)
+        Ŵ_k = (M_kᵀ Z_k)ᵀ              M = L⁻¹, M_k and Z_k its first k rows               (2)
+        E_k = Σ_{i ≥ k} ‖Z_i‖²         E_k = tr (W* - Ŵ_k) H (W* - Ŵ_k)ᵀ, never cancels    (3)
+
+    Ŵ_k equals `LayerProblem.refitted`; from one count to the next only new rows of M and Z are multiplied.
+    """
+
+    layer: LayerProblem
+    ranking: tuple[int, ...]  # all group ids, the last to be removed first
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        return self.layer.columns(self.ranking)
+
+    @cached_property
+    def _factor(self) -> Float[Tensor, "d_in d_in"]:
+        return torch.linalg.cholesky(self.layer.hessian[self._columns][:, self._columns])
+
+    @cached_property
+    def _energy(self) -> Float[Tensor, "d_in d_out"]:
+        return self._factor.T @ self.layer.target.T[self._columns]  # (1)
+
+    @property
+    def losses(self) -> Float[Tensor, " counts"]:
+        """E_k at every count of kept groups 0 … n_groups, on damped moments."""
+        rises = self._energy.square().sum(1).reshape(-1, self.layer.group_size).sum(1)
+        return torch.cat([rises.flip(0).cumsum(0).flip(0), rises.new_zeros(1)])  # (3)
+
+    def candidates(self, keeps: Sequence[int]) -> list[Candidate]:
+        """One candidate for every count of kept groups, in the order of `keeps`."""
+        layer, size = self.layer, self.layer.group_size
+        most = size * max((k for k in keeps if k < layer.n_groups), default=0)
+        factor = self._factor[:most, :most] if most else layer.hessian[:0, :0]
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(most).to(factor), upper=False)  # M
+        fitted = layer.hessian.new_zeros(most, layer.weight.shape[0])
+        found, done = {layer.n_groups: layer._whole()}, 0
+        for keep in sorted({*keeps} - {layer.n_groups}):
+            new, done = slice(done, keep * size), keep * size
+            fitted[:done] += inverse[new, :done].T @ self._energy[new] if done else 0.0  # (2), the new rows
+            found[keep] = layer._placed(self.ranking[:keep], fitted[:done].T)
+        return [found[keep] for keep in keeps]
+
+
+def ranked(score: Float[Tensor, " n_groups"]) -> list[int]:
+    """Group ids from the largest score to the smallest; on a tie the lower id comes first.
+
+    Raises:
+        ValueError: a score is not finite.
+    """
+    if not bool(torch.isfinite(score).all()):
+        raise ValueError(f"scores must be finite; group {int((~torch.isfinite(score)).nonzero()[0])} is not")
+    return torch.argsort(score, descending=True, stable=True).tolist()
+
+
+def best_groups(score: Float[Tensor, " n_groups"], keeps: Sequence[int]) -> list[list[int]]:
+    """For every count, the ids of the groups with the largest scores, ascending; on a tie the lower id stays.
+
+    Raises:
+        ValueError: a score is not finite.
+    """
+    order = ranked(score)
+    return [sorted(order[:keep]) for keep in keeps]
+
+
+def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+    """matrix⁻¹ right, for a positive definite matrix."""
+    return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
+
+
+def _with_diagonal(matrix: Tensor, value: float) -> Tensor:
+    matrix = matrix.clone()
+    matrix.diagonal().add_(value)
+    return matrix

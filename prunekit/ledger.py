@@ -1,0 +1,86 @@
+"""Every question, answer and price as JSON lines; the memory that makes a run resumable.
+
+A run writes records in an order that depends on nothing but the recipe. A second run of the same
+recipe meets the records of the first: where they agree it is replayed, answers included; where they
+do not, something else has changed and the run stops.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class LedgerMismatch(RuntimeError):
+    """The ledger holds another conversation."""
+
+
+class Ledger:
+    """An append-only file of records; begins by replaying what the file already holds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tokens = 0  # token-forwards paid, replayed ones included
+        self.questions = 0
+        text = path.read_bytes() if path.exists() else b""
+        whole = text[: text.rfind(b"\n") + 1]  # a killed writer leaves half a line
+        if whole != text:
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+        self._past = [json.loads(line) for line in whole.splitlines()]
+        self._met = 0
+
+    def note(self, record: Mapping[str, Any]) -> None:
+        """A record without an answer: a space, a choice."""
+        self._meet(dict(record)) or self._append(dict(record))
+
+    def recall(self, question: Mapping[str, Any]) -> float | None:
+        """The recorded answer to a question, or None: it is new."""
+        record = self._meet(dict(question), answer="loss")
+        if record is None:
+            return None
+        return self._account(record)
+
+    def answer(self, question: Mapping[str, Any], loss: float) -> None:
+        """Record the answer to a new question."""
+        record = dict(question) | {"loss": loss if math.isfinite(loss) else None}
+        self._append(record)
+        self._account(record)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """All records on file."""
+        for line in self.path.read_text().splitlines():
+            yield json.loads(line)
+
+    @property
+    def replaying(self) -> bool:
+        """Whether records of an earlier run are still ahead."""
+        return self._met < len(self._past)
+
+    def _account(self, record: Mapping[str, Any]) -> float:
+        self.tokens += record["tokens"]
+        self.questions += 1
+        return math.inf if record["loss"] is None else float(record["loss"])
+
+    def _meet(self, record: dict[str, Any], answer: str | None = None) -> dict[str, Any] | None:
+        if not self.replaying:
+            return None
+        found = self._past[self._met]
+        asked = {key: value for key, value in found.items() if key != answer}
+        if asked != json.loads(json.dumps(record)):
+            raise LedgerMismatch(
+                f"line {self._met + 1} of {self.path} is not what this run would write; "
+                "its recipe, data or versions differ: begin again with --overwrite"
+            )
+        self._met += 1
+        return found
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record, separators=(",", ":")) + "\n")
+            file.flush()
+            os.fsync(file.fileno())

@@ -1,0 +1,270 @@
+"""Models whose layers differ in size, or lack attention or MLP, as ordinary transformers classes.
+
+The stock model is built from the global sizes, then every layer is cut to its entry of the config's
+`per_layer_config`. Layers stay what they were, so checkpointing, adapters and serving engines find
+the classes they know. Exported models may carry a copy of this file: it needs torch and transformers
+and nothing of prunekit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+Part = Literal["attention", "mlp"]
+Unit = Literal["query", "kv", "qkv", "width"]
+
+BUNDLED = "modeling_prunekit"  # name of the copy of this file in an exported directory
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """What a model family calls its parts. Paths lie inside a decoder block, names in the config."""
+
+    model_type: str  # of the stock classes
+    prefix: str  # of the names of the stock classes
+    rows: Mapping[str, Unit]  # linear maps in front, by what their rows count; qkv: side by side in every head
+    columns: Mapping[Part, str]  # linear maps whose columns are cut
+    norms: Mapping[Part, str]
+    norms_first: str | None = None  # attribute of a block: do norms come before their part? None: always
+    layers: str = "layers"  # the decoder blocks inside the base model
+    attention: str = "self_attn"
+    mlp: str | None = "mlp"  # None: the block itself holds the linear maps
+    query_heads: str = "num_attention_heads"
+    kv_heads: str | None = "num_key_value_heads"  # None: as many as query heads
+    width: str = "intermediate_size"
+    head_dim: str = "head_dim"  # attribute of the attention module
+    free_head_dim: bool = True  # stock attention takes head_dim from the config, not from hidden size / heads
+
+    def heads(self, layer_config: Any) -> tuple[int, int]:
+        """(query heads, KV heads) of one layer."""
+        query = getattr(layer_config, self.query_heads)
+        return query, query if self.kv_heads is None else getattr(layer_config, self.kv_heads)
+
+    def skipped(self, block: nn.Module, part: Part, index: int, head_dim: int) -> dict[str, nn.Module]:
+        """What stands in for a dropped part of `block`, by path; the norm goes where it serves that part alone."""
+        stubs: dict[str, nn.Module]
+        if part == "attention":
+            stubs = {self.attention: SkippedMixer(index, head_dim)}
+        elif self.mlp is not None:
+            stubs = {self.mlp: SkippedMLP()}
+        else:
+            stubs = {path: nn.Identity() for path, unit in self.rows.items() if unit == "width"}
+            stubs[self.columns["mlp"]] = SkippedMLP()
+        if self.has_norms_first(block):
+            stubs[self.norms[part]] = nn.Identity()
+        return stubs
+
+    def has_norms_first(self, block: nn.Module) -> bool:
+        """Whether norms come before their part, so that a block without parts passes its input through."""
+        return self.norms_first is None or bool(getattr(block, self.norms_first))
+
+    def cut(self, block: nn.Module, layer_config: Any, index: int) -> None:
+        """Give a freshly built stock block the sizes of its layer, in place."""
+        attention = block.get_submodule(self.attention)
+        head_dim = int(getattr(attention, self.head_dim))
+        query, kv = self.heads(layer_config)
+        sizes = {"query": query, "kv": kv, "qkv": 3 * query}
+        count = {unit: heads * head_dim for unit, heads in sizes.items()} | {"width": getattr(layer_config, self.width)}
+        for path, unit in self.rows.items():
+            _resize(block, path, rows=count[unit])
+        _resize(block, self.columns["attention"], columns=count["query"])
+        _resize(block, self.columns["mlp"], columns=count["width"])
+        recount(attention, query, kv)
+        for part in getattr(layer_config, "skip", ()):
+            for path, stub in self.skipped(block, part, index, head_dim).items():
+                block.set_submodule(path, stub)
+
+    def check(self, layer_config: Any, index: int) -> None:
+        """Refuse sizes no layer can have.
+
+        Raises:
+            ValueError: says which layer and why.
+        """
+        query, kv = self.heads(layer_config)
+        if kv < 1 or query < 1 or query % kv:
+            raise ValueError(f"layer {index}: {query} query heads do not share {kv} KV heads evenly")
+        if (width := getattr(layer_config, self.width)) < 1:
+            raise ValueError(f"layer {index}: {self.width} is {width}; an absent MLP is written as skip: [mlp]")
+        if strange := set(getattr(layer_config, "skip", ())) - {"attention", "mlp"}:
+            raise ValueError(f"layer {index}: skip knows attention and mlp, not {', '.join(sorted(strange))}")
+
+
+SEPARATE: Mapping[str, Unit] = {"self_attn.q_proj": "query", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"}
+NORMS: Mapping[Part, str] = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
+
+
+def llama_like(model_type: str, prefix: str) -> Family:
+    """A family with Llama's parts: separate q, k, v and o, grouped KV heads, a gated MLP, norms first."""
+    return Family(
+        model_type,
+        prefix,
+        rows={**SEPARATE, "mlp.gate_proj": "width", "mlp.up_proj": "width"},
+        columns={"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"},
+        norms=NORMS,
+    )
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": llama_like("llama", "Llama"),
+    "mistral": llama_like("mistral", "Mistral"),
+    "qwen2": llama_like("qwen2", "Qwen2"),
+    "qwen3": llama_like("qwen3", "Qwen3"),
+    "opt": Family(
+        "opt",
+        "OPT",
+        rows={**SEPARATE, "fc1": "width"},
+        columns={"attention": "self_attn.out_proj", "mlp": "fc2"},
+        norms={"attention": "self_attn_layer_norm", "mlp": "final_layer_norm"},
+        norms_first="do_layer_norm_before",
+        layers="decoder.layers",
+        mlp=None,
+        kv_heads=None,
+        width="ffn_dim",
+        free_head_dim=False,
+    ),
+    "gpt_neox": Family(
+        "gpt_neox",
+        "GPTNeoX",
+        rows={"attention.query_key_value": "qkv", "mlp.dense_h_to_4h": "width"},
+        columns={"attention": "attention.dense", "mlp": "mlp.dense_4h_to_h"},
+        norms=NORMS,
+        attention="attention",
+        kv_heads=None,
+        head_dim="head_size",
+        free_head_dim=False,
+    ),
+}
+
+
+class SkippedMixer(nn.Module):  # transformers searches sources for "Attention(nn.Module)" classes: not this one
+    """Attention that adds nothing, and keeps the cache in step: its length is read from the first layer."""
+
+    def __init__(self, index: int, head_dim: int) -> None:
+        super().__init__()
+        self.layer_idx, self.head_dim = index, head_dim
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **rest: Any) -> tuple[torch.Tensor, None]:
+        cache = rest.get("past_key_values", rest.get("layer_past"))
+        if cache is not None:
+            batch, length = hidden_states.shape[:2]
+            empty = hidden_states.new_zeros(batch, 1, length, self.head_dim)
+            cache.update(empty, empty, self.layer_idx)
+        return torch.zeros_like(hidden_states), None
+
+
+class SkippedMLP(nn.Module):
+    """An MLP that adds nothing."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+class UnequalLayers(PreTrainedModel):
+    """Mixed in before a stock model class: its layers take their own sizes.
+
+    `from_pretrained` builds on the meta device, so that the stock model in between costs no memory.
+    """
+
+    family: ClassVar[Family]
+
+    def __init__(self, config: Any) -> None:
+        with reading_globals(config):
+            super().__init__(config)
+        blocks = self.base_model.get_submodule(self.family.layers)
+        for index, block in enumerate(blocks.children()):
+            self.family.cut(block, config.per_layer_config[index], index)
+        self.init_weights()  # the linear maps that were replaced
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As ever; a model that is loaded with remote code takes the code along."""
+        if getattr(self.config, "auto_map", None):
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(__file__, Path(save_directory, f"{BUNDLED}.py"))
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+@cache
+def define(family: Family) -> tuple[type, type, type]:
+    """The config class, the base model class and the causal LM class of a family with unequal layers."""
+    stock = importlib.import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}")
+    base, causal = (getattr(stock, f"{family.prefix}{suffix}") for suffix in ("Model", "ForCausalLM"))
+    stock_config: Any = base.config_class
+
+    @strict  # else the stock validators run, not these
+    class Config(stock_config):
+        model_type = f"prunekit_{family.model_type}"
+
+        def validate_architecture(self) -> None:
+            for index, layer_config in enumerate(self.per_layer_config):
+                family.check(layer_config, index)
+
+    Config.__name__ = Config.__qualname__ = f"Prunekit{family.prefix}Config"
+    body = {"__module__": __name__, "config_class": Config, "family": family}
+    return (
+        Config,
+        type(f"Prunekit{base.__name__}", (UnequalLayers, base), dict(body)),
+        type(f"Prunekit{causal.__name__}", (UnequalLayers, causal), dict(body)),
+    )
+
+
+def register(families: Iterable[Family] = tuple(FAMILIES.values())) -> None:
+    """Let the Auto classes of transformers load `prunekit_*` models. May be called again."""
+    for family in families:
+        config, base, causal = define(family)
+        AutoConfig.register(f"prunekit_{family.model_type}", config, exist_ok=True)
+        AutoModel.register(config, base, exist_ok=True)
+        AutoModelForCausalLM.register(config, causal, exist_ok=True)
+
+
+def recount(attention: nn.Module, query: int, kv: int) -> None:
+    """Tell an attention module its head counts, under the names it may keep them."""
+    for name, count in (("num_key_value_groups", query // kv), ("num_heads", query)):
+        if hasattr(attention, name):
+            setattr(attention, name, count)
+
+
+@contextmanager
+def reading_globals(config: Any) -> Iterator[None]:
+    """Stock constructors may read the global value of a size that varies by layer, without a warning each."""
+    warner = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
+    disabled, warner.disabled = warner.disabled, True
+    config.allow_global_per_layer_attribute_access = True
+    try:
+        yield
+    finally:
+        warner.disabled = disabled
+        config.__dict__.pop("allow_global_per_layer_attribute_access", None)  # even False would be saved
+
+
+def _resize(block: nn.Module, path: str, *, rows: int | None = None, columns: int | None = None) -> None:
+    old = block.get_submodule(path)
+    assert isinstance(old, nn.Linear)
+    shape = columns or old.in_features, rows or old.out_features
+    if shape != (old.in_features, old.out_features):
+        weight = old.weight
+        new = nn.Linear(*shape, bias=old.bias is not None, device=weight.device, dtype=weight.dtype)
+        block.set_submodule(path, new)
+
+
+def __getattr__(name: str) -> type:
+    """PrunekitLlamaConfig, PrunekitLlamaModel, PrunekitLlamaForCausalLM, ...: defined when asked for."""
+    if name.startswith("Prunekit"):
+        for family in FAMILIES.values():
+            if name.startswith(f"Prunekit{family.prefix}"):
+                for defined in define(family):
+                    if defined.__name__ == name:
+                        return defined
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

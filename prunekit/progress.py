@@ -1,0 +1,142 @@
+"""What a long run tells a person: stage, step, estimate; nothing when quiet.
+
+All of it goes to stderr: stdout is for results.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EVERY = 5.0  # seconds between two plain lines of a stage
+
+
+class Stage:
+    """One part of a run, with a known number of steps; 0: nobody knows how many."""
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """`steps` more are done; `note` says what the last one was."""
+
+
+class Progress:
+    """Says nothing. The base of those that do."""
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Stage]:
+        """A stage of `total` steps."""
+        yield Stage()
+
+    def say(self, line: str) -> None:
+        """One line for the user."""
+
+
+class PlainProgress(Progress):
+    """Lines for a log file: the start and end of every stage, and where it stands every few seconds."""
+
+    def __init__(
+        self, file: TextIO | None = None, *, every: float = EVERY, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.file, self.every, self.clock = file, every, clock
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Stage]:
+        stage = _PlainStage(self, name, total)
+        yield stage
+        self.say(f"{stage.standing}, done in {span(self.clock() - stage.begun)}")
+
+    def say(self, line: str) -> None:
+        print(line, file=self.file or sys.stderr, flush=True)
+
+
+class _PlainStage(Stage):
+    def __init__(self, progress: PlainProgress, name: str, total: int) -> None:
+        self.progress, self.name, self.total, self.done = progress, name, total, 0
+        self.begun = self.told = progress.clock()
+
+    @property
+    def standing(self) -> str:
+        return f"{self.name} {self.done:,}/{self.total:,}" if self.total else f"{self.name} {self.done:,}"
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.done += steps
+        now = self.progress.clock()
+        if now - self.told < self.progress.every or self.done == self.total:  # the end has its own line
+            return
+        self.told = now
+        left = ""
+        if self.done and self.total > self.done:
+            left = f", about {span((now - self.begun) / self.done * (self.total - self.done))} left"
+        self.progress.say(f"{self.standing}{left}" + (f": {note}" if note else ""))
+
+
+class RichProgress(Progress):
+    """Bars that live on a terminal and leave one line behind for each stage."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        self.console = console or Console(stderr=True)
+        self.bars = progress.Progress(
+            progress.SpinnerColumn(),
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(bar_width=24),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[note]}", style="dim", markup=False),
+            console=self.console,
+            transient=True,
+        )
+        self.open = 0  # stages that have begun and not ended; the display lives as long as there is one
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Stage]:
+        if not self.open:
+            self.bars.start()
+        self.open += 1
+        task = self.bars.add_task(name, total=total or None, note="")
+        begun = time.monotonic()
+        try:
+            yield _RichStage(self, task)
+            self.say(f"✓ {name}, {span(time.monotonic() - begun)}")
+        finally:
+            self.bars.remove_task(task)
+            self.open -= 1
+            if not self.open:
+                self.bars.stop()
+
+    def say(self, line: str) -> None:
+        style = "yellow" if line.startswith("warning") else None
+        self.console.print(line, style=style, markup=False, highlight=False)
+
+
+class _RichStage(Stage):
+    def __init__(self, progress: RichProgress, task: object) -> None:
+        self.progress, self.task = progress, task
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.progress.bars.update(self.task, advance=steps, **({"note": note} if note else {}))  # type: ignore[arg-type]
+
+
+def progress_for(quiet: bool = False) -> Progress:
+    """Bars on a terminal, lines elsewhere, nothing when quiet."""
+    if quiet:
+        return Progress()
+    return RichProgress() if sys.stderr.isatty() else PlainProgress()
+
+
+def span(seconds: float) -> str:
+    """A length of time for people: 4.2 s, 3:05 min, 2:10 h."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02} min"
+    return f"{minutes // 60}:{minutes % 60:02} h"

@@ -1,0 +1,284 @@
+"""A recipe: every choice that makes a pruned model, validated, as YAML.
+
+A recipe file says what differs from the preset `default`; a preset is a YAML file in a package that an
+entry point of the group `prunekit.recipes` names. The recipe beside a result has every choice in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib import metadata, resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from prunekit.errors import WrongInput
+from prunekit.sites import Metric
+
+if TYPE_CHECKING:
+    from prunekit.calibration.tokens import Draws
+
+PRESETS = "prunekit.recipes"  # group of entry points
+STRUCTURES = ("groups",)
+WITHOUT_EFFECT = frozenset({"version", "device", "code", "verify", "trust_remote_code"})  # on the weights that come out
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _as_spec(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+Spec = Annotated[dict[str, Any], BeforeValidator(_as_spec)]
+"""A plug-in: {name: ..., option: value}; a bare name is short for {name: ...}."""
+
+
+class DataSpec(_Strict):
+    """Which text, and how much of it; amounts in tokens. None: chosen when the text is read."""
+
+    dataset: str = "auto"  # python-docs, a file, a name on the hub; auto: fineweb-edu where the hub answers
+    config: str | None = None
+    split: str | None = None
+    field: str = "text"  # of jsonl, parquet and hub rows
+    evaluation_dataset: str | None = None  # None: the held-out split, or the same text further on
+    evaluation_split: str | None = None
+    calibration_tokens: Annotated[int, Field(gt=0)] | None = None
+    search_tokens: Annotated[int, Field(gt=0)] | None = None
+    evaluation_tokens: Annotated[int, Field(gt=0)] | None = None
+    seqlen: Annotated[int, Field(ge=2)] | None = None  # None: 2048, or what the model was made for
+    shuffle: bool = False  # draw windows by the seed, not the first in order
+    digests: dict[str, str] | None = None  # sha256 of the token ids of each part, filled in by a run
+
+
+class Recipe(_Strict):
+    """What to prune, how far, with which parts and on which text."""
+
+    version: Literal[1] = 1
+    model: str | None = None  # folder or hub id; None in presets
+    sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.5  # share of `of` that is removed
+    of: Literal["blocks", "model"] = "blocks"
+    metric: Metric = "parameters"
+    apart: bool = False  # attention and MLP get `sparsity` each and do not trade
+    structure: str = "groups"
+    heads: Literal["kv", "query"] = "kv"  # a group: a KV head with its query heads, or query heads of every KV head
+    pruner: Spec
+    allocator: Spec
+    objective: Spec
+    finishers: tuple[Spec, ...] = ()
+    carry: Literal["dense", "centre", "expected"] = "expected"  # activations that reach the next block
+    rebuild: bool = True  # prune once more around the answer
+    damping: Annotated[float, Field(ge=0)] = 0.01  # ridge, as a share of the mean of diag H
+    search_budget: Annotated[int, Field(gt=0)] | None = None  # token-forwards
+    data: DataSpec = DataSpec()
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of the computation
+    trust_remote_code: bool = False
+    code: Literal["import", "bundled"] = "import"  # how a result of uneven sizes finds its classes
+    verify: bool = True  # load the result in a fresh process and compare
+
+    @classmethod
+    def load(cls, name: str | Path = "default") -> Self:
+        """A recipe from a YAML file, from the folder of a pruned model, or a preset by name.
+
+        Raises:
+            WrongInput: there is no such file or preset, or it says something a recipe cannot say.
+        """
+        found = _read(name)
+        return cls.of_mapping(found if name == "default" else _over(_read("default"), found))
+
+    @classmethod
+    def of_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """A recipe from plain values.
+
+        Raises:
+            WrongInput: one sentence for the first value that cannot be.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise WrongInput(_sentence(error)) from None
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> Self:
+        """Replace values by dotted key: sparsity, pruner, data.seqlen, allocator.inner.generations.
+
+        Naming the plug-in that is there already keeps its options. Digests of tokens go with the data they are of.
+
+        Raises:
+            WrongInput: no such key, with the nearest; or no such value.
+        """
+        values = self.model_dump(mode="python")
+        for key in sorted(overrides, key=lambda key: key.count(".")):  # a plug-in before its options
+            _place(values, key, overrides[key])
+            if key.split(".")[0] in ("data", "model", "seed") and isinstance(values["data"], dict):
+                values["data"]["digests"] = None
+        return type(self).of_mapping(values)
+
+    def checked(self) -> Self:
+        """This recipe with every option of every plug-in written out.
+
+        Raises:
+            WrongInput: a name, option or value that does not exist, or a file that is not there.
+        """
+        from prunekit.calibration.tokens import is_file
+        from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS
+
+        if self.structure not in STRUCTURES:
+            raise WrongInput(f"no structure {self.structure!r}; there are {', '.join(STRUCTURES)}")
+        pruner = PRUNERS.build(self.pruner)
+        if self.structure not in pruner.structures:
+            raise WrongInput(
+                f"pruner {self.pruner['name']!r} cannot remove {self.structure}; it can {', '.join(pruner.structures)}"
+            )
+        for dataset in (self.data.dataset, self.data.evaluation_dataset):
+            if dataset is not None:
+                is_file(dataset)
+        return self.model_copy(
+            update={
+                "pruner": PRUNERS.spec(pruner),
+                "allocator": ALLOCATORS.spec(ALLOCATORS.build(self.allocator)),
+                "objective": OBJECTIVES.spec(OBJECTIVES.build(self.objective)),
+                "finishers": tuple(FINISHERS.spec(FINISHERS.build(spec)) for spec in self.finishers),
+            }
+        )
+
+    def completed(self, *, model: str, draws: Draws) -> Self:
+        """This recipe with the model's name and every choice about the tokens written in."""
+        return self.model_copy(update={"model": model, "data": draws.spec})
+
+    def to_yaml(self) -> str:
+        """All values in the order of the class, below a comment with the versions that were used."""
+        used = ", ".join(f"{name} {metadata.version(name)}" for name in ("prunekit", "torch", "transformers"))
+        body = yaml.safe_dump(self.checked().model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        return f"# {used}\n{body}"
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what determines the weights; neither device nor packaging does (`WITHOUT_EFFECT`)."""
+        values = self.checked().model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def presets() -> dict[str, str]:
+    """Name of every preset -> its YAML text."""
+    found: dict[str, str] = {}
+    for point in sorted(metadata.entry_points(group=PRESETS), key=lambda point: point.name):
+        for file in sorted(resources.files(point.value).iterdir(), key=lambda file: file.name):
+            name, _, suffix = file.name.rpartition(".")
+            if suffix != "yaml":
+                continue
+            if name in found:
+                raise WrongInput(f"two presets are called {name!r}, one of them in {point.value}; uninstall one")
+            found[name] = file.read_text(encoding="utf-8")
+    return found
+
+
+def parsed(assignment: str) -> tuple[str, Any]:
+    """`key.path=value`, the value as YAML.
+
+    Raises:
+        WrongInput: it is not of that form.
+    """
+    key, equals, value = assignment.partition("=")
+    if not (key.strip() and equals):
+        raise WrongInput(f"--set takes key.path=value, not {assignment!r}; as in --set pruner.damping=0.1")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise WrongInput(f"--set {key.strip()}: {value!r} is not a YAML value; quote it") from None
+
+
+# -- reading ------------------------------------------------------------------------------------------
+
+
+def _read(name: str | Path) -> dict[str, Any]:
+    path = Path(name).expanduser()
+    path = path / "recipe.yaml" if (path / "recipe.yaml").is_file() else path
+    if str(name) in presets():
+        text = presets()[str(name)]
+    elif path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise WrongInput(f"no recipe file {str(name)!r}; give a file, or one of the presets {', '.join(presets())}")
+    else:
+        raise WrongInput(_unknown("recipe", str(name), presets()))
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise WrongInput(f"recipe {str(name)!r}{where} is not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise WrongInput(f"recipe {str(name)!r} is not a list of key: value")
+    return values
+
+
+def _over(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`top` laid over `base`; only the data go key by key, a plug-in is taken whole."""
+    both = base | dict(top)
+    if isinstance(base.get("data"), dict) and isinstance(top.get("data"), Mapping):
+        both["data"] = base["data"] | dict(top["data"])
+    return both
+
+
+# -- overriding ---------------------------------------------------------------------------------------
+
+
+def _place(values: dict[str, Any], key: str, value: Any) -> None:
+    slot, *path = key.split(".")
+    if slot not in values:
+        raise WrongInput(_unknown("recipe key", slot, values))
+    if (registry := _registries().get(slot)) is not None:
+        if path:
+            values[slot] = registry.spec(registry.build(values[slot]))  # so that every option is there to be set
+        elif isinstance(value, registry.contract):
+            value = registry.spec(value)
+    here, name = values, slot
+    for step in path:
+        here, parent, name = here[name], name, step
+        if not isinstance(here, dict) or name not in here:
+            there = [f"{parent}.{option}" for option in here] if isinstance(here, dict) else []
+            raise WrongInput(_unknown("recipe key", f"{parent}.{name}", there))
+    old = here[name]
+    if isinstance(value, str) and isinstance(old, dict) and "name" in old:
+        value = old if old["name"] == value else {"name": value}
+    here[name] = {**old, **value} if key == "data" and isinstance(value, Mapping) else value
+
+
+def _registries() -> dict[str, Any]:
+    from prunekit.registry import ALLOCATORS, OBJECTIVES, PRUNERS
+
+    return {"pruner": PRUNERS, "allocator": ALLOCATORS, "objective": OBJECTIVES}
+
+
+# -- saying what is wrong -----------------------------------------------------------------------------
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    *path, last = [str(part) for part in first["loc"]] or ["recipe"]
+    key, kind, context = ".".join([*path, last]), first["type"], first.get("ctx", {})
+    if kind == "extra_forbidden":
+        fields = DataSpec.model_fields if path[:1] == ["data"] else Recipe.model_fields
+        return _unknown("recipe key", key, [".".join([*path, name]) for name in fields])
+    if kind == "missing":
+        return f"the recipe has no {key}; take it from a preset or add it"
+    if kind == "literal_error":
+        return f"{key} is one of {context['expected']}, not {first['input']!r}"
+    if kind in ("greater_than", "less_than") and key == "sparsity":
+        return f"sparsity is the share that is removed, more than 0 and less than 1, not {first['input']}"
+    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    from prunekit.registry import unknown
+
+    return unknown(what, name, list(known))

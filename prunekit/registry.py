@@ -1,0 +1,191 @@
+"""Name -> plug-in, through entry points, imported on first use.
+
+Built-ins come through the same door as a third party's: a distribution declares an entry point in
+one of the groups below, and its name is known to recipes, the command line and the suites.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
+
+from prunekit.errors import WrongInput
+from prunekit.contracts import Allocator, Finisher, LocalPruner, Objective
+
+T = TypeVar("T")
+
+
+class UnknownName(WrongInput, LookupError):
+    """A name nobody registered."""
+
+
+
+@dataclass(frozen=True)
+class Option:
+    """One hyper-parameter of a plug-in."""
+
+    name: str
+    type: str
+    default: Any
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered plug-in, not yet imported."""
+
+    kind: str
+    name: str
+    owner: str  # the distribution it comes from
+    point: metadata.EntryPoint
+
+    def load(self) -> type:
+        """Import it.
+
+        Raises:
+            ImportError: something it needs is not installed; says what.
+        """
+        try:
+            return self.point.load()
+        except ImportError as error:
+            missing = getattr(error, "name", None) or str(error)
+            raise ImportError(
+                f"{self.kind} {self.name!r} of {self.owner} needs {missing!r}, which is not installed: "
+                f"pip install {missing}"
+            ) from error
+
+    @property
+    def summary(self) -> str:
+        """First line of its docstring."""
+        return (inspect.getdoc(self.load()) or "").strip().split("\n")[0]
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """Its fields with types and defaults; nested plug-ins by the repr of their default."""
+        loaded = self.load()
+        if not dataclasses.is_dataclass(loaded):
+            return ()
+        return tuple(
+            Option(f.name, f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type)), _default(f))
+            for f in dataclasses.fields(loaded)
+            if f.init
+        )
+
+
+class Registry(Mapping[str, Entry], Generic[T]):
+    """The plug-ins of one kind, by name."""
+
+    def __init__(self, kind: str, group: str, contract: type[T] | None = None) -> None:
+        self.kind, self.group, self.contract = kind, group, contract
+
+    @property
+    def _entries(self) -> dict[str, Entry]:
+        return _entries(self.kind, self.group)
+
+    def __getitem__(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise UnknownName(unknown(self.kind, name, self._entries))
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def build(self, spec: str | Mapping[str, Any]) -> T:
+        """A plug-in from its name, or from {name: ..., option: value}; fields that are plug-ins nest.
+
+        Raises:
+            UnknownName: no such plug-in.
+            ValueError: an option it does not have, or a value it refuses.
+        """
+        options = {"name": spec} if isinstance(spec, str) else dict(spec)
+        name = options.pop("name", None)
+        if not isinstance(name, str):
+            raise WrongInput(f"a {self.kind} is given by its name, or as {{name: ..., option: value}}, not {spec!r}")
+        loaded = self[name].load()
+        if self.contract is not None and not (inspect.isclass(loaded) and issubclass(loaded, self.contract)):
+            raise ValueError(f"{self.kind} {name!r} is not a {self.contract.__name__} but {loaded!r}")
+        known = {f.name for f in dataclasses.fields(loaded) if f.init} if dataclasses.is_dataclass(loaded) else set()
+        for option in options:
+            if option not in known:
+                raise WrongInput(unknown(f"option of {self.kind} {name!r}", option, known))
+        hints = get_type_hints(loaded) if options else {}
+        values = {option: _nested(hints[option], value) for option, value in options.items()}
+        try:
+            return loaded(**values)
+        except (TypeError, ValueError) as error:
+            raise WrongInput(f"{self.kind} {name!r}: {error}") from error
+
+    def name_of(self, plugin: object) -> str | None:
+        """The name under which a plug-in's class is registered."""
+        return next((n for n, e in self._entries.items() if e.point.value.endswith(f":{type(plugin).__name__}")
+                     and e.load() is type(plugin)), None)
+
+    def spec(self, plugin: Any) -> dict[str, Any]:
+        """The inverse of `build`: name and all options of a plug-in."""
+        name = self.name_of(plugin)
+        if name is None:
+            raise ValueError(f"{plugin!r} is not registered as a {self.kind}; a recipe cannot name it")
+        options = {f.name: getattr(plugin, f.name) for f in dataclasses.fields(plugin) if f.init}
+        return {"name": name} | {k: _plain(v) for k, v in options.items()}
+
+
+PRUNERS = Registry("pruner", "prunekit.pruners", LocalPruner)
+ALLOCATORS = Registry("allocator", "prunekit.allocators", Allocator)
+OBJECTIVES = Registry("objective", "prunekit.objectives", Objective)
+FINISHERS = Registry("finisher", "prunekit.finishers", Finisher)
+ADAPTERS: Registry[Any] = Registry("adapter", "prunekit.adapters")  # key = config.model_type
+KINDS: tuple[Registry[Any], ...] = (PRUNERS, ALLOCATORS, OBJECTIVES, FINISHERS, ADAPTERS)
+
+
+def unknown(what: str, name: str, known: object) -> str:
+    """One sentence for a name that is not there: the nearest, and all there are."""
+    names = sorted(str(k) for k in known)  # type: ignore[union-attr]
+    near = difflib.get_close_matches(name, names, n=1)
+    guess = f"did you mean {near[0]!r}? " if near else ""
+    return f"no {what} {name!r}; {guess}there are {', '.join(names) or 'none'}"
+
+
+@cache
+def _entries(kind: str, group: str) -> dict[str, Entry]:
+    found: dict[str, Entry] = {}
+    for point in metadata.entry_points(group=group):
+        owner = point.dist.name if point.dist is not None else "unknown"
+        entry = Entry(kind, point.name, owner, point)
+        if (other := found.get(point.name)) is not None and other.point.value != point.value:
+            raise ValueError(f"two {kind}s are called {point.name!r}: of {other.owner} and of {owner}; uninstall one")
+        found[point.name] = entry
+    return dict(sorted(found.items()))
+
+
+def _nested(hint: Any, value: Any) -> Any:
+    """Turn a recipe's value into what the field's type asks for: a plug-in, or tuples for lists."""
+    for registry in KINDS:
+        asked = (hint, *get_args(hint))
+        if registry.contract in asked and registry.contract is not None and isinstance(value, (str, Mapping)):
+            return registry.build(value)
+    if isinstance(value, list):
+        return tuple(_nested(None, v) for v in value)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    for registry in KINDS:
+        if registry.contract is not None and isinstance(value, registry.contract):
+            return registry.spec(value)
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return _plain(field.default)
+    if field.default_factory is not dataclasses.MISSING:
+        return _plain(field.default_factory())
+    return None

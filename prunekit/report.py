@@ -1,0 +1,164 @@
+"""What a run has to say for itself: a report for machines, a card for people, records for the ledger."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prunekit.calibration.tokens import Draws, TokenBatch
+from prunekit.checkpoint import Dense
+from prunekit.contracts import Problem
+from prunekit.ledger import Ledger
+from prunekit.recipe import Recipe
+from prunekit.sites import Allocation, Space
+from prunekit.store import write_json
+from prunekit.supernet import Supernet
+
+SCHEMA = 1
+
+
+def space_record(walk: int, problem: Problem) -> dict[str, Any]:
+    """All that is needed to read the questions of a walk without the model."""
+    space = problem.space
+    return {
+        "kind": "space",
+        "walk": walk,
+        "sites": [site.name for site in space.sites],
+        "ladders": [list(ladder) for ladder in space.ladders],
+        "prices": [list(row) for row in space.prices],
+        "limit": space.budget.limit,
+        "metric": space.budget.metric,
+        "errors": [list(row) for row in problem.errors],
+        "start": list(problem.start),
+    }
+
+
+def report(
+    recipe: Recipe,
+    dense: Dense,
+    whole: Space,
+    net: Supernet,
+    plan: Allocation,
+    small: nn.Module,
+    draws: Draws,
+    losses: Mapping[str, Any],
+    ledger: Ledger,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """The content of report.json. Parameters are counted in the tensors, never taken from the request."""
+    errors = net.site_errors(plan)
+    before, after = count(dense.model), count(small)
+    blocks = count(dense.adapter.blocks(dense.model))
+    return {
+        "schema": SCHEMA,
+        "model": dense.name,
+        "dense": {"parameters": before, "block_parameters": blocks},
+        "pruned": {
+            "parameters": after,
+            "block_parameters": blocks - (before - after),  # nothing outside the blocks is removed
+            "sparsity_of_blocks": (before - after) / blocks,
+            "sparsity_of_model": (before - after) / before,
+        },
+        "budget": {
+            "metric": whole.budget.metric,
+            "of": recipe.of,
+            "sparsity_asked": recipe.sparsity,
+            "limit": whole.budget.limit,
+            "spent": whole.cost(plan),
+        },
+        "losses": dict(losses),
+        "sites": [
+            {
+                "name": site.name,
+                "block": site.block,
+                "kind": site.kind,
+                "groups": site.n_groups,
+                "kept": kept,
+                "parameters": site.parameters(kept),
+                "error": error,
+            }
+            for site, kept, error in zip(whole.sites, plan, errors, strict=True)
+        ],
+        "data": {
+            "source": draws.source,
+            "calibration": _tokens(draws.calibration),
+            "search": _tokens(draws.search),
+            "evaluation": _tokens(draws.evaluation),
+        },
+        "search": {"questions": ledger.questions, "token_forwards": ledger.tokens},
+        "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()},
+        "seed": recipe.seed,
+        "versions": {name: metadata.version(name) for name in ("prunekit", "torch", "transformers")}
+        | {"python": platform.python_version()},
+    }
+
+
+def card(document: Mapping[str, Any], recipe: Recipe) -> str:
+    """README.md of a pruned model."""
+    dense, pruned, losses = document["dense"], document["pruned"], document["losses"]
+    name = Path(str(document["model"])).name
+    parts = ", ".join(f"{kind} `{spec['name']}`" for kind, spec in _parts(recipe))
+    rows = "\n".join(
+        f"| {site['name']} | {site['kept']:,} of {site['groups']:,} | {site['error']:.4f} |" for site in document["sites"]
+    )
+    return f"""---
+base_model: {document["model"]}
+tags: [prunekit, pruned]
+library_name: transformers
+---
+
+# {name}, {document["pruned"]["sparsity_of_blocks"]:.1%} of the block parameters removed
+
+Pruned by [prunekit](https://pypi.org/project/prunekit/) {document["versions"]["prunekit"]} with {parts}.
+
+| | dense | pruned |
+|---|---|---|
+| parameters | {dense["parameters"]:,} | {pruned["parameters"]:,} |
+| in blocks | {dense["block_parameters"]:,} | {pruned["block_parameters"]:,} |
+| perplexity | {losses["dense"]["perplexity"]:.2f} | {losses["pruned"]["perplexity"]:.2f} |
+
+Perplexity: `{losses["pruned"]["label"]}`. Calibration and search: {document["data"]["source"]}.
+
+## Load
+
+```python
+import prunekit  # registers model classes whose layers differ in size; not needed where all are equal
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+```
+
+`prunekit prune --recipe recipe.yaml --output DIR` makes it again.
+
+## Sites
+
+| site | kept groups | relative output error |
+|---|---|---|
+{rows}
+"""
+
+
+def write(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
+    """report.json and README.md."""
+    write_json(folder / "report.json", document)
+    (folder / "README.md").write_text(card(document, recipe), encoding="utf-8")
+
+
+def count(module: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def _parts(recipe: Recipe) -> list[tuple[str, Mapping[str, Any]]]:
+    fixed = [("pruner", recipe.pruner), ("allocator", recipe.allocator), ("objective", recipe.objective)]
+    return [*fixed, *(("finisher", spec) for spec in recipe.finishers)]
+
+
+def _tokens(batch: TokenBatch) -> dict[str, Any]:
+    return {"source": batch.source, "tokens": batch.n_tokens, "seqlen": batch.seqlen, "sha256": batch.digest}

@@ -1,0 +1,130 @@
+"""Carries an allocator's questions to the objective and the losses back.
+
+Checks every question, judges none twice, counts tokens, stops at the limit, and replays a ledger.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from prunekit.calibration.tokens import TokenBatch
+from prunekit.contracts import Allocator, Objective, Problem, Query
+from prunekit.errors import PluginError
+from prunekit.ledger import Ledger
+from prunekit.progress import Progress
+from prunekit.sites import Allocation
+from prunekit.supernet import Supernet
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A loss and the tokens it was measured on."""
+
+    allocation: Allocation
+    tokens: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search came to."""
+
+    answer: Allocation
+    judgement: Judgement | None  # of the answer, on the most tokens it was judged on
+    questions: int
+
+
+def converse(
+    allocator: Allocator,
+    problem: Problem,
+    net: Supernet,
+    objective: Objective,
+    tokens: TokenBatch,
+    ledger: Ledger,
+    *,
+    walk: int,
+    limit: int | None = None,
+    progress: Progress,
+    label: str = "search",
+) -> Outcome:
+    """Hold the conversation; return the allocator's answer.
+
+    Token-forwards are counted per new question. When the next ask would take the ledger past `limit`
+    (token-forwards of the whole run) the search ends with the best allocation judged so far.
+
+    Raises:
+        PluginError: a question or the answer breaks the space, or nothing was asked.
+    """
+    who = type(allocator).__name__
+    judged: dict[tuple[Allocation, int], float] = {}
+    search = allocator.search(problem)
+    losses: list[float] | None = None
+    with progress.stage(label, 0) as stage:
+        while True:
+            try:
+                queries = search.send(losses) if losses is not None else next(search)  # type: ignore[arg-type]
+            except StopIteration as stop:
+                answer = stop.value
+                break
+            asked = [_asked(query, problem, tokens, objective, who) for query in queries]
+            if not asked:
+                raise PluginError(f"{who} asked without a question")
+            new = [key for key in dict.fromkeys(asked) if key not in judged]
+            price = sum(paid for _, paid in new)
+            if limit is not None and judged and not ledger.replaying and ledger.tokens + price > limit:
+                progress.say(f"search stops at {ledger.tokens:,} token-forwards; the limit is {limit:,}")
+                answer = best(judged).allocation
+                break
+            _judge(new, judged, net, objective, tokens, ledger, walk)
+            losses = [judged[key] for key in asked]
+            found = best(judged)
+            stage.advance(len(new), f"loss {found.loss:.4g} on {found.tokens:,} tokens; {ledger.tokens:,} token-forwards")
+    if not judged:
+        raise PluginError(f"{who} answered without a question")
+    if not (isinstance(answer, tuple) and problem.space.is_feasible(answer)):
+        raise PluginError(f"{who} answered {answer!r}, which is not a feasible allocation of this space")
+    known = [Judgement(a, t, loss) for (a, t), loss in judged.items() if a == answer]
+    return Outcome(answer, max(known, key=lambda j: j.tokens, default=None), len(judged))
+
+
+def best(judged: dict[tuple[Allocation, int], float]) -> Judgement:
+    """The lowest loss among those judged on the most tokens; the earlier on a tie."""
+    most = max(tokens for _, tokens in judged)
+    (allocation, tokens), loss = min(
+        (item for item in judged.items() if item[0][1] == most), key=lambda item: item[1]
+    )
+    return Judgement(allocation, tokens, loss)
+
+
+def _asked(
+    query: Query, problem: Problem, tokens: TokenBatch, objective: Objective, who: str
+) -> tuple[Allocation, int]:
+    if not isinstance(query, Query) or not problem.space.is_feasible(query.allocation):
+        raise PluginError(f"{who} asked for {query!r}, which is not a feasible allocation of this space")
+    return query.allocation, tokens.first(query.tokens).n_tokens if objective.reads_tokens else 0
+
+
+def _judge(
+    new: list[tuple[Allocation, int]],
+    judged: dict[tuple[Allocation, int], float],
+    net: Supernet,
+    objective: Objective,
+    tokens: TokenBatch,
+    ledger: Ledger,
+    walk: int,
+) -> None:
+    """Answer new questions from the ledger, then from the network, all of one fidelity together."""
+    fetched: set[int] = set()
+    for allocation, count in new:
+        question = {"kind": "question", "walk": walk, "allocation": list(allocation), "tokens": count}
+        loss = ledger.recall(question)
+        if loss is None:
+            batch = tokens.first(count) if count else tokens
+            if count and count not in fetched:
+                net.prefetch([a for a, c in new if c == count and (a, c) not in judged], batch)
+                fetched.add(count)
+            loss = objective.loss(net, allocation, batch)
+            loss = math.inf if math.isnan(loss) else float(loss)
+            ledger.answer(question, loss)
+        judged[allocation, count] = loss

@@ -1,0 +1,392 @@
+"""What can be cut, how much of it is kept, and what that costs.
+
+Integers only: a share appears where a user types it and becomes a count of kept groups here, once.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from itertools import cycle, pairwise, permutations
+from typing import Literal, get_args
+
+from prunekit.errors import WrongInput
+
+Allocation = tuple[int, ...]
+"""Kept groups per site, in order of execution."""
+
+Kind = Literal["attention", "mlp", "linear"]
+Metric = Literal["parameters", "bytes", "flops", "kv-cache"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where width can be cut: the input columns of one linear map, in groups.
+
+    A group lives or dies together with everything that feeds it (rows of the projections in
+    front). Keeping 0 groups drops the whole sub-layer, its norm and biases included.
+    """
+
+    name: str  # module path of the linear map inside the model
+    block: int  # index of the decoder block
+    kind: Kind
+    n_groups: int
+    group_size: int  # input columns per group
+    params_per_group: int  # parameters that go with a group, coupled rows and biases included
+    params_fixed: int = 0  # parameters that go only when the whole sub-layer goes
+    cached_per_group: int = 0  # values a group keeps in the KV cache per token
+    spread: int = 1  # a group takes group_size/spread columns from each of `spread` equal parts
+    least: int = 0  # the smallest count that may be kept
+
+    @property
+    def d_in(self) -> int:
+        return self.n_groups * self.group_size
+
+    def parameters(self, kept: int) -> int:
+        """Parameters of the sub-layer when `kept` groups are kept."""
+        return kept * self.params_per_group + (self.params_fixed if kept else 0)
+
+    def columns(self, groups: Sequence[int]) -> list[int]:
+        """Input columns of `groups`, group by group."""
+        width, part = self.group_size // self.spread, self.d_in // self.spread
+        return [s * part + g * width + c for g in groups for s in range(self.spread) for c in range(width)]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most `limit` units of one metric over all sites, or over the sites of each kind apart."""
+
+    limit: int
+    metric: Metric = "parameters"
+    bytes_per_parameter: int = 2
+    by_kind: tuple[tuple[Kind, int], ...] = ()  # (kind, limit): kinds do not trade; the limits sum to `limit`
+
+    def price(self, site: Site, kept: int) -> int:
+        """What `kept` groups of `site` cost."""
+        if self.metric == "kv-cache":
+            return kept * site.cached_per_group
+        unit = {"parameters": 1, "bytes": self.bytes_per_parameter, "flops": 2}[self.metric]
+        return unit * site.parameters(kept)
+
+    @classmethod
+    def keeping(
+        cls,
+        share: float,
+        sites: Sequence[Site],
+        *,
+        metric: Metric = "parameters",
+        bytes_per_parameter: int = 2,
+        outside: int = 0,
+        apart: bool = False,
+    ) -> Budget:
+        """The budget that keeps `share` of the sites and of `outside` parameters no site can free.
+
+        Raises:
+            WrongInput: the share cannot be reached; says which sparsities can.
+        """
+        ruler = cls(0, metric, bytes_per_parameter)
+        fixed = outside * ruler.price(Site("", 0, "linear", 1, 1, 1), 1) if metric != "kv-cache" else 0
+        exact = Fraction(str(share))
+
+        def limit(some: Sequence[Site], fixed: int) -> int:
+            full = sum(ruler.price(s, s.n_groups) for s in some) + fixed
+            least = sum(ruler.price(s, s.least) for s in some) + fixed
+            if full == 0:
+                raise WrongInput(f"no site has a price in {metric}; choose another metric")
+            if full * exact < least:
+                raise WrongInput(
+                    f"sparsity {float(1 - exact):.4g} of {metric} cannot be met: "
+                    f"reachable is 0 to {1 - least / full:.4g}, because {least:,} of {full:,} always stay"
+                )
+            return math.floor(full * exact) - fixed
+
+        if not apart:
+            return cls(limit(sites, fixed), metric, bytes_per_parameter)
+        kinds = sorted({s.kind for s in sites})
+        limits: tuple[tuple[Kind, int], ...] = tuple((k, limit([s for s in sites if s.kind == k], 0)) for k in kinds)
+        return cls(sum(n for _, n in limits), metric, bytes_per_parameter, limits)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Which counts each site may keep (its ladder of rungs) under one exact budget."""
+
+    sites: tuple[Site, ...]
+    ladders: tuple[tuple[int, ...], ...]  # kept counts, ascending
+    budget: Budget
+    stride: float = 0.0  # distance of rungs as a share of a site's groups; 0: every count
+
+    def __post_init__(self) -> None:
+        if len(self.sites) != len(self.ladders):
+            raise ValueError(f"{len(self.sites)} sites need as many ladders, not {len(self.ladders)}")
+        for site, ladder in zip(self.sites, self.ladders, strict=True):
+            if not ladder or list(ladder) != sorted(set(ladder)) or ladder[0] < 0 or ladder[-1] > site.n_groups:
+                raise ValueError(f"{site.name}: a ladder ascends within 0..{site.n_groups}, not {ladder}")
+
+    @classmethod
+    def whole(cls, sites: Sequence[Site], budget: Budget) -> Space:
+        """Every count of every site."""
+        return cls(tuple(sites), tuple(tuple(range(s.least, s.n_groups + 1)) for s in sites), budget)
+
+    # -- prices ---------------------------------------------------------------------------------
+
+    @cached_property
+    def prices(self) -> tuple[tuple[int, ...], ...]:
+        """Price of every rung, aligned with `ladders`."""
+        return tuple(
+            tuple(self.budget.price(site, kept) for kept in ladder)
+            for site, ladder in zip(self.sites, self.ladders, strict=True)
+        )
+
+    @cached_property
+    def purses(self) -> tuple[tuple[tuple[int, ...], int], ...]:
+        """(site indices, limit) for each part of the budget that is kept by itself."""
+        if not self.budget.by_kind:
+            return ((tuple(range(len(self.sites))), self.budget.limit),)
+        return tuple(
+            (tuple(i for i, s in enumerate(self.sites) if s.kind == kind), limit) for kind, limit in self.budget.by_kind
+        )
+
+    def cost(self, allocation: Allocation) -> int:
+        """Price of an allocation, in units of the budget's metric."""
+        return sum(self.budget.price(s, k) for s, k in zip(self.sites, allocation, strict=True))
+
+    def is_feasible(self, allocation: Allocation) -> bool:
+        """Every count is a rung and no purse is overdrawn."""
+        if len(allocation) != len(self.sites):
+            return False
+        if any(k not in position for k, position in zip(allocation, self._positions, strict=True)):
+            return False
+        rungs = self.rungs(allocation)
+        return all(self._spare(rungs, members, limit) >= 0 for members, limit in self.purses)
+
+    def rungs(self, allocation: Allocation) -> tuple[int, ...]:
+        """Position of every count on its ladder."""
+        return tuple(position[k] for k, position in zip(allocation, self._positions, strict=True))
+
+    def allocation(self, rungs: Sequence[int]) -> Allocation:
+        """Inverse of `rungs`."""
+        return tuple(ladder[r] for r, ladder in zip(rungs, self.ladders, strict=True))
+
+    # -- the road to feasibility ------------------------------------------------------------------
+
+    def nearest(self, wish: Sequence[float]) -> Allocation:
+        """The allocation next to a wish (kept groups, any real numbers) that spends the budget.
+
+        All wishes of a purse move by one common share of their sites until the rounded counts just
+        fit; what is left goes, rung by rung, to the sites that are furthest below their wish. The
+        result is tight: no site can be raised by one rung. A feasible, tight allocation is its own
+        nearest. Only a common shift is applied, so wishes that differ by one are the same wish.
+
+        Raises:
+            ValueError: the wish has the wrong length or is not finite, or even the lowest rungs cost too much.
+        """
+        if len(wish) != len(self.sites) or not all(math.isfinite(w) for w in wish):
+            raise ValueError(f"a wish is {len(self.sites)} finite numbers of kept groups, not {list(wish)}")
+        share = [w / s.n_groups for w, s in zip(wish, self.sites, strict=True)]
+        rungs = [0] * len(self.sites)
+        for members, limit in self.purses:
+            shift = self._shift(share, members, limit)
+            for i in members:
+                rungs[i] = self._rung(i, share[i] + shift)
+            self._fill(rungs, members, limit, [s + shift for s in share])
+        return self.allocation(rungs)
+
+    def uniform(self) -> Allocation:
+        """The same share of every site, as near as the ladders allow."""
+        return self.nearest([s.n_groups / 2 for s in self.sites])
+
+    def _rung(self, i: int, share: float) -> int:
+        """The rung nearest to a share of site i; the lower one on a tie."""
+        return bisect_left(self._middles[i], share * self.sites[i].n_groups)
+
+    @cached_property
+    def _middles(self) -> tuple[tuple[float, ...], ...]:
+        """Half-way points between neighbouring rungs."""
+        return tuple(tuple((low + high) / 2 for low, high in pairwise(ladder)) for ladder in self.ladders)
+
+    @cached_property
+    def _positions(self) -> tuple[dict[int, int], ...]:
+        """Count -> rung."""
+        return tuple({k: r for r, k in enumerate(ladder)} for ladder in self.ladders)
+
+    def _spare(self, rungs: Sequence[int], members: Sequence[int], limit: int) -> int:
+        return limit - sum(self.prices[i][rungs[i]] for i in members)
+
+    def _shift(self, share: Sequence[float], members: Sequence[int], limit: int) -> float:
+        def fits(shift: float) -> bool:
+            return sum(self.prices[i][self._rung(i, share[i] + shift)] for i in members) <= limit
+
+        reach = 2.0 + max((abs(share[i]) for i in members), default=0.0)
+        low, high = -reach, reach
+        if not fits(low):
+            least = sum(self.prices[i][0] for i in members)
+            raise ValueError(f"the lowest rungs cost {least:,} {self.budget.metric}; the budget is {limit:,}")
+        if fits(high):
+            return high
+        if fits(0.0):
+            low = 0.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def _fill(self, rungs: list[int], members: Sequence[int], limit: int, share: Sequence[float]) -> None:
+        """Raise sites in place, the one furthest below its share first, while a rung still fits."""
+        spare = self._spare(rungs, members, limit)
+
+        def want(i: int) -> float:
+            ladder, r = self.ladders[i], rungs[i]
+            return (share[i] * self.sites[i].n_groups - ladder[r]) / (ladder[r + 1] - ladder[r])
+
+        while open_ := [i for i in members if rungs[i] + 1 < len(self.ladders[i]) and self._step(i, rungs[i]) <= spare]:
+            i = max(open_, key=lambda i: (want(i), -i))
+            spare -= self._step(i, rungs[i])
+            rungs[i] += 1
+
+    def _step(self, i: int, r: int) -> int:
+        """Price of going from rung r of site i to the next."""
+        return self.prices[i][r + 1] - self.prices[i][r]
+
+    # -- neighbours ---------------------------------------------------------------------------------
+
+    def exchange(self, here: Allocation, up: int, down: int) -> Allocation | None:
+        """Take from site `down`, give to site `up`: one rung of the dearer, what it pays for of the cheaper.
+
+        What is then left over goes to other sites. None when the ladders or the purses do not allow it.
+        """
+        rungs = self.rungs(here)
+        purse = next((p for p in self.purses if up in p[0]), ((), 0))
+        moved = self._trade(rungs, self._spare(rungs, *purse), up, down)
+        if moved is None:
+            return None
+        return tuple(self.ladders[i][moved[i]] if i in moved else k for i, k in enumerate(here))
+
+    def _trade(self, rungs: Sequence[int], spare: int, up: int, down: int) -> dict[int, int] | None:
+        """The rungs an exchange changes, given what the purse has to spare; None where it is not possible."""
+        if up == down or self._purse_of[up] != self._purse_of[down]:
+            return None
+        high, low = rungs[up] + 1, rungs[down] - 1
+        if high >= len(self.ladders[up]) or low < 0:
+            return None
+        spare += self._step(down, low) - self._step(up, high - 1)
+        while spare < 0:
+            if low == 0:
+                return None
+            low -= 1
+            spare += self._step(down, low)
+        while high + 1 < len(self.ladders[up]) and self._step(up, high) <= spare:
+            spare -= self._step(up, high)
+            high += 1
+        moved = {up: high, down: low}
+        members, cheapest = self._cheapest[self._purse_of[up]]
+        raised = spare >= cheapest
+        while raised:  # one rung each in turn, so that the result is tight again
+            raised = False
+            for i in members:
+                r = moved.get(i, rungs[i])
+                if i != down and r + 1 < len(self.ladders[i]) and self._step(i, r) <= spare:
+                    spare -= self._step(i, r)
+                    moved[i] = r + 1
+                    raised = True
+        return moved
+
+    @cached_property
+    def _purse_of(self) -> tuple[int, ...]:
+        """Position in `purses` of every site; -1 for a site of no purse."""
+        of = {i: p for p, (members, _) in enumerate(self.purses) for i in members}
+        return tuple(of.get(i, -1) for i in range(len(self.sites)))
+
+    @cached_property
+    def _cheapest(self) -> tuple[tuple[tuple[int, ...], int], ...]:
+        """(site indices, price of the cheapest step on any of their ladders) of every purse."""
+        return tuple(
+            (members, min((self._step(i, r) for i in members for r in range(len(self.ladders[i]) - 1)), default=0))
+            for members, _ in self.purses
+        )
+
+    def exchanges(self, here: Allocation) -> Iterator[Allocation]:
+        """All neighbours of an allocation by one exchange, each once."""
+        seen = {here}
+        for up, down in permutations(range(len(self.sites)), 2):
+            there = self.exchange(here, up, down)
+            if there is not None and there not in seen:
+                seen.add(there)
+                yield there
+
+    def lowest(self, table: Sequence[Sequence[float]]) -> Allocation:
+        """A tight allocation with a low sum of table[i][r] over the sites: near the optimum, not always it.
+
+        Every site takes its rung of least table[i][r] + λ price, λ as small as the purse allows; then
+        exchanges lower the sum until none does.
+        """
+        table = [[min(t, 1e300) for t in row] for row in table]  # differences of inf would be nan
+        bids = [0] * len(self.sites)
+        for members, limit in self.purses:
+            for i, r in zip(members, self._bids(table, members, limit), strict=True):
+                bids[i] = r
+        rungs = list(self.rungs(self.nearest(self.allocation(bids))))
+        spare = [self._spare(rungs, *purse) for purse in self.purses]
+        pairs = [(up, down) for members, _ in self.purses for up, down in permutations(members, 2)]
+        idle = 0
+        for up, down in cycle(pairs):
+            p = self._purse_of[up]
+            moved = self._trade(rungs, spare[p], up, down) or {}
+            terms = [t for i, r in moved.items() for t in (table[i][r], -table[i][rungs[i]])]
+            idle += 1
+            if math.fsum(terms) < 0:  # the exact sign: no walk in circles
+                for i, r in moved.items():
+                    rungs[i] = r
+                spare[p], idle = self._spare(rungs, *self.purses[p]), 0
+            if idle == len(pairs):
+                break
+        return self.allocation(rungs)
+
+    def _bids(self, table: Sequence[Sequence[float]], members: Sequence[int], limit: int) -> list[int]:
+        def bids(multiplier: float) -> list[int]:
+            return [
+                min(range(len(self.ladders[i])), key=lambda r: (table[i][r] + multiplier * self.prices[i][r], r))
+                for i in members
+            ]
+
+        def fits(rungs: Sequence[int]) -> bool:
+            return sum(self.prices[i][r] for i, r in zip(members, rungs, strict=True)) <= limit
+
+        gains = (
+            (table[i][r] - table[i][r + 1]) / (self.prices[i][r + 1] - self.prices[i][r])
+            for i in members
+            for r in range(len(self.ladders[i]) - 1)
+            if self.prices[i][r + 1] > self.prices[i][r]
+        )
+        low, high = 0.0, 2 * max(filter(math.isfinite, gains), default=0.0)  # beyond the largest gain nobody buys
+        if fits(free := bids(low)):
+            return free
+        best = bids(high) if fits(bids(high)) else [0] * len(members)
+        for _ in range(50):
+            middle = (low + high) / 2
+            if fits(rungs := bids(middle)):
+                high, best = middle, rungs
+            else:
+                low = middle
+        return best
+
+    # -- ladders ------------------------------------------------------------------------------------
+
+    def zoomed(self, centre: Allocation, stride: float | None = None, reach: int = 4) -> Space:
+        """Ladders of `reach` rungs on both sides of a centre; half the present stride unless told.
+
+        A stride is a share of a site's groups, never less than one group. Rungs beyond the ends are cut
+        at the ends, so the smallest and the largest count stay reachable from near them.
+        """
+        stride = self.stride / 2 if stride is None else stride
+        ladders = []
+        for site, middle in zip(self.sites, centre, strict=True):
+            step = max(1, round(stride * site.n_groups))
+            rungs = {min(max(middle + j * step, site.least), site.n_groups) for j in range(-reach, reach + 1)}
+            ladders.append(tuple(sorted(rungs)))
+        return replace(self, ladders=tuple(ladders), stride=stride)

@@ -1,0 +1,113 @@
+"""Candidates on disk: kept columns only, safetensors and a manifest with checksums.
+
+A store belongs to one walk. A site is in it whole or not at all, so an interrupted walk goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from prunekit.layer import Candidate
+from prunekit.sites import Site
+
+
+class DamagedStore(RuntimeError):
+    """A file of the store is not what was written."""
+
+
+class CandidateStore:
+    """The candidates of one walk, by site and kept count."""
+
+    def __init__(self, directory: Path, key: Mapping[str, Any]) -> None:
+        """Open or begin the store of the walk that `key` describes.
+
+        Raises:
+            DamagedStore: the directory holds the candidates of another walk.
+        """
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self._manifest = directory / "manifest.json"
+        self._verified: set[str] = set()
+        if self._manifest.exists():
+            self._entries = json.loads(self._manifest.read_text())
+            if self._entries["key"] != json.loads(json.dumps(key)):
+                raise DamagedStore(f"{directory} holds candidates of another walk; remove it to begin again")
+        else:
+            self._entries = {"version": 1, "key": key, "sites": {}}
+
+    def __contains__(self, site: Site) -> bool:
+        return site.name in self._entries["sites"]
+
+    def errors(self, site: Site) -> list[float]:
+        """Relative output errors of the site's candidates, in the order they were put."""
+        return list(self._entries["sites"][site.name]["errors"])
+
+    def put(self, site: Site, candidates: Sequence[Candidate], errors: Sequence[float]) -> None:
+        """Write all candidates of a site, then say so in the manifest."""
+        tensors = {}
+        for candidate in candidates:
+            if candidate.kept is None:
+                raise ValueError(f"{site.name}: only candidates with groups are stored")
+            columns = torch.tensor(site.columns(candidate.kept), dtype=torch.long)
+            count = len(candidate.kept)
+            tensors[f"{count}.kept"] = torch.tensor(candidate.kept, dtype=torch.int32)
+            tensors[f"{count}.weight"] = candidate.weight.detach().cpu()[:, columns].contiguous()
+        name = f"{site.name}.safetensors"
+        temporary = self.directory / f".{name}"
+        save_file(tensors, temporary)
+        digest = _digest(temporary)
+        temporary.replace(self.directory / name)
+        self._entries["sites"][site.name] = {
+            "file": name,
+            "sha256": digest,
+            "kept": [len(c.kept or ()) for c in candidates],
+            "errors": list(errors),
+        }
+        write_json(self._manifest, self._entries)
+
+    def get(self, site: Site, kept: int, device: torch.device | str = "cpu") -> Candidate:
+        """The candidate that keeps `kept` groups, with a full-width weight.
+
+        Raises:
+            KeyError: there is none.
+            DamagedStore: its file is missing or has changed.
+        """
+        entry = self._entries["sites"][site.name]
+        if kept not in entry["kept"]:
+            raise KeyError(f"{site.name}: no candidate keeps {kept}; there are {entry['kept']}")
+        path = self.directory / entry["file"]
+        if site.name not in self._verified:
+            if not path.exists() or _digest(path) != entry["sha256"]:
+                raise DamagedStore(f"{path} is missing or damaged; remove {self.directory} to prune again")
+            self._verified.add(site.name)
+        with safe_open(path, "pt") as file:
+            groups = tuple(file.get_tensor(f"{kept}.kept").tolist())
+            columns = file.get_tensor(f"{kept}.weight")
+        weight = columns.new_zeros(columns.shape[0], site.d_in)
+        weight[:, torch.tensor(site.columns(groups), dtype=torch.long)] = columns
+        return Candidate(groups, weight.to(device))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write beside, then rename: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

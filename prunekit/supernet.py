@@ -1,0 +1,165 @@
+"""The dense model, a store of candidates, and answers about any allocation of them.
+
+A generation of allocations is evaluated block by block over the tree of their prefixes: what two
+allocations share at the start is computed once. Candidates run cut out, not masked, so a pruned
+allocation costs less than the dense model.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int32, Int64
+from torch import Tensor, nn
+
+from prunekit.adapters import ModelAdapter
+from prunekit.adapters.adapter import shallow
+from prunekit.calibration.flow import chunks, entered
+from prunekit.calibration.tokens import TokenBatch
+from prunekit.sites import Allocation, Space
+from prunekit.store import CandidateStore
+
+HIDDEN_BYTES = 2 << 30  # final hidden states kept for the objective to read
+PARTS_BYTES = 4 << 30  # cut-out sub-layers kept ready
+LOGITS_AT_ONCE = 1 << 25  # values; logits are made window by window, never tokens x vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class TopLogProbs:
+    """The dense model's most probable next tokens at every position."""
+
+    ids: Int32[Tensor, "windows length k"]
+    log_probs: Float[Tensor, "windows length k"]  # of the full softmax, descending
+
+
+class Supernet:
+    """Errors by site and rung, and losses for the objective to compute."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: ModelAdapter,
+        space: Space,
+        errors: Sequence[Sequence[float]],
+        store: CandidateStore,
+    ) -> None:
+        self.model, self.adapter, self.space, self.store = model, adapter, space, store
+        self.errors = tuple(tuple(row) for row in errors)
+        self.blocks = adapter.blocks(model)
+        ends = [sum(s.block <= b for s in space.sites) for b in range(len(self.blocks))]
+        self._spans = list(zip([0, *ends[:-1]], ends, strict=True))  # sites of a block: allocation[start:end]
+        self._parts: OrderedDict[tuple[int, int], dict[str, nn.Module]] = OrderedDict()
+        self._parts_bytes = 0
+        self._hidden: dict[tuple[Allocation | None, str], list[Tensor]] = {}
+        self._tops: dict[tuple[str, int], TopLogProbs] = {}
+
+    # -- the table ------------------------------------------------------------------------------------
+
+    def site_errors(self, allocation: Allocation) -> list[float]:
+        """Relative output error of the chosen rung, site by site."""
+        return [
+            row[ladder.index(kept)]
+            for row, ladder, kept in zip(self.errors, self.space.ladders, allocation, strict=True)
+        ]
+
+    # -- tokens through the network ------------------------------------------------------------------
+
+    def prefetch(self, allocations: Sequence[Allocation], batch: TokenBatch) -> None:
+        """Run allocations together; `logits` of them on the same batch is then only the head.
+
+        Earlier results are let go. As many are run as fit the memory bound; the others run when asked.
+        """
+        self._hidden = {key: value for key, value in self._hidden.items() if key[0] is None}
+        width = self.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
+        each = batch.ids.numel() * int(width) * next(self.model.parameters()).element_size()
+        some = list(dict.fromkeys(allocations))[: max(1, HIDDEN_BYTES // each)]
+        for allocation, hidden in self._run(some, batch).items():
+            self._hidden[allocation, batch.digest] = hidden
+
+    def logits(
+        self, allocation: Allocation, batch: TokenBatch
+    ) -> Iterator[tuple[Int64[Tensor, "windows length"], Float[Tensor, "windows length vocabulary"]]]:
+        """(token ids, logits) of a few windows at a time, float32."""
+        yield from self._headed(allocation, batch)
+
+    def dense_logits(
+        self, batch: TokenBatch
+    ) -> Iterator[tuple[Int64[Tensor, "windows length"], Float[Tensor, "windows length vocabulary"]]]:
+        """As `logits`, of the dense model."""
+        yield from self._headed(None, batch)
+
+    def dense_top(self, batch: TokenBatch, k: int) -> TopLogProbs:
+        """The dense model's k most probable next tokens; computed once for a batch."""
+        if (batch.digest, k) not in self._tops:
+            found = [torch.log_softmax(logits, -1).topk(min(k, logits.shape[-1])) for _, logits in self.dense_logits(batch)]
+            self._tops[batch.digest, k] = TopLogProbs(
+                torch.cat([top.indices.int() for top in found]), torch.cat([top.values for top in found])
+            )
+        return self._tops[batch.digest, k]
+
+    def assemble(self, plan: Allocation) -> nn.Module:
+        """A smaller model: every site cut to its candidate. Shares with the dense model what was not cut."""
+        small = shallow(self.model)
+        for site, kept in zip(self.space.sites, plan, strict=True):
+            self.adapter.remove(small, site, self.store.get(site, kept))
+        return small
+
+    # -- inside -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _run(self, allocations: Sequence[Allocation | None], batch: TokenBatch) -> dict[Allocation | None, list[Tensor]]:
+        """The last block's output by allocation (None: dense), chunk by chunk of the batch."""
+        ends: dict[Allocation | None, list[Tensor]] = {a: [] for a in allocations}
+        for ids in chunks(batch):
+            hidden, calls = entered(self.model, self.adapter, ids)
+            states: dict[Allocation | None, Tensor] = {None if a is None else (): hidden for a in allocations}
+            for index, (start, end) in enumerate(self._spans):
+                reached: dict[Allocation | None, Tensor] = {}
+                for prefix in dict.fromkeys(None if a is None else a[:end] for a in allocations):
+                    block = self.blocks[index] if prefix is None else self._cut(index, start, prefix[start:])
+                    before = states[None if prefix is None else prefix[:start]]
+                    reached[prefix] = calls[index](block, before)
+                states = reached
+            for a in ends:
+                ends[a].append(states[a])
+        return ends
+
+    @torch.no_grad()
+    def _headed(self, allocation: Allocation | None, batch: TokenBatch) -> Iterator[tuple[Tensor, Tensor]]:
+        hidden = self._hidden.get((allocation, batch.digest))
+        if hidden is None:
+            hidden = self._run([allocation], batch)[allocation]
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+        windows = max(1, LOGITS_AT_ONCE // (batch.ids.shape[1] * int(vocabulary)))
+        for ids, states in zip(chunks(batch), hidden, strict=True):
+            for some, part in zip(ids.split(windows), states.split(windows), strict=True):
+                logits = self.adapter.logits(self.model, part)
+                yield some.to(logits.device), logits.float()
+
+    def _cut(self, index: int, start: int, kept: Sequence[int]) -> nn.Module:
+        """A block with its sites cut to `kept`; sub-layers are shared between all who keep the same."""
+        block = shallow(self.blocks[index])
+        for i, count in enumerate(kept, start):
+            for path, module in self._part(i, count).items():
+                block.set_submodule(path, module)
+        return block
+
+    def _part(self, i: int, kept: int) -> dict[str, nn.Module]:
+        if (i, kept) not in self._parts:
+            site = self.space.sites[i]
+            linear = self.adapter.linear(self.blocks[site.block], site)
+            candidate = self.store.get(site, kept, linear.weight.device)
+            self._parts[i, kept] = self.adapter.pruned(self.blocks[site.block], site, candidate)
+            self._parts_bytes += _bytes(self._parts[i, kept])
+            while self._parts_bytes > PARTS_BYTES and len(self._parts) > len(self.space.sites):
+                self._parts_bytes -= _bytes(self._parts.popitem(last=False)[1])
+        self._parts.move_to_end((i, kept))
+        return self._parts[i, kept]
+
+
+def _bytes(parts: dict[str, nn.Module]) -> int:
+    return sum(p.numel() * p.element_size() for module in parts.values() for p in module.parameters())
+

@@ -1,0 +1,92 @@
+"""Small layer problems: correlated inputs, and everything that makes real moments awkward."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+
+from prunekit.layer import LayerProblem
+
+Quirk = Literal["plain", "dead", "duplicate", "constant", "low rank", "loud", "zero weight", "silent"]
+QUIRKS: tuple[Quirk, ...] = get_args(Quirk)
+
+
+def toy_layer(
+    n_groups: int = 6,
+    group_size: int = 1,
+    d_out: int = 5,
+    *,
+    quirk: Quirk = "plain",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    moments: torch.dtype = torch.float32,
+) -> LayerProblem:
+    """A layer with correlated inputs and every field a pruner may need, but no cross moment.
+
+    quirk: dead (the first group receives nothing), duplicate (the second receives what the first does), constant
+    (the first column is 1), low rank (two directions in all), loud (the last column is 1000 times the others),
+    zero weight (the first group has none), silent (no group receives anything).
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    d_in = n_groups * group_size
+    weight = normal(d_out, d_in)
+    x = normal(8 * d_in, d_in) @ normal(d_in, d_in) + 0.5 * normal(d_in)  # (tokens, d_in)
+    first, second = slice(0, group_size), slice(group_size, 2 * group_size)
+    if quirk == "dead":
+        x[:, first] = 0
+    elif quirk == "duplicate" and n_groups > 1:
+        x[:, second], weight[:, second] = x[:, first], weight[:, first]
+    elif quirk == "constant":
+        x[:, 0] = 1
+    elif quirk == "low rank":
+        x = x[:, :2] @ normal(min(2, d_in), d_in)
+    elif quirk == "loud":
+        x[:, -1] *= 1000
+    elif quirk == "zero weight":
+        weight[:, first] = 0
+    elif quirk == "silent":
+        x = 0 * x
+    return LayerProblem(
+        weight=weight.to(dtype),
+        gram=(x.T @ x / len(x)).to(moments),
+        group_size=group_size,
+        mean=x.mean(0).to(moments),
+        variance=x.var(0, correction=0).to(moments),
+        coupled=normal(n_groups).square().to(moments),
+        gradient=normal(d_out, d_in).to(dtype),
+        name=f"{quirk} toy",
+    )
+
+
+def permuted(layer: LayerProblem, order: Sequence[int]) -> LayerProblem:
+    """The same layer with its groups in another order: group g of the result is group order[g]."""
+    columns = layer.columns(order)
+    groups = torch.as_tensor(list(order))
+    return replace(
+        layer,
+        weight=layer.weight[:, columns],
+        gram=layer.gram[columns][:, columns],
+        cross=None if layer.cross is None else layer.cross[columns][:, columns],
+        mean=None if layer.mean is None else layer.mean[columns],
+        variance=None if layer.variance is None else layer.variance[columns],
+        coupled=None if layer.coupled is None else layer.coupled[groups],
+        gradient=None if layer.gradient is None else layer.gradient[:, columns],
+    )
+
+
+LAYERS: dict[str, Callable[[], LayerProblem]] = {
+    **{f"{quirk} columns": partial(toy_layer, quirk=quirk) for quirk in QUIRKS},
+    **{f"{quirk} blocks": partial(toy_layer, 4, 3, quirk=quirk) for quirk in QUIRKS},
+    "one group": partial(toy_layer, 1, 4),
+    "one column": partial(toy_layer, 1, 1),
+    "one output": partial(toy_layer, d_out=1),
+    "bfloat16 weights": partial(toy_layer, dtype=torch.bfloat16),
+    "float16 weights": partial(toy_layer, 4, 3, dtype=torch.float16),
+    "float64 moments": partial(toy_layer, moments=torch.float64),
+}

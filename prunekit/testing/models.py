@@ -1,0 +1,46 @@
+"""Tiny random models of every family, for tests of adapters and of whole runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+GROUPED: dict[str, Any] = {"num_key_value_heads": 3, "intermediate_size": 17, "initializer_range": 0.3}
+
+SIZES: dict[str, dict[str, Any]] = {  # by config.model_type; head_dim is not hidden_size / heads where it may differ
+    "llama": GROUPED,
+    "mistral": GROUPED | {"head_dim": 6, "sliding_window": None},
+    "qwen2": GROUPED | {"tie_word_embeddings": True},
+    "qwen3": GROUPED | {"head_dim": 8},
+    "opt": {"ffn_dim": 17, "init_std": 0.3, "dropout": 0.0},
+    "gpt_neox": {"intermediate_size": 17, "initializer_range": 0.3, "rotary_pct": 0.5},
+}
+
+
+def tiny(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A random float64 causal LM of a few thousand parameters, biases and norms random too.
+
+    Families without an entry in `SIZES` get the sizes of a Llama.
+    """
+    set_seed(seed)
+    config = AutoConfig.for_model(model_type, **(COMMON | SIZES.get(model_type, GROUPED) | overrides))
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model.double().eval()

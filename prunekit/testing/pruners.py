@@ -1,0 +1,159 @@
+"""What every local pruner promises."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from prunekit.contracts import LocalPruner
+from prunekit.layer import Candidate, LayerProblem
+from prunekit.testing.layers import LAYERS, QUIRKS, Quirk, permuted, toy_layer
+
+FIELDS = frozenset({"gram", "cross", "mean", "variance", "coupled", "gradient"})
+
+
+def supplied(layer: LayerProblem, pruner: LocalPruner) -> LayerProblem:
+    """The layer as calibration on dense inputs hands it to this pruner: what it needs, nothing more."""
+    unused = FIELDS - pruner.needs - {"gram"}
+    layer = replace(layer, **dict.fromkeys(unused))
+    if "cross" not in pruner.needs:
+        return layer
+    weight, gram = layer.weight.double(), layer.gram.double()
+    return replace(layer, cross=layer.gram.clone(), energy=float(((weight @ gram) * weight).sum()))
+
+
+def checked(pruner: LocalPruner, layer: LayerProblem, keeps: Sequence[int]) -> list[Candidate]:
+    """Prune, and check what holds for every answer."""
+    candidates = list(pruner.prune(layer, keeps))
+    assert len(candidates) == len(keeps), "one candidate for every count"
+    for keep, candidate in zip(keeps, candidates, strict=True):
+        kept, weight = candidate.kept, candidate.weight
+        assert kept is not None
+        assert len(kept) == keep, "the count that was asked for, in the order asked"
+        assert list(kept) == sorted(set(kept)), "ids ascend, each once"
+        assert set(kept) <= set(range(layer.n_groups))
+        assert all(type(g) is int for g in kept)
+        assert (weight.shape, weight.dtype, weight.device) == (
+            layer.weight.shape,
+            layer.weight.dtype,
+            layer.weight.device,
+        )
+        assert bool(torch.isfinite(weight).all())
+        gone = layer.columns(sorted(set(range(layer.n_groups)) - set(kept)))
+        assert bool((weight[:, gone] == 0).all()), "exact zeros outside the kept groups"
+    return candidates
+
+
+class PrunerSuite:
+    """Subclass it, name it Test..., and set `plugin`."""
+
+    plugin: LocalPruner
+
+    @pytest.fixture(params=LAYERS)
+    def layer(self, request: pytest.FixtureRequest) -> LayerProblem:
+        return supplied(LAYERS[request.param](), self.plugin)
+
+    @pytest.fixture(params=[(12, 1), (6, 4)], ids=["columns", "blocks"])
+    def plain(self, request: pytest.FixtureRequest) -> LayerProblem:
+        n_groups, size = request.param
+        return supplied(toy_layer(n_groups, size), self.plugin)
+
+    def test_is_a_frozen_dataclass_that_needs_known_fields(self) -> None:
+        assert dataclasses.is_dataclass(self.plugin)
+        assert hash(self.plugin) == hash(replace(self.plugin))  # type: ignore[type-var]
+        assert self.plugin.needs <= FIELDS
+
+    def test_answers_every_count(self, layer: LayerProblem) -> None:
+        checked(self.plugin, layer, range(layer.n_groups + 1))
+
+    def test_keeping_all_loses_nothing(self, layer: LayerProblem) -> None:
+        candidates = checked(self.plugin, layer, range(layer.n_groups + 1))
+        errors = [layer.error(c.weight) for c in candidates]
+        assert errors[-1] == pytest.approx(0, abs=1e-5)
+        assert errors[-1] <= min(errors) + 1e-5
+
+    def test_keeping_none_is_zero(self, layer: LayerProblem) -> None:
+        (candidate,) = checked(self.plugin, layer, [0])
+        assert candidate.kept == ()
+        assert not candidate.weight.any()
+
+    def test_counts_may_come_in_any_order_and_alone(self, plain: LayerProblem) -> None:
+        counts = list(range(plain.n_groups + 1))
+        first = checked(self.plugin, plain, counts)
+        assert checked(self.plugin, plain, []) == []
+        for keeps in (counts[::-1], counts[1::3] + counts[::3]):
+            for keep, candidate in zip(keeps, checked(self.plugin, plain, keeps), strict=True):
+                assert candidate.kept == first[keep].kept
+                torch.testing.assert_close(candidate.weight, first[keep].weight)
+        for keep in counts:
+            checked(self.plugin, plain, [keep])
+
+    def test_gives_the_same_answer_twice(self, layer: LayerProblem) -> None:
+        counts = range(layer.n_groups + 1)
+        first = checked(self.plugin, layer, counts)
+        state = torch.get_rng_state()
+        second = checked(self.plugin, replace(layer), counts)
+        assert torch.equal(state, torch.get_rng_state()), "the global random state is the caller's"
+        for one, two in zip(first, second, strict=True):
+            assert one.kept == two.kept
+            assert torch.equal(one.weight, two.weight)
+
+    def test_leaves_its_input_alone(self, layer: LayerProblem) -> None:
+        names = [f.name for f in dataclasses.fields(layer) if isinstance(getattr(layer, f.name), torch.Tensor)]
+        before = {name: getattr(layer, name).clone() for name in names}
+        candidates = checked(self.plugin, layer, range(layer.n_groups + 1))
+        assert all(torch.equal(before[name], getattr(layer, name)) for name in names)
+        for candidate in candidates:
+            candidate.weight.fill_(7)  # an answer is the caller's own
+        assert torch.equal(before["weight"], layer.weight)
+
+    def test_follows_its_groups_when_they_change_places(self, plain: LayerProblem) -> None:
+        counts = range(plain.n_groups + 1)
+        order = torch.randperm(plain.n_groups, generator=torch.Generator().manual_seed(1)).tolist()
+        here = checked(self.plugin, plain, counts)
+        there = checked(self.plugin, permuted(plain, order), counts)
+        for one, two in zip(here, there, strict=True):
+            assert two.kept is not None
+            assert one.kept == tuple(sorted(order[g] for g in two.kept))
+            torch.testing.assert_close(two.weight, one.weight[:, plain.columns(order)], rtol=1e-3, atol=1e-5)
+
+    @pytest.mark.parametrize("scale", [2.0**-6, 2.0**6])
+    def test_chooses_the_same_groups_in_other_units(self, plain: LayerProblem, scale: float) -> None:
+        counts = range(plain.n_groups + 1)
+        louder = replace(
+            plain,
+            weight=scale * plain.weight,
+            energy=None if plain.energy is None else scale**2 * plain.energy,
+            coupled=None if plain.coupled is None else scale**2 * plain.coupled,
+            gradient=None if plain.gradient is None else plain.gradient / scale,
+        )
+        for one, two in zip(checked(self.plugin, plain, counts), checked(self.plugin, louder, counts), strict=True):
+            assert one.kept == two.kept
+            torch.testing.assert_close(two.weight, scale * one.weight, rtol=1e-3, atol=1e-5 * scale)
+
+    # one class serves many subclasses, and the same examples for all of them are what we want
+    @settings(
+        max_examples=30,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
+    )
+    @given(
+        n_groups=st.integers(1, 7),
+        group_size=st.integers(1, 4),
+        d_out=st.integers(1, 6),
+        quirk=st.sampled_from(QUIRKS),
+        seed=st.integers(0, 2**31),
+        damping=st.sampled_from([0.0, 1e-4, 0.01, 1.0]),
+    )
+    def test_holds_its_promises_on_any_shape(
+        self, *, n_groups: int, group_size: int, d_out: int, quirk: Quirk, seed: int, damping: float
+    ) -> None:
+        layer = toy_layer(n_groups, group_size, d_out, quirk=quirk, seed=seed)
+        layer = supplied(replace(layer, damping=damping), self.plugin)
+        checked(self.plugin, layer, range(n_groups + 1))

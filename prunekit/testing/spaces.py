@@ -1,0 +1,121 @@
+"""Small allocation problems with known answers: additive tables over uneven prices, kinds and ends."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from prunekit.contracts import Problem
+from prunekit.sites import Allocation, Budget, Kind, Site, Space
+
+Table = tuple[tuple[float, ...], ...]
+
+
+def sites_of(blocks: int, attention: tuple[int, int], mlp: tuple[int, int]) -> tuple[Site, ...]:
+    """Attention and MLP sites in turn, each kind given as (groups, parameters per group)."""
+
+    def site(block: int, kind: Kind, groups: int, price: int) -> Site:
+        return Site(
+            f"{block}.{kind}",
+            block,
+            kind,
+            groups,
+            group_size=1,
+            params_per_group=price,
+            cached_per_group=kind == "attention",
+        )
+
+    return tuple(s for b in range(blocks) for s in (site(b, "attention", *attention), site(b, "mlp", *mlp)))
+
+
+def small_llama(share: float = 0.5) -> Space:
+    """Every count of 16 sites: 8 blocks of 4 KV groups and 768 neurons, one group as dear as 64 neurons."""
+    sites = sites_of(8, attention=(4, 49_152), mlp=(768, 768))
+    return Space.whole(sites, Budget.keeping(share, sites))
+
+
+def convex_table(space: Space, seed: int = 0) -> Table:
+    """Relative errors w (1 - share)^p: 0 when all is kept, convex, unlike in size and shape from site to site."""
+    rng = random.Random(seed)
+    shapes = [(rng.uniform(0.2, 1.0), rng.uniform(1.2, 3.0)) for _ in space.sites]
+    return tuple(
+        tuple(w * (1 - k / site.n_groups) ** p for k in ladder)
+        for (w, p), site, ladder in zip(shapes, space.sites, space.ladders, strict=True)
+    )
+
+
+def rough_table(space: Space, seed: int = 0) -> Table:
+    """Falling errors without any shape."""
+    rng = random.Random(seed)
+    return tuple(tuple(sorted((rng.random() for _ in ladder), reverse=True)) for ladder in space.ladders)
+
+
+def additive(table: Sequence[Sequence[float]], space: Space) -> Callable[[Allocation], float]:
+    """The objective Σ_i table[i][r_i]."""
+    return lambda allocation: sum(row[r] for row, r in zip(table, space.rungs(allocation), strict=True))
+
+
+def problem(space: Space, errors: Table | None = None, seed: int = 0, tokens: int = 65_536) -> Problem:
+    """A problem that starts from uniform; convex errors unless told."""
+    return Problem(space, errors or convex_table(space, seed), space.uniform(), seed, tokens)
+
+
+def _even() -> Problem:
+    sites = tuple(Site(str(i), i, "mlp", 4, 1, 1) for i in range(4))
+    space = Space.whole(sites, Budget(8))
+    return problem(space, rough_table(space, 1))
+
+
+def _uneven() -> Problem:
+    """Three attention groups cost as much as two steps of an MLP ladder, so no single swap of rungs is exact."""
+    sites = sites_of(3, attention=(4, 64), mlp=(768, 1))
+    return problem(Space.whole(sites, Budget.keeping(0.6, sites)).zoomed((2, 384) * 3, stride=1 / 8, reach=8))
+
+
+def _apart() -> Problem:
+    sites = sites_of(3, attention=(4, 10), mlp=(16, 3))
+    return problem(Space.whole(sites, Budget.keeping(0.5, sites, apart=True)))
+
+
+def _cached() -> Problem:
+    """Only attention has a price."""
+    sites = sites_of(3, attention=(4, 10), mlp=(16, 3))
+    return problem(Space.whole(sites, Budget.keeping(0.5, sites, metric="kv-cache")))
+
+
+def _nearly_all() -> Problem:
+    sites = sites_of(2, attention=(4, 10), mlp=(16, 3))
+    return problem(Space.whole(sites, Budget.keeping(0.95, sites)))
+
+
+def _nearly_none() -> Problem:
+    sites = sites_of(2, attention=(4, 10), mlp=(16, 3))
+    return problem(Space.whole(sites, Budget.keeping(0.05, sites)))
+
+
+def _one_site() -> Problem:
+    sites = (Site("only", 0, "mlp", 16, 1, 3),)
+    return problem(Space.whole(sites, Budget.keeping(0.5, sites)))
+
+
+def _one_rung() -> Problem:
+    """Nothing to exchange."""
+    one = _even().space
+    return problem(replace(one, ladders=tuple((2,) for _ in one.sites)))
+
+
+def _no_tokens() -> Problem:
+    return replace(_uneven(), tokens=0)
+
+
+ZOO: Mapping[str, Callable[[], Problem]] = {
+    "even": _even,
+    "uneven": _uneven,
+    "apart": _apart,
+    "cached": _cached,
+    "nearly all": _nearly_all,
+    "nearly none": _nearly_none,
+    "one site": _one_site,
+    "one rung": _one_rung,
+    "no tokens": _no_tokens,
+}
+"""Problems every allocator meets, by what is hard about them."""

@@ -1,0 +1,1 @@
+"""Allocators: how much each site keeps."""

@@ -1,0 +1,100 @@
+"""One parent, many children by small exchanges, ever fewer of them judged on ever more tokens."""
+
+import random
+from dataclasses import dataclass
+
+from prunekit import Allocation, Allocator, Problem, Query, Search, Space
+
+
+@dataclass(frozen=True)
+class Evolution(Allocator):
+    """Mutate the parent by exchanging rungs; let the best child replace it when it is better on all tokens.
+
+    A child is f exchanges away from the parent,
+
+        f = min(U, U'),   U, U' ~ Uniform{1..exchanges}                                       (1)
+
+    and a generation is a tournament: stage j judges what is left on T_j tokens and keeps the S_j best.
+    The parent joins the last stage, so its loss never rises.
+
+    Source: EvoPress (Sieberling et al., arXiv:2410.14649, algorithms 1 and 2) and, for structures, Týr-the-Pruner
+    (Li et al., arXiv:2503.09657). We differ: an exchange keeps the exact price, so sites of unequal price trade
+    both ways; a child beaten on all tokens is not asked again; the error table gives a second parent to start
+    from; and the search ends when the parent has met all its neighbours, or stands for `patience` generations.
+    """
+
+    generations: int = 50
+    offspring: int = 8  # children per generation
+    exchanges: int = 3  # most exchanges per child, a in (1)
+    selections: tuple[tuple[int, int], ...] = ((4, 512), (2, 4_096), (1, 16_384))  # (survivors, tokens)
+    patience: int = 15  # generations without a new parent before the search ends
+    warm_start: bool = True  # let the lowest allocation on the error table compete with the start
+
+    def __post_init__(self) -> None:
+        if min(self.offspring, self.exchanges, self.patience) < 1 or self.generations < 0:
+            raise ValueError("offspring, exchanges and patience are at least 1, generations at least 0")
+        survivors, tokens = [s for s, _ in self.selections], [t for _, t in self.selections]
+        if survivors[-1:] != [1] or survivors != sorted(survivors, reverse=True):
+            raise ValueError(f"survivors fall to 1 from stage to stage, not {survivors}")
+        if tokens != sorted(tokens) or tokens[0] < 1:
+            raise ValueError(f"tokens rise from stage to stage, not {tokens}")
+
+    def search(self, problem: Problem) -> Search:
+        space, rng = problem.space, random.Random(problem.seed)
+        stages = self._stages(problem.tokens)
+        most = stages[-1][1]
+        parents = [problem.start]
+        if self.warm_start and (seed := space.lowest(problem.errors)) != problem.start:
+            parents.append(seed)
+        losses = yield [Query(a, most) for a in parents]
+        _, parent = min(zip(losses, parents, strict=True))
+        beaten = set(parents)  # judged on all tokens; a parent's loss only falls, so none of them can win again
+
+        idle = 0
+        for _ in range(self.generations):
+            pool = self._children(space, parent, beaten, rng)
+            if not pool or idle == self.patience:
+                break
+            for survivors, tokens in stages[:-1]:
+                losses = yield [Query(a, tokens) for a in pool]
+                pool = [a for _, a in sorted(zip(losses, pool, strict=True))[:survivors]]
+            losses = yield [Query(a, most) for a in (*pool, parent)]  # the parent only meets the finalists
+            beaten.update(pool)
+            best, child = min(zip(losses[:-1], pool, strict=True))
+            parent, idle = (child, 0) if best < losses[-1] else (parent, idle + 1)
+        return parent
+
+    def _stages(self, tokens: int) -> list[tuple[int, int | None]]:
+        """(survivors, tokens) within the tokens there are; stages that would judge on the same tokens are one."""
+        if tokens == 0:
+            return [(1, None)]
+        capped = [(survivors, min(asked, tokens)) for survivors, asked in self.selections]
+        return [stage for stage, after in zip(capped, [*capped[1:], (0, 0)], strict=True) if stage[1] != after[1]]
+
+    def _children(
+        self, space: Space, parent: Allocation, beaten: set[Allocation], rng: random.Random
+    ) -> list[Allocation]:
+        """Up to `offspring` distinct children; from a list of all neighbours where luck does not find enough."""
+        children: dict[Allocation, None] = {}  # an ordered set
+        for _ in range(4 * self.offspring):
+            steps = min(rng.randint(1, self.exchanges), rng.randint(1, self.exchanges))  # (1)
+            child = parent
+            for _ in range(steps):
+                child = _exchanged(space, child, rng) or child
+            if child not in beaten:
+                children[child] = None
+            if len(children) == self.offspring:
+                return list(children)
+        rest = [a for a in space.exchanges(parent) if a not in beaten and a not in children]
+        rng.shuffle(rest)
+        return [*children, *rest][: self.offspring]
+
+
+def _exchanged(space: Space, here: Allocation, rng: random.Random) -> Allocation | None:
+    """A random exchange between two sites that share a purse; None where that one is not possible."""
+    purses = [members for members, _ in space.purses if len(members) > 1]
+    if not purses:
+        return None
+    (members,) = rng.choices(purses, weights=[len(members) for members in purses])
+    up, down = rng.sample(members, 2)
+    return space.exchange(here, up, down)

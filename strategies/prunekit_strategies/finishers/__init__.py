@@ -1,0 +1,1 @@
+"""Finishers: polish the small model."""

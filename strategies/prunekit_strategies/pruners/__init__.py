@@ -1,0 +1,1 @@
+"""Local pruners: what to keep in one layer."""

@@ -1,0 +1,1 @@
+"""Recipes: a paper's system as parts by name, one YAML file each."""

@@ -1,0 +1,271 @@
+"""What every family's adapter promises: a cut model computes what the masked dense model computes."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prunekit.adapters import ModelAdapter, UnsupportedModel, adapter_for
+from prunekit.adapters.adapter import Heads
+from prunekit.layer import Candidate
+from prunekit.sites import Site
+from prunekit.testing.models import SIZES, tiny
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{model_type: (model_type, {}) for model_type in SIZES},
+    "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama-one-kv-head": ("llama", {"num_key_value_heads": 1}),
+    "llama-every-head-its-own": ("llama", {"num_key_value_heads": 6}),
+    "llama-wide-heads": ("llama", {"head_dim": 10}),
+    "mistral-sliding": ("mistral", {"sliding_window": 4}),
+    "qwen2-sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen3-biased": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+    "opt-norms-after": ("opt", {"do_layer_norm_before": False}),
+    "opt-narrow-embeddings": ("opt", {"word_embed_proj_dim": 10}),
+    "opt-bare": ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "gpt_neox-bare": ("gpt_neox", {"attention_bias": False, "tie_word_embeddings": True}),
+}
+IDS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 58], [2, 7, 18, 28, 18, 28, 45, 9, 4]])
+
+Plan = dict[Site, Candidate]
+
+
+@pytest.fixture(params=VARIANTS)
+def case(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, ModelAdapter]:
+    model_type, overrides = VARIANTS[request.param]
+    return tiny(model_type, **overrides), adapter_for(model_type)
+
+
+def candidate(model: nn.Module, adapter: ModelAdapter, site: Site, groups: list[int], scale: float = 1.1) -> Candidate:
+    """Keeps `groups`, with weights that are not the dense ones."""
+    weight = torch.zeros_like(adapter.linear(adapter.blocks(model)[site.block], site).weight)
+    columns = site.columns(sorted(groups))
+    weight[:, columns] = adapter.linear(adapter.blocks(model)[site.block], site).weight.detach()[:, columns] * scale
+    return Candidate(tuple(sorted(groups)), weight)
+
+
+def drawn(model: nn.Module, adapter: ModelAdapter, sites: tuple[Site, ...], seed: int = 0) -> Plan:
+    """A random uneven plan without dropped parts; the first attention keeps one group, the first MLP one neuron."""
+    rng, plan = random.Random(seed), {}
+    for i, site in enumerate(sites):
+        count = 1 if i < 2 else rng.randint(1, site.n_groups)
+        plan[site] = candidate(model, adapter, site, rng.sample(range(site.n_groups), count))
+    return plan
+
+
+def dropping(model: nn.Module, adapter: ModelAdapter, *gone: tuple[int, str]) -> Plan:
+    """Drop the parts (block, kind), keep everything else as it is."""
+    return {
+        s: candidate(model, adapter, s, [] if (s.block, s.kind) in gone else list(range(s.n_groups)), scale=1.0)
+        for s in adapter.sites(model)
+    }
+
+
+def masked(model: PreTrainedModel, adapter: ModelAdapter, plan: Plan) -> PreTrainedModel:
+    """The dense model with the candidates' weights; a part that keeps nothing answers zeros."""
+    twin = copy.deepcopy(model)
+    for site, chosen in plan.items():
+        block = adapter.blocks(twin)[site.block]
+        linear = adapter.linear(block, site)
+        linear.weight.data.copy_(chosen.weight)
+        if not chosen.kept:
+            linear.register_forward_hook(lambda *call: torch.zeros_like(call[-1]))
+    return twin
+
+
+def sliced(model: PreTrainedModel, adapter: ModelAdapter, plan: Plan) -> PreTrainedModel:
+    twin = copy.deepcopy(model)
+    for site, chosen in plan.items():
+        adapter.remove(twin, site, chosen)
+    return twin
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    return model(IDS, use_cache=False).logits
+
+
+def assert_same(small: PreTrainedModel, expected: PreTrainedModel) -> None:
+    torch.testing.assert_close(logits(small), logits(expected), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("heads", ["kv", "query"])
+def test_cut_equals_masked(case: tuple[PreTrainedModel, ModelAdapter], heads: Heads) -> None:
+    model, adapter = case
+    plan = drawn(model, adapter, adapter.sites(model, heads))
+    small = sliced(model, adapter, plan)
+    assert_same(small, masked(model, adapter, plan))
+    assert (logits(small) - logits(model)).abs().max() > 1e-3  # the comparison can fail
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        pytest.param([(0, "attention")], id="attention of the first layer"),
+        pytest.param([(2, "mlp")], id="MLP of the last layer"),
+        pytest.param([(1, "attention"), (1, "mlp")], id="a whole layer"),
+        pytest.param([(i, kind) for i in range(3) for kind in ("attention", "mlp")], id="all layers"),
+    ],
+)
+def test_dropped_parts_answer_zeros(case: tuple[PreTrainedModel, ModelAdapter], gone: list[tuple[int, str]]) -> None:
+    model, adapter = case
+    plan = dropping(model, adapter, *gone)
+    assert_same(sliced(model, adapter, plan), masked(model, adapter, plan))
+
+
+def test_keeping_all_changes_nothing(case: tuple[PreTrainedModel, ModelAdapter]) -> None:
+    model, adapter = case
+    small = sliced(model, adapter, dropping(model, adapter))
+    assert torch.equal(logits(small), logits(model))
+
+
+@pytest.mark.parametrize("heads", ["kv", "query"])
+def test_a_cut_model_can_be_cut_again(case: tuple[PreTrainedModel, ModelAdapter], heads: Heads) -> None:
+    model, adapter = case
+    once = sliced(model, adapter, drawn(model, adapter, adapter.sites(model, heads), seed=1))
+    adapter.remove(once, first := adapter.sites(once)[0], candidate(once, adapter, first, []))
+    plan = drawn(once, adapter, adapter.sites(once, heads), seed=2)
+    assert first not in plan
+    assert_same(sliced(once, adapter, plan), masked(once, adapter, plan))
+
+
+@pytest.mark.parametrize("heads", ["kv", "query"])
+def test_prices_are_parameter_counts(case: tuple[PreTrainedModel, ModelAdapter], heads: Heads) -> None:
+    model, adapter = case
+
+    def count(block: nn.Module) -> int:
+        return sum(p.numel() for p in block.parameters())
+
+    for site in adapter.sites(model, heads):
+        block = adapter.blocks(model)[site.block]
+        whole = count(block)
+        for kept in range(site.n_groups + 1):
+            small = copy.deepcopy(block)
+            for path, module in adapter.pruned(block, site, candidate(model, adapter, site, list(range(kept)))).items():
+                small.set_submodule(path, module)
+            assert whole - count(small) == site.parameters(site.n_groups) - site.parameters(kept)
+
+
+def test_only_norms_after_the_sum_stay_when_all_is_dropped(case: tuple[PreTrainedModel, ModelAdapter]) -> None:
+    model, adapter = case
+    sites = adapter.sites(model)
+    for index, block in enumerate(adapter.blocks(model)):
+        priced = sum(s.parameters(s.n_groups) for s in sites if s.block == index)
+        after = not getattr(block, "do_layer_norm_before", True)
+        stay = 2 * 2 * model.config.hidden_size if after else 0
+        assert priced + stay == sum(p.numel() for p in block.parameters())
+
+
+def test_logits_are_the_models_own(case: tuple[PreTrainedModel, ModelAdapter]) -> None:
+    model, adapter = case
+    last: list[Tensor] = []
+    adapter.blocks(model)[-1].register_forward_hook(lambda *call: last.append(call[-1]))
+    whole = logits(model)
+    with torch.no_grad():
+        assert torch.equal(adapter.logits(model, last[0]), whole)
+
+
+def test_pruned_leaves_the_block_alone(case: tuple[PreTrainedModel, ModelAdapter]) -> None:
+    model, adapter = case
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modules = dict(model.named_modules())
+    expected = logits(model)
+    own = set(map(id, model.parameters()))
+    for heads in ("kv", "query"):
+        for site in adapter.sites(model, heads):
+            block = adapter.blocks(model)[site.block]
+            for count in (0, 1, site.n_groups):
+                parts = adapter.pruned(block, site, candidate(model, adapter, site, list(range(count))))
+                new = [p for part in parts.values() for p in part.parameters() if id(p) not in own]
+                bias = model.config.hidden_size  # of the site's own linear map, where it has one
+                assert sum(p.numel() for p in new) <= count * site.params_per_group + bias  # the rest is shared
+                for parameter in new:
+                    parameter.data.fill_(7.0)
+    assert dict(model.named_modules()) == modules
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(logits(model), expected)
+
+
+def test_generation_with_cache_equals_generation_without(case: tuple[PreTrainedModel, ModelAdapter]) -> None:
+    model, adapter = case
+    plan = drawn(model, adapter, adapter.sites(model), seed=3)
+    first, *_, last = plan
+    plan[first] = candidate(model, adapter, first, [])
+    plan[last] = candidate(model, adapter, last, [])
+    small = sliced(model, adapter, plan)
+    ids = IDS.clone()
+    mask = torch.ones_like(ids)
+    ids[0, :3], mask[0, :3] = 0, 0  # left padding
+
+    def continued(ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+        found = cast(Any, small).generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **options)
+        assert isinstance(found, Tensor)
+        return found[:, ids.shape[1] :]
+
+    cached = continued(ids, mask, use_cache=True)
+    assert torch.equal(cached, continued(ids, mask, use_cache=False))
+    assert torch.equal(cached[:1], continued(ids[:1, 3:], mask[:1, 3:], use_cache=True))  # padded = alone
+
+
+def test_sites_come_in_order_of_execution_and_name_linear_maps(case: tuple[PreTrainedModel, ModelAdapter]) -> None:
+    model, adapter = case
+    sites = adapter.sites(model)
+    assert [(s.block, s.kind) for s in sites] == [(i, kind) for i in range(3) for kind in ("attention", "mlp")]
+    for site in sites:
+        assert model.get_submodule(site.name) is adapter.linear(adapter.blocks(model)[site.block], site)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+def test_sites_need_no_weights(model_type: str) -> None:
+    model, adapter = tiny(model_type), adapter_for(model_type)
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    assert adapter.sites(empty) == adapter.sites(model)
+
+
+def test_query_heads_go_evenly_from_every_kv_group() -> None:
+    model, adapter = tiny("llama"), adapter_for("llama")
+    site = adapter.sites(model, "query")[0]
+    assert (site.n_groups, site.spread) == (2, 3)
+    adapter.remove(model, site, candidate(model, adapter, site, [1]))
+    assert adapter.layer_config(adapter.blocks(model)[0]) == {
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "intermediate_size": 17,
+    }
+
+
+def test_layer_config_lists_dropped_parts() -> None:
+    model, adapter = tiny("opt"), adapter_for("opt")
+    small = sliced(model, adapter, dropping(model, adapter, (0, "attention"), (1, "mlp")))
+    entries = [adapter.layer_config(block) for block in adapter.blocks(small)]
+    assert entries == [
+        {"skip": ["attention"], "num_attention_heads": 1, "ffn_dim": 17},
+        {"skip": ["mlp"], "num_attention_heads": 6},
+        {"num_attention_heads": 6, "ffn_dim": 17},
+    ]
+
+
+def test_unknown_families_and_wrapped_maps_are_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="'bloom' has no adapter; supported are gpt_neox, llama"):
+        adapter_for("bloom")
+    model = tiny("llama")
+    model.set_submodule("model.layers.1.mlp.up_proj", nn.Sequential(nn.Linear(24, 17)))
+    with pytest.raises(UnsupportedModel, match=r"mlp\.up_proj is Sequential; prune before quantizing"):
+        adapter_for("llama").sites(model)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,231 @@
+"""The algebra every pruner stands on, in float64."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from prunekit import LayerProblem, best_groups
+from prunekit.layer import ranked
+from prunekit.testing import toy_layer
+
+SIZES = [pytest.param(1, id="columns"), pytest.param(3, id="blocks")]
+
+
+def exact(n_groups: int = 6, size: int = 1, **changes: object) -> LayerProblem:
+    layer = toy_layer(n_groups, size, dtype=torch.float64, moments=torch.float64)
+    return replace(layer, **changes)  # type: ignore[arg-type]
+
+
+def shifted(n_groups: int = 6, size: int = 1, damping: float = 0.01) -> tuple[LayerProblem, Tensor, Tensor]:
+    """A problem whose layer sees other inputs than the dense model's; those inputs x and x̂, (tokens, d_in)."""
+    generator = torch.Generator().manual_seed(3)
+    d_in = n_groups * size
+    mix = torch.randn(d_in, d_in, generator=generator, dtype=torch.float64)
+    x = torch.randn(200, d_in, generator=generator, dtype=torch.float64) @ mix
+    seen = x + 0.3 * torch.randn(200, d_in, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, d_in, generator=generator, dtype=torch.float64)
+    layer = LayerProblem(
+        weight,
+        seen.T @ seen / 200,
+        group_size=size,
+        damping=damping,
+        cross=x.T @ seen / 200,
+        energy=float((x @ weight.T).square().sum() / 200),
+    )
+    return layer, x, seen
+
+
+def damped_loss(layer: LayerProblem, weight: Tensor) -> float:
+    lost = layer.target - weight
+    return float(((lost @ layer.hessian) * lost).sum())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_refit_satisfies_its_normal_equations(size: int) -> None:
+    for layer in (exact(size=size), shifted(size=size)[0]):
+        candidate = layer.refitted([0, 3, 4])
+        kept = layer.columns([0, 3, 4])
+        slope = (candidate.weight - layer.target) @ layer.hessian
+        torch.testing.assert_close(slope[:, kept], torch.zeros_like(slope[:, kept]), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_refit_is_no_worse_than_mask(size: int) -> None:
+    layer = exact(size=size)
+    for groups in itertools.combinations(range(6), 3):
+        assert damped_loss(layer, layer.refitted(groups).weight) <= damped_loss(layer, layer.masked(groups).weight)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_refit_is_the_compensation_by_the_inverse_hessian(size: int) -> None:
+    layer = exact(size=size)
+    gone = layer.columns([1, 2, 5])
+    v, w = torch.linalg.inv(layer.hessian), layer.weight
+    gain = torch.linalg.solve(v[gone][:, gone], v[gone])
+    refit = layer.refitted([0, 3, 4]).weight
+    torch.testing.assert_close(refit, w - w[:, gone] @ gain, rtol=1e-9, atol=1e-9)
+    rise = (w[:, gone] @ torch.linalg.solve(v[gone][:, gone], w[:, gone].T)).trace()
+    assert damped_loss(layer, refit) == pytest.approx(float(rise), rel=1e-9)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_mask_alone_costs_a_quadratic_form_in_what_is_removed(size: int) -> None:
+    layer = exact(size=size)
+    q = torch.ones(layer.d_in, dtype=torch.float64)
+    q[layer.columns([0, 3, 4])] = 0
+    form = q @ ((layer.weight.T @ layer.weight) * layer.gram) @ q
+    power = float(((layer.weight @ layer.gram) * layer.weight).sum())
+    assert layer.error(layer.masked([0, 3, 4]).weight) == pytest.approx(float(form) / power, rel=1e-9)
+
+
+def test_relaxed_mask_has_a_closed_form_optimum() -> None:
+    layer = exact(10)
+    form = (layer.weight.T @ layer.weight) * layer.gram + 1e-6 * torch.eye(10, dtype=torch.float64)
+    one, removed = torch.ones(10, dtype=torch.float64), 4
+    solved = torch.linalg.solve(form, one)
+    q = removed * solved / (one @ solved)
+    assert float(q.sum()) == pytest.approx(removed)
+    assert float(q @ form @ q) == pytest.approx(removed**2 / float(one @ solved), rel=1e-9)
+    slope = form @ q
+    torch.testing.assert_close(slope, slope.mean().expand(10), rtol=1e-6, atol=1e-9)  # equal: stationary on Σ q = k
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_nested_equals_independent_refits_at_every_count(size: int, asymmetric: bool) -> None:
+    layer = shifted(size=size)[0] if asymmetric else exact(size=size)
+    ranking = [4, 0, 5, 2, 1, 3]
+    nested = layer.nested(ranking)
+    losses = nested.losses
+    for keep, candidate in enumerate(nested.candidates(range(7))):
+        refit = layer.refitted(ranking[:keep])
+        assert candidate.kept == refit.kept
+        torch.testing.assert_close(candidate.weight, refit.weight, rtol=1e-8, atol=1e-9)
+        assert float(losses[keep]) == pytest.approx(damped_loss(layer, refit.weight), rel=1e-8, abs=1e-9)
+
+
+def test_nested_losses_fall_to_zero_as_more_is_kept() -> None:
+    losses = exact().nested(range(6)).losses
+    assert bool((losses.diff() <= 0).all())
+    assert float(losses[-1]) == 0
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
+def test_nested_gives_the_same_at_every_choice_of_counts(damping: float) -> None:
+    nested = exact(damping=damping).nested([4, 0, 5, 2, 1, 3])
+    every = nested.candidates(range(7))
+    for keeps in ([3], [5, 1], [6, 0, 2]):
+        for keep, candidate in zip(keeps, nested.candidates(keeps), strict=True):
+            torch.testing.assert_close(candidate.weight, every[keep].weight, rtol=1e-12, atol=1e-12)
+
+
+def test_keeping_all_returns_the_weight_bit_for_bit() -> None:
+    layer = exact()
+    for candidate in (layer.masked(range(6)), layer.refitted(range(6)), *layer.nested(range(6)).candidates([6])):
+        assert torch.equal(candidate.weight, layer.weight)
+        assert candidate.weight is not layer.weight
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_asymmetric_error_is_the_output_error_on_both_inputs(size: int) -> None:
+    layer, x, seen = shifted(size=size)
+    pruned = layer.masked([0, 2, 3]).weight
+    dense = x @ layer.weight.T
+    brute = (dense - seen @ pruned.T).square().sum() / dense.square().sum()
+    assert layer.error(pruned) == pytest.approx(float(brute), rel=1e-9)
+
+
+def test_asymmetric_refit_is_least_squares_on_the_tokens() -> None:
+    layer, x, seen = shifted(damping=0.0)
+    kept = [0, 2, 3]
+    direct = torch.linalg.lstsq(seen[:, kept], x @ layer.weight.T).solution.T
+    torch.testing.assert_close(layer.refitted(kept).weight[:, kept], direct, rtol=1e-8, atol=1e-8)
+
+
+def test_asymmetric_loss_is_symmetric_loss_on_the_target_and_a_constant() -> None:
+    layer, *_ = shifted(damping=0.0)
+    assert layer.energy is not None
+    gaps = [
+        layer.error(layer.masked(groups).weight) - damped_loss(layer, layer.masked(groups).weight) / layer.energy
+        for groups in itertools.combinations(range(6), 3)
+    ]
+    assert max(gaps) - min(gaps) < 1e-10
+    assert layer.error(layer.target) == pytest.approx(gaps[0], abs=1e-10)
+
+
+def test_damping_draws_towards_the_weight_not_towards_zero() -> None:
+    layer = exact(damping=1e6)
+    torch.testing.assert_close(layer.refitted([0, 3]).weight, layer.masked([0, 3]).weight, rtol=1e-4, atol=1e-4)
+    same = replace(layer, cross=layer.gram, energy=1.0)
+    torch.testing.assert_close(same.target, layer.weight, rtol=1e-9, atol=1e-9)
+
+
+def test_constant_column_can_carry_the_means_of_what_is_gone() -> None:
+    layer = toy_layer(quirk="constant", dtype=torch.float64, moments=torch.float64)
+    assert layer.mean is not None
+    tiny = replace(layer, damping=1e-9)
+    bias = (tiny.weight[:, 1:] * tiny.mean[1:]).sum(1)  # type: ignore[index]
+    torch.testing.assert_close(tiny.refitted([0]).weight[:, 0], tiny.weight[:, 0] + bias, rtol=1e-5, atol=1e-5)
+    assert tiny.error(tiny.refitted([0]).weight) < tiny.error(tiny.masked([0]).weight)
+
+
+def test_duplicate_can_be_folded_into_its_twin() -> None:
+    layer = toy_layer(quirk="duplicate", dtype=torch.float64, moments=torch.float64)
+    layer = replace(layer, damping=1e-10)
+    refit = layer.refitted([0, 2, 3, 4, 5])
+    torch.testing.assert_close(refit.weight[:, 0], 2 * layer.weight[:, 0], rtol=1e-6, atol=1e-6)
+    assert layer.error(refit.weight) < 1e-9
+
+
+def test_ridge_grows_until_the_hessian_has_a_factor() -> None:
+    layer = toy_layer(quirk="low rank", dtype=torch.float64, moments=torch.float64)
+    assert replace(layer, damping=0.01).ridge == pytest.approx(0.01 * float(layer.gram.diagonal().mean()))
+    saved = replace(layer, gram=layer.gram - 1e-6 * torch.eye(6, dtype=torch.float64), damping=0.0)
+    assert saved.ridge > 1e-6
+    assert bool(torch.isfinite(saved.refitted([1, 2]).weight).all())
+
+
+def test_gram_that_is_no_second_moment_is_refused_by_name() -> None:
+    broken = LayerProblem(torch.ones(2, 2), torch.tensor([[1.0, 50.0], [50.0, 1.0]]), damping=1e-9, name="block 3")
+    with pytest.raises(ValueError, match=r"block 3.*Cholesky.*damping"):
+        broken.refitted([0])
+
+
+@pytest.mark.parametrize("part", ["weight", "gram", "cross", "mean", "variance", "coupled", "gradient"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_by_name(part: str, value: float) -> None:
+    layer = toy_layer()
+    bad = torch.ones_like(layer.gram if part == "cross" else getattr(layer, part))
+    bad.view(-1)[0] = value
+    with pytest.raises(ValueError, match=f"plain toy: its {part} is not finite"):
+        replace(layer, **{part: bad})
+
+
+def test_half_precision_weights_are_finite_however_many() -> None:
+    LayerProblem(torch.full((1000, 4), 1000.0, dtype=torch.float16), torch.eye(4))
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(4, 4\) gram"):
+        LayerProblem(torch.ones(2, 4), torch.eye(3))
+    with pytest.raises(ValueError, match="divides"):
+        LayerProblem(torch.ones(2, 4), torch.eye(4), group_size=3)
+
+
+def test_group_sum_adds_half_precision_exactly() -> None:
+    layer = LayerProblem(torch.full((4096, 2), 1.0, dtype=torch.bfloat16), torch.eye(2))
+    assert layer.group_sum(layer.weight).tolist() == [4096.0, 4096.0]
+
+
+def test_best_groups_are_exact_on_ties_and_prefer_lower_ids() -> None:
+    score = torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0])
+    assert ranked(score) == [1, 3, 0, 2, 4]
+    assert best_groups(score, [3, 0, 5, 1]) == [[0, 1, 3], [], [0, 1, 2, 3, 4], [1]]
+
+
+def test_scores_that_are_not_finite_are_refused_with_their_group() -> None:
+    with pytest.raises(ValueError, match="group 1 is not"):
+        ranked(torch.tensor([1.0, float("nan")]))

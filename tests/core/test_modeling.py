@@ -1,0 +1,73 @@
+"""The model classes whose layers differ in size, without any pruning around them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prunekit import modeling
+from prunekit.testing.models import COMMON, SIZES
+
+modeling.register()
+
+
+def config_of(model_type: str, layers: dict[int, dict[str, Any]], **overrides: Any) -> Any:
+    values = COMMON | SIZES[model_type] | {"head_dim": 4} | overrides
+    return AutoConfig.for_model(f"prunekit_{model_type}", **values, per_layer_config=layers)
+
+
+@pytest.mark.parametrize("model_type", SIZES)
+def test_a_model_is_built_and_initialized_from_its_config(model_type: str) -> None:
+    family = modeling.FAMILIES[model_type]
+    config = config_of(model_type, {1: {family.width: 500, "num_attention_heads": 3, "skip": []}, 2: {"skip": ["mlp"]}})
+    model = AutoModelForCausalLM.from_config(config)
+    assert type(model) is getattr(modeling, f"Prunekit{family.prefix}ForCausalLM")
+    linear = model.base_model.get_submodule(f"{family.layers}.1.{family.columns['mlp']}")
+    assert linear.in_features == 500
+    assert abs(linear.weight.std().item() - 0.3) < 0.03  # as the config asks, not as nn.Linear starts
+    assert "allow_global_per_layer_attribute_access" not in model.config.__dict__
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+    assert copy.deepcopy(config).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layer", "sentence"),
+    [
+        pytest.param("llama", {"num_attention_heads": 4}, "layer 1: 4 query heads do not share 3 KV heads", id="heads"),
+        pytest.param("opt", {"num_attention_heads": 0}, "layer 1: 0 query heads", id="no heads"),
+        pytest.param(
+            "gpt_neox", {"intermediate_size": 0}, r"layer 1: intermediate_size is 0; .* skip: \[mlp\]", id="width"
+        ),
+        pytest.param("qwen3", {"skip": ["norm"]}, "layer 1: skip knows attention and mlp, not norm", id="skip"),
+    ],
+)
+def test_impossible_layers_are_refused(model_type: str, layer: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(Exception, match=sentence):  # transformers wraps what validators raise
+        config_of(model_type, {1: layer})
+
+
+def test_registering_twice_is_harmless_and_classes_are_made_once() -> None:
+    modeling.register()
+    assert modeling.define(modeling.FAMILIES["llama"])[2] is modeling.PrunekitLlamaForCausalLM  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="PrunekitBloomModel"):
+        _ = modeling.PrunekitBloomModel  # type: ignore[attr-defined]
+
+
+def test_a_skipped_layer_keeps_the_cache_in_step() -> None:
+    lengths: list[tuple[int, ...]] = []
+
+    class Cache:
+        def update(self, keys: torch.Tensor, values: torch.Tensor, index: int) -> None:
+            lengths.append((*keys.shape, index))
+
+    hidden = torch.ones(2, 5, 24)
+    out, weights = modeling.SkippedMixer(index=3, head_dim=4)(hidden, past_key_values=Cache())
+    assert not out.any()
+    assert weights is None
+    modeling.SkippedMixer(index=3, head_dim=4)(hidden, layer_past=Cache())
+    assert lengths == [(2, 1, 5, 4, 3)] * 2

@@ -1,0 +1,244 @@
+"""Space and Budget: integers, exactly."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prunekit.errors import WrongInput
+from prunekit.sites import Budget, Kind, Metric, Site, Space
+from prunekit.testing.oracle import best_allocation
+from prunekit.testing.spaces import convex_table, rough_table, sites_of, small_llama
+
+KINDS: tuple[Kind, ...] = ("attention", "mlp")
+
+
+@st.composite
+def spaces(draw: st.DrawFn, apart: bool | None = None) -> Space:
+    """Up to five sites of uneven groups and prices, any reachable budget, whole or zoomed ladders."""
+    sites = tuple(
+        Site(
+            f"s{i}",
+            i,
+            draw(st.sampled_from(KINDS)),
+            n_groups=draw(st.integers(1, 24)),
+            group_size=1,
+            params_per_group=draw(st.integers(1, 40)),
+            params_fixed=draw(st.integers(0, 20)),
+            least=draw(st.integers(0, 1)),
+        )
+        for i in range(draw(st.integers(1, 5)))
+    )
+    apart = draw(st.booleans()) if apart is None else apart
+    ruler, limits = Budget(0), []
+    for kind in sorted({s.kind for s in sites}):
+        some = [s for s in sites if s.kind == kind]
+        least, full = (sum(ruler.price(s, k) for s, k in zip(some, ks, strict=True)) for ks in _ends(some))
+        limits.append((kind, draw(st.integers(least, full + 5))))
+    space = Space.whole(sites, Budget(sum(n for _, n in limits), by_kind=tuple(limits) if apart else ()))
+    if draw(st.booleans()):
+        space = space.zoomed(space.uniform(), draw(st.sampled_from([1 / 2, 1 / 4, 1 / 8])), draw(st.integers(0, 8)))
+    return space
+
+
+def _ends(sites: list[Site]) -> tuple[list[int], list[int]]:
+    return [s.least for s in sites], [s.n_groups for s in sites]
+
+
+def wishes(space: Space) -> st.SearchStrategy[list[float]]:
+    """Quarters of a group, so that a common shift by halves of a site is exact."""
+    return st.lists(st.integers(-100, 200).map(lambda x: x / 4), min_size=len(space.sites), max_size=len(space.sites))
+
+
+def is_tight(space: Space, allocation: tuple[int, ...]) -> bool:
+    """No site can be raised by one rung."""
+    rungs = space.rungs(allocation)
+    raised = (
+        space.allocation((*rungs[:i], r + 1, *rungs[i + 1 :]))
+        for i, r in enumerate(rungs)
+        if r + 1 < len(space.ladders[i])
+    )
+    return not any(space.is_feasible(a) for a in raised)
+
+
+@given(st.data())
+def test_nearest_is_feasible_tight_and_its_own_nearest(data: st.DataObject) -> None:
+    space = data.draw(spaces())
+    found = space.nearest(data.draw(wishes(space)))
+    assert space.is_feasible(found)
+    assert is_tight(space, found)
+    assert space.nearest(found) == found
+
+
+@given(st.data())
+def test_a_common_shift_is_the_same_wish(data: st.DataObject) -> None:
+    groups = data.draw(st.sampled_from([4, 8, 16]))  # powers of two: shares add without rounding
+    prices = data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=4))
+    sites = [Site(str(i), i, "mlp", groups, 1, p) for i, p in enumerate(prices)]
+    space = Space.whole(sites, Budget(data.draw(st.integers(0, groups * sum(prices)))))
+    # distinct wishes: equal ones tie, and where a tie breaks may depend on the last bit
+    wish = data.draw(
+        st.lists(st.integers(-40, 80), min_size=len(sites), max_size=len(sites), unique_by=lambda x: x % 4)
+    )
+    wish = [w + i / 8 for i, w in enumerate(wish)]
+    shift = data.draw(st.integers(-8, 8)) / 2 * groups
+    assert space.nearest(wish) == space.nearest([w + shift for w in wish])
+
+
+@given(st.data())
+def test_exchanges_are_feasible_tight_and_distinct(data: st.DataObject) -> None:
+    space = data.draw(spaces())
+    here = space.nearest(data.draw(wishes(space)))
+    found = list(space.exchanges(here))
+    assert len(set(found)) == len(found)
+    assert here not in found
+    for there in found:
+        assert space.is_feasible(there)
+        assert is_tight(space, there)
+
+
+@given(st.data())
+def test_an_exchange_raises_one_and_lowers_the_other(data: st.DataObject) -> None:
+    space = data.draw(spaces())
+    here = space.uniform()
+    up, down = (data.draw(st.integers(0, len(space.sites) - 1)) for _ in range(2))
+    there = space.exchange(here, up, down)
+    if there is not None:
+        assert there[up] > here[up]
+        assert there[down] < here[down]
+
+
+@given(st.data())
+def test_kinds_apart_never_trade(data: st.DataObject) -> None:
+    space = data.draw(spaces(apart=True))
+    here = space.uniform()
+    limits = dict(space.budget.by_kind)
+    for there in space.exchanges(here):
+        changed = {s.kind for s, a, b in zip(space.sites, here, there, strict=True) if a != b}
+        assert len(changed) == 1
+        for kind, limit in limits.items():
+            prices = (space.budget.price(s, k) for s, k in zip(space.sites, there, strict=True) if s.kind == kind)
+            assert sum(prices) <= limit
+
+
+@given(st.data())
+def test_zoomed_ladders_contain_the_centre(data: st.DataObject) -> None:
+    space = data.draw(spaces())
+    centre = space.uniform()
+    finer = space.zoomed(centre, data.draw(st.sampled_from([0.0, 1 / 64, 1 / 8, 1.0])), data.draw(st.integers(0, 20)))
+    assert finer.is_feasible(centre)
+    assert all(s.least <= k <= s.n_groups for s, ladder in zip(finer.sites, finer.ladders, strict=True) for k in ladder)
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_lowest_lies_between_the_optimum_and_what_exchanges_can_reach(data: st.DataObject) -> None:
+    space = data.draw(spaces())
+    table = data.draw(st.sampled_from([convex_table, rough_table]))(space, data.draw(st.integers(0, 99)))
+
+    def loss(allocation: tuple[int, ...]) -> float:
+        return sum(row[r] for row, r in zip(table, space.rungs(allocation), strict=True))
+
+    found = space.lowest(table)
+    assert space.is_feasible(found)
+    assert is_tight(space, found)
+    assert loss(found) >= best_allocation(space, table)[1] - 1e-9
+    assert all(loss(there) >= loss(found) - 1e-9 for there in space.exchanges(found))
+
+
+def test_four_zooms_halve_the_stride_down_to_one_group() -> None:
+    site = Site("s", 0, "mlp", 64, 1, 1)
+    space = Space.whole([site], Budget(32)).zoomed((32,), stride=1 / 8, reach=2)
+    strides = []
+    for _ in range(4):
+        low, high = space.ladders[0][:2]
+        strides.append(high - low)
+        space = space.zoomed((32,), reach=2)
+    assert strides == [8, 4, 2, 1]
+
+
+def test_a_stride_is_never_less_than_one_group() -> None:
+    space = small_llama().zoomed((2, 384) * 8, stride=1 / 64, reach=2)
+    assert space.ladders[:2] == ((0, 1, 2, 3, 4), (360, 372, 384, 396, 408))
+
+
+def test_attention_and_mlp_trade_both_ways_at_unequal_prices() -> None:
+    sites = sites_of(2, attention=(4, 64), mlp=(768, 1))
+    space = Space.whole(sites, Budget.keeping(0.5, sites)).zoomed((2, 384, 2, 384), stride=1 / 8, reach=4)
+    here = space.uniform()
+    assert space.cost(here) == space.budget.limit
+    to_mlp, to_attention = space.exchange(here, up=1, down=0), space.exchange(here, up=0, down=1)
+    assert to_mlp == (0, 480, 2, 384)  # a rung of 96 neurons costs two groups of 64
+    assert to_attention == (3, 288, 2, 384)  # and pays for one
+
+
+def test_sites_without_a_price_keep_all() -> None:
+    sites = sites_of(3, attention=(4, 10), mlp=(16, 3))
+    space = Space.whole(sites, Budget.keeping(0.5, sites, metric="kv-cache"))
+    assert space.uniform() == (2, 16, 2, 16, 2, 16)
+    assert all(there[1::2] == (16, 16, 16) for there in space.exchanges(space.uniform()))
+
+
+def test_one_site_has_no_neighbours() -> None:
+    sites = [Site("only", 0, "mlp", 16, 1, 3)]
+    space = Space.whole(sites, Budget.keeping(0.5, sites))
+    assert space.uniform() == (8,)
+    assert list(space.exchanges((8,))) == []
+
+
+@pytest.mark.parametrize(("metric", "unit"), [("parameters", 1), ("bytes", 2), ("flops", 2)])
+def test_keeping_a_share_is_exact(metric: Metric, unit: int) -> None:
+    sites = sites_of(1, attention=(10, 7), mlp=(10, 3))
+    assert Budget.keeping(0.3, sites, metric=metric).limit == 30 * unit  # 0.3 · 100, not 29.99
+
+
+def test_parameters_outside_the_sites_count_towards_the_share() -> None:
+    sites = sites_of(1, attention=(10, 7), mlp=(10, 3))
+    assert Budget.keeping(0.9, sites, outside=100).limit == 80  # 180 of 200 stay; 100 of them always
+
+
+def test_kinds_apart_have_limits_of_their_own() -> None:
+    sites = sites_of(1, attention=(10, 7), mlp=(10, 3))
+    budget = Budget.keeping(0.5, sites, apart=True)
+    assert budget.by_kind == (("attention", 35), ("mlp", 15))
+    assert budget.limit == 50
+
+
+def test_an_unreachable_share_says_what_is_reachable() -> None:
+    sites = sites_of(1, attention=(10, 7), mlp=(10, 3))
+    with pytest.raises(WrongInput, match=r"reachable is 0 to 0\.5, because 100 of 200 always stay"):
+        Budget.keeping(0.4, sites, outside=100)
+
+
+def test_a_metric_nobody_pays_is_refused() -> None:
+    sites = [Site("s", 0, "mlp", 4, 1, 1)]
+    with pytest.raises(WrongInput, match="no site has a price in kv-cache"):
+        Budget.keeping(0.5, sites, metric="kv-cache")
+
+
+def test_ladders_that_start_too_high_say_what_they_cost() -> None:
+    site = Site("s", 0, "mlp", 4, 1, 5)
+    with pytest.raises(ValueError, match="the lowest rungs cost 10 parameters; the budget is 9"):
+        Space((site,), ((2, 3),), Budget(9)).uniform()
+
+
+@pytest.mark.parametrize("wish", [[1.0], [float("nan"), 1.0], [float("inf"), 1.0]])
+def test_a_wish_is_one_finite_number_per_site(wish: list[float]) -> None:
+    sites = [Site(str(i), i, "mlp", 4, 1, 1) for i in range(2)]
+    with pytest.raises(ValueError, match="2 finite numbers"):
+        Space.whole(sites, Budget(4)).nearest(wish)
+
+
+@pytest.mark.parametrize("ladder", [(), (1, 1), (2, 1), (-1, 0), (0, 5)])
+def test_a_ladder_ascends_within_the_site(ladder: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"ascends within 0\.\.4"):
+        Space((Site("s", 0, "mlp", 4, 1, 1),), (ladder,), Budget(4))
+
+
+def test_a_fixed_part_goes_with_the_last_group() -> None:
+    site = Site("s", 0, "mlp", 4, 1, 5, params_fixed=3)
+    assert [Budget(0).price(site, k) for k in range(5)] == [0, 8, 13, 18, 23]
+
+
+def test_columns_of_a_group_may_be_spread_over_parts() -> None:
+    site = Site("s", 0, "attention", 2, group_size=4, params_per_group=1, spread=2)
+    assert site.columns([1]) == [2, 3, 6, 7]

@@ -1,0 +1,28 @@
+"""Every registered pruner, with every option a user may set, keeps what all pruners promise."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from prunekit.registry import PRUNERS
+from prunekit.testing import PrunerSuite
+
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "admm": [{"iterations": 5}],
+    "magnitude": [{"refit": True}],
+    "obs": [{"asymmetric": True}],
+    "wanda": [{"refit": True}],
+}
+
+
+def suites() -> Iterator[type[PrunerSuite]]:
+    for name in PRUNERS:
+        for options in ({}, *VARIANTS.get(name, ())):
+            label = "_".join([name, *(f"{k}_{v}" for k, v in options.items())])
+            yield type(f"Test_{label}", (PrunerSuite,), {"plugin": PRUNERS.build({"name": name} | options)})
+
+
+globals().update({suite.__name__: suite for suite in suites()})
+
+
+def test_every_variant_is_of_a_registered_pruner() -> None:
+    assert set(VARIANTS) <= set(PRUNERS)
