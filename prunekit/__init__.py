@@ -5,7 +5,7 @@ from prunekit.api import prune
 from prunekit.calibration.tokens import TokenBatch
 from prunekit.contracts import Allocator, Finisher, LocalPruner, Objective, Problem, Query, Search
 from prunekit.errors import PluginError, WrongInput
-from prunekit.layer import Candidate, LayerProblem, best_groups
+from prunekit.layer import Candidate, LayerProblem, best_groups, ranked
 from prunekit.pipeline import Result
 from prunekit.recipe import Recipe
 from prunekit.sites import Allocation, Budget, Site, Space
@@ -33,6 +33,7 @@ __all__ = [
     "WrongInput",
     "best_groups",
     "prune",
+    "ranked",
 ]
 
 modeling.register()  # so that transformers loads models whose layers differ in size

@@ -62,12 +62,11 @@ def build(
             for site in sites:
                 ladder = rungs_of[site]
                 if site not in store:
-                    layer = layer_problem(model, adapter, site, flow.received(site, cross=cross), pruner, damping)
+                    layer = layer_problem(model, adapter, site, flow.received(site), pruner, damping)
                     candidates = answers(pruner, layer, site, ladder, dtype)
                     store.put(site, candidates, [_error(layer, site, c) for c in candidates])
-                if carry != "dense":
-                    counts = ladder if carry == "expected" else (centre_of[site],)
-                    flow.carry(site, expected_weight(store, site, counts))
+                counts = ladder if carry == "expected" else (centre_of[site],)
+                flow.carry(site, None if carry == "dense" else expected_weight(store, site, counts))
                 stage.advance(note=site.name)
             flow.advance(index)
     return tuple(tuple(store.errors(site)) for site in space.sites)

@@ -381,6 +381,7 @@ def _passes(registry: Registry[Any], spec: Mapping[str, Any]) -> int:
         file = Path(folder) / "test_plugin.py"
         file.write_text(module)
         options = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", f"--rootdir={folder}"]
+        options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # this process has imported much already
         return int(pytest.main([str(file), *options]))
 
 

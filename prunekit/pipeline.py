@@ -137,12 +137,13 @@ def prune(
                 "dense": perplexity(dense.model, draws.evaluation).as_dict(),
                 "pruned": perplexity(small, draws.evaluation).as_dict(),
             }
-        small = copy.deepcopy(small).to(dense.dtype).cpu()  # a copy: it shares tensors with the dense model
-        exported = hf.to_transformers(small, dense.adapter)
+        small = copy.deepcopy(small).cpu()  # a copy: it shares tensors with the dense model
+        probe = probed(stored_as(small, dense.dtype), draws.evaluation)
+        exported = hf.to_transformers(stored_as(small, dense.dtype), dense.adapter)
         document = reporting.report(recipe, dense, whole, net, plan, exported, draws, losses, ledger, clock.seconds)
         ledger_text = ledger.path.read_text() if ledger.path.exists() else ""
         result = Result(
-            exported, dense.tokenizer, recipe, document, ledger_text, output, probed(small, draws.evaluation)
+            exported, dense.tokenizer, recipe, document, ledger_text, output, probe
         )
         if output is not None:
             with clock("save"):
@@ -200,13 +201,18 @@ def write_result(result: Result, folder: Path) -> None:
         verify(folder, *result.probe, reporting.count(result.model))
 
 
+def stored_as(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with its parameters in `dtype`, in place; buffers, rotary tables among them, stay exact."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 @torch.no_grad()
-def probed(small: nn.Module, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """A few windows and what the cut model makes of them in float32; both dtypes hold the same values."""
-    stored, ids = next(small.parameters()).dtype, tokens.first(PROBE).ids
-    logits = small.float()(ids, use_cache=False).logits
-    small.to(stored)
-    return ids, logits
+def probed(model: nn.Module, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """A few windows and the float32 logits of the model, whose parameters are float32 afterwards."""
+    ids = tokens.first(PROBE).ids
+    return ids, stored_as(model, torch.float32)(ids, use_cache=False).logits
 
 
 class Clock:

@@ -115,6 +115,11 @@ class Recipe(_Strict):
             WrongInput: no such key, with the nearest; or no such value.
         """
         values = self.model_dump(mode="python")
+        if overrides.get("data.dataset", self.data.dataset) != self.data.dataset:
+            forgotten = ["config", "split"]  # they are of the other data set
+            if self.data.evaluation_dataset in (None, self.data.dataset):
+                forgotten += ["evaluation_dataset", "evaluation_split"]
+            values["data"] |= dict.fromkeys(forgotten)
         for key in sorted(overrides, key=lambda key: key.count(".")):  # a plug-in before its options
             _place(values, key, overrides[key])
             if key.split(".")[0] in ("data", "model", "seed") and isinstance(values["data"], dict):

@@ -107,7 +107,7 @@ class Budget:
 
         if not apart:
             return cls(limit(sites, fixed), metric, bytes_per_parameter)
-        kinds = sorted({s.kind for s in sites})
+        kinds: list[Kind] = sorted({s.kind for s in sites})
         limits: tuple[tuple[Kind, int], ...] = tuple((k, limit([s for s in sites if s.kind == k], 0)) for k in kinds)
         return cls(sum(n for _, n in limits), metric, bytes_per_parameter, limits)
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from prunekit.errors import WrongInput
 from prunekit.layer import Candidate
 from prunekit.modeling import Family, Part, SkippedMixer, SkippedMLP, recount
 from prunekit.registry import ADAPTERS, UnknownName
@@ -23,7 +24,7 @@ Heads = Literal["kv", "query"]
 PARTS: tuple[Part, ...] = get_args(Part)  # in order of execution
 
 
-class UnsupportedModel(ValueError):
+class UnsupportedModel(WrongInput):
     """A model no adapter knows, or one whose shape its adapter cannot cut."""
 
 
@@ -69,6 +70,10 @@ class ModelAdapter:
             if part not in self.dropped(block)
         )
 
+    def holder(self, site: Site) -> str | None:
+        """Path in a block of the module whose output is that of the site's linear map; None: the block itself."""
+        return self.family.attention if site.kind == "attention" else self.family.mlp
+
     def linear(self, block: nn.Module, site: Site) -> nn.Linear:
         """The linear map whose input columns `site` cuts."""
         return _linear(block, self.family.columns[_part(site)])
@@ -92,11 +97,11 @@ class ModelAdapter:
             return self._stubs(block, site)
         kept = torch.tensor(candidate.kept)
         *fed, own = self.cuts(block, site)
-        changed = {cut.path: sliced(_linear(block, cut.path), cut.dim, cut.index[kept].flatten()) for cut in fed}
-        columns = own.index[kept].flatten()
+        # ascending, because query head h reads KV head h // n_rep also where a group is spread over all of them
+        changed = {cut.path: sliced(_linear(block, cut.path), cut.dim, _rows(cut, kept)) for cut in fed}
+        columns = _rows(own, kept)
         changed[own.path] = sliced(_linear(block, own.path), 1, columns, source=candidate.weight)
-        holder = self.family.attention if site.kind == "attention" else self.family.mlp
-        if holder is None:
+        if (holder := self.holder(site)) is None:
             return dict(changed)
         whole = shallow(block.get_submodule(holder))
         for path, module in changed.items():
@@ -240,6 +245,10 @@ def _part(site: Site) -> Part:
 def _by_query(site: Site, kv_heads: int) -> bool:
     """Whether the groups of an attention site are query heads inside KV groups."""
     return site.spread > 1 or (kv_heads == 1 and site.n_groups > 1)
+
+
+def _rows(cut: Cut, kept: Tensor) -> Tensor:
+    return cut.index[kept].flatten().sort().values
 
 
 def _per_group(block: nn.Module, cut: Cut) -> int:

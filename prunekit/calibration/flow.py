@@ -73,6 +73,103 @@ def chunks(batch: TokenBatch) -> Iterator[Int64[Tensor, "windows length"]]:
     yield from batch.ids.split(max(1, TOKENS_AT_ONCE // batch.ids.shape[1]))
 
 
+class BlockFlow:
+    """The calibration tokens on their way: one stream as pruned layers carry it, one dense if asked.
+
+    Every sub-layer runs once. Its run ends where the site's linear map begins; when the weight to carry
+    is known, the map is applied to what was caught there, and the sub-layer is replayed from then on.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, adapter: ModelAdapter, batch: TokenBatch, *, dense: bool) -> None:
+        self.adapter, self.blocks = adapter, adapter.blocks(model)
+        entries = [entered(model, adapter, ids) for ids in chunks(batch)]
+        self.calls = [calls for _, calls in entries]
+        self.stream = _Stream([hidden for hidden, _ in entries])
+        self.dense = _Stream(list(self.stream.hidden)) if dense else None
+
+    @torch.no_grad()
+    def received(self, site: Site) -> Moments:
+        """Moments of what `site` receives, with those of the dense stream where there is one."""
+        linear = self.adapter.linear(self.blocks[site.block], site)
+        moments = Moments.empty(site.d_in, linear.weight.device, cross=self.dense is not None)
+        for i in range(len(self.calls)):
+            seen = self._caught(self.stream, site, linear, i)
+            moments.add(seen.flatten(0, -2))
+            if self.dense is not None:
+                dense = self._caught(self.dense, site, linear, i)
+                moments.add_dense(dense.flatten(0, -2), seen.flatten(0, -2), linear.weight)
+        return moments
+
+    @torch.no_grad()
+    def carry(self, site: Site, weight: Float[Tensor, "d_out d_in"] | None) -> None:
+        """From here on the stream passes `site` through this weight; None: its own. All zeros: it is dropped."""
+        linear = self.adapter.linear(self.blocks[site.block], site)
+        self.stream.pass_through(site, linear, weight)
+        if self.dense is not None:
+            self.dense.pass_through(site, linear, None)
+
+    @torch.no_grad()
+    def advance(self, block: int) -> None:
+        """Send the streams through a block, in place."""
+        for stream in (self.stream, self.dense):
+            if stream is None:
+                continue
+            for i, calls in enumerate(self.calls):
+                with stream.replaying(self.adapter, self.blocks[block], i):
+                    stream.hidden[i] = calls[block](self.blocks[block], stream.hidden[i])
+            stream.leave()
+
+    def _caught(self, stream: _Stream, site: Site, linear: nn.Linear, i: int) -> Float[Tensor, "windows length d_in"]:
+        """What reaches the linear map in chunk i; the block runs as far as that and no further."""
+        block = self.blocks[site.block]
+
+        def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            stream.inputs.append(args[0])
+            raise _Seen
+
+        with stream.replaying(self.adapter, block, i), linear.register_forward_pre_hook(catch):  # type: ignore[attr-defined]
+            try:
+                self.calls[i][site.block](block, stream.hidden[i])
+            except _Seen:
+                pass
+        return stream.inputs[-1]
+
+
+class _Stream:
+    """Hidden states before the present block, chunk by chunk, and what its sub-layers have made of them."""
+
+    def __init__(self, hidden: list[Tensor]) -> None:
+        self.hidden = hidden
+        self.inputs: list[Tensor] = []  # of the site that is being pruned
+        self.weights: dict[Site, Tensor | None] = {}
+        self.outputs: dict[Site, list[Tensor]] = {}
+
+    def pass_through(self, site: Site, linear: nn.Linear, weight: Tensor | None) -> None:
+        self.weights[site] = weight
+        if self.inputs:
+            with installed(linear, weight):
+                self.outputs[site] = [linear(x) for x in self.inputs]
+            self.inputs.clear()
+
+    def leave(self) -> None:
+        self.inputs.clear()
+        self.weights.clear()
+        self.outputs.clear()
+
+    @contextmanager
+    def replaying(self, adapter: ModelAdapter, block: nn.Module, i: int) -> Iterator[None]:
+        """Within: sub-layers whose output for chunk i is known give it, others run with the carried weight."""
+        with ExitStack() as stack:
+            for site, weight in self.weights.items():
+                holder = adapter.holder(site)
+                if site in self.outputs and holder is not None:
+                    stack.enter_context(_replayed(block.get_submodule(holder), site, self.outputs[site][i]))
+                else:
+                    stack.enter_context(installed(adapter.linear(block, site), weight))
+            yield
+
+
 @contextmanager
 def installed(linear: nn.Linear, weight: Tensor | None) -> Iterator[None]:
     """The linear map with another weight; None leaves it. A weight of zeros silences the bias too."""
@@ -89,65 +186,13 @@ def installed(linear: nn.Linear, weight: Tensor | None) -> Iterator[None]:
         linear.weight, linear.bias = own, bias
 
 
-class BlockFlow:
-    """The calibration tokens on their way: one stream as pruned layers carry it, one dense if asked."""
+@contextmanager
+def _replayed(module: nn.Module, site: Site, output: Tensor) -> Iterator[None]:
+    def replay(*_: Any, **__: Any) -> Any:
+        return (output, None) if site.kind == "attention" else output
 
-    @torch.no_grad()
-    def __init__(self, model: nn.Module, adapter: ModelAdapter, batch: TokenBatch, *, dense: bool) -> None:
-        self.adapter, self.blocks = adapter, adapter.blocks(model)
-        entries = [entered(model, adapter, ids) for ids in chunks(batch)]
-        self.calls = [calls for _, calls in entries]
-        self.stream = [hidden for hidden, _ in entries]
-        self.dense = list(self.stream) if dense else None
-        self.carried: dict[Site, Tensor] = {}
-
-    def carry(self, site: Site, weight: Float[Tensor, "d_out d_in"]) -> None:
-        """From here on the stream passes `site` through this weight."""
-        self.carried[site] = weight
-
-    @torch.no_grad()
-    def received(self, site: Site, *, cross: bool = False) -> Moments:
-        """Moments of what `site` receives; the block is run as far as the site and no further."""
-        linear = self.adapter.linear(self.blocks[site.block], site)
-        moments = Moments.empty(site.d_in, linear.weight.device, cross=cross)
-        for i in range(len(self.stream)):
-            with self._pruned(site.block):
-                seen = self._input(site, linear, i, self.stream[i])
-            moments.add(seen)
-            if cross:
-                assert self.dense is not None
-                moments.add_dense(self._input(site, linear, i, self.dense[i]), seen, linear.weight)
-        return moments
-
-    @torch.no_grad()
-    def advance(self, block: int) -> None:
-        """Send the streams through a block, in place."""
-        for i, calls in enumerate(self.calls):
-            if self.dense is not None:
-                self.dense[i] = calls[block](self.blocks[block], self.dense[i])
-            with self._pruned(block):
-                self.stream[i] = calls[block](self.blocks[block], self.stream[i])
-
-    @contextmanager
-    def _pruned(self, block: int) -> Iterator[None]:
-        with ExitStack() as stack:
-            for site, weight in self.carried.items():
-                if site.block == block:
-                    stack.enter_context(installed(self.adapter.linear(self.blocks[block], site), weight))
-            yield
-
-    def _input(self, site: Site, linear: nn.Linear, i: int, hidden: Tensor) -> Float[Tensor, "tokens d_in"]:
-        found: list[Tensor] = []
-
-        def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found.append(args[0])
-            raise _Seen
-
-        handle = linear.register_forward_pre_hook(catch)
-        try:
-            self.calls[i][site.block](self.blocks[site.block], hidden)
-        except _Seen:
-            pass
-        finally:
-            handle.remove()
-        return found[0].reshape(-1, site.d_in)
+    module.forward = replay
+    try:
+        yield
+    finally:
+        del module.forward

@@ -12,11 +12,12 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from jaxtyping import Int64
@@ -321,16 +322,13 @@ def _hub_is_away() -> str | None:
 
 
 def _plain_text(path: Path, field: str) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            yield from iter(lambda: file.read(SLICE), "")
-    except UnicodeDecodeError as error:
-        raise WrongInput(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    with _opened(path) as file:
+        yield from iter(lambda: file.read(SLICE), "")
 
 
 def _json_lines(path: Path, field: str) -> Iterator[str]:
     def rows() -> Iterator[Any]:
-        with path.open(encoding="utf-8") as file:
+        with _opened(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
@@ -355,6 +353,15 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
         raise WrongInput(f"{path} has no field {field!r}; there are {', '.join(file.schema_arrow.names)}")
     rows = (row for batch in file.iter_batches(columns=[field]) for row in batch.to_pylist())
     return _joined(rows, field, str(path))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise WrongInput(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 _ROWS: Mapping[str, Callable[[Path, str], Iterator[str]]] = {

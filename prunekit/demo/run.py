@@ -19,9 +19,10 @@ SETTINGS = {
     "sparsity": 0.5,
     "data.dataset": "python-docs",
     "data.seqlen": 256,
-    "data.calibration_tokens": 32_768,
+    "data.calibration_tokens": 16_384,
     "data.search_tokens": 16_384,
     "data.evaluation_tokens": 16_384,
+    "search_budget": 1_000_000,  # token-forwards
 }
 
 

@@ -105,10 +105,13 @@ def _filled(
 
     state = model.state_dict()
     small.load_state_dict({name: state[theirs(name)] for name in small.state_dict()}, assign=True)
-    for name, buffer in list(small.named_buffers()):
-        if buffer.is_meta:  # rotary tables: not in the state, and the same for any number of heads
-            parent, _, leaf = name.rpartition(".")
-            setattr(small.get_submodule(parent), leaf, nn.Buffer(model.get_buffer(name), persistent=False))
+    for path, module in small.named_modules():
+        absent = [(name, buffer) for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name, buffer in absent:  # rotary tables are not in the state
+            table = model.get_buffer(f"{path}.{name}").to(buffer.dtype, copy=True)
+            setattr(module, name, nn.Buffer(table, persistent=False))
+        if absent:
+            small._init_weights(module)  # anew: `model.to(torch.bfloat16)` would have rounded them
     small.tie_weights()
     small.generation_config = copy.deepcopy(model.generation_config)
     small.config.dtype = model.dtype

@@ -44,6 +44,9 @@ def verify(
 ) -> Verified:
     """Load `directory` in a fresh process; its logits on `probe_ids` must be within `tolerance` of the expected.
 
+    It computes in the dtype of `expected_logits`. Take them from the model in float32, into which saved
+    bfloat16 goes exactly: computing in bfloat16, the number of threads alone moves logits by 1/256.
+
     Raises:
         NotVerified: it does not load, the parameter count is not exact, or logits differ.
     """

@@ -2,15 +2,23 @@
 
 from prunekit.testing.allocators import AllocatorSuite, converse
 from prunekit.testing.layers import LAYERS, permuted, toy_layer
+from prunekit.testing.models import tiny
+from prunekit.testing.objectives import ObjectiveSuite
 from prunekit.testing.oracle import best_allocation
 from prunekit.testing.pruners import PrunerSuite
+from prunekit.testing.supernets import KeepFirst, toy_supernet, toy_tokens
 
 __all__ = [
     "LAYERS",
     "AllocatorSuite",
+    "KeepFirst",
+    "ObjectiveSuite",
     "PrunerSuite",
     "best_allocation",
     "converse",
     "permuted",
+    "tiny",
     "toy_layer",
+    "toy_supernet",
+    "toy_tokens",
 ]

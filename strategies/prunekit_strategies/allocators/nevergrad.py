@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from warnings import catch_warnings, simplefilter
+from warnings import catch_warnings, filterwarnings, simplefilter
 
 import nevergrad as ng
 import numpy as np
@@ -46,7 +46,7 @@ class NevergradSearch(Allocator):
     def search(self, problem: Problem) -> Search:
         unknowns = Unknowns(problem.space, problem.space.lowest(problem.errors), self.reach, self.waves)
         samples = 4 * self.trials  # those that decode to known allocations cost nothing, but end too
-        with _quiet():
+        with _contained():
             x = ng.p.Array(init=np.zeros(unknowns.size)).set_bounds(-1, 1)
             x.random_state = np.random.RandomState(problem.seed)
             optimizer = ng.optimizers.registry[self.optimizer](x, budget=samples, num_workers=self.batch)
@@ -57,13 +57,13 @@ class NevergradSearch(Allocator):
         heard = dict(zip([start], (yield [Query(start, tokens)]), strict=True))
         while (size := min(self.batch, samples, self.trials - len(heard))) > 0:
             samples -= size
-            with _quiet():
+            with _contained():
                 out = [optimizer.ask() for _ in range(size)]
             decoded = [unknowns.decode(point.value.tolist()) for point in out]
             new = list(dict.fromkeys(a for a in decoded if a not in heard))
             if new:
                 heard |= zip(new, (yield [Query(a, tokens) for a in new]), strict=True)
-            with _quiet():
+            with _contained():
                 for point, allocation in zip(out, decoded, strict=True):
                     optimizer.tell(point, heard[allocation])
 
@@ -73,8 +73,13 @@ class NevergradSearch(Allocator):
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Nevergrad's own advice, such as on bounds, is for those who choose its settings."""
-    with catch_warnings():
-        simplefilter("ignore", NevergradWarning)
-        yield
+def _contained() -> Iterator[None]:
+    """No advice for those who choose its settings, and the global random state as it was: Nevergrad draws from it."""
+    state = np.random.get_state()
+    try:
+        with catch_warnings():
+            simplefilter("ignore", NevergradWarning)
+            filterwarnings("ignore", "Could not import matplotlib")  # from cma
+            yield
+    finally:
+        np.random.set_state(state)

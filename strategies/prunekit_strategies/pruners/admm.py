@@ -66,11 +66,15 @@ class ADMM(LocalPruner):
             price = price / (eigen.eigenvectors.square() / eigen.eigenvalues.clamp_min(1e-12)).sum(1)
         mask = choose(price.expand(len(counts), -1))  # (4)
         if self.iterations:
-            ends = torch.tensor([self.first_rho, self.rho], dtype=torch.float64).log()
-            shares = torch.linspace(float(ends[0]), float(ends[1]), self.iterations, dtype=torch.float64).exp()
-            rhos = (shares * float(eigen.eigenvalues[-1])).tolist()
+            growth = (self.rho / self.first_rho) ** (1 / max(self.iterations - 1, 1))
+            first = self.first_rho * float(eigen.eigenvalues[-1])
             _, mask = alternate(
-                weight.float(), gram.float(), eigen, rhos, mask=mask, choose=lambda v: choose(v.square().sum(1))
+                weight.float(),
+                gram.float(),
+                eigen,
+                [first * growth**i for i in range(self.iterations)],
+                mask=mask,
+                choose=lambda v: choose(v.square().sum(1)),
             )
         kept = mask[:, 0, :: layer.group_size]  # (rungs, n_groups)
         return [layer.refitted(row.nonzero().flatten().tolist()) for row in kept]

@@ -107,6 +107,16 @@ def test_in_memory_the_export_shares_its_tensors() -> None:
     assert all(p.data_ptr() in theirs for p in exported.parameters())
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+def test_rotary_tables_are_whole_whatever_the_dtype(model_type: str, tmp_path: Path) -> None:
+    model = cut(model_type, extremes).bfloat16()  # rounds the tables as well
+    exported = to_transformers(model, adapter_for(model_type))
+    save(exported, tmp_path)
+    tables, loaded = dict(exported.named_buffers()), dict(load(tmp_path).named_buffers())
+    assert tables.keys() == loaded.keys() == dict(model.named_buffers()).keys()
+    assert all(torch.equal(tables[name], loaded[name]) and tables[name].dtype == torch.float32 for name in tables)
+
+
 def test_it_loads_as_it_was(case: tuple[PreTrainedModel, Path]) -> None:
     model, directory = case
     loaded = load(directory)

@@ -9,14 +9,27 @@ from prunekit.contracts import Allocator
 from prunekit.registry import ALLOCATORS
 from prunekit.testing import AllocatorSuite
 
+QUICK: Mapping[str, Mapping[str, Any]] = {"optuna-tpe": {"trials": 14}, "nevergrad": {"trials": 20}}
+
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "evolution, cold": {"name": "evolution", "warm_start": False},
     "evolution, one stage": {"name": "evolution", "selections": [[1, 4_096]], "offspring": 3},
+    "softmax, dilute": {"name": "softmax", "rule": "softmax", "temperature": 0.5},
+    "softmax, threshold": {"name": "softmax", "rule": "threshold"},
+    "softmax, compliance": {"name": "softmax", "rule": "compliance"},
     "tyr of uniform": {"name": "tyr", "inner": "uniform"},
+    "tyr of threshold": {"name": "tyr", "inner": {"name": "softmax", "rule": "threshold"}},
+    "optuna-tpe, waves": {"name": "optuna-tpe", "trials": 14, "waves": 1},
+    "nevergrad, waves": {"name": "nevergrad", "trials": 20, "waves": 1, "optimizer": "TwoPointsDE"},
 }
 
 
 class TestEveryAllocator(AllocatorSuite):
     @pytest.fixture(autouse=True, params=[*ALLOCATORS, *VARIANTS])
     def _plugin(self, request: pytest.FixtureRequest) -> None:
-        self.plugin: Allocator = ALLOCATORS.build(VARIANTS.get(request.param, request.param))
+        name = request.param
+        spec = VARIANTS.get(name, {"name": name, **QUICK.get(name, {})})
+        try:
+            self.plugin: Allocator = ALLOCATORS.build(spec)
+        except ImportError as missing:
+            pytest.skip(str(missing))

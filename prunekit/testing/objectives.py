@@ -1,0 +1,71 @@
+"""What every objective promises, as a test class: subclass it and set `plugin`."""
+
+from __future__ import annotations
+
+import math
+import random
+from functools import cache
+from typing import ClassVar
+
+import torch
+
+from prunekit.checkpoint import fingerprint
+from prunekit.contracts import Objective
+from prunekit.sites import Allocation
+from prunekit.supernet import Supernet
+from prunekit.testing.supernets import toy_supernet, toy_tokens
+
+
+@cache
+def _net() -> Supernet:
+    return toy_supernet()
+
+
+class ObjectiveSuite:
+    """Lower is better, the dense model is best, the same question has the same answer, nothing is left changed."""
+
+    plugin: ClassVar[Objective]
+
+    @property
+    def dense(self) -> Allocation:
+        return tuple(site.n_groups for site in _net().space.sites)
+
+    @property
+    def some(self) -> list[Allocation]:
+        space, rng = _net().space, random.Random(0)
+        return [space.nearest([rng.random() * s.n_groups for s in space.sites]) for _ in range(4)]
+
+    def test_the_loss_is_a_finite_number(self) -> None:
+        for allocation in [self.dense, *self.some]:
+            loss = self.plugin.loss(_net(), allocation, toy_tokens())
+            assert isinstance(loss, float)
+            assert math.isfinite(loss)
+
+    def test_nothing_is_better_than_keeping_everything_in_divergence_from_dense(self) -> None:
+        # a random model predicts nothing, so only objectives that compare with the dense model are held to it
+        dense = self.plugin.loss(_net(), self.dense, toy_tokens())
+        empty: Allocation = tuple(0 for _ in self.dense)
+        if dense < 1e-6:
+            assert all(self.plugin.loss(_net(), a, toy_tokens()) > dense for a in [*self.some, empty])
+
+    def test_different_allocations_can_have_different_losses(self) -> None:
+        assert len({self.plugin.loss(_net(), a, toy_tokens()) for a in [self.dense, *self.some]}) > 1
+
+    def test_the_same_question_has_the_same_answer(self) -> None:
+        first, second = ([self.plugin.loss(_net(), a, toy_tokens()) for a in self.some] for _ in range(2))
+        assert first == second
+
+    def test_asking_together_changes_no_answer(self) -> None:
+        net, batch = _net(), toy_tokens(seed=1)
+        alone = [self.plugin.loss(net, a, batch) for a in self.some]
+        net.prefetch(self.some, batch)
+        assert [self.plugin.loss(net, a, batch) for a in self.some] == alone
+
+    def test_one_window_is_enough(self) -> None:
+        assert math.isfinite(self.plugin.loss(_net(), self.some[0], toy_tokens(windows=1)))
+
+    def test_the_network_and_the_random_state_are_as_before(self) -> None:
+        before = fingerprint(_net().model), random.getstate(), torch.get_rng_state().tolist()
+        for allocation in self.some:
+            self.plugin.loss(_net(), allocation, toy_tokens())
+        assert (fingerprint(_net().model), random.getstate(), torch.get_rng_state().tolist()) == before

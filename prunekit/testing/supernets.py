@@ -1,0 +1,57 @@
+"""A tiny supernet: a random model, a pruner that keeps the first groups, all counts of every site."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from prunekit.adapters import ModelAdapter, adapter_for
+from prunekit.build import Carry, build
+from prunekit.calibration.tokens import TokenBatch
+from prunekit.contracts import LocalPruner
+from prunekit.layer import Candidate, LayerProblem
+from prunekit.progress import Progress
+from prunekit.sites import Budget, Space
+from prunekit.store import CandidateStore
+from prunekit.supernet import Supernet
+from prunekit.testing.models import tiny
+
+
+@dataclass(frozen=True)
+class KeepFirst(LocalPruner):
+    """Keep the first groups with their weights: no method, but a valid answer."""
+
+    def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
+        return [layer.masked(range(keep)) for keep in keeps]
+
+
+def toy_tokens(windows: int = 4, seqlen: int = 12, vocabulary: int = 61, seed: int = 0) -> TokenBatch:
+    """Random token ids."""
+    ids = torch.randint(2, vocabulary, (windows, seqlen), generator=torch.Generator().manual_seed(seed))
+    return TokenBatch(ids, "toy")
+
+
+def toy_supernet(
+    model_type: str = "llama",
+    *,
+    pruner: LocalPruner | None = None,
+    carry: Carry = "expected",
+    share: float = 0.5,
+    heads: str = "kv",
+    directory: Path | None = None,
+) -> Supernet:
+    """A supernet over a tiny random model; its ladders hold every count, the dense allocation included."""
+    model = tiny(model_type).requires_grad_(False)
+    adapter: ModelAdapter = adapter_for(model_type)
+    sites = adapter.sites(model, heads=heads)  # type: ignore[arg-type]
+    whole = Space.whole(sites, Budget.keeping(share, sites))
+    store = CandidateStore(directory or Path(tempfile.mkdtemp(prefix="prunekit-toy-")), {"toy": model_type})
+    errors = build(
+        model, adapter, whole, whole.uniform(), pruner or KeepFirst(), toy_tokens(), store,
+        carry=carry, dtype=torch.float64, progress=Progress(),
+    )  # fmt: skip
+    return Supernet(model, adapter, whole, errors, store)

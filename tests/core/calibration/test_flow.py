@@ -1,0 +1,114 @@
+"""Blocks run one at a time give what the model gives."""
+
+import pytest
+import torch
+
+from prunekit.adapters import adapter_for
+from prunekit.calibration import flow
+from prunekit.calibration.flow import BlockFlow, entered
+from prunekit.testing import tiny, toy_tokens
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox"]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(flow, "TOKENS_AT_ONCE", 24)  # two windows: several chunks per batch
+
+
+@torch.no_grad()
+def inputs_of(model, adapter, tokens, weights=None):
+    """What every site's linear map receives in a plain forward, with other weights in place."""
+    caught, handles = {}, []
+    for site in adapter.sites(model):
+        linear = adapter.linear(adapter.blocks(model)[site.block], site)
+        if weights is not None:
+            linear.weight.copy_(weights[site])
+        handles.append(
+            linear.register_forward_pre_hook(lambda _, x, site=site: caught.__setitem__(site, x[0].reshape(-1, site.d_in)))
+        )
+    model(tokens.ids)
+    for handle in handles:
+        handle.remove()
+    return caught
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_one_by_one_are_the_model(family):
+    model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
+    hidden, calls = entered(model, adapter, tokens.ids)
+    with torch.no_grad():
+        for call, block in zip(calls, adapter.blocks(model), strict=True):
+            hidden = call(block, hidden)
+        torch.testing.assert_close(adapter.logits(model, hidden), model(tokens.ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_entering_leaves_the_model_as_it_was(family):
+    model, adapter = tiny(family), adapter_for(family)
+    entered(model, adapter, toy_tokens().ids)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_moments_of_the_dense_stream_are_those_of_one_forward(family):
+    model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
+    expected = inputs_of(model, adapter, tokens)
+    stream = BlockFlow(model, adapter, tokens, dense=False)
+    for site in adapter.sites(model):
+        moments = stream.received(site)
+        x = expected[site]
+        assert moments.tokens == tokens.n_tokens
+        torch.testing.assert_close(moments.gram, x.T @ x / len(x))
+        torch.testing.assert_close(moments.mean, x.mean(0))
+        torch.testing.assert_close(moments.variance, x.var(0, correction=0))
+        stream.carry(site, None)
+        if site.kind == "mlp":
+            stream.advance(site.block)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("catch", [True, False], ids=["caught", "resumed"])
+def test_carried_weights_reach_everything_behind_them(family, catch):
+    model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
+    sites = adapter.sites(model)
+    weights = {s: adapter.linear(adapter.blocks(model)[s.block], s).weight.detach() * 0.5 for s in sites}
+    expected = inputs_of(tiny(family), adapter, tokens, weights)
+    dense = inputs_of(model, adapter, tokens)
+    stream = BlockFlow(model, adapter, tokens, dense=True)
+    for site in sites:
+        if catch or site is sites[-1]:  # a site that was pruned by an earlier run is not caught again
+            moments = stream.received(site)
+            torch.testing.assert_close(moments.gram, expected[site].T @ expected[site] / tokens.n_tokens)
+            torch.testing.assert_close(moments.cross, dense[site].T @ expected[site] / tokens.n_tokens)
+            own = adapter.linear(adapter.blocks(model)[site.block], site).weight.detach()
+            assert moments.energy == pytest.approx(float((dense[site] @ own.T).square().sum() / tokens.n_tokens))
+        stream.carry(site, weights[site])
+        if site.kind == "mlp":
+            stream.advance(site.block)
+
+
+def test_catching_and_resuming_end_in_the_same_bits():
+    model, adapter, tokens = tiny("llama"), adapter_for("llama"), toy_tokens()
+    ends = []
+    for catch in (True, False):
+        stream = BlockFlow(model, adapter, tokens, dense=False)
+        for site in adapter.sites(model):
+            if catch:
+                stream.received(site)
+            stream.carry(site, adapter.linear(adapter.blocks(model)[site.block], site).weight * 0.7)
+            if site.kind == "mlp":
+                stream.advance(site.block)
+        ends.append(torch.cat(stream.stream.hidden))
+    assert torch.equal(*ends)
+
+
+def test_a_dropped_sub_layer_takes_its_bias_along():
+    model, adapter, tokens = tiny("opt"), adapter_for("opt"), toy_tokens()
+    attention, *_ = adapter.sites(model)
+    stream = BlockFlow(model, adapter, tokens, dense=False)
+    stream.received(attention)
+    linear = adapter.linear(adapter.blocks(model)[0], attention)
+    stream.carry(attention, torch.zeros_like(linear.weight))
+    assert not torch.cat(stream.stream.outputs[attention]).any()
+    assert linear.bias.any()

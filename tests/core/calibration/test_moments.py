@@ -1,0 +1,34 @@
+"""Moments add up."""
+
+import torch
+
+from prunekit.calibration.moments import Moments
+
+
+def filled(x, dense=None, weight=None):
+    moments = Moments.empty(x.shape[1], x.device, cross=dense is not None)
+    moments.add(x)
+    if dense is not None:
+        moments.add_dense(dense, x, weight)
+    return moments
+
+
+def test_shards_give_the_moments_of_the_whole():
+    generator = torch.Generator().manual_seed(0)
+    x, dense = torch.randn(50, 6, generator=generator).double(), torch.randn(50, 6, generator=generator).double()
+    weight = torch.randn(3, 6, generator=generator).double()
+    whole = filled(x, dense, weight)
+    shards = filled(x[:13], dense[:13], weight).merged(filled(x[13:], dense[13:], weight))
+    for name in ("tokens", "energy"):
+        assert abs(getattr(whole, name) - getattr(shards, name)) < 1e-9
+    for name in ("gram", "cross", "mean", "variance"):
+        torch.testing.assert_close(getattr(whole, name), getattr(shards, name))
+
+
+def test_half_precision_inputs_are_multiplied_in_float32():
+    x = torch.full((1000, 1), 1.0625).bfloat16()
+    assert float(filled(x).gram) == 1.0625**2
+
+
+def test_the_variance_of_a_constant_is_zero():
+    assert not filled(torch.full((10, 3), 0.1)).variance.gt(1e-12).any()

@@ -1,0 +1,134 @@
+"""The walk: what is carried, what is checked, what is resumed."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from prunekit import Candidate, LocalPruner, PluginError, WrongInput
+from prunekit.build import build, coupled_power, expected_weight
+from prunekit.calibration.flow import BlockFlow
+from prunekit.progress import Progress
+from prunekit.store import CandidateStore
+from prunekit.testing import KeepFirst, tiny, toy_supernet, toy_tokens
+
+
+@dataclass(frozen=True)
+class Refit(LocalPruner):
+    """Least squares on the first groups."""
+
+    def prune(self, layer, keeps):
+        return [layer.refitted(range(keep)) for keep in keeps]
+
+
+def walk(net, pruner, directory, **options):
+    store = CandidateStore(directory, {})
+    options = {"carry": "expected", "dtype": torch.float64, "progress": Progress()} | options
+    errors = build(net.model, net.adapter, net.space, net.space.uniform(), pruner, toy_tokens(), store, **options)
+    return errors, store
+
+
+def test_errors_are_the_relative_output_errors_by_hand(tmp_path):
+    net = toy_supernet()
+    site, kept = net.space.sites[0], 1
+    stream = BlockFlow(net.model, net.adapter, toy_tokens(), dense=False)
+    stream.received(site)
+    x = torch.cat(stream.stream.inputs).flatten(0, 1)
+    dense = net.adapter.linear(net.blocks[0], site).weight
+    lost = x @ (dense - net.store.get(site, kept).weight).T
+    by_hand = float(lost.square().sum() / (x @ dense.T).square().sum())
+    assert net.errors[0][kept] == pytest.approx(by_hand)
+    assert net.errors[0][0] == pytest.approx(1)
+    assert net.errors[0][-1] == 0
+
+
+def test_the_expected_weight_weighs_rungs_by_what_they_keep():
+    net = toy_supernet()
+    site = net.space.sites[1]
+    by_hand = sum(k * net.store.get(site, k).weight for k in (2, 5, 9)) / 16
+    torch.testing.assert_close(expected_weight(net.store, site, (2, 5, 9)), by_hand)
+    assert not expected_weight(net.store, site, (0,)).any()
+
+
+@pytest.mark.parametrize("carry", ["dense", "centre", "expected"])
+def test_the_carry_decides_what_later_sites_see(tmp_path, carry):
+    net = toy_supernet()
+    errors, _ = walk(net, KeepFirst(), tmp_path, carry=carry)
+    dense, _ = walk(net, KeepFirst(), tmp_path / "dense", carry="dense")
+    assert errors[0] == dense[0]
+    assert (errors[1] == dense[1]) == (carry == "dense")  # inside the block already
+
+
+def test_a_resumed_walk_ends_in_the_same_bytes(tmp_path):
+    net = toy_supernet()
+    errors, store = walk(net, Refit(), tmp_path / "whole")
+
+    class Killed(KeepFirst):
+        def prune(self, layer, keeps):
+            if "1.mlp" in layer.name:
+                raise KeyboardInterrupt
+            return Refit().prune(layer, keeps)
+
+    with pytest.raises(KeyboardInterrupt):
+        walk(net, Killed(), tmp_path / "killed")
+    again, resumed = walk(net, Refit(), tmp_path / "killed")
+    assert again == errors
+    for site in net.space.sites:
+        name = f"{site.name}.safetensors"
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+    assert resumed.errors(net.space.sites[-1]) == store.errors(net.space.sites[-1])
+
+
+def test_what_is_judged_is_what_is_saved(tmp_path):
+    net = toy_supernet()
+    _, store = walk(net, Refit(), tmp_path, dtype=torch.bfloat16)
+    assert store.get(net.space.sites[0], 1).weight.dtype == torch.bfloat16
+
+
+def wrong(change):
+    class Wrong(LocalPruner):
+        def prune(self, layer, keeps):
+            return change([layer.masked(range(k)) for k in keeps])
+
+    return Wrong()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: found[:-1], "candidates came"),
+        (lambda found: found[::-1], "ascending order were asked"),
+        (lambda found: [Candidate(c.kept, torch.full_like(c.weight, torch.nan)) for c in found], "not finite"),
+        (lambda found: [Candidate(c.kept, torch.ones_like(c.weight)) for c in found], "not zero"),
+    ],
+)
+def test_a_pruner_that_breaks_its_promise_is_named(tmp_path, change, message):
+    with pytest.raises(PluginError, match=f"Wrong on model.layers.0.self_attn.o_proj.*{message}"):
+        walk(toy_supernet(), wrong(change), tmp_path)
+
+
+def test_activations_that_are_not_finite_name_the_site(tmp_path):
+    net = toy_supernet()
+    net.blocks[1].mlp.up_proj.weight.data.fill_(torch.inf)
+    with pytest.raises(WrongInput, match=r"layers\.1\.mlp\.down_proj receives values that are not finite"):
+        walk(net, KeepFirst(), tmp_path)
+
+
+def test_coupled_power_counts_every_row_that_goes_with_a_group():
+    net = toy_supernet()
+    block, (attention, mlp) = net.blocks[0], net.space.sites[:2]
+    total = sum(p.square().sum() for p in (block.mlp.gate_proj.weight, block.mlp.up_proj.weight))
+    torch.testing.assert_close(coupled_power(net.adapter, block, mlp).sum(), total)
+    rows = (block.self_attn.q_proj.weight, block.self_attn.k_proj.weight, block.self_attn.v_proj.weight)
+    torch.testing.assert_close(
+        coupled_power(net.adapter, block, attention).sum(), sum(p.square().sum() for p in rows)
+    )
+
+
+def test_query_heads_are_pruned_evenly_from_every_kv_group(tmp_path):
+    net = toy_supernet(heads="query", pruner=Refit())
+    site = net.space.sites[0]
+    candidate = net.store.get(site, 1)
+    block = net.adapter.pruned(net.blocks[0], site, candidate)["self_attn"]
+    assert block.q_proj.out_features == block.k_proj.out_features  # one query head per KV head
+    assert tiny("llama").model.layers[0].self_attn.k_proj.out_features == block.k_proj.out_features

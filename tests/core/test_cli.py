@@ -1,0 +1,299 @@
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
+
+from prunekit import pipeline
+from prunekit.cli import app, comparison
+from prunekit.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two blocks and a tokenizer of one token per letter."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    vocabulary = {letter: i for i, letter in enumerate(" abcdefghijklmnopqrstuvwxyz.")}
+    letters = Tokenizer(models.WordLevel(vocabulary, unk_token="."))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(folder)
+    sizes = {"vocab_size": 28, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(folder)  # type: ignore[arg-type]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "prose.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    return file
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: object) -> str:
+    """The sentence a wrong command ends in."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    sentence = result.stderr.strip().splitlines()[-1]
+    assert sentence.startswith("error: ")
+    return sentence
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the command line asked of the pipeline, which is not run."""
+    calls: list[Any] = []
+    side = {"parameters": 100, "block_parameters": 80}
+    report = {"dense": side, "pruned": side, "losses": {k: {"perplexity": 9.0} for k in ("dense", "pruned")}}
+
+    def prune(recipe: Recipe, **options: Any) -> Any:
+        calls.append((recipe, options))
+        return SimpleNamespace(report=report, directory=options["output"])
+
+    monkeypatch.setattr(pipeline, "prune", prune)
+    return calls
+
+
+# -- prune --------------------------------------------------------------------------------------------
+
+
+def test_prune_needs_no_more_than_model_and_output(asked: list[Any]) -> None:
+    result = run("prune", "some/model", "--output", "out")
+    assert result.exit_code == 0, result.output
+    recipe, options = asked[0]
+    assert recipe == Recipe.load().with_overrides({"model": "some/model"}).checked()
+    assert (options["output"], options["resume"], options["overwrite"]) == (Path("out"), True, False)
+
+
+def test_every_flag_has_its_place_in_the_recipe(asked: list[Any]) -> None:
+    flags = """--model m -o out --recipe fast --sparsity 0.3 --pruner magnitude --allocator uniform
+        --objective perplexity --carry dense --structure groups --dataset python-docs --calibration-tokens 64
+        --search-tokens 32 --seqlen 8 --seed 7 --device cpu --dtype float64 --set pruner.refit=true
+        --set data.evaluation_tokens=16 --no-resume --overwrite --quiet"""
+    result = run("prune", *flags.split())
+    assert result.exit_code == 0, result.output
+    recipe, options = asked[0]
+    assert recipe.pruner == {"name": "magnitude", "refit": True}
+    assert (recipe.allocator["name"], recipe.objective["name"]) == ("uniform", "perplexity")
+    assert (recipe.model, recipe.sparsity, recipe.carry, recipe.seed) == ("m", 0.3, "dense", 7)
+    assert (recipe.device, recipe.dtype, recipe.data.dataset) == ("cpu", "float64", "python-docs")
+    data = recipe.data
+    assert (data.calibration_tokens, data.search_tokens, data.evaluation_tokens, data.seqlen) == (64, 32, 16, 8)
+    assert (options["resume"], options["overwrite"]) == (False, True)
+
+
+def test_a_recipe_can_name_the_model(asked: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("model: some/model\n")
+    assert run("prune", "--recipe", "mine.yaml", "-o", "out").exit_code == 0
+    assert asked[0][0].model == "some/model"
+
+
+def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "prune", interrupted)
+    result = run("prune", "m", "-o", "out")
+    assert result.exit_code == 130
+    assert "the same command goes on from here" in result.stderr
+
+
+def test_prune_then_evaluate(model: Path, text: Path, tmp_path: Path) -> None:
+    small = (
+        "--calibration-tokens 256 --search-tokens 128 --seqlen 16 --set data.evaluation_tokens=256 --set verify=false"
+    )
+    parts = "--pruner obs --allocator uniform --objective expected-error --quiet"
+    result = run("prune", model, "-o", tmp_path / "out", "--dataset", text, *small.split(), *parts.split())
+    assert result.exit_code == 0, result.output + result.stderr
+    assert "block parameters" in result.stdout
+    assert result.stderr == ""
+    again = refused("prune", model, "-o", tmp_path / "out", "--dataset", text, *small.split(), *parts.split())
+    assert "is not empty" in again
+
+    result = run("evaluate", tmp_path / "out", "--dataset", text, "--seqlen", 16, "--tokens", 256, "--json", "--quiet")
+    assert result.exit_code == 0, result.output + result.stderr
+    found = json.loads(result.stdout)
+    assert found["label"] == "ppl/prose/seq16/n16/float32"
+    assert found["parameters"] == json.loads((tmp_path / "out/report.json").read_text())["pruned"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("-o", "out"), "no model was given"),
+        (("MODEL",), "no --output was given"),
+        (("MODEL", "--model", "other", "-o", "out"), "two models were given"),
+        (("MODEL", "-o", "out", "--sparsity", "1.5"), "more than 0 and less than 1, not 1.5"),
+        (("MODEL", "-o", "out", "--sparsity", "0"), "more than 0 and less than 1, not 0"),
+        (("MODEL", "-o", "out", "--sparsity", "half"), "Invalid value for '--sparsity'"),
+        (("MODEL", "-o", "out", "--sparsty", "0.5"), "No such option: --sparsty"),
+        (("MODEL", "-o", "out", "--pruner", "obz"), "did you mean 'obs'?"),
+        (("MODEL", "-o", "out", "--allocator", "tir"), "did you mean 'tyr'?"),
+        (("MODEL", "-o", "out", "--objective", "divergense"), "did you mean 'divergence'?"),
+        (("MODEL", "-o", "out", "--recipe", "tir"), "did you mean 'tyr'?"),
+        (("MODEL", "-o", "out", "--recipe", "gone.yaml"), "no recipe file 'gone.yaml'"),
+        (("MODEL", "-o", "out", "--carry", "none"), "carry is one of"),
+        (("MODEL", "-o", "out", "--structure", "weights"), "no structure 'weights'; there are groups"),
+        (("MODEL", "-o", "out", "--dataset", "gone.txt"), "no file 'gone.txt'"),
+        (("MODEL", "-o", "out", "--dataset", "wikitex2"), "did you mean 'wikitext2'?"),
+        (("MODEL", "-o", "out", "--calibration-tokens", "0"), "data.calibration_tokens"),
+        (("MODEL", "-o", "out", "--set", "pruner.asymetric=true"), "did you mean 'pruner.asymmetric'?"),
+        (("MODEL", "-o", "out", "--set", "nothing"), "--set takes key.path=value"),
+        (("MODEL", "-o", "out", "--dtype", "float12"), "dtype is one of"),
+        (("MODEL", "-o", "out", "--device", "gpu"), "no device 'gpu'"),
+        (("./gone", "-o", "out"), "no model folder './gone'"),
+        (
+            ("MODEL", "-o", "out", "--dataset", "TEXT", "--seqlen", "16", "--search-tokens", "9999999"),
+            "too little text",
+        ),
+        (("MODEL", "-o", "out", "--dataset", "TEXT", "--seqlen", "128"), "longer than the model's 64 positions"),
+        (("MODEL", "-o", "out", "--set", "of=model", "--sparsity", "0.99"), "cannot be met: reachable is 0 to"),
+        (("MODEL", "-o", "FULL"), "is not empty"),
+    ],
+)
+def test_wrong_input_is_one_sentence(
+    model: Path, text: Path, tmp_path: Path, arguments: tuple[str, ...], sentence: str
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/something").touch()
+    places = {"MODEL": model, "TEXT": text, "FULL": tmp_path / "full"}
+    assert sentence in refused("prune", *(places.get(argument, argument) for argument in arguments), "--quiet")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_holds_nan_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    loaded = LlamaForCausalLM.from_pretrained(broken)
+    loaded.get_submodule("model.layers.1.mlp.down_proj").weight.data[3, 3] = torch.nan  # type: ignore[index]
+    loaded.save_pretrained(broken)
+    assert "layers.1.mlp.down_proj" in refused("prune", broken, "-o", "out", "--dataset", text, "--quiet")
+
+
+def test_an_architecture_without_adapter_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    assert "llama" in refused("prune", tmp_path, "-o", "out", "--quiet")
+
+
+# -- evaluate, list, check, demo ----------------------------------------------------------------------
+
+
+def test_evaluate_warns_of_few_windows(model: Path, text: Path) -> None:
+    result = run("evaluate", model, "--dataset", text, "--seqlen", 16, "--tokens", 64)
+    assert result.exit_code == 0, result.output
+    assert "only 4 windows" in result.stderr
+    assert re.search(r"measured as +ppl/prose/seq16/n4/float32", result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "no model was given"),
+        (("./gone",), "there is no model folder './gone'"),
+        (("MODEL", "--dataset", "gone.txt"), "no file 'gone.txt'"),
+        (("MODEL", "--dataset", "TEXT", "--tokens", "999999"), "too little text"),
+        (("MODEL", "--seqlen", "1"), "--seqlen"),
+    ],
+)
+def test_evaluate_refuses_in_one_sentence(model: Path, text: Path, arguments: tuple[str, ...], sentence: str) -> None:
+    places = {"MODEL": model, "TEXT": text}
+    assert sentence in refused("evaluate", *(places.get(argument, argument) for argument in arguments))
+
+
+def test_list_names_every_plugin_with_its_options() -> None:
+    rows = json.loads(run("list", "--json").stdout)
+    assert {"pruner", "allocator", "objective", "adapter"} <= {row["kind"] for row in rows}
+    assert all(row.keys() == {"kind", "name", "owner", "summary", "options"} for row in rows)
+    (obs,) = (row for row in rows if row["name"] == "obs")
+    assert obs["owner"] == "prunekit"
+    assert obs["summary"]
+    assert {"name": "asymmetric", "type": "bool", "default": False} in obs["options"]
+
+
+def test_list_is_a_table_with_presets() -> None:
+    result = run("list")
+    assert result.exit_code == 0
+    assert re.search(r"pruner +obs ", result.stdout)
+    assert re.search(r"recipe +default ", result.stdout)
+
+
+def test_check_runs_the_suite_of_the_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+
+    def pytest_main(arguments: list[str]) -> int:
+        written.append(Path(arguments[0]).read_text())
+        return 1
+
+    monkeypatch.setattr(pytest, "main", pytest_main)
+    assert run("check", "obs", "--set", "asymmetric=true").exit_code == 1
+    assert "class TestPruner(testing.PrunerSuite):" in written[0]
+    assert "build({'name': 'obs', 'asymmetric': True})" in written[0]
+    compile(written[0], "test_plugin.py", "exec")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("obz",), "no plug-in 'obz'; did you mean 'obs'?"),
+        (("obs", "--set", "asymetric=true"), "did you mean 'asymmetric'?"),
+    ],
+)
+def test_check_refuses_in_one_sentence(arguments: tuple[str, ...], sentence: str) -> None:
+    assert sentence in refused("check", *arguments)
+
+
+def test_check_without_pytest_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prunekit.cli.find_spec", lambda _: None)
+    assert "pip install 'prunekit[testing]'" in refused("check", "obs")
+
+
+def test_demo_compares_and_loads_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prunekit.demo import run as demo
+
+    numbers = {"parameters": 10.0, "perplexity": 5.0, "size on disk": 2e6, "decode tokens/s": 70.0}
+    monkeypatch.setattr(demo, "run", lambda output, progress: demo.Demo(numbers, numbers, 1e-6))
+    result = run("demo", "--quiet")
+    assert "logits differ by at most 1.0e-06" in result.stdout
+    assert "2 MB" in result.stdout
+
+
+def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prune(*_: object, **__: object) -> None:
+        raise ImportError("allocator 'optuna-tpe' of prunekit needs 'optuna', which is not installed")
+
+    monkeypatch.setattr(pipeline, "prune", prune)
+    assert "needs 'optuna'" in refused("prune", "m", "-o", "out")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("prune", "--help"), ("--version",)])
+def test_help_and_version(arguments: tuple[str, ...]) -> None:
+    assert run(*arguments).exit_code == 0
+
+
+def test_unknown_commands_are_one_sentence() -> None:
+    assert "No such command 'prun'" in refused("prun")
+
+
+def test_rows_that_were_not_measured_are_left_out() -> None:
+    table = comparison("x", {"parameters": 10, "perplexity": 2.0}, {"parameters": 5})
+    assert [list(column.cells) for column in table.columns] == [["parameters"], ["10"], ["5"], ["0.500"]]

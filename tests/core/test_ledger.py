@@ -1,0 +1,50 @@
+"""A ledger is written once and replayed ever after."""
+
+import math
+
+import pytest
+
+from prunekit.ledger import Ledger, LedgerMismatch
+
+QUESTION = {"kind": "question", "walk": 0, "allocation": [1, 2], "tokens": 64}
+
+
+def written(path):
+    ledger = Ledger(path)
+    ledger.note({"kind": "space"})
+    assert ledger.recall(QUESTION) is None
+    ledger.answer(QUESTION, 0.1 + 0.2)
+    ledger.answer(QUESTION | {"tokens": 8}, math.inf)
+    return ledger
+
+
+def test_a_second_run_is_told_what_the_first_one_learnt(tmp_path):
+    written(tmp_path / "ledger.jsonl")
+    before = (tmp_path / "ledger.jsonl").read_bytes()
+    again = Ledger(tmp_path / "ledger.jsonl")
+    again.note({"kind": "space"})
+    assert again.recall(QUESTION) == 0.1 + 0.2
+    assert again.recall(QUESTION | {"tokens": 8}) == math.inf
+    assert again.recall(QUESTION) is None
+    assert (again.tokens, again.questions) == (72, 2)
+    assert (tmp_path / "ledger.jsonl").read_bytes() == before
+
+
+def test_another_conversation_is_refused(tmp_path):
+    written(tmp_path / "ledger.jsonl")
+    again = Ledger(tmp_path / "ledger.jsonl")
+    with pytest.raises(LedgerMismatch, match="line 1"):
+        again.note({"kind": "other space"})
+
+
+def test_half_a_line_of_a_killed_writer_is_forgotten(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    written(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"kind":"quest')
+    again = Ledger(path)
+    again.note({"kind": "space"})
+    again.recall(QUESTION)
+    again.recall(QUESTION | {"tokens": 8})
+    assert again.recall(QUESTION) is None
+    assert path.read_bytes() == whole

@@ -1,0 +1,209 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prunekit import recipe as module
+from prunekit.errors import WrongInput
+from prunekit.recipe import DataSpec, Recipe, parsed, presets
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return Recipe.load()
+
+
+# -- reading and writing ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_every_preset_names_parts_that_exist(name: str) -> None:
+    assert Recipe.load(name).checked().pruner["name"]
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_yaml_round_trip(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    written = Recipe.load(name).with_overrides({"model": "some/model", "seed": 3, "data.digests": {"search": "00"}})
+    file.write_text(written.to_yaml())
+    read = Recipe.load(file)
+    assert read == read.checked() == written.checked()
+    assert read.to_yaml() == written.to_yaml()
+    assert read.digest == written.digest
+
+
+def test_yaml_has_every_option_and_the_versions(recipe: Recipe) -> None:
+    text = recipe.to_yaml()
+    assert text.startswith("# prunekit ")
+    assert list(yaml.safe_load(text)) == list(Recipe.model_fields)
+    assert yaml.safe_load(text)["pruner"].keys() > {"name"}
+
+
+def test_a_file_says_what_differs_from_the_default(recipe: Recipe, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("sparsity: 0.3\ndata: {seqlen: 64}\n")
+    assert Recipe.load(file) == recipe.with_overrides({"sparsity": 0.3, "data.seqlen": 64})
+
+
+def test_the_folder_of_a_pruned_model_is_a_recipe(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path) == recipe.checked()
+
+
+def test_the_digest_is_of_what_makes_the_weights(recipe: Recipe) -> None:
+    same = recipe.with_overrides({"device": "cuda", "verify": False, "code": "bundled"})
+    other = recipe.with_overrides({"damping": 0.02})
+    assert recipe.digest == recipe.checked().digest == same.digest != other.digest
+
+
+# -- overriding ---------------------------------------------------------------------------------------
+
+
+def test_a_flag_replaces_a_plugin_and_a_path_sets_its_option(recipe: Recipe) -> None:
+    changed = recipe.with_overrides({"pruner.refit": True, "pruner": "magnitude"})
+    assert changed.checked().pruner["name"] == "magnitude"
+    assert changed.pruner["refit"] is True
+
+
+def test_options_of_a_plugin_inside_a_plugin(recipe: Recipe) -> None:
+    changed = recipe.with_overrides({"allocator": "tyr", "allocator.inner.generations": 5, "allocator.reach": 2})
+    assert changed.allocator["inner"]["generations"] == 5
+    assert changed.checked().allocator["reach"] == 2
+
+
+def test_another_plugin_inside_a_plugin(recipe: Recipe) -> None:
+    changed = recipe.with_overrides({"allocator": "tyr", "allocator.inner": "uniform"})
+    assert changed.checked().allocator["inner"] == {"name": "uniform"}
+
+
+def test_naming_the_plugin_that_is_there_keeps_its_options(recipe: Recipe) -> None:
+    set_ = recipe.with_overrides({"pruner": "obs", "pruner.asymmetric": True})
+    assert set_.with_overrides({"pruner": "obs"}).pruner["asymmetric"] is True
+
+
+def test_a_plugin_object_is_as_good_as_its_name(recipe: Recipe) -> None:
+    from prunekit.registry import PRUNERS
+
+    changed = recipe.with_overrides({"pruner": PRUNERS.build({"name": "obs", "asymmetric": True})})
+    assert changed.pruner == {"name": "obs", "asymmetric": True}
+
+
+def test_data_given_as_a_mapping_are_merged(recipe: Recipe) -> None:
+    changed = recipe.with_overrides({"data.field": "body"}).with_overrides({"data": {"seqlen": 64}})
+    assert (changed.data.field, changed.data.seqlen) == ("body", 64)
+
+
+@pytest.mark.parametrize("key", ["data.seqlen", "model", "seed"])
+def test_digests_go_with_the_data_they_are_of(recipe: Recipe, key: str) -> None:
+    drawn = recipe.model_copy(update={"data": DataSpec(digests={"calibration": "00"})})
+    assert drawn.with_overrides({"sparsity": 0.3}).data.digests is not None
+    assert drawn.with_overrides({key: "7"}).data.digests is None
+
+
+def test_another_data_set_has_its_own_splits(recipe: Recipe) -> None:
+    drawn = DataSpec(dataset="c4", config="en", split="train", evaluation_dataset="c4", evaluation_split="validation")
+    changed = recipe.model_copy(update={"data": drawn}).with_overrides({"data.dataset": "python-docs"})
+    assert changed.data == DataSpec(dataset="python-docs")
+    elsewhere = drawn.model_copy(update={"evaluation_dataset": "wikitext2", "evaluation_split": "test"})
+    changed = recipe.model_copy(update={"data": elsewhere}).with_overrides({"data.dataset": "python-docs"})
+    assert changed.data.evaluation_dataset == "wikitext2"
+
+
+def test_set_takes_yaml_values() -> None:
+    assert parsed("pruner.damping=0.1") == ("pruner.damping", 0.1)
+    assert parsed("data.shuffle=true") == ("data.shuffle", True)
+    assert parsed("allocator.inner.selections=[[1, 512]]")[1] == [[1, 512]]
+    assert parsed("data.dataset=a=b.txt") == ("data.dataset", "a=b.txt")
+
+
+# -- wrong input --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"sparsty": 0.5}, "no recipe key 'sparsty'; did you mean 'sparsity'?"),
+        ({"data.seqln": 8}, "no recipe key 'data.seqln'; did you mean 'data.seqlen'?"),
+        ({"data.seqlen.more": 8}, "no recipe key 'seqlen.more'"),
+        ({"data": {"seqln": 8}}, "no recipe key 'data.seqln'; did you mean 'data.seqlen'?"),
+        ({"data": 3}, "data: "),
+        ({"pruner": "obz"}, "no pruner 'obz'; did you mean 'obs'? there are "),
+        ({"pruner": ["obs"]}, "pruner: "),
+        ({"pruner": {"asymmetric": True}}, "a pruner is given by its name"),
+        (
+            {"pruner": {"name": "obs", "asymetric": True}},
+            "no option of pruner 'obs' 'asymetric'; did you mean 'asymmetric'?",
+        ),
+        ({"pruner.asymetric": True}, "no recipe key 'pruner.asymetric'; did you mean 'pruner.asymmetric'?"),
+        ({"allocator.inner": "evolutoin"}, "no allocator 'evolutoin'; did you mean 'evolution'?"),
+        ({"finishers": ["polish"]}, "no finisher 'polish'"),
+        ({"sparsity": 0}, "sparsity is the share that is removed, more than 0 and less than 1, not 0"),
+        ({"sparsity": 1.0}, "more than 0 and less than 1, not 1.0"),
+        ({"sparsity": -0.5}, "more than 0 and less than 1, not -0.5"),
+        ({"sparsity": "half"}, "sparsity: input should be a valid number"),
+        ({"structure": "weights"}, "no structure 'weights'; there are groups"),
+        ({"carry": "dens"}, "carry is one of 'dense', 'centre' or 'expected', not 'dens'"),
+        ({"metric": "joules"}, "metric is one of 'parameters'"),
+        ({"data.calibration_tokens": 0}, "data.calibration_tokens: input should be greater than 0, not 0"),
+        ({"data.dataset": "gone.txt"}, "no file 'gone.txt'"),
+        ({"data.evaluation_dataset": "gone.jsonl"}, "no file 'gone.jsonl'"),
+        ({"data.dataset": "wikitext-2"}, "did you mean 'wikitext2'?"),
+        ({"version": 2}, "version is one of 1, not 2"),
+    ],
+)
+def test_wrong_values_are_one_sentence(recipe: Recipe, overrides: dict[str, object], sentence: str) -> None:
+    with pytest.raises(WrongInput) as caught:
+        recipe.with_overrides(overrides).checked()
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("defualt", "no recipe 'defualt'; did you mean 'default'?"),
+        ("gone.yaml", "no recipe file 'gone.yaml'"),
+        ("some/where", "no recipe file 'some/where'"),
+    ],
+)
+def test_no_such_recipe_is_one_sentence(name: str, sentence: str) -> None:
+    with pytest.raises(WrongInput) as caught:
+        Recipe.load(name)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("sparsity: [", "line 1 is not YAML"),
+        ("- sparsity", "is not a list of key: value"),
+        ("sparsty: 0.3", "did you mean 'sparsity'?"),
+    ],
+)
+def test_a_broken_recipe_file_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "broken.yaml").write_text(text)
+    with pytest.raises(WrongInput) as caught:
+        Recipe.load(tmp_path / "broken.yaml")
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("assignment", ["sparsity", "=0.5", "sparsity=[", ""])
+def test_a_broken_assignment_is_one_sentence(assignment: str) -> None:
+    with pytest.raises(WrongInput, match="--set"):
+        parsed(assignment)
+
+
+def test_two_presets_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for package in ("one_pkg", "two_pkg"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+        (tmp_path / package / "same.yaml").write_text("sparsity: 0.5")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Point:
+        def __init__(self, value: str) -> None:
+            self.name = self.value = value
+
+    monkeypatch.setattr(module.metadata, "entry_points", lambda group: [Point("one_pkg"), Point("two_pkg")])
+    with pytest.raises(WrongInput, match="two presets are called 'same'"):
+        presets.__wrapped__()

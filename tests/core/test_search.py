@@ -1,0 +1,112 @@
+"""The search driver checks, counts, remembers and stops."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+
+from prunekit import Allocator, Objective, PluginError, Problem, Query
+from prunekit.ledger import Ledger
+from prunekit.progress import Progress
+from prunekit.search import converse
+from prunekit.testing import toy_supernet, toy_tokens
+
+
+@dataclass
+class Counting(Objective):
+    """The largest error, and how often it was asked."""
+
+    calls: int = 0
+
+    def loss(self, net, allocation, batch):
+        self.calls += 1
+        return max(net.site_errors(allocation))
+
+
+class Free(Counting):
+    reads_tokens: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Script(Allocator):
+    """Asks what it was told to ask."""
+
+    asks: tuple
+    answer: object = None
+
+    def search(self, problem):
+        for ask in self.asks:
+            yield [Query(a or problem.start, t) for a, t in ask]
+        return problem.start if self.answer is None else self.answer
+
+
+@pytest.fixture(scope="module")
+def net():
+    return toy_supernet()
+
+
+def held(net, allocator, objective, path, limit=None):
+    problem = Problem(net.space, net.errors, net.space.uniform(), tokens=toy_tokens().n_tokens)
+    ledger = Ledger(path)
+    outcome = converse(
+        allocator, problem, net, objective, toy_tokens(), ledger, walk=0, limit=limit, progress=Progress()
+    )  # fmt: skip
+    return outcome, ledger
+
+
+def test_nothing_is_judged_twice(net, tmp_path):
+    objective = Counting()
+    _, ledger = held(net, Script((((None, 12), (None, 12)), ((None, 12),), ((None, None),))), objective, tmp_path / "l")
+    assert objective.calls == 2
+    assert ledger.tokens == 12 + 48
+
+
+def test_more_tokens_than_there_are_are_all_there_are(net, tmp_path):
+    _, ledger = held(net, Script((((None, 10**6),), ((None, None),))), Counting(), tmp_path / "l")
+    assert ledger.tokens == 48
+
+
+def test_a_table_objective_is_free(net, tmp_path):
+    _, ledger = held(net, Script((((None, 12),),)), Free(), tmp_path / "l")
+    assert ledger.tokens == 0
+
+
+def test_a_second_run_asks_the_ledger_and_not_the_objective(net, tmp_path):
+    script = Script((((None, 12),), ((None, None),)))
+    first, _ = held(net, script, Counting(), tmp_path / "l")
+    objective = Counting()
+    second, _ = held(net, script, objective, tmp_path / "l")
+    assert objective.calls == 0
+    assert second == first
+
+
+def test_the_limit_ends_a_search_with_the_best_so_far(net, tmp_path):
+    others = list(net.space.exchanges(net.space.uniform()))[:5]
+    script = Script(tuple(((a, 24),) for a in others))
+    outcome, ledger = held(net, script, Counting(), tmp_path / "l", limit=24 * 3)
+    assert ledger.tokens == 24 * 3
+    assert max(net.site_errors(outcome.answer)) == min(max(net.site_errors(a)) for a in others[:3])
+
+
+def test_a_nan_loss_is_infinite(net, tmp_path):
+    class Broken(Counting):
+        def loss(self, net, allocation, batch):
+            return math.nan
+
+    outcome, _ = held(net, Script((((None, 12),),)), Broken(), tmp_path / "l")
+    assert outcome.judgement.loss == math.inf
+
+
+@pytest.mark.parametrize(
+    ("allocator", "message"),
+    [
+        (Script(()), "without a question"),
+        (Script(((),)), "without a question"),
+        (Script((((None, 12),),), answer=(1, 2)), "not a feasible allocation"),
+        (Script(((((10**6,) * 6, 12),),)), "not a feasible allocation"),
+    ],
+)
+def test_a_broken_promise_names_the_plug_in(net, tmp_path, allocator, message):
+    with pytest.raises(PluginError, match=f"Script.*{message}"):
+        held(net, allocator, Counting(), tmp_path / "l")

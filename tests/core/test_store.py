@@ -1,0 +1,71 @@
+"""Candidates come back as they were put, or not at all."""
+
+import json
+
+import pytest
+import torch
+
+from prunekit.layer import Candidate
+from prunekit.sites import Site
+from prunekit.store import CandidateStore, DamagedStore
+
+SITE = Site("model.layers.0.mlp.down_proj", 0, "mlp", n_groups=4, group_size=2, params_per_group=1)
+SPREAD = Site("model.layers.0.self_attn.o_proj", 0, "attention", n_groups=2, group_size=4, params_per_group=1, spread=2)
+
+
+def candidate(site, kept):
+    weight = torch.zeros(3, site.d_in)
+    columns = site.columns(kept)
+    weight[:, columns] = torch.arange(1.0, 3 * len(columns) + 1).reshape(3, -1)
+    return Candidate(tuple(kept), weight)
+
+
+@pytest.mark.parametrize("site", [SITE, SPREAD], ids=["contiguous", "spread"])
+def test_what_is_put_is_got(tmp_path, site):
+    rungs = [candidate(site, range(k)) for k in range(site.n_groups + 1)]
+    CandidateStore(tmp_path, {"a": 1}).put(site, rungs, [1.0 - k / 4 for k in range(len(rungs))])
+    store = CandidateStore(tmp_path, {"a": 1})
+    assert site in store
+    for k, rung in enumerate(rungs):
+        found = store.get(site, k)
+        assert found.kept == rung.kept
+        assert torch.equal(found.weight, rung.weight)
+    assert store.errors(site)[0] == 1.0
+
+
+def test_only_kept_columns_are_on_disk(tmp_path):
+    CandidateStore(tmp_path, {}).put(SITE, [candidate(SITE, [1])], [0.5])
+    assert (tmp_path / f"{SITE.name}.safetensors").stat().st_size < 3 * SITE.d_in * 4 + 200
+
+
+def test_a_count_that_was_not_put_is_an_error_that_lists_those_that_were(tmp_path):
+    store = CandidateStore(tmp_path, {})
+    store.put(SITE, [candidate(SITE, [1])], [0.5])
+    with pytest.raises(KeyError, match=r"there are \[1\]"):
+        store.get(SITE, 3)
+
+
+def test_a_changed_file_is_refused(tmp_path):
+    CandidateStore(tmp_path, {}).put(SITE, [candidate(SITE, [1])], [0.5])
+    file = tmp_path / f"{SITE.name}.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(DamagedStore, match="damaged"):
+        CandidateStore(tmp_path, {}).get(SITE, 1)
+
+
+def test_the_store_of_another_walk_is_refused(tmp_path):
+    CandidateStore(tmp_path, {"centre": [1]}).put(SITE, [candidate(SITE, [1])], [0.5])
+    with pytest.raises(DamagedStore, match="another walk"):
+        CandidateStore(tmp_path, {"centre": [2]})
+
+
+def test_a_writer_that_dies_before_the_manifest_leaves_the_site_out(tmp_path, monkeypatch):
+    store = CandidateStore(tmp_path, {})
+    store.put(SITE, [candidate(SITE, [1])], [0.5])
+    monkeypatch.setattr("prunekit.store.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        store.put(SPREAD, [candidate(SPREAD, [1])], [0.5])
+    again = CandidateStore(tmp_path, {})
+    assert SITE in again
+    assert SPREAD not in again
+    assert SPREAD.name not in json.loads((tmp_path / "manifest.json").read_text())["sites"]

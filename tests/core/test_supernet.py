@@ -1,0 +1,73 @@
+"""What the supernet says of an allocation is what the assembled model does."""
+
+import pytest
+import torch
+
+from prunekit.adapters import adapter_for
+from prunekit.calibration import flow
+from prunekit.checkpoint import fingerprint
+from prunekit.testing import toy_supernet, toy_tokens
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox"]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(flow, "TOKENS_AT_ONCE", 24)
+
+
+def logits(net, allocation, batch):
+    return torch.cat([part for _, part in net.logits(allocation, batch)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("heads", ["kv", "query"])
+def test_cut_out_candidates_are_the_masked_model_and_the_assembled_one(family, heads):
+    net, batch = toy_supernet(family, heads=heads), toy_tokens()
+    for plan in (net.space.uniform(), tuple(0 for _ in net.space.sites), tuple(s.n_groups for s in net.space.sites)):
+        seen = logits(net, plan, batch)
+        with torch.no_grad():
+            torch.testing.assert_close(seen, net.assemble(plan)(batch.ids).logits.float())
+        masked, adapter = toy_supernet(family, heads=heads).model, adapter_for(family)
+        with torch.no_grad():
+            for site, kept in zip(net.space.sites, plan, strict=True):
+                linear = adapter.linear(adapter.blocks(masked)[site.block], site)
+                linear.weight.copy_(net.store.get(site, kept).weight)
+                if kept == 0 and linear.bias is not None:
+                    linear.bias.zero_()
+            torch.testing.assert_close(seen, masked(batch.ids).logits.float())
+
+
+def test_prefixes_are_shared_and_change_nothing():
+    net, batch = toy_supernet(), toy_tokens()
+    plans = [net.space.uniform(), *list(net.space.exchanges(net.space.uniform()))[:6]]
+    alone = [logits(net, plan, batch) for plan in plans]
+    net.prefetch(plans, batch)
+    for plan, expected in zip(plans, alone, strict=True):
+        assert torch.equal(logits(net, plan, batch), expected)
+
+
+def test_the_dense_top_is_the_top_of_the_dense_model():
+    net, batch = toy_supernet(), toy_tokens()
+    top = net.dense_top(batch, 5)
+    expected = net.model(batch.ids).logits.float().log_softmax(-1).topk(5)
+    torch.testing.assert_close(top.log_probs, expected.values)
+    assert torch.equal(top.ids.long(), expected.indices)
+
+
+def test_assembling_leaves_the_dense_model_as_it_was():
+    net = toy_supernet()
+    before = fingerprint(net.model)
+    small = net.assemble(net.space.uniform())
+    assert fingerprint(net.model) == before
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.model.parameters())
+
+
+def test_parts_are_let_go_when_they_take_too_much_room(monkeypatch):
+    monkeypatch.setattr("prunekit.supernet.PARTS_BYTES", 1)
+    net, batch = toy_supernet(), toy_tokens()
+    first = logits(net, net.space.uniform(), batch)
+    for plan in net.space.exchanges(net.space.uniform()):
+        logits(net, plan, batch)
+    assert len(net._parts) <= len(net.space.sites)
+    assert torch.equal(logits(net, net.space.uniform(), batch), first)

@@ -1,0 +1,17 @@
+"""Every registered objective keeps the promises of objectives."""
+
+import pytest
+
+from prunekit.registry import OBJECTIVES
+from prunekit.testing import ObjectiveSuite
+
+VARIANTS = {"divergence": [{"rest": False}, {"top_k": 4}]}
+
+
+@pytest.mark.parametrize(
+    "spec", [{"name": name, **options} for name in OBJECTIVES for options in [{}, *VARIANTS.get(name, [])]], ids=str
+)
+class TestEveryObjective(ObjectiveSuite):
+    @pytest.fixture(autouse=True)
+    def _plugin(self, spec):
+        self.plugin = OBJECTIVES.build(spec)
