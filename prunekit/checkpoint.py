@@ -76,11 +76,17 @@ def opened(
     for parameter, value in model.named_parameters():
         if not bool(torch.isfinite(value).all()):
             raise WrongInput(f"{name}: {parameter} holds values that are not finite; the checkpoint is damaged")
-    computed = (stored if place.type == "cuda" else torch.float32) if dtype == "auto" else DTYPES[dtype]
-    if dtype == "auto" and stored == torch.float64:
-        computed = stored
-    model = model.to(place, computed).eval().requires_grad_(False)
+    narrow = stored.itemsize < 4 and place.type != "cuda"  # half precision is slow on a CPU
+    computed = (torch.float32 if narrow else stored) if dtype == "auto" else DTYPES[dtype]
+    model = stored_as(model.to(place), computed).eval().requires_grad_(False)
     return Dense(model, tokenizer, adapter_for(model.config.model_type), stored, name)
+
+
+def stored_as(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with its parameters in `dtype`, in place; buffers, rotary tables among them, stay exact."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:

@@ -17,7 +17,7 @@ from torch import nn
 from prunekit import report as reporting
 from prunekit.build import build
 from prunekit.calibration.tokens import Draws, TokenBatch, draw
-from prunekit.checkpoint import Dense, fingerprint, opened, skeleton
+from prunekit.checkpoint import Dense, fingerprint, opened, skeleton, stored_as
 from prunekit.contracts import LocalPruner, Problem
 from prunekit.errors import WrongInput
 from prunekit.evaluate import perplexity
@@ -99,7 +99,7 @@ def prune(
             trust_remote_code=recipe.trust_remote_code,
         )
         whole = whole_space(recipe, dense.model, dense.adapter)
-        draws = draw(dense.tokenizer, recipe.data, progress=progress, **_limits(dense.model))
+        draws = draw(dense.tokenizer, recipe.data, progress, seed=recipe.seed, **_limits(dense.model))
         recipe = recipe.completed(model=dense.name, draws=draws)
     identity = {"recipe": recipe.digest, "model": fingerprint(dense.model)}
     with workplace(output, identity, resume=resume, overwrite=overwrite) as place:
@@ -199,13 +199,6 @@ def write_result(result: Result, folder: Path) -> None:
     reporting.write(result.report, result.recipe, folder)
     if result.recipe.verify and result.probe is not None:
         verify(folder, *result.probe, reporting.count(result.model))
-
-
-def stored_as(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model with its parameters in `dtype`, in place; buffers, rotary tables among them, stay exact."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
 
 
 @torch.no_grad()

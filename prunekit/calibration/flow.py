@@ -20,7 +20,7 @@ from prunekit.calibration.moments import Moments
 from prunekit.calibration.tokens import TokenBatch
 from prunekit.sites import Site
 
-TOKENS_AT_ONCE = 8192  # per forward of one block; bounds the activations held besides the streams
+TOKENS_AT_ONCE = 2048  # per forward of one block: what stays in a cache, and bounds the activations held
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,189 @@
+"""The whole flow on a tiny model: it prunes, resumes, refuses, and what it saves loads."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import prunekit
+from prunekit.checkpoint import fingerprint
+from prunekit.demo import MODEL
+from prunekit.ledger import Ledger
+from prunekit.recipe import Recipe
+from prunekit.store import CandidateStore
+from prunekit.testing import tiny
+
+FILES = ("model.safetensors", "config.json", "recipe.yaml", "ledger.jsonl", "tokenizer.json")
+QUICK = {
+    "pruner": "obs",
+    "allocator": {"name": "tyr", "inner": {"name": "evolution", "generations": 2, "offspring": 4}, "last_stride": 0.125},
+    "objective": "divergence",
+    "data__dataset": "python-docs",
+    "data__calibration_tokens": 512,
+    "data__search_tokens": 512,
+    "data__evaluation_tokens": 512,
+    "data__seqlen": 32,
+    "quiet": True,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with a tokenizer, on disk."""
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    tiny("llama", vocab_size=2048).float().save_pretrained(path)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
+    return path
+
+
+def content(directory):
+    return {name: (directory / name).read_bytes() for name in FILES}
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """An uninterrupted run."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    prunekit.prune(folder, output=output, **QUICK)
+    return output
+
+
+def test_what_is_saved_loads_and_meets_its_budget(whole, folder):
+    report = json.loads((whole / "report.json").read_text())
+    small, dense = (AutoModelForCausalLM.from_pretrained(path) for path in (whole, folder))
+    count = {name: sum(p.numel() for p in m.parameters()) for name, m in (("small", small), ("dense", dense))}
+    blocks = sum(p.numel() for p in dense.model.layers.parameters())
+    kept = sum(p.numel() for p in small.model.layers.parameters())
+    assert kept <= blocks // 2
+    assert report["pruned"] == {
+        "parameters": count["small"],
+        "block_parameters": kept,
+        "sparsity_of_blocks": (blocks - kept) / blocks,
+        "sparsity_of_model": (count["dense"] - count["small"]) / count["dense"],
+    }
+    assert report["budget"]["spent"] <= report["budget"]["limit"]
+    assert not whole.with_name("out.partial").exists()
+    assert {"recipe.yaml", "report.json", "ledger.jsonl", "README.md", "config.json"} <= {p.name for p in whole.iterdir()}
+
+
+def test_the_recipe_beside_a_result_runs_again_to_the_same_bytes(whole, tmp_path):
+    prunekit.prune(recipe=whole / "recipe.yaml", output=tmp_path / "again", quiet=True)
+    assert content(tmp_path / "again") == content(whole)
+
+
+@pytest.mark.parametrize("when", ["walk", "search", "rebuild", "save"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, whole, tmp_path, monkeypatch, when):
+    class Killed(BaseException):
+        pass
+
+    def killing(method, last):
+        calls = []
+
+        def call(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == last:
+                raise Killed
+            return method(*args, **kwargs)
+
+        return call
+
+    place, name, last = {
+        "walk": (CandidateStore, "put", 4),
+        "search": (Ledger, "answer", 5),
+        "rebuild": (CandidateStore, "put", 9),
+        "save": (Path, "replace", 10**9),
+    }[when]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        if when == "save":
+            patch.setattr("prunekit.pipeline.verify", killing(None, 1))
+        else:
+            patch.setattr(place, name, killing(getattr(place, name), last))
+        prunekit.prune(folder, output=tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial").exists()
+    prunekit.prune(folder, output=tmp_path / "out", **QUICK)
+    assert content(tmp_path / "out") == content(whole)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_another_recipe_does_not_go_on_with_an_unfinished_run(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "answer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prunekit.prune(folder, output=tmp_path / "out", **QUICK)
+    with pytest.raises(prunekit.WrongInput, match=r"unfinished run \(recipe differ\)"):
+        prunekit.prune(folder, output=tmp_path / "out", **QUICK | {"seed": 1})
+    prunekit.prune(folder, output=tmp_path / "out", overwrite=True, **QUICK | {"seed": 1})
+
+
+def test_two_runs_do_not_share_an_output(folder, tmp_path):
+    import fcntl
+
+    (tmp_path / "out.partial").mkdir()
+    with (tmp_path / "out.partial" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(prunekit.WrongInput, match="another process"):
+            prunekit.prune(folder, output=tmp_path / "out", **QUICK)
+
+
+def test_a_model_in_memory_stays_as_it_is(folder, tmp_path, whole):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    before = fingerprint(model)
+    result = prunekit.prune(model, tokenizer, **QUICK)
+    assert fingerprint(model) == before
+    assert result.directory is None
+    saved = result.save(tmp_path / "saved")
+    assert (saved / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    with pytest.raises(prunekit.WrongInput, match="not empty"):
+        result.save(tmp_path / "saved")
+
+
+def test_a_pruned_model_can_be_pruned_again(whole, tmp_path):
+    result = prunekit.prune(whole, output=tmp_path / "twice", **QUICK | {"allocator": "uniform", "sparsity": 0.2})
+    ids = torch.randint(3, 2000, (1, 8))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
+    torch.testing.assert_close(again(ids).logits, result.model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"allocator": "uniform", "heads": "query"},
+        {"allocator": "uniform", "rebuild": False},
+        {"allocator": "softmax", "objective": "expected-error", "carry": "dense"},
+        {"allocator": "softmax", "objective": "perplexity", "carry": "centre", "rebuild": False},
+        {"allocator": "uniform", "metric": "flops"},
+        {"allocator": "uniform", "metric": "bytes", "apart": True},
+        {"allocator": "uniform", "of": "model", "sparsity": 0.05},
+        {"allocator": "uniform", "pruner": {"name": "obs", "asymmetric": True}},
+        {"allocator": "uniform", "pruner": "magnitude", "sparsity": 0.9},
+    ],
+    ids=str,
+)
+def test_every_choice_runs_and_verifies(folder, settings):
+    result = prunekit.prune(folder, **QUICK | settings)
+    assert result.report["budget"]["spent"] <= result.report["budget"]["limit"]
+    ids = torch.randint(3, 2000, (2, 8))
+    assert torch.isfinite(result.model(ids).logits).all()
+
+
+def test_weights_that_are_not_finite_are_refused(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(prunekit.WrongInput, match=r"layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
+        prunekit.prune(model, AutoTokenizer.from_pretrained(folder), **QUICK)
+
+
+def test_a_budget_that_cannot_be_met_says_what_can(folder):
+    with pytest.raises(prunekit.WrongInput, match="reachable is 0 to 0"):
+        prunekit.prune(folder, **QUICK | {"of": "model", "sparsity": 0.9})
+
+
+def test_the_seed_is_all_the_randomness_there_is(folder, whole):
+    recipe = Recipe.load(whole / "recipe.yaml")
+    torch.manual_seed(123)
+    again = prunekit.prune(recipe=copy.deepcopy(recipe), quiet=True)
+    assert again.ledger == (whole / "ledger.jsonl").read_text()
