@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from prunekit.pipeline import Result
 from prunekit.pipeline import prune as run
@@ -14,7 +14,7 @@ from prunekit.recipe import Recipe
 
 
 def prune(
-    model: str | Path | nn.Module | None = None,
+    model: str | Path | PreTrainedModel | None = None,
     tokenizer: Any = None,
     *,
     recipe: str | Path | Recipe = "default",
@@ -39,7 +39,7 @@ def prune(
     """
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     chosen = chosen.with_overrides({key.replace("__", "."): value for key, value in settings.items()})
-    in_memory = model if isinstance(model, nn.Module) else None
+    in_memory = model if isinstance(model, PreTrainedModel) else None
     if model is not None and in_memory is None:
         chosen = chosen.with_overrides({"model": str(model)})
     return run(

@@ -6,38 +6,39 @@ import copy
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from prunekit.adapters import ModelAdapter, adapter_for
 from prunekit.errors import WrongInput
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
+M = TypeVar("M", bound=nn.Module)
+
 
 @dataclass(frozen=True, eq=False)
 class Dense:
     """A dense model, ready to be pruned."""
 
-    model: nn.Module  # in the dtype and on the device of the computation, not trainable
+    model: PreTrainedModel  # in the dtype and on the device of the computation, not trainable
     tokenizer: Any
     adapter: ModelAdapter
     dtype: torch.dtype  # of the checkpoint: what is saved again
     name: str
 
 
-def skeleton(source: str | nn.Module, *, trust_remote_code: bool = False) -> tuple[nn.Module, ModelAdapter]:
+def skeleton(source: str | PreTrainedModel, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, ModelAdapter]:
     """The model without its weights, and its adapter.
 
     Raises:
         WrongInput: no such model, or an architecture without adapter.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if isinstance(source, nn.Module):
-        return source, adapter_for(source.config.model_type)  # type: ignore[union-attr]
+    if isinstance(source, PreTrainedModel):
+        return source, adapter_for(source.config.model_type)
     try:
         config = AutoConfig.from_pretrained(_located(source), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -48,7 +49,7 @@ def skeleton(source: str | nn.Module, *, trust_remote_code: bool = False) -> tup
 
 
 def opened(
-    source: str | nn.Module,
+    source: str | PreTrainedModel,
     tokenizer: Any = None,
     *,
     device: str = "auto",
@@ -60,11 +61,9 @@ def opened(
     Raises:
         WrongInput: it cannot be opened, has no adapter, or holds weights that are not finite.
     """
-    from transformers import AutoModelForCausalLM
-
     place = resolved_device(device)
-    if isinstance(source, nn.Module):
-        model, name = source, str(getattr(source.config, "_name_or_path", "") or type(source).__name__)  # type: ignore[union-attr]
+    if isinstance(source, PreTrainedModel):
+        model, name = source, str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
         tokenizer = tokenizer if tokenizer is not None else _no_tokenizer()
         model = copy.deepcopy(model)
     else:
@@ -78,11 +77,11 @@ def opened(
             raise WrongInput(f"{name}: {parameter} holds values that are not finite; the checkpoint is damaged")
     narrow = stored.itemsize < 4 and place.type != "cuda"  # half precision is slow on a CPU
     computed = (torch.float32 if narrow else stored) if dtype == "auto" else DTYPES[dtype]
-    model = stored_as(model.to(place), computed).eval().requires_grad_(False)
+    stored_as(model.to(place), computed).eval().requires_grad_(False)  # type: ignore[arg-type]
     return Dense(model, tokenizer, adapter_for(model.config.model_type), stored, name)
 
 
-def stored_as(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def stored_as(model: M, dtype: torch.dtype) -> M:
     """The model with its parameters in `dtype`, in place; buffers, rotary tables among them, stay exact."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -95,8 +94,6 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     Raises:
         WrongInput: there is none.
     """
-    from transformers import AutoTokenizer
-
     try:
         return AutoTokenizer.from_pretrained(_located(source), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class Ledger:
 
     def note(self, record: Mapping[str, Any]) -> None:
         """A record without an answer: a space, a choice."""
-        self._meet(dict(record)) or self._append(dict(record))
+        if self._meet(dict(record)) is None:
+            self._append(record)
 
     def recall(self, question: Mapping[str, Any]) -> float | None:
         """The recorded answer to a question, or None: it is new."""
@@ -51,10 +52,9 @@ class Ledger:
         self._append(record)
         self._account(record)
 
-    def records(self) -> Iterator[dict[str, Any]]:
-        """All records on file."""
-        for line in self.path.read_text().splitlines():
-            yield json.loads(line)
+    def text(self) -> str:
+        """All records on file, as JSON lines."""
+        return self.path.read_text(encoding="utf-8") if self.path.exists() else ""
 
     @property
     def replaying(self) -> bool:

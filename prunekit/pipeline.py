@@ -8,17 +8,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from prunekit import report as reporting
 from prunekit.build import build
 from prunekit.calibration.tokens import Draws, TokenBatch, draw
 from prunekit.checkpoint import Dense, fingerprint, opened, skeleton, stored_as
-from prunekit.contracts import LocalPruner, Problem
+from prunekit.contracts import Problem
 from prunekit.errors import WrongInput
 from prunekit.evaluate import perplexity
 from prunekit.export import hf
@@ -40,7 +42,7 @@ PROBE = 1024  # tokens an export is verified on
 class Result:
     """A pruned model and how it came to be."""
 
-    model: nn.Module
+    model: PreTrainedModel
     tokenizer: Any
     recipe: Recipe  # complete: what was resolved is written in
     report: dict[str, Any]
@@ -64,10 +66,23 @@ class Result:
         return target
 
 
+class Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begun
+
+
 def prune(
     recipe: Recipe,
     *,
-    model: nn.Module | None = None,
+    model: PreTrainedModel | None = None,
     tokenizer: Any = None,
     output: Path | None = None,
     progress: Progress | None = None,
@@ -81,76 +96,93 @@ def prune(
     Raises:
         WrongInput: says what was asked, what there is and what to do.
     """
-    progress, clock = progress or Progress(), Clock()
-    recipe = recipe.checked()
-    pruner, allocator = PRUNERS.build(recipe.pruner), ALLOCATORS.build(recipe.allocator)
-    objective = OBJECTIVES.build(recipe.objective)
-    finishers = [FINISHERS.build(spec) for spec in recipe.finishers]
+    recipe, progress, clock = recipe.checked(), progress or Progress(), Clock()
+    source = recipe.model if model is None else model
+    if source is None:
+        raise WrongInput("no model was given; name a folder or a hub id, or pass a model in memory")
     if output is not None:
         check_output(output, overwrite=overwrite)
-    whole_space(recipe, *skeleton(_source(recipe, model), trust_remote_code=recipe.trust_remote_code))
-
+    whole_space(recipe, *skeleton(source, trust_remote_code=recipe.trust_remote_code))  # can the budget be met?
     with clock("open"):
         dense = opened(
-            _source(recipe, model),
-            tokenizer,
-            device=recipe.device,
-            dtype=recipe.dtype,
-            trust_remote_code=recipe.trust_remote_code,
-        )
+            source, tokenizer,
+            device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code,
+        )  # fmt: skip
         whole = whole_space(recipe, dense.model, dense.adapter)
         draws = draw(dense.tokenizer, recipe.data, progress, seed=recipe.seed, **_limits(dense.model))
         recipe = recipe.completed(model=dense.name, draws=draws)
     identity = {"recipe": recipe.digest, "model": fingerprint(dense.model)}
     with workplace(output, identity, resume=resume, overwrite=overwrite) as place:
-        ledger = Ledger(place / "ledger.jsonl")
-        space, centre, walk = allocator.first_space(whole), whole.uniform(), 0
-        while True:  # coarse to fine: as long as the allocator wants finer ladders
-            start = space.nearest(centre)
-            with clock("prune"):
-                net = supernet(recipe, dense, space, start, pruner, draws, place, walk, progress)
-            problem = Problem(space, net.errors, start, recipe.seed, draws.search.n_tokens)
-            ledger.note(reporting.space_record(walk, problem))
-            with clock("search"):
-                outcome = converse(
-                    allocator, problem, net, objective, draws.search, ledger,
-                    walk=walk, limit=recipe.search_budget, progress=progress, label=f"search {walk + 1}",
-                )  # fmt: skip
-            ledger.note({"kind": "choice", "walk": walk, "allocation": list(outcome.answer)})
-            centre, finer = outcome.answer, allocator.next_space(space, outcome.answer)
-            if finer is None:
-                break
-            space, walk = finer, walk + 1
-
-        plan = whole.nearest(centre) if recipe.rebuild else centre  # spend what coarse rungs left over
-        if recipe.rebuild and space.ladders != tuple((kept,) for kept in plan):
-            with clock("prune"):
-                final = whole.zoomed(plan, reach=0)
-                net = supernet(recipe, dense, final, plan, pruner, draws, place, walk + 1, progress, "rebuild")
+        run = Run(recipe, dense, whole, draws, Ledger(place / "ledger.jsonl"), place, progress, clock)
+        net, plan = run.searched()
         with clock("finish"):
-            small = net.assemble(plan)
-            for finisher in finishers:
-                finisher.finish(small, plan, draws.calibration)
+            small = copy.deepcopy(net.assemble(plan))  # what was not cut is still shared with the dense model
+            for spec in recipe.finishers:
+                FINISHERS.build(spec).finish(small, plan, draws.calibration)
         with clock("evaluate"):
             losses = {
-                "objective": objective.loss(net, plan, draws.search) if not finishers else None,
+                "objective": OBJECTIVES.build(recipe.objective).loss(net, plan, draws.search),
                 "dense": perplexity(dense.model, draws.evaluation).as_dict(),
                 "pruned": perplexity(small, draws.evaluation).as_dict(),
             }
-        small = copy.deepcopy(small).cpu()  # a copy: it shares tensors with the dense model
-        probe = probed(stored_as(small, dense.dtype), draws.evaluation)
+        probe = probed(stored_as(small.cpu(), dense.dtype), draws.evaluation)
         exported = hf.to_transformers(stored_as(small, dense.dtype), dense.adapter)
-        document = reporting.report(recipe, dense, whole, net, plan, exported, draws, losses, ledger, clock.seconds)
-        ledger_text = ledger.path.read_text() if ledger.path.exists() else ""
-        result = Result(
-            exported, dense.tokenizer, recipe, document, ledger_text, output, probe
-        )
+        document = reporting.report(run, net, plan, exported, losses)
+        result = Result(exported, dense.tokenizer, recipe, document, run.ledger.text(), output, probe)
         if output is not None:
-            with clock("save"):
-                shutil.rmtree(place / "result", ignore_errors=True)
-                write_result(result, place / "result")
-                publish(place / "result", output)
+            shutil.rmtree(place / "result", ignore_errors=True)
+            write_result(result, place / "result")
+            publish(place / "result", output)
     return result
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What every stage of a run needs."""
+
+    recipe: Recipe
+    dense: Dense
+    whole: Space
+    draws: Draws
+    ledger: Ledger
+    place: Path
+    progress: Progress
+    clock: Clock
+
+    def searched(self) -> tuple[Supernet, Allocation]:
+        """Coarse to fine, as long as the allocator wants finer ladders; then once more around the answer."""
+        allocator, objective = ALLOCATORS.build(self.recipe.allocator), OBJECTIVES.build(self.recipe.objective)
+        space, centre, walk = allocator.first_space(self.whole), self.whole.uniform(), 0
+        while True:
+            start = space.nearest(centre)
+            net = self.walked(space, start, walk, f"prune {walk + 1}")
+            problem = Problem(space, net.errors, start, self.recipe.seed, self.draws.search.n_tokens)
+            self.ledger.note(reporting.space_record(walk, problem))
+            with self.clock("search"):
+                centre = converse(
+                    allocator, problem, net, objective, self.draws.search, self.ledger,
+                    walk=walk, limit=self.recipe.search_budget, progress=self.progress, label=f"search {walk + 1}",
+                ).answer  # fmt: skip
+            self.ledger.note({"kind": "choice", "walk": walk, "allocation": list(centre)})
+            if (finer := allocator.next_space(space, centre)) is None:
+                break
+            space, walk = finer, walk + 1
+        if not self.recipe.rebuild:
+            return net, centre
+        plan = self.whole.nearest(centre)  # spends what coarse rungs left over
+        final = self.whole.zoomed(plan, reach=0)
+        return (net if final.ladders == space.ladders else self.walked(final, plan, walk + 1, "rebuild")), plan
+
+    def walked(self, space: Space, centre: Allocation, walk: int, label: str) -> Supernet:
+        """Walk the blocks, or go on with a walk that was interrupted, or read one that was finished."""
+        key = {"ladders": [list(ladder) for ladder in space.ladders], "centre": list(centre)}
+        store, dense, recipe = CandidateStore(self.place / f"walk-{walk}", key), self.dense, self.recipe
+        with self.clock("prune"):
+            errors = build(
+                dense.model, dense.adapter, space, centre, PRUNERS.build(recipe.pruner), self.draws.calibration, store,
+                carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype, progress=self.progress, label=label,
+            )  # fmt: skip
+        return Supernet(dense.model, dense.adapter, space, errors, store)
 
 
 def whole_space(recipe: Recipe, model: nn.Module, adapter: Any) -> Space:
@@ -163,32 +195,10 @@ def whole_space(recipe: Recipe, model: nn.Module, adapter: Any) -> Space:
     outside = total - sum(site.parameters(site.n_groups) for site in sites)
     item = next(model.parameters()).element_size()
     budget = Budget.keeping(
-        1 - recipe.sparsity, sites,
+        float(1 - Fraction(str(recipe.sparsity))), sites,
         metric=recipe.metric, bytes_per_parameter=item, outside=outside, apart=recipe.apart,
     )  # fmt: skip
     return Space.whole(sites, budget)
-
-
-def supernet(
-    recipe: Recipe,
-    dense: Dense,
-    space: Space,
-    centre: Allocation,
-    pruner: LocalPruner,
-    draws: Draws,
-    place: Path,
-    walk: int,
-    progress: Progress,
-    label: str = "prune",
-) -> Supernet:
-    """Walk the blocks, or go on with a walk that was interrupted, or read one that was finished."""
-    key = {"ladders": [list(ladder) for ladder in space.ladders], "centre": list(centre)}
-    store = CandidateStore(place / f"walk-{walk}", key)
-    errors = build(
-        dense.model, dense.adapter, space, centre, pruner, draws.calibration, store,
-        carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype, progress=progress, label=f"{label} {walk + 1}",
-    )  # fmt: skip
-    return Supernet(dense.model, dense.adapter, space, errors, store)
 
 
 def write_result(result: Result, folder: Path) -> None:
@@ -206,27 +216,6 @@ def probed(model: nn.Module, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Te
     """A few windows and the float32 logits of the model, whose parameters are float32 afterwards."""
     ids = tokens.first(PROBE).ids
     return ids, stored_as(model, torch.float32)(ids, use_cache=False).logits
-
-
-class Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begun
-
-
-def _source(recipe: Recipe, model: nn.Module | None) -> str | nn.Module:
-    if model is not None:
-        return model
-    if recipe.model is None:
-        raise WrongInput("no model was given; name a folder or a hub id, or pass a model in memory")
-    return recipe.model
 
 
 def _limits(model: Any) -> dict[str, int]:

@@ -13,17 +13,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
-from typing import Any, Generic, TypeVar, get_args, get_type_hints
+from typing import Any, Generic, TypeVar, cast, get_args, get_type_hints
 
-from prunekit.errors import WrongInput
 from prunekit.contracts import Allocator, Finisher, LocalPruner, Objective
+from prunekit.errors import WrongInput
 
 T = TypeVar("T")
 
 
 class UnknownName(WrongInput, LookupError):
     """A name nobody registered."""
-
 
 
 @dataclass(frozen=True)
@@ -122,14 +121,20 @@ class Registry(Mapping[str, Entry], Generic[T]):
         hints = get_type_hints(loaded) if options else {}
         values = {option: _nested(hints[option], value) for option, value in options.items()}
         try:
-            return loaded(**values)
+            return cast(T, loaded(**values))
         except (TypeError, ValueError) as error:
             raise WrongInput(f"{self.kind} {name!r}: {error}") from error
 
     def name_of(self, plugin: object) -> str | None:
         """The name under which a plug-in's class is registered."""
-        return next((n for n, e in self._entries.items() if e.point.value.endswith(f":{type(plugin).__name__}")
-                     and e.load() is type(plugin)), None)
+        return next(
+            (
+                n
+                for n, e in self._entries.items()
+                if e.point.value.endswith(f":{type(plugin).__name__}") and e.load() is type(plugin)
+            ),
+            None,
+        )
 
     def spec(self, plugin: Any) -> dict[str, Any]:
         """The inverse of `build`: name and all options of a plug-in."""

@@ -6,18 +6,19 @@ import platform
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from prunekit.calibration.tokens import Draws, TokenBatch
-from prunekit.checkpoint import Dense
+from prunekit.calibration.tokens import TokenBatch
 from prunekit.contracts import Problem
-from prunekit.ledger import Ledger
 from prunekit.recipe import Recipe
-from prunekit.sites import Allocation, Space
+from prunekit.sites import Allocation
 from prunekit.store import write_json
 from prunekit.supernet import Supernet
+
+if TYPE_CHECKING:
+    from prunekit.pipeline import Run
 
 SCHEMA = 1
 
@@ -38,19 +39,9 @@ def space_record(walk: int, problem: Problem) -> dict[str, Any]:
     }
 
 
-def report(
-    recipe: Recipe,
-    dense: Dense,
-    whole: Space,
-    net: Supernet,
-    plan: Allocation,
-    small: nn.Module,
-    draws: Draws,
-    losses: Mapping[str, Any],
-    ledger: Ledger,
-    seconds: Mapping[str, float],
-) -> dict[str, Any]:
+def report(run: Run, net: Supernet, plan: Allocation, small: nn.Module, losses: Mapping[str, Any]) -> dict[str, Any]:
     """The content of report.json. Parameters are counted in the tensors, never taken from the request."""
+    recipe, dense, whole, draws = run.recipe, run.dense, run.whole, run.draws
     errors = net.site_errors(plan)
     before, after = count(dense.model), count(small)
     blocks = count(dense.adapter.blocks(dense.model))
@@ -90,8 +81,8 @@ def report(
             "search": _tokens(draws.search),
             "evaluation": _tokens(draws.evaluation),
         },
-        "search": {"questions": ledger.questions, "token_forwards": ledger.tokens},
-        "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()},
+        "search": {"questions": run.ledger.questions, "token_forwards": run.ledger.tokens},
+        "seconds": {stage: round(spent, 3) for stage, spent in run.clock.seconds.items()},
         "seed": recipe.seed,
         "versions": {name: metadata.version(name) for name in ("prunekit", "torch", "transformers")}
         | {"python": platform.python_version()},
@@ -104,7 +95,8 @@ def card(document: Mapping[str, Any], recipe: Recipe) -> str:
     name = Path(str(document["model"])).name
     parts = ", ".join(f"{kind} `{spec['name']}`" for kind, spec in _parts(recipe))
     rows = "\n".join(
-        f"| {site['name']} | {site['kept']:,} of {site['groups']:,} | {site['error']:.4f} |" for site in document["sites"]
+        f"| {site['name']} | {site['kept']:,} of {site['groups']:,} | {site['error']:.4f} |"
+        for site in document["sites"]
     )
     return f"""---
 base_model: {document["model"]}
@@ -114,7 +106,7 @@ library_name: transformers
 
 # {name}, {document["pruned"]["sparsity_of_blocks"]:.1%} of the block parameters removed
 
-Pruned by [prunekit](https://pypi.org/project/prunekit/) {document["versions"]["prunekit"]} with {parts}.
+Pruned by prunekit {document["versions"]["prunekit"]} with {parts}.
 
 | | dense | pruned |
 |---|---|---|

@@ -79,7 +79,9 @@ def converse(
             _judge(new, judged, net, objective, tokens, ledger, walk)
             losses = [judged[key] for key in asked]
             found = best(judged)
-            stage.advance(len(new), f"loss {found.loss:.4g} on {found.tokens:,} tokens; {ledger.tokens:,} token-forwards")
+            stage.advance(
+                len(new), f"loss {found.loss:.4g} on {found.tokens:,} tokens; {ledger.tokens:,} token-forwards"
+            )
     if not judged:
         raise PluginError(f"{who} answered without a question")
     if not (isinstance(answer, tuple) and problem.space.is_feasible(answer)):
@@ -91,9 +93,7 @@ def converse(
 def best(judged: dict[tuple[Allocation, int], float]) -> Judgement:
     """The lowest loss among those judged on the most tokens; the earlier on a tie."""
     most = max(tokens for _, tokens in judged)
-    (allocation, tokens), loss = min(
-        (item for item in judged.items() if item[0][1] == most), key=lambda item: item[1]
-    )
+    (allocation, tokens), loss = min((item for item in judged.items() if item[0][1] == most), key=lambda item: item[1])
     return Judgement(allocation, tokens, loss)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from prunekit.adapters import ModelAdapter
 from prunekit.adapters.adapter import shallow
@@ -40,7 +41,7 @@ class Supernet:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         adapter: ModelAdapter,
         space: Space,
         errors: Sequence[Sequence[float]],
@@ -94,13 +95,15 @@ class Supernet:
     def dense_top(self, batch: TokenBatch, k: int) -> TopLogProbs:
         """The dense model's k most probable next tokens; computed once for a batch."""
         if (batch.digest, k) not in self._tops:
-            found = [torch.log_softmax(logits, -1).topk(min(k, logits.shape[-1])) for _, logits in self.dense_logits(batch)]
+            found = [
+                torch.log_softmax(logits, -1).topk(min(k, logits.shape[-1])) for _, logits in self.dense_logits(batch)
+            ]
             self._tops[batch.digest, k] = TopLogProbs(
                 torch.cat([top.indices.int() for top in found]), torch.cat([top.values for top in found])
             )
         return self._tops[batch.digest, k]
 
-    def assemble(self, plan: Allocation) -> nn.Module:
+    def assemble(self, plan: Allocation) -> PreTrainedModel:
         """A smaller model: every site cut to its candidate. Shares with the dense model what was not cut."""
         small = shallow(self.model)
         for site, kept in zip(self.space.sites, plan, strict=True):
@@ -110,21 +113,23 @@ class Supernet:
     # -- inside -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _run(self, allocations: Sequence[Allocation | None], batch: TokenBatch) -> dict[Allocation | None, list[Tensor]]:
+    def _run(
+        self, allocations: Sequence[Allocation | None], batch: TokenBatch
+    ) -> dict[Allocation | None, list[Tensor]]:
         """The last block's output by allocation (None: dense), chunk by chunk of the batch."""
         ends: dict[Allocation | None, list[Tensor]] = {a: [] for a in allocations}
         for ids in chunks(batch):
             hidden, calls = entered(self.model, self.adapter, ids)
             states: dict[Allocation | None, Tensor] = {None if a is None else (): hidden for a in allocations}
             for index, (start, end) in enumerate(self._spans):
-                reached: dict[Allocation | None, Tensor] = {}
+                behind: dict[Allocation | None, Tensor] = {}
                 for prefix in dict.fromkeys(None if a is None else a[:end] for a in allocations):
                     block = self.blocks[index] if prefix is None else self._cut(index, start, prefix[start:])
                     before = states[None if prefix is None else prefix[:start]]
-                    reached[prefix] = calls[index](block, before)
-                states = reached
-            for a in ends:
-                ends[a].append(states[a])
+                    behind[prefix] = calls[index](block, before)
+                states = behind
+            for allocation, reached in ends.items():
+                reached.append(states[allocation])
         return ends
 
     @torch.no_grad()
@@ -162,4 +167,3 @@ class Supernet:
 
 def _bytes(parts: dict[str, nn.Module]) -> int:
     return sum(p.numel() * p.element_size() for module in parts.values() for p in module.parameters())
-

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from prunekit.registry import ADAPTERS, UnknownName
 from prunekit.sites import Site
 
 Heads = Literal["kv", "query"]
+M = TypeVar("M", bound=nn.Module)
 PARTS: tuple[Part, ...] = get_args(Part)  # in order of execution
 
 
@@ -216,7 +217,7 @@ def sliced(linear: nn.Linear, dim: Literal[0, 1], index: Tensor, source: Tensor 
     return small.train(linear.training)
 
 
-def shallow(module: nn.Module) -> nn.Module:
+def shallow(module: M) -> M:
     """A copy of the module tree that shares every parameter, buffer and config."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     memo |= {id(config): config for part in module.modules() if (config := getattr(part, "config", None)) is not None}

@@ -7,7 +7,7 @@ arguments down. After that every block can be run alone, on any hidden states, w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,11 +128,8 @@ class BlockFlow:
             stream.inputs.append(args[0])
             raise _Seen
 
-        with stream.replaying(self.adapter, block, i), linear.register_forward_pre_hook(catch):  # type: ignore[attr-defined]
-            try:
-                self.calls[i][site.block](block, stream.hidden[i])
-            except _Seen:
-                pass
+        with stream.replaying(self.adapter, block, i), linear.register_forward_pre_hook(catch), suppress(_Seen):
+            self.calls[i][site.block](block, stream.hidden[i])
         return stream.inputs[-1]
 
 

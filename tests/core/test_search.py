@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -33,7 +33,7 @@ class Script(Allocator):
     """Asks what it was told to ask."""
 
     asks: tuple
-    answer: object = None
+    answer: Any = None
 
     def search(self, problem):
         for ask in self.asks:
@@ -95,6 +95,7 @@ def test_a_nan_loss_is_infinite(net, tmp_path):
             return math.nan
 
     outcome, _ = held(net, Script((((None, 12),),)), Broken(), tmp_path / "l")
+    assert outcome.judgement is not None
     assert outcome.judgement.loss == math.inf
 
 

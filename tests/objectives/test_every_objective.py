@@ -14,4 +14,4 @@ VARIANTS = {"divergence": [{"rest": False}, {"top_k": 4}]}
 class TestEveryObjective(ObjectiveSuite):
     @pytest.fixture(autouse=True)
     def _plugin(self, spec):
-        self.plugin = OBJECTIVES.build(spec)
+        type(self).plugin = OBJECTIVES.build(spec)

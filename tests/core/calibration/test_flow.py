@@ -25,7 +25,9 @@ def inputs_of(model, adapter, tokens, weights=None):
         if weights is not None:
             linear.weight.copy_(weights[site])
         handles.append(
-            linear.register_forward_pre_hook(lambda _, x, site=site: caught.__setitem__(site, x[0].reshape(-1, site.d_in)))
+            linear.register_forward_pre_hook(
+                lambda _, x, site=site: caught.__setitem__(site, x[0].reshape(-1, site.d_in))
+            )
         )
     model(tokens.ids)
     for handle in handles:

@@ -1,11 +1,13 @@
 """Moments add up."""
 
+from typing import Any
+
 import torch
 
 from prunekit.calibration.moments import Moments
 
 
-def filled(x, dense=None, weight=None):
+def filled(x, dense=None, weight: Any = None):
     moments = Moments.empty(x.shape[1], x.device, cross=dense is not None)
     moments.add(x)
     if dense is not None:

@@ -2,12 +2,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from prunekit_strategies.pruners.admm import ADMM, alternate
-from prunekit_strategies.pruners.obs import OBS
-from prunekit_strategies.pruners.wanda import Wanda
 
 from prunekit import LayerProblem
 from prunekit.testing import toy_layer
+from prunekit_strategies.pruners.admm import ADMM, alternate
+from prunekit_strategies.pruners.obs import OBS
+from prunekit_strategies.pruners.wanda import Wanda
 
 
 def correlated(size: int = 1, seed: int = 0) -> LayerProblem:

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from prunekit_strategies.pruners.magnitude import Magnitude
 
 from prunekit import LayerProblem
+from prunekit_strategies.pruners.magnitude import Magnitude
 
 WEIGHT = torch.tensor([[3.0, -1.0, 0.0, 2.0], [0.0, 2.0, 1.0, -2.0]])  # squared norms of columns: 9, 5, 1, 8
 

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from prunekit_strategies.pruners import obs
-from prunekit_strategies.pruners.obs import OBS, remove_blocks, remove_columns
 from torch import Tensor
 
 from prunekit import LayerProblem
 from prunekit.testing import toy_layer
+from prunekit_strategies.pruners import obs
+from prunekit_strategies.pruners.obs import OBS, remove_blocks, remove_columns
 
 SIZES = [pytest.param(1, id="columns"), pytest.param(3, id="blocks")]
 

@@ -2,11 +2,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from prunekit_strategies.pruners.magnitude import Magnitude
-from prunekit_strategies.pruners.wanda import Wanda
 
 from prunekit import LayerProblem
 from prunekit.testing import toy_layer
+from prunekit_strategies.pruners.magnitude import Magnitude
+from prunekit_strategies.pruners.wanda import Wanda
 
 WEIGHT = torch.tensor([[3.0, -1.0, 0.0, 2.0], [0.0, 2.0, 1.0, -2.0]])  # sums of |W_ij|: 3, 3, 1, 4
 GRAM = torch.diag(torch.tensor([4.0, 1.0, 49.0, 0.25]))  # norms: 2, 1, 7, 0.5; scores: 6, 3, 7, 2

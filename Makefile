@@ -1,0 +1,50 @@
+# On a fresh machine: `make demo` prunes a model, `make test` checks everything.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.NOTPARALLEL:
+.PHONY: demo test lint types wheel tests slow format clean
+
+demo: $(VENV)/installed
+	$(BIN)/prunekit demo --output demo-output
+
+# tests come last, so that their count is what one reads at the end
+test: lint types wheel tests
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/lint-imports
+
+types: $(VENV)/installed-dev
+	$(BIN)/pyright
+
+wheel: $(VENV)/installed-dev
+	$(BIN)/python tests/wheel_check.py
+
+tests: $(VENV)/installed-dev
+	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+
+slow: $(VENV)/installed-dev
+	$(BIN)/pytest -m "slow and not gpu"
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist demo-output demo-output.partial .*_cache .hypothesis
+
+# torch first: a build that lies on this machine will do; hatchling, so that the pinned one builds
+$(VENV)/installed: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch hatchling
+	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	touch $@

@@ -1,0 +1,60 @@
+"""A pruner, an allocator and an objective for prunekit; any one with its entry point is a plug-in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+import prunekit as pk
+
+
+@dataclass(frozen=True)
+class LeaveOneOut(pk.LocalPruner):
+    """Keep the groups whose removal alone would cost most.
+
+        cost of group g:   tr[W_g H_gg W_gᵀ]   the output power that goes through it      (1)
+
+    The first step of optimal brain damage on groups, taken for all groups at once.
+    """
+
+    refit: bool = True  # least-squares weights for what stays; else the weights as they are
+
+    def prune(self, layer: pk.LayerProblem, keeps: Sequence[int]) -> Sequence[pk.Candidate]:
+        w, h = layer.weight.double(), layer.gram.double()  # (d_out, d_in), (d_in, d_in)
+        groups = [layer.columns([g]) for g in range(layer.n_groups)]
+        cost = torch.stack([((w[:, g] @ h[g][:, g]) * w[:, g]).sum() for g in groups])  # (1)
+        answer = layer.refitted if self.refit else layer.masked
+        return [answer(kept) for kept in pk.best_groups(cost, keeps)]
+
+
+@dataclass(frozen=True)
+class Descent(pk.Allocator):
+    """Go to the best neighbour until no neighbour is better."""
+
+    steps: int = 100  # at most
+
+    def search(self, problem: pk.Problem) -> pk.Search:
+        here = problem.start
+        (best,) = yield [pk.Query(here)]
+        for _ in range(self.steps):
+            neighbours = list(problem.space.exchanges(here))
+            if not neighbours:
+                break
+            losses = yield [pk.Query(there) for there in neighbours]
+            if min(losses) >= best:
+                break
+            best, here = min(zip(losses, neighbours, strict=True))
+        return here
+
+
+@dataclass(frozen=True)
+class WorstSite(pk.Objective):
+    """J(a) = max_i e_i(a_i): the relative output error of the site that suffers most."""
+
+    reads_tokens: ClassVar[bool] = False  # a table look-up; free in the ledger
+
+    def loss(self, net: pk.Supernet, allocation: pk.Allocation, batch: pk.TokenBatch) -> float:
+        return max(net.site_errors(allocation))
