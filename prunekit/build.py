@@ -53,16 +53,19 @@ def build(
     """
     if all(site in store for site in space.sites):
         return tuple(tuple(store.errors(site)) for site in space.sites)
-    cross = "cross" in pruner.needs
+    cross = bool({"cross", "drift"} & pruner.needs)
     flow = BlockFlow(model, adapter, tokens, dense=cross)
     rungs_of = dict(zip(space.sites, space.ladders, strict=True))
     centre_of = dict(zip(space.sites, centre, strict=True))
     with progress.stage(label, len(space.sites)) as stage:
         for index, sites in groupby(space.sites, key=lambda site: site.block):
-            for site in sites:
+            here = tuple(sites)
+            unfinished = any(site not in store for site in here)  # then all are met again: each needs what was before
+            for site in here:
                 ladder = rungs_of[site]
-                if site not in store:
-                    layer = layer_problem(model, adapter, site, flow.received(site), pruner, damping)
+                moments = flow.received(site) if unfinished else None
+                if moments is not None and site not in store:
+                    layer = layer_problem(model, adapter, site, moments, pruner, damping)
                     candidates = answers(pruner, layer, site, ladder, dtype)
                     store.put(site, candidates, [_error(layer, site, c) for c in candidates])
                 counts = ladder if carry == "expected" else (centre_of[site],)
@@ -85,7 +88,8 @@ def layer_problem(
     block = adapter.blocks(model)[site.block]
     order = _order(site, moments.outer.device)
     gram, cross, needs = moments.gram, moments.cross, pruner.needs
-    if unmet := needs - {"gram", "cross", "mean", "variance", "coupled"}:
+    drift = moments.drift if "drift" in needs and adapter.adds_up(block) else None
+    if unmet := needs - {"gram", "cross", "drift", "mean", "variance", "coupled"}:
         raise PluginError(f"{type(pruner).__name__} needs {', '.join(sorted(unmet))}, which calibration cannot collect")
     return LayerProblem(
         weight=adapter.linear(block, site).weight.detach()[:, order],
@@ -93,6 +97,7 @@ def layer_problem(
         group_size=site.group_size,
         damping=damping,
         cross=None if cross is None else cross[order][:, order],
+        drift=None if drift is None else drift[:, order],
         energy=moments.energy,
         mean=moments.mean[order] if "mean" in needs else None,
         variance=moments.variance[order] if "variance" in needs else None,

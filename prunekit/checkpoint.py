@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from prunekit.adapters import ModelAdapter, adapter_for
 from prunekit.errors import WrongInput
@@ -39,8 +42,9 @@ def skeleton(source: str | PreTrainedModel, *, trust_remote_code: bool = False) 
     """
     if isinstance(source, PreTrainedModel):
         return source, adapter_for(source.config.model_type)
+    path = _located(source)
     try:
-        config = AutoConfig.from_pretrained(_located(source), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise WrongInput(f"{source!r} is not a model that can be opened: {_first_line(error)}") from error
     adapter = adapter_for(config.model_type)
@@ -69,7 +73,8 @@ def opened(
     else:
         _, _ = skeleton(source, trust_remote_code=trust_remote_code)
         name, path = source, _located(source)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code)
+        with _without_bars():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code)
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(source, trust_remote_code)
     stored = next(model.parameters()).dtype
     for parameter, value in model.named_parameters():
@@ -94,8 +99,9 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     Raises:
         WrongInput: there is none.
     """
+    path = _located(source)
     try:
-        return AutoTokenizer.from_pretrained(_located(source), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise WrongInput(f"{source!r} has no tokenizer that can be opened: {_first_line(error)}") from error
 
@@ -124,6 +130,18 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Progress is ours to show."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _located(source: str) -> str:

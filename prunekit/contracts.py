@@ -28,7 +28,7 @@ class LocalPruner(ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Fields of LayerProblem that calibration must fill: gram, cross, mean, variance, coupled, gradient."""
+        """Fields of LayerProblem that calibration must fill: gram, cross, drift, mean, variance, coupled, gradient."""
         return frozenset({"gram"})
 
     @abstractmethod

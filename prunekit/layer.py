@@ -38,6 +38,7 @@ class LayerProblem:
     structure: str = "groups"
     damping: float = 0.01  # ridge, as a share of the mean of diag H
     cross: Float[Tensor, "d_in d_in"] | None = None  # G = E[x x̂ᵀ], x the dense model's input
+    drift: Float[Tensor, "d_out d_in"] | None = None  # D = E[δ x̂ᵀ], δ what earlier layers lost in the residual stream
     energy: float | None = None  # E‖W x‖² on dense inputs; from the gram when there is no cross
     mean: Float[Tensor, " d_in"] | None = None
     variance: Float[Tensor, " d_in"] | None = None
@@ -52,7 +53,7 @@ class LayerProblem:
                 f"{self.name}: {d_in} input columns need a ({d_in}, {d_in}) gram and a group size that divides "
                 f"{d_in}, not {tuple(self.gram.shape)} and {self.group_size}"
             )
-        for part in ("weight", "gram", "cross", "mean", "variance", "coupled", "gradient"):
+        for part in ("weight", "gram", "cross", "drift", "mean", "variance", "coupled", "gradient"):
             value = getattr(self, part)
             # a sum is finite only when all terms are; float64 because half precision overflows
             if value is not None and not bool(torch.isfinite(value.sum(dtype=torch.float64))):
@@ -95,14 +96,17 @@ class LayerProblem:
 
     @cached_property
     def target(self) -> Float[Tensor, "d_out d_in"]:
-        """W* = W (G + λI) (H + λI)⁻¹ in float64, the best weight when nothing is removed.
+        """W* = (W (G + λI) + D) (H + λI)⁻¹ in float64, the best weight when nothing is removed.
 
-        Any symmetric method run on W* solves the asymmetric problem. W itself when there is no cross.
+        Any symmetric method run on W* solves the asymmetric problem. W itself when there is no cross. With
+        the drift D the layer aims at W x + δ: it brings the sum it is added to back to the dense model's.
         """
         weight = self.weight.double()
         if self.cross is None:
             return weight
         reached = weight @ _with_diagonal(self.cross.double(), self.ridge)  # R = W G
+        if self.drift is not None:
+            reached = reached + self.drift.double()
         return _solved(self.hessian, reached.T).T
 
     def group_sum(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, " n_groups"]:

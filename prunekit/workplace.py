@@ -48,9 +48,13 @@ def workplace(
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse an output that holds something, unless it may be overwritten."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
+    """Refuse an output that holds something, unless it is a result of ours that may be overwritten."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrite:
         raise WrongInput(f"{output} exists and is not empty; choose another --output, or replace it with --overwrite")
+    if not (output / "recipe.yaml").is_file():
+        raise WrongInput(f"{output} holds no pruned model, so it is not overwritten; choose another --output")
 
 
 def publish(folder: Path, output: Path) -> None:

@@ -124,6 +124,12 @@ def test_make_targets_exist(document: Path) -> None:
 
 
 @each
+def test_scripts_exist(document: Path) -> None:
+    scripts = [words[0] for words in commands(document, "python") if words[0].endswith(".py")]
+    assert not [script for script in scripts if not (ROOT / script).is_file()]
+
+
+@each
 def test_extras_exist(document: Path) -> None:
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     asked = re.findall(r"(?:\.|prunekit)\[([\w,]+)\]", document.read_text(encoding="utf-8"))

@@ -79,6 +79,10 @@ class ModelAdapter:
         """The linear map whose input columns `site` cuts."""
         return _linear(block, self.family.columns[_part(site)])
 
+    def adds_up(self, block: nn.Module) -> bool:
+        """Whether a block is its input plus its sub-layers' outputs; not where a norm comes after the sum."""
+        return self.family.has_norms_first(block)
+
     def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
         """What the model makes of the last block's output: (..., d) -> (..., vocabulary)."""
         for path in self.final:

@@ -99,6 +99,8 @@ class BlockFlow:
             if self.dense is not None:
                 dense = self._caught(self.dense, site, linear, i)
                 moments.add_dense(dense.flatten(0, -2), seen.flatten(0, -2), linear.weight)
+                drift = self.dense.residual(i) - self.stream.residual(i)
+                moments.add_drift(drift.flatten(0, -2), seen.flatten(0, -2))
         return moments
 
     @torch.no_grad()
@@ -148,6 +150,10 @@ class _Stream:
             with installed(linear, weight):
                 self.outputs[site] = [linear(x) for x in self.inputs]
             self.inputs.clear()
+
+    def residual(self, i: int) -> Tensor:
+        """Chunk i of the sum that the present sub-layer will be added to."""
+        return sum((outputs[i] for outputs in self.outputs.values()), self.hidden[i])
 
     def leave(self) -> None:
         self.inputs.clear()

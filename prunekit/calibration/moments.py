@@ -21,6 +21,7 @@ class Moments:
     outer: Float[Tensor, "d d"]  # Σ x̂ x̂ᵀ
     crossed: Float[Tensor, "d d"] | None = None  # Σ x x̂ᵀ, x the dense model's input
     power: float = 0.0  # Σ ‖W x‖²
+    drifted: Float[Tensor, "d_out d"] | None = None  # Σ δ x̂ᵀ, δ the dense residual stream less the carried one
 
     @classmethod
     def empty(cls, width: int, device: torch.device, *, cross: bool = False) -> Moments:
@@ -47,15 +48,24 @@ class Moments:
         self.crossed += x.T @ _precise(seen)
         self.power += float((x @ weight.to(x).T).square().sum(dtype=torch.float64))
 
+    def add_drift(self, drift: Float[Tensor, "tokens d_out"], seen: Float[Tensor, "tokens d"]) -> None:
+        """How far the residual stream is from the dense model's, for the tokens of the last `add`."""
+        product = (_precise(drift).T @ _precise(seen)).double()
+        self.drifted = product if self.drifted is None else self.drifted + product
+
     def merged(self, other: Moments) -> Moments:
         """Both together."""
-        both = self.crossed is not None and other.crossed is not None
+
+        def both(one: Tensor | None, two: Tensor | None) -> Tensor | None:
+            return None if one is None or two is None else one + two
+
         return Moments(
             self.tokens + other.tokens,
             self.total + other.total,
             self.outer + other.outer,
-            self.crossed + other.crossed if both else None,  # type: ignore[operator]
+            both(self.crossed, other.crossed),
             self.power + other.power,
+            both(self.drifted, other.drifted),
         )
 
     @property
@@ -71,6 +81,11 @@ class Moments:
     def cross(self) -> Float[Tensor, "d d"] | None:
         """G = E[x x̂ᵀ]."""
         return None if self.crossed is None else self.crossed / self.tokens
+
+    @property
+    def drift(self) -> Float[Tensor, "d_out d"] | None:
+        """D = E[δ x̂ᵀ]."""
+        return None if self.drifted is None else self.drifted / self.tokens
 
     @property
     def variance(self) -> Float[Tensor, " d"]:

@@ -35,10 +35,15 @@ class OBS(LocalPruner):
     """
 
     asymmetric: bool = False  # aim at the dense model's output on dense inputs, W* = W G H⁻¹, not at W
+    restore: bool = False  # with it, at the dense model's residual stream: also make up for what is already lost
+
+    def __post_init__(self) -> None:
+        if self.restore and not self.asymmetric:
+            raise ValueError("restore aims at the dense model and needs asymmetric = true")
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"gram", "cross"} if self.asymmetric else {"gram"})
+        return frozenset({"gram"} | ({"cross"} if self.asymmetric else set()) | ({"drift"} if self.restore else set()))
 
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
         if not self.asymmetric and layer.cross is not None:
