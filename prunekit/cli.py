@@ -30,6 +30,7 @@ SUITES = {
     "pruner": "PrunerSuite",
     "allocator": "AllocatorSuite",
     "objective": "ObjectiveSuite",
+    "finisher": "FinisherSuite",
     "adapter": "AdapterSuite",
 }  # in prunekit.testing
 

@@ -51,7 +51,7 @@ def converse(
     """Hold the conversation; return the allocator's answer.
 
     Token-forwards are counted per new question. When the next ask would take the ledger past `limit`
-    (token-forwards of the whole run) the search ends with the best allocation judged so far.
+    (token-forwards of the whole run) the search ends with the best allocation judged so far, or the start.
 
     Raises:
         PluginError: a question or the answer breaks the space, or nothing was asked.
@@ -66,15 +66,17 @@ def converse(
                 queries = search.send(losses) if losses is not None else next(search)  # type: ignore[arg-type]
             except StopIteration as stop:
                 answer = stop.value
+                if not judged:
+                    raise PluginError(f"{who} answered without a question") from None
                 break
             asked = [_asked(query, problem, tokens, objective, who) for query in queries]
             if not asked:
                 raise PluginError(f"{who} asked without a question")
             new = [key for key in dict.fromkeys(asked) if key not in judged]
             price = sum(paid for _, paid in new)
-            if limit is not None and judged and not ledger.replaying and ledger.tokens + price > limit:
+            if limit is not None and ledger.tokens + price > limit:
                 progress.say(f"search stops at {ledger.tokens:,} token-forwards; the limit is {limit:,}")
-                answer = best(judged).allocation
+                answer = best(judged).allocation if judged else problem.start
                 break
             _judge(new, judged, net, objective, tokens, ledger, walk)
             losses = [judged[key] for key in asked]
@@ -82,8 +84,6 @@ def converse(
             stage.advance(
                 len(new), f"loss {found.loss:.4g} on {found.tokens:,} tokens; {ledger.tokens:,} token-forwards"
             )
-    if not judged:
-        raise PluginError(f"{who} answered without a question")
     if not (isinstance(answer, tuple) and problem.space.is_feasible(answer)):
         raise PluginError(f"{who} answered {answer!r}, which is not a feasible allocation of this space")
     known = [Judgement(a, t, loss) for (a, t), loss in judged.items() if a == answer]

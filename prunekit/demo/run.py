@@ -22,7 +22,7 @@ SETTINGS = {
     "data.calibration_tokens": 16_384,
     "data.search_tokens": 16_384,
     "data.evaluation_tokens": 16_384,
-    "search_budget": 1_000_000,  # token-forwards
+    "allocator.inner.generations": 4,
 }
 
 

@@ -1,6 +1,8 @@
 """Suites, toys and exact oracles for plug-in authors."""
 
+from prunekit.testing.adapters import AdapterSuite
 from prunekit.testing.allocators import AllocatorSuite, converse
+from prunekit.testing.finishers import FinisherSuite
 from prunekit.testing.layers import LAYERS, permuted, toy_layer
 from prunekit.testing.models import tiny
 from prunekit.testing.objectives import ObjectiveSuite
@@ -10,7 +12,9 @@ from prunekit.testing.supernets import KeepFirst, toy_supernet, toy_tokens
 
 __all__ = [
     "LAYERS",
+    "AdapterSuite",
     "AllocatorSuite",
+    "FinisherSuite",
     "KeepFirst",
     "ObjectiveSuite",
     "PrunerSuite",

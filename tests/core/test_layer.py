@@ -229,3 +229,23 @@ def test_best_groups_are_exact_on_ties_and_prefer_lower_ids() -> None:
 def test_scores_that_are_not_finite_are_refused_with_their_group() -> None:
     with pytest.raises(ValueError, match="group 1 is not"):
         ranked(torch.tensor([1.0, float("nan")]))
+
+
+def test_with_a_drift_the_target_is_the_least_squares_answer_to_the_whole_sum():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(400, 6, generator=generator).double()
+    seen = x + 0.3 * torch.randn(400, 6, generator=generator).double()
+    lost = seen @ torch.randn(6, 4, generator=generator).double() * 0.2
+    weight = torch.randn(4, 6, generator=generator).double()
+    layer = LayerProblem(
+        weight=weight,
+        gram=seen.T @ seen / 400,
+        cross=x.T @ seen / 400,
+        drift=lost.T @ seen / 400,
+        energy=float((x @ weight.T).square().sum() / 400),
+        damping=0.0,
+    )
+    by_hand = torch.linalg.lstsq(seen, x @ weight.T + lost).solution.T
+    torch.testing.assert_close(layer.target, by_hand)
+    kept = torch.linalg.lstsq(seen[:, :3], x @ weight.T + lost).solution.T
+    torch.testing.assert_close(layer.refitted([0, 1, 2]).weight[:, :3], kept)

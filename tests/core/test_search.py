@@ -89,6 +89,12 @@ def test_the_limit_ends_a_search_with_the_best_so_far(net, tmp_path):
     assert max(net.site_errors(outcome.answer)) == min(max(net.site_errors(a)) for a in others[:3])
 
 
+def test_the_limit_is_never_passed_and_the_start_is_an_answer(net, tmp_path):
+    outcome, ledger = held(net, Script((((None, 24),),)), Counting(), tmp_path / "l", limit=23)
+    assert ledger.tokens == 0
+    assert outcome.answer == net.space.uniform()
+
+
 def test_a_nan_loss_is_infinite(net, tmp_path):
     class Broken(Counting):
         def loss(self, net, allocation, batch):

@@ -105,6 +105,31 @@ def test_catching_and_resuming_end_in_the_same_bits():
     assert torch.equal(*ends)
 
 
+def test_the_drift_is_what_the_residual_stream_has_lost():
+    model, adapter, tokens = tiny("llama"), adapter_for("llama"), toy_tokens()
+    stream = BlockFlow(model, adapter, tokens, dense=True)
+
+    def residuals(net):  # what every sub-layer is added to
+        found = []
+        for block in adapter.blocks(net):
+            block.input_layernorm.register_forward_pre_hook(lambda _, x: found.append(x[0].flatten(0, 1)))
+            block.post_attention_layernorm.register_forward_pre_hook(lambda _, x: found.append(x[0].flatten(0, 1)))
+        with torch.no_grad():
+            net(tokens.ids)
+        return found
+
+    carried, sites = tiny("llama"), adapter.sites(model)
+    halves = {s: adapter.linear(adapter.blocks(model)[s.block], s).weight.detach() * 0.5 for s in sites}
+    inputs = inputs_of(carried, adapter, tokens, halves)
+    sums = list(zip(adapter.sites(model), residuals(tiny("llama")), residuals(carried), strict=True))
+    for site, dense, pruned in sums:
+        moments = stream.received(site)
+        torch.testing.assert_close(moments.drift, (dense - pruned).T @ inputs[site] / tokens.n_tokens)
+        stream.carry(site, halves[site])
+        if site.kind == "mlp":
+            stream.advance(site.block)
+
+
 def test_a_dropped_sub_layer_takes_its_bias_along():
     model, adapter, tokens = tiny("opt"), adapter_for("opt"), toy_tokens()
     attention, *_ = adapter.sites(model)

@@ -150,3 +150,9 @@ def test_symmetric_is_asymmetric_on_dense_inputs() -> None:
 def test_asks_for_the_cross_moment_only_when_it_uses_it() -> None:
     assert OBS().needs == {"gram"}
     assert OBS(asymmetric=True).needs == {"gram", "cross"}
+
+
+def test_restoring_needs_the_dense_model_as_the_aim():
+    with pytest.raises(ValueError, match="asymmetric = true"):
+        OBS(restore=True)
+    assert OBS(asymmetric=True, restore=True).needs == {"gram", "cross", "drift"}

@@ -1,0 +1,108 @@
+"""What every adapter promises, as a test class: subclass it and set `plugin`."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunekit.adapters import ModelAdapter
+from prunekit.calibration.flow import entered
+from prunekit.export.hf import to_transformers
+from prunekit.layer import Candidate
+from prunekit.sites import Site
+from prunekit.testing.models import tiny
+from prunekit.testing.supernets import toy_tokens
+
+Plan = dict[Site, Candidate]
+
+
+class AdapterSuite:
+    """A cut model computes what the masked dense model computes, at exactly the price that was named."""
+
+    plugin: ClassVar[ModelAdapter]
+
+    def test_blocks_one_by_one_are_the_model(self) -> None:
+        model = self._model()
+        hidden, calls = entered(model, self.plugin, toy_tokens().ids)
+        with torch.no_grad():
+            for call, block in zip(calls, self.plugin.blocks(model), strict=True):
+                hidden = call(block, hidden)
+            torch.testing.assert_close(self.plugin.logits(model, hidden), _logits(model))
+
+    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize("heads", ["kv", "query"])
+    def test_cut_equals_masked(self, seed: int, heads: str) -> None:
+        model, rng = self._model(), random.Random(seed)
+        plan: Plan = {}
+        for site in self.plugin.sites(model, heads=heads):  # type: ignore[arg-type]
+            groups = rng.sample(range(site.n_groups), rng.randint(0, site.n_groups))
+            plan[site] = self._candidate(model, site, groups)
+        small = self._cut(model, plan)
+        torch.testing.assert_close(_logits(small), self._masked(model, plan), rtol=0, atol=1e-10)
+        exported = to_transformers(small, self.plugin)
+        torch.testing.assert_close(_logits(exported), _logits(small), rtol=0, atol=1e-10)
+
+    def test_keeping_everything_changes_nothing(self) -> None:
+        model = self._model()
+        plan = {s: self._candidate(model, s, range(s.n_groups)) for s in self.plugin.sites(model)}
+        torch.testing.assert_close(_logits(self._cut(model, plan)), _logits(model), rtol=0, atol=1e-10)
+
+    @pytest.mark.parametrize("heads", ["kv", "query"])
+    def test_prices_are_parameter_counts(self, heads: str) -> None:
+        model = self._model()
+        for site in self.plugin.sites(model, heads=heads):  # type: ignore[arg-type]
+            for kept in {0, 1, site.n_groups // 2, site.n_groups}:
+                small = self._cut(model, {site: self._candidate(model, site, range(kept))})
+                freed = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in small.parameters())
+                assert freed == site.parameters(site.n_groups) - site.parameters(kept)
+
+    def test_a_cut_model_generates_with_a_cache_what_it_generates_without(self) -> None:
+        model = self._model()
+        sites = self.plugin.sites(model)
+        plan = {s: self._candidate(model, s, range(0 if i == 0 else 1)) for i, s in enumerate(sites)}
+        small, ids = to_transformers(self._cut(model, plan), self.plugin), toy_tokens(windows=2).ids
+        options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+        cached, plain = (small.generate(ids, use_cache=use, **options) for use in (True, False))  # type: ignore[operator]
+        assert torch.equal(cached, plain)
+
+    def test_the_dense_model_is_left_alone(self) -> None:
+        model = self._model()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        for site in self.plugin.sites(model):
+            self.plugin.pruned(self.plugin.blocks(model)[site.block], site, self._candidate(model, site, [0]))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    def _model(self) -> PreTrainedModel:
+        return tiny(self.plugin.family.model_type).requires_grad_(False)
+
+    def _candidate(self, model: PreTrainedModel, site: Site, groups: range | list[int]) -> Candidate:
+        own = self.plugin.linear(self.plugin.blocks(model)[site.block], site).weight.detach()
+        weight, columns = torch.zeros_like(own), site.columns(sorted(groups))
+        weight[:, columns] = own[:, columns]
+        return Candidate(tuple(sorted(groups)), weight)
+
+    def _cut(self, model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+        small = copy.deepcopy(model)
+        for site, candidate in plan.items():
+            self.plugin.remove(small, site, candidate)
+        return small
+
+    def _masked(self, model: PreTrainedModel, plan: Plan) -> Tensor:
+        twin = copy.deepcopy(model)
+        for site, candidate in plan.items():
+            linear = self.plugin.linear(self.plugin.blocks(twin)[site.block], site)
+            linear.weight.data.copy_(candidate.weight)
+            if not candidate.kept and linear.bias is not None:
+                linear.bias.data.zero_()
+        return _logits(twin)
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel) -> Tensor:
+    return model(toy_tokens().ids, use_cache=False).logits
