@@ -89,7 +89,9 @@ Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder, or i
 ModelOption = Annotated[str | None, typer.Option("--model", help="The same as MODEL.", show_default=False)]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any value of the recipe: pruner.damping=0.1. Repeatable."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Any value of the recipe: damping=0.1, pruner.refit=true. Repeatable."
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results and errors.")]
 

@@ -194,7 +194,7 @@ def parsed(assignment: str) -> tuple[str, Any]:
     """
     key, equals, value = assignment.partition("=")
     if not (key.strip() and equals):
-        raise WrongInput(f"--set takes key.path=value, not {assignment!r}; as in --set pruner.damping=0.1")
+        raise WrongInput(f"--set takes key.path=value, not {assignment!r}; as in --set pruner.refit=true")
     try:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError:

@@ -31,11 +31,21 @@ class OBS(LocalPruner):
     Ours: the walk only finds the order, all weights come from one Cholesky factor of H in that order
     (`LayerProblem.nested`), because every correct compensation of a set is its least-squares refit.
 
+    What W* is depends on the aim, for dense inputs x, inputs x̂ behind pruned layers, and δ, what the residual
+    stream has lost before this sub-layer is added to it:
+
+        as it is        W x̂        W* = W                                        default
+        asymmetric      W x        W* = W (G + λI) (H + λI)⁻¹                    (4)
+        restore         W x + δ    W* = (W (G + λI) + D) (H + λI)⁻¹              (5)
+
+    with G = E[x x̂ᵀ] and D = E[δ x̂ᵀ]. (4) is error correction as in OSSCAR (arXiv 2403.12983); (5) is ours: every
+    layer also makes up for what earlier ones could not, as far as a linear map of its inputs can.
+
     Groups that nothing ever reaches go first. On a tie the lower id stays.
     """
 
-    asymmetric: bool = False  # aim at the dense model's output on dense inputs, W* = W G H⁻¹, not at W
-    restore: bool = False  # with it, at the dense model's residual stream: also make up for what is already lost
+    asymmetric: bool = False  # (4)
+    restore: bool = False  # (5); needs asymmetric
 
     def __post_init__(self) -> None:
         if self.restore and not self.asymmetric:
@@ -98,10 +108,10 @@ def remove_columns(hessian: Float[Tensor, "d d"], weight: Float[Tensor, "d_out d
     (1) reads W through A = WᵀW alone: rise_j = A_jj / V_jj. With r = V_p: / V_pp, y = A_p: and
     x = y - ½ A_pp r, removing p is two symmetric corrections of low rank:
 
-        V ← V - V_pp rᵀr                                                        (4)
-        A ← A - xᵀr - rᵀx                                                       (5)
+        V ← V - V_pp rᵀr                                                        (6)
+        A ← A - xᵀr - rᵀx                                                       (7)
 
-    Only the diagonals follow at once. (4) and (5) wait until `_PENDING` of them make a matrix product worth it.
+    Only the diagonals follow at once. (6) and (7) wait until `_PENDING` of them make a matrix product worth it.
     """
     left = torch.arange(len(hessian), device=hessian.device)
     v, a = _inverse(hessian), weight.T @ weight
@@ -116,21 +126,21 @@ def remove_columns(hessian: Float[Tensor, "d d"], weight: Float[Tensor, "d_out d
             rise = a_jj.clamp_min(0) / torch.maximum(v_jj, floor) + gone  # (1)
             p = rise.argmin(keepdim=True)  # stays on the device
             r_p, x_p = r[:i, p], x[:i, p]  # (i, 1)
-            row = torch.cat([delta[:i] * r_p, x_p], 1).T @ r[:i]  # pending parts of (4), (5): (2, n)
+            row = torch.cat([delta[:i] * r_p, x_p], 1).T @ r[:i]  # pending parts of (6), (7): (2, n)
             t = v[p] - row[:1]  # V_p:
             y = a[p] - row[1:] - r_p.T @ x[:i]  # A_p:
             delta[i] = t[0, p]
             r[i] = t / delta[i]
             x[i] = y - 0.5 * y[0, p] * r[i]
-            v_jj -= delta[i] * r[i].square()  # (4)
-            a_jj -= 2 * x[i] * r[i]  # (5)
+            v_jj -= delta[i] * r[i].square()  # (6)
+            a_jj -= 2 * x[i] * r[i]  # (7)
             gone[p] = torch.inf
             chosen[i] = p[0]
         order += left[chosen].tolist()
         if len(order) == picks:
             break
-        v.addmm_((delta * r).T, r, alpha=-1)  # (4)
-        a.addmm_(x.T, r, alpha=-1).addmm_(r.T, x, alpha=-1)  # (5)
+        v.addmm_((delta * r).T, r, alpha=-1)  # (6)
+        a.addmm_(x.T, r, alpha=-1).addmm_(r.T, x, alpha=-1)  # (7)
         stays = (gone == 0).nonzero().flatten()
         left, floor = left[stays], floor[stays]
         v, a = v[stays][:, stays], a[stays][:, stays]
