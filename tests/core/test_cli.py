@@ -157,7 +157,7 @@ def test_prune_then_evaluate(model: Path, text: Path, tmp_path: Path) -> None:
         (("MODEL", "-o", "out", "--dataset", "gone.txt"), "no file 'gone.txt'"),
         (("MODEL", "-o", "out", "--dataset", "wikitex2"), "did you mean 'wikitext2'?"),
         (("MODEL", "-o", "out", "--calibration-tokens", "0"), "data.calibration_tokens"),
-        (("MODEL", "-o", "out", "--set", "pruner.asymetric=true"), "did you mean 'pruner.asymmetric'?"),
+        (("MODEL", "-o", "out", "--set", "pruner.aime=dense"), "did you mean 'pruner.aim'?"),
         (("MODEL", "-o", "out", "--set", "nothing"), "--set takes key.path=value"),
         (("MODEL", "-o", "out", "--dtype", "float12"), "dtype is one of"),
         (("MODEL", "-o", "out", "--device", "gpu"), "no device 'gpu'"),
@@ -227,7 +227,7 @@ def test_list_names_every_plugin_with_its_options() -> None:
     (obs,) = (row for row in rows if row["name"] == "obs")
     assert obs["owner"] == "prunekit"
     assert obs["summary"]
-    assert {"name": "asymmetric", "type": "bool", "default": False} in obs["options"]
+    assert {"name": "aim", "type": "Aim", "default": "own"} in obs["options"]
 
 
 def test_list_is_a_table_with_presets() -> None:
@@ -245,9 +245,9 @@ def test_check_runs_the_suite_of_the_kind(monkeypatch: pytest.MonkeyPatch) -> No
         return 1
 
     monkeypatch.setattr(pytest, "main", pytest_main)
-    assert run("check", "obs", "--set", "asymmetric=true").exit_code == 1
+    assert run("check", "obs", "--set", "aim=dense").exit_code == 1
     assert "class TestPruner(testing.PrunerSuite):" in written[0]
-    assert "build({'name': 'obs', 'asymmetric': True})" in written[0]
+    assert "build({'name': 'obs', 'aim': 'dense'})" in written[0]
     compile(written[0], "test_plugin.py", "exec")
 
 
@@ -255,7 +255,7 @@ def test_check_runs_the_suite_of_the_kind(monkeypatch: pytest.MonkeyPatch) -> No
     ("arguments", "sentence"),
     [
         (("obz",), "no plug-in 'obz'; did you mean 'obs'?"),
-        (("obs", "--set", "asymetric=true"), "did you mean 'asymmetric'?"),
+        (("obs", "--set", "aime=dense"), "did you mean 'aim'?"),
     ],
 )
 def test_check_refuses_in_one_sentence(arguments: tuple[str, ...], sentence: str) -> None:

@@ -167,7 +167,7 @@ def test_a_pruned_model_can_be_pruned_again(whole, tmp_path):
         {"allocator": "uniform", "metric": "flops"},
         {"allocator": "uniform", "metric": "bytes", "apart": True},
         {"allocator": "uniform", "of": "model", "sparsity": 0.05},
-        {"allocator": "uniform", "pruner": {"name": "obs", "asymmetric": True}},
+        {"allocator": "uniform", "pruner": {"name": "obs", "aim": "stream"}},
         {"allocator": "uniform", "pruner": "magnitude", "sparsity": 0.9},
     ],
     ids=str,

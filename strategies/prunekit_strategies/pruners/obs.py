@@ -5,14 +5,18 @@ One walk from dense to the smallest count passes every larger one, so all rungs 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from prunekit import Candidate, LayerProblem, LocalPruner
+
+Aim = Literal["own", "dense", "stream"]
+NEEDS: Mapping[Aim, Sequence[str]] = {"own": (), "dense": ("cross",), "stream": ("cross", "drift")}
 
 _PENDING = 64  # removals held back before they are multiplied into V and A: what fits a cache
 
@@ -34,9 +38,9 @@ class OBS(LocalPruner):
     What W* is depends on the aim, for dense inputs x, inputs x̂ behind pruned layers, and δ, what the residual
     stream has lost before this sub-layer is added to it:
 
-        as it is        W x̂        W* = W                                        default
-        asymmetric      W x        W* = W (G + λI) (H + λI)⁻¹                    (4)
-        restore         W x + δ    W* = (W (G + λI) + D) (H + λI)⁻¹              (5)
+        own       W x̂        W* = W
+        dense     W x        W* = W (G + λI) (H + λI)⁻¹              (4)
+        stream    W x + δ    W* = (W (G + λI) + D) (H + λI)⁻¹        (5)
 
     with G = E[x x̂ᵀ] and D = E[δ x̂ᵀ]. (4) is error correction as in OSSCAR (arXiv 2403.12983); (5) is ours: every
     layer also makes up for what earlier ones could not, as far as a linear map of its inputs can.
@@ -44,20 +48,19 @@ class OBS(LocalPruner):
     Groups that nothing ever reaches go first. On a tie the lower id stays.
     """
 
-    asymmetric: bool = False  # (4)
-    restore: bool = False  # (5); needs asymmetric
+    aim: Aim = "own"  # its own output on what it will see, the dense model's output, or its residual stream
 
     def __post_init__(self) -> None:
-        if self.restore and not self.asymmetric:
-            raise ValueError("restore aims at the dense model and needs asymmetric = true")
+        if self.aim not in NEEDS:
+            raise ValueError(f"aim is one of {', '.join(NEEDS)}, not {self.aim!r}")
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"gram"} | ({"cross"} if self.asymmetric else set()) | ({"drift"} if self.restore else set()))
+        return frozenset({"gram", *NEEDS[self.aim]})
 
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
-        if not self.asymmetric and layer.cross is not None:
-            layer = replace(layer, cross=None)
+        unasked = {"cross", "drift"} - self.needs
+        layer = replace(layer, **dict.fromkeys(unasked)) if unasked else layer
         smallest = min((k for k in keeps if k > 0), default=layer.n_groups)  # nothing is decided on the way to 0
         return layer.nested(_ranking(layer, smallest)).candidates(keeps)
 

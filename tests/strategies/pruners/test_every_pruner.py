@@ -9,7 +9,7 @@ from prunekit.testing import PrunerSuite
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "admm": [{"iterations": 5}],
     "magnitude": [{"refit": True}],
-    "obs": [{"asymmetric": True}],
+    "obs": [{"aim": "dense"}, {"aim": "stream"}],
     "wanda": [{"refit": True}],
 }
 

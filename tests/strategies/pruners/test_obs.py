@@ -121,7 +121,7 @@ def test_on_a_tie_the_lower_id_stays() -> None:
     assert [c.kept for c in OBS().prune(blocks, [1, 2])] == [(0,), (0, 1)]
 
 
-def test_asymmetric_aims_at_the_dense_output_and_is_better_there() -> None:
+def test_it_aims_at_the_dense_output_and_is_better_there() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
     seen = x + torch.randn(300, 12, generator=generator)
@@ -133,26 +133,22 @@ def test_asymmetric_aims_at_the_dense_output_and_is_better_there() -> None:
         energy=float((x @ weight.T).square().sum() / 300),
     )
     keeps = [3, 6, 9, 12]
-    aimed, plain = OBS(asymmetric=True).prune(layer, keeps), OBS().prune(layer, keeps)
+    aimed, plain = OBS(aim="dense").prune(layer, keeps), OBS().prune(layer, keeps)
     assert all(layer.error(a.weight) < layer.error(p.weight) for a, p in zip(aimed, plain, strict=True))
     torch.testing.assert_close(aimed[-1].weight, layer.target.float())
     assert torch.equal(plain[-1].weight, weight)
 
 
-def test_symmetric_is_asymmetric_on_dense_inputs() -> None:
+def test_on_dense_inputs_both_aims_are_one() -> None:
     layer = exact(7)
     dense = replace(layer, cross=layer.gram, energy=1.0)
-    for one, two in zip(OBS().prune(layer, range(8)), OBS(asymmetric=True).prune(dense, range(8)), strict=True):
+    for one, two in zip(OBS().prune(layer, range(8)), OBS(aim="dense").prune(dense, range(8)), strict=True):
         assert one.kept == two.kept
         torch.testing.assert_close(one.weight, two.weight, rtol=1e-8, atol=1e-9)
 
 
-def test_asks_for_the_cross_moment_only_when_it_uses_it() -> None:
-    assert OBS().needs == {"gram"}
-    assert OBS(asymmetric=True).needs == {"gram", "cross"}
-
-
-def test_restoring_needs_the_dense_model_as_the_aim():
-    with pytest.raises(ValueError, match="asymmetric = true"):
-        OBS(restore=True)
-    assert OBS(asymmetric=True, restore=True).needs == {"gram", "cross", "drift"}
+def test_the_aim_says_what_calibration_must_collect():
+    needs = {aim: OBS(aim=aim).needs for aim in ("own", "dense", "stream")}
+    assert needs == {"own": {"gram"}, "dense": {"gram", "cross"}, "stream": {"gram", "cross", "drift"}}
+    with pytest.raises(ValueError, match="aim is one of own, dense, stream"):
+        OBS(aim="maybe")  # type: ignore[arg-type]
