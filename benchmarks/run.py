@@ -28,21 +28,18 @@ def main(
     seqlen: int = 256,
     tokens: Annotated[int, typer.Option(help="of calibration, of search and of evaluation, each")] = 65_536,
     sparsity: Annotated[list[float] | None, typer.Option()] = None,
-    groups: Annotated[str, typer.Option(help="groups of cells, by comma")] = "uniform,search,tyr",
+    groups: Annotated[str, typer.Option(help="groups of cells, by comma")] = "uniform,stream,search,tyr",
     seeds: Annotated[str, typer.Option(help="by comma; closed forms take the first")] = "0",
     rows: Path = Path("rows.jsonl"),
     setting: Annotated[list[str] | None, typer.Option("--set", help="key.path=value for every cell")] = None,
 ) -> None:
     """Run what is not in `rows` yet."""
     cells: dict[str, dict[str, Any]] = yaml.safe_load(CELLS.read_text())
-    done = {_key(row) for row in _read(rows)}
+    done = {row["recipe"] for row in _read(rows)}
     for share in sparsity or [0.5]:
         for group in groups.split(","):
             for name, changes in cells[group].items():
                 for seed in [int(s) for s in seeds.split(",")][: 1 if group in ("uniform", "table") else None]:
-                    row = {"cell": name, "sparsity": share, "seed": seed}
-                    if _key(row) in done:
-                        continue
                     shared = {
                         "model": model,
                         "sparsity": share,
@@ -61,6 +58,9 @@ def main(
                     recipe = recipe.with_overrides(
                         {k: v for k, v in kept.items() if not k.startswith("allocator.") or allocator == "tyr"}
                     )
+                    row = {"cell": name, "sparsity": share, "seed": seed, "recipe": recipe.digest}
+                    if recipe.digest in done:
+                        continue
                     begun = time.perf_counter()
                     report = prunekit.prune(recipe=recipe, quiet=True).report
                     row |= {"wall": time.perf_counter() - begun, "report": report}
@@ -71,10 +71,6 @@ def main(
 
 def _read(rows: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
-
-
-def _key(row: dict[str, Any]) -> tuple[str, float, int]:
-    return row["cell"], row["sparsity"], row["seed"]
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ def prune(
         >>> small.save("my-model-half")  # doctest: +SKIP
     """
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    if isinstance(data := settings.pop("data", None), dict):
+        settings |= {f"data__{key}": value for key, value in data.items()}
     chosen = chosen.with_overrides({key.replace("__", "."): value for key, value in settings.items()})
     in_memory = model if isinstance(model, PreTrainedModel) else None
     if model is not None and in_memory is None:

@@ -138,7 +138,10 @@ def answers(
             raise PluginError(f"{who}: {keep} groups in ascending order were asked, not {kept}")
         if not bool(torch.isfinite(candidate.weight).all()):
             raise PluginError(f"{who}: the weight that keeps {keep} groups is not finite")
-        gone = layer.columns([g for g in range(layer.n_groups) if g not in set(kept)])
+        if candidate.weight.shape != layer.weight.shape or (kept and not 0 <= kept[0] <= kept[-1] < layer.n_groups):
+            raise PluginError(f"{who}: a weight {tuple(layer.weight.shape)} and ids below {layer.n_groups} were asked")
+        stays = set(kept)
+        gone = layer.columns([g for g in range(layer.n_groups) if g not in stays])
         if bool(candidate.weight[:, gone].any()):
             raise PluginError(f"{who}: columns outside the {keep} kept groups are not zero")
         weight = torch.empty_like(candidate.weight, dtype=dtype)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -73,13 +74,14 @@ def opened(
     else:
         _, _ = skeleton(source, trust_remote_code=trust_remote_code)
         name, path = source, _located(source)
-        with _without_bars():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code)
+        model = _loaded(name, path, trust_remote_code)
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(source, trust_remote_code)
     stored = next(model.parameters()).dtype
     for parameter, value in model.named_parameters():
         if not bool(torch.isfinite(value).all()):
             raise WrongInput(f"{name}: {parameter} holds values that are not finite; the checkpoint is damaged")
+    if dtype != "auto" and DTYPES[dtype].itemsize < stored.itemsize:
+        raise WrongInput(f"--dtype {dtype} would round the weights, which are {str(stored)[6:]}; use that or auto")
     narrow = stored.itemsize < 4 and place.type != "cuda"  # half precision is slow on a CPU
     computed = (torch.float32 if narrow else stored) if dtype == "auto" else DTYPES[dtype]
     stored_as(model.to(place), computed).eval().requires_grad_(False)  # type: ignore[arg-type]
@@ -118,6 +120,10 @@ def resolved_device(device: str) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise WrongInput(f"no device {device!r}; there are auto, cpu, cuda, cuda:N") from error
+    if found.type not in ("cpu", "cuda"):
+        raise WrongInput(f"no device {device!r}; there are auto, cpu, cuda, cuda:N")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count() > 0:
+        raise WrongInput(f"no device {device!r}; this machine has {torch.cuda.device_count()} CUDA devices")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise WrongInput(f"device {device!r} was asked, but this machine has no CUDA device; use --device cpu")
     return found
@@ -130,6 +136,22 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _loaded(name: str, path: str, trust_remote_code: bool) -> PreTrainedModel:
+    """The model with every weight from its files: transformers would make up what is missing."""
+    try:
+        with _without_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise WrongInput(f"the weights of {name!r} cannot be loaded: {_first_line(error)}") from error
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise WrongInput(f"the checkpoint of {name!r} lacks {missing[0]}{more}; it is not whole")
+    return model
 
 
 @contextmanager

@@ -6,6 +6,7 @@ sentence on stderr and exit code 2.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from prunekit.errors import PluginError, WrongInput
+from prunekit.errors import CannotGoOn, WrongInput
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,8 +46,12 @@ class _Sentences(TyperGroup):
             raise _ended(str(error), WRONG) from error
         except PermissionError as error:
             raise _ended(f"{error.filename}: permission denied; choose another place", WRONG) from error
-        except PluginError as error:
+        except CannotGoOn as error:
             raise _ended(str(error), BROKEN) from error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise _ended("the disk is full; make room, and the same command goes on from here", BROKEN) from error
         except KeyboardInterrupt as error:
             again = "; the same command goes on from here" if ctx.invoked_subcommand == "prune" else ""
             raise _ended(f"interrupted{again}", INTERRUPTED) from error

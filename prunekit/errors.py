@@ -5,5 +5,9 @@ class WrongInput(ValueError):
     """The user asked for something that cannot be done. The command line shows the sentence and exits with 2."""
 
 
-class PluginError(RuntimeError):
+class CannotGoOn(RuntimeError):
+    """A run met something it must not pass over. The command line shows the sentence and exits with 1."""
+
+
+class PluginError(CannotGoOn):
     """A plug-in broke its contract; names the plug-in and the promise."""

@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prunekit.errors import CannotGoOn
 
-class LedgerMismatch(RuntimeError):
+
+class LedgerMismatch(CannotGoOn):
     """The ledger holds another conversation."""
 
 

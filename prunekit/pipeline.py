@@ -17,14 +17,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prunekit import report as reporting
+from prunekit.adapters import ModelAdapter
 from prunekit.build import build
 from prunekit.calibration.tokens import Draws, TokenBatch, draw
 from prunekit.checkpoint import Dense, fingerprint, opened, skeleton, stored_as
 from prunekit.contracts import Problem
-from prunekit.errors import WrongInput
+from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.evaluate import perplexity
 from prunekit.export import hf
-from prunekit.export.verify import verify
+from prunekit.export.verify import NotVerified, verify
 from prunekit.ledger import Ledger
 from prunekit.progress import Progress
 from prunekit.recipe import Recipe
@@ -101,17 +102,19 @@ def prune(
     if source is None:
         raise WrongInput("no model was given; name a folder or a hub id, or pass a model in memory")
     if output is not None:
-        check_output(output, overwrite=overwrite)
-    whole_space(recipe, *skeleton(source, trust_remote_code=recipe.trust_remote_code))  # can the budget be met?
+        files = [recipe.data.dataset, recipe.data.evaluation_dataset, source if isinstance(source, str) else None]
+        check_output(output, overwrite=overwrite, sources=[f for f in files if f is not None and Path(f).exists()])
+    shape, adapter = skeleton(source, trust_remote_code=recipe.trust_remote_code)
+    whole_space(recipe, shape, adapter, next(shape.parameters()).dtype)  # can the budget be met?
     with clock("open"):
         dense = opened(
             source, tokenizer,
             device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code,
         )  # fmt: skip
-        whole = whole_space(recipe, dense.model, dense.adapter)
+        whole = whole_space(recipe, dense.model, dense.adapter, dense.dtype)
         draws = draw(dense.tokenizer, recipe.data, progress, seed=recipe.seed, **_limits(dense.model))
         recipe = recipe.completed(model=dense.name, draws=draws)
-    identity = {"recipe": recipe.digest, "model": fingerprint(dense.model)}
+    identity = recipe.determining() | {"weights": fingerprint(dense.model), "versions": reporting.versions(recipe)}
     with workplace(output, identity, resume=resume, overwrite=overwrite) as place:
         run = Run(recipe, dense, whole, draws, Ledger(place / "ledger.jsonl"), place, progress, clock)
         net, plan = run.searched()
@@ -167,6 +170,7 @@ class Run:
             if (finer := allocator.next_space(space, centre)) is None:
                 break
             space, walk = finer, walk + 1
+            del net  # its cut-out parts, before the next walk needs the room
         if not self.recipe.rebuild:
             return net, centre
         plan = self.whole.nearest(centre)  # spends what coarse rungs left over
@@ -185,7 +189,7 @@ class Run:
         return Supernet(dense.model, dense.adapter, space, errors, store)
 
 
-def whole_space(recipe: Recipe, model: nn.Module, adapter: Any) -> Space:
+def whole_space(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, dtype: torch.dtype) -> Space:
     """Every count of every site of the model, under the recipe's budget."""
     sites: tuple[Site, ...] = adapter.sites(model, heads=recipe.heads)
     if not sites:
@@ -193,10 +197,9 @@ def whole_space(recipe: Recipe, model: nn.Module, adapter: Any) -> Space:
     base = model if recipe.of == "model" else adapter.blocks(model)
     total = sum(p.numel() for p in base.parameters())
     outside = total - sum(site.parameters(site.n_groups) for site in sites)
-    item = next(model.parameters()).element_size()
     budget = Budget.keeping(
         float(1 - Fraction(str(recipe.sparsity))), sites,
-        metric=recipe.metric, bytes_per_parameter=item, outside=outside, apart=recipe.apart,
+        metric=recipe.metric, bytes_per_parameter=dtype.itemsize, outside=outside, apart=recipe.apart,
     )  # fmt: skip
     return Space.whole(sites, budget)
 
@@ -208,7 +211,10 @@ def write_result(result: Result, folder: Path) -> None:
     (folder / "ledger.jsonl").write_text(result.ledger)
     reporting.write(result.report, result.recipe, folder)
     if result.recipe.verify and result.probe is not None:
-        verify(folder, *result.probe, reporting.count(result.model))
+        try:
+            verify(folder, *result.probe, reporting.count(result.model))
+        except NotVerified as error:
+            raise CannotGoOn(f"the result was not kept: {error}") from error
 
 
 @torch.no_grad()

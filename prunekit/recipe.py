@@ -137,6 +137,10 @@ class Recipe(_Strict):
 
         if self.structure not in STRUCTURES:
             raise WrongInput(f"no structure {self.structure!r}; there are {', '.join(STRUCTURES)}")
+        if self.apart and self.of == "model":
+            raise WrongInput(
+                "apart gives attention and MLP each their share of the blocks; it does not go with of=model"
+            )
         pruner = PRUNERS.build(self.pruner)
         if self.structure not in pruner.structures:
             raise WrongInput(
@@ -167,8 +171,11 @@ class Recipe(_Strict):
     @property
     def digest(self) -> str:
         """sha256 of what determines the weights; neither device nor packaging does (`WITHOUT_EFFECT`)."""
-        values = self.checked().model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.determining(), sort_keys=True).encode()).hexdigest()
+
+    def determining(self) -> dict[str, Any]:
+        """The values that determine the weights, every option of every plug-in among them."""
+        return self.checked().model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
 
 
 @cache

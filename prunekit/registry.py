@@ -15,6 +15,9 @@ from functools import cache
 from importlib import metadata
 from typing import Any, Generic, TypeVar, cast, get_args, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
+
 from prunekit.contracts import Allocator, Finisher, LocalPruner, Objective
 from prunekit.errors import WrongInput
 
@@ -119,9 +122,11 @@ class Registry(Mapping[str, Entry], Generic[T]):
             if option not in known:
                 raise WrongInput(unknown(f"option of {self.kind} {name!r}", option, known))
         hints = get_type_hints(loaded) if options else {}
-        values = {option: _nested(hints[option], value) for option, value in options.items()}
         try:
+            values = {option: _typed(option, hints[option], value) for option, value in options.items()}
             return cast(T, loaded(**values))
+        except WrongInput:
+            raise
         except (TypeError, ValueError) as error:
             raise WrongInput(f"{self.kind} {name!r}: {error}") from error
 
@@ -173,15 +178,21 @@ def _entries(kind: str, group: str) -> dict[str, Entry]:
     return dict(sorted(found.items()))
 
 
-def _nested(hint: Any, value: Any) -> Any:
-    """Turn a recipe's value into what the field's type asks for: a plug-in, or tuples for lists."""
+def _typed(option: str, hint: Any, value: Any) -> Any:
+    """A recipe's value as the field's type asks for it: a plug-in from its spec, tuples from lists, numbers checked."""
     for registry in KINDS:
-        asked = (hint, *get_args(hint))
-        if registry.contract in asked and registry.contract is not None and isinstance(value, (str, Mapping)):
-            return registry.build(value)
-    if isinstance(value, list):
-        return tuple(_nested(None, v) for v in value)
-    return value
+        if registry.contract is not None and registry.contract in (hint, *get_args(hint)):
+            return registry.build(value) if isinstance(value, (str, Mapping)) else value
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except PydanticSchemaGenerationError:  # a type of the plug-in's own
+        return value
+    except ValidationError as error:
+        raise ValueError(f"{option} takes {_type_name(hint)}, not {value!r}") from error
+
+
+def _type_name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint).replace("typing.", "")
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 from prunekit.calibration.tokens import TokenBatch
 from prunekit.contracts import Problem
 from prunekit.recipe import Recipe
+from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS
 from prunekit.sites import Allocation
 from prunekit.store import write_json
 from prunekit.supernet import Supernet
@@ -84,9 +85,16 @@ def report(run: Run, net: Supernet, plan: Allocation, small: nn.Module, losses: 
         "search": {"questions": run.ledger.questions, "token_forwards": run.ledger.tokens},
         "seconds": {stage: round(spent, 3) for stage, spent in run.clock.seconds.items()},
         "seed": recipe.seed,
-        "versions": {name: metadata.version(name) for name in ("prunekit", "torch", "transformers")}
-        | {"python": platform.python_version()},
+        "versions": versions(recipe),
     }
+
+
+def versions(recipe: Recipe) -> dict[str, str]:
+    """Of everything that has a say in the result: libraries, Python, and the distributions of plug-ins."""
+    registries = {"pruner": PRUNERS, "allocator": ALLOCATORS, "objective": OBJECTIVES, "finisher": FINISHERS}
+    owners = {registries[kind][spec["name"]].owner for kind, spec in _parts(recipe)}
+    names = sorted({"prunekit", "torch", "transformers", *owners} - {"unknown"})
+    return {name: metadata.version(name) for name in names} | {"python": platform.python_version()}
 
 
 def card(document: Mapping[str, Any], recipe: Recipe) -> str:

@@ -17,11 +17,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from prunekit.errors import CannotGoOn
 from prunekit.layer import Candidate
 from prunekit.sites import Site
 
 
-class DamagedStore(RuntimeError):
+class DamagedStore(CannotGoOn):
     """A file of the store is not what was written."""
 
 
@@ -65,6 +66,7 @@ class CandidateStore:
         name = f"{site.name}.safetensors"
         temporary = self.directory / f".{name}"
         save_file(tensors, temporary)
+        _settle(temporary)  # a manifest must never name what a power cut can still take
         digest = _digest(temporary)
         temporary.replace(self.directory / name)
         self._entries["sites"][site.name] = {
@@ -96,6 +98,11 @@ class CandidateStore:
         weight = columns.new_zeros(columns.shape[0], site.d_in)
         weight[:, torch.tensor(site.columns(groups), dtype=torch.long)] = columns
         return Candidate(groups, weight.to(device))
+
+
+def _settle(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, content: object) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,49 +36,86 @@ def workplace(
             yield Path(folder)
         return
     check_output(output, overwrite=overwrite)
-    place = output.with_name(output.name + ".partial")
+    place = _beside(output, "partial")
     place.mkdir(parents=True, exist_ok=True)
     with (place / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise WrongInput(f"another process works on {output}; wait for it or choose another --output") from error
         _take(place, identity, resume=resume, overwrite=overwrite)
         yield place
-    shutil.rmtree(place)
+        shutil.rmtree(place)
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse an output that holds something, unless it is a result of ours that may be overwritten."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+def check_output(output: Path, *, overwrite: bool, sources: Iterable[str | Path] = ()) -> None:
+    """Refuse, before any work, an output that cannot be made or must not be replaced.
+
+    Only a result of prunekit is ever replaced, and never one that holds a source of this run.
+
+    Raises:
+        WrongInput: says what is in the way.
+    """
+    place = output.resolve()
+    if place.is_mount():
+        raise WrongInput(f"{output} is a mount point and cannot be renamed into; choose a folder inside it")
+    for path in (place, _beside(place, "partial")):
+        if path.exists() and not path.is_dir():
+            raise WrongInput(f"{path} is a file; choose another --output")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WrongInput(f"{output} cannot be made: {error.strerror}: {error.filename}") from error
+    if not os.access(place.parent, os.W_OK | os.X_OK):
+        raise WrongInput(f"{output} cannot be made: {place.parent} cannot be written to")
+    if not place.exists() or not any(place.iterdir()):
         return
     if not overwrite:
         raise WrongInput(f"{output} exists and is not empty; choose another --output, or replace it with --overwrite")
-    if not (output / "recipe.yaml").is_file():
-        raise WrongInput(f"{output} holds no pruned model, so it is not overwritten; choose another --output")
+    if not _is_result(place):
+        raise WrongInput(f"{output} is no result of prunekit, so it is not overwritten; choose another --output")
+    for source in (Path.cwd(), *sources):
+        if Path(source).expanduser().resolve().is_relative_to(place):
+            raise WrongInput(f"{output} holds {source}, which this run needs; choose another --output")
 
 
 def publish(folder: Path, output: Path) -> None:
-    """Put a finished folder in the place of `output`, by rename."""
+    """Put a finished folder in the place of `output`, by rename; what was there goes when that is done."""
+    output, old = output.resolve(), _beside(output, "old")
+    shutil.rmtree(old, ignore_errors=True)
     if output.exists():
-        shutil.rmtree(output)
+        output.replace(old)
     folder.replace(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(output: Path, suffix: str) -> Path:
+    place = output.resolve()
+    return place.with_name(f"{place.name}.{suffix}")
+
+
+def _is_result(folder: Path) -> bool:
+    try:
+        return "schema" in json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def _take(place: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-    card = place / "run.json"
-    wanted = json.loads(json.dumps(identity))
+    card, wanted = place / "run.json", json.loads(json.dumps(identity))
+    left = [path for path in place.iterdir() if path.name != ".lock"]
+    if left and not card.exists():
+        raise WrongInput(f"{place} is where this run would work, but holds other files; choose another --output")
     if card.exists():
-        found = json.loads(card.read_text())
-        if found == wanted and resume and not overwrite:
+        found = json.loads(card.read_text(encoding="utf-8"))
+        differ = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+        if not differ and resume:
             return
         if not overwrite:
-            differ = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
-            what = f"({', '.join(differ)} differ)" if differ else "and --no-resume was asked"
+            what = f"(another {', '.join(differ)})" if differ else "and --no-resume was asked"
             raise WrongInput(
                 f"{place} holds an unfinished run {what}; go on with its own command, or discard it with --overwrite"
             )
-    for old in place.iterdir():
-        if old.name != ".lock":
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    for old in left:
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
     write_json(card, wanted)

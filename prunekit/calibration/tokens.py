@@ -164,6 +164,8 @@ def draw(
     wanted = sum(_windows(asked[p] or DEFAULTS[p], seqlen) for p in here)
     pool = _read(tokenizer, source, wanted * (POOL if data.shuffle else 1), seqlen, progress)
     counts = _shares({p: asked[p] for p in here}, pool, seqlen, source, progress)
+    if not data.shuffle:  # so that a run with these counts, which reads no further, ends at the same place
+        pool = pool[: sum(counts.values())]
 
     # evaluation is the end of the pool, so that which windows it holds does not hang on the seed
     if held_out == source:
@@ -263,10 +265,17 @@ def _sources(data: DataSpec, progress: Progress) -> tuple[Source, Source]:
     name = _auto(progress) if data.dataset == "auto" else data.dataset
     source = _source(name, data.config, data.split, data.field)
     other = data.evaluation_dataset
-    if other is None or other == name:
+    if other is None or _same(other, name):
         return source, _source(name, source.config, data.evaluation_split, data.field, held_out_from=source.split)
     other = _auto(progress) if other == "auto" else other
     return source, _source(other, None, data.evaluation_split, data.field, held_out_from="train")
+
+
+def _same(one: str, two: str) -> bool:
+    """Two names of one data set."""
+    if is_file(one) and is_file(two):
+        return Path(one).expanduser().samefile(Path(two).expanduser())
+    return len({KNOWN[name].path if name in KNOWN else name for name in (one, two)}) == 1
 
 
 def _source(name: str, config: str | None, split: str | None, field: str, held_out_from: str | None = None) -> Source:
@@ -479,16 +488,16 @@ def _shares(
         return counts
     free = [part for part, tokens in asked.items() if tokens is None]
     left = len(pool) - sum(counts[part] for part in counts if part not in free)
-    share = left / max(1, sum(counts[part] for part in free))
     least = math.ceil(LEAST / seqlen)
-    if not free or any(int(counts[part] * share) < least for part in free):
+    share = (left - least * len(free)) / max(1, sum(counts[part] - least for part in free))
+    if not free or share < 0:
         need = {part: least if part in free else counts[part] for part in counts}
         parts = ", ".join(f"{part} {n * seqlen:,}" for part, n in need.items())
         raise WrongInput(
             f"too little text: {source} has {pool.numel():,} tokens in whole windows of {seqlen}; "
             f"{sum(need.values()) * seqlen:,} are needed ({parts})"
         )
-    counts |= {part: int(counts[part] * share) for part in free}
+    counts |= {part: least + int((counts[part] - least) * share) for part in free}
     progress.say(
         f"note: {source} has {pool.numel():,} tokens; of these "
         + ", ".join(f"{counts[part] * seqlen:,} for {part}" for part in counts)

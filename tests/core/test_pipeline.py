@@ -123,7 +123,7 @@ def test_another_recipe_does_not_go_on_with_an_unfinished_run(folder, tmp_path, 
         patch.setattr(Ledger, "answer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prunekit.prune(folder, output=tmp_path / "out", **QUICK)
-    with pytest.raises(prunekit.WrongInput, match=r"unfinished run \(recipe differ\)"):
+    with pytest.raises(prunekit.WrongInput, match=r"unfinished run \(another seed\)"):
         prunekit.prune(folder, output=tmp_path / "out", **quick(seed=1))
     prunekit.prune(folder, output=tmp_path / "out", overwrite=True, **quick(seed=1))
 

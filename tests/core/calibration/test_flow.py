@@ -1,5 +1,7 @@
 """Blocks run one at a time give what the model gives."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -111,6 +113,7 @@ def test_the_drift_is_what_the_residual_stream_has_lost():
 
     def residuals(net):  # what every sub-layer is added to
         found = []
+        block: Any
         for block in adapter.blocks(net):
             block.input_layernorm.register_forward_pre_hook(lambda _, x: found.append(x[0].flatten(0, 1)))
             block.post_attention_layernorm.register_forward_pre_hook(lambda _, x: found.append(x[0].flatten(0, 1)))

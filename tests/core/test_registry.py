@@ -1,0 +1,70 @@
+"""Names become plug-ins, or one helpful sentence."""
+
+import pytest
+
+from prunekit import LocalPruner, WrongInput
+from prunekit.registry import ADAPTERS, ALLOCATORS, KINDS, OBJECTIVES, PRUNERS, UnknownName
+
+
+@pytest.mark.parametrize("registry", KINDS, ids=lambda r: r.kind)
+def test_every_entry_loads_and_says_what_it_is(registry):
+    for name, entry in registry.items():
+        assert entry.name == name
+        assert entry.owner == "prunekit" or entry.owner
+        assert entry.summary
+        assert isinstance(entry.options, tuple)
+
+
+def test_an_unknown_name_gets_the_nearest_and_the_list():
+    with pytest.raises(UnknownName, match="no pruner 'obz'; did you mean 'obs'\\? there are admm, magnitude"):
+        PRUNERS["obz"]
+    assert "obz" not in PRUNERS
+    assert "obs" in PRUNERS
+
+
+@pytest.mark.parametrize("registry", [PRUNERS, ALLOCATORS, OBJECTIVES], ids=lambda r: r.kind)
+def test_a_plug_in_and_its_spec_are_inverse(registry):
+    for name in registry:
+        plugin = registry.build(name)
+        assert registry.build(registry.spec(plugin)) == plugin
+
+
+def test_plug_ins_nest():
+    tyr = ALLOCATORS.build({"name": "tyr", "inner": {"name": "evolution", "generations": 3}})
+    assert ALLOCATORS.spec(tyr)["inner"]["generations"] == 3
+
+
+@pytest.mark.parametrize(
+    ("registry", "spec", "sentence"),
+    [
+        (PRUNERS, {"name": "wanda", "refit": "no thanks"}, "refit takes bool, not 'no thanks'"),
+        (OBJECTIVES, {"name": "divergence", "top_k": 1.5}, "top_k takes int, not 1.5"),
+        (ALLOCATORS, {"name": "evolution", "generations": "abc"}, "generations takes int, not 'abc'"),
+        (ALLOCATORS, {"name": "evolution", "selections": [[4, "x"]]}, "selections takes tuple"),
+        (PRUNERS, {"name": "obs", "aim": "maybe"}, "aim takes .*'stream'.*, not 'maybe'"),
+        (PRUNERS, {"name": "obs", "aime": "own"}, "did you mean 'aim'"),
+        (PRUNERS, {"refit": True}, "given by its name"),
+    ],
+    ids=str,
+)
+def test_a_value_that_cannot_be_is_refused_before_any_work(registry, spec, sentence):
+    with pytest.raises(WrongInput, match=sentence):
+        registry.build(spec)
+
+
+def test_lists_of_a_recipe_become_the_tuples_of_a_plug_in():
+    built = ALLOCATORS.build({"name": "evolution", "selections": [[2, 64], [1, 128]]})
+    assert ALLOCATORS.spec(built)["selections"] == [[2, 64], [1, 128]]
+
+
+def test_what_is_not_registered_has_no_spec():
+    class Mine(LocalPruner):
+        def prune(self, layer, keeps):
+            return [layer.masked(range(k)) for k in keeps]
+
+    with pytest.raises(ValueError, match="not registered"):
+        PRUNERS.spec(Mine())
+
+
+def test_adapters_go_by_model_type():
+    assert {"llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox"} <= set(ADAPTERS)
