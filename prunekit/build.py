@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -27,7 +27,6 @@ from prunekit.sites import Allocation, Site, Space
 from prunekit.store import CandidateStore
 
 Carry = Literal["dense", "centre", "expected"]
-CARRIES: tuple[Carry, ...] = get_args(Carry)
 
 
 def build(

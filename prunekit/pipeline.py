@@ -123,10 +123,13 @@ def prune(
             for spec in recipe.finishers:
                 FINISHERS.build(spec).finish(small, plan, draws.calibration)
         with clock("evaluate"):
+            before, after = (perplexity(model_, draws.evaluation) for model_ in (dense.model, small))
+            rise, error = after.above(before)
             losses = {
                 "objective": OBJECTIVES.build(recipe.objective).loss(net, plan, draws.search),
-                "dense": perplexity(dense.model, draws.evaluation).as_dict(),
-                "pruned": perplexity(small, draws.evaluation).as_dict(),
+                "dense": before.as_dict(),
+                "pruned": after.as_dict(),
+                "rise": {"nll": rise, "standard_error": error},  # paired by window
             }
         probe = probed(stored_as(small.cpu(), dense.dtype), draws.evaluation)
         exported = hf.to_transformers(stored_as(small, dense.dtype), dense.adapter)

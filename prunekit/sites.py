@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from itertools import cycle, pairwise, permutations
-from typing import Literal, get_args
+from typing import Literal
 
 from prunekit.errors import WrongInput
 
@@ -21,7 +21,6 @@ Allocation = tuple[int, ...]
 
 Kind = Literal["attention", "mlp", "linear"]
 Metric = Literal["parameters", "bytes", "flops", "kv-cache"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
 @dataclass(frozen=True)
