@@ -1,0 +1,65 @@
+"""How far every allocator ends above the exact optimum of a real error table, found by dynamic programming.
+
+    python benchmarks/oracle.py MODEL --dataset calibration.txt --seqlen 256
+
+One walk fills the table; after that no token is paid, and no allocator can be below 0 %.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prunekit.build import build
+from prunekit.calibration.tokens import draw
+from prunekit.checkpoint import opened
+from prunekit.contracts import Problem
+from prunekit.pipeline import whole_space
+from prunekit.progress import Progress
+from prunekit.recipe import Recipe
+from prunekit.registry import ALLOCATORS, PRUNERS
+from prunekit.store import CandidateStore
+from prunekit.testing import best_allocation, converse
+
+
+def main(
+    model: str,
+    dataset: str = "python-docs",
+    seqlen: int = 256,
+    tokens: Annotated[int, typer.Option(help="of calibration")] = 65_536,
+    sparsity: Annotated[list[float] | None, typer.Option()] = None,
+    seeds: Annotated[str, typer.Option(help="by comma")] = "0,1,2",
+) -> None:
+    """Print a Markdown table."""
+    print("| sparsity | allocator | above the optimum | questions |\n|---|---|---|---|")
+    for share in sparsity or [0.5]:
+        data = {"data.dataset": dataset, "data.seqlen": seqlen, "data.calibration_tokens": tokens}
+        recipe = Recipe.load().with_overrides({"sparsity": share, "data.search_tokens": seqlen, **data})
+        dense = opened(model)
+        whole = whole_space(recipe, dense.model, dense.adapter, dense.dtype)
+        space = whole.zoomed(whole.uniform(), stride=1 / 16, reach=16)
+        calibration = draw(dense.tokenizer, recipe.data).calibration
+        with tempfile.TemporaryDirectory() as folder:
+            store = CandidateStore(Path(folder), {})
+            pruner, start = PRUNERS.build(recipe.pruner), space.nearest(whole.uniform())
+            errors = build(
+                dense.model, dense.adapter, space, start, pruner, calibration, store,
+                dtype=dense.dtype, progress=Progress(),
+            )  # fmt: skip
+        _, optimum = best_allocation(space, errors)
+        for name in ALLOCATORS:
+            above, asked = [], []
+            for seed in map(int, seeds.split(",")):
+                problem = Problem(space, errors, start, seed)
+                talk = converse(ALLOCATORS.build(name), problem)
+                found = sum(problem.error(i, kept) for i, kept in enumerate(talk.answer))
+                above.append(found / optimum - 1)
+                asked.append(sum(len(ask) for ask in talk.asks))
+            print(f"| {share:.0%} | {name} | {min(above):.2%} to {max(above):.2%} | {sum(asked) // len(asked)} |")
+
+
+if __name__ == "__main__":
+    typer.run(main)
