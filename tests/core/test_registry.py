@@ -45,7 +45,7 @@ def test_plug_ins_nest():
         (PRUNERS, {"name": "obs", "aime": "own"}, "did you mean 'aim'"),
         (PRUNERS, {"refit": True}, "given by its name"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "kind", str(value)),
 )
 def test_a_value_that_cannot_be_is_refused_before_any_work(registry, spec, sentence):
     with pytest.raises(WrongInput, match=sentence):
