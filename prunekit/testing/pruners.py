@@ -13,7 +13,7 @@ from prunekit.contracts import LocalPruner
 from prunekit.layer import Candidate, LayerProblem
 from prunekit.testing.layers import LAYERS, QUIRKS, Quirk, permuted, toy_layer
 
-FIELDS = frozenset({"gram", "cross", "mean", "variance", "coupled", "gradient"})
+FIELDS = frozenset({"gram", "cross", "drift", "mean", "variance", "coupled", "gradient"})
 
 
 def supplied(layer: LayerProblem, pruner: LocalPruner) -> LayerProblem:
