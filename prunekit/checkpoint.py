@@ -43,7 +43,7 @@ def skeleton(source: str | PreTrainedModel, *, trust_remote_code: bool = False) 
     """
     if isinstance(source, PreTrainedModel):
         return source, adapter_for(source.config.model_type)
-    path = _located(source)
+    path = located(source)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -73,7 +73,7 @@ def opened(
         model = copy.deepcopy(model)
     else:
         _, _ = skeleton(source, trust_remote_code=trust_remote_code)
-        name, path = source, _located(source)
+        name, path = source, located(source)
         model = _loaded(name, path, trust_remote_code)
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(source, trust_remote_code)
     stored = next(model.parameters()).dtype
@@ -101,7 +101,7 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     Raises:
         WrongInput: there is none.
     """
-    path = _located(source)
+    path = located(source)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -166,7 +166,12 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _located(source: str) -> str:
+def located(source: str) -> str:
+    """The folder a model is in, or its hub id.
+
+    Raises:
+        WrongInput: it can only be a folder, and is not there.
+    """
     path = Path(source).expanduser()
     if path.exists():
         return str(path)

@@ -203,20 +203,16 @@ def load(model: str, *, device: str = "auto", dtype: str = "auto", trust_remote_
     """
     from transformers import AutoModelForCausalLM
 
-    from prunekit.checkpoint import DTYPES, resolved_device
+    from prunekit.checkpoint import DTYPES, located, resolved_device
 
     place = resolved_device(device)
     if dtype not in ("auto", *DTYPES):
         raise WrongInput(f"no dtype {dtype!r}; there are auto, {', '.join(DTYPES)}")
-    path = Path(model).expanduser()
-    if not path.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise WrongInput(f"there is no model folder {model!r}; give a folder with a config.json, or a hub id")
+    path = located(model)
     # the dtype goes to the loader: a cast afterwards would round the buffers of the rotary embedding as well
     wanted = DTYPES[dtype] if dtype != "auto" else "auto" if place.type == "cuda" else torch.float32
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(path) if path.exists() else model, dtype=wanted, trust_remote_code=trust_remote_code
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise WrongInput(
             f"{model!r} is not a model that can be opened: {str(error).strip().splitlines()[0]}"

@@ -73,7 +73,7 @@ class Supernet:
 
         Earlier results are let go. As many are run as fit the memory bound; the others run when asked.
         """
-        self._hidden = {key: value for key, value in self._hidden.items() if key[0] is None}
+        self._hidden.clear()
         width = self.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
         each = batch.ids.numel() * int(width) * next(self.model.parameters()).element_size()
         some = list(dict.fromkeys(allocations))[: max(1, HIDDEN_BYTES // each)]
