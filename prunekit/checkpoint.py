@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from prunekit.adapters import ModelAdapter, adapter_for
-from prunekit.errors import WrongInput
+from prunekit.errors import WrongInput, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -47,7 +47,7 @@ def skeleton(source: str | PreTrainedModel, *, trust_remote_code: bool = False) 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise WrongInput(f"{source!r} is not a model that can be opened: {_first_line(error)}") from error
+        raise WrongInput(f"{source!r} is not a model that can be opened: {first_line(error)}") from error
     adapter = adapter_for(config.model_type)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), adapter
@@ -73,8 +73,7 @@ def opened(
         model = copy.deepcopy(model)
     else:
         _, _ = skeleton(source, trust_remote_code=trust_remote_code)
-        name, path = source, located(source)
-        model = _loaded(name, path, trust_remote_code)
+        name, model = source, loaded(source, trust_remote_code=trust_remote_code)
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(source, trust_remote_code)
     stored = next(model.parameters()).dtype
     for parameter, value in model.named_parameters():
@@ -105,7 +104,7 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise WrongInput(f"{source!r} has no tokenizer that can be opened: {_first_line(error)}") from error
+        raise WrongInput(f"{source!r} has no tokenizer that can be opened: {first_line(error)}") from error
 
 
 def resolved_device(device: str) -> torch.device:
@@ -138,24 +137,32 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _loaded(name: str, path: str, trust_remote_code: bool) -> PreTrainedModel:
-    """The model with every weight from its files: transformers would make up what is missing."""
+def loaded(
+    source: str, *, dtype: torch.dtype | Literal["auto"] = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model with every weight from its files: transformers would make up what is missing.
+
+    Raises:
+        WrongInput: it is not there, is not whole, or cannot be read.
+    """
+    path = located(source)
     try:
-        with _without_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
+        with without_bars():
+            # the dtype goes to the loader: a cast afterwards would round the buffers of the rotary embedding as well
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
             )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise WrongInput(f"the weights of {name!r} cannot be loaded: {_first_line(error)}") from error
-    model, found = loaded
-    if missing := sorted(found["missing_keys"]):
+        raise WrongInput(f"{source!r} is not a model that can be opened: {first_line(error)}") from error
+    model, report = found
+    if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise WrongInput(f"the checkpoint of {name!r} lacks {missing[0]}{more}; it is not whole")
+        raise WrongInput(f"the checkpoint of {source!r} lacks {missing[0]}{more}; it is not whole")
     return model
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Progress is ours to show."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -178,10 +185,6 @@ def located(source: str) -> str:
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise WrongInput(f"there is no model folder {source!r}; give a folder with a config.json, or a hub id")
     return source
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def _no_tokenizer() -> Any:

@@ -84,6 +84,10 @@ class Allocator(ABC):
         """Finer ladders around the answer, to be pruned and searched again; None: done."""
         return None
 
+    def last_space(self, whole: Space, best: Allocation) -> Space:
+        """What is built, one rung per site: the answer, and what coarse rungs left of the budget spent."""
+        return whole.zoomed(whole.nearest(best), reach=0)
+
 
 class Objective(ABC):
     """Judges an allocation through the supernet; lower is better."""

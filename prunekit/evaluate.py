@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from prunekit.calibration.tokens import TokenBatch, draw_evaluation
+from prunekit.checkpoint import DTYPES, load_tokenizer, resolved_device
+from prunekit.checkpoint import loaded as loaded_from
 from prunekit.errors import WrongInput
 from prunekit.progress import Progress
 from prunekit.recipe import DataSpec
@@ -159,8 +161,6 @@ def evaluate(
     Raises:
         WrongInput: no such model or data, or too little text.
     """
-    from prunekit.checkpoint import load_tokenizer
-
     progress = progress or Progress()
     data = DataSpec(
         dataset=dataset, split=split, evaluation_split=split, field=field, seqlen=seqlen, evaluation_tokens=tokens
@@ -199,25 +199,14 @@ def load(model: str, *, device: str = "auto", dtype: str = "auto", trust_remote_
     """A causal language model, dense or pruned, to be measured. On a CPU `auto` computes in float32.
 
     Raises:
-        WrongInput: it cannot be opened.
+        WrongInput: it cannot be opened, or is not whole.
     """
-    from transformers import AutoModelForCausalLM
-
-    from prunekit.checkpoint import DTYPES, located, resolved_device
-
     place = resolved_device(device)
     if dtype not in ("auto", *DTYPES):
         raise WrongInput(f"no dtype {dtype!r}; there are auto, {', '.join(DTYPES)}")
-    path = located(model)
-    # the dtype goes to the loader: a cast afterwards would round the buffers of the rotary embedding as well
-    wanted = DTYPES[dtype] if dtype != "auto" else "auto" if place.type == "cuda" else torch.float32
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise WrongInput(
-            f"{model!r} is not a model that can be opened: {str(error).strip().splitlines()[0]}"
-        ) from error
-    return loaded.to(place)
+    exact = place.type != "cuda" and dtype == "auto"
+    wanted = torch.float32 if exact else DTYPES.get(dtype, "auto")
+    return loaded_from(model, dtype=wanted, trust_remote_code=trust_remote_code).to(place)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -176,8 +176,8 @@ class Run:
             del net  # its cut-out parts, before the next walk needs the room
         if not self.recipe.rebuild:
             return net, centre
-        plan = self.whole.nearest(centre)  # spends what coarse rungs left over
-        final = self.whole.zoomed(plan, reach=0)
+        final = allocator.last_space(self.whole, centre)
+        plan = tuple(kept for (kept,) in final.ladders)
         return (net if final.ladders == space.ladders else self.walked(final, plan, walk + 1, "rebuild")), plan
 
     def walked(self, space: Space, centre: Allocation, walk: int, label: str) -> Supernet:

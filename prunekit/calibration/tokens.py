@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from prunekit.errors import WrongInput
+from prunekit.errors import WrongInput, first_line
 from prunekit.progress import Progress
 
 if TYPE_CHECKING:
@@ -391,7 +391,7 @@ def _hub_rows(source: Source) -> Iterator[str]:
     try:
         rows = datasets.load_dataset(known.path, source.config, split=source.split, streaming=streamed)
     except Exception as error:
-        raise WrongInput(f"cannot read {source}: {_first_line(error)}") from error
+        raise WrongInput(f"cannot read {source}: {first_line(error)}") from error
     return _joined(rows, source.field, str(source))
 
 
@@ -400,7 +400,7 @@ def _hub_splits(name: str, config: str | None) -> list[str]:
     try:
         return datasets.get_dataset_split_names(name, config)
     except Exception as error:
-        raise WrongInput(f"cannot read data set {name!r} from the hub: {_first_line(error)}") from error
+        raise WrongInput(f"cannot read data set {name!r} from the hub: {first_line(error)}") from error
 
 
 def _datasets(name: str) -> Any:
@@ -426,10 +426,6 @@ def _joined(rows: Iterable[Any], field: str, where: str) -> Iterator[str]:
             raise WrongInput(f"{where}: no text in field {field!r}; there are {there}")
         yield between + row[field]
         between = BETWEEN
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
 
 
 # -- cutting ------------------------------------------------------------------------------------------

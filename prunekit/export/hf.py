@@ -16,6 +16,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from prunekit.adapters import ModelAdapter
+from prunekit.checkpoint import without_bars
 from prunekit.modeling import BUNDLED, FAMILIES, Family, UnequalLayers, define
 
 Code = Literal["import", "bundled"]
@@ -64,7 +65,8 @@ def save(model: PreTrainedModel, directory: str | Path, tokenizer: Any = None, c
         autos = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
         classes = (c.__name__ for c in define(model.family))
         model.config.auto_map = {auto: f"{BUNDLED}.{name}" for auto, name in zip(autos, classes, strict=True)}
-    model.save_pretrained(directory)
+    with without_bars():
+        model.save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunekit import evaluate as module
 from prunekit.calibration.tokens import TokenBatch
 from prunekit.errors import WrongInput
-from prunekit.evaluate import evaluate, perplexity, size, speed
+from prunekit.evaluate import evaluate, load, perplexity, size, speed
 
 
 class Bigrams(nn.Module):
@@ -111,6 +112,16 @@ def test_speed_stays_within_the_positions_of_the_model() -> None:
     assert (found.prompt, found.new) == (48, 16)
     assert found.prefill > 0
     assert found.decode > 0
+
+
+def test_a_checkpoint_that_lacks_weights_is_not_made_up(tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WrongInput, match=r"lacks model\.layers\.0\.mlp\.up_proj\.weight; it is not whole"):
+        load(str(tmp_path))
 
 
 @pytest.mark.parametrize(

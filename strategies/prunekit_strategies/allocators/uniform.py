@@ -2,17 +2,31 @@
 
 from dataclasses import dataclass
 
-from prunekit import Allocator, Problem, Query, Search, Space
+from prunekit import Allocation, Allocator, Problem, Query, Search, Space
 
 
 @dataclass(frozen=True)
 class Uniform(Allocator):
     """Keep the same share of every site, as near as whole groups and the exact budget allow."""
 
+    equal: bool = False  # one count for all sites of a kind and size, so that stock classes hold the model; spends less
+
     def first_space(self, whole: Space) -> Space:
         """One rung per site: there is nothing to choose, so nothing else need be pruned."""
-        return whole.zoomed(whole.uniform(), stride=0.0, reach=0)
+        return whole.zoomed(self._counts(whole), stride=0.0, reach=0)
 
     def search(self, problem: Problem) -> Search:
         yield [Query(problem.start)]  # the answer is known; the question puts its loss into the ledger
         return problem.start
+
+    def last_space(self, whole: Space, best: Allocation) -> Space:
+        return whole.zoomed(best, stride=0.0, reach=0) if self.equal else super().last_space(whole, best)
+
+    def _counts(self, whole: Space) -> Allocation:
+        counts = whole.uniform()
+        if not self.equal:
+            return counts
+        least: dict[object, int] = {}  # by kind and size: what the poorest of its sites keeps
+        for site, kept in zip(whole.sites, counts, strict=True):
+            least[site.kind, site.n_groups] = min(kept, least.get((site.kind, site.n_groups), kept))
+        return tuple(least[site.kind, site.n_groups] for site in whole.sites)
