@@ -79,7 +79,7 @@ class Allocator(ABC):
 
     @abstractmethod
     def search(self, problem: Problem) -> Search:
-        """Ask with `losses = yield queries`; questions are feasible or probes, the answer is feasible; ask once or more."""
+        """Ask with `losses = yield queries`; questions are feasible or probes, the answer is feasible; ask once."""
 
     def first_space(self, whole: Space) -> Space:
         """The ladders to begin with, given the space of every count: all counts on a grid of 1/16."""
