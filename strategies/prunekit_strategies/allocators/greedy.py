@@ -36,7 +36,7 @@ class Greedy(Allocator):
         for name, value, known in (("way", self.by, By), ("table", self.table, Source)):
             if value not in get_args(known):
                 raise ValueError(f"no {name} {value!r}; there are {', '.join(get_args(known))}")
-        if min(self.steps, self.tokens, self.probe_tokens, self.width or 1) < 1:
+        if min(self.steps, self.tokens, self.probe_tokens, 1 if self.width is None else self.width) < 1:
             raise ValueError("width, steps, tokens and probe_tokens are at least 1")
 
     def search(self, problem: Problem) -> Search:
