@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from prunekit import Allocation, Allocator, Problem, Query, Search, Space
-from prunekit_strategies.allocators.probes import HUGE, Probes, Table
+from prunekit_strategies.allocators.probes import HUGE, Probes, Source, Table, check_source
 
 __all__ = ["HUGE", "Additive", "Table"]
 
-Source = Literal["errors", "probes"]
 Around = Literal["start", "dense"]
 
 
@@ -19,7 +18,7 @@ Around = Literal["start", "dense"]
 class Additive(Allocator):
     """Get a table, let a solver propose, ask the objective which proposal is best; the start competes."""
 
-    table: Source = "probes"  # the layers' output errors, or what single changes do to the objective (see Probes)
+    table: Source = "probes"  # what the table tells (see Probes)
     around: Around = "start"  # the centre of the single changes
     reach: float = 0.25  # farthest change, share of a site's groups
     points: int = 1  # counts asked on either side of the centre
@@ -29,9 +28,9 @@ class Additive(Allocator):
     stride: float = 1 / 16  # distance of rungs, share of a site's groups; 1: drop or keep
 
     def __post_init__(self) -> None:
-        for name, value, known in (("table", self.table, Source), ("centre", self.around, Around)):
-            if value not in get_args(known):
-                raise ValueError(f"no {name} {value!r}; there are {', '.join(get_args(known))}")
+        check_source(self.table)
+        if self.around not in get_args(Around):
+            raise ValueError(f"no centre {self.around!r}; there are {', '.join(get_args(Around))}")
         if min(self.candidates, self.tokens) < 1 or not 0 < self.stride <= 1:
             raise ValueError("candidates and tokens are at least 1, stride is in 0..1")
         self._probes  # noqa: B018 (it refuses what it cannot use)

@@ -7,10 +7,9 @@ from heapq import nsmallest
 from typing import Literal, get_args
 
 from prunekit import Allocation, Allocator, Problem, Query, Search, Space
-from prunekit_strategies.allocators.probes import Probes, Table
+from prunekit_strategies.allocators.probes import Source, Table, check_source, started
 
 By = Literal["table", "questions"]
-Source = Literal["errors", "probes"]
 
 
 @dataclass(frozen=True)
@@ -26,24 +25,24 @@ class Greedy(Allocator):
     """
 
     by: By = "questions"
-    table: Source = "probes"  # the layers' output errors, or what single changes of the start do to the objective
+    table: Source = "probes"  # what the table tells (see Probes)
     width: int | None = 12  # neighbours asked per step; None: all, and no table
     steps: int = 25  # most exchanges by questions
     tokens: int = 2_048  # to judge a neighbour on
     probe_tokens: int = 1_024  # to judge a probe on
 
     def __post_init__(self) -> None:
-        for name, value, known in (("way", self.by, By), ("table", self.table, Source)):
-            if value not in get_args(known):
-                raise ValueError(f"no {name} {value!r}; there are {', '.join(get_args(known))}")
+        if self.by not in get_args(By):
+            raise ValueError(f"no way {self.by!r}; there are {', '.join(get_args(By))}")
+        check_source(self.table)
         if min(self.steps, self.tokens, self.probe_tokens, 1 if self.width is None else self.width) < 1:
             raise ValueError("width, steps, tokens and probe_tokens are at least 1")
 
     def search(self, problem: Problem) -> Search:
         space, here, table = problem.space, problem.start, problem.errors
-        if self.table == "probes" and (self.by == "table" or self.width is not None):
-            table = yield from Probes(tokens=self.probe_tokens).table(problem, here)
-        here = descended(space, table, here)
+        if self.by == "table" or self.width is not None:
+            table = yield from started(problem, self.table, self.probe_tokens)
+            here = descended(space, table, here)
         if self.by == "questions":
             tokens = min(self.tokens, problem.tokens) or None
             (least,) = yield [Query(here, tokens)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from prunekit import Allocation, Allocator, Problem, Query, Search, Space
+from prunekit_strategies.allocators.probes import Source, check_source, started
 
 Against = Literal["price", "error"]
 
@@ -28,7 +29,7 @@ class NSGA(Allocator):
 
     Source: Deb et al., A fast and elitist multiobjective genetic algorithm: NSGA-II, IEEE TEC 6(2), 2002, sections
     III A to C; the idea for pruning from OptiShear (Liu et al., arXiv:2502.10735), which evolves metrics and ratios
-    against |sparsity - target|. Ours are the genes, the exact budget and the seeds: start and error-table optimum.
+    against |sparsity - target|. Ours are the genes, the exact budget and the seeds.
     """
 
     against: Against = "error"
@@ -38,10 +39,12 @@ class NSGA(Allocator):
     finalists: int = 4  # judged again on all tokens
     window: float = 0.1  # how far prices stray from the budget, share of it
     mutation: float | None = None  # probability that a gene moves; None: one gene per child
+    warm_start: Source = "probes"  # the table whose optimum is in the first generation, with the start
 
     def __post_init__(self) -> None:
         if self.against not in get_args(Against):
             raise ValueError(f"no second aim {self.against!r}; there are {', '.join(get_args(Against))}")
+        check_source(self.warm_start)
         if self.population < 4 or min(self.generations, self.tokens, self.finalists) < 1:
             raise ValueError("a population has at least 4 members; generations, tokens and finalists are at least 1")
         if not 0 < self.window < 1 or (self.mutation is not None and not 0 <= self.mutation <= 1):
@@ -52,8 +55,10 @@ class NSGA(Allocator):
         tokens = min(self.tokens, problem.tokens) or None
         aims: dict[Allocation, tuple[float, float]] = {}
         members: list[Allocation] = []
+        table = yield from started(problem, self.warm_start)
+        seeds = [problem.start, space.lowest(table)]
         for generation in range(self.generations + 1):
-            new = self._children(problem, members, aims, rng) if generation else self._first(problem, rng)
+            new = self._children(problem, members, aims, rng) if generation else self._first(space, seeds, rng)
             if not new:
                 break
             losses = yield [Query(a, tokens, probe=True) for a in new]
@@ -75,14 +80,13 @@ class NSGA(Allocator):
             return float(problem.space.cost(allocation))
         return math.fsum(problem.error(i, kept) for i, kept in enumerate(allocation))
 
-    def _first(self, problem: Problem, rng: random.Random) -> list[Allocation]:
-        """The start, the optimum of the error table, and what mutation makes of them."""
-        seeds = [problem.start, problem.space.lowest(problem.errors)]
+    def _first(self, space: Space, seeds: Sequence[Allocation], rng: random.Random) -> list[Allocation]:
+        """The seeds, and what mutation makes of them."""
         found = dict.fromkeys(seeds)
         for _ in range(10 * self.population):
             if len(found) >= self.population:
                 break
-            found[self._repaired(problem.space, self._mutated(problem.space, rng.choice(seeds), 0.5, rng))] = None
+            found[self._repaired(space, self._mutated(space, rng.choice(seeds), 0.5, rng))] = None
         return list(found)
 
     def _children(

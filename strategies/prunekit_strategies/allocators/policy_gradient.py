@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prunekit import Allocation, Allocator, Problem, Query, Search, Space
+from prunekit_strategies.allocators.probes import Source, check_source, started
 
 Rows = list[np.ndarray]  # one array per site, one number per rung
 
@@ -22,7 +23,7 @@ class PolicyGradient(Allocator):
 
     over sites i, with p_i the prices of the rungs as shares of the purse and s the range of the first losses. (3)
     makes the mean in (4) an unbiased estimate of the gradient of E ℓ with respect to the logits, whatever J is. θ
-    starts as a bell of `width` around the optimum of the error table. The best few draws and the start are judged
+    starts as a bell of `width` around the optimum of a table (see Probes). The best few draws and the start are judged
     again on all tokens: the answer is the best allocation met, not the likeliest.
 
     Source: Bypass Back-propagation (Gao et al., arXiv:2406.10576), forward passes only. It learns a keep-probability
@@ -37,19 +38,22 @@ class PolicyGradient(Allocator):
     rate: float = 0.5  # step size in logits, for advantages in units of s
     entropy: float = 0.01  # weight of the entropy
     width: float = 0.1  # standard deviation of the first distribution, share of a site's groups
+    warm_start: Source = "probes"  # the table whose optimum is the centre of the first distribution
 
     def __post_init__(self) -> None:
         if min(self.steps, self.tokens, self.finalists) < 1 or self.draws < 2:
             raise ValueError(
                 "steps, tokens and finalists are at least 1, draws at least 2: one is the other's baseline"
             )
+        check_source(self.warm_start)
         if not (self.rate > 0 and self.width > 0 and self.entropy >= 0):
             raise ValueError("rate and width are above 0, entropy is at least 0")
 
     def search(self, problem: Problem) -> Search:
         space, rng = problem.space, np.random.default_rng(problem.seed)
         tokens = min(self.tokens, problem.tokens) or None
-        theta, scale = self._bell(space, space.lowest(problem.errors)), 0.0
+        table = yield from started(problem, self.warm_start)
+        theta, scale = self._bell(space, space.lowest(table)), 0.0
         heard = dict(zip([problem.start], (yield [Query(problem.start, tokens)]), strict=True))
         for _ in range(self.steps):
             pi = shifted(theta, space)

@@ -4,10 +4,13 @@ import math
 from bisect import bisect_left
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from prunekit import Allocation, Problem, Query
 
 Table = tuple[tuple[float, ...], ...]
+Source = Literal["errors", "probes"]  # the layers' output errors, or what single changes do to the objective
+Asking = Generator[Sequence[Query], Sequence[float], Table]
 HUGE = 1e100  # stands for the loss of what failed
 
 
@@ -35,7 +38,7 @@ class Probes:
         if min(self.points, self.tokens) < 1 or not 0 < self.reach <= 1:
             raise ValueError("points and tokens are at least 1, reach is in 0..1")
 
-    def table(self, problem: Problem, centre: Allocation) -> Generator[Sequence[Query], Sequence[float], Table]:
+    def table(self, problem: Problem, centre: Allocation) -> Asking:
         """Ask around a centre, which may be dense; return t_i at every rung."""
         changes = [(i, kept) for i, middle in enumerate(centre) for kept in self._counts(problem, i, middle)]
         around = [centre, *((*centre[:i], kept, *centre[i + 1 :]) for i, kept in changes)]
@@ -54,6 +57,19 @@ class Probes:
                 away = self.reach * groups * j / self.points
                 near.add(min(side, key=lambda kept: abs(abs(kept - middle) - away)))
         return sorted(near)
+
+
+def started(problem: Problem, source: Source, tokens: int = 1_024) -> Asking:
+    """The table a search begins from: it is told the errors, or asks for probes around the start."""
+    if source == "errors":
+        return problem.errors
+    return (yield from Probes(tokens=tokens).table(problem, problem.start))
+
+
+def check_source(source: str) -> None:
+    """Refuse what is no table."""
+    if source not in get_args(Source):
+        raise ValueError(f"no table {source!r}; there are {', '.join(get_args(Source))}")
 
 
 def _along(problem: Problem, i: int, known: dict[int, float]) -> tuple[float, ...]:

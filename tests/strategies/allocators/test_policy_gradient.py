@@ -90,7 +90,7 @@ def test_what_is_on_budget_is_not_shifted():
 def test_it_learns_what_the_table_does_not_know():
     toy = problem(PolicyGradient().first_space(small_llama()), seed=0)
     hidden = additive(convex_table(toy.space, seed=1), toy.space)
-    few, many = (hidden(converse(PolicyGradient(steps=n), toy, hidden).answer) for n in (1, 40))
+    few, many = (hidden(converse(PolicyGradient(steps=n, warm_start="errors"), toy, hidden).answer) for n in (1, 40))
     seed = hidden(toy.space.lowest(toy.errors))
     assert many < few
     assert many < min(seed, hidden(toy.start))
@@ -98,7 +98,7 @@ def test_it_learns_what_the_table_does_not_know():
 
 def test_answers_the_best_it_met_judged_on_everything():
     toy = problem(PolicyGradient().first_space(small_llama()))
-    talk = converse(PolicyGradient(steps=5), toy)
+    talk = converse(PolicyGradient(steps=5, warm_start="errors"), toy)
     assert {q.tokens for q in talk.asks[-1]} == {None}
     assert talk.answer in {q.allocation for q in talk.asks[-1]}
     assert {q.tokens for ask in talk.asks[:-1] for q in ask} == {4_096}
