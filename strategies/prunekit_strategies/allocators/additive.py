@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from prunekit import Allocation, Allocator, Problem, Query, Search, Space
-from prunekit_strategies.allocators.probes import HUGE, Probes, Source, Table, check_source
+from prunekit_strategies.allocators.probes import Probes, Source, Table, check_source
 
-__all__ = ["HUGE", "Additive", "Table"]
+__all__ = ["Additive", "Table"]
 
 Around = Literal["start", "dense"]
 

@@ -1,7 +1,7 @@
 """The optimum of an additive table under several constraints at once, by mixed-integer programming."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from prunekit import Allocation, Budget, Space, WrongInput
-from prunekit_strategies.allocators.additive import HUGE, Additive, Table
+from prunekit_strategies.allocators.additive import Additive, Table
 
 Metric = Literal["parameters", "bytes", "flops", "kv-cache"]
 
@@ -27,7 +27,7 @@ class MixedInteger(Additive):
         Σ_i x_{i,R_i} ≤ B - differ                                                            (2)
 
     so candidates differ in at least `differ` sites. The objective has the last word; the start competes as far as it
-    keeps the limits.
+    keeps the limits. `rebuild: false` in the recipe keeps them too: the last walk spends what the budget has left.
 
     Source: Puzzle (Bercovich et al., arXiv:2411.19146), section 4: replace-one-block scores from the dense model
     (`around: dense`) and a mixed-integer program over parameters and memory. We differ: sites are cut to sizes and
@@ -55,7 +55,8 @@ class MixedInteger(Additive):
         one = np.array([[float(i == j) for j, _ in columns] for i in range(sites)])
         paid = np.array([[float(prices[i][r]) for i, r in columns] for prices, _ in rows])
         exact = [LinearConstraint(one, 1, 1), LinearConstraint(paid, ub=[limit for _, limit in rows])]
-        cost, cuts = _scaled([table[i][r] for i, r in columns]), []
+        cost = np.array([table[i][r] for i, r in columns])
+        cost, cuts = cost * (1e4 / (np.abs(cost).max() or 1.0)), []  # so that the solver's gap of 1e-6 is nothing
         while left:
             found = milp(
                 cost,
@@ -100,10 +101,3 @@ class MixedInteger(Additive):
             ([[p // unit for p in row] for row in prices], limit // unit)
             for (prices, limit), unit in zip(rows, units, strict=True)
         ]
-
-
-def _scaled(table: Sequence[float]) -> np.ndarray:
-    """A table in the solver's range: its largest entry 1e4, so that gaps of 1e-6 do not count; what failed 1e8."""
-    known = [abs(t) for t in table if abs(t) < HUGE]
-    scale = (max(known, default=0.0) or 1.0) / 1e4
-    return np.array([t / scale if abs(t) < HUGE else math.copysign(1e8, t) for t in table])

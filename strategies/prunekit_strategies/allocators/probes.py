@@ -11,7 +11,6 @@ from prunekit import Allocation, Problem, Query
 Table = tuple[tuple[float, ...], ...]
 Source = Literal["errors", "probes"]  # the layers' output errors, or what single changes do to the objective
 Asking = Generator[Sequence[Query], Sequence[float], Table]
-HUGE = 1e100  # stands for the loss of what failed
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,11 @@ class Probes:
         around = [centre, *((*centre[:i], kept, *centre[i + 1 :]) for i, kept in changes)]
         base, *losses = yield [Query(a, min(self.tokens, problem.tokens) or None, probe=True) for a in around]
         known = [{middle: 0.0} for middle in centre]
-        for (i, kept), loss in zip(changes, losses, strict=True):
-            known[i][kept] = loss - base
+        if math.isfinite(base):
+            rises = [loss - base for loss in losses]
+            worst = min(1e3 * max((abs(x) for x in rises if math.isfinite(x)), default=1.0), 1e200)  # of what failed
+            for (i, kept), rise in zip(changes, rises, strict=True):
+                known[i][kept] = max(min(rise, worst), -worst)
         return tuple(_along(problem, i, asked) for i, asked in enumerate(known))
 
     def _counts(self, problem: Problem, i: int, middle: int) -> list[int]:
@@ -75,8 +77,8 @@ def check_source(source: str) -> None:
 def _along(problem: Problem, i: int, known: dict[int, float]) -> tuple[float, ...]:
     """(2) at every rung of site i."""
     ladder = problem.space.ladders[i]
-    if len(known) == 1 or not all(-math.inf < loss for loss in known.values()):
-        return (0.0,) * len(ladder)  # nothing to learn: one rung, or a centre that failed
+    if len(known) == 1:
+        return (0.0,) * len(ladder)  # nothing is known: one rung, or a centre that failed
     error = {problem.space.sites[i].n_groups: 0.0} | dict(zip(ladder, problem.errors[i], strict=True))
     low, span = min(error.values()), max(error.values()) - min(error.values()) or 1.0
     x, behind = {}, -1.0
@@ -85,7 +87,7 @@ def _along(problem: Problem, i: int, known: dict[int, float]) -> tuple[float, ..
     points, behind = [], -math.inf
     for kept in sorted(known, reverse=True):
         behind = max(known[kept], behind)
-        points.append((x[kept], min(behind, HUGE)))
+        points.append((x[kept], behind))
     return tuple(_line(points, x[kept]) for kept in ladder)
 
 
@@ -93,4 +95,4 @@ def _line(points: Sequence[tuple[float, float]], x: float) -> float:
     """The broken line through points of ascending x, its ends prolonged."""
     j = min(max(bisect_left(points, (x,)), 1), len(points) - 1)
     (xa, ta), (xb, tb) = points[j - 1 : j + 1]
-    return ta + (tb - ta) / (xb - xa) * (x - xa)
+    return ta + (tb - ta) * (x - xa) / (xb - xa)

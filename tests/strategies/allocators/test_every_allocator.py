@@ -19,7 +19,7 @@ QUICK: Mapping[str, Mapping[str, Any]] = {
 }
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "evolution, cold": {"name": "evolution", "warm_start": False},
+    "evolution, cold": {"name": "evolution", "warm_start": "none"},
     "evolution, one stage": {"name": "evolution", "selections": [[1, 4_096]], "offspring": 3},
     "greedy, table": {"name": "greedy", "by": "table", "table": "errors"},
     "greedy, all": {"name": "greedy", "width": None, "steps": 3},

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from prunekit.testing.spaces import ZOO, additive, convex_table, problem, rough_table, small_llama
-from prunekit_strategies.allocators.probes import HUGE, Probes
+from prunekit_strategies.allocators.probes import Probes
 
 
 def asked(probes, toy, centre, loss):
@@ -74,8 +74,8 @@ def test_keeping_more_never_looks_worse():
 def test_what_failed_looks_huge_and_a_failed_centre_teaches_nothing():
     toy = ZOO["uneven"]()
     _, table = asked(Probes(), toy, toy.start, lambda a: math.inf if a[1] < toy.start[1] else float(-a[3]))
-    assert table[1][0] >= HUGE
-    assert max(table[3]) < 1e6
+    known = max(map(abs, table[3]))
+    assert 0 < known < table[1][0]
     _, nothing = asked(Probes(), toy, toy.start, lambda a: math.inf if a == toy.start else 0.0)
     assert {t for row in nothing for t in row} == {0.0}
 
