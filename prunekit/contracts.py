@@ -41,10 +41,15 @@ class LocalPruner(ABC):
 
 @dataclass(frozen=True)
 class Query:
-    """A question: how good is this allocation, judged on this many tokens (None: all there are)?"""
+    """A question: how good is this allocation, judged on this many tokens (None: all there are)?
+
+    A probe may cost more than the budget: it teaches, but what is not feasible cannot win. Each of its
+    counts is a rung, or all groups of the site: the dense sub-layer where the ladder lacks that count.
+    """
 
     allocation: Allocation
     tokens: int | None = None
+    probe: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Allocator(ABC):
 
     @abstractmethod
     def search(self, problem: Problem) -> Search:
-        """Ask with `losses = yield queries`; every question and the answer are feasible; ask at least once."""
+        """Ask with `losses = yield queries`; questions are feasible or probes, the answer is feasible; ask once."""
 
     def first_space(self, whole: Space) -> Space:
         """The ladders to begin with, given the space of every count: all counts on a grid of 1/16."""

@@ -58,6 +58,7 @@ def converse(
     """
     who = type(allocator).__name__
     judged: dict[tuple[Allocation, int], float] = {}
+    able: dict[tuple[Allocation, int], float] = {}  # those that can win: not probes
     search = allocator.search(problem)
     losses: list[float] | None = None
     with progress.stage(label, 0) as stage:
@@ -76,14 +77,13 @@ def converse(
             price = sum(paid for _, paid in new)
             if limit is not None and ledger.tokens + price > limit:
                 progress.say(f"search stops at {ledger.tokens:,} token-forwards; the limit is {limit:,}")
-                answer = best(judged).allocation if judged else problem.start
+                answer = best(able).allocation if able else problem.start
                 break
             _judge(new, judged, net, objective, tokens, ledger, walk)
             losses = [judged[key] for key in asked]
-            found = best(judged)
-            stage.advance(
-                len(new), f"loss {found.loss:.4g} on {found.tokens:,} tokens; {ledger.tokens:,} token-forwards"
-            )
+            able |= {key: judged[key] for key in new if problem.space.is_feasible(key[0])}
+            so_far = f"loss {(found := best(able)).loss:.4g} on {found.tokens:,} tokens; " if able else ""
+            stage.advance(len(new), f"{so_far}{ledger.tokens:,} token-forwards")
     if not (isinstance(answer, tuple) and problem.space.is_feasible(answer)):
         raise PluginError(f"{who} answered {answer!r}, which is not a feasible allocation of this space")
     known = [Judgement(a, t, loss) for (a, t), loss in judged.items() if a == answer]
@@ -100,8 +100,10 @@ def best(judged: dict[tuple[Allocation, int], float]) -> Judgement:
 def _asked(
     query: Query, problem: Problem, tokens: TokenBatch, objective: Objective, who: str
 ) -> tuple[Allocation, int]:
-    if not isinstance(query, Query) or not problem.space.is_feasible(query.allocation):
-        raise PluginError(f"{who} asked for {query!r}, which is not a feasible allocation of this space")
+    if not isinstance(query, Query) or not (
+        problem.space.is_feasible(query.allocation) or (query.probe and problem.space.is_probe(query.allocation))
+    ):
+        raise PluginError(f"{who} asked for {query!r}, which is not a feasible allocation of this space nor a probe")
     return query.allocation, tokens.first(query.tokens).n_tokens if objective.reads_tokens else 0
 
 
@@ -118,6 +120,8 @@ def _judge(
     fetched: set[int] = set()
     for allocation, count in new:
         question = {"kind": "question", "walk": walk, "allocation": list(allocation), "tokens": count}
+        if not net.space.is_feasible(allocation):
+            question["probe"] = True
         loss = ledger.recall(question)
         if loss is None:
             batch = tokens.first(count) if count else tokens

@@ -164,6 +164,13 @@ class Space:
         rungs = self.rungs(allocation)
         return all(self._spare(rungs, members, limit) >= 0 for members, limit in self.purses)
 
+    def is_probe(self, allocation: Allocation) -> bool:
+        """Every count is a rung or all groups of its site; the price may be any."""
+        return len(allocation) == len(self.sites) and all(
+            k in position or k == site.n_groups
+            for k, position, site in zip(allocation, self._positions, self.sites, strict=True)
+        )
+
     def rungs(self, allocation: Allocation) -> tuple[int, ...]:
         """Position of every count on its ladder."""
         return tuple(position[k] for k, position in zip(allocation, self._positions, strict=True))

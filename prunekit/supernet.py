@@ -60,9 +60,9 @@ class Supernet:
     # -- the table ------------------------------------------------------------------------------------
 
     def site_errors(self, allocation: Allocation) -> list[float]:
-        """Relative output error of the chosen rung, site by site."""
+        """Relative output error of the chosen rung, site by site; 0 where all groups are kept and no rung says so."""
         return [
-            row[ladder.index(kept)]
+            row[ladder.index(kept)] if kept in ladder else 0.0
             for row, ladder, kept in zip(self.errors, self.space.ladders, allocation, strict=True)
         ]
 
@@ -148,6 +148,8 @@ class Supernet:
         """A block with its sites cut to `kept`; sub-layers are shared between all who keep the same."""
         block = shallow(self.blocks[index])
         for i, count in enumerate(kept, start):
+            if count not in self.space.ladders[i]:
+                continue  # a probe's dense sub-layer
             for path, module in self._part(i, count).items():
                 block.set_submodule(path, module)
         return block

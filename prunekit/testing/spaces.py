@@ -50,8 +50,11 @@ def rough_table(space: Space, seed: int = 0) -> Table:
 
 
 def additive(table: Sequence[Sequence[float]], space: Space) -> Callable[[Allocation], float]:
-    """The objective Σ_i table[i][r_i]."""
-    return lambda allocation: sum(row[r] for row, r in zip(table, space.rungs(allocation), strict=True))
+    """The objective Σ_i table[i][r_i]; 0 for a probe's dense sub-layer."""
+    return lambda allocation: sum(
+        row[ladder.index(kept)] if kept in ladder else 0.0
+        for row, ladder, kept in zip(table, space.ladders, allocation, strict=True)
+    )
 
 
 def problem(space: Space, errors: Table | None = None, seed: int = 0, tokens: int = 65_536) -> Problem:

@@ -1,5 +1,6 @@
 """The search driver checks, counts, remembers and stops."""
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from prunekit import Allocator, Objective, PluginError, Problem, Query
 from prunekit.ledger import Ledger
 from prunekit.progress import Progress
 from prunekit.search import converse
+from prunekit.supernet import Supernet
 from prunekit.testing import toy_supernet, toy_tokens
 
 
@@ -37,7 +39,7 @@ class Script(Allocator):
 
     def search(self, problem):
         for ask in self.asks:
-            yield [Query(a or problem.start, t) for a, t in ask]
+            yield [Query(a or problem.start, t, *probe) for a, t, *probe in ask]
         return problem.start if self.answer is None else self.answer
 
 
@@ -93,6 +95,38 @@ def test_the_limit_is_never_passed_and_the_start_is_an_answer(net, tmp_path):
     outcome, ledger = held(net, Script((((None, 24),),)), Counting(), tmp_path / "l", limit=23)
     assert ledger.tokens == 0
     assert outcome.answer == net.space.uniform()
+
+
+def dense(net):
+    return tuple(site.n_groups for site in net.space.sites)
+
+
+def test_a_probe_is_paid_for_and_recorded_but_cannot_win(net, tmp_path):
+    start = net.space.uniform()
+    script = Script((((start, 12),), ((dense(net), 24, True),), ((start, 48),)))
+    outcome, ledger = held(net, script, Counting(), tmp_path / "l", limit=12 + 24)
+    assert ledger.tokens == 12 + 24
+    assert outcome.answer == start  # although the dense allocation was judged better, and on more tokens
+    assert [json.loads(line).get("probe") for line in ledger.text().splitlines()] == [None, True]
+    assert held(net, script, Counting(), tmp_path / "l", limit=12 + 24)[0] == outcome
+
+
+def test_a_search_that_only_probed_ends_with_the_start(net, tmp_path):
+    script = Script((((dense(net), 12, True),), ((None, 24),)))
+    assert held(net, script, Counting(), tmp_path / "l", limit=12)[0].answer == net.space.uniform()
+
+
+def test_a_probe_has_rungs_or_all_groups(net, tmp_path):
+    few = Supernet(net.model, net.adapter, net.space.zoomed(net.space.uniform(), reach=0), net.errors, net.store)
+    _, ledger = held(few, Script((((dense(net), 12, True),),)), Counting(), tmp_path / "l")
+    assert json.loads(ledger.text())["loss"] == 0  # no rung: the dense sub-layers themselves
+    with pytest.raises(PluginError, match="nor a probe"):
+        held(few, Script((((tuple(1 for _ in dense(net)), 12, True),),)), Counting(), tmp_path / "m")
+
+
+def test_a_probe_cannot_be_the_answer(net, tmp_path):
+    with pytest.raises(PluginError, match="not a feasible allocation"):
+        held(net, Script((((dense(net), 12, True),),), answer=dense(net)), Counting(), tmp_path / "l")
 
 
 def test_a_nan_loss_is_infinite(net, tmp_path):

@@ -6,6 +6,7 @@ import torch
 from prunekit.adapters import adapter_for
 from prunekit.calibration import flow
 from prunekit.checkpoint import fingerprint
+from prunekit.supernet import Supernet
 from prunekit.testing import toy_supernet, toy_tokens
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox"]
@@ -36,6 +37,16 @@ def test_cut_out_candidates_are_the_masked_model_and_the_assembled_one(family, h
                 if kept == 0 and linear.bias is not None:
                     linear.bias.zero_()
             torch.testing.assert_close(seen, masked(batch.ids).logits.float())
+
+
+def test_all_groups_without_a_rung_are_the_dense_sub_layer():
+    net, batch = toy_supernet(), toy_tokens()
+    few = Supernet(net.model, net.adapter, net.space.zoomed(net.space.uniform(), reach=0), net.errors, net.store)
+    dense = tuple(site.n_groups for site in net.space.sites)
+    assert torch.equal(logits(few, dense, batch), net.model(batch.ids).logits.float())
+    assert few.site_errors(dense) == [0.0] * len(dense)
+    one = (net.space.uniform()[0], *dense[1:])
+    torch.testing.assert_close(logits(few, one, batch), logits(net, one, batch))
 
 
 def test_prefixes_are_shared_and_change_nothing():

@@ -11,6 +11,7 @@ import numpy as np
 from nevergrad.common.errors import NevergradWarning
 
 from prunekit import Allocator, Problem, Query, Search
+from prunekit_strategies.allocators.probes import Source, check_source, started
 from prunekit_strategies.allocators.unknowns import Unknowns
 
 
@@ -18,7 +19,7 @@ from prunekit_strategies.allocators.unknowns import Unknowns
 class NevergradSearch(Allocator):
     """Ask a gradient-free optimizer where to look, tell it what was found.
 
-    x are deviations from the lowest allocation on the error table, decoded to the exact budget (see Unknowns);
+    x are deviations from the lowest allocation on a table (see Probes), decoded to the exact budget (see Unknowns);
     allocations that were asked before answer from memory and do not count. The best few and the start are judged
     again on all tokens.
 
@@ -32,6 +33,7 @@ class NevergradSearch(Allocator):
     finalists: int = 4  # trials judged again on all tokens
     reach: float = 0.25  # largest deviation, share of a site's groups
     waves: int | None = None  # cosines over depth per kind of site instead of one unknown per site: for deep models
+    warm_start: Source = "probes"  # the table whose optimum the search begins from
 
     def __post_init__(self) -> None:
         known = ng.optimizers.registry
@@ -40,11 +42,13 @@ class NevergradSearch(Allocator):
             raise ValueError(f"no optimizer {self.optimizer!r}; {len(known)} there are, such as {', '.join(near)}")
         if min(self.trials, self.batch, self.tokens, self.finalists) < 1 or not 0 < self.reach <= 1:
             raise ValueError("trials, batch, tokens and finalists are at least 1, reach is in 0..1")
+        check_source(self.warm_start)
         if self.waves is not None and self.waves < 0:
             raise ValueError(f"waves are counted from 0, not {self.waves}")
 
     def search(self, problem: Problem) -> Search:
-        unknowns = Unknowns(problem.space, problem.space.lowest(problem.errors), self.reach, self.waves)
+        table = yield from started(problem, self.warm_start)
+        unknowns = Unknowns(problem.space, problem.space.lowest(table), self.reach, self.waves)
         samples = 4 * self.trials  # those that decode to known allocations cost nothing, but end too
         with _contained():
             x = ng.p.Array(init=np.zeros(unknowns.size)).set_bounds(-1, 1)

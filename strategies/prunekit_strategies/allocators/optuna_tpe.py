@@ -12,6 +12,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 
 from prunekit import Allocator, Problem, Query, Search
+from prunekit_strategies.allocators.probes import Source, check_source, started
 from prunekit_strategies.allocators.unknowns import Unknowns
 
 
@@ -19,7 +20,7 @@ from prunekit_strategies.allocators.unknowns import Unknowns
 class OptunaTPE(Allocator):
     """Model the good and the bad trials by two densities l(x) and g(x); try where l/g is largest.
 
-    x are deviations from the lowest allocation on the error table, decoded to the exact budget (see Unknowns);
+    x are deviations from the lowest allocation on a table (see Probes), decoded to the exact budget (see Unknowns);
     allocations that were asked before answer from memory. The best few trials and the start are judged again on
     all tokens.
 
@@ -32,15 +33,18 @@ class OptunaTPE(Allocator):
     finalists: int = 4  # trials judged again on all tokens
     reach: float = 0.25  # largest deviation, share of a site's groups
     waves: int | None = None  # cosines over depth per kind of site instead of one unknown per site: for deep models
+    warm_start: Source = "probes"  # the table whose optimum the search begins from
 
     def __post_init__(self) -> None:
         if min(self.trials, self.batch, self.tokens, self.finalists) < 1 or not 0 < self.reach <= 1:
             raise ValueError("trials, batch, tokens and finalists are at least 1, reach is in 0..1")
+        check_source(self.warm_start)
         if self.waves is not None and self.waves < 0:
             raise ValueError(f"waves are counted from 0, not {self.waves}")
 
     def search(self, problem: Problem) -> Search:
-        unknowns = Unknowns(problem.space, problem.space.lowest(problem.errors), self.reach, self.waves)
+        table = yield from started(problem, self.warm_start)
+        unknowns = Unknowns(problem.space, problem.space.lowest(table), self.reach, self.waves)
         names = [f"x{j}" for j in range(unknowns.size)]
         box: dict[str, BaseDistribution] = {name: FloatDistribution(-1, 1) for name in names}
         with _quiet():

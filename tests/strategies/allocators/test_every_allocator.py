@@ -9,11 +9,26 @@ from prunekit.contracts import Allocator
 from prunekit.registry import ALLOCATORS
 from prunekit.testing import AllocatorSuite
 
-QUICK: Mapping[str, Mapping[str, Any]] = {"optuna-tpe": {"trials": 14}, "nevergrad": {"trials": 20}}
+QUICK: Mapping[str, Mapping[str, Any]] = {
+    "optuna-tpe": {"trials": 14},
+    "nevergrad": {"trials": 20},
+    "random": {"draws": 20},
+    "nsga": {"population": 8, "generations": 4},
+    "policy-gradient": {"steps": 4},
+    "milp": {"candidates": 3},
+}
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "evolution, cold": {"name": "evolution", "warm_start": False},
+    "evolution, cold": {"name": "evolution", "warm_start": "none"},
     "evolution, one stage": {"name": "evolution", "selections": [[1, 4_096]], "offspring": 3},
+    "greedy, table": {"name": "greedy", "by": "table", "table": "errors"},
+    "greedy, all": {"name": "greedy", "width": None, "steps": 3},
+    "milp, dense": {"name": "milp", "candidates": 2, "around": "dense", "points": 2, "reach": 1.0, "stride": 0.5},
+    "nsga, price": {"name": "nsga", "population": 8, "generations": 4, "against": "price"},
+    "schedule, atp": {"name": "schedule", "shape": "linear-increase", "highest": 1.0, "grid": 5},
+    "schedule, attention falls": {"name": "schedule", "shape": "log-decrease", "bends": "attention"},
+    "table, errors": {"name": "table", "table": "errors"},
+    "table, drop or keep": {"name": "table", "around": "dense", "reach": 1.0, "stride": 1.0},
     "softmax, dilute": {"name": "softmax", "rule": "softmax", "temperature": 0.5},
     "softmax, threshold": {"name": "softmax", "rule": "threshold"},
     "softmax, compliance": {"name": "softmax", "rule": "compliance"},

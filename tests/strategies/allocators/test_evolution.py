@@ -7,7 +7,7 @@ from prunekit.testing import best_allocation, converse
 from prunekit.testing.spaces import ZOO, additive, convex_table, problem, rough_table, small_llama
 from prunekit_strategies.allocators.evolution import Evolution
 
-COLD = Evolution(warm_start=False)
+COLD = Evolution(warm_start="none")
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -46,7 +46,7 @@ def test_a_warm_start_asks_less_for_as_much() -> None:
 def test_the_parent_only_meets_the_finalists_and_never_gets_worse() -> None:
     toy = ZOO["uneven"]()
     loss = additive(toy.errors, toy.space)
-    asks = converse(Evolution(selections=((3, 10), (1, 100)), warm_start=False), toy).asks[1:]
+    asks = converse(Evolution(selections=((3, 10), (1, 100)), warm_start="none"), toy).asks[1:]
     few, many = asks[::2], asks[1::2]
     assert {q.tokens for ask in few for q in ask} == {10}
     assert {q.tokens for ask in many for q in ask} == {100}
@@ -64,14 +64,14 @@ def test_stages_that_would_see_the_same_tokens_are_one() -> None:
 
 def test_stops_when_nothing_improves() -> None:
     toy = problem(Evolution().first_space(small_llama()))
-    talk = converse(Evolution(patience=3, warm_start=False), toy, lambda _: 1.0)
+    talk = converse(Evolution(patience=3, warm_start="none"), toy, lambda _: 1.0)
     assert talk.answer == toy.start
     assert len(talk.asks) == 1 + 3 * 3  # the start, then three generations of three stages
 
 
 def test_asks_every_neighbour_before_it_gives_up() -> None:
     even = ZOO["even"]()
-    talk = converse(Evolution(exchanges=1, warm_start=False, selections=((1, 1),), patience=99), even, lambda _: 1.0)
+    talk = converse(Evolution(exchanges=1, warm_start="none", selections=((1, 1),), patience=99), even, lambda _: 1.0)
     assert talk.asked == {even.start, *even.space.exchanges(even.start)}
 
 

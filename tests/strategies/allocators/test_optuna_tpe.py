@@ -19,14 +19,15 @@ def test_learns_what_the_table_does_not_know() -> None:
     toy = problem(OptunaTPE().first_space(small_llama()), seed=0)
     hidden = convex_table(toy.space, seed=1)
     loss = additive(hidden, toy.space)
-    found, seed = loss(converse(OptunaTPE(trials=100), toy, loss).answer), loss(toy.space.lowest(toy.errors))
+    search = OptunaTPE(trials=100, warm_start="errors")
+    found, seed = loss(converse(search, toy, loss).answer), loss(toy.space.lowest(toy.errors))
     optimum = best_allocation(toy.space, hidden)[1]
     assert found - optimum < 0.75 * (min(seed, loss(toy.start)) - optimum)
 
 
 def test_asks_no_allocation_twice_before_the_finals_and_keeps_to_its_trials() -> None:
     toy = ZOO["uneven"]()
-    *trials, finals = converse(OptunaTPE(trials=15, batch=4, finalists=3), toy).asks
+    *trials, finals = converse(OptunaTPE(trials=15, batch=4, finalists=3, warm_start="errors"), toy).asks
     asked = [q.allocation for ask in trials for q in ask]
     assert len(asked) == len(set(asked)) <= 15
     assert {q.tokens for ask in trials for q in ask} == {8_192}
