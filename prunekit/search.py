@@ -6,10 +6,12 @@ Checks every question, judges none twice, counts tokens, stops at the limit, and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from prunekit.calibration.tokens import TokenBatch
-from prunekit.contracts import Allocator, Objective, Problem, Query
+from prunekit.contracts import Allocator, Journal, Objective, Problem, Query
 from prunekit.errors import PluginError
 from prunekit.ledger import Ledger
 from prunekit.progress import Progress
@@ -35,6 +37,22 @@ class Outcome:
     questions: int
 
 
+@dataclass(frozen=True)
+class Recorded(Journal):
+    """The journal of a run: its ledger, so that it is replayed with the questions."""
+
+    ledger: Ledger
+    walk: int
+    progress: Progress
+
+    def once(self, question: Mapping[str, Any], answer: Callable[[], Any]) -> Any:
+        return self.ledger.once({"kind": "note", "walk": self.walk, **question}, answer)
+
+    def note(self, line: str) -> None:
+        self.ledger.note({"kind": "note", "walk": self.walk, "note": line})
+        self.progress.say(line)
+
+
 def converse(
     allocator: Allocator,
     problem: Problem,
@@ -58,7 +76,7 @@ def converse(
     """
     who = type(allocator).__name__
     judged: dict[tuple[Allocation, int], float] = {}
-    search = allocator.search(problem)
+    search = allocator.search(replace(problem, journal=Recorded(ledger, walk, progress)))
     losses: list[float] | None = None
     with progress.stage(label, 0) as stage:
         while True:
