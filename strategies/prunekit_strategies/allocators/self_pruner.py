@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import zip_longest
 from typing import Any, Literal, TypeVar
 
 from prunekit import Allocation, Allocator, Problem, Query, Search, Space, WrongInput
@@ -89,18 +88,15 @@ class SelfPruner(Allocator):
         children = list(dict.fromkeys(seeds))
         twin.met.update(children)
         children += breeder.initial(self.population - len(children))  # (1)
-        heard: dict[Allocation, float] = {}
-        for iteration in range(self.iterations + 1):
-            losses = yield [Query(a, self.tokens) for a in children]
-            heard |= zip(children, losses, strict=True)
+        heard = dict(zip(children, (yield [Query(a, self.tokens) for a in children]), strict=True))
+        for _ in range(self.iterations):
             ranked = sorted(heard, key=lambda a: (heard[a], a))[: self.population]  # (4)
-            if iteration == self.iterations:
-                break
             pairs = breeder.parents([(a, heard[a]) for a in ranked], self.offspring)  # (2)
             children = breeder.crossed(pairs) + breeder.mutated([min(p, key=ranked.index) for p in pairs])  # (3)
             if not children:
                 break
-        return ranked[0]
+            heard |= zip(children, (yield [Query(a, self.tokens) for a in children]), strict=True)
+        return min(heard, key=lambda a: (heard[a], a))
 
     def _chat(self) -> Chat | None:
         if self.backend == "classical":
@@ -219,10 +215,11 @@ class Rates:
 
     @cached_property
     def range(self) -> tuple[float, float]:
-        """Smallest and largest rate to propose, two decimals: within reach of the mean and on the ladders."""
-        ends = [(1 - ladder[-1] / s.n_groups, 1 - ladder[0] / s.n_groups) for ladder, s in self._ladders]
-        low, high = min(low for low, _ in ends), max(high for _, high in ends)
-        return round(max(low, self.mean - self.reach), 2), round(min(high, self.mean + self.reach), 2)
+        """Smallest and largest rate on any ladder."""
+        ends = [
+            (ladder[0], ladder[-1], s.n_groups) for ladder, s in zip(self.space.ladders, self.space.sites, strict=True)
+        ]
+        return min(1 - most / n for _, most, n in ends), max(1 - least / n for least, _, n in ends)
 
     @cached_property
     def step(self) -> float:
@@ -246,7 +243,7 @@ class Rates:
             raise ValueError("a vector is a list of numbers")
         if len(vector) != n:
             raise ValueError(f"a vector has {n} numbers, not {len(vector)}")
-        if any(not low - 0.01 <= x <= high + 0.01 for x in vector):  # nan is nowhere
+        if any(not low - 0.005 <= x <= high + 0.005 for x in vector):  # they are told in two decimals; nan is nowhere
             raise ValueError(f"rates lie between {low:.2f} and {high:.2f}")
         wish = [0.0] * len(self.space.sites)
         for some, new, old in zip(self.members, vector, self.of(like), strict=True):
@@ -280,10 +277,6 @@ class Rates:
             "lower is better.\n\n"
         )
 
-    @property
-    def _ladders(self) -> list[tuple[tuple[int, ...], Any]]:
-        return list(zip(self.space.ladders, self.space.sites, strict=True))
-
 
 # -- the language model as breeder ----------------------------------------------------------------------
 
@@ -302,11 +295,13 @@ class Advised:
     def initial(self, count: int) -> list[Allocation]:
         """Proposals from what the model knows about redundancy."""
 
+        (low, high), mean, reach = self.rates.range, self.rates.mean, self.twin.reach
+
         def prompt(slots: Sequence[None]) -> str:
             return (
                 f"Propose {len(slots)} plans that differ clearly from each other, from what you know of how redundant "
                 "attention and MLPs are at different depths of such a model. Most should be plans you believe in, some "
-                "should explore. "
+                f"should explore. Stay from {max(low, mean - reach):.2f} to {min(high, mean + reach):.2f}. "
                 'Answer with one JSON object and nothing else: {"population": [[rate, ...], ...]}.'
             )
 
@@ -393,16 +388,16 @@ class Advised:
             reply = self._replied(operator, attempt, self.intro + prompt(open_) + again)
             if (fault := reply.get("failed", "")) != "":
                 break
-            left = list[S]()
             try:
-                items = _items(reply["reply"], key)[: len(open_)]
+                items = _items(reply["reply"], key)
             except ValueError as error:
                 fault = str(error)
                 continue
-            for slot, item in zip_longest(open_, items, fillvalue=_NOTHING):
+            left = open_[len(items) :]
+            if left:
+                fault = f"{key} had {len(items)} entries, not {len(open_)}"
+            for slot, item in zip(open_, items, strict=False):  # more items than slots are no harm
                 try:
-                    if item is _NOTHING:
-                        raise ValueError(f"{key} had {len(items)} of {len(open_)} entries")
                     found.append(read(item, slot))
                 except ValueError as error:
                     fault = str(error)
@@ -417,7 +412,7 @@ class Advised:
 
         def live() -> dict[str, str]:
             try:
-                reply = self.chat.complete(prompt, self.seed * 1_000_003 + self.asked)
+                reply = self.chat.complete(prompt, (self.seed * 1_000_003 + self.asked) % 2**63)
             except Unanswered as error:
                 if not self.heard_from:  # nothing is lost yet: rather the user's attention than a search by the twin
                     raise WrongInput(f"{error}; put that right, and the same command goes on from here") from error
@@ -436,9 +431,6 @@ class Advised:
             self.journal.note(f"warning: {operator}: {open_} of {count} by the classical twin, because {fault}")
         if self.idle == GIVE_UP:
             self.journal.note("warning: the language model was of no use three times in a row; its twin does the rest")
-
-
-_NOTHING: Any = object()
 
 
 def _items(reply: str, key: str) -> list[Any]:
