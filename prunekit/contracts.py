@@ -7,9 +7,9 @@ Plug-ins are frozen dataclasses; their fields are the hyper-parameters, a recipe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from prunekit.layer import Candidate, LayerProblem
 from prunekit.sites import Allocation, Space
@@ -52,6 +52,21 @@ class Query:
     probe: bool = False
 
 
+class Journal:
+    """What a search learns from elsewhere than its losses. This one forgets at once; that of a run is its ledger."""
+
+    def once(self, question: Mapping[str, Any], answer: Callable[[], Any]) -> Any:
+        """The answer to a question, both JSON values: the one on record, or that of `answer()`, put on record.
+
+        Whatever is not a function of the problem (another program's reply, a clock) comes through here, so that a
+        resumed run holds the same conversation without asking again. What `answer` raises is not recorded.
+        """
+        return answer()
+
+    def note(self, line: str) -> None:
+        """A line for the record and for the user."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """All an allocator may see: numbers, no torch.
@@ -64,6 +79,7 @@ class Problem:
     start: Allocation  # feasible and tight: the uniform allocation, or the centre of the ladders
     seed: int = 0
     tokens: int = 0  # tokens there are to judge on; queries for more are answered on these
+    journal: Journal = field(default_factory=Journal, compare=False, repr=False)
 
     def error(self, site: int, kept: int) -> float:
         """Relative output error of a site at a count on its ladder."""
@@ -80,6 +96,10 @@ class Allocator(ABC):
     @abstractmethod
     def search(self, problem: Problem) -> Search:
         """Ask with `losses = yield queries`; questions are feasible or probes, the answer is feasible; ask once."""
+
+    def ready(self) -> None:
+        """Raise WrongInput for what the search needs and this machine lacks; called before any long work."""
+        return  # most need nothing
 
     def first_space(self, whole: Space) -> Space:
         """The ladders to begin with, given the space of every count: all counts on a grid of 1/16."""

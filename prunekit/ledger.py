@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,14 @@ class Ledger:
         record = dict(question) | {"loss": loss if math.isfinite(loss) else None}
         self._append(record)
         self._account(record)
+
+    def once(self, question: Mapping[str, Any], answer: Callable[[], Any]) -> Any:
+        """The recorded answer to a question that is not about losses; `answer()`, put on record, where it is new."""
+        record = self._meet(dict(question), answer="answer")
+        if record is None:
+            record = json.loads(json.dumps(dict(question) | {"answer": answer()}))  # now as it will be read
+            self._append(record)
+        return record["answer"]
 
     def text(self) -> str:
         """All records on file, as JSON lines."""

@@ -34,7 +34,7 @@ from prunekit.search import converse
 from prunekit.sites import Allocation, Budget, Site, Space
 from prunekit.store import CandidateStore
 from prunekit.supernet import Supernet
-from prunekit.workplace import check_output, publish, workplace
+from prunekit.workplace import check_output, publish, unfinished, workplace
 
 PROBE = 1024  # tokens an export is verified on
 
@@ -106,6 +106,8 @@ def prune(
         check_output(output, overwrite=overwrite, sources=[f for f in files if f is not None and Path(f).exists()])
     shape, adapter = skeleton(source, trust_remote_code=recipe.trust_remote_code)
     whole_space(recipe, shape, adapter, next(shape.parameters()).dtype)  # can the budget be met?
+    if not (resume and output is not None and unfinished(output)):  # what goes on may have all it needs on record
+        ALLOCATORS.build(recipe.allocator).ready()
     with clock("open"):
         dense = opened(
             source, tokenizer,

@@ -6,10 +6,12 @@ Checks every question, judges none twice, counts tokens, stops at the limit, and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from prunekit.calibration.tokens import TokenBatch
-from prunekit.contracts import Allocator, Objective, Problem, Query
+from prunekit.contracts import Allocator, Journal, Objective, Problem, Query
 from prunekit.errors import PluginError
 from prunekit.ledger import Ledger
 from prunekit.progress import Progress
@@ -33,6 +35,22 @@ class Outcome:
     answer: Allocation
     judgement: Judgement | None  # of the answer, on the most tokens it was judged on
     questions: int
+
+
+@dataclass(frozen=True)
+class Recorded(Journal):
+    """The journal of a run: its ledger, so that it is replayed with the questions."""
+
+    ledger: Ledger
+    walk: int
+    progress: Progress
+
+    def once(self, question: Mapping[str, Any], answer: Callable[[], Any]) -> Any:
+        return self.ledger.once({"kind": "note", "walk": self.walk, **question}, answer)
+
+    def note(self, line: str) -> None:
+        self.ledger.note({"kind": "note", "walk": self.walk, "note": line})
+        self.progress.say(line)
 
 
 def converse(
@@ -59,7 +77,7 @@ def converse(
     who = type(allocator).__name__
     judged: dict[tuple[Allocation, int], float] = {}
     able: dict[tuple[Allocation, int], float] = {}  # those that can win: not probes
-    search = allocator.search(problem)
+    search = allocator.search(replace(problem, journal=Recorded(ledger, walk, progress)))
     losses: list[float] | None = None
     with progress.stage(label, 0) as stage:
         while True:

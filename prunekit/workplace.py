@@ -79,6 +79,11 @@ def check_output(output: Path, *, overwrite: bool, sources: Iterable[str | Path]
             raise WrongInput(f"{output} holds {source}, which this run needs; choose another --output")
 
 
+def unfinished(output: Path) -> bool:
+    """Whether a run towards `output` was begun and not ended."""
+    return (_beside(output, "partial") / "run.json").exists()
+
+
 def publish(folder: Path, output: Path) -> None:
     """Put a finished folder in the place of `output`, by rename; what was there goes when that is done."""
     output, old = output.resolve(), _beside(output, "old")

@@ -48,3 +48,22 @@ def test_half_a_line_of_a_killed_writer_is_forgotten(tmp_path):
     again.recall(QUESTION | {"tokens": 8})
     assert again.recall(QUESTION) is None
     assert path.read_bytes() == whole
+
+
+def test_what_another_program_said_is_said_again(tmp_path):
+    def once(ledger, *answers):
+        said = iter(answers)
+        return [ledger.once({"kind": "note", "n": n}, lambda: next(said)) for n in range(2)]
+
+    replies = [{"reply": 'ä "\ud800"', "parts": (1, 2)}, None]
+    heard = once(Ledger(tmp_path / "l"), *replies)
+    assert heard == [{"reply": 'ä "\ud800"', "parts": [1, 2]}, None]  # as a second run will read it
+    assert once(Ledger(tmp_path / "l")) == heard
+    with pytest.raises(LedgerMismatch, match="line 1"):
+        Ledger(tmp_path / "l").once({"kind": "note", "n": 7}, lambda: 0)
+
+
+def test_what_could_not_be_answered_is_asked_again(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        Ledger(tmp_path / "l").once({"kind": "note"}, lambda: 1 / 0)
+    assert Ledger(tmp_path / "l").once({"kind": "note"}, lambda: 1) == 1

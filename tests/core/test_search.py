@@ -139,6 +139,35 @@ def test_a_nan_loss_is_infinite(net, tmp_path):
     assert outcome.judgement.loss == math.inf
 
 
+def test_an_allocator_may_learn_from_elsewhere_and_a_second_run_replays_it(net, tmp_path):
+    class Curious(Allocator):
+        """Does what another program says."""
+
+        def search(self, problem):
+            nth = problem.journal.once({"which": "neighbour"}, lambda: next(said))
+            problem.journal.note("heard")
+            here = list(problem.space.exchanges(problem.start))[nth]
+            yield [Query(here, 12)]
+            return here
+
+    class Said(Progress):
+        def say(self, line):
+            lines.append(line)
+
+    said, lines = iter([3]), []
+    problem = Problem(net.space, net.errors, net.space.uniform(), tokens=48)
+    outcomes = [
+        converse(Curious(), problem, net, Counting(), toy_tokens(), Ledger(tmp_path / "l"), walk=0, progress=Said())
+        for _ in range(2)
+    ]
+    assert outcomes[0] == outcomes[1]
+    assert lines == ["heard", "heard"]
+    assert (tmp_path / "l").read_text().splitlines()[:2] == [
+        '{"kind":"note","walk":0,"which":"neighbour","answer":3}',
+        '{"kind":"note","walk":0,"note":"heard"}',
+    ]
+
+
 @pytest.mark.parametrize(
     ("allocator", "message"),
     [

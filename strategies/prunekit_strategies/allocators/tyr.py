@@ -32,6 +32,9 @@ class CoarseToFine(Allocator):
         if self.reach < 1:
             raise ValueError(f"reach is at least one rung, not {self.reach}")
 
+    def ready(self) -> None:
+        self.inner.ready()
+
     def first_space(self, whole: Space) -> Space:
         # as many rungs as it takes from one end of a ladder to the other
         return whole.zoomed(whole.uniform(), stride=self.stride, reach=-int(-1 // Fraction(self.stride)))

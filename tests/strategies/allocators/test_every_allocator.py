@@ -32,6 +32,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "softmax, dilute": {"name": "softmax", "rule": "softmax", "temperature": 0.5},
     "softmax, threshold": {"name": "softmax", "rule": "threshold"},
     "softmax, compliance": {"name": "softmax", "rule": "compliance"},
+    "self-pruner, few": {"name": "self-pruner", "population": 2, "offspring": 1, "warm_start": False},
     "tyr of uniform": {"name": "tyr", "inner": "uniform"},
     "tyr of threshold": {"name": "tyr", "inner": {"name": "softmax", "rule": "threshold"}},
     "optuna-tpe, waves": {"name": "optuna-tpe", "trials": 14, "waves": 1},

@@ -1,0 +1,204 @@
+"""Language models that answer a prompt: behind an OpenAI-compatible endpoint, or on this machine."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+from prunekit import WrongInput
+
+PING = 'Answer with the JSON object {"ready": true} and nothing else.'
+PAUSE = 1.0  # seconds before a request is repeated, doubled every time
+LATER = (408, 409, 425, 429, 500, 502, 503, 504)  # status codes of what may work the next time
+MOST_BYTES = 2**24  # of an answer
+FEW_LETTERS = 8  # a key shorter than this is no secret but a placeholder
+
+
+class Unanswered(Exception):
+    """No reply came; says why in one sentence without the key."""
+
+
+class Chat(Protocol):
+    """A language model."""
+
+    def ready(self) -> None:
+        """Raise WrongInput where it cannot be reached or opened."""
+
+    def complete(self, prompt: str, seed: int) -> str:
+        """Its reply to one prompt, without memory of earlier ones.
+
+        Raises:
+            Unanswered: there is none this time.
+            WrongInput: there can be none before the user has changed something.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server that speaks the OpenAI protocol, /chat/completions. The key is read when needed and never kept."""
+
+    base_url: str  # up to and without /chat/completions
+    model: str
+    key_variable: str | None  # environment variable that holds the key; None: the server wants none
+    temperature: float
+    timeout: float  # seconds without a sign of life
+    retries: int
+
+    def ready(self) -> None:
+        try:
+            self.complete(PING, 0)
+        except Unanswered as error:
+            raise WrongInput(str(error)) from None
+
+    def complete(self, prompt: str, seed: int) -> str:
+        key = self._key()
+        messages = [{"role": "user", "content": prompt}]
+        body = {"model": self.model, "messages": messages, "temperature": self.temperature}  # no seed: few know one
+        request = Request(
+            f"{self.base_url.rstrip('/')}/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        if key:
+            request.add_unredirected_header("Authorization", f"Bearer {key}")  # for this host only
+        why = ""
+        for attempt in range(self.retries + 1):
+            wait = PAUSE * 2**attempt
+            try:
+                with urlopen(request, timeout=self.timeout) as response:
+                    return _hidden(_content(response.read(MOST_BYTES)), key)
+            except HTTPError as error:
+                with error:
+                    why = f"HTTP {error.code} {error.reason}{_said(error, key)}"
+                    wait = _asked_wait(error.headers.get("Retry-After"), wait, self.timeout)
+                if error.code not in LATER:
+                    break
+            except (OSError, http.client.HTTPException) as error:
+                why = str(getattr(error, "reason", error)) or type(error).__name__
+            except (ValueError, LookupError, TypeError, AttributeError):
+                why = "what it says is no chat completion"
+                break
+            if attempt < self.retries:
+                time.sleep(wait)
+        raise Unanswered(_hidden(f"{self.model!r} at {self.base_url} gave no answer: {why}", key))
+
+    def _key(self) -> str:
+        if self.key_variable is None:
+            return ""
+        key = os.environ.get(self.key_variable, "").strip()
+        if not key:
+            raise WrongInput(
+                f"the environment variable {self.key_variable}, which is to hold the key for {self.base_url}, is not "
+                "set; set it, or name another with key_variable, null where no key is needed"
+            )
+        if not (key.isascii() and key.isprintable()):
+            raise WrongInput(f"what the environment variable {self.key_variable} holds is no key that can be sent")
+        return key
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A causal language model of transformers, beside the one that is pruned; loaded at the first prompt."""
+
+    model: str  # folder or hub id
+    temperature: float  # 0: greedy
+    reply_tokens: int  # at most
+
+    def ready(self) -> None:
+        from transformers import AutoConfig
+
+        from prunekit.checkpoint import load_tokenizer, located
+
+        try:
+            AutoConfig.from_pretrained(located(self.model))
+        except (OSError, ValueError) as error:
+            why = str(error).strip().split("\n")[0]
+            raise WrongInput(f"{self.model!r} is not a language model that can be opened: {why}") from error
+        load_tokenizer(self.model)
+
+    def complete(self, prompt: str, seed: int) -> str:
+        import torch
+        from transformers import GenerationConfig
+
+        model, tokenizer = self._loaded
+        if tokenizer.chat_template:
+            turns = [{"role": "user", "content": prompt}]
+            told = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            ids = tokenizer(told, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
+        else:
+            ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+        room = getattr(model.config, "max_position_embeddings", 2**20) - ids.shape[1]
+        if room < 1:
+            raise Unanswered(f"{self.model!r} has no room for a prompt of {ids.shape[1]:,} tokens")
+        end = model.generation_config.eos_token_id
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0} if self.temperature > 0 else {}
+        config = GenerationConfig(
+            max_new_tokens=min(room, self.reply_tokens),
+            eos_token_id=end,
+            pad_token_id=end[0] if isinstance(end, list) else end,
+            **sampling,
+        )
+        # the generator of sampling is the global one: borrowed, and given back as it was
+        with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            try:
+                out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            except RuntimeError as error:  # out of memory, or probabilities that are not finite
+                raise Unanswered(f"{self.model!r} gave no answer: {str(error).splitlines()[0]}") from error
+        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        from prunekit.checkpoint import load_tokenizer
+        from prunekit.evaluate import load
+
+        return load(self.model).eval(), load_tokenizer(self.model)
+
+
+def check_address(base_url: str) -> None:
+    """Refuse what is no address of a server, and what would put a secret into a recipe.
+
+    Raises:
+        ValueError: says which, without repeating a secret.
+    """
+    parts = urlsplit(base_url)
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError("base_url is written down with the result: no password, no ?query in it; keys go by variable")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"base_url is like https://api.openai.com/v1, not {base_url!r}")
+
+
+def _hidden(text: str, key: str) -> str:
+    """Servers may repeat what they were sent; a record must not."""
+    return text.replace(key, "[key]") if len(key) >= FEW_LETTERS else text
+
+
+def _content(body: bytes) -> str:
+    """The text of a chat completion; empty where the model said nothing."""
+    return str(json.loads(body)["choices"][0]["message"].get("content") or "")
+
+
+def _said(error: HTTPError, key: str) -> str:
+    """The server's own explanation, on one line."""
+    try:
+        message = json.loads(error.read(MOST_BYTES))["error"]["message"]
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
+        return ""
+    return f": {' '.join(_hidden(str(message), key).split())[:200]}"  # hidden first: half a key is one too many
+
+
+def _asked_wait(header: str | None, wait: float, most: float) -> float:
+    """Seconds the server asks us to wait, within reason."""
+    try:
+        return min(max(float(header or wait), 0.0), most)
+    except ValueError:  # a date
+        return wait
