@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prunekit.adapters import ModelAdapter
+from prunekit.adapters import Cut, ModelAdapter
 from prunekit.calibration.flow import BlockFlow
+from prunekit.calibration.gradients import Gradients
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.tokens import TokenBatch
 from prunekit.contracts import LocalPruner
 from prunekit.errors import PluginError, WrongInput
-from prunekit.layer import Candidate, LayerProblem
+from prunekit.layer import STATISTICS, Candidate, Feeder, LayerProblem
 from prunekit.progress import Progress
 from prunekit.sites import Allocation, Site, Space
 from prunekit.store import CandidateStore
@@ -41,6 +42,8 @@ def build(
     carry: Carry = "expected",
     damping: float = 0.01,
     dtype: torch.dtype = torch.float32,
+    gradients: Gradients | None = None,
+    contrast: TokenBatch | None = None,
     progress: Progress,
     label: str = "prune",
 ) -> tuple[tuple[float, ...], ...]:
@@ -49,11 +52,17 @@ def build(
     `carry` says which activations reach the next site: those of the dense model, of the candidate at
     `centre`, or the expectation over the ladder. Candidates are rounded to `dtype` before they are
     judged: what is measured is what will be saved. Sites that are already stored are not pruned again.
+    `gradients` and `contrast`, a second data set, are there when the pruner needs them.
     """
     if all(site in store for site in space.sites):
         return tuple(tuple(store.errors(site)) for site in space.sites)
-    cross = bool({"cross", "drift"} & pruner.needs)
-    flow = BlockFlow(model, adapter, tokens, dense=cross)
+    needs = pruner.needs
+    known = STATISTICS - ({"gradient"} if gradients is None else set()) - ({"contrast"} if contrast is None else set())
+    if unmet := needs - known:
+        raise PluginError(f"{type(pruner).__name__} needs {', '.join(sorted(unmet))}, which calibration cannot collect")
+    flow = BlockFlow(model, adapter, tokens, dense=bool({"cross", "drift"} & needs))
+    other = BlockFlow(model, adapter, contrast, dense=False) if contrast is not None and "contrast" in needs else None
+    flows = (flow,) if other is None else (flow, other)
     rungs_of = dict(zip(space.sites, space.ladders, strict=True))
     centre_of = dict(zip(space.sites, centre, strict=True))
     with progress.stage(label, len(space.sites)) as stage:
@@ -62,22 +71,33 @@ def build(
             unfinished = any(site not in store for site in here)  # then all are met again: each needs what was before
             for site in here:
                 ladder = rungs_of[site]
-                moments = flow.received(site) if unfinished else None
+                moments = flow.received(site, needs) if unfinished else None
+                against = other.received(site) if other is not None and unfinished else None
                 if moments is not None and site not in store:
-                    layer = layer_problem(model, adapter, site, moments, pruner, damping)
+                    layer = layer_problem(model, adapter, site, moments, needs, damping, gradients, against)
                     candidates = answers(pruner, layer, site, ladder, dtype)
                     store.put(site, candidates, [_error(layer, site, c) for c in candidates])
                 counts = ladder if carry == "expected" else (centre_of[site],)
-                flow.carry(site, None if carry == "dense" else expected_weight(store, site, counts))
+                weight = None if carry == "dense" else expected_weight(store, site, counts)
+                for each in flows:
+                    each.carry(site, weight)
                 stage.advance(note=site.name)
-            flow.advance(index)
+            for each in flows:
+                each.advance(index)
     return tuple(tuple(store.errors(site)) for site in space.sites)
 
 
 def layer_problem(
-    model: nn.Module, adapter: ModelAdapter, site: Site, moments: Moments, pruner: LocalPruner, damping: float
+    model: nn.Module,
+    adapter: ModelAdapter,
+    site: Site,
+    moments: Moments,
+    needs: frozenset[str],
+    damping: float,
+    gradients: Gradients | None = None,
+    contrast: Moments | None = None,
 ) -> LayerProblem:
-    """What the pruner is told of a site; groups made contiguous.
+    """What a pruner with these needs is told of a site; groups made contiguous.
 
     Raises:
         WrongInput: what reaches the site is not finite.
@@ -86,10 +106,23 @@ def layer_problem(
         raise WrongInput(f"{site.name} receives values that are not finite; try --dtype float32 or other text")
     block = adapter.blocks(model)[site.block]
     order = _order(site, moments.outer.device)
-    gram, cross, needs = moments.gram, moments.cross, pruner.needs
+    gram, cross = moments.gram, moments.cross
     drift = moments.drift if "drift" in needs and adapter.adds_up(block) else None
-    if unmet := needs - {"gram", "cross", "drift", "mean", "variance", "coupled"}:
-        raise PluginError(f"{type(pruner).__name__} needs {', '.join(sorted(unmet))}, which calibration cannot collect")
+    absolute = moments.absolute if "absolute" in needs else None
+    *fed, own = adapter.cuts(block, site)
+
+    def learnt(cut: Cut, index: tuple[Any, ...]) -> tuple[Tensor | None, Tensor | None]:
+        if gradients is None or "gradient" not in needs:
+            return None, None
+        gradient, fisher = gradients.read(site.block, cut.path, order.device)
+        return gradient[index], fisher[index]
+
+    def feeder(cut: Cut) -> Feeder:
+        rows = cut.index.flatten().to(order.device)
+        weight: Tensor = block.get_parameter(f"{cut.path}.weight").detach()
+        return Feeder(cut.path, weight[rows], moments.fed_power(cut.path), *learnt(cut, (rows,)))
+
+    gradient, fisher = learnt(own, (slice(None), order))
     return LayerProblem(
         weight=adapter.linear(block, site).weight.detach()[:, order],
         gram=gram[order][:, order],
@@ -100,21 +133,13 @@ def layer_problem(
         energy=moments.energy,
         mean=moments.mean[order] if "mean" in needs else None,
         variance=moments.variance[order] if "variance" in needs else None,
-        coupled=coupled_power(adapter, block, site) if "coupled" in needs else None,
+        absolute=None if absolute is None else absolute[order],
+        contrast=None if contrast is None else contrast.gram.diagonal()[order],
+        gradient=gradient,
+        fisher=fisher,
+        feeders=tuple(feeder(cut) for cut in fed) if {"feeders", "power"} & needs else (),
         name=site.name,
     )
-
-
-def coupled_power(adapter: ModelAdapter, block: nn.Module, site: Site) -> Float[Tensor, " n_groups"]:
-    """Σ w² over the rows of other linear maps that go with each group."""
-    *fed, own = adapter.cuts(block, site)
-    total = torch.zeros(len(own.index), dtype=torch.float64, device=next(block.parameters()).device)
-    for cut in fed:
-        linear = block.get_submodule(cut.path)
-        assert isinstance(linear, nn.Linear)
-        rows = linear.weight.detach().double().square().sum(1 - cut.dim)
-        total += rows[cut.index.to(rows.device)].sum(1)
-    return total
 
 
 def answers(

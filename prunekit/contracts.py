@@ -28,7 +28,11 @@ class LocalPruner(ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Fields of LayerProblem that calibration must fill: gram, cross, drift, mean, variance, coupled, gradient."""
+        """What calibration must fill of a `LayerProblem`; the names are in `prunekit.layer.STATISTICS`.
+
+        gram, cross, drift, mean, variance, absolute, feeders: the fields of these names. power: of every feeder.
+        contrast: a second data set is read. gradient: gradients and fishers of the layer, and of feeders if asked.
+        """
         return frozenset({"gram"})
 
     @abstractmethod

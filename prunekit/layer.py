@@ -8,7 +8,7 @@ A pruner reads a `LayerProblem` and returns `Candidate`s; it never sees a model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -24,12 +24,34 @@ class Candidate:
     weight: Float[Tensor, "d_out d_in"]
 
 
+STATISTICS = frozenset(
+    {"gram", "cross", "drift", "mean", "variance", "absolute", "contrast", "gradient", "feeders", "power"}
+)
+"""What a pruner may ask calibration for: fields of `LayerProblem`, and the power of its feeders' inputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Feeder:
+    """A linear map in front of the layer, whose rows feed its groups.
+
+    Its rows are n_groups equal blocks in the order of the groups: gate or up rows of a neuron, query, key or value
+    rows of a head. The other fields are there when the pruner `needs` power, gradient.
+    """
+
+    name: str  # path inside its decoder block
+    weight: Float[Tensor, "rows d"]
+    power: Float[Tensor, " d"] | None = None  # E[x̂_j²] of its inputs
+    gradient: Float[Tensor, "rows d"] | None = None  # E[∂L/∂W] over windows
+    fisher: Float[Tensor, "rows d"] | None = None  # E[(∂L/∂W)²] over windows
+
+
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
     """Everything a local pruner may know of one linear map.
 
     Groups are contiguous: group g holds the columns g·size … (g+1)·size - 1. Weights are (d_out, d_in).
-    Moments are means over tokens. Fields after `damping` are there when the pruner `needs` them.
+    Moments are means over tokens. Fields after `damping` are there when the pruner `needs` them. L is the dense
+    model's next-token cross-entropy, in nats per token, on one window of calibration tokens.
     """
 
     weight: Float[Tensor, "d_out d_in"]
@@ -42,8 +64,11 @@ class LayerProblem:
     energy: float | None = None  # E‖W x‖² on dense inputs; from the gram when there is no cross
     mean: Float[Tensor, " d_in"] | None = None
     variance: Float[Tensor, " d_in"] | None = None
-    coupled: Float[Tensor, " n_groups"] | None = None  # Σ squared weights of the rows that feed a group
-    gradient: Float[Tensor, "d_out d_in"] | None = None
+    absolute: Float[Tensor, " d_in"] | None = None  # root mean square over windows of the mean |x̂_j| over tokens
+    contrast: Float[Tensor, " d_in"] | None = None  # E[x̂_j²] on the second data set
+    gradient: Float[Tensor, "d_out d_in"] | None = None  # E[∂L/∂W] over windows
+    fisher: Float[Tensor, "d_out d_in"] | None = None  # E[(∂L/∂W)²] over windows; comes with the gradient
+    feeders: tuple[Feeder, ...] = ()
     name: str = "layer"
 
     def __post_init__(self) -> None:
@@ -53,11 +78,17 @@ class LayerProblem:
                 f"{self.name}: {d_in} input columns need a ({d_in}, {d_in}) gram and a group size that divides "
                 f"{d_in}, not {tuple(self.gram.shape)} and {self.group_size}"
             )
-        for part in ("weight", "gram", "cross", "drift", "mean", "variance", "coupled", "gradient"):
-            value = getattr(self, part)
-            # a sum is finite only when all terms are; float64 because half precision overflows
-            if value is not None and not bool(torch.isfinite(value.sum(dtype=torch.float64))):
-                raise ValueError(f"{self.name}: its {part} is not finite; look at the model and the calibration tokens")
+        for feeder in self.feeders:
+            if len(feeder.weight) % self.n_groups:
+                raise ValueError(f"{self.name}: {len(feeder.weight)} rows of {feeder.name}, {self.n_groups} groups")
+        for whose, owner in (("its", self), *((f"{feeder.name}'s", feeder) for feeder in self.feeders)):
+            for field in fields(owner):
+                value = getattr(owner, field.name)
+                # a sum is finite only when all terms are; float64 because half precision overflows
+                if isinstance(value, Tensor) and not bool(torch.isfinite(value.sum(dtype=torch.float64))):
+                    raise ValueError(
+                        f"{self.name}: {whose} {field.name} is not finite; look at the model and the calibration tokens"
+                    )
 
     @property
     def d_in(self) -> int:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from prunekit import report as reporting
 from prunekit.adapters import ModelAdapter
 from prunekit.build import build
+from prunekit.calibration.gradients import Gradients
 from prunekit.calibration.tokens import Draws, TokenBatch, draw
 from prunekit.checkpoint import Dense, fingerprint, opened, skeleton, stored_as
 from prunekit.contracts import Problem
@@ -186,10 +187,17 @@ class Run:
         """Walk the blocks, or go on with a walk that was interrupted, or read one that was finished."""
         key = {"ladders": [list(ladder) for ladder in space.ladders], "centre": list(centre)}
         store, dense, recipe = CandidateStore(self.place / f"walk-{walk}", key), self.dense, self.recipe
+        pruner, tokens, gradients = PRUNERS.build(recipe.pruner), self.draws.calibration, None
+        if "gradient" in pruner.needs:  # of the dense model: every walk reads the same
+            with self.clock("gradients"):
+                gradients = Gradients.collected(
+                    dense.model, dense.adapter, tokens, self.place / "gradients", self.progress
+                )
         with self.clock("prune"):
             errors = build(
-                dense.model, dense.adapter, space, centre, PRUNERS.build(recipe.pruner), self.draws.calibration, store,
-                carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype, progress=self.progress, label=label,
+                dense.model, dense.adapter, space, centre, pruner, tokens, store,
+                carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype, gradients=gradients,
+                contrast=self.draws.contrast, progress=self.progress, label=label,
             )  # fmt: skip
         return Supernet(dense.model, dense.adapter, space, errors, store)
 

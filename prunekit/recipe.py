@@ -49,6 +49,7 @@ class DataSpec(_Strict):
     field: str = "text"  # of jsonl, parquet and hub rows
     evaluation_dataset: str | None = None  # None: the held-out split, or the same text further on
     evaluation_split: str | None = None
+    contrast_dataset: str | None = None  # for pruners that hold a second data set against the first
     calibration_tokens: Annotated[int, Field(gt=0)] | None = None
     search_tokens: Annotated[int, Field(gt=0)] | None = None
     evaluation_tokens: Annotated[int, Field(gt=0)] | None = None
@@ -146,7 +147,12 @@ class Recipe(_Strict):
             raise WrongInput(
                 f"pruner {self.pruner['name']!r} cannot remove {self.structure}; it can {', '.join(pruner.structures)}"
             )
-        for dataset in (self.data.dataset, self.data.evaluation_dataset):
+        if "contrast" in pruner.needs and self.data.contrast_dataset is None:
+            raise WrongInput(
+                f"pruner {self.pruner['name']!r} compares two data sets; give the second with "
+                "--set data.contrast_dataset=NAME_OR_FILE"
+            )
+        for dataset in (self.data.dataset, self.data.evaluation_dataset, self.data.contrast_dataset):
             if dataset is not None:
                 is_file(dataset)
         return self.model_copy(

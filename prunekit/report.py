@@ -81,6 +81,7 @@ def report(run: Run, net: Supernet, plan: Allocation, small: nn.Module, losses: 
             "calibration": _tokens(draws.calibration),
             "search": _tokens(draws.search),
             "evaluation": _tokens(draws.evaluation),
+            **({"contrast": _tokens(draws.contrast)} if draws.contrast is not None else {}),
         },
         "search": {"questions": run.ledger.questions, "token_forwards": run.ledger.tokens},
         "seconds": {stage: round(spent, 3) for stage, spent in run.clock.seconds.items()},

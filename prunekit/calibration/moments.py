@@ -5,7 +5,7 @@ Moments are additive over batches, devices and machines: add shards, then read m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,9 @@ class Moments:
     crossed: Float[Tensor, "d d"] | None = None  # Σ x x̂ᵀ, x the dense model's input
     power: float = 0.0  # Σ ‖W x‖²
     drifted: Float[Tensor, "d_out d"] | None = None  # Σ δ x̂ᵀ, δ the dense residual stream less the carried one
+    windows: int = 0
+    loudness: Float[Tensor, " d"] | None = None  # Σ over windows of (mean |x̂| over tokens)²
+    fed: dict[str, Tensor] = field(default_factory=dict)  # Σ x̂² of what every feeder receives, by its name
 
     @classmethod
     def empty(cls, width: int, device: torch.device, *, cross: bool = False) -> Moments:
@@ -34,7 +37,7 @@ class Moments:
 
     def add(self, seen: Float[Tensor, "tokens d"]) -> None:
         """Receive a batch."""
-        x = _precise(seen)
+        x = precise(seen)
         self.tokens += len(x)
         self.total += x.sum(0, dtype=torch.float64)
         self.outer += x.T @ x
@@ -44,14 +47,25 @@ class Moments:
     ) -> None:
         """What the dense model's site received for the tokens of the last `add`, and what it made of them."""
         assert self.crossed is not None
-        x = _precise(dense)
-        self.crossed += x.T @ _precise(seen)
+        x = precise(dense)
+        self.crossed += x.T @ precise(seen)
         self.power += float((x @ weight.to(x).T).square().sum(dtype=torch.float64))
 
     def add_drift(self, drift: Float[Tensor, "tokens d_out"], seen: Float[Tensor, "tokens d"]) -> None:
         """How far the residual stream is from the dense model's, for the tokens of the last `add`."""
-        product = (_precise(drift).T @ _precise(seen)).double()
+        product = (precise(drift).T @ precise(seen)).double()
         self.drifted = product if self.drifted is None else self.drifted + product
+
+    def add_absolute(self, seen: Float[Tensor, "windows length d"]) -> None:
+        """The windows of the last `add`, one by one."""
+        loudness = precise(seen).abs().mean(1, dtype=torch.float64).square().sum(0)
+        self.windows += len(seen)
+        self.loudness = loudness if self.loudness is None else self.loudness + loudness
+
+    def add_fed(self, feeder: str, seen: Float[Tensor, "tokens d_fed"]) -> None:
+        """What a feeder received for the tokens of the last `add`."""
+        power = precise(seen).square().sum(0, dtype=torch.float64)
+        self.fed[feeder] = self.fed[feeder] + power if feeder in self.fed else power
 
     def merged(self, other: Moments) -> Moments:
         """Both together."""
@@ -66,6 +80,9 @@ class Moments:
             both(self.crossed, other.crossed),
             self.power + other.power,
             both(self.drifted, other.drifted),
+            self.windows + other.windows,
+            both(self.loudness, other.loudness),
+            {feeder: power + other.fed[feeder] for feeder, power in self.fed.items()},
         )
 
     @property
@@ -92,10 +109,20 @@ class Moments:
         return (self.outer.diagonal() / self.tokens - self.mean.square()).clamp_min(0)
 
     @property
+    def absolute(self) -> Float[Tensor, " d"] | None:
+        """Root mean square over windows of the mean |x̂| over tokens."""
+        return None if self.loudness is None else (self.loudness / self.windows).sqrt()
+
+    def fed_power(self, feeder: str) -> Float[Tensor, " d_fed"] | None:
+        """E[x̂²] of what a feeder receives."""
+        return self.fed[feeder] / self.tokens if feeder in self.fed else None
+
+    @property
     def energy(self) -> float | None:
         """E‖W x‖² on dense inputs."""
         return None if self.crossed is None else self.power / self.tokens
 
 
-def _precise(x: Tensor) -> Tensor:
+def precise(x: Tensor) -> Tensor:
+    """float64 stays, everything else becomes float32."""
     return x if x.dtype == torch.float64 else x.float()

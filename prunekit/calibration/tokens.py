@@ -77,6 +77,7 @@ class Draws:
     evaluation: TokenBatch
     source: str  # resolved data set, split, field
     spec: DataSpec  # with every choice made and the digests filled in: draws the same tokens again
+    contrast: TokenBatch | None = None  # as many tokens as for calibration, of the second data set if one is named
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,12 @@ def draw(
         "search": TokenBatch(search, source.label),
         "evaluation": TokenBatch(evaluation, held_out.label),
     }
+    if data.contrast_dataset is not None:
+        second = _source(_named(data.contrast_dataset, progress), None, None, data.field)
+        windows = _read(tokenizer, second, counts["calibration"], seqlen, progress)
+        _shares({"contrast": counts["calibration"] * seqlen}, windows, seqlen, second, progress)
+        batches["contrast"] = TokenBatch(windows, second.label)
+        data = data.model_copy(update={"contrast_dataset": second.dataset})
     for batch in batches.values():
         _check_vocabulary(batch, vocab_size)
     spec = data.model_copy(
@@ -195,13 +202,13 @@ def draw(
             "evaluation_split": held_out.split,
             "seqlen": seqlen,
             "digests": {part: batch.digest for part, batch in batches.items()},
-            **{f"{part}_tokens": batch.n_tokens for part, batch in batches.items()},
+            **{f"{part}_tokens": batches[part].n_tokens for part in DEFAULTS},
         }
     )
     for part, digest in (data.digests or {}).items():
         if part in batches and digest != batches[part].digest:
             raise WrongInput(
-                f"the recipe was made with other {part} tokens than {source} and this tokenizer give now "
+                f"the recipe was made with other {part} tokens than {batches[part].source} and this tokenizer give now "
                 f"(sha256 {batches[part].digest[:12]}…, not {digest[:12]}…); "
                 "bring back the old text, or remove data.digests from the recipe"
             )
@@ -262,13 +269,12 @@ def is_file(dataset: str) -> bool:
 
 def _sources(data: DataSpec, progress: Progress) -> tuple[Source, Source]:
     """The stream for calibration and search, and the one for evaluation; the same when there is no other."""
-    name = _auto(progress) if data.dataset == "auto" else data.dataset
+    name = _named(data.dataset, progress)
     source = _source(name, data.config, data.split, data.field)
     other = data.evaluation_dataset
     if other is None or _same(other, name):
         return source, _source(name, source.config, data.evaluation_split, data.field, held_out_from=source.split)
-    other = _auto(progress) if other == "auto" else other
-    return source, _source(other, None, data.evaluation_split, data.field, held_out_from="train")
+    return source, _source(_named(other, progress), None, data.evaluation_split, data.field, held_out_from="train")
 
 
 def _same(one: str, two: str) -> bool:
@@ -300,7 +306,9 @@ def _source(name: str, config: str | None, split: str | None, field: str, held_o
     return Source(name, config, split, field)
 
 
-def _auto(progress: Progress) -> str:
+def _named(dataset: str, progress: Progress) -> str:
+    if dataset != "auto":
+        return dataset
     why = _hub_is_away()
     if why is None:
         return "fineweb-edu"

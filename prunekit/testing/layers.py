@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-from prunekit.layer import LayerProblem
+from prunekit.layer import Feeder, LayerProblem
 
 Quirk = Literal["plain", "dead", "duplicate", "constant", "low rank", "loud", "zero weight", "silent"]
 QUIRKS: tuple[Quirk, ...] = get_args(Quirk)
@@ -58,8 +58,20 @@ def toy_layer(
         group_size=group_size,
         mean=x.mean(0).to(moments),
         variance=x.var(0, correction=0).to(moments),
-        coupled=normal(n_groups).square().to(moments),
-        gradient=normal(d_out, d_in).to(dtype),
+        absolute=x.abs().mean(0).to(moments),
+        contrast=(x.square().mean(0) * normal(d_in).tanh().square()).to(moments),  # less than on the first data set
+        gradient=normal(d_out, d_in).to(moments),
+        fisher=normal(d_out, d_in).square().to(moments),
+        feeders=tuple(
+            Feeder(
+                name,
+                normal(n_groups * rows, 3).to(dtype),
+                power=normal(3).square().to(moments),
+                gradient=normal(n_groups * rows, 3).to(moments),
+                fisher=normal(n_groups * rows, 3).square().to(moments),
+            )
+            for name, rows in (("wide", group_size), ("narrow", 1))  # as queries, and keys that several of them share
+        ),
         name=f"{quirk} toy",
     )
 
@@ -67,16 +79,25 @@ def toy_layer(
 def permuted(layer: LayerProblem, order: Sequence[int]) -> LayerProblem:
     """The same layer with its groups in another order: group g of the result is group order[g]."""
     columns = layer.columns(order)
-    groups = torch.as_tensor(list(order))
+
+    def moved(values: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else values[..., columns]
+
+    def fed(feeder: Feeder) -> Feeder:
+        def blocks(values: torch.Tensor) -> torch.Tensor:
+            return values.unflatten(0, (layer.n_groups, -1))[list(order)].flatten(0, 1)
+
+        learnt = {name: None if (v := getattr(feeder, name)) is None else blocks(v) for name in ("gradient", "fisher")}
+        return replace(feeder, weight=blocks(feeder.weight), **learnt)
+
+    vectors = ("mean", "variance", "absolute", "contrast", "gradient", "fisher", "drift")
     return replace(
         layer,
         weight=layer.weight[:, columns],
         gram=layer.gram[columns][:, columns],
         cross=None if layer.cross is None else layer.cross[columns][:, columns],
-        mean=None if layer.mean is None else layer.mean[columns],
-        variance=None if layer.variance is None else layer.variance[columns],
-        coupled=None if layer.coupled is None else layer.coupled[groups],
-        gradient=None if layer.gradient is None else layer.gradient[:, columns],
+        feeders=tuple(fed(feeder) for feeder in layer.feeders),
+        **{name: moved(getattr(layer, name)) for name in vectors},
     )
 
 

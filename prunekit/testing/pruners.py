@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,18 +11,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prunekit.contracts import LocalPruner
-from prunekit.layer import Candidate, LayerProblem
+from prunekit.layer import STATISTICS, Candidate, LayerProblem
 from prunekit.testing.layers import LAYERS, QUIRKS, Quirk, permuted, toy_layer
-
-FIELDS = frozenset({"gram", "cross", "drift", "mean", "variance", "coupled", "gradient"})
 
 
 def supplied(layer: LayerProblem, pruner: LocalPruner) -> LayerProblem:
     """The layer as calibration on dense inputs hands it to this pruner: what it needs, nothing more."""
-    unused = FIELDS - pruner.needs - {"gram"}
-    layer = replace(layer, **dict.fromkeys(unused))
-    if "cross" not in pruner.needs:
-        return layer
+    needs = pruner.needs
+    columns = ("drift", "mean", "variance", "absolute", "contrast")
+    layer = replace(layer, **{name: None for name in columns if name not in needs})
+    if not {"feeders", "power"} & needs:
+        layer = replace(layer, feeders=())
+    if "power" not in needs:
+        layer = replace(layer, feeders=tuple(replace(f, power=None) for f in layer.feeders))
+    if "gradient" not in needs:
+        feeders = tuple(replace(f, gradient=None, fisher=None) for f in layer.feeders)
+        layer = replace(layer, gradient=None, fisher=None, feeders=feeders)
+    if "cross" not in needs:
+        return replace(layer, cross=None)
     weight, gram = layer.weight.double(), layer.gram.double()
     return replace(layer, cross=layer.gram.clone(), energy=float(((weight @ gram) * weight).sum()))
 
@@ -65,7 +72,7 @@ class PrunerSuite:
     def test_is_a_frozen_dataclass_that_needs_known_fields(self) -> None:
         assert dataclasses.is_dataclass(self.plugin)
         assert hash(self.plugin) == hash(replace(self.plugin))  # type: ignore[type-var]
-        assert self.plugin.needs <= FIELDS
+        assert self.plugin.needs <= STATISTICS
 
     def test_answers_every_count(self, layer: LayerProblem) -> None:
         checked(self.plugin, layer, range(layer.n_groups + 1))
@@ -103,13 +110,12 @@ class PrunerSuite:
             assert torch.equal(one.weight, two.weight)
 
     def test_leaves_its_input_alone(self, layer: LayerProblem) -> None:
-        names = [f.name for f in dataclasses.fields(layer) if isinstance(getattr(layer, f.name), torch.Tensor)]
-        before = {name: getattr(layer, name).clone() for name in names}
-        candidates = checked(self.plugin, layer, range(layer.n_groups + 1))
-        assert all(torch.equal(before[name], getattr(layer, name)) for name in names)
-        for candidate in candidates:
+        parts = [getattr(owner, f.name) for owner in (layer, *layer.feeders) for f in dataclasses.fields(owner)]
+        tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+        before = [tensor.clone() for tensor in tensors]
+        for candidate in checked(self.plugin, layer, range(layer.n_groups + 1)):
             candidate.weight.fill_(7)  # an answer is the caller's own
-        assert torch.equal(before["weight"], layer.weight)
+        assert all(torch.equal(one, two) for one, two in zip(before, tensors, strict=True))
 
     def test_follows_its_groups_when_they_change_places(self, plain: LayerProblem) -> None:
         counts = range(plain.n_groups + 1)
@@ -124,13 +130,13 @@ class PrunerSuite:
     @pytest.mark.parametrize("scale", [2.0**-6, 2.0**6])
     def test_chooses_the_same_groups_in_other_units(self, plain: LayerProblem, scale: float) -> None:
         counts = range(plain.n_groups + 1)
-        louder = replace(
-            plain,
-            weight=scale * plain.weight,
-            energy=None if plain.energy is None else scale**2 * plain.energy,
-            coupled=None if plain.coupled is None else scale**2 * plain.coupled,
-            gradient=None if plain.gradient is None else plain.gradient / scale,
-        )
+
+        def scaled(part: Any) -> Any:
+            powers = {"weight": 1, "energy": 2, "gradient": -1, "fisher": -2}
+            values = {name: getattr(part, name, None) for name in powers}
+            return replace(part, **{name: scale ** powers[name] * v for name, v in values.items() if v is not None})
+
+        louder = replace(scaled(plain), feeders=tuple(scaled(feeder) for feeder in plain.feeders))
         for one, two in zip(checked(self.plugin, plain, counts), checked(self.plugin, louder, counts), strict=True):
             assert one.kept == two.kept
             torch.testing.assert_close(two.weight, scale * one.weight, rtol=1e-3, atol=1e-5 * scale)

@@ -1,5 +1,6 @@
 """The walk: what is carried, what is checked, what is resumed."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 
 from prunekit import Candidate, LocalPruner, PluginError, WrongInput
-from prunekit.build import build, coupled_power, expected_weight
-from prunekit.calibration.flow import BlockFlow
+from prunekit.build import build, expected_weight, layer_problem
+from prunekit.calibration.flow import BlockFlow, entered
 from prunekit.progress import Progress
 from prunekit.store import CandidateStore
 from prunekit.testing import KeepFirst, toy_supernet, toy_tokens
@@ -116,14 +117,101 @@ def test_activations_that_are_not_finite_name_the_site(tmp_path):
         walk(net, KeepFirst(), tmp_path)
 
 
-def test_coupled_power_counts_every_row_that_goes_with_a_group():
-    net = toy_supernet()
-    block: Any = net.blocks[0]
+def problem(net, site, needs, **more):
+    moments = BlockFlow(net.model, net.adapter, toy_tokens(), dense=False).received(site, needs)
+    return layer_problem(net.model, net.adapter, site, moments, needs, 0.01, **more)
+
+
+@pytest.mark.parametrize("heads", ["kv", "query"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt"])
+def test_feeders_are_the_rows_that_go_when_a_group_goes(family, heads):
+    net = toy_supernet(family, heads=heads)
     attention, mlp = net.space.sites[:2]
-    total = sum(p.square().sum() for p in (block.mlp.gate_proj.weight, block.mlp.up_proj.weight))
-    torch.testing.assert_close(coupled_power(net.adapter, block, mlp).sum(), total)
-    rows = (block.self_attn.q_proj.weight, block.self_attn.k_proj.weight, block.self_attn.v_proj.weight)
-    torch.testing.assert_close(coupled_power(net.adapter, block, attention).sum(), sum(p.square().sum() for p in rows))
+    for site in (attention, mlp):
+        layer = problem(net, site, frozenset({"feeders"}))
+        kept = tuple(range(1, site.n_groups))
+        own = net.adapter.linear(net.blocks[0], site).weight
+        block = copy.deepcopy(net.blocks[0])
+        for path, module in net.adapter.pruned(block, site, Candidate(kept, own)).items():
+            block.set_submodule(path, module)
+        names = {feeder.name for feeder in layer.feeders}
+        changed = {
+            name.removesuffix(".weight")
+            for name, value in block.named_parameters()
+            if name.endswith(".weight") and value.shape[0] != net.blocks[0].get_parameter(name).shape[0]
+        }
+        assert names == changed
+        for feeder in layer.feeders:
+            rows = feeder.weight.unflatten(0, (site.n_groups, -1))[1:].flatten(0, 1)
+            cut = block.get_parameter(f"{feeder.name}.weight")
+            assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, cut.tolist()))
+
+
+def test_the_power_of_feeders_is_that_of_the_stream_that_reaches_them():
+    net = toy_supernet()
+    site = net.space.sites[1]
+    flow = BlockFlow(net.model, net.adapter, toy_tokens(), dense=False)
+    attention = net.space.sites[0]
+    flow.received(attention)
+    carried = net.store.get(attention, 1).weight
+    flow.carry(attention, carried)
+    needs = frozenset({"power"})
+    layer = layer_problem(net.model, net.adapter, site, flow.received(site, needs), needs, 0.01)
+    block: Any = copy.deepcopy(net.blocks[0])
+    block.self_attn.o_proj.weight.data = carried
+    seen = []
+    block.mlp.register_forward_pre_hook(lambda _, x: seen.append(x[0].flatten(0, 1)))
+    with torch.no_grad():
+        hidden, calls = entered(net.model, net.adapter, toy_tokens().ids)
+        calls[0](block, hidden)
+    assert [feeder.name for feeder in layer.feeders] == ["mlp.gate_proj", "mlp.up_proj"]
+    for feeder in layer.feeders:
+        torch.testing.assert_close(feeder.power, seen[0].square().mean(0))
+
+
+def test_what_nobody_needs_is_not_there():
+    net = toy_supernet()
+    layer = problem(net, net.space.sites[0], frozenset({"gram"}))
+    assert layer.feeders == ()
+    assert all(getattr(layer, name) is None for name in ("absolute", "contrast", "gradient", "fisher", "mean"))
+
+
+def test_the_contrast_is_what_the_second_data_set_brings_through_the_same_carried_weights(tmp_path):
+    net, second = toy_supernet(), toy_tokens(seed=7)
+    found = []
+
+    @dataclass(frozen=True)
+    class Against(KeepFirst):
+        @property
+        def needs(self):
+            return frozenset({"contrast"})
+
+        def prune(self, layer, keeps):
+            found.append((layer.contrast, layer.gram.diagonal()))
+            return super().prune(layer, keeps)
+
+    errors, _ = walk(net, Against(), tmp_path / "one", contrast=second)
+    assert errors == walk(net, KeepFirst(), tmp_path / "two")[0]
+    swapped = found.copy()
+    found.clear()
+    store = CandidateStore(tmp_path / "three", {})
+    build(
+        net.model, net.adapter, net.space, net.space.uniform(), Against(), second, store,
+        contrast=toy_tokens(), dtype=torch.float64, progress=Progress(),
+    )  # fmt: skip
+    for (contrast, own), (back, forth) in zip(swapped, found, strict=True):
+        torch.testing.assert_close((contrast, own), (forth, back))  # candidates do not hang on the tokens here
+
+
+@pytest.mark.parametrize("need", ["contrast", "gradient", "thoughts"])
+def test_a_need_that_nobody_meets_is_refused(tmp_path, need):
+    class Wants(KeepFirst):
+        @property
+        def needs(self):
+            return frozenset({"gram", need})
+
+    with pytest.raises(PluginError, match=f"Wants needs {need}, which calibration cannot collect"):
+        walk(toy_supernet(), Wants(), tmp_path)
 
 
 def test_query_heads_are_pruned_evenly_from_every_kv_group(tmp_path):

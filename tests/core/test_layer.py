@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prunekit import LayerProblem, best_groups
-from prunekit.layer import ranked
+from prunekit.layer import Feeder, ranked
 from prunekit.testing import toy_layer
 
 SIZES = [pytest.param(1, id="columns"), pytest.param(3, id="blocks")]
@@ -194,7 +194,7 @@ def test_gram_that_is_no_second_moment_is_refused_by_name() -> None:
         broken.refitted([0])
 
 
-@pytest.mark.parametrize("part", ["weight", "gram", "cross", "mean", "variance", "coupled", "gradient"])
+@pytest.mark.parametrize("part", ["weight", "gram", "cross", "mean", "absolute", "contrast", "fisher"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_refused_by_name(part: str, value: float) -> None:
     layer = toy_layer()
@@ -202,6 +202,21 @@ def test_what_is_not_finite_is_refused_by_name(part: str, value: float) -> None:
     bad.view(-1)[0] = value
     with pytest.raises(ValueError, match=f"plain toy: its {part} is not finite"):
         replace(layer, **{part: bad})
+
+
+@pytest.mark.parametrize("part", ["weight", "power", "gradient", "fisher"])
+def test_a_feeder_that_is_not_finite_is_refused_by_name(part: str) -> None:
+    layer = toy_layer()
+    feeder = layer.feeders[0]
+    bad = getattr(feeder, part).clone()
+    bad.view(-1)[0] = torch.nan
+    with pytest.raises(ValueError, match=f"plain toy: wide's {part} is not finite"):
+        replace(layer, feeders=(replace(feeder, **{part: bad}),))
+
+
+def test_rows_that_are_no_equal_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match="7 rows of up, 6 groups"):
+        replace(toy_layer(), feeders=(Feeder("up", torch.ones(7, 2)),))
 
 
 def test_half_precision_weights_are_finite_however_many() -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunekit
 from prunekit import pipeline
+from prunekit.calibration.gradients import Gradients
 from prunekit.checkpoint import fingerprint
 from prunekit.demo import MODEL
 from prunekit.ledger import Ledger
@@ -116,6 +117,43 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, whole, tmp_path, m
     prunekit.prune(folder, output=tmp_path / "out", **QUICK)
     assert content(tmp_path / "out") == content(whole)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_gradient_pass_that_is_interrupted_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch):
+    settings = quick(pruner="gradient", allocator="uniform", objective="expected-error", verify=False)
+    prunekit.prune(folder, output=tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        write = Gradients._write
+
+        def killing(self, block, *rest):
+            if block == 1:
+                raise KeyboardInterrupt
+            write(self, block, *rest)
+
+        patch.setattr(Gradients, "_write", killing)
+        with pytest.raises(KeyboardInterrupt):
+            prunekit.prune(folder, output=tmp_path / "out", **settings)
+    assert [p.name for p in (tmp_path / "out.partial" / "gradients").iterdir()] == ["block-2.safetensors"]
+    prunekit.prune(folder, output=tmp_path / "out", **settings)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_second_data_set_reaches_the_pruner_and_the_report(folder, tmp_path):
+    second = tmp_path / "second.txt"
+    second.write_text("A quiet text that says one thing again and again. " * 500, encoding="utf-8")
+    plain = {"allocator": "uniform", "objective": "expected-error", "verify": False}
+    settings = {"pruner": "safety-potential", **plain}
+    with pytest.raises(
+        prunekit.WrongInput, match=r"'safety-potential' compares two data sets.*data\.contrast_dataset="
+    ):
+        prunekit.prune(folder, **quick(**settings))
+    result = prunekit.prune(folder, **quick(**settings, data__contrast_dataset=str(second)))
+    assert result.report["data"]["contrast"]["tokens"] == 512
+    state, other = (
+        result.model.state_dict(),
+        prunekit.prune(folder, **quick(**plain, pruner="wanda")).model.state_dict(),
+    )
+    assert any(not torch.equal(state[name], other[name]) for name in state)
 
 
 def test_another_recipe_does_not_go_on_with_an_unfinished_run(folder, tmp_path, monkeypatch):

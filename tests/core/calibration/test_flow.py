@@ -1,5 +1,6 @@
 """Blocks run one at a time give what the model gives."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -66,6 +67,31 @@ def test_moments_of_the_dense_stream_are_those_of_one_forward(family):
         torch.testing.assert_close(moments.gram, x.T @ x / len(x))
         torch.testing.assert_close(moments.mean, x.mean(0))
         torch.testing.assert_close(moments.variance, x.var(0, correction=0))
+        stream.carry(site, None)
+        if site.kind == "mlp":
+            stream.advance(site.block)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_costs_more_is_added_up_where_it_is_needed(family):
+    model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
+    fed, handles = {}, []
+    for site in adapter.sites(model):
+        block = adapter.blocks(model)[site.block]
+        for cut in adapter.cuts(block, site)[:-1]:
+            hook = partial(lambda key, _, x: fed.__setitem__(key, x[0].flatten(0, -2)), (site, cut.path))
+            handles.append(block.get_submodule(cut.path).register_forward_pre_hook(hook))
+    own = inputs_of(model, adapter, tokens)
+    for handle in handles:
+        handle.remove()
+    stream = BlockFlow(model, adapter, tokens, dense=False)
+    for site in adapter.sites(model):
+        moments = stream.received(site, frozenset({"absolute", "power"}))
+        windows = own[site].unflatten(0, tuple(tokens.ids.shape))
+        torch.testing.assert_close(moments.absolute, windows.abs().mean(1).square().mean(0).sqrt())
+        assert set(moments.fed) == {path for at, path in fed if at == site}
+        for path in moments.fed:
+            torch.testing.assert_close(moments.fed_power(path), fed[site, path].square().mean(0))
         stream.carry(site, None)
         if site.kind == "mlp":
             stream.advance(site.block)

@@ -27,6 +27,21 @@ def test_shards_give_the_moments_of_the_whole():
         torch.testing.assert_close(getattr(whole, name), getattr(shards, name))
 
 
+def test_what_is_asked_for_besides_adds_up_too():
+    x = torch.randn(6, 9, 4, generator=torch.Generator().manual_seed(1)).double()  # windows of nine tokens
+
+    def asked(windows):
+        moments = filled(windows.flatten(0, 1))
+        moments.add_absolute(windows)
+        moments.add_fed("up", windows.flatten(0, 1)[:, :2])
+        return moments
+
+    whole, shards = asked(x), asked(x[:2]).merged(asked(x[2:]))
+    for moments in (whole, shards):
+        torch.testing.assert_close(moments.absolute, x.abs().mean(1).square().mean(0).sqrt())
+        torch.testing.assert_close(moments.fed_power("up"), x[..., :2].square().mean((0, 1)))
+
+
 def test_half_precision_inputs_are_multiplied_in_float32():
     x = torch.full((1000, 1), 1.0625).bfloat16()
     assert float(filled(x).gram) == 1.0625**2

@@ -127,6 +127,27 @@ def test_other_text_than_the_recipe_was_made_with_is_refused(text: Path) -> None
         draw(Letters(), resolved)
 
 
+def test_a_second_data_set_is_as_long_as_calibration_and_recorded(text: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second.txt"
+    second.write_text(numbered(100)[::-1], encoding="utf-8")
+    draws = draw(Letters(), spec(text, contrast_dataset=str(second)))
+    alone = draw(Letters(), spec(text))
+    assert alone.contrast is None
+    assert draws.contrast is not None
+    assert (draws.contrast.n_tokens, draws.contrast.source) == (64, "second")
+    assert draws.contrast.ids.flatten().tolist() == [ord(letter) for letter in numbered(100)[::-1][:64]]
+    assert draws.calibration.digest == alone.calibration.digest
+    assert draws.spec.digests == {**(alone.spec.digests or {}), "contrast": draws.contrast.digest}
+    assert draw(Letters(), draws.spec).spec == draws.spec
+
+    second.write_text(numbered(100), encoding="utf-8")
+    with pytest.raises(WrongInput, match="other contrast tokens than second"):
+        draw(Letters(), draws.spec)
+    second.write_text(numbered(40), encoding="utf-8")
+    with pytest.raises(WrongInput, match=r"too little text: .*second\.txt has 40 tokens.*contrast 64"):
+        draw(Letters(), spec(text, contrast_dataset=str(second)))
+
+
 def test_defaults_shrink_to_the_text_and_say_so(text: Path) -> None:
     heard = Heard()
     draws = draw(Letters(), DataSpec(dataset=str(text)), heard, max_seqlen=16)

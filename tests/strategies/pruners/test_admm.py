@@ -7,7 +7,7 @@ from prunekit import LayerProblem
 from prunekit.testing import toy_layer
 from prunekit_strategies.pruners.admm import ADMM, alternate
 from prunekit_strategies.pruners.obs import OBS
-from prunekit_strategies.pruners.wanda import Wanda
+from prunekit_strategies.pruners.score import Wanda
 
 
 def correlated(size: int = 1, seed: int = 0) -> LayerProblem:

@@ -8,8 +8,15 @@ from prunekit.testing import PrunerSuite
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "admm": [{"iterations": 5}],
+    "gradient": [
+        {"order": "second", "reduce": "max"},
+        {"order": "mix", "grain": "coarse", "reduce": "prod"},
+        {"refit": True, "reduce": "first"},
+    ],
     "magnitude": [{"refit": True}],
     "obs": [{"aim": "dense"}, {"aim": "stream"}],
+    "score": [{"scope": "coupled", "reduce": "max"}, {"weight_power": 0.5, "activation_power": 2.0}],
+    "second-moment": [{"heads": "likeness"}, {"refit": False}],
     "wanda": [{"refit": True}],
 }
 

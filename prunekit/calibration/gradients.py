@@ -1,0 +1,182 @@
+"""Gradients of the dense model's loss, one block at a time: block inputs are kept, blocks are run again backwards.
+
+Only one block's gradients are ever in memory; they go to disk, and the walk reads those of a site when it gets there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int64
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from prunekit.adapters import ModelAdapter
+from prunekit.calibration.flow import Call, chunks, entered
+from prunekit.calibration.moments import precise
+from prunekit.calibration.tokens import TokenBatch
+from prunekit.errors import CannotGoOn, WrongInput
+from prunekit.progress import Progress
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """E[∂L/∂W] and E[(∂L/∂W)²] over windows, of every linear map a site cuts; float32 or better, on disk.
+
+    L is the mean next-token cross-entropy of one window, in nats. A block's file has its name only when it is
+    whole, so a pass that was killed goes on with the blocks it lacks.
+    """
+
+    directory: Path
+
+    def read(
+        self, block: int, path: str, device: torch.device
+    ) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, "d_out d_in"]]:
+        """(gradient, fisher) of the linear map at `path` in a block.
+
+        Raises:
+            CannotGoOn: its file is missing or damaged.
+        """
+        try:
+            with safe_open(self._file(block), "pt", device=str(device)) as file:
+                return file.get_tensor(f"{path}.gradient"), file.get_tensor(f"{path}.fisher")
+        except (OSError, SafetensorError) as error:
+            raise CannotGoOn(
+                f"{self._file(block)} is missing or damaged; remove {self.directory} to collect again"
+            ) from error
+
+    @classmethod
+    def collected(
+        cls, model: nn.Module, adapter: ModelAdapter, tokens: TokenBatch, directory: Path, progress: Progress
+    ) -> Gradients:
+        """Go through the model once forwards and once backwards, unless that was done before.
+
+        Raises:
+            WrongInput: the windows have no next token, or the loss is not finite.
+        """
+        self = cls(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        blocks = adapter.blocks(model)
+        if all(self._file(b).exists() for b in range(len(blocks))):
+            return self
+        if tokens.seqlen < 2:
+            raise WrongInput("gradients need windows of two tokens or more; raise --seqlen")
+        paths: list[set[str]] = [set() for _ in blocks]
+        for site in adapter.sites(model):
+            paths[site.block] |= {cut.path for cut in adapter.cuts(blocks[site.block], site)}
+
+        device = next(model.parameters()).device
+        inputs: list[list[Tensor]] = []  # by chunk and block, in the host's memory
+        calls: list[list[Call]] = []
+        slopes: list[Tensor] = []  # ∂(length - 1)L/∂h by chunk, h what leaves the block that is next
+        with progress.stage("gradients", 2 * len(blocks)) as stage:
+            for ids in chunks(tokens):
+                hidden, made = entered(model, adapter, ids)
+                seen = []
+                with torch.no_grad():
+                    for block, call in zip(blocks, made, strict=True):
+                        seen.append(hidden.cpu())
+                        hidden = call(block, hidden)
+                inputs.append(seen)
+                calls.append(made)
+                slopes.append(_slope(model, adapter, hidden, ids.to(device)))
+            stage.advance(len(blocks))
+            for b in reversed(range(len(blocks))):
+                sums: dict[str, tuple[Tensor, Tensor]] = {}
+                for i, slope in enumerate(slopes):
+                    hidden = inputs[i].pop().to(device)
+                    wanted = sorted(paths[b]) if not self._file(b).exists() else []
+                    slopes[i] = _backwards(blocks[b], calls[i][b], hidden, slope, wanted, sums)
+                if not self._file(b).exists():
+                    self._write(b, sums, len(tokens))
+                stage.advance()
+        return self
+
+    def _file(self, block: int) -> Path:
+        return self.directory / f"block-{block}.safetensors"
+
+    def _write(self, block: int, sums: dict[str, tuple[Tensor, Tensor]], windows: int) -> None:
+        means = {}
+        for path, (gradient, fisher) in sums.items():
+            means[f"{path}.gradient"] = (gradient / windows).cpu()
+            means[f"{path}.fisher"] = (fisher / windows).cpu()
+        temporary = self.directory / f".block-{block}.safetensors"
+        save_file(means, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(self._file(block))
+
+
+def _slope(
+    model: nn.Module,
+    adapter: ModelAdapter,
+    hidden: Float[Tensor, "windows length d"],
+    ids: Int64[Tensor, "windows length"],
+) -> Float[Tensor, "windows length d"]:
+    """∂(length - 1)L/∂h of every window, h what leaves the last block: the sum, which half precision can hold."""
+    found = []
+    for left, own in zip(hidden.split(1), ids, strict=True):  # logits are wide: one window's at a time
+        with torch.enable_grad():
+            window = left.detach().requires_grad_()
+            logits = adapter.logits(model, window)[0, :-1]
+            loss = functional.cross_entropy(precise(logits), own[1:], reduction="sum")
+            (slope,) = torch.autograd.grad(loss, window)
+        if not bool(torch.isfinite(slope).all()):
+            raise WrongInput("the loss on a calibration window has no finite gradient; try --dtype float32")
+        found.append(slope)
+    return torch.cat(found)
+
+
+def _backwards(
+    block: nn.Module,
+    call: Call,
+    hidden: Float[Tensor, "windows length d"],
+    slope: Float[Tensor, "windows length d"],
+    paths: list[str],
+    sums: dict[str, tuple[Tensor, Tensor]],
+) -> Float[Tensor, "windows length d"]:
+    """∂(length - 1)L/∂h of what enters the block; ∂L/∂W of its maps at `paths` goes into `sums`, and its square.
+
+    Windows go together, yet each has a gradient of its own: for y = W x it is Σ_t ∂L/∂y_t x_tᵀ over its tokens.
+    """
+    # the other attention kernels add up in no fixed order on CUDA
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _caught(block, paths) as caught:
+        hidden = hidden.detach().requires_grad_()
+        out = call(block, hidden)
+        into, *outof = torch.autograd.grad(out, [hidden, *(y for _, y in caught.values())], slope)
+    for path, (x, _), dy in zip(caught, caught.values(), outof, strict=True):
+        for own_x, own_dy in zip(_by_window(x.detach(), hidden), _by_window(dy, hidden), strict=True):
+            gradient = precise(own_dy).T @ precise(own_x) / (hidden.shape[1] - 1)
+            if path not in sums:
+                sums[path] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+            sums[path][0].add_(gradient)
+            sums[path][1].addcmul_(gradient, gradient)
+    return into
+
+
+@contextmanager
+def _caught(block: nn.Module, paths: list[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Within: what the linear maps of the block receive and give, by path, in the order of the graph."""
+    caught: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def catch(path: str, _: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        caught[path] = args[0], out
+
+    with ExitStack() as stack:
+        for path in paths:
+            stack.enter_context(block.get_submodule(path).register_forward_hook(partial(catch, path)))
+        yield caught
+
+
+def _by_window(values: Tensor, hidden: Tensor) -> Float[Tensor, "windows length d"]:
+    """Some blocks flatten windows into one row of tokens."""
+    return values.reshape(len(hidden), hidden.shape[1], -1)

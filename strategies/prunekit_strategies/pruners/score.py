@@ -1,0 +1,254 @@
+"""Group scores in one piece, weights in one go: the size of a group's weights times the size of its inputs.
+
+One general pruner; every paper below it is the same formula with other exponents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from prunekit import Candidate, LayerProblem, LocalPruner
+from prunekit.layer import ranked
+
+Activation = Literal["rms", "std", "absolute", "contrast"]
+Reduce = Literal["sum", "mean", "max", "rms"]
+Scope = Literal["columns", "coupled"]
+
+NEEDS: dict[Activation, frozenset[str]] = {
+    "rms": frozenset({"gram"}),
+    "std": frozenset({"variance"}),
+    "absolute": frozenset({"absolute"}),
+    "contrast": frozenset({"gram", "contrast"}),
+}
+
+
+@dataclass(frozen=True)
+class Score(LocalPruner):
+    """Keep the groups of largest score: a norm of each column's weights times a power of its input, over the group.
+
+        s_j = (Σ_i |W_ij|^p)^(q/p) x_j^a           p, q, a: weight_norm, weight_power, activation_power   (1)
+        u_g = reduce of s_j over the columns j of group g                                                 (2)
+        u_g ← u_g + Σ_f reduce over rows r of g of (Σ_j (|F_rj| z_j^{a/q})^p)^(q/p)      scope: coupled    (3)
+
+    W (d_out, d_in) is the layer, x_j a statistic of its input j: `rms` √E[x_j²]; `std`, about the mean; `absolute`,
+    of the mean |x_j| of windows; `contrast` √max(0, E[x_j²] - E'[x_j²]), E' on the second data set. F (rows, d) are
+    the maps in front, whose rows go with a group, z_j the rms of their inputs. q = 0 leaves the weights out, a = 0
+    the inputs. On a tie the lower id stays.
+
+    Sources: the subclasses, each a paper. Ours: a group is what can be removed, a KV head with its query heads or
+    one of the MLP's neurons, and every score is taken on the inputs that pruned layers carry here.
+    """
+
+    weight_norm: float = 1.0
+    weight_power: float = 1.0
+    activation: Activation = "rms"
+    activation_power: float = 1.0
+    reduce: Reduce = "sum"
+    scope: Scope = "columns"  # coupled: rows of the maps in front count as well
+    refit: bool = False  # least-squares weights on the kept groups; False: as they are
+
+    def __post_init__(self) -> None:
+        if self.weight_norm <= 0 or self.weight_power < 0 or self.activation_power < 0:
+            raise ValueError(
+                "weight_norm > 0, weight_power ≥ 0 and activation_power ≥ 0 are needed, not "
+                f"{self.weight_norm}, {self.weight_power} and {self.activation_power}"
+            )
+        if not (self.weight_power or self.activation_power):
+            raise ValueError("with weight_power = 0 and activation_power = 0 all groups score alike; raise one of them")
+        for option, known in (("activation", Activation), ("reduce", Reduce), ("scope", Scope)):
+            if getattr(self, option) not in get_args(known):
+                raise ValueError(f"no {option} {getattr(self, option)!r}; there are {', '.join(get_args(known))}")
+        if self.scope == "coupled" and not (self.weight_power and (self._quiet or self.activation == "rms")):
+            raise ValueError(
+                "scope coupled scores rows by their weights and the rms of their inputs; "
+                "it needs weight_power > 0, and activation rms or activation_power = 0"
+            )
+
+    @property
+    def _quiet(self) -> bool:
+        """The inputs have no say."""
+        return self.activation_power == 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        needs = frozenset({"gram"} if self.refit else ())
+        if not self._quiet:
+            needs |= NEEDS[self.activation]
+        if self.scope == "coupled":
+            needs |= {"feeders"} if self._quiet else {"feeders", "power"}
+        return needs
+
+    def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
+        ranking = ranked(self.scores(layer))
+        if self.refit:
+            return layer.nested(ranking).candidates(keeps)
+        return [layer.masked(ranking[:keep]) for keep in keeps]
+
+    def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"]:
+        """u_g in float64."""
+        score = self._reduced(self._fibres(layer.weight, self._inputs(layer), 0), layer.n_groups)  # (1), (2)
+        if self.scope == "columns":
+            return score
+        fed = torch.zeros_like(score)
+        for feeder in layer.feeders:
+            inputs = None if self._quiet or feeder.power is None else feeder.power.double().sqrt()
+            fed += self._reduced(self._fibres(feeder.weight, inputs, 1), layer.n_groups)
+        return score + fed  # (3)
+
+    def _inputs(self, layer: LayerProblem) -> Float[Tensor, " d_in"] | None:
+        """x_j, or None where the inputs have no say."""
+        if self._quiet:
+            return None
+        power = layer.gram.diagonal().double()
+        if self.activation == "contrast":
+            assert layer.contrast is not None
+            power = power - layer.contrast.double()
+        if self.activation == "std":
+            assert layer.variance is not None
+            power = layer.variance.double()
+        if self.activation == "absolute":
+            assert layer.absolute is not None
+            return layer.absolute.double()
+        return power.clamp_min(0).sqrt()
+
+    def _fibres(self, weight: Float[Tensor, "m n"], inputs: Float[Tensor, " n"] | None, dim: int) -> Tensor:
+        """Norms over `dim` of weights times inputs, to the power q."""
+        p, q, a = self.weight_norm, self.weight_power, self.activation_power
+        if inputs is not None and not q:
+            return inputs**a
+        cells = weight.double().abs()
+        if inputs is not None:
+            cells = cells * inputs ** (a / q)
+        return cells.pow(p).sum(dim).pow(q / p)
+
+    def _reduced(self, fibres: Float[Tensor, " fibres"], n_groups: int) -> Float[Tensor, " n_groups"]:
+        units = fibres.reshape(n_groups, -1)
+        if self.reduce == "rms":
+            return units.square().mean(1).sqrt()
+        return {"sum": units.sum, "mean": units.mean, "max": units.amax}[self.reduce](1)
+
+
+@dataclass(frozen=True)
+class Magnitude(Score):
+    """Keep the groups with the largest weights, everything that goes with a group included; reads no tokens.
+
+    u_g = ‖W_:g‖²_F + Σ_f ‖rows of F that feed g‖²
+    """
+
+    weight_norm: float = 2.0
+    weight_power: float = 2.0
+    activation_power: float = 0.0
+    scope: Scope = "coupled"
+
+
+@dataclass(frozen=True)
+class Wanda(Score):
+    """Keep the groups with the largest sum of weights times input norms: Wanda for structures.
+
+        u_g = Σ_{j ∈ g} Σ_i |W_ij| ‖x_j‖            ‖x_j‖ root mean square over tokens
+
+    Source: Sun et al. 2024 (arXiv 2306.11695), eq. 1, for single weights; Wanda-sp of FLAP (An et al. 2024, arXiv
+    2312.11983) for groups, with the mean where we take the sum: groups of a site have one size, so the order is the
+    same. (|W_ij| ‖x_j‖)² is the exact error of zeroing that weight alone.
+    """
+
+
+@dataclass(frozen=True)
+class FASP(Score):
+    """Wanda's column sums, then the kept columns are refitted by least squares.
+
+        u_g = Σ_{j ∈ g} Σ_i |W_ij| ‖x_j‖,    Ŵ_K = (W H)_:K (H_KK + λI)⁻¹
+
+    Source: FASP (arXiv 2501.09412). Ours: the ridge pulls towards the dense weights, not towards zero, and attention
+    loses whole KV groups where the paper cuts channels of the values.
+    """
+
+    refit: bool = True
+
+
+@dataclass(frozen=True)
+class FLAP(Score):
+    """FLAP's WIFV: keep what varies, for a bias can make up for what is constant.
+
+        s_j = var(x_j) Σ_i W_ij²        the exact error of removing column j alone when b ← b + W_:j E[x_j]
+        u_g = s_j of a neuron; the mean of s_j² over the columns of a group of heads
+
+    Source: An et al. 2024 (arXiv 2312.11983), with the released code's square for heads. Standardising scores over
+    layers is an allocator's part, the bias a finisher's.
+    """
+
+    weight_norm: float = 2.0
+    weight_power: float = 2.0
+    activation: Activation = "std"
+    activation_power: float = 2.0
+    reduce: Reduce = "rms"
+
+    def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"]:
+        score = super().scores(layer)
+        return score.square() if layer.group_size > 1 else score
+
+
+@dataclass(frozen=True)
+class FLAPVariance(FLAP):
+    """FLAP's IFV: the variance of the inputs alone, s_j = var(x_j)."""
+
+    weight_power: float = 0.0
+
+
+@dataclass(frozen=True)
+class FLAPNorm(FLAP):
+    """FLAP's WIFN: Wanda's column sums, s_j = Σ_i |W_ij| ‖x_j‖, for groups of heads the mean of their squares."""
+
+    weight_norm: float = 1.0
+    weight_power: float = 1.0
+    activation: Activation = "rms"
+    activation_power: float = 1.0
+
+
+@dataclass(frozen=True)
+class Minitron(Score):
+    """Keep the groups whose activations are large; the weights have no say.
+
+        s_j = √ E_windows[ (mean over tokens of |x_j|)² ],     u_g = root mean square of s_j over the group
+
+    Source: Muralidharan et al. 2024 (arXiv 2407.14679), mean over the sequence and l2 over the batch. The paper takes
+    a head's norm token by token; here it is taken of the columns' statistics. Depth and the hidden width are no groups.
+    """
+
+    weight_power: float = 0.0
+    activation: Activation = "absolute"
+    reduce: Reduce = "rms"
+
+
+@dataclass(frozen=True)
+class Channel(Score):
+    """Independent channel contribution: how large the output of each column is on its own.
+
+        s_j = ‖W_:j‖₂ · |x_j|,     u_g = root mean square of s_j over the group
+
+    Source: the activation scores of NVIDIA's Model-Optimizer. |x_j| is the mean of windows' means there, the root
+    mean square of windows' means here.
+    """
+
+    weight_norm: float = 2.0
+    activation: Activation = "absolute"
+    reduce: Reduce = "rms"
+
+
+@dataclass(frozen=True)
+class SafetyPotential(Score):
+    """Keep what works on the calibration data and not on a second data set.
+
+        u_g = Σ_{j ∈ g} Σ_i |W_ij| √max(0, E[x_j²] - E'[x_j²])
+
+    Source: arXiv 2603.14219, for single weights; here for groups. E' is taken over `data.contrast_dataset`, on what
+    pruned layers carry. Inputs that the second set drives harder count nothing (an unclamped root would be no number).
+    """
+
+    activation: Activation = "contrast"

@@ -1,0 +1,126 @@
+"""Block by block, the gradients are those of the whole model at once."""
+
+import copy
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from prunekit import WrongInput
+from prunekit.adapters import adapter_for
+from prunekit.calibration import flow
+from prunekit.calibration.gradients import Gradients
+from prunekit.errors import CannotGoOn
+from prunekit.progress import Progress
+from prunekit.testing import tiny, toy_tokens
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in ("llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox")},  # qwen2 is tied
+    "gpt_neox-sequential-tied": ("gpt_neox", {"use_parallel_residual": False, "tie_word_embeddings": True}),
+    "opt-norms-after": ("opt", {"do_layer_norm_before": False}),
+    "mistral-sliding": ("mistral", {"sliding_window": 4}),
+}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(flow, "TOKENS_AT_ONCE", 24)  # two windows at once, the last alone
+
+
+def collected(model, directory, tokens):
+    return Gradients.collected(model, adapter_for(model.config.model_type), tokens, directory, Progress())
+
+
+def exact(family, **overrides):
+    """A tiny model whose norms stay in float64, where the stock ones go through float32."""
+    model = tiny(family, **overrides)
+    for path, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            norm = nn.RMSNorm(module.weight.shape[0], eps=module.variance_epsilon)
+            norm.weight = module.weight
+            model.set_submodule(path, norm)
+    return model.requires_grad_(False)
+
+
+def by_autograd(model, tokens):
+    """Per window, the gradient of every parameter, taken through the whole model."""
+    model = copy.deepcopy(model).requires_grad_(True)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    windows = []
+    for window in tokens.ids:
+        logits = model(window[None]).logits[0, :-1]
+        found = torch.autograd.grad(functional.cross_entropy(logits, window[1:]), parameters, allow_unused=True)
+        windows.append(dict(zip(names, found, strict=True)))
+    return windows
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradient_and_fisher_are_those_of_autograd_through_the_whole_model(variant, tmp_path):
+    family, overrides = VARIANTS[variant]
+    model, adapter, tokens = exact(family, **overrides), adapter_for(family), toy_tokens(5)
+    gradients, expected = collected(model, tmp_path, tokens), by_autograd(model, tokens)
+    met = set()
+    for site in adapter.sites(model):
+        for cut in adapter.cuts(adapter.blocks(model)[site.block], site):
+            name = f"{adapter.layers}.{site.block}.{cut.path}.weight"
+            windows = torch.stack([window[name] for window in expected])
+            gradient, fisher = gradients.read(site.block, cut.path, CPU)
+            torch.testing.assert_close(gradient, windows.mean(0), rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(fisher, windows.square().sum(0) / len(tokens), rtol=1e-9, atol=1e-12)
+            met.add(name)
+    matrices = {n for n, p in model.named_parameters() if n.startswith(f"{adapter.layers}.") and p.dim() == 2}
+    assert met == matrices
+
+
+def test_a_scale_that_moves_between_up_and_down_moves_no_loss(tmp_path):
+    # L(c · up_j, down_:j / c) is constant in c, so Σ w g over row j of up and over column j of down agree
+    model = exact("llama")
+    gradients = collected(model, tmp_path, toy_tokens())
+    block: Any = model.model.layers[1]
+    rows = block.mlp.up_proj.weight * gradients.read(1, "mlp.up_proj", CPU)[0]
+    columns = block.mlp.down_proj.weight * gradients.read(1, "mlp.down_proj", CPU)[0]
+    torch.testing.assert_close(rows.sum(1), columns.sum(0))
+
+
+def test_a_pass_that_was_killed_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    model = tiny("llama").requires_grad_(False).float()
+    collected(model, tmp_path / "whole", toy_tokens())
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    for block in (0, 1):
+        (tmp_path / "killed" / f"block-{block}.safetensors").unlink()  # blocks are written from the last to the first
+    (tmp_path / "killed" / ".block-1.safetensors").write_bytes(b"half of it")
+    kept = (tmp_path / "killed" / "block-2.safetensors").stat().st_mtime_ns
+    collected(model, tmp_path / "killed", toy_tokens())
+    assert (tmp_path / "killed" / "block-2.safetensors").stat().st_mtime_ns == kept
+    for block in range(3):
+        name = f"block-{block}.safetensors"
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == [f"block-{b}.safetensors" for b in range(3)]
+
+    monkeypatch.setattr("prunekit.calibration.gradients.entered", None)  # nothing is run again
+    collected(model, tmp_path / "whole", toy_tokens())
+
+
+def test_half_precision_keeps_gradients_that_are_too_small_for_it(tmp_path):
+    model = tiny("llama", num_hidden_layers=1).requires_grad_(False)
+    exact = collected(model, tmp_path / "exact", toy_tokens()).read(0, "mlp.down_proj", CPU)
+    coarse = collected(model.bfloat16(), tmp_path / "coarse", toy_tokens()).read(0, "mlp.down_proj", CPU)
+    for one, two in zip(exact, coarse, strict=True):
+        assert two.dtype == torch.float32
+        assert float((one - two).norm() / one.norm()) < 0.1
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    gradients = collected(tiny("llama").requires_grad_(False), tmp_path, toy_tokens())
+    (tmp_path / "block-1.safetensors").write_bytes(b"")
+    with pytest.raises(CannotGoOn, match=r"block-1\.safetensors is missing or damaged; remove"):
+        gradients.read(1, "mlp.down_proj", CPU)
+
+
+def test_windows_of_one_token_are_refused(tmp_path):
+    with pytest.raises(WrongInput, match="two tokens or more"):
+        collected(tiny("llama").requires_grad_(False), tmp_path, toy_tokens(seqlen=1))

@@ -1,0 +1,181 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from prunekit import LayerProblem
+from prunekit.layer import Feeder
+from prunekit.testing import toy_layer
+from prunekit_strategies.pruners.score import (
+    FASP,
+    FLAP,
+    Channel,
+    FLAPNorm,
+    FLAPVariance,
+    Magnitude,
+    Minitron,
+    SafetyPotential,
+    Score,
+    Wanda,
+)
+
+WEIGHT = torch.tensor([[3.0, -1.0, 0.0, 2.0], [0.0, 2.0, 1.0, -2.0]])  # Σ|W_ij|: 3, 3, 1, 4; ΣW²: 9, 5, 1, 8
+GRAM = torch.diag(torch.tensor([4.0, 1.0, 49.0, 0.25]))  # rms: 2, 1, 7, 0.5
+HAND = LayerProblem(
+    WEIGHT,
+    GRAM,
+    mean=torch.tensor([0.0, 0.6, 7.0, 0.5]),
+    variance=torch.tensor([4.0, 0.64, 0.0, 0.0]),
+    absolute=torch.tensor([1.5, 0.5, 7.0, 0.5]),
+    contrast=torch.tensor([3.0, 2.0, 0.0, 0.25]),
+    feeders=(Feeder("up", torch.tensor([[0.0], [0.0], [3.0], [1.0]]), power=torch.tensor([4.0])),),
+)
+PAIRS = replace(HAND, group_size=2)
+CASES: list[tuple[Any, list[float], list[float]]] = [  # by column, by pair of columns
+    (Wanda(), [6, 3, 7, 2], [9, 9]),
+    (FASP(), [6, 3, 7, 2], [9, 9]),
+    (Magnitude(), [9, 5, 10, 9], [14, 19]),
+    (FLAP(), [36, 3.2, 0, 0], [(36**2 + 3.2**2) / 2, 0]),
+    (FLAPVariance(), [4, 0.64, 0, 0], [(16 + 0.64**2) / 2, 0]),
+    (FLAPNorm(), [6, 3, 7, 2], [(36 + 9) / 2, (49 + 4) / 2]),
+    (Minitron(), [1.5, 0.5, 7, 0.5], [1.25**0.5, (49.25 / 2) ** 0.5]),
+    (Channel(), [4.5, 5**0.5 / 2, 7, 2**0.5], [((20.25 + 1.25) / 2) ** 0.5, ((49 + 2) / 2) ** 0.5]),
+    (SafetyPotential(), [3, 0, 7, 0], [3, 7]),
+    (Score(scope="coupled"), [6, 3, 7 + 6, 2 + 2], [9, 9 + 8]),
+    (Score(reduce="mean"), [6, 3, 7, 2], [4.5, 4.5]),
+    (Score(reduce="max"), [6, 3, 7, 2], [6, 7]),
+    (Score(weight_norm=2, weight_power=1, activation_power=0.5), [3 * 2**0.5, 5**0.5, 7**0.5, 2], []),
+]
+
+
+@pytest.mark.parametrize(("pruner", "columns", "pairs"), CASES, ids=str)
+def test_scores_by_hand(pruner: Score, columns: list[float], pairs: list[float]) -> None:
+    assert pruner.scores(HAND).tolist() == pytest.approx(columns, rel=1e-6, abs=1e-12)
+    if pairs:
+        even = replace(PAIRS, feeders=(replace(HAND.feeders[0]),))
+        assert pruner.scores(even).tolist() == pytest.approx(pairs, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize(("pruner", "columns"), [(p, c) for p, c, _ in CASES], ids=str)
+def test_keeps_what_scores_highest_by_hand(pruner: Score, columns: list[float]) -> None:
+    order = sorted(range(4), key=lambda j: (-columns[j], j))
+    for keep, candidate in enumerate(pruner.prune(HAND, range(5))):
+        assert candidate.kept == tuple(sorted(order[:keep]))
+        expected = HAND.refitted(order[:keep]) if pruner.refit else HAND.masked(order[:keep])
+        torch.testing.assert_close(candidate.weight, expected.weight)
+
+
+def test_every_paper_asks_for_what_it_uses() -> None:
+    needs = {type(pruner).__name__: set(pruner.needs) for pruner, _, _ in CASES[:9]}
+    assert needs == {
+        "Wanda": {"gram"},
+        "FASP": {"gram"},
+        "Magnitude": {"feeders"},
+        "FLAP": {"variance"},
+        "FLAPVariance": {"variance"},
+        "FLAPNorm": {"gram"},
+        "Minitron": {"absolute"},
+        "Channel": {"absolute"},
+        "SafetyPotential": {"gram", "contrast"},
+    }
+    assert Magnitude(refit=True).needs == {"feeders", "gram"}
+    assert Score(scope="coupled").needs == {"gram", "feeders", "power"}
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_wanda_and_magnitude_are_to_the_bit_what_their_formulas_say(size: int) -> None:
+    layer = toy_layer(24, size, 7)
+    norm = layer.gram.diagonal().double().clamp_min(0).sqrt()
+    assert torch.equal(Wanda().scores(layer), layer.group_sum(layer.weight.double().abs() * norm))
+    fed = [f.weight.double().square().sum(1).reshape(layer.n_groups, -1).sum(1) for f in layer.feeders]
+    own = layer.group_sum(layer.weight.double().square())
+    assert torch.equal(Magnitude().scores(layer), own + (fed[0] + fed[1]))
+
+
+def test_wanda_squared_is_the_exact_error_of_zeroing_one_weight() -> None:
+    layer = toy_layer(6, dtype=torch.float64, moments=torch.float64)
+    power = float(((layer.weight @ layer.gram) * layer.weight).sum())
+    score = layer.weight.abs() * layer.gram.diagonal().sqrt()
+    for i, j in ((0, 0), (2, 5), (4, 3)):
+        weight = layer.weight.clone()
+        weight[i, j] = 0
+        assert layer.error(weight) * power == pytest.approx(float(score[i, j] ** 2), rel=1e-9)
+
+
+def test_flap_is_the_exact_error_of_removing_a_column_whose_mean_goes_into_the_bias() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 6, generator=generator).double() @ torch.randn(6, 6, generator=generator).double() + 1
+    weight = torch.randn(4, 6, generator=generator).double()
+    layer = LayerProblem(weight, x.T @ x / 50, mean=x.mean(0), variance=x.var(0, correction=0))
+    score = FLAP().scores(layer)
+    for j in range(6):
+        lost = (x[:, j, None] - x[:, j].mean()) * weight[:, j]
+        assert float(score[j]) == pytest.approx(float(lost.square().sum(1).mean()), rel=1e-12)
+
+
+def test_flap_lets_a_constant_input_go_first() -> None:
+    layer = toy_layer(quirk="constant", moments=torch.float64)
+    (candidate,) = FLAP().prune(layer, [5])
+    assert candidate.kept == (1, 2, 3, 4, 5)
+
+
+def test_wanda_is_magnitude_on_white_inputs_and_weights_of_one_size_per_column() -> None:
+    layer = LayerProblem(torch.ones(3, 5) * torch.tensor([3.0, 1.0, 4.0, 1.5, 9.0]), torch.eye(5))
+    wanda, magnitude = Wanda().prune(layer, range(6)), Magnitude().prune(layer, range(6))
+    assert [c.kept for c in wanda] == [c.kept for c in magnitude]
+
+
+@pytest.mark.parametrize("pruner", [Wanda(), FLAP(), Minitron(), Channel(), SafetyPotential()], ids=repr)
+def test_loudness_of_all_inputs_does_not_matter(pruner: Score) -> None:
+    layer = toy_layer(9, 2)
+    fields = {"gram": 64, "variance": 64, "contrast": 64, "absolute": 8}
+    louder = replace(layer, **{name: scale * getattr(layer, name) for name, scale in fields.items()})
+    for one, two in zip(pruner.prune(layer, range(10)), pruner.prune(louder, range(10)), strict=True):
+        assert one.kept == two.kept
+
+
+def test_magnitude_does_not_look_at_the_inputs() -> None:
+    (one,) = Magnitude().prune(LayerProblem(WEIGHT, torch.diag(torch.tensor([1e-6, 1.0, 1e6, 1.0]))), [1])
+    assert one.kept == (0,)
+
+
+def test_inputs_that_the_second_data_set_drives_harder_count_nothing() -> None:
+    assert SafetyPotential().scores(replace(HAND, contrast=2 * GRAM.diagonal())).tolist() == [0, 0, 0, 0]
+    nothing = replace(HAND, contrast=torch.zeros(4))
+    assert torch.equal(SafetyPotential().scores(nothing), Wanda().scores(HAND))
+
+
+@pytest.mark.parametrize("pruner", [Wanda(), Magnitude(), Minitron()], ids=repr)
+def test_counts_are_exact_on_ties_and_the_lower_id_stays(pruner: Score) -> None:
+    layer = LayerProblem(torch.ones(2, 5), torch.eye(5), absolute=torch.ones(5))
+    assert [c.kept for c in pruner.prune(layer, range(6))] == [tuple(range(k)) for k in range(6)]
+
+
+@pytest.mark.parametrize("pruner", [Wanda(), Magnitude(), FLAP(), Channel()], ids=repr)
+def test_refit_changes_the_weights_not_the_groups(pruner: Score) -> None:
+    layer = toy_layer(8)
+    for plain, fitted in zip(
+        pruner.prune(layer, [2, 5]), replace(pruner, refit=True).prune(layer, [2, 5]), strict=True
+    ):
+        assert plain.kept == fitted.kept
+        torch.testing.assert_close(fitted.weight, layer.refitted(plain.kept or ()).weight)
+        assert layer.error(fitted.weight) < layer.error(plain.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"weight_norm": 0}, "weight_norm > 0"),
+        ({"activation_power": -1}, "activation_power ≥ 0"),
+        ({"weight_power": 0, "activation_power": 0}, "all groups score alike"),
+        ({"activation": "l2"}, "no activation 'l2'; there are rms, std, absolute, contrast"),
+        ({"reduce": "median"}, "no reduce 'median'"),
+        ({"scope": "all"}, "no scope 'all'"),
+        ({"scope": "coupled", "activation": "std"}, "scope coupled"),
+        ({"scope": "coupled", "weight_power": 0}, "scope coupled"),
+    ],
+)
+def test_nonsense_is_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Score(**options)
