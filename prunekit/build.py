@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prunekit.adapters import ModelAdapter
+from prunekit.adapters import Cut, ModelAdapter
 from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.tokens import TokenBatch
 from prunekit.contracts import LocalPruner
 from prunekit.errors import PluginError, WrongInput
-from prunekit.layer import Candidate, LayerProblem
+from prunekit.layer import STATISTICS, Candidate, Feeder, LayerProblem
 from prunekit.progress import Progress
 from prunekit.sites import Allocation, Site, Space
 from prunekit.store import CandidateStore
@@ -52,8 +52,9 @@ def build(
     """
     if all(site in store for site in space.sites):
         return tuple(tuple(store.errors(site)) for site in space.sites)
-    cross = bool({"cross", "drift"} & pruner.needs)
-    flow = BlockFlow(model, adapter, tokens, dense=cross)
+    if unmet := pruner.needs - STATISTICS:
+        raise PluginError(f"{type(pruner).__name__} needs {', '.join(sorted(unmet))}, which calibration cannot collect")
+    flow = BlockFlow(model, adapter, tokens, dense=bool({"cross", "drift"} & pruner.needs))
     rungs_of = dict(zip(space.sites, space.ladders, strict=True))
     centre_of = dict(zip(space.sites, centre, strict=True))
     with progress.stage(label, len(space.sites)) as stage:
@@ -62,9 +63,9 @@ def build(
             unfinished = any(site not in store for site in here)  # then all are met again: each needs what was before
             for site in here:
                 ladder = rungs_of[site]
-                moments = flow.received(site) if unfinished else None
+                moments = flow.received(site, pruner.needs) if unfinished else None
                 if moments is not None and site not in store:
-                    layer = layer_problem(model, adapter, site, moments, pruner, damping)
+                    layer = layer_problem(model, adapter, site, moments, pruner.needs, damping)
                     candidates = answers(pruner, layer, site, ladder, dtype)
                     store.put(site, candidates, [_error(layer, site, c) for c in candidates])
                 counts = ladder if carry == "expected" else (centre_of[site],)
@@ -75,9 +76,9 @@ def build(
 
 
 def layer_problem(
-    model: nn.Module, adapter: ModelAdapter, site: Site, moments: Moments, pruner: LocalPruner, damping: float
+    model: nn.Module, adapter: ModelAdapter, site: Site, moments: Moments, needs: frozenset[str], damping: float
 ) -> LayerProblem:
-    """What the pruner is told of a site; groups made contiguous.
+    """What a plug-in with these needs is told of a site; groups made contiguous.
 
     Raises:
         WrongInput: what reaches the site is not finite.
@@ -86,10 +87,14 @@ def layer_problem(
         raise WrongInput(f"{site.name} receives values that are not finite; try --dtype float32 or other text")
     block = adapter.blocks(model)[site.block]
     order = _order(site, moments.outer.device)
-    gram, cross, needs = moments.gram, moments.cross, pruner.needs
+    gram, cross = moments.gram, moments.cross
     drift = moments.drift if "drift" in needs and adapter.adds_up(block) else None
-    if unmet := needs - {"gram", "cross", "drift", "mean", "variance", "coupled"}:
-        raise PluginError(f"{type(pruner).__name__} needs {', '.join(sorted(unmet))}, which calibration cannot collect")
+    *fed, _ = adapter.cuts(block, site)
+
+    def feeder(cut: Cut) -> Feeder:
+        rows = cut.index.flatten().to(order.device)
+        return Feeder(cut.path, block.get_parameter(f"{cut.path}.weight").detach()[rows], moments.fed_power(cut.path))
+
     return LayerProblem(
         weight=adapter.linear(block, site).weight.detach()[:, order],
         gram=gram[order][:, order],
@@ -101,6 +106,7 @@ def layer_problem(
         mean=moments.mean[order] if "mean" in needs else None,
         variance=moments.variance[order] if "variance" in needs else None,
         coupled=coupled_power(adapter, block, site) if "coupled" in needs else None,
+        feeders=tuple(feeder(cut) for cut in fed) if {"feeders", "power"} & needs else (),
         name=site.name,
     )
 

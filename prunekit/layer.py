@@ -24,6 +24,19 @@ class Candidate:
     weight: Float[Tensor, "d_out d_in"]
 
 
+STATISTICS = frozenset({"gram", "cross", "drift", "mean", "variance", "coupled", "feeders", "power"})
+"""What a plug-in may ask calibration for: fields of `LayerProblem`, and the power of its feeders' inputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Feeder:
+    """A linear map in front of the layer, whose rows feed its groups."""
+
+    name: str  # path inside its decoder block
+    weight: Float[Tensor, "rows d"]
+    power: Float[Tensor, " d"] | None = None  # E[x̂_j²] of its inputs
+
+
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
     """Everything a local pruner may know of one linear map.
@@ -44,6 +57,7 @@ class LayerProblem:
     variance: Float[Tensor, " d_in"] | None = None
     coupled: Float[Tensor, " n_groups"] | None = None  # Σ squared weights of the rows that feed a group
     gradient: Float[Tensor, "d_out d_in"] | None = None
+    feeders: tuple[Feeder, ...] = ()
     name: str = "layer"
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,12 +90,24 @@ class BlockFlow:
         self.dense = _Stream(list(self.stream.hidden)) if dense else None
 
     @torch.no_grad()
-    def received(self, site: Site) -> Moments:
-        """Moments of what `site` receives, with those of the dense stream where there is one."""
-        linear = self.adapter.linear(self.blocks[site.block], site)
+    def received(self, site: Site, needs: frozenset[str] = frozenset()) -> Moments:
+        """Moments of what `site` receives, with those of the dense stream where there is one.
+
+        What costs more is added up when `needs` names it: power, of what the feeders receive.
+        """
+        block = self.blocks[site.block]
+        linear = self.adapter.linear(block, site)
         moments = Moments.empty(site.d_in, linear.weight.device, cross=self.dense is not None)
-        for i in range(len(self.calls)):
-            seen = self._caught(self.stream, site, linear, i)
+
+        def listen(feeder: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+            moments.add_fed(feeder, args[0].flatten(0, -2))
+
+        with ExitStack() as listening:
+            for cut in self.adapter.cuts(block, site)[:-1] if "power" in needs else ():
+                feeder = block.get_submodule(cut.path)
+                listening.enter_context(feeder.register_forward_pre_hook(partial(listen, cut.path)))
+            caught = [self._caught(self.stream, site, linear, i) for i in range(len(self.calls))]
+        for i, seen in enumerate(caught):
             moments.add(seen.flatten(0, -2))
             if self.dense is not None:
                 dense = self._caught(self.dense, site, linear, i)

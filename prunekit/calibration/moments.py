@@ -5,7 +5,7 @@ Moments are additive over batches, devices and machines: add shards, then read m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ class Moments:
     crossed: Float[Tensor, "d d"] | None = None  # Σ x x̂ᵀ, x the dense model's input
     power: float = 0.0  # Σ ‖W x‖²
     drifted: Float[Tensor, "d_out d"] | None = None  # Σ δ x̂ᵀ, δ the dense residual stream less the carried one
+    fed: dict[str, Tensor] = field(default_factory=dict)  # Σ x̂² of what every feeder receives, by its name
 
     @classmethod
     def empty(cls, width: int, device: torch.device, *, cross: bool = False) -> Moments:
@@ -53,6 +54,11 @@ class Moments:
         product = (_precise(drift).T @ _precise(seen)).double()
         self.drifted = product if self.drifted is None else self.drifted + product
 
+    def add_fed(self, feeder: str, seen: Float[Tensor, "tokens d_fed"]) -> None:
+        """What a feeder received for the tokens of the last `add`."""
+        power = _precise(seen).square().sum(0, dtype=torch.float64)
+        self.fed[feeder] = self.fed[feeder] + power if feeder in self.fed else power
+
     def merged(self, other: Moments) -> Moments:
         """Both together."""
 
@@ -66,6 +72,7 @@ class Moments:
             both(self.crossed, other.crossed),
             self.power + other.power,
             both(self.drifted, other.drifted),
+            {feeder: power + other.fed[feeder] for feeder, power in self.fed.items()},
         )
 
     @property
@@ -90,6 +97,10 @@ class Moments:
     @property
     def variance(self) -> Float[Tensor, " d"]:
         return (self.outer.diagonal() / self.tokens - self.mean.square()).clamp_min(0)
+
+    def fed_power(self, feeder: str) -> Float[Tensor, " d_fed"] | None:
+        """E[x̂²] of what a feeder receives."""
+        return self.fed[feeder] / self.tokens if feeder in self.fed else None
 
     @property
     def energy(self) -> float | None:

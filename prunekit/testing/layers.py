@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-from prunekit.layer import LayerProblem
+from prunekit.layer import Feeder, LayerProblem
 
 Quirk = Literal["plain", "dead", "duplicate", "constant", "low rank", "loud", "zero weight", "silent"]
 QUIRKS: tuple[Quirk, ...] = get_args(Quirk)
@@ -60,6 +60,10 @@ def toy_layer(
         variance=x.var(0, correction=0).to(moments),
         coupled=normal(n_groups).square().to(moments),
         gradient=normal(d_out, d_in).to(dtype),
+        feeders=tuple(
+            Feeder(name, normal(n_groups * rows, 3).to(dtype), power=normal(3).square().to(moments))
+            for name, rows in (("wide", group_size), ("narrow", 1))  # as queries, and keys that several of them share
+        ),
         name=f"{quirk} toy",
     )
 
@@ -68,6 +72,10 @@ def permuted(layer: LayerProblem, order: Sequence[int]) -> LayerProblem:
     """The same layer with its groups in another order: group g of the result is group order[g]."""
     columns = layer.columns(order)
     groups = torch.as_tensor(list(order))
+
+    def fed(feeder: Feeder) -> Feeder:
+        return replace(feeder, weight=feeder.weight.unflatten(0, (layer.n_groups, -1))[list(order)].flatten(0, 1))
+
     return replace(
         layer,
         weight=layer.weight[:, columns],
@@ -77,6 +85,7 @@ def permuted(layer: LayerProblem, order: Sequence[int]) -> LayerProblem:
         variance=None if layer.variance is None else layer.variance[columns],
         coupled=None if layer.coupled is None else layer.coupled[groups],
         gradient=None if layer.gradient is None else layer.gradient[:, columns],
+        feeders=tuple(fed(feeder) for feeder in layer.feeders),
     )
 
 

@@ -13,13 +13,13 @@ from prunekit.contracts import LocalPruner
 from prunekit.layer import Candidate, LayerProblem
 from prunekit.testing.layers import LAYERS, QUIRKS, Quirk, permuted, toy_layer
 
-FIELDS = frozenset({"gram", "cross", "drift", "mean", "variance", "coupled", "gradient"})
+FIELDS = frozenset({"gram", "cross", "drift", "mean", "variance", "coupled", "gradient", "feeders", "power"})
 
 
 def supplied(layer: LayerProblem, pruner: LocalPruner) -> LayerProblem:
     """The layer as calibration on dense inputs hands it to this pruner: what it needs, nothing more."""
-    unused = FIELDS - pruner.needs - {"gram"}
-    layer = replace(layer, **dict.fromkeys(unused))
+    unused = FIELDS - pruner.needs - {"gram", "feeders", "power"}
+    layer = replace(layer, **dict.fromkeys(unused), feeders=())
     if "cross" not in pruner.needs:
         return layer
     weight, gram = layer.weight.double(), layer.gram.double()

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxtyping import Float
+from torch import Tensor
+
 from prunekit import Candidate, LayerProblem, LocalPruner
 from prunekit.layer import ranked
 
@@ -25,11 +28,12 @@ class Magnitude(LocalPruner):
     def needs(self) -> frozenset[str]:
         return frozenset({"coupled", "gram"} if self.refit else {"coupled"})
 
-    def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
+    def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"]:
         score = layer.group_sum(layer.weight.double().square())
-        if layer.coupled is not None:
-            score += layer.coupled.to(score)  # (1)
-        ranking = ranked(score)
+        return score if layer.coupled is None else score + layer.coupled.to(score)  # (1)
+
+    def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
+        ranking = ranked(self.scores(layer))
         if self.refit:
             return layer.nested(ranking).candidates(keeps)
         return [layer.masked(ranking[:keep]) for keep in keeps]

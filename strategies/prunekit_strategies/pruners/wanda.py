@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxtyping import Float
+from torch import Tensor
+
 from prunekit import Candidate, LayerProblem, LocalPruner
 from prunekit.layer import ranked
 
@@ -23,10 +26,12 @@ class Wanda(LocalPruner):
 
     refit: bool = False  # least-squares weights on the kept groups; False: as they are, as in the papers
 
-    def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
+    def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"]:
         norm = layer.gram.diagonal().double().clamp_min(0).sqrt()
-        score = layer.group_sum(layer.weight.double().abs() * norm)  # (1), (2)
-        ranking = ranked(score)
+        return layer.group_sum(layer.weight.double().abs() * norm)  # (1), (2)
+
+    def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
+        ranking = ranked(self.scores(layer))
         if self.refit:
             return layer.nested(ranking).candidates(keeps)
         return [layer.masked(ranking[:keep]) for keep in keeps]
