@@ -7,6 +7,7 @@ it will really see.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Literal
@@ -19,7 +20,7 @@ from prunekit.adapters import Cut, ModelAdapter
 from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.tokens import TokenBatch
-from prunekit.contracts import LocalPruner
+from prunekit.contracts import LocalPruner, Signal
 from prunekit.errors import PluginError, WrongInput
 from prunekit.layer import STATISTICS, Candidate, Feeder, LayerProblem
 from prunekit.progress import Progress
@@ -38,6 +39,8 @@ def build(
     tokens: TokenBatch,
     store: CandidateStore,
     *,
+    signals: Sequence[Signal] = (),
+    scores: bool = False,
     carry: Carry = "expected",
     damping: float = 0.01,
     dtype: torch.dtype = torch.float32,
@@ -49,12 +52,16 @@ def build(
     `carry` says which activations reach the next site: those of the dense model, of the candidate at
     `centre`, or the expectation over the ladder. Candidates are rounded to `dtype` before they are
     judged: what is measured is what will be saved. Sites that are already stored are not pruned again.
+    At every site the `signals` are measured, and what the pruner says its groups are worth if `scores` are asked.
     """
     if all(site in store for site in space.sites):
         return tuple(tuple(store.errors(site)) for site in space.sites)
-    if unmet := pruner.needs - STATISTICS:
-        raise PluginError(f"{type(pruner).__name__} needs {', '.join(sorted(unmet))}, which calibration cannot collect")
-    flow = BlockFlow(model, adapter, tokens, dense=bool({"cross", "drift"} & pruner.needs))
+    for plugin in (pruner, *signals):
+        if unmet := plugin.needs - STATISTICS:
+            them = ", ".join(sorted(unmet))
+            raise PluginError(f"{type(plugin).__name__} needs {them}, which calibration cannot collect")
+    needs = pruner.needs.union(*(signal.needs for signal in signals))
+    flow = BlockFlow(model, adapter, tokens, dense=bool({"cross", "drift"} & needs))
     rungs_of = dict(zip(space.sites, space.ladders, strict=True))
     centre_of = dict(zip(space.sites, centre, strict=True))
     with progress.stage(label, len(space.sites)) as stage:
@@ -63,11 +70,18 @@ def build(
             unfinished = any(site not in store for site in here)  # then all are met again: each needs what was before
             for site in here:
                 ladder = rungs_of[site]
-                moments = flow.received(site, pruner.needs) if unfinished else None
+                moments = flow.received(site, needs) if unfinished else None
                 if moments is not None and site not in store:
-                    layer = layer_problem(model, adapter, site, moments, pruner.needs, damping)
+                    whole = layer_problem(model, adapter, site, moments, needs, damping)
+                    layer = whole.knowing(pruner.needs)
                     candidates = answers(pruner, layer, site, ladder, dtype)
-                    store.put(site, candidates, [_error(layer, site, c) for c in candidates])
+                    store.put(
+                        site,
+                        candidates,
+                        [_error(layer, site, c) for c in candidates],
+                        [measured(signal, whole, site) for signal in signals],
+                        scored(pruner, layer, site) if scores else None,
+                    )
                 counts = ladder if carry == "expected" else (centre_of[site],)
                 flow.carry(site, None if carry == "dense" else expected_weight(store, site, counts))
                 stage.advance(note=site.name)
@@ -78,10 +92,10 @@ def build(
 def layer_problem(
     model: nn.Module, adapter: ModelAdapter, site: Site, moments: Moments, needs: frozenset[str], damping: float
 ) -> LayerProblem:
-    """What a plug-in with these needs is told of a site; groups made contiguous.
+    """What plug-ins with these needs are told of a site; groups made contiguous.
 
     Raises:
-        WrongInput: what reaches the site is not finite.
+        WrongInput: what reaches the site is not finite, or it has no influence to measure.
     """
     if not bool(torch.isfinite(moments.outer).all()):
         raise WrongInput(f"{site.name} receives values that are not finite; try --dtype float32 or other text")
@@ -89,6 +103,8 @@ def layer_problem(
     order = _order(site, moments.outer.device)
     gram, cross = moments.gram, moments.cross
     drift = moments.drift if "drift" in needs and adapter.adds_up(block) else None
+    if "influence" in needs and not adapter.adds_up(block):
+        raise WrongInput(f"{site.name}: a norm comes after the sum, so there is no influence; choose another signal")
     *fed, _ = adapter.cuts(block, site)
 
     def feeder(cut: Cut) -> Feeder:
@@ -107,6 +123,7 @@ def layer_problem(
         variance=moments.variance[order] if "variance" in needs else None,
         coupled=coupled_power(adapter, block, site) if "coupled" in needs else None,
         feeders=tuple(feeder(cut) for cut in fed) if {"feeders", "power"} & needs else (),
+        influence=moments.influence,
         name=site.name,
     )
 
@@ -153,6 +170,31 @@ def answers(
         weight[:, order] = candidate.weight.to(dtype)
         checked.append(Candidate(kept, weight))
     return checked
+
+
+def measured(signal: Signal, layer: LayerProblem, site: Site) -> float:
+    """A signal's number.
+
+    Raises:
+        PluginError: it is not finite.
+    """
+    value = float(signal.measure(layer.knowing(signal.needs)))
+    if not math.isfinite(value):
+        raise PluginError(f"{type(signal).__name__} on {site.name}: a finite number was asked, not {value}")
+    return value
+
+
+def scored(pruner: LocalPruner, layer: LayerProblem, site: Site) -> list[float]:
+    """What the pruner says each group is worth.
+
+    Raises:
+        PluginError: scores are missing or not finite.
+    """
+    values = pruner.scores(layer)
+    if values is None or values.shape != (site.n_groups,) or not bool(torch.isfinite(values).all()):
+        who = f"{type(pruner).__name__} on {site.name}"
+        raise PluginError(f"{who}: {site.n_groups} finite scores were asked, one for each group, not {values}")
+    return values.double().tolist()
 
 
 def expected_weight(store: CandidateStore, site: Site, counts: Sequence[int]) -> Float[Tensor, "d_out d_in"]:

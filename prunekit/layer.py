@@ -8,7 +8,7 @@ A pruner reads a `LayerProblem` and returns `Candidate`s; it never sees a model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -24,7 +24,7 @@ class Candidate:
     weight: Float[Tensor, "d_out d_in"]
 
 
-STATISTICS = frozenset({"gram", "cross", "drift", "mean", "variance", "coupled", "feeders", "power"})
+STATISTICS = frozenset({"gram", "cross", "drift", "mean", "variance", "coupled", "feeders", "power", "influence"})
 """What a plug-in may ask calibration for: fields of `LayerProblem`, and the power of its feeders' inputs."""
 
 
@@ -58,6 +58,7 @@ class LayerProblem:
     coupled: Float[Tensor, " n_groups"] | None = None  # Σ squared weights of the rows that feed a group
     gradient: Float[Tensor, "d_out d_in"] | None = None
     feeders: tuple[Feeder, ...] = ()
+    influence: float | None = None  # 1 - E cos(x, x + f(x)), x the residual stream and f the dense sub-layer on it
     name: str = "layer"
 
     def __post_init__(self) -> None:
@@ -72,6 +73,12 @@ class LayerProblem:
             # a sum is finite only when all terms are; float64 because half precision overflows
             if value is not None and not bool(torch.isfinite(value.sum(dtype=torch.float64))):
                 raise ValueError(f"{self.name}: its {part} is not finite; look at the model and the calibration tokens")
+
+    def knowing(self, needs: frozenset[str]) -> LayerProblem:
+        """The same layer with what `needs` names and no more: one plug-in's wishes are not another's hints."""
+        together = {"cross": {"cross", "drift"}, "energy": {"cross", "drift"}, "feeders": {"feeders", "power"}}
+        optional = [f for f in fields(self) if f.default is None or f.default == ()]
+        return replace(self, **{f.name: f.default for f in optional if not needs & together.get(f.name, {f.name})})
 
     @property
     def d_in(self) -> int:

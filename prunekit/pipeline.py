@@ -21,7 +21,7 @@ from prunekit.adapters import ModelAdapter
 from prunekit.build import build
 from prunekit.calibration.tokens import Draws, TokenBatch, draw
 from prunekit.checkpoint import Dense, fingerprint, opened, skeleton, stored_as
-from prunekit.contracts import Problem
+from prunekit.contracts import Allocator, Problem
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.evaluate import perplexity
 from prunekit.export import hf
@@ -29,7 +29,7 @@ from prunekit.export.verify import NotVerified, verify
 from prunekit.ledger import Ledger
 from prunekit.progress import Progress
 from prunekit.recipe import Recipe
-from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS
+from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, signals_of
 from prunekit.search import converse
 from prunekit.sites import Allocation, Budget, Site, Space
 from prunekit.store import CandidateStore
@@ -161,8 +161,11 @@ class Run:
         space, centre, walk = allocator.first_space(self.whole), self.whole.uniform(), 0
         while True:
             start = space.nearest(centre)
-            net = self.walked(space, start, walk, f"prune {walk + 1}")
-            problem = Problem(space, net.errors, start, self.recipe.seed, self.draws.search.n_tokens)
+            net = self.walked(space, start, walk, f"prune {walk + 1}", allocator)
+            signals, scores = net.store.measured(space.sites, scores="scores" in allocator.needs)
+            problem = Problem(
+                space, net.errors, start, self.recipe.seed, self.draws.search.n_tokens, signals, scores,
+            )  # fmt: skip
             self.ledger.note(reporting.space_record(walk, problem))
             with self.clock("search"):
                 centre = converse(
@@ -180,13 +183,20 @@ class Run:
         final = self.whole.zoomed(plan, reach=0)
         return (net if final.ladders == space.ladders else self.walked(final, plan, walk + 1, "rebuild")), plan
 
-    def walked(self, space: Space, centre: Allocation, walk: int, label: str) -> Supernet:
-        """Walk the blocks, or go on with a walk that was interrupted, or read one that was finished."""
+    def walked(
+        self, space: Space, centre: Allocation, walk: int, label: str, allocator: Allocator | None = None
+    ) -> Supernet:
+        """Walk the blocks, or go on with a walk that was interrupted, or read one that was finished.
+
+        What the allocator asks for is measured on the way.
+        """
         key = {"ladders": [list(ladder) for ladder in space.ladders], "centre": list(centre)}
         store, dense, recipe = CandidateStore(self.place / f"walk-{walk}", key), self.dense, self.recipe
         with self.clock("prune"):
             errors = build(
                 dense.model, dense.adapter, space, centre, PRUNERS.build(recipe.pruner), self.draws.calibration, store,
+                signals=() if allocator is None else signals_of(allocator),
+                scores=allocator is not None and "scores" in allocator.needs,
                 carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype, progress=self.progress, label=label,
             )  # fmt: skip
         return Supernet(dense.model, dense.adapter, space, errors, store)

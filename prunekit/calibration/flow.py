@@ -93,7 +93,7 @@ class BlockFlow:
     def received(self, site: Site, needs: frozenset[str] = frozenset()) -> Moments:
         """Moments of what `site` receives, with those of the dense stream where there is one.
 
-        What costs more is added up when `needs` names it: power, of what the feeders receive.
+        What costs more is added up when `needs` names it: power, of what the feeders receive; influence.
         """
         block = self.blocks[site.block]
         linear = self.adapter.linear(block, site)
@@ -109,6 +109,8 @@ class BlockFlow:
             caught = [self._caught(self.stream, site, linear, i) for i in range(len(self.calls))]
         for i, seen in enumerate(caught):
             moments.add(seen.flatten(0, -2))
+            if "influence" in needs:
+                moments.add_influence(self.stream.residual(i).flatten(0, -2), linear(seen).flatten(0, -2))
             if self.dense is not None:
                 dense = self._caught(self.dense, site, linear, i)
                 moments.add_dense(dense.flatten(0, -2), seen.flatten(0, -2), linear.weight)

@@ -22,6 +22,7 @@ class Moments:
     crossed: Float[Tensor, "d d"] | None = None  # Σ x x̂ᵀ, x the dense model's input
     power: float = 0.0  # Σ ‖W x‖²
     drifted: Float[Tensor, "d_out d"] | None = None  # Σ δ x̂ᵀ, δ the dense residual stream less the carried one
+    turned: float | None = None  # Σ 1 - cos(x, x + f(x)), x the residual stream and f the sub-layer
     fed: dict[str, Tensor] = field(default_factory=dict)  # Σ x̂² of what every feeder receives, by its name
 
     @classmethod
@@ -59,6 +60,12 @@ class Moments:
         power = _precise(seen).square().sum(0, dtype=torch.float64)
         self.fed[feeder] = self.fed[feeder] + power if feeder in self.fed else power
 
+    def add_influence(self, residual: Float[Tensor, "tokens d_out"], output: Float[Tensor, "tokens d_out"]) -> None:
+        """What the sub-layer was added to and what it added, for the tokens of the last `add`."""
+        before, added = residual.double(), output.double()  # 1 - cos of nearly equal vectors cancels
+        cosines = torch.nn.functional.cosine_similarity(before, before + added, dim=-1)
+        self.turned = (self.turned or 0.0) + float((1 - cosines).sum())
+
     def merged(self, other: Moments) -> Moments:
         """Both together."""
 
@@ -72,6 +79,7 @@ class Moments:
             both(self.crossed, other.crossed),
             self.power + other.power,
             both(self.drifted, other.drifted),
+            None if self.turned is None or other.turned is None else self.turned + other.turned,
             {feeder: power + other.fed[feeder] for feeder, power in self.fed.items()},
         )
 
@@ -101,6 +109,11 @@ class Moments:
     def fed_power(self, feeder: str) -> Float[Tensor, " d_fed"] | None:
         """E[x̂²] of what a feeder receives."""
         return self.fed[feeder] / self.tokens if feeder in self.fed else None
+
+    @property
+    def influence(self) -> float | None:
+        """1 - E cos(x, x + f(x))."""
+        return None if self.turned is None else self.turned / self.tokens
 
     @property
     def energy(self) -> float | None:

@@ -64,6 +64,7 @@ def toy_layer(
             Feeder(name, normal(n_groups * rows, 3).to(dtype), power=normal(3).square().to(moments))
             for name, rows in (("wide", group_size), ("narrow", 1))  # as queries, and keys that several of them share
         ),
+        influence=float(normal(1).square()),
         name=f"{quirk} toy",
     )
 

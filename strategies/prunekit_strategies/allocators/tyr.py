@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 from prunekit import Allocation, Allocator, Problem, Search, Space
 from prunekit_strategies.allocators.evolution import Evolution
@@ -31,6 +32,14 @@ class CoarseToFine(Allocator):
             raise ValueError(f"0 < last_stride ≤ stride ≤ 1, not {self.last_stride} and {self.stride}")
         if self.reach < 1:
             raise ValueError(f"reach is at least one rung, not {self.reach}")
+
+    @property
+    def signals(self) -> tuple[Any, ...]:
+        return self.inner.signals
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.inner.needs
 
     def first_space(self, whole: Space) -> Space:
         # as many rungs as it takes from one end of a ladder to the other
