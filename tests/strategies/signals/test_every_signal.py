@@ -9,8 +9,8 @@ from prunekit.registry import SIGNALS
 from prunekit.testing import SignalSuite
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "compliance, diagonal": {"name": "compliance", "diagonal": True},
     "outliers, many": {"name": "outliers", "multiple": 1.0},
+    "stiffness, diagonal": {"name": "stiffness", "diagonal": True},
     "tail-exponent, one bin": {"name": "tail-exponent", "bins": 1},
 }
 
