@@ -203,14 +203,13 @@ def test_the_seed_is_all_the_randomness_there_is(folder, whole):
     [
         ("magnitude", {"name": "tyr", "inner": "owl", "last_stride": 0.125}, "signals"),
         ("magnitude", "global-rank", "scores"),
-        ("magnitude", {"name": "softmax", "rule": "compliance"}, "signals"),
     ],
-    ids=["signal inside tyr", "scores", "signal by name"],
+    ids=["a signal inside tyr", "scores"],
 )
 def test_what_an_allocator_asks_for_is_measured_recorded_and_resumed(
     folder, tmp_path, monkeypatch, pruner, allocator, record
 ):
-    options = quick(pruner=pruner, allocator=allocator, objective="expected-error")
+    options = quick(pruner=pruner, allocator=allocator, objective="expected-error", verify=False)
     first = prunekit.prune(folder, **options)
     spaces = [line for line in map(json.loads, first.ledger.splitlines()) if line["kind"] == "space"]
     assert all(space[record] for space in spaces)
