@@ -39,7 +39,7 @@ def main(
     for share in sparsity or [0.5]:
         for group in groups.split(","):
             for name, changes in cells[group].items():
-                for seed in [int(s) for s in seeds.split(",")][: 1 if group in ("uniform", "table") else None]:
+                for seed in [int(s) for s in seeds.split(",")][: 1 if group in ("uniform", "table", "maps") else None]:
                     shared = {
                         "model": model,
                         "sparsity": share,

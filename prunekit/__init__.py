@@ -3,7 +3,7 @@
 from prunekit import modeling
 from prunekit.api import prune
 from prunekit.calibration.tokens import TokenBatch
-from prunekit.contracts import Allocator, Finisher, Journal, LocalPruner, Objective, Problem, Query, Search
+from prunekit.contracts import Allocator, Finisher, Journal, LocalPruner, Objective, Problem, Query, Search, Signal
 from prunekit.errors import PluginError, WrongInput
 from prunekit.layer import Candidate, LayerProblem, best_groups, ranked
 from prunekit.pipeline import Result
@@ -27,6 +27,7 @@ __all__ = [
     "Recipe",
     "Result",
     "Search",
+    "Signal",
     "Site",
     "Space",
     "Supernet",

@@ -7,6 +7,7 @@ it will really see.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.gradients import Gradients
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.tokens import TokenBatch
-from prunekit.contracts import LocalPruner
+from prunekit.contracts import LocalPruner, Signal
 from prunekit.errors import PluginError, WrongInput
 from prunekit.layer import STATISTICS, Candidate, Feeder, LayerProblem
 from prunekit.progress import Progress
@@ -39,6 +40,8 @@ def build(
     tokens: TokenBatch,
     store: CandidateStore,
     *,
+    signals: Sequence[Signal] = (),
+    scores: bool = False,
     carry: Carry = "expected",
     damping: float = 0.01,
     dtype: torch.dtype = torch.float32,
@@ -52,14 +55,17 @@ def build(
     `carry` says which activations reach the next site: those of the dense model, of the candidate at
     `centre`, or the expectation over the ladder. Candidates are rounded to `dtype` before they are
     judged: what is measured is what will be saved. Sites that are already stored are not pruned again.
-    `gradients` and `contrast`, a second data set, are there when the pruner needs them.
+    At every site the `signals` are measured, and what the pruner says its groups are worth if `scores` are asked.
+    `gradients` and `contrast`, a second data set, are there when any of them needs these.
     """
     if all(site in store for site in space.sites):
         return tuple(tuple(store.errors(site)) for site in space.sites)
-    needs = pruner.needs
     known = STATISTICS - ({"gradient"} if gradients is None else set()) - ({"contrast"} if contrast is None else set())
-    if unmet := needs - known:
-        raise PluginError(f"{type(pruner).__name__} needs {', '.join(sorted(unmet))}, which calibration cannot collect")
+    for plugin in (pruner, *signals):
+        if unmet := plugin.needs - known:
+            them = ", ".join(sorted(unmet))
+            raise PluginError(f"{type(plugin).__name__} needs {them}, which calibration cannot collect")
+    needs = pruner.needs.union(*(signal.needs for signal in signals))
     flow = BlockFlow(model, adapter, tokens, dense=bool({"cross", "drift"} & needs))
     other = BlockFlow(model, adapter, contrast, dense=False) if contrast is not None and "contrast" in needs else None
     flows = (flow,) if other is None else (flow, other)
@@ -74,9 +80,16 @@ def build(
                 moments = flow.received(site, needs) if unfinished else None
                 against = other.received(site) if other is not None and unfinished else None
                 if moments is not None and site not in store:
-                    layer = layer_problem(model, adapter, site, moments, needs, damping, gradients, against)
+                    whole = layer_problem(model, adapter, site, moments, needs, damping, gradients, against)
+                    layer = whole.knowing(pruner.needs)
                     candidates = answers(pruner, layer, site, ladder, dtype)
-                    store.put(site, candidates, [_error(layer, site, c) for c in candidates])
+                    store.put(
+                        site,
+                        candidates,
+                        [_error(layer, site, c) for c in candidates],
+                        [measured(signal, whole, site) for signal in signals],
+                        scored(pruner, layer, site) if scores else None,
+                    )
                 counts = ladder if carry == "expected" else (centre_of[site],)
                 weight = None if carry == "dense" else expected_weight(store, site, counts)
                 for each in flows:
@@ -97,10 +110,10 @@ def layer_problem(
     gradients: Gradients | None = None,
     contrast: Moments | None = None,
 ) -> LayerProblem:
-    """What a pruner with these needs is told of a site; groups made contiguous.
+    """What plug-ins with these needs are told of a site; groups made contiguous.
 
     Raises:
-        WrongInput: what reaches the site is not finite.
+        WrongInput: what reaches the site is not finite, or it has no influence to measure.
     """
     if not bool(torch.isfinite(moments.outer).all()):
         raise WrongInput(f"{site.name} receives values that are not finite; try --dtype float32 or other text")
@@ -109,6 +122,8 @@ def layer_problem(
     gram, cross = moments.gram, moments.cross
     drift = moments.drift if "drift" in needs and adapter.adds_up(block) else None
     absolute = moments.absolute if "absolute" in needs else None
+    if "influence" in needs and not adapter.adds_up(block):
+        raise WrongInput(f"{site.name}: a norm comes after the sum, so there is no influence; choose another signal")
     *fed, own = adapter.cuts(block, site)
 
     def learnt(cut: Cut, index: tuple[Any, ...]) -> tuple[Tensor | None, Tensor | None]:
@@ -138,6 +153,7 @@ def layer_problem(
         gradient=gradient,
         fisher=fisher,
         feeders=tuple(feeder(cut) for cut in fed) if {"feeders", "power"} & needs else (),
+        influence=moments.influence,
         name=site.name,
     )
 
@@ -172,6 +188,31 @@ def answers(
         weight[:, order] = candidate.weight.to(dtype)
         checked.append(Candidate(kept, weight))
     return checked
+
+
+def measured(signal: Signal, layer: LayerProblem, site: Site) -> float:
+    """A signal's number.
+
+    Raises:
+        PluginError: it is not finite.
+    """
+    value = float(signal.measure(layer.knowing(signal.needs)))
+    if not math.isfinite(value):
+        raise PluginError(f"{type(signal).__name__} on {site.name}: a finite number was asked, not {value}")
+    return value
+
+
+def scored(pruner: LocalPruner, layer: LayerProblem, site: Site) -> list[float]:
+    """What the pruner says each group is worth.
+
+    Raises:
+        PluginError: scores are missing or not finite.
+    """
+    values = pruner.scores(layer)
+    if values is None or values.shape != (site.n_groups,) or not bool(torch.isfinite(values).all()):
+        who = f"{type(pruner).__name__} on {site.name}"
+        raise PluginError(f"{who}: {site.n_groups} finite scores were asked, one for each group, not {values}")
+    return values.double().tolist()
 
 
 def expected_weight(store: CandidateStore, site: Site, counts: Sequence[int]) -> Float[Tensor, "d_out d_in"]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 BROKEN, WRONG, INTERRUPTED = 1, 2, 130  # exit codes
 SUITES = {
     "pruner": "PrunerSuite",
+    "signal": "SignalSuite",
     "allocator": "AllocatorSuite",
     "objective": "ObjectiveSuite",
     "finisher": "FinisherSuite",
@@ -237,7 +238,7 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] =
 
 @app.command()
 def check(
-    name: Annotated[str, typer.Argument(help="A pruner, allocator, objective or adapter.")],
+    name: Annotated[str, typer.Argument(help="A pruner, signal, allocator, objective, finisher or adapter.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="OPTION=VALUE", help="An option of the plug-in. Repeatable.")
     ] = None,

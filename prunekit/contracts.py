@@ -1,4 +1,4 @@
-"""What a plug-in promises: pruner, allocator, objective, finisher.
+"""What a plug-in promises: pruner, signal, allocator, objective, finisher.
 
 The core judges, plug-ins propose: errors are computed by build, losses by search, prices by Space.
 Plug-ins are frozen dataclasses; their fields are the hyper-parameters, a recipe sets them by name.
@@ -10,6 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
 
 from prunekit.layer import Candidate, LayerProblem
 from prunekit.sites import Allocation, Space
@@ -41,6 +44,32 @@ class LocalPruner(ABC):
 
         `keeps` holds distinct counts of kept groups in any order, 0 and all included. The layer is not changed.
         """
+
+    def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"] | None:
+        """What each group is worth, larger is better, for allocators that rank the groups of all sites together.
+
+        None, as here: this pruner weighs no group by itself.
+        """
+        return None
+
+
+class Signal(ABC):
+    """Measures one number per site, for allocators that decide from numbers like it."""
+
+    unitless: ClassVar[bool] = False  # True: the same number when all weights of the site are in other units
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What calibration must fill of a `LayerProblem`, as for a pruner."""
+        return frozenset({"gram"})
+
+    @abstractmethod
+    def measure(self, layer: LayerProblem) -> float:
+        """A finite number that does not depend on the order of the groups. The layer is not changed."""
+
+
+Measurable = Signal | str | Mapping[str, Any]
+"""A signal, its name, or {name: ..., option: value} as in a recipe."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +104,8 @@ class Journal:
 class Problem:
     """All an allocator may see: numbers, no torch.
 
-    errors[i][r] is the relative output error of site i at rung r of its ladder.
+    errors[i][r] is the relative output error of site i at rung r of its ladder. Signals and scores are there when
+    the allocator asks for them; in every walk they are measured on what reaches the site in that walk.
     """
 
     space: Space
@@ -83,6 +113,8 @@ class Problem:
     start: Allocation  # feasible and tight: the uniform allocation, or the centre of the ladders
     seed: int = 0
     tokens: int = 0  # tokens there are to judge on; queries for more are answered on these
+    signals: tuple[tuple[float, ...], ...] = ()  # signals[s][i]: the allocator's signal s at site i
+    scores: tuple[tuple[float, ...], ...] | None = None  # scores[i][g]: what the pruner says group g of site i is worth
     journal: Journal = field(default_factory=Journal, compare=False, repr=False)
 
     def error(self, site: int, kept: int) -> float:
@@ -95,7 +127,17 @@ Search = Generator[Sequence[Query], Sequence[float], Allocation]
 
 
 class Allocator(ABC):
-    """Decides how much each site keeps, as a conversation."""
+    """Decides how much each site keeps, as a conversation. What wraps another asks for what that one asks for."""
+
+    @property
+    def signals(self) -> tuple[Measurable, ...]:
+        """What to measure at every site, in every walk; `Problem.signals` has one row for each."""
+        return ()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What else of a `Problem` must be filled: scores, from a pruner that has them."""
+        return frozenset()
 
     @abstractmethod
     def search(self, problem: Problem) -> Search:

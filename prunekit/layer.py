@@ -8,7 +8,7 @@ A pruner reads a `LayerProblem` and returns `Candidate`s; it never sees a model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -25,9 +25,9 @@ class Candidate:
 
 
 STATISTICS = frozenset(
-    {"gram", "cross", "drift", "mean", "variance", "absolute", "contrast", "gradient", "feeders", "power"}
+    {"gram", "cross", "drift", "mean", "variance", "absolute", "contrast", "gradient", "feeders", "power", "influence"}
 )
-"""What a pruner may ask calibration for: fields of `LayerProblem`, and the power of its feeders' inputs."""
+"""What a plug-in may ask calibration for: fields of `LayerProblem`, and the power of its feeders' inputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +69,7 @@ class LayerProblem:
     gradient: Float[Tensor, "d_out d_in"] | None = None  # E[∂L/∂W] over windows
     fisher: Float[Tensor, "d_out d_in"] | None = None  # E[(∂L/∂W)²] over windows; comes with the gradient
     feeders: tuple[Feeder, ...] = ()
+    influence: float | None = None  # 1 - E cos(x, x + f(x)), x the residual stream and f the dense sub-layer on it
     name: str = "layer"
 
     def __post_init__(self) -> None:
@@ -89,6 +90,16 @@ class LayerProblem:
                     raise ValueError(
                         f"{self.name}: {whose} {field.name} is not finite; look at the model and the calibration tokens"
                     )
+
+    def knowing(self, needs: frozenset[str]) -> LayerProblem:
+        """The same layer with what `needs` names and no more: one plug-in's wishes are not another's hints."""
+        alone = ("drift", "mean", "variance", "absolute", "contrast", "influence")
+        hidden: dict[str, None] = {name: None for name in alone if name not in needs}
+        hidden |= {} if {"cross", "drift"} & needs else {"cross": None, "energy": None}
+        learnt = {} if "gradient" in needs else {"gradient": None, "fisher": None}
+        unfed = learnt if "power" in needs else {**learnt, "power": None}
+        fed = self.feeders if {"feeders", "power"} & needs else ()
+        return replace(self, **hidden, **learnt, feeders=tuple(replace(feeder, **unfed) for feeder in fed))
 
     @property
     def d_in(self) -> int:

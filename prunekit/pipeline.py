@@ -22,7 +22,7 @@ from prunekit.build import build
 from prunekit.calibration.gradients import Gradients
 from prunekit.calibration.tokens import Draws, TokenBatch, draw
 from prunekit.checkpoint import Dense, fingerprint, opened, skeleton, stored_as
-from prunekit.contracts import Problem
+from prunekit.contracts import Allocator, Problem
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.evaluate import perplexity
 from prunekit.export import hf
@@ -30,7 +30,7 @@ from prunekit.export.verify import NotVerified, verify
 from prunekit.ledger import Ledger
 from prunekit.progress import Progress
 from prunekit.recipe import Recipe
-from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS
+from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, signals_of
 from prunekit.search import converse
 from prunekit.sites import Allocation, Budget, Site, Space
 from prunekit.store import CandidateStore
@@ -164,8 +164,11 @@ class Run:
         space, centre, walk = allocator.first_space(self.whole), self.whole.uniform(), 0
         while True:
             start = space.nearest(centre)
-            net = self.walked(space, start, walk, f"prune {walk + 1}")
-            problem = Problem(space, net.errors, start, self.recipe.seed, self.draws.search.n_tokens)
+            net = self.walked(space, start, walk, f"prune {walk + 1}", allocator)
+            signals, scores = net.store.measured(space.sites, scores="scores" in allocator.needs)
+            problem = Problem(
+                space, net.errors, start, self.recipe.seed, self.draws.search.n_tokens, signals, scores,
+            )  # fmt: skip
             self.ledger.note(reporting.space_record(walk, problem))
             with self.clock("search"):
                 centre = converse(
@@ -183,12 +186,20 @@ class Run:
         plan = tuple(kept for (kept,) in final.ladders)
         return (net if final.ladders == space.ladders else self.walked(final, plan, walk + 1, "rebuild")), plan
 
-    def walked(self, space: Space, centre: Allocation, walk: int, label: str) -> Supernet:
-        """Walk the blocks, or go on with a walk that was interrupted, or read one that was finished."""
+    def walked(
+        self, space: Space, centre: Allocation, walk: int, label: str, allocator: Allocator | None = None
+    ) -> Supernet:
+        """Walk the blocks, or go on with a walk that was interrupted, or read one that was finished.
+
+        What the allocator asks for is measured on the way.
+        """
         key = {"ladders": [list(ladder) for ladder in space.ladders], "centre": list(centre)}
         store, dense, recipe = CandidateStore(self.place / f"walk-{walk}", key), self.dense, self.recipe
         pruner, tokens, gradients = PRUNERS.build(recipe.pruner), self.draws.calibration, None
-        if "gradient" in pruner.needs:  # of the dense model: every walk reads the same
+        signals = () if allocator is None else signals_of(allocator)
+        if any(
+            "gradient" in plugin.needs for plugin in (pruner, *signals)
+        ):  # of the dense model: every walk reads the same
             with self.clock("gradients"):
                 gradients = Gradients.collected(
                     dense.model, dense.adapter, tokens, self.place / "gradients", self.progress
@@ -196,6 +207,7 @@ class Run:
         with self.clock("prune"):
             errors = build(
                 dense.model, dense.adapter, space, centre, pruner, tokens, store,
+                signals=signals, scores=allocator is not None and "scores" in allocator.needs,
                 carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype, gradients=gradients,
                 contrast=self.draws.contrast, progress=self.progress, label=label,
             )  # fmt: skip

@@ -134,7 +134,8 @@ class Recipe(_Strict):
             WrongInput: a name, option or value that does not exist, or a file that is not there.
         """
         from prunekit.calibration.tokens import is_file
-        from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS
+        from prunekit.contracts import LocalPruner
+        from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, signals_of
 
         if self.structure not in STRUCTURES:
             raise WrongInput(f"no structure {self.structure!r}; there are {', '.join(STRUCTURES)}")
@@ -147,18 +148,26 @@ class Recipe(_Strict):
             raise WrongInput(
                 f"pruner {self.pruner['name']!r} cannot remove {self.structure}; it can {', '.join(pruner.structures)}"
             )
-        if "contrast" in pruner.needs and self.data.contrast_dataset is None:
+        allocator = ALLOCATORS.build(self.allocator)
+        signals = signals_of(allocator)  # a name that does not exist is met here
+        if "scores" in allocator.needs and type(pruner).scores is LocalPruner.scores:
             raise WrongInput(
-                f"pruner {self.pruner['name']!r} compares two data sets; give the second with "
-                "--set data.contrast_dataset=NAME_OR_FILE"
+                f"allocator {self.allocator['name']!r} ranks groups by the pruner's scores, and pruner "
+                f"{self.pruner['name']!r} has none; choose another of either"
             )
+        for plugin in (pruner, *signals):
+            if "contrast" in plugin.needs and self.data.contrast_dataset is None:
+                raise WrongInput(
+                    f"{type(plugin).__name__} compares two data sets; give the second with "
+                    "--set data.contrast_dataset=NAME_OR_FILE"
+                )
         for dataset in (self.data.dataset, self.data.evaluation_dataset, self.data.contrast_dataset):
             if dataset is not None:
                 is_file(dataset)
         return self.model_copy(
             update={
                 "pruner": PRUNERS.spec(pruner),
-                "allocator": ALLOCATORS.spec(ALLOCATORS.build(self.allocator)),
+                "allocator": ALLOCATORS.spec(allocator),
                 "objective": OBJECTIVES.spec(OBJECTIVES.build(self.objective)),
                 "finishers": tuple(FINISHERS.spec(FINISHERS.build(spec)) for spec in self.finishers),
             }

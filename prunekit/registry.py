@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar, cast, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
-from prunekit.contracts import Allocator, Finisher, LocalPruner, Objective
+from prunekit.contracts import Allocator, Finisher, LocalPruner, Objective, Signal
 from prunekit.errors import WrongInput
 
 T = TypeVar("T")
@@ -151,11 +151,17 @@ class Registry(Mapping[str, Entry], Generic[T]):
 
 
 PRUNERS = Registry("pruner", "prunekit.pruners", LocalPruner)
+SIGNALS = Registry("signal", "prunekit.signals", Signal)
 ALLOCATORS = Registry("allocator", "prunekit.allocators", Allocator)
 OBJECTIVES = Registry("objective", "prunekit.objectives", Objective)
 FINISHERS = Registry("finisher", "prunekit.finishers", Finisher)
 ADAPTERS: Registry[Any] = Registry("adapter", "prunekit.adapters")  # key = config.model_type
-KINDS: tuple[Registry[Any], ...] = (PRUNERS, ALLOCATORS, OBJECTIVES, FINISHERS, ADAPTERS)
+KINDS: tuple[Registry[Any], ...] = (PRUNERS, SIGNALS, ALLOCATORS, OBJECTIVES, FINISHERS, ADAPTERS)
+
+
+def signals_of(allocator: Allocator) -> tuple[Signal, ...]:
+    """What an allocator wants to have measured, built."""
+    return tuple(s if isinstance(s, Signal) else SIGNALS.build(s) for s in allocator.signals)
 
 
 def unknown(what: str, name: str, known: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -13,7 +14,7 @@ from torch import nn
 from prunekit.calibration.tokens import TokenBatch
 from prunekit.contracts import Problem
 from prunekit.recipe import Recipe
-from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS
+from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, SIGNALS, signals_of
 from prunekit.sites import Allocation
 from prunekit.store import write_json
 from prunekit.supernet import Supernet
@@ -27,6 +28,9 @@ SCHEMA = 1
 def space_record(walk: int, problem: Problem) -> dict[str, Any]:
     """All that is needed to read the questions of a walk without the model."""
     space = problem.space
+    measured: dict[str, Any] = {"signals": [list(row) for row in problem.signals]} if problem.signals else {}
+    if problem.scores is not None:  # as many as there are groups: the candidates' files have them
+        measured["scores"] = hashlib.sha256(repr(problem.scores).encode()).hexdigest()
     return {
         "kind": "space",
         "walk": walk,
@@ -36,6 +40,7 @@ def space_record(walk: int, problem: Problem) -> dict[str, Any]:
         "limit": space.budget.limit,
         "metric": space.budget.metric,
         "errors": [list(row) for row in problem.errors],
+        **measured,
         "start": list(problem.start),
     }
 
@@ -94,6 +99,8 @@ def versions(recipe: Recipe) -> dict[str, str]:
     """Of everything that has a say in the result: libraries, Python, and the distributions of plug-ins."""
     registries = {"pruner": PRUNERS, "allocator": ALLOCATORS, "objective": OBJECTIVES, "finisher": FINISHERS}
     owners = {registries[kind][spec["name"]].owner for kind, spec in _parts(recipe)}
+    named = map(SIGNALS.name_of, signals_of(ALLOCATORS.build(recipe.allocator)))
+    owners |= {SIGNALS[name].owner for name in named if name is not None}
     names = sorted({"prunekit", "torch", "transformers", *owners} - {"unknown"})
     return {name: metadata.version(name) for name in names} | {"python": platform.python_version()}
 

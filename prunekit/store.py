@@ -21,6 +21,8 @@ from prunekit.errors import CannotGoOn
 from prunekit.layer import Candidate
 from prunekit.sites import Site
 
+Table = tuple[tuple[float, ...], ...]
+
 
 class DamagedStore(CannotGoOn):
     """A file of the store is not what was written."""
@@ -53,8 +55,28 @@ class CandidateStore:
         """Relative output errors of the site's candidates, in the order they were put."""
         return list(self._entries["sites"][site.name]["errors"])
 
-    def put(self, site: Site, candidates: Sequence[Candidate], errors: Sequence[float]) -> None:
-        """Write all candidates of a site, then say so in the manifest."""
+    def measured(self, sites: Sequence[Site], *, scores: bool) -> tuple[Table, Table | None]:
+        """(signal by signal and site by site, what the pruner said each group of each site is worth).
+
+        Raises:
+            DamagedStore: the file of a site is missing or has changed.
+        """
+        signals = zip(*(self._entries["sites"][site.name]["signals"] for site in sites), strict=True)
+        return tuple(signals), tuple(self._scores(site) for site in sites) if scores else None
+
+    def _scores(self, site: Site) -> tuple[float, ...]:
+        with safe_open(self._intact(site), "pt") as file:
+            return tuple(file.get_tensor("scores").tolist())
+
+    def put(
+        self,
+        site: Site,
+        candidates: Sequence[Candidate],
+        errors: Sequence[float],
+        signals: Sequence[float] = (),
+        scores: Sequence[float] | None = None,
+    ) -> None:
+        """Write all candidates of a site and what was measured there, then say so in the manifest."""
         tensors = {}
         for candidate in candidates:
             if candidate.kept is None:
@@ -63,6 +85,8 @@ class CandidateStore:
             count = len(candidate.kept)
             tensors[f"{count}.kept"] = torch.tensor(candidate.kept, dtype=torch.int32)
             tensors[f"{count}.weight"] = candidate.weight.detach().cpu()[:, columns].contiguous()
+        if scores is not None:
+            tensors["scores"] = torch.tensor(scores, dtype=torch.float64)
         name = f"{site.name}.safetensors"
         temporary = self.directory / f".{name}"
         save_file(tensors, temporary)
@@ -74,6 +98,7 @@ class CandidateStore:
             "sha256": digest,
             "kept": [len(c.kept or ()) for c in candidates],
             "errors": list(errors),
+            "signals": list(signals),
         }
         write_json(self._manifest, self._entries)
 
@@ -87,17 +112,21 @@ class CandidateStore:
         entry = self._entries["sites"][site.name]
         if kept not in entry["kept"]:
             raise KeyError(f"{site.name}: no candidate keeps {kept}; there are {entry['kept']}")
-        path = self.directory / entry["file"]
-        if site.name not in self._verified:
-            if not path.exists() or _digest(path) != entry["sha256"]:
-                raise DamagedStore(f"{path} is missing or damaged; remove {self.directory} to prune again")
-            self._verified.add(site.name)
-        with safe_open(path, "pt") as file:
+        with safe_open(self._intact(site), "pt") as file:
             groups = tuple(file.get_tensor(f"{kept}.kept").tolist())
             columns = file.get_tensor(f"{kept}.weight")
         weight = columns.new_zeros(columns.shape[0], site.d_in)
         weight[:, torch.tensor(site.columns(groups), dtype=torch.long)] = columns
         return Candidate(groups, weight.to(device))
+
+    def _intact(self, site: Site) -> Path:
+        entry = self._entries["sites"][site.name]
+        path = self.directory / entry["file"]
+        if site.name not in self._verified:
+            if not path.exists() or _digest(path) != entry["sha256"]:
+                raise DamagedStore(f"{path} is missing or damaged; remove {self.directory} to prune again")
+            self._verified.add(site.name)
+        return path
 
 
 def _settle(path: Path) -> None:

@@ -93,7 +93,7 @@ class BlockFlow:
     def received(self, site: Site, needs: frozenset[str] = frozenset()) -> Moments:
         """Moments of what `site` receives, with those of the dense stream where there is one.
 
-        What costs more is added up when `needs` names it: absolute; power, of what the feeders receive.
+        What costs more is added up when `needs` names it: absolute; power, of what the feeders receive; influence.
         """
         block = self.blocks[site.block]
         linear = self.adapter.linear(block, site)
@@ -111,6 +111,8 @@ class BlockFlow:
             moments.add(seen.flatten(0, -2))
             if "absolute" in needs:
                 moments.add_absolute(seen.reshape(-1, self.seqlen, site.d_in))
+            if "influence" in needs:
+                moments.add_influence(self.stream.residual(i).flatten(0, -2), linear(seen).flatten(0, -2))
             if self.dense is not None:
                 dense = self._caught(self.dense, site, linear, i)
                 moments.add_dense(dense.flatten(0, -2), seen.flatten(0, -2), linear.weight)

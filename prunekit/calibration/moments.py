@@ -24,6 +24,7 @@ class Moments:
     drifted: Float[Tensor, "d_out d"] | None = None  # Σ δ x̂ᵀ, δ the dense residual stream less the carried one
     windows: int = 0
     loudness: Float[Tensor, " d"] | None = None  # Σ over windows of (mean |x̂| over tokens)²
+    turned: float | None = None  # Σ 1 - cos(x, x + f(x)), x the residual stream and f the sub-layer
     fed: dict[str, Tensor] = field(default_factory=dict)  # Σ x̂² of what every feeder receives, by its name
 
     @classmethod
@@ -62,6 +63,12 @@ class Moments:
         self.windows += len(seen)
         self.loudness = loudness if self.loudness is None else self.loudness + loudness
 
+    def add_influence(self, residual: Float[Tensor, "tokens d_out"], output: Float[Tensor, "tokens d_out"]) -> None:
+        """What the sub-layer was added to and what it added, for the tokens of the last `add`."""
+        before, added = residual.double(), output.double()  # 1 - cos of nearly equal vectors cancels
+        cosines = torch.nn.functional.cosine_similarity(before, before + added, dim=-1)
+        self.turned = (self.turned or 0.0) + float((1 - cosines).sum())
+
     def add_fed(self, feeder: str, seen: Float[Tensor, "tokens d_fed"]) -> None:
         """What a feeder received for the tokens of the last `add`."""
         power = precise(seen).square().sum(0, dtype=torch.float64)
@@ -82,6 +89,7 @@ class Moments:
             both(self.drifted, other.drifted),
             self.windows + other.windows,
             both(self.loudness, other.loudness),
+            None if self.turned is None or other.turned is None else self.turned + other.turned,
             {feeder: power + other.fed[feeder] for feeder, power in self.fed.items()},
         )
 
@@ -107,6 +115,11 @@ class Moments:
     @property
     def variance(self) -> Float[Tensor, " d"]:
         return (self.outer.diagonal() / self.tokens - self.mean.square()).clamp_min(0)
+
+    @property
+    def influence(self) -> float | None:
+        """1 - E cos(x, x + f(x))."""
+        return None if self.turned is None else self.turned / self.tokens
 
     @property
     def absolute(self) -> Float[Tensor, " d"] | None:

@@ -8,6 +8,7 @@ from prunekit.testing.models import tiny
 from prunekit.testing.objectives import ObjectiveSuite
 from prunekit.testing.oracle import best_allocation
 from prunekit.testing.pruners import PrunerSuite
+from prunekit.testing.signals import SignalSuite
 from prunekit.testing.supernets import KeepFirst, toy_supernet, toy_tokens
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "KeepFirst",
     "ObjectiveSuite",
     "PrunerSuite",
+    "SignalSuite",
     "best_allocation",
     "converse",
     "permuted",

@@ -44,6 +44,14 @@ def converse(allocator: Allocator, problem: Problem, loss: Callable[[Allocation]
     raise AssertionError(f"{allocator} still asks after {MOST_ASKS} asks")
 
 
+def furnished(problem: Problem, allocator: Allocator, seed: int = 0) -> Problem:
+    """The problem with made-up numbers for everything the allocator wants to have measured."""
+    rng, sites = random.Random(seed), problem.space.sites
+    signals = tuple(tuple(rng.random() for _ in sites) for _ in allocator.signals)
+    scores = tuple(tuple(rng.expovariate(1) for _ in range(site.n_groups)) for site in sites)
+    return replace(problem, signals=signals, scores=scores if "scores" in allocator.needs else None)
+
+
 class AllocatorSuite:
     """Subclass it, name it Test..., and set `plugin`."""
 
@@ -51,7 +59,11 @@ class AllocatorSuite:
 
     @pytest.fixture(params=ZOO)
     def problem(self, request: pytest.FixtureRequest) -> Problem:
-        return ZOO[request.param]()
+        return furnished(ZOO[request.param](), self.plugin)
+
+    @pytest.fixture
+    def uneven(self) -> Problem:
+        return furnished(ZOO["uneven"](), self.plugin)
 
     def test_every_question_is_feasible_or_a_probe_and_the_answer_is_feasible(self, problem: Problem) -> None:
         talk = converse(self.plugin, problem)
@@ -71,9 +83,9 @@ class AllocatorSuite:
     def test_asks_nothing_twice_in_one_ask(self, problem: Problem) -> None:
         assert all(len(set(ask)) == len(ask) for ask in converse(self.plugin, problem).asks)
 
-    def test_leaves_the_global_random_state_alone(self) -> None:
+    def test_leaves_the_global_random_state_alone(self, uneven: Problem) -> None:
         before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]
-        converse(self.plugin, ZOO["uneven"]())
+        converse(self.plugin, uneven)
         after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]
         assert before == after
 
@@ -87,15 +99,23 @@ class AllocatorSuite:
             pytest.param(lambda a: -1.0 * a[0], id="negative"),
         ],
     )
-    def test_survives_strange_losses(self, loss: Callable[[Allocation], float]) -> None:
-        problem = ZOO["uneven"]()
-        _assert_fair(converse(self.plugin, problem, loss), problem.space)
+    def test_survives_strange_losses(self, loss: Callable[[Allocation], float], uneven: Problem) -> None:
+        talk = converse(self.plugin, uneven, loss)
+        _assert_fair(talk, uneven.space)
 
     @pytest.mark.parametrize("errors", [0.0, 1e30], ids=["all zero", "huge"])
-    def test_survives_tables_that_tell_nothing(self, errors: float) -> None:
-        problem = ZOO["uneven"]()
-        flat = replace(problem, errors=tuple((errors,) * len(ladder) for ladder in problem.space.ladders))
-        assert problem.space.is_feasible(converse(self.plugin, flat).answer)
+    def test_survives_tables_that_tell_nothing(self, errors: float, uneven: Problem) -> None:
+        flat = replace(uneven, errors=tuple((errors,) * len(ladder) for ladder in uneven.space.ladders))
+        assert flat.space.is_feasible(converse(self.plugin, flat).answer)
+
+    @pytest.mark.parametrize("value", [0.0, -1.0, 1e300], ids=["zero", "negative", "huge"])
+    def test_survives_measurements_that_tell_nothing(self, value: float, uneven: Problem) -> None:
+        flat = replace(
+            uneven,
+            signals=tuple((value,) * len(row) for row in uneven.signals),
+            scores=None if uneven.scores is None else tuple((value,) * len(row) for row in uneven.scores),
+        )
+        assert flat.space.is_feasible(converse(self.plugin, flat).answer)
 
     def test_its_ladders_contain_the_centre_and_come_to_an_end(self) -> None:
         space: Space | None = self.plugin.first_space(small_llama())

@@ -17,18 +17,9 @@ from prunekit.testing.layers import LAYERS, QUIRKS, Quirk, permuted, toy_layer
 
 def supplied(layer: LayerProblem, pruner: LocalPruner) -> LayerProblem:
     """The layer as calibration on dense inputs hands it to this pruner: what it needs, nothing more."""
-    needs = pruner.needs
-    columns = ("drift", "mean", "variance", "absolute", "contrast")
-    layer = replace(layer, **{name: None for name in columns if name not in needs})
-    if not {"feeders", "power"} & needs:
-        layer = replace(layer, feeders=())
-    if "power" not in needs:
-        layer = replace(layer, feeders=tuple(replace(f, power=None) for f in layer.feeders))
-    if "gradient" not in needs:
-        feeders = tuple(replace(f, gradient=None, fisher=None) for f in layer.feeders)
-        layer = replace(layer, gradient=None, fisher=None, feeders=feeders)
-    if "cross" not in needs:
-        return replace(layer, cross=None)
+    layer = layer.knowing(pruner.needs)
+    if "cross" not in pruner.needs:
+        return layer
     weight, gram = layer.weight.double(), layer.gram.double()
     return replace(layer, cross=layer.gram.clone(), energy=float(((weight @ gram) * weight).sum()))
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from prunekit import Candidate, LocalPruner, PluginError, WrongInput
+from prunekit import Candidate, LocalPruner, PluginError, Signal, WrongInput
 from prunekit.build import build, expected_weight, layer_problem
 from prunekit.calibration.flow import BlockFlow, entered
 from prunekit.progress import Progress
@@ -115,6 +115,95 @@ def test_activations_that_are_not_finite_name_the_site(tmp_path):
     block.mlp.up_proj.weight.data.fill_(torch.inf)
     with pytest.raises(WrongInput, match=r"layers\.1\.mlp\.down_proj receives values that are not finite"):
         walk(net, KeepFirst(), tmp_path)
+
+
+@dataclass(frozen=True)
+class Crossed(Signal):
+    """Asks for much, says the power that goes through the site."""
+
+    @property
+    def needs(self):
+        return frozenset({"cross", "drift", "mean", "influence"})
+
+    def measure(self, layer):
+        assert layer.cross is not None
+        assert layer.influence is not None
+        assert layer.variance is None  # nobody asked
+        return float(layer.gram.trace())
+
+
+@dataclass(frozen=True)
+class Ranked(Refit):
+    """Every group is worth its number."""
+
+    def scores(self, layer):
+        assert layer.cross is None  # the signal asked, this pruner did not
+        assert layer.mean is None
+        return torch.arange(layer.n_groups)
+
+
+def test_signals_and_scores_are_measured_at_every_site_and_change_nothing_else(tmp_path):
+    net = toy_supernet()
+    plain, _ = walk(net, Ranked(), tmp_path / "plain")
+    errors, store = walk(net, Ranked(), tmp_path / "measured", signals=(Crossed(),), scores=True)
+    assert errors == plain
+    sites = net.space.sites
+    (signals,), scores = store.measured(sites, scores=True)
+    assert scores == tuple(tuple(range(site.n_groups)) for site in sites)
+    stream = BlockFlow(net.model, net.adapter, toy_tokens(), dense=False)
+    assert signals[0] == pytest.approx(float(stream.received(sites[0]).gram.trace()))
+    assert len(set(signals)) == len(sites)
+
+
+def test_a_resumed_walk_measures_only_what_is_missing(tmp_path):
+    net = toy_supernet()
+    _, whole = walk(net, Refit(), tmp_path / "whole", signals=(Crossed(),))
+
+    seen = []
+
+    class Killed(Crossed):
+        def measure(self, layer):
+            seen.append(layer.name)
+            if len(seen) == 4:
+                raise KeyboardInterrupt
+            return super().measure(layer)
+
+    with pytest.raises(KeyboardInterrupt):
+        walk(net, Refit(), tmp_path / "killed", signals=(Killed(),))
+    _, resumed = walk(net, Refit(), tmp_path / "killed", signals=(Killed(),))
+    assert seen == [s.name for s in net.space.sites[:4]] + [s.name for s in net.space.sites[3:]]
+    assert resumed.measured(net.space.sites, scores=False) == whole.measured(net.space.sites, scores=False)
+
+
+@dataclass(frozen=True)
+class Lost(Signal):
+    """Says something that is not a number, or asks for what there is not."""
+
+    wish: str = "gram"
+
+    @property
+    def needs(self):
+        return frozenset({self.wish})
+
+    def measure(self, layer):
+        return float("nan")
+
+
+def test_measurements_that_break_their_promise_are_named(tmp_path):
+    net = toy_supernet()
+    with pytest.raises(PluginError, match=r"Lost on model\.layers\.0.*a finite number was asked, not nan"):
+        walk(net, Refit(), tmp_path / "a", signals=(Lost(),))
+    with pytest.raises(PluginError, match="Lost needs the moon, which calibration cannot collect"):
+        walk(net, Refit(), tmp_path / "b", signals=(Lost("the moon"),))
+    with pytest.raises(PluginError, match=r"Refit on model\.layers\.0.*3 finite scores were asked.*not None"):
+        walk(net, Refit(), tmp_path / "c", scores=True)
+
+
+def test_there_is_no_influence_where_a_norm_comes_after_the_sum(tmp_path, monkeypatch):
+    net = toy_supernet()
+    monkeypatch.setattr(type(net.adapter), "adds_up", lambda *_: False)
+    with pytest.raises(WrongInput, match="a norm comes after the sum, so there is no influence"):
+        walk(net, Refit(), tmp_path, signals=(Lost("influence"),))
 
 
 def problem(net, site, needs, **more):

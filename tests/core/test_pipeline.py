@@ -234,3 +234,31 @@ def test_the_seed_is_all_the_randomness_there_is(folder, whole):
     torch.manual_seed(123)
     again = prunekit.prune(recipe=copy.deepcopy(recipe), quiet=True)
     assert again.ledger == (whole / "ledger.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("pruner", "allocator", "record"),
+    [
+        ("magnitude", {"name": "tyr", "inner": "owl", "last_stride": 0.125}, "signals"),
+        ("magnitude", "global-rank", "scores"),
+    ],
+    ids=["a signal inside tyr", "scores"],
+)
+def test_what_an_allocator_asks_for_is_measured_recorded_and_resumed(
+    folder, tmp_path, monkeypatch, pruner, allocator, record
+):
+    options = quick(pruner=pruner, allocator=allocator, objective="expected-error", verify=False)
+    first = prunekit.prune(folder, **options)
+    spaces = [line for line in map(json.loads, first.ledger.splitlines()) if line["kind"] == "space"]
+    assert all(space[record] for space in spaces)
+    if record == "signals":
+        assert all(len(row) == len(space["sites"]) for space in spaces for row in space["signals"])
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "answer", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prunekit.prune(folder, output=tmp_path / "out", **options)
+    assert prunekit.prune(folder, output=tmp_path / "out", **options).ledger == first.ledger

@@ -136,6 +136,10 @@ def test_set_takes_yaml_values() -> None:
         ),
         ({"pruner.aime": "dense"}, "no recipe key 'pruner.aime'; did you mean 'pruner.aim'?"),
         ({"allocator.inner": "evolutoin"}, "no allocator 'evolutoin'; did you mean 'evolution'?"),
+        (
+            {"allocator": "global-rank"},
+            "allocator 'global-rank' ranks groups by the pruner's scores, and pruner 'obs'",
+        ),
         ({"finishers": ["polish"]}, "no finisher 'polish'"),
         ({"sparsity": 0}, "sparsity is the share that is removed, more than 0 and less than 1, not 0"),
         ({"sparsity": 1.0}, "more than 0 and less than 1, not 1.0"),

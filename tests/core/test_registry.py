@@ -3,7 +3,7 @@
 import pytest
 
 from prunekit import LocalPruner, WrongInput
-from prunekit.registry import ADAPTERS, ALLOCATORS, KINDS, OBJECTIVES, PRUNERS, UnknownName
+from prunekit.registry import ADAPTERS, ALLOCATORS, KINDS, OBJECTIVES, PRUNERS, SIGNALS, UnknownName
 
 
 @pytest.mark.parametrize("registry", KINDS, ids=lambda r: r.kind)
@@ -22,7 +22,7 @@ def test_an_unknown_name_gets_the_nearest_and_the_list():
     assert "obs" in PRUNERS
 
 
-@pytest.mark.parametrize("registry", [PRUNERS, ALLOCATORS, OBJECTIVES], ids=lambda r: r.kind)
+@pytest.mark.parametrize("registry", [PRUNERS, SIGNALS, ALLOCATORS, OBJECTIVES], ids=lambda r: r.kind)
 def test_a_plug_in_and_its_spec_are_inverse(registry):
     for name in registry:
         plugin = registry.build(name)
@@ -43,6 +43,7 @@ def test_plug_ins_nest():
         (ALLOCATORS, {"name": "evolution", "selections": [[4, "x"]]}, "selections takes tuple"),
         (PRUNERS, {"name": "obs", "aim": "maybe"}, "aim takes .*'stream'.*, not 'maybe'"),
         (PRUNERS, {"name": "obs", "aime": "own"}, "did you mean 'aim'"),
+        (ALLOCATORS, {"name": "metric-map", "signal": "outlier"}, "no signal 'outlier'; did you mean 'outliers'"),
         (PRUNERS, {"refit": True}, "given by its name"),
     ],
     ids=lambda value: getattr(value, "kind", str(value)),

@@ -33,6 +33,14 @@ def test_what_is_put_is_got(tmp_path, site):
     assert store.errors(site)[0] == 1.0
 
 
+def test_what_was_measured_comes_back_signal_by_signal(tmp_path):
+    for site, signals, scores in ((SITE, (0.1, 3.0), (1.0, 0.1, 2.0, 1e-300)), (SPREAD, (1 / 3, -4.0), (5.0, 6.0))):
+        CandidateStore(tmp_path, {}).put(site, [candidate(site, [1])], [0.5], signals, scores)
+    store = CandidateStore(tmp_path, {})
+    assert store.measured([SITE, SPREAD], scores=False) == (((0.1, 1 / 3), (3.0, -4.0)), None)
+    assert store.measured([SPREAD, SITE], scores=True)[1] == ((5.0, 6.0), (1.0, 0.1, 2.0, 1e-300))
+
+
 def test_only_kept_columns_are_on_disk(tmp_path):
     CandidateStore(tmp_path, {}).put(SITE, [candidate(SITE, [1])], [0.5])
     assert (tmp_path / f"{SITE.name}.safetensors").stat().st_size < 3 * SITE.d_in * 4 + 200

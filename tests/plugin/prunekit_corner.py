@@ -1,4 +1,4 @@
-"""A pruner, an allocator and an objective for prunekit; any one with its entry point is a plug-in."""
+"""A pruner, a signal, an allocator and an objective for prunekit; any one with its entry point is a plug-in."""
 
 from __future__ import annotations
 
@@ -28,6 +28,18 @@ class LeaveOneOut(pk.LocalPruner):
         cost = torch.stack([((w[:, g] @ h[g][:, g]) * w[:, g]).sum() for g in groups])  # (1)
         answer = layer.refitted if self.refit else layer.masked
         return [answer(kept) for kept in pk.best_groups(cost, keeps)]
+
+
+@dataclass(frozen=True)
+class Loudest(pk.Signal):
+    """The share of the power a site receives that comes in through its loudest group."""
+
+    unitless: ClassVar[bool] = True  # of the inputs alone: the weights may be in any unit
+
+    def measure(self, layer: pk.LayerProblem) -> float:
+        power = layer.group_sum(layer.gram.diagonal())  # (n_groups,)
+        total = float(power.sum())
+        return float(power.max()) / total if total > 0 else 0.0
 
 
 @dataclass(frozen=True)

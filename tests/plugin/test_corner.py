@@ -2,8 +2,8 @@
 
 import torch
 
-from prunekit.testing import AllocatorSuite, ObjectiveSuite, PrunerSuite, toy_layer
-from prunekit_corner import Descent, LeaveOneOut, WorstSite
+from prunekit.testing import AllocatorSuite, ObjectiveSuite, PrunerSuite, SignalSuite, toy_layer
+from prunekit_corner import Descent, LeaveOneOut, Loudest, WorstSite
 
 
 class TestLeaveOneOut(PrunerSuite):
@@ -12,6 +12,10 @@ class TestLeaveOneOut(PrunerSuite):
 
 class TestLeaveOneOutWithoutRefit(PrunerSuite):
     plugin = LeaveOneOut(refit=False)
+
+
+class TestLoudest(SignalSuite):
+    plugin = Loudest()
 
 
 class TestDescent(AllocatorSuite):

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Literal, get_args
 
 from prunekit import Allocator, Problem, Query, Search
 
-Rule = Literal["fermi", "softmax", "threshold", "compliance"]
+Rule = Literal["fermi", "softmax", "threshold", "compliance", "water-filling"]
+Energy = Literal["curve", "scores"]
 TEMPERATURES = tuple(2.0**j for j in range(-4, 5))
 
 
@@ -20,16 +21,20 @@ class ClosedForm(Allocator):
     unit of price, and e_l its energy: log q_l as a price-weighted z-score within the purse. The level μ is where the
     budget is spent, Σ p_l (1 - s_l) = limit:
 
-        fermi       s_l = 1 / (1 + exp((e_l - μ)/T))                                          (1)
-        softmax     s_l = min(1, exp((μ - e_l)/T))                                            (2)
-        compliance  s_l = min(1, exp(μ) / q_l)                                                (3)
-        threshold   s_l = the part of site l whose units have Q_j / p_j ≤ μ                   (4)
+        fermi          s_l = 1 / (1 + exp((e_l - μ)/T))                                       (1)
+        softmax        s_l = min(1, exp((μ - e_l)/T))                                         (2)
+        compliance     s_l = min(1, exp(μ) p_l / A_l),   A_l the signal `stiffness`           (3)
+        water-filling  (3) with A_l = p_l q_l, the parabola as steep as the curve at the start (4)
+        threshold      s_l = the part of site l whose units have Q_j / p_j ≤ μ                (5)
 
     Q_j is the rise of the error when unit j, a stretch between two rungs, goes; p_j its price. (1) minimises
-    Σ p_l (e_l s_l - T S(s_l)), S the entropy of a two-state unit; (2) is its dilute limit. (3) gives way in
-    proportion to softness: it minimises the quadratic energy Σ ½ p_l q_l s_l² and is c_l / Σ c with c_l = Σ_j 1/Q_j
-    for units as stiff as those at the start. (4) is the exact optimum of separable convex errors.
-    In (1) and (2), T → ∞ is uniform and T → 0 empties the lowest energies first.
+    Σ p_l (e_l s_l - T S(s_l)), S the entropy of a two-state unit; (2) is its dilute limit. (3) minimises the quadratic
+    energy Σ A_l s_l²: with the compliance c_l = 1ᵀ Q_l⁻¹ 1 = n_l²/A_l and one price, sites lose groups in proportion to
+    c_l. (5) is the exact optimum of separable convex errors. In (1) and (2), T → ∞ is uniform and T → 0 empties the
+    lowest energies first. No share is above `most`, unless the budget leaves no other choice.
+
+    With `energy: scores` the curve is the one the pruner's unit scores draw: the sum of the least scores of as many
+    units as go, as a share of the sum of all. (5) is then one quantile over the units of all sites.
 
     The idea of an energy is from StruPrune (arXiv:2510.03246), whose formulas are not public: these are ours. The
     error table costs nothing to read, so T is the best on it unless given, and the answer is the start where that is
@@ -37,13 +42,27 @@ class ClosedForm(Allocator):
     """
 
     rule: Rule = "fermi"
+    energy: Energy = "curve"  # what a site loses: by its error curve, or by the pruner's unit scores
+    most: float = 1.0  # largest share of a site that may be removed
     temperature: float | None = None  # T of (1) and (2), in standard deviations of the energy; None: best on the table
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(Rule):
             raise ValueError(f"no rule {self.rule!r}; there are {', '.join(get_args(Rule))}")
+        if self.energy not in get_args(Energy):
+            raise ValueError(f"no energy {self.energy!r}; there are {', '.join(get_args(Energy))}")
+        if not 0 < self.most <= 1:
+            raise ValueError(f"0 < most ≤ 1, not {self.most}")
         if self.temperature is not None and not self.temperature > 0:
             raise ValueError(f"a temperature is above 0, not {self.temperature}")
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        return ("stiffness",) if self.rule == "compliance" else ()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"scores"} if self.energy == "scores" else ())
 
     def search(self, problem: Problem) -> Search:
         warm = self.temperature is None and self.rule in ("fermi", "softmax")
@@ -55,6 +74,7 @@ class ClosedForm(Allocator):
 
     def wish(self, problem: Problem, temperature: float = 1.0) -> list[float]:
         """Kept groups per site, before rounding; a site without a price keeps all."""
+        problem = separable(problem) if self.energy == "scores" else problem
         space = problem.space
         wish = [float(ladder[-1]) for ladder in space.ladders]
         for members, limit in space.purses:
@@ -62,14 +82,20 @@ class ClosedForm(Allocator):
             paid = [i for i in members if whole[i]]
             if self.rule == "threshold":
                 units = [_units(problem, i) for i in paid]
-                removed = below_threshold(units, sum(space.prices[i][-1] for i in paid) - limit)
+                caps = [self.most * space.sites[i].n_groups for i in paid]
+                removed = below_threshold(units, sum(space.prices[i][-1] for i in paid) - limit, caps)
                 for i, groups in zip(paid, removed, strict=True):
                     wish[i] -= groups
                 continue
-            e, prices = log_slopes(problem, paid), [whole[i] for i in paid]
-            if self.rule != "compliance":
+            prices = [whole[i] for i in paid]
+            if self.rule == "compliance":
+                e = logs([problem.signals[0][i] / whole[i] for i in paid])
+            else:
+                e = logs(slopes(problem, paid))  # (4) as it is
+            if self.rule in ("fermi", "softmax"):
                 e = [x / temperature for x in standard(e, prices)]
-            removed = level(e, prices, limit, fermi if self.rule == "fermi" else dilute)  # (1), (2), (3)
+            law = fermi if self.rule == "fermi" else dilute
+            removed = level(e, prices, limit, lambda x, law=law: min(self.most, law(x)))  # (1), (2), (3)
             for i, share in zip(paid, removed, strict=True):
                 wish[i] = space.sites[i].n_groups * (1 - share)
         return wish
@@ -114,31 +140,48 @@ def standard(energies: Sequence[float], prices: Sequence[int]) -> list[float]:
     return [(e - mean) / spread if spread > 1e-12 * abs(mean) else 0.0 for e in energies]
 
 
-def log_slopes(problem: Problem, sites: Sequence[int]) -> list[float]:
-    """Logarithm of the error per unit of price between the rungs beside the start.
+def logs(values: Sequence[float]) -> list[float]:
+    """Logarithms, those of values below a thousandth of the mean as if they were that.
 
-    The logarithm, because slopes of relative errors differ by orders of magnitude: a few steep sites would own
-    the z-score.
+    Slopes and stiffnesses of relative errors differ by orders of magnitude: a few steep sites would own the z-score.
     """
-    slopes = []
+    floor = 1e-3 * sum(max(x, 0.0) for x in values) / max(len(values), 1) or 1.0
+    return [math.log(max(x, floor)) for x in values]
+
+
+def separable(problem: Problem) -> Problem:
+    """The problem with the error curves that unit scores draw: the least sum of scores of as many units as go."""
+    assert problem.scores is not None
+    curves = []
+    for site, ladder, scores in zip(problem.space.sites, problem.space.ladders, problem.scores, strict=True):
+        largest = max(map(abs, scores)) or 1.0
+        parts = sorted(s / largest for s in scores)  # sums of huge scores are infinite
+        lost = list(accumulate(parts, initial=0.0))
+        total = math.fsum(map(abs, parts)) or 1.0
+        curves.append(tuple(lost[site.n_groups - kept] / total for kept in ladder))
+    return replace(problem, errors=tuple(curves))
+
+
+def slopes(problem: Problem, sites: Sequence[int]) -> list[float]:
+    """Error per unit of price between the rungs beside the start."""
+    found = []
     for i in sites:
         ladder, price = problem.space.ladders[i], problem.space.prices[i]
         r = ladder.index(problem.start[i])
-        slopes.append(_score(problem.errors[i], price, max(r - 1, 0), min(r + 1, len(ladder) - 1)))
-    floor = 1e-3 * sum(max(x, 0.0) for x in slopes) / max(len(slopes), 1) or 1.0
-    return [math.log(max(x, floor)) for x in slopes]
+        found.append(_score(problem.errors[i], price, max(r - 1, 0), min(r + 1, len(ladder) - 1)))
+    return found
 
 
-def below_threshold(units: Sequence[Sequence[Unit]], excess: float) -> list[float]:
+def below_threshold(units: Sequence[Sequence[Unit]], excess: float, caps: Sequence[float]) -> list[float]:
     """Groups to remove per site: units of the lowest score first, the last in part, until `excess` is saved.
 
-    Scores rise down every ladder, so no unit goes before the one above it.
+    Scores rise down every ladder, so no unit goes before the one above it. No site loses more groups than its cap.
     """
     removed = [0.0] * len(units)
-    for _, i, unit in sorted((u.score, i, u) for i, some in enumerate(units) for u in some):  # (4)
+    for _, i, unit in sorted((u.score, i, u) for i, some in enumerate(units) for u in some):  # (5)
         if excess <= 0:
             break
-        part = min(1.0, excess / unit.price) if unit.price else 1.0
+        part = min(1.0, excess / unit.price if unit.price else 1.0, (caps[i] - removed[i]) / unit.groups)
         removed[i] += part * unit.groups
         excess -= part * unit.price
     return removed

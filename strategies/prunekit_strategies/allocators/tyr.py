@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 from prunekit import Allocation, Allocator, Problem, Search, Space
 from prunekit_strategies.allocators.evolution import Evolution
@@ -34,6 +35,14 @@ class CoarseToFine(Allocator):
 
     def ready(self) -> None:
         self.inner.ready()
+
+    @property
+    def signals(self) -> tuple[Any, ...]:
+        return self.inner.signals
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.inner.needs
 
     def first_space(self, whole: Space) -> Space:
         # as many rungs as it takes from one end of a ladder to the other

@@ -159,6 +159,31 @@ def test_the_drift_is_what_the_residual_stream_has_lost():
             stream.advance(site.block)
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_influence_is_the_turn_of_the_residual_stream_by_hand(family):
+    model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
+    hidden = list(model(tokens.ids, output_hidden_states=True).hidden_states[:-1])  # before every block
+    added: dict[Any, torch.Tensor] = {}
+    sites = adapter.sites(model)
+    for site in sites:
+        linear = adapter.linear(adapter.blocks(model)[site.block], site)
+        linear.register_forward_hook(
+            lambda _, __, out, site=site: added.__setitem__(site, out.reshape(*tokens.ids.shape, -1))
+        )
+    with torch.no_grad():
+        model(tokens.ids)
+    expected = []
+    for site in sites:
+        before = hidden[site.block] + (added[sites[2 * site.block]] if site.kind == "mlp" else 0)
+        expected.append(1 - torch.cosine_similarity(before, before + added[site], dim=-1).mean().item())
+    stream = BlockFlow(tiny(family), adapter, tokens, dense=False)
+    for site, by_hand in zip(sites, expected, strict=True):
+        assert stream.received(site, frozenset({"influence"})).influence == pytest.approx(by_hand)
+        stream.carry(site, None)
+        if site.kind == "mlp":
+            stream.advance(site.block)
+
+
 def test_a_dropped_sub_layer_takes_its_bias_along():
     model, adapter, tokens = tiny("opt"), adapter_for("opt"), toy_tokens()
     attention, *_ = adapter.sites(model)

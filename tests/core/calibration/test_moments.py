@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 
 from prunekit.calibration.moments import Moments
@@ -10,6 +11,7 @@ from prunekit.calibration.moments import Moments
 def filled(x, dense=None, weight: Any = None):
     moments = Moments.empty(x.shape[1], x.device, cross=dense is not None)
     moments.add(x)
+    moments.add_influence(x, x.flip(1))
     if dense is not None:
         moments.add_dense(dense, x, weight)
     return moments
@@ -21,7 +23,7 @@ def test_shards_give_the_moments_of_the_whole():
     weight = torch.randn(3, 6, generator=generator).double()
     whole = filled(x, dense, weight)
     shards = filled(x[:13], dense[:13], weight).merged(filled(x[13:], dense[13:], weight))
-    for name in ("tokens", "energy"):
+    for name in ("tokens", "energy", "influence"):
         assert abs(getattr(whole, name) - getattr(shards, name)) < 1e-9
     for name in ("gram", "cross", "mean", "variance"):
         torch.testing.assert_close(getattr(whole, name), getattr(shards, name))
@@ -45,6 +47,17 @@ def test_what_is_asked_for_besides_adds_up_too():
 def test_half_precision_inputs_are_multiplied_in_float32():
     x = torch.full((1000, 1), 1.0625).bfloat16()
     assert float(filled(x).gram) == 1.0625**2
+
+
+def test_what_is_not_turned_has_no_influence():
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    moments = filled(x)
+    assert Moments.empty(4, x.device).influence is None
+    moments.turned = 0.0
+    moments.add_influence(x, 0.5 * x)
+    assert moments.influence == pytest.approx(0, abs=1e-12)
+    moments.add_influence(x, -3 * x)
+    assert moments.influence == pytest.approx(2)
 
 
 def test_the_variance_of_a_constant_is_zero():

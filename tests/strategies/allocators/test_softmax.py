@@ -1,11 +1,14 @@
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
+from prunekit.sites import Budget, Site, Space
 from prunekit.testing import best_allocation, converse
+from prunekit.testing.allocators import furnished
 from prunekit.testing.spaces import additive, problem, small_llama
-from prunekit_strategies.allocators.softmax import ClosedForm, dilute, fermi, level, standard
+from prunekit_strategies.allocators.softmax import ClosedForm, dilute, fermi, level, separable, slopes, standard
 
 ENERGIES, PRICES = [-1.2, 0.3, 0.9, -0.4], [7, 100, 31, 64]
 LAWS = pytest.mark.parametrize("law", [fermi, dilute], ids=["fermi", "softmax"])
@@ -58,7 +61,7 @@ def test_z_scores_weigh_by_price_and_equal_energies_are_zero() -> None:
     assert standard([0.1, 0.1, 0.1], [1, 2, 3]) == [0, 0, 0]
 
 
-@pytest.mark.parametrize("rule", ["fermi", "softmax", "threshold", "compliance"])
+@pytest.mark.parametrize("rule", ["fermi", "softmax", "threshold", "water-filling"])
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
 @pytest.mark.parametrize("seed", range(3))
 def test_closes_much_of_the_gap_between_uniform_and_the_optimum(rule: str, share: float, seed: int) -> None:
@@ -81,6 +84,66 @@ def test_threshold_is_exact_where_one_price_fits_all() -> None:
     assert loss(found) == pytest.approx(best_allocation(toy.space, toy.errors)[1])
 
 
+@pytest.mark.parametrize("rule", ["compliance", "water-filling"])
+def test_quadratic_energies_are_at_their_least(rule: str) -> None:
+    toy = furnished(problem(small_llama(0.4)), ClosedForm(rule))  # type: ignore[arg-type]
+    sites = toy.space.sites
+    price = [s.parameters(s.n_groups) for s in sites]
+    steep = [p * q for p, q in zip(price, slopes(toy, range(16)), strict=True)]
+    energy = toy.signals[0] if rule == "compliance" else steep
+    wish = ClosedForm(rule, most=0.9).wish(toy)  # type: ignore[arg-type]
+    shares = [1 - k / s.n_groups for k, s in zip(wish, sites, strict=True)]
+    assert math.fsum(p * (1 - s) for p, s in zip(price, shares, strict=True)) == pytest.approx(toy.space.budget.limit)
+    assert max(shares) <= 0.9
+    marginal = [a * s / p for a, s, p in zip(energy, shares, price, strict=True) if s < 0.9 - 1e-9]
+    assert max(marginal) == pytest.approx(min(marginal))  # d(A s²) per price is one multiplier
+    total, rng = math.fsum(a * s * s for a, s in zip(energy, shares, strict=True)), random.Random(0)
+    for _ in range(200):
+        i, j = rng.sample(range(16), 2)
+        moved, step = list(shares), rng.uniform(-0.05, 0.05) * price[0]
+        moved[i], moved[j] = moved[i] + step / price[i], moved[j] - step / price[j]
+        if min(moved) >= 0 and max(moved) <= 0.9:
+            assert math.fsum(a * s * s for a, s in zip(energy, moved, strict=True)) >= total
+
+
+def test_with_one_price_sites_lose_groups_in_proportion_to_their_compliance() -> None:
+    sites = small_llama().sites[1::2]
+    whole = Space.whole(sites, Budget.keeping(0.7, sites))
+    toy = furnished(problem(whole), ClosedForm("compliance"))
+    compliance = [768**2 / a for a in toy.signals[0]]
+    removed = [768 - kept for kept in ClosedForm("compliance").wish(toy)]
+    free = [r / c for r, c in zip(removed, compliance, strict=True) if r < 768 - 1e-6]
+    assert max(free) == pytest.approx(min(free))
+
+
+def test_unit_scores_draw_the_curve_of_what_goes_first() -> None:
+    sites = (Site("a", 0, "mlp", 4, 1, 1), Site("b", 1, "mlp", 2, 1, 1))
+    space = Space(sites, ((0, 1, 3, 4), (0, 1, 2)), Budget(3))
+    toy = replace(problem(space), scores=((4.0, 1.0, 3.0, 2.0), (0.0, 0.0)))
+    assert separable(toy).errors[0] == pytest.approx((1.0, 0.6, 0.1, 0.0))
+    assert separable(toy).errors[1] == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_threshold_over_unit_scores_is_one_quantile(seed: int) -> None:
+    rng = random.Random(seed)
+    sites = tuple(Site(str(i), i, "mlp", 6, 1, 5) for i in range(4))
+    space = Space.whole(sites, Budget(5 * 13))
+    scores = [[rng.expovariate(1) for _ in range(6)] for _ in sites]
+    scores = tuple(tuple(x / sum(s) for x in s) for s in scores)  # of equal sums, so that they stay as they are
+    toy = replace(problem(space), scores=scores)
+    tau = sorted(x for s in scores for x in s)[24 - 13]
+    expected = [sum(x >= tau for x in s) for s in scores]
+    assert ClosedForm("threshold", energy="scores").wish(toy) == pytest.approx(expected)
+
+
+def test_no_share_is_above_the_cap() -> None:
+    toy = problem(small_llama(0.3))
+    for rule in ("fermi", "softmax", "threshold", "water-filling"):
+        wish = ClosedForm(rule, most=0.8).wish(toy, 0.25)
+        assert min(k / s.n_groups for k, s in zip(wish, toy.space.sites, strict=True)) >= 0.2 - 1e-9
+
+
 def test_sites_that_lose_the_same_keep_the_same() -> None:
     toy = problem(ClosedForm().first_space(small_llama()), errors=None)
     equal = problem(
@@ -98,5 +161,9 @@ def test_sites_that_lose_the_same_keep_the_same() -> None:
 def test_refuses_an_unknown_rule_and_absolute_zero() -> None:
     with pytest.raises(ValueError, match="no rule 'bose'"):
         ClosedForm("bose")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no energy 'heat'"):
+        ClosedForm(energy="heat")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="0 < most ≤ 1"):
+        ClosedForm(most=0.0)
     with pytest.raises(ValueError, match="above 0"):
         ClosedForm(temperature=0.0)

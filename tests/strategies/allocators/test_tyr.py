@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from prunekit import Allocator, Space
+from prunekit.registry import ALLOCATORS
 from prunekit.testing import best_allocation, converse
 from prunekit.testing.spaces import additive, convex_table, problem, small_llama
 from prunekit_strategies.allocators.evolution import Evolution
@@ -51,3 +52,10 @@ def test_an_odd_stride_still_reaches_both_ends() -> None:
 def test_refuses_strides_that_do_not_fall(wrong: dict) -> None:
     with pytest.raises(ValueError, match=r"stride|reach"):
         CoarseToFine(**wrong)
+
+
+def test_it_asks_for_what_the_one_inside_asks_for():
+    ranked = CoarseToFine(inner=ALLOCATORS.build("global-rank"))
+    assert ranked.needs == {"scores"}
+    mapped = ALLOCATORS.build("owl")
+    assert CoarseToFine(inner=mapped).signals == mapped.signals != ()

@@ -1,0 +1,86 @@
+"""What every signal promises."""
+
+import dataclasses
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from prunekit.contracts import Signal
+from prunekit.layer import STATISTICS, LayerProblem
+from prunekit.testing.layers import LAYERS, QUIRKS, Quirk, permuted, toy_layer
+
+
+def measured(signal: Signal, layer: LayerProblem) -> float:
+    """Measure what calibration tells this signal, and check what holds for every number."""
+    value = signal.measure(layer.knowing(signal.needs))
+    assert type(value) is float
+    assert math.isfinite(value)
+    return value
+
+
+class SignalSuite:
+    """Subclass it, name it Test..., and set `plugin`."""
+
+    plugin: Signal
+
+    @pytest.fixture(params=LAYERS)
+    def layer(self, request: pytest.FixtureRequest) -> LayerProblem:
+        return LAYERS[request.param]()
+
+    @pytest.fixture(params=[(12, 1), (6, 4)], ids=["columns", "blocks"])
+    def plain(self, request: pytest.FixtureRequest) -> LayerProblem:
+        return toy_layer(*request.param)
+
+    def test_is_a_frozen_dataclass_that_needs_known_fields(self) -> None:
+        assert dataclasses.is_dataclass(self.plugin)
+        assert hash(self.plugin) == hash(replace(self.plugin))  # type: ignore[type-var]
+        assert self.plugin.needs <= STATISTICS
+
+    def test_gives_the_same_finite_number_twice(self, layer: LayerProblem) -> None:
+        state = torch.get_rng_state()
+        assert measured(self.plugin, layer) == measured(self.plugin, replace(layer))
+        assert torch.equal(state, torch.get_rng_state()), "the global random state is the caller's"
+
+    def test_leaves_its_input_alone(self, layer: LayerProblem) -> None:
+        parts = [layer, *layer.feeders]
+        tensors = [v for part in parts for v in vars(part).values() if isinstance(v, torch.Tensor)]
+        before = [tensor.clone() for tensor in tensors]
+        measured(self.plugin, layer)
+        assert all(torch.equal(one, two) for one, two in zip(before, tensors, strict=True))
+
+    def test_does_not_depend_on_the_order_of_the_groups(self, plain: LayerProblem) -> None:
+        order = torch.randperm(plain.n_groups, generator=torch.Generator().manual_seed(1)).tolist()
+        here, there = measured(self.plugin, plain), measured(self.plugin, permuted(plain, order))
+        assert there == pytest.approx(here, rel=1e-5, abs=1e-7)
+
+    @pytest.mark.parametrize("scale", [2.0**-6, 2.0**6])
+    def test_is_the_same_in_other_units_if_it_says_so(self, plain: LayerProblem, scale: float) -> None:
+        feeders = tuple(replace(feeder, weight=scale * feeder.weight) for feeder in plain.feeders)
+        louder = replace(plain, weight=scale * plain.weight, feeders=feeders)
+        if self.plugin.unitless:
+            assert measured(self.plugin, louder) == pytest.approx(measured(self.plugin, plain), rel=1e-5, abs=1e-7)
+
+    # one class serves many subclasses, and the same examples for all of them are what we want
+    @settings(
+        max_examples=30,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
+    )
+    @given(
+        n_groups=st.integers(1, 7),
+        group_size=st.integers(1, 4),
+        d_out=st.integers(1, 6),
+        quirk=st.sampled_from(QUIRKS),
+        seed=st.integers(0, 2**31),
+        damping=st.sampled_from([0.0, 1e-4, 0.01, 1.0]),
+    )
+    def test_is_finite_on_any_shape(
+        self, *, n_groups: int, group_size: int, d_out: int, quirk: Quirk, seed: int, damping: float
+    ) -> None:
+        measured(self.plugin, replace(toy_layer(n_groups, group_size, d_out, quirk=quirk, seed=seed), damping=damping))

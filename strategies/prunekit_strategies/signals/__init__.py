@@ -1,0 +1,1 @@
+"""Signals: one number per site, for allocators to decide by."""
