@@ -197,9 +197,8 @@ class Run:
         store, dense, recipe = CandidateStore(self.place / f"walk-{walk}", key), self.dense, self.recipe
         pruner, tokens, gradients = PRUNERS.build(recipe.pruner), self.draws.calibration, None
         signals = () if allocator is None else signals_of(allocator)
-        if any(
-            "gradient" in plugin.needs for plugin in (pruner, *signals)
-        ):  # of the dense model: every walk reads the same
+        if any("gradient" in plugin.needs for plugin in (pruner, *signals)):
+            # of the dense model: every walk reads the same
             with self.clock("gradients"):
                 gradients = Gradients.collected(
                     dense.model, dense.adapter, tokens, self.place / "gradients", self.progress
