@@ -221,6 +221,7 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] =
     if as_json:
         typer.echo(json.dumps(rows, indent=2, default=str))
         return
+    from rich.markup import escape
     from rich.table import Table
 
     from prunekit.recipe import presets
@@ -230,7 +231,7 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] =
     )
     for row in rows:
         options = "\n".join(f"{o['name']}: {o['type']} = {_short(o['default'])}" for o in row["options"])
-        table.add_row(row["kind"], row["name"], row["summary"], options, row["owner"])
+        table.add_row(*(escape(text) for text in (row["kind"], row["name"], row["summary"], options, row["owner"])))
     for name in presets():
         table.add_row("recipe", name, f"prunekit prune MODEL --recipe {name}", "", "")
     _print(table)

@@ -72,10 +72,9 @@ class Entry:
         loaded = self.load()
         if not dataclasses.is_dataclass(loaded):
             return ()
+        hints = get_type_hints(loaded)  # so that a named type says what it allows
         return tuple(
-            Option(f.name, f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type)), _default(f))
-            for f in dataclasses.fields(loaded)
-            if f.init
+            Option(f.name, _type_name(hints[f.name]), _default(f)) for f in dataclasses.fields(loaded) if f.init
         )
 
 

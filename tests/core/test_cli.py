@@ -227,7 +227,7 @@ def test_list_names_every_plugin_with_its_options() -> None:
     (obs,) = (row for row in rows if row["name"] == "obs")
     assert obs["owner"] == "prunekit"
     assert obs["summary"]
-    assert {"name": "aim", "type": "Aim", "default": "own"} in obs["options"]
+    assert {"name": "aim", "type": "Literal['own', 'dense', 'stream']", "default": "own"} in obs["options"]
 
 
 def test_list_is_a_table_with_presets() -> None:

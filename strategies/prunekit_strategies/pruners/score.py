@@ -97,7 +97,10 @@ class Score(LocalPruner):
             return score
         fed = torch.zeros_like(score)
         for feeder in layer.feeders:
-            inputs = None if self._quiet or feeder.power is None else feeder.power.double().sqrt()
+            inputs = None
+            if not self._quiet:
+                assert feeder.power is not None
+                inputs = feeder.power.double().sqrt()
             fed += self._reduced(self._fibres(feeder.weight, inputs, 1), layer.n_groups)
         return score + fed  # (3)
 
@@ -136,9 +139,11 @@ class Score(LocalPruner):
 
 @dataclass(frozen=True)
 class Magnitude(Score):
-    """Keep the groups with the largest weights, everything that goes with a group included; reads no tokens.
+    """Keep the groups with the largest weights, everything that goes with a group included.
 
-    u_g = ‖W_:g‖²_F + Σ_f ‖rows of F that feed g‖²
+        u_g = ‖W_:g‖²_F + Σ_f ‖rows of F that feed g‖²
+
+    The baseline that reads no tokens.
     """
 
     weight_norm: float = 2.0
