@@ -16,11 +16,11 @@ import typer
 from prunekit.build import build
 from prunekit.calibration.tokens import draw
 from prunekit.checkpoint import opened
-from prunekit.contracts import Problem
+from prunekit.contracts import LocalPruner, Problem
 from prunekit.pipeline import whole_space
 from prunekit.progress import Progress
 from prunekit.recipe import Recipe
-from prunekit.registry import ALLOCATORS, PRUNERS
+from prunekit.registry import ALLOCATORS, PRUNERS, signals_of
 from prunekit.store import CandidateStore
 from prunekit.testing import best_allocation, converse
 
@@ -45,16 +45,22 @@ def main(
         with tempfile.TemporaryDirectory() as folder:
             store = CandidateStore(Path(folder), {})
             pruner, start = PRUNERS.build(recipe.pruner), space.nearest(whole.uniform())
+            scored = type(pruner).scores is not LocalPruner.scores
+            allocators = {name: ALLOCATORS.build(name) for name in ALLOCATORS}
+            allocators = {name: a for name, a in allocators.items() if scored or "scores" not in a.needs}
+            asked_for = [(name, signal) for name, a in allocators.items() for signal in signals_of(a)]
             errors = build(
                 dense.model, dense.adapter, space, start, pruner, calibration, store,
-                dtype=dense.dtype, progress=Progress(),
+                signals=[signal for _, signal in asked_for], scores=scored, dtype=dense.dtype, progress=Progress(),
             )  # fmt: skip
+            rows, scores = store.measured(space.sites, scores=scored)
         _, optimum = best_allocation(space, errors)
-        for name in ALLOCATORS:
+        for name, allocator in allocators.items():
+            signals = tuple(row for row, (whose, _) in zip(rows, asked_for, strict=True) if whose == name)
             above, asked = [], []
             for seed in map(int, seeds.split(",")):
-                problem = Problem(space, errors, start, seed)
-                talk = converse(ALLOCATORS.build(name), problem)
+                problem = Problem(space, errors, start, seed, signals=signals, scores=scores)
+                talk = converse(allocator, problem)
                 found = sum(problem.error(i, kept) for i, kept in enumerate(talk.answer))
                 above.append(found / optimum - 1)
                 asked.append(sum(len(ask) for ask in talk.asks))

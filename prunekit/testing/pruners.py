@@ -118,6 +118,18 @@ class PrunerSuite:
             assert one.kept == tuple(sorted(order[g] for g in two.kept))
             torch.testing.assert_close(two.weight, one.weight[:, plain.columns(order)], rtol=1e-3, atol=1e-5)
 
+    def test_its_scores_if_any_are_one_finite_number_per_group(self, layer: LayerProblem) -> None:
+        scores = self.plugin.scores(layer)
+        if scores is not None:
+            assert scores.shape == (layer.n_groups,)
+            assert bool(torch.isfinite(scores).all())
+
+    def test_its_scores_follow_the_groups(self, plain: LayerProblem) -> None:
+        order = torch.randperm(plain.n_groups, generator=torch.Generator().manual_seed(1)).tolist()
+        here, there = self.plugin.scores(plain), self.plugin.scores(permuted(plain, order))
+        if here is not None and there is not None:
+            torch.testing.assert_close(there, here[order], rtol=1e-3, atol=1e-7)
+
     @pytest.mark.parametrize("scale", [2.0**-6, 2.0**6])
     def test_chooses_the_same_groups_in_other_units(self, plain: LayerProblem, scale: float) -> None:
         counts = range(plain.n_groups + 1)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, get_args
 
-from prunekit import Allocator, Problem, Query, Search
+from prunekit import Allocation, Allocator, Problem, Query, Search, Space
 
+FINE = 1 / 128  # stride of the second walk, share of a site's groups
 Normalise = Literal["z-score", "l2", "none"]
 
 
@@ -26,7 +27,8 @@ class GlobalRank(Allocator):
     Sources: FLAP (An et al. 2024, arXiv 2312.11983), z-scores in the order of the score, prices in the cut alone;
     LLM-Pruner (Ma et al. 2023, arXiv 2305.11627), its global mode. Ours: exact integer prices (a head is worth its
     price in neurons), the protected share, and `compete`: the start is among the answers the objective chooses from.
-    Counts are rounded to the ladders; which units of a site go stays with the pruner, in the same order.
+    Which units of a site go stays with the pruner, in the same order. Normalised scores differ little between sites, so
+    that coarse rungs would round them to the start: a second walk around the first answer has rungs of FINE.
     """
 
     normalise: Normalise = "z-score"
@@ -45,6 +47,9 @@ class GlobalRank(Allocator):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"scores"})
+
+    def next_space(self, space: Space, best: Allocation) -> Space | None:
+        return space.zoomed(best, stride=FINE, reach=8) if space.stride > FINE else None
 
     def search(self, problem: Problem) -> Search:
         answer = problem.space.nearest(self.wish(problem))

@@ -8,7 +8,7 @@ from prunekit.sites import Budget, Site, Space
 from prunekit.testing import best_allocation, converse
 from prunekit.testing.allocators import furnished
 from prunekit.testing.spaces import problem, sites_of, small_llama
-from prunekit_strategies.allocators.global_rank import GlobalRank, normal
+from prunekit_strategies.allocators.global_rank import FINE, GlobalRank, normal
 
 SUM = GlobalRank(normalise="none", most=1.0, compete=False)
 
@@ -29,7 +29,7 @@ def drawn(sites, seed):
 def test_one_price_and_scores_that_add_up_is_the_best_of_all_subsets(seed):
     sites = tuple(Site(str(i), i, "mlp", 3, 1, 7) for i in range(4))
     given = scored(sites, Budget(5 * 7), drawn(sites, seed))
-    units = [s for site in given.scores for s in site]
+    units = [s for site in given.scores or () for s in site]
     best = min(
         sum(s for s, gone in zip(units, mask, strict=True) if gone)
         for mask in product((0, 1), repeat=12)
@@ -85,7 +85,7 @@ def test_no_site_goes_beyond_its_protected_share_unless_it_must():
 
 def test_the_unit_of_a_sites_scores_does_not_matter_once_normalised():
     given = furnished(problem(small_llama()), GlobalRank(), seed=2)
-    louder = tuple(tuple(1000.0**i * s for s in site) for i, site in enumerate(given.scores))
+    louder = tuple(tuple(1000.0**i * s for s in site) for i, site in enumerate(given.scores or ()))
     for plugin in (GlobalRank(), GlobalRank("l2", per_price=True)):
         assert plugin.wish(replace(given, scores=louder)) == plugin.wish(given)
 
@@ -100,7 +100,7 @@ def test_z_scores_and_norms():
 
 def test_units_that_tell_nothing_go_evenly():
     given = furnished(problem(small_llama()), GlobalRank())
-    flat = replace(given, scores=tuple((1.0,) * len(s) for s in given.scores))
+    flat = replace(given, scores=tuple((1.0,) * len(s) for s in given.scores or ()))
     shares = {k / s.n_groups for k, s in zip(GlobalRank().wish(flat), flat.space.sites, strict=True)}
     assert max(shares) - min(shares) <= 0.25  # one head
 
@@ -123,3 +123,15 @@ def test_the_start_stands_unless_the_objective_prefers_the_ranking():
 def test_refuses_what_cannot_be_ranked(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         GlobalRank(**options)
+
+
+def test_a_second_walk_tells_apart_what_coarse_rungs_round_away():
+    whole = small_llama()
+    coarse = GlobalRank().first_space(whole)
+    fine = GlobalRank().next_space(coarse, coarse.uniform())
+    assert fine is not None
+    given = furnished(problem(fine), GlobalRank(), seed=3)
+    answer = converse(GlobalRank(compete=False), given).answer
+    for kept, wished, site in list(zip(answer, GlobalRank().wish(given), whole.sites, strict=True))[1::2]:
+        assert abs(kept - wished) <= 0.5 * FINE * site.n_groups + 0.01 * site.n_groups
+    assert GlobalRank().next_space(fine, answer) is None
