@@ -60,7 +60,7 @@ class MixedInteger(Additive):
         while left:
             found = milp(
                 cost,
-                integrality=np.ones(len(columns)),
+                integrality=np.ones(len(columns), dtype=np.int64),
                 bounds=Bounds(0, 1),
                 constraints=[*exact, *cuts],
                 options={"mip_rel_gap": 0.0},

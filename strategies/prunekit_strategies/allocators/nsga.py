@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,6 +10,7 @@ from prunekit import Allocation, Allocator, Problem, Query, Search, Space
 from prunekit_strategies.allocators.probes import Source, check_source, started
 
 Against = Literal["price", "error"]
+Aims = Mapping[Allocation, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class NSGA(Allocator):
         self,
         problem: Problem,
         members: Sequence[Allocation],
-        aims: dict[Allocation, tuple[float, float]],
+        aims: Aims,
         rng: random.Random,
     ) -> list[Allocation]:
         """As many children as there are members, none of them judged before."""
@@ -132,7 +133,7 @@ def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
     return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
 
 
-def ranked(members: Sequence[Allocation], aims: dict[Allocation, tuple[float, float]]) -> list[list[Allocation]]:
+def ranked(members: Sequence[Allocation], aims: Aims) -> list[list[Allocation]]:
     """The fronts: those nobody dominates, then those nobody else dominates, and so on."""
     fronts, left = [], list(dict.fromkeys(members))
     while left:
@@ -142,7 +143,7 @@ def ranked(members: Sequence[Allocation], aims: dict[Allocation, tuple[float, fl
     return fronts
 
 
-def crowding(front: Sequence[Allocation], aims: dict[Allocation, tuple[float, float]]) -> dict[Allocation, float]:
+def crowding(front: Sequence[Allocation], aims: Aims) -> dict[Allocation, float]:
     """(1); infinite for the ends of each aim."""
     distance = dict.fromkeys(front, 0.0)
     for m in range(2):
@@ -155,9 +156,7 @@ def crowding(front: Sequence[Allocation], aims: dict[Allocation, tuple[float, fl
     return distance
 
 
-def survivors(
-    members: Sequence[Allocation], aims: dict[Allocation, tuple[float, float]], count: int
-) -> list[Allocation]:
+def survivors(members: Sequence[Allocation], aims: Aims, count: int) -> list[Allocation]:
     """The best `count` by (rank, crowding), best first."""
     chosen: list[Allocation] = []
     for front in ranked(members, aims):

@@ -4,12 +4,13 @@ from itertools import product
 
 import pytest
 
+from prunekit import Allocation
 from prunekit.testing import best_allocation, converse
 from prunekit.testing.spaces import ZOO, additive, convex_table, problem, small_llama
 from prunekit_strategies.allocators.nsga import NSGA, crowding, dominates, ranked, survivors
 
 
-def flat(points):
+def flat(points: list[tuple[float, float]]) -> dict[Allocation, tuple[float, float]]:
     """Aims by a name of one gene."""
     return {(n,): p for n, p in enumerate(points)}
 
@@ -50,9 +51,11 @@ def test_the_front_of_two_opposite_aims_is_found():
     loss = additive(toy.errors, toy.space)
     nsga = NSGA("price", population=24, generations=30, window=0.9)
     _, *asks = converse(nsga, toy, loss).asks
-    met = {q.allocation: (loss(q.allocation), toy.space.cost(q.allocation)) for ask in asks for q in ask}
+    met = {q.allocation: (loss(q.allocation), float(toy.space.cost(q.allocation))) for ask in asks for q in ask}
     low, high = 0.1 * toy.space.budget.limit, 1.9 * toy.space.budget.limit
-    every = {a: (loss(a), toy.space.cost(a)) for a in product(*toy.space.ladders) if low <= toy.space.cost(a) <= high}
+    every = {
+        a: (loss(a), float(toy.space.cost(a))) for a in product(*toy.space.ladders) if low <= toy.space.cost(a) <= high
+    }
     true = {every[a] for a in ranked(list(every), every)[0]}
     found = {met[a] for a in ranked(list(met), met)[0]}
     assert len(found & true) >= 0.9 * len(true)

@@ -1,14 +1,14 @@
 import math
+from typing import get_args
 
 import pytest
 
 from prunekit import Budget, Site, Space
 from prunekit.testing import converse
 from prunekit.testing.spaces import additive, convex_table, problem, small_llama
-from prunekit_strategies.allocators.schedule import Schedule, ratios, rising
+from prunekit_strategies.allocators.schedule import Schedule, Shape, ratios, rising
 
-SHAPES = ["log-increase", "linear-increase", "uniform", "linear-decrease", "log-decrease"]
-FREE = {"compete": False}
+SHAPES = get_args(Shape)
 
 
 @pytest.mark.parametrize(("depth", "mean"), [(32, 0.7354), (40, 0.7477), (80, 0.7807)])
@@ -63,7 +63,7 @@ def test_the_budget_is_spent_and_counts_follow_the_shape(shape, apart):
     whole = small_llama()
     space = Space.whole(whole.sites, Budget.keeping(0.5, whole.sites, apart=apart))
     toy = problem(space)
-    answer = converse(Schedule(shape, **FREE), toy).answer
+    answer = converse(Schedule(shape, compete=False), toy).answer
     assert answer == space.nearest(answer)  # tight
     for kind in (0, 1):
         kept = list(answer[kind::2])
@@ -91,7 +91,7 @@ def test_unequal_blocks_are_weighed_by_price():
 
 def test_atp_asks_its_grid_and_the_objective_chooses():
     toy = problem(small_llama())
-    atp = Schedule("linear-increase", highest=1.0, grid=8, **FREE)
+    atp = Schedule("linear-increase", highest=1.0, grid=8, compete=False)
     (ask,) = converse(atp, toy).asks
     assert len(ask) == 8
     firsts = [q.allocation[1] for q in ask]
@@ -108,7 +108,7 @@ def test_the_start_wins_where_the_objective_prefers_it_unless_it_may_not_compete
     )
     loss = additive(steep, toy.space)
     assert converse(Schedule(), toy, loss).answer == toy.start
-    assert converse(Schedule(**FREE), toy, loss).answer != toy.start
+    assert converse(Schedule(compete=False), toy, loss).answer != toy.start
 
 
 @pytest.mark.parametrize("wrong", [{"shape": "zigzag"}, {"bends": "none"}, {"lowest": 0.9}, {"grid": 0}])

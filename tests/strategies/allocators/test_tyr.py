@@ -34,7 +34,7 @@ def test_halves_the_stride_from_an_eighth_to_a_sixty_fourth() -> None:
     assert all(s.ladders[0] == (0, 1, 2, 3, 4) for s in spaces)  # never less than one group
 
 
-@pytest.mark.parametrize("inner", [Evolution(), Evolution(warm_start=False)], ids=["warm", "cold"])
+@pytest.mark.parametrize("inner", [Evolution(), Evolution(warm_start="none")], ids=["warm", "cold"])
 def test_every_round_is_at_least_as_good_and_the_last_within_one_percent_of_the_optimum(inner: Evolution) -> None:
     losses = [loss for _, loss in rounds(CoarseToFine(inner), small_llama())]
     assert losses == sorted(losses, reverse=True)
