@@ -38,7 +38,7 @@ class Server:
                 server.requests.append((self.path, dict(self.headers), None))
                 self.send_error(404)
 
-            def log_message(self, *_):
+            def log_message(self, format, *args):
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -91,14 +91,15 @@ def breeder():
     """A script that does every operator as asked, at random, but the same for the same request."""
 
     def script(prompt, n):
-        rng, size = random.Random(n), int(re.search(r"a vector of (\d+)", prompt)[1])
-        low, high = map(float, re.search(r"between ([\d.]+) and ([\d.]+)", prompt).groups())
-        count = int(re.search(r"(?:Propose|Choose|each of these) (\d+)", prompt)[1])
+        rng = random.Random(n)
+        (size,) = map(int, re.findall(r"a vector of (\d+)", prompt))
+        ((low, high),) = re.findall(r"between ([\d.]+) and ([\d.]+)", prompt)
+        (count,) = map(int, re.findall(r"(?:Propose|Choose|each of these) (\d+)", prompt))
         if "Choose" in prompt:
             ids = range(len(re.findall(r"^\d+: loss", prompt, re.MULTILINE)))
             return json.dumps({"pairs": [rng.sample(ids, 2) for _ in range(count)]})
         key = "population" if "Propose" in prompt else "children"
-        vectors = [[round(rng.uniform(low, high), 2) for _ in range(size)] for _ in range(count)]
+        vectors = [[round(rng.uniform(float(low), float(high)), 2) for _ in range(size)] for _ in range(count)]
         return f"Here you are:\n```json\n{json.dumps({key: vectors})}\n```"
 
     return script

@@ -16,7 +16,7 @@ from prunekit_strategies.chat import Endpoint, LocalModel, Unanswered, check_add
 KEY = "sk-test-0123456789abcdef"
 
 
-def endpoint(url, retries=0, timeout=5.0, variable="OPENAI_API_KEY"):
+def endpoint(url, retries=0, timeout=5.0, variable: str | None = "OPENAI_API_KEY"):
     return Endpoint(url, "some-model", variable, 0.7, timeout, retries)
 
 

@@ -187,7 +187,6 @@ class Rates:
 
     space: Space
     start: Allocation
-    reach: float
 
     @cached_property
     def members(self) -> tuple[tuple[int, ...], ...]:
@@ -217,9 +216,10 @@ class Rates:
     def range(self) -> tuple[float, float]:
         """Smallest and largest rate on any ladder."""
         ends = [
-            (ladder[0], ladder[-1], s.n_groups) for ladder, s in zip(self.space.ladders, self.space.sites, strict=True)
+            (ladder[0] / s.n_groups, ladder[-1] / s.n_groups)
+            for ladder, s in zip(self.space.ladders, self.space.sites, strict=True)
         ]
-        return min(1 - most / n for _, most, n in ends), max(1 - least / n for least, _, n in ends)
+        return 1 - max(most for _, most in ends), 1 - min(least for least, _ in ends)
 
     @cached_property
     def step(self) -> float:
@@ -271,7 +271,7 @@ class Rates:
         return (
             f"You plan the structured pruning of {about} with {blocks} decoder blocks. A plan is a vector of {n} "
             f"pruning rates, {entries}. A rate is the share of a part's heads or neurons that is removed: 0.00 keeps "
-            f"all of it, 1.00 all but drops it. Rates lie between {low:.2f} and {high:.2f}, in steps of "
+            f"all of it, 1.00 drops it. Rates lie between {low:.2f} and {high:.2f}, in steps of "
             f"{self.step:.2f}. Their mean, weighted by parameters ({weights} of the total), is {self.mean:.2f}{apart}; "
             "a plan that misses it is shifted as a whole until it fits. The loss of the pruned model judges a plan; "
             "lower is better.\n\n"
@@ -286,7 +286,7 @@ class Advised:
 
     def __init__(self, twin: Twin, chat: Chat, problem: Problem, about: str, retries: int) -> None:
         self.twin, self.chat, self.journal, self.seed = twin, chat, problem.journal, problem.seed
-        self.rates, self.retries = Rates(problem.space, problem.start, twin.reach), retries
+        self.rates, self.retries = Rates(problem.space, problem.start), retries
         self.intro = self.rates.told(about)
         self.asked = 0  # prompts so far, replayed ones included
         self.heard_from = False  # whether the model ever replied to this process
@@ -294,7 +294,6 @@ class Advised:
 
     def initial(self, count: int) -> list[Allocation]:
         """Proposals from what the model knows about redundancy."""
-
         (low, high), mean, reach = self.rates.range, self.rates.mean, self.twin.reach
 
         def prompt(slots: Sequence[None]) -> str:

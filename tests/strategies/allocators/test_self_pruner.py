@@ -5,6 +5,7 @@ import math
 import random
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -24,7 +25,7 @@ from prunekit_strategies.allocators.self_pruner import GIVE_UP, Rates, SelfPrune
 from prunekit_strategies.allocators.tyr import CoarseToFine
 
 KEY = "sk-test-0123456789abcdef"
-SMALL = {"population": 6, "iterations": 4, "offspring": 3}
+SMALL: dict[str, Any] = {"population": 6, "iterations": 4, "offspring": 3}
 
 
 class Notebook(Journal):
@@ -42,7 +43,7 @@ class Notebook(Journal):
         self.notes.append(line)
 
 
-def toy(seed=0):
+def toy(seed=0) -> Any:
     return replace(problem(SelfPruner().first_space(small_llama()), seed=seed), journal=Notebook())
 
 
@@ -114,7 +115,7 @@ SPACES = {
 @settings(max_examples=8, deadline=None)
 def test_repair_spends_the_budget_and_repairs_nothing_twice(name, seed):
     space = SPACES[name]
-    rates, rng = Rates(space, space.uniform(), 0.4), random.Random(seed)
+    rates, rng = Rates(space, space.uniform()), random.Random(seed)
     low, high = rates.range
     child = rates.decode([rng.uniform(low, high) for _ in rates.members], space.uniform())
     assert space.is_feasible(child)
@@ -126,7 +127,7 @@ def test_repair_spends_the_budget_and_repairs_nothing_twice(name, seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_two_decimals_are_enough_to_say_an_allocation(name, seed):
     space, rng = SPACES[name], random.Random(seed)
-    rates, start = Rates(space, space.uniform(), 0.4), space.uniform()
+    rates, start = Rates(space, space.uniform()), space.uniform()
     some = space.nearest([k + rng.uniform(-0.2, 0.2) * s.n_groups for k, s in zip(start, space.sites, strict=True)])
     heard = rates.decode(json.loads(rates.shown(some)), some)
     off = [abs(a - b) / s.n_groups for a, b, s in zip(heard, some, space.sites, strict=True)]
@@ -136,7 +137,7 @@ def test_two_decimals_are_enough_to_say_an_allocation(name, seed):
 
 def test_rates_are_removed_shares_within_the_range_that_is_told():
     space = SPACES["coarse"]
-    rates = Rates(space, space.uniform(), 0.4)
+    rates = Rates(space, space.uniform())
     assert rates.mean == pytest.approx(0.5, abs=0.01)
     assert rates.range == (0, 1)
     assert rates.of(tuple(s.n_groups for s in space.sites)) == [0.0] * 16
@@ -154,7 +155,7 @@ def test_a_good_model_does_it_all(server, breeder):
     assert [q["operator"] for q in world.journal.questions] == ["init", *(["select", "cross", "mutate"] * 4)]
     assert world.journal.notes == []
     assert server.prompts == [q["prompt"] for q in world.journal.questions]
-    rates = Rates(world.space, world.start, 0.4)
+    rates = Rates(world.space, world.start)
     told = [v for a in world.journal.answers for v in re.findall(r"\[[\d., ]+\]", a["reply"]) if v.count(",") == 15]
     asked = {q.allocation for ask in talk.asks for q in ask[2 if ask is talk.asks[0] else 0 :]}
     assert asked <= {rates.decode(json.loads(v), world.start) for v in told}
@@ -179,7 +180,7 @@ def test_parents_are_those_the_model_chose(server, breeder):
 
     server.script = script
     converse(advised(server, iterations=1), world)
-    rates = Rates(world.space, world.start, 0.4)
+    rates = Rates(world.space, world.start)
     first = [a for ask in converse(advised(server, iterations=0), world).asks for a in (q.allocation for q in ask)]
     ranked = sorted(first, key=additive(world.errors, world.space))
     cross = next(q["prompt"] for q in world.journal.questions if q["operator"] == "cross")
@@ -214,7 +215,7 @@ def test_what_is_missing_is_asked_for_with_the_reason_then_left_to_the_twin(serv
 
 def test_of_eighty_blocks_the_model_sees_means_and_the_ten_best(server, breeder):
     server.script, space = breeder, SPACES["80 blocks"]
-    world = replace(problem(space), journal=Notebook())
+    world: Any = replace(problem(space), journal=Notebook())
     talk = converse(advised(server, population=14, iterations=1), world)
     assert world.journal.notes == []
     assert all(space.is_feasible(a) for a in talk.asked)
@@ -226,11 +227,11 @@ def test_of_eighty_blocks_the_model_sees_means_and_the_ten_best(server, breeder)
 # -- and all the others ---------------------------------------------------------------------------------
 
 
-def every(value):
+def every(value: str) -> Any:
     """Answer each operator with as many of one vector, and pairs of no use."""
 
     def script(prompt, n):
-        count = int(re.search(r"(?:Propose|Choose|each of these) (\d+)", prompt)[1])
+        (count,) = map(int, re.findall(r"(?:Propose|Choose|each of these) (\d+)", prompt))
         key = "pairs" if "Choose" in prompt else "population" if "Propose" in prompt else "children"
         return f'{{"{key}": [{", ".join([value] * count)}]}}'
 
