@@ -102,8 +102,8 @@ def prune(
     if source is None:
         raise WrongInput("no model was given; name a folder or a hub id, or pass a model in memory")
     if output is not None:
-        files = [recipe.data.dataset, recipe.data.evaluation_dataset, source if isinstance(source, str) else None]
-        check_output(output, overwrite=overwrite, sources=[f for f in files if f is not None and Path(f).exists()])
+        files = [*recipe.data.names, *([source] if isinstance(source, str) else [])]
+        check_output(output, overwrite=overwrite, sources=[f for f in files if Path(f).exists()])
     shape, adapter = skeleton(source, trust_remote_code=recipe.trust_remote_code)
     whole_space(recipe, shape, adapter, next(shape.parameters()).dtype)  # can the budget be met?
     with clock("open"):
@@ -113,6 +113,7 @@ def prune(
         )  # fmt: skip
         whole = whole_space(recipe, dense.model, dense.adapter, dense.dtype)
         draws = draw(dense.tokenizer, recipe.data, progress, seed=recipe.seed, **_limits(dense.model))
+        OBJECTIVES.build(recipe.objective).check(draws.search)
         recipe = recipe.completed(model=dense.name, draws=draws)
     identity = recipe.determining() | {"weights": fingerprint(dense.model), "versions": reporting.versions(recipe)}
     with workplace(output, identity, resume=resume, overwrite=overwrite) as place:

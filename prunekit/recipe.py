@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from prunekit.errors import WrongInput
 from prunekit.sites import Metric
@@ -40,21 +40,73 @@ Spec = Annotated[dict[str, Any], BeforeValidator(_as_spec)]
 """A plug-in: {name: ..., option: value}; a bare name is short for {name: ...}."""
 
 
+class TextSpec(_Strict):
+    """One of several data sets."""
+
+    dataset: str
+    config: str | None = None
+    split: str | None = None
+    field: str | None = None  # None: that of `data`
+    weight: Annotated[float, Field(gt=0)] = 1.0  # of its share of the windows
+
+
+def _as_texts(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)):
+        return value
+    if len(value) == 1 and isinstance(value[0], str):
+        return value[0]
+    return tuple({"dataset": text} if isinstance(text, str) else text for text in value)
+
+
+Texts = Annotated[
+    Annotated[str, Tag("one")] | Annotated[tuple[TextSpec, ...], Field(min_length=1), Tag("several")],
+    Discriminator(lambda value: "several" if isinstance(value, tuple) else "one"),
+    BeforeValidator(_as_texts),
+]
+"""A data set by name, or several: a list of names and {dataset: ..., weight: ..., split: ...}."""
+
+
+def _names(texts: str | tuple[TextSpec, ...] | None) -> list[str]:
+    return [texts] if isinstance(texts, str) else [text.dataset for text in texts or ()]
+
+
 class DataSpec(_Strict):
     """Which text, and how much of it; amounts in tokens. None: chosen when the text is read."""
 
-    dataset: str = "auto"  # python-docs, a file, a name on the hub; auto: fineweb-edu where the hub answers
+    dataset: Texts = "auto"  # python-docs, a file, a name on the hub; auto: fineweb-edu where the hub answers
     config: str | None = None
     split: str | None = None
     field: str = "text"  # of jsonl, parquet and hub rows
-    evaluation_dataset: str | None = None  # None: the held-out split, or the same text further on
+    search_dataset: Texts | None = None  # None: further on in `dataset`; text, or questions with their answers
+    evaluation_dataset: Texts | None = None  # None: the held-out split, or the same text further on
     evaluation_split: str | None = None
     calibration_tokens: Annotated[int, Field(gt=0)] | None = None
     search_tokens: Annotated[int, Field(gt=0)] | None = None
     evaluation_tokens: Annotated[int, Field(gt=0)] | None = None
     seqlen: Annotated[int, Field(ge=2)] | None = None  # None: 2048, or what the model was made for
     shuffle: bool = False  # draw windows by the seed, not the first in order
-    digests: dict[str, str] | None = None  # sha256 of the token ids of each part, filled in by a run
+    calibration_draw: Annotated[int, Field(ge=0)] = 0  # which windows calibrate; search and evaluation stay the same
+    digests: dict[str, str] | None = None  # sha256 of the token ids of each part and source, filled in by a run
+
+    def texts(self, part: Literal["dataset", "search_dataset", "evaluation_dataset"]) -> tuple[TextSpec, ...]:
+        """The data sets of one key, none where it is None.
+
+        Raises:
+            WrongInput: `config` or `split` beside several data sets.
+        """
+        value = getattr(self, part)
+        splits = {"dataset": self.split, "evaluation_dataset": self.evaluation_split}
+        if isinstance(value, str):
+            config = self.config if part == "dataset" else None
+            return (TextSpec(dataset=value, config=config, split=splits.get(part)),)
+        if part == "dataset" and (self.config or self.split):
+            raise WrongInput("data.config and data.split are of one data set; of several each has its own in the list")
+        return tuple(t.model_copy(update={"split": t.split or splits.get(part)}) for t in value or ())
+
+    @property
+    def names(self) -> list[str]:
+        """Every data set that is named."""
+        return [*_names(self.dataset), *_names(self.search_dataset), *_names(self.evaluation_dataset)]
 
 
 class Recipe(_Strict):
@@ -115,9 +167,11 @@ class Recipe(_Strict):
             WrongInput: no such key, with the nearest; or no such value.
         """
         values = self.model_dump(mode="python")
-        if overrides.get("data.dataset", self.data.dataset) != self.data.dataset:
+        if _as_texts(overrides.get("data.dataset", before := values["data"]["dataset"])) != before:
             forgotten = ["config", "split"]  # they are of the other data set
-            if self.data.evaluation_dataset in (None, self.data.dataset):
+            if self.data.evaluation_dataset is None or _names(self.data.evaluation_dataset) == _names(
+                self.data.dataset
+            ):
                 forgotten += ["evaluation_dataset", "evaluation_split"]
             values["data"] |= dict.fromkeys(forgotten)
         for key in sorted(overrides, key=lambda key: key.count(".")):  # a plug-in before its options
@@ -146,9 +200,8 @@ class Recipe(_Strict):
             raise WrongInput(
                 f"pruner {self.pruner['name']!r} cannot remove {self.structure}; it can {', '.join(pruner.structures)}"
             )
-        for dataset in (self.data.dataset, self.data.evaluation_dataset):
-            if dataset is not None:
-                is_file(dataset)
+        for dataset in self.data.names:
+            is_file(dataset)
         return self.model_copy(
             update={
                 "pruner": PRUNERS.spec(pruner),
