@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,6 +98,10 @@ Set = Annotated[
         "--set", metavar="KEY=VALUE", help="Any value of the recipe: damping=0.1, pruner.refit=true. Repeatable."
     ),
 ]
+Dataset = Annotated[
+    list[str] | None,
+    typer.Option(help="python-docs, a text/jsonl/parquet file, or on the hub. Repeatable, or several by comma."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results and errors.")]
 
 
@@ -114,7 +118,7 @@ def prune(
     objective: Annotated[str | None, typer.Option(help="Judges allocations.")] = None,
     carry: Annotated[str | None, typer.Option(help="Activations for the next block: dense, centre, expected.")] = None,
     structure: Annotated[str | None, typer.Option(help="What is removed: groups.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="python-docs, a text/jsonl/parquet file, or on the hub.")] = None,
+    dataset: Dataset = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="Tokens to measure layers on.")] = None,
     search_tokens: Annotated[int | None, typer.Option(help="Tokens to judge allocations on.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
@@ -137,7 +141,7 @@ def prune(
         "objective": objective,
         "carry": carry,
         "structure": structure,
-        "data.dataset": dataset,
+        "data.dataset": _several(dataset),
         "data.calibration_tokens": calibration_tokens,
         "data.search_tokens": search_tokens,
         "data.seqlen": seqlen,
@@ -355,6 +359,13 @@ def _model(argument: str | None, option: str | None) -> str | None:
     if argument is not None and option is not None and argument != option:
         raise WrongInput(f"two models were given, {argument!r} and --model {option!r}; give one")
     return argument if argument is not None else option
+
+
+def _several(names: Sequence[str] | None) -> list[str] | None:
+    """Data sets, also those given by comma; a file may have commas in its name."""
+    if not names:
+        return None
+    return [name for text in names for name in ([text] if Path(text).is_file() else text.split(","))]
 
 
 def _kinds() -> tuple[Registry[Any], ...]:

@@ -58,9 +58,10 @@ def _as_texts(value: Any) -> Any:
     return tuple({"dataset": text} if isinstance(text, str) else text for text in value)
 
 
+_TAGS = ("one data set", "several data sets")  # of the two forms, in pydantic's errors
 Texts = Annotated[
-    Annotated[str, Tag("one")] | Annotated[tuple[TextSpec, ...], Field(min_length=1), Tag("several")],
-    Discriminator(lambda value: "several" if isinstance(value, tuple) else "one"),
+    Annotated[str, Tag(_TAGS[0])] | Annotated[tuple[TextSpec, ...], Field(min_length=1), Tag(_TAGS[1])],
+    Discriminator(lambda value: _TAGS[isinstance(value, tuple)]),
     BeforeValidator(_as_texts),
 ]
 """A data set by name, or several: a list of names and {dataset: ..., weight: ..., split: ...}."""
@@ -329,10 +330,10 @@ def _registries() -> dict[str, Any]:
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
-    *path, last = [str(part) for part in first["loc"]] or ["recipe"]
+    *path, last = [str(part) for part in first["loc"] if part not in _TAGS] or ["recipe"]
     key, kind, context = ".".join([*path, last]), first["type"], first.get("ctx", {})
     if kind == "extra_forbidden":
-        fields = DataSpec.model_fields if path[:1] == ["data"] else Recipe.model_fields
+        fields = (TextSpec if path[2:] else DataSpec if path[:1] == ["data"] else Recipe).model_fields
         return _unknown("recipe key", key, [".".join([*path, name]) for name in fields])
     if kind == "missing":
         return f"the recipe has no {key}; take it from a preset or add it"

@@ -193,8 +193,8 @@ class Supernet:
                 yield some.to(logits.device), logits.float()
 
     def _bytes_of(self, batch: TokenBatch, depths: Sequence[int]) -> int:
-        embeddings = self.model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
-        return batch.n_tokens * int(embeddings.shape[1]) * next(self.model.parameters()).element_size() * len(depths)
+        width = int(self.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator, union-attr, index]
+        return batch.n_tokens * width * next(self.model.parameters()).element_size() * len(depths)
 
     def _cut(self, index: int, start: int, kept: Sequence[int]) -> nn.Module:
         """A block with its sites cut to `kept`; sub-layers are shared between all who keep the same."""

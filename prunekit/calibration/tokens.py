@@ -11,12 +11,13 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -329,13 +330,21 @@ def _blends(data: DataSpec, progress: Progress) -> dict[str, Blend]:
 
 def _resolved(data: DataSpec, blends: Mapping[str, Blend]) -> dict[str, Any]:
     """The fields of `data` that say which text, with every choice made."""
-    from prunekit.recipe import TextSpec
+    any_text = data.texts("dataset")[0]
 
     def written(part: str) -> tuple[TextSpec, ...]:
-        return tuple(
-            TextSpec(dataset=s.dataset, config=s.config, split=s.split, field=s.field, weight=float(share))
+        whole = math.lcm(*(share.denominator for share in blends[part].values()))  # so that weights are exact
+        values = [
+            {
+                "dataset": s.dataset,
+                "config": s.config,
+                "split": s.split,
+                "field": s.field,
+                "weight": float(share * whole),
+            }
             for s, share in blends[part].items()
-        )
+        ]
+        return tuple(any_text.model_copy(update=value) for value in values)
 
     found: dict[str, Any] = {"search_dataset": written("search") if data.search_dataset is not None else None}
     if max(map(len, blends.values())) > 1:
@@ -518,6 +527,9 @@ def _gathered(
     """The windows of every part; no two parts share a window."""
     asked = {part: getattr(data, f"{part}_tokens") for part in blends}
     found: dict[str, TokenBatch] = {}
+    for part in blends.keys() - {"search"}:
+        if tasks := [source for source in blends[part] if source.is_task]:
+            raise WrongInput(f"{tasks[0]} holds questions, which only judge; give it as data.search_dataset")
     if any(source.is_task for source in blends.get("search", ())):
         from prunekit.calibration.questions import drawn  # builds on this module
 
@@ -525,13 +537,20 @@ def _gathered(
         found["search"] = drawn(tokenizer, blends["search"], tokens, seqlen, seed if data.shuffle else None)
     texts = {part: blend for part, blend in blends.items() if part not in found}
     orders = {part: in_shares(blend, _windows(asked[part] or DEFAULTS[part], seqlen)) for part, blend in texts.items()}
-    stretches: dict[str, dict[Source, Tensor]] = {part: {} for part in texts}
+    pools: dict[Source, Tensor] = {}
+    there: dict[Source, dict[str, int]] = {}  # windows for each part
     for source in dict.fromkeys(source for blend in texts.values() for source in blend):
-        if source.is_task:
-            raise WrongInput(f"{source} holds questions, which only judge; give it as data.search_dataset")
         wanted = {part: orders[part].count(source) for part, blend in texts.items() if source in blend}
+        pools[source] = _read(tokenizer, source, _reach(wanted, data), seqlen, progress)
         free = {part: texts[part][source] for part in wanted if asked[part] is None}
-        for part, windows in _stretches(tokenizer, source, wanted, free, data, seqlen, seed, progress).items():
+        there[source] = _shares(wanted, free, pools[source], seqlen, source, progress)
+    for part, order in orders.items():  # no further than the first source that has no more
+        ends = [_position(order, source, there[source][part]) for source in texts[part]]
+        orders[part] = order[: min(ends)]
+    stretches: dict[str, dict[Source, Tensor]] = {part: {} for part in texts}
+    for source, pool in pools.items():
+        counts = {part: orders[part].count(source) for part in there[source]}
+        for part, windows in _cut(pool, counts, source, data, seqlen, seed).items():
             stretches[part][source] = windows
     return found | {part: _interleaved(orders[part], stretches[part]) for part in texts}
 
@@ -553,42 +572,40 @@ def in_shares(blend: Blend, n: int) -> list[Source]:
     return order
 
 
-def _interleaved(order: Iterable[Source], stretches: Mapping[Source, Tensor]) -> TokenBatch:
-    """The windows in this order, as long as every source has some left."""
+def _position(order: Sequence[Source], source: Source, n: int) -> int:
+    """Where a source has its turn for the n-th time, counted from 0; the end where it has not."""
+    return next(islice((i for i, turn in enumerate(order) if turn == source), n, None), len(order))
+
+
+def _interleaved(order: Sequence[Source], stretches: Mapping[Source, Tensor]) -> TokenBatch:
     labels: dict[Source, str] = {}
     for source in stretches:
         alike = sum(source.label == other.label for other in labels)
         labels[source] = f"{source.label}-{alike + 1}" if alike else source.label
-    left, windows, origins = {s: iter(w) for s, w in stretches.items()}, list[Tensor](), list[str]()
-    for source in order:
-        if (window := next(left[source], None)) is None:
-            break
-        windows.append(window)
-        origins.append(labels[source])
-    return TokenBatch(torch.stack(windows), "+".join(labels.values()), tuple(origins) if len(labels) > 1 else ())
+    left = {source: iter(windows) for source, windows in stretches.items()}
+    ids = torch.stack([next(left[source]) for source in order])
+    origins = tuple(labels[source] for source in order) if len(labels) > 1 else ()
+    return TokenBatch(ids, "+".join(labels.values()), origins)
 
 
-def _stretches(
-    tokenizer: Any,
-    source: Source,
-    wanted: Mapping[str, int],
-    free: Mapping[str, Fraction],
-    data: DataSpec,
-    seqlen: int,
-    seed: int,
-    progress: Progress,
+def _reach(windows: Mapping[str, int], data: DataSpec) -> int:
+    """How many windows of a stream are looked at to take these."""
+    if data.shuffle and windows.keys() != {"evaluation"}:
+        return sum(windows.values()) * POOL
+    return sum(windows.values()) + data.calibration_draw * windows.get("calibration", 0)
+
+
+def _cut(
+    pool: Tensor, counts: Mapping[str, int], source: Source, data: DataSpec, seqlen: int, seed: int
 ) -> dict[str, Int64[Tensor, "windows seqlen"]]:
-    """Disjoint windows of one stream for each part; `free` parts may get fewer than wanted."""
-    shuffled = data.shuffle and wanted.keys() != {"evaluation"}
-    further = data.calibration_draw * wanted.get("calibration", 0)
-    limit = sum(wanted.values()) * POOL if shuffled else sum(wanted.values()) + further
-    pool = _read(tokenizer, source, limit, seqlen, progress)
-    counts = _shares(wanted, free, pool, seqlen, source, progress)
+    """Disjoint windows of one stream for each part."""
+    pool = pool[: _reach(counts, data)]  # where a run with these counts, which reads no further, ends too
     c, s, e = (counts.get(part, 0) for part in DEFAULTS)
-    if shuffled:  # evaluation is the end of the pool, so that which windows it holds does not hang on the seed
+    if data.shuffle and counts.keys() != {"evaluation"}:
+        # evaluation is the end of the pool, so that which windows it holds does not hang on the seed
         evaluation, rest = pool[len(pool) - e :], pool[: len(pool) - e]
         rest = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))]
-    else:  # a run with these counts, which reads no further, ends at the same place
+    else:
         evaluation, rest = pool[c + s : c + s + e], torch.cat([pool[: c + s], pool[c + s + e :]])
     # draws after the first lie behind all else, so that search and evaluation are the same for every draw
     begin = c + s + (data.calibration_draw - 1) * c if data.calibration_draw else 0
@@ -598,7 +615,7 @@ def _stretches(
             f"data.calibration_draw {data.calibration_draw}; give more text, or fewer data.calibration_tokens"
         )
     parts = {"calibration": rest[begin : begin + c], "search": rest[c : c + s], "evaluation": evaluation}
-    return {part: parts[part] for part in wanted}
+    return {part: parts[part] for part in counts}
 
 
 def _read(

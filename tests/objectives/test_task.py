@@ -1,6 +1,7 @@
 """The likelihood of answers is the one computed directly on the assembled model."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,17 +17,22 @@ def net():
     return toy_supernet()
 
 
+def asked(batch):
+    assert batch.answers is not None
+    return batch.answers
+
+
 def scores(net, plan, batch, normalised=True):
     """One forward per window, without padding, in float64: [question][choice], and which is right."""
     small, found = net.assemble(plan), {}
-    asked = batch.answers
+    answers = asked(batch)
     for i, ids in enumerate(batch.ids):
-        first, last = int(asked.first[i]), int(asked.last[i])
+        first, last = int(answers.first[i]), int(answers.last[i])
         with torch.no_grad():
             log_q = small(ids[None, :last]).logits[0].double().log_softmax(-1)
         nats = [float(log_q[t - 1, ids[t]]) for t in range(first, last)]
         score = sum(nats) / (len(nats) if normalised else 1)
-        found.setdefault(int(asked.question[i]), []).append((score, bool(asked.right[i])))
+        found.setdefault(int(answers.question[i]), []).append((score, bool(answers.right[i])))
     return list(found.values())
 
 
@@ -56,7 +62,7 @@ def test_the_loss_is_that_of_the_assembled_model(net, measure, normalised):
 
 def test_padding_changes_nothing(net):
     batch, plan = toy_questions(), net.space.uniform()
-    filled = torch.where(torch.arange(batch.seqlen) >= batch.answers.last[:, None], 7, batch.ids)
+    filled = torch.where(torch.arange(batch.seqlen) >= asked(batch).last[:, None], 7, batch.ids)
     other = pk.TokenBatch(filled, "padded otherwise", answers=batch.answers)
     assert Task().loss(net, plan, other) == pytest.approx(Task().loss(net, plan, batch), rel=1e-9)
 
@@ -65,7 +71,7 @@ def test_a_prefix_holds_whole_questions(net):
     batch = toy_questions(questions=4, choices=3, seqlen=12)
     for tokens, questions in [(1, 1), (36, 1), (71, 1), (72, 2), (143, 3), (144, 4)]:
         first = batch.first(tokens)
-        assert (len(first), int(first.answers.question.max()) + 1) == (3 * questions, questions)
+        assert (len(first), int(asked(first).question.max()) + 1) == (3 * questions, questions)
         assert math.isfinite(Task().loss(net, net.space.uniform(), first))
 
 
@@ -84,6 +90,6 @@ def test_only_the_likelihood_does_without_wrong_choices():
 
 
 def test_the_digest_is_of_the_right_answers_too():
-    batch, asked = toy_questions(), toy_questions().answers
-    other = type(asked)(asked.question, asked.first, asked.last, ~asked.right)
+    batch = toy_questions()
+    other = replace(asked(batch), right=~asked(batch).right)
     assert batch.digest == toy_questions().digest != pk.TokenBatch(batch.ids, "other", answers=other).digest
