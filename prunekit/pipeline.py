@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -32,11 +34,12 @@ from prunekit.recipe import Recipe
 from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS
 from prunekit.search import converse
 from prunekit.sites import Allocation, Budget, Site, Space
-from prunekit.store import CandidateStore
+from prunekit.store import CandidateStore, write_json
 from prunekit.supernet import Supernet
 from prunekit.workplace import check_output, publish, workplace
 
 PROBE = 1024  # tokens an export is verified on
+SECONDS = "seconds.json"  # beside the candidates: what their walk took
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +80,11 @@ class Clock:
     def __call__(self, stage: str) -> Iterator[None]:
         begun = time.perf_counter()
         yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begun
+        self.add(stage, time.perf_counter() - begun)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """What a stage has cost; a walk that is only read counts as when it was walked."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
 def prune(
@@ -112,17 +119,14 @@ def prune(
             device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code,
         )  # fmt: skip
         whole = whole_space(recipe, dense.model, dense.adapter, dense.dtype)
-        draws = draw(dense.tokenizer, recipe.data, progress, seed=recipe.seed, **_limits(dense.model))
+        draws = draw(dense.tokenizer, recipe.data, progress, seed=recipe.seed, **limits(dense.model))
         OBJECTIVES.build(recipe.objective).check(draws.search)
         recipe = recipe.completed(model=dense.name, draws=draws)
     identity = recipe.determining() | {"weights": fingerprint(dense.model), "versions": reporting.versions(recipe)}
     with workplace(output, identity, resume=resume, overwrite=overwrite) as place:
         run = Run(recipe, dense, whole, draws, Ledger(place / "ledger.jsonl"), place, progress, clock)
         net, plan = run.searched()
-        with clock("finish"):
-            small = copy.deepcopy(net.assemble(plan))  # what was not cut is still shared with the dense model
-            for spec in recipe.finishers:
-                FINISHERS.build(spec).finish(small, plan, draws.calibration)
+        small = run.finished(net, plan)
         with clock("evaluate"):
             before, after = (perplexity(model_, draws.evaluation) for model_ in (dense.model, small))
             rise, error = after.above(before)
@@ -162,7 +166,7 @@ class Run:
         space, centre, walk = allocator.first_space(self.whole), self.whole.uniform(), 0
         while True:
             start = space.nearest(centre)
-            net = self.walked(space, start, walk, f"prune {walk + 1}")
+            net = self.walked(space, start, f"prune {walk + 1}")
             problem = Problem(space, net.errors, start, self.recipe.seed, self.draws.search.n_tokens)
             self.ledger.note(reporting.space_record(walk, problem))
             with self.clock("search"):
@@ -179,18 +183,37 @@ class Run:
             return net, centre
         plan = self.whole.nearest(centre)  # spends what coarse rungs left over
         final = self.whole.zoomed(plan, reach=0)
-        return (net if final.ladders == space.ladders else self.walked(final, plan, walk + 1, "rebuild")), plan
+        return (net if final.ladders == space.ladders else self.walked(final, plan, "rebuild")), plan
 
-    def walked(self, space: Space, centre: Allocation, walk: int, label: str) -> Supernet:
+    def walked(self, space: Space, centre: Allocation, label: str) -> Supernet:
         """Walk the blocks, or go on with a walk that was interrupted, or read one that was finished."""
-        key = {"ladders": [list(ladder) for ladder in space.ladders], "centre": list(centre)}
-        store, dense, recipe = CandidateStore(self.place / f"walk-{walk}", key), self.dense, self.recipe
-        with self.clock("prune"):
-            errors = build(
-                dense.model, dense.adapter, space, centre, PRUNERS.build(recipe.pruner), self.draws.calibration, store,
-                carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype, progress=self.progress, label=label,
-            )  # fmt: skip
+        dense, recipe, tokens = self.dense, self.recipe, self.draws.calibration
+        key = {  # whatever a walk over this model depends on: whoever has walked so before need not again
+            "sites": [[site.name, site.n_groups] for site in space.sites],
+            "ladders": [list(ladder) for ladder in space.ladders],
+            "centre": list(centre) if recipe.carry == "centre" else None,
+            "tokens": [tokens.digest, *tokens.ids.shape],
+            **{name: getattr(recipe, name) for name in ("pruner", "carry", "damping")},
+        }
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        store, begun = CandidateStore(self.place / f"walk-{name}", key), time.perf_counter()
+        new = any(site not in store for site in space.sites)
+        errors = build(
+            dense.model, dense.adapter, space, centre, PRUNERS.build(recipe.pruner), tokens, store,
+            carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype, progress=self.progress, label=label,
+        )  # fmt: skip
+        if new or not (store.directory / SECONDS).exists():
+            write_json(store.directory / SECONDS, time.perf_counter() - begun)
+        self.clock.add("prune", json.loads((store.directory / SECONDS).read_text()))
         return Supernet(dense.model, dense.adapter, space, errors, store)
+
+    def finished(self, net: Supernet, plan: Allocation) -> PreTrainedModel:
+        """The small model, polished; it shares nothing with the dense one."""
+        with self.clock("finish"):
+            small = copy.deepcopy(net.assemble(plan))  # what was not cut is still shared with the dense model
+            for spec in self.recipe.finishers:
+                FINISHERS.build(spec).finish(small, plan, self.draws.calibration)
+        return small
 
 
 def whole_space(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, dtype: torch.dtype) -> Space:
@@ -228,7 +251,8 @@ def probed(model: nn.Module, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Te
     return ids, stored_as(model, torch.float32)(ids, use_cache=False).logits
 
 
-def _limits(model: Any) -> dict[str, int]:
+def limits(model: Any) -> dict[str, int]:
+    """What tokens must not exceed."""
     return {
         "max_seqlen": int(getattr(model.config, "max_position_embeddings", 2048)),
         "vocab_size": int(model.get_input_embeddings().weight.shape[0]),

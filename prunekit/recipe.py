@@ -144,8 +144,9 @@ class Recipe(_Strict):
         Raises:
             WrongInput: there is no such file or preset, or it says something a recipe cannot say.
         """
-        found = _read(name)
-        return cls.of_mapping(found if name == "default" else _over(_read("default"), found))
+        found = read_yaml(name, presets(), "recipe")
+        default = yaml.safe_load(presets()["default"])
+        return cls.of_mapping(found if name == "default" else _over(default, found))
 
     @classmethod
     def of_mapping(cls, values: Mapping[str, Any]) -> Self:
@@ -233,10 +234,10 @@ class Recipe(_Strict):
 
 
 @cache
-def presets() -> dict[str, str]:
-    """Name of every preset -> its YAML text."""
+def presets(group: str = PRESETS) -> dict[str, str]:
+    """Name of every preset in the packages of a group -> its YAML text."""
     found: dict[str, str] = {}
-    for point in sorted(metadata.entry_points(group=PRESETS), key=lambda point: point.name):
+    for point in sorted(metadata.entry_points(group=group), key=lambda point: point.name):
         for file in sorted(resources.files(point.value).iterdir(), key=lambda file: file.name):
             name, _, suffix = file.name.rpartition(".")
             if suffix != "yaml":
@@ -265,25 +266,30 @@ def parsed(assignment: str) -> tuple[str, Any]:
 # -- reading ------------------------------------------------------------------------------------------
 
 
-def _read(name: str | Path) -> dict[str, Any]:
+def read_yaml(name: str | Path, known: Mapping[str, str], what: str) -> dict[str, Any]:
+    """The mapping in a preset, a file, or the folder of a result; `what` it is.
+
+    Raises:
+        WrongInput: there is none, or it is no mapping.
+    """
     path = Path(name).expanduser()
     path = path / "recipe.yaml" if (path / "recipe.yaml").is_file() else path
-    if str(name) in presets():
-        text = presets()[str(name)]
+    if str(name) in known:
+        text = known[str(name)]
     elif path.is_file():
         text = path.read_text(encoding="utf-8")
     elif path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise WrongInput(f"no recipe file {str(name)!r}; give a file, or one of the presets {', '.join(presets())}")
+        raise WrongInput(f"no {what} file {str(name)!r}; give a file, or one of the presets {', '.join(known)}")
     else:
-        raise WrongInput(_unknown("recipe", str(name), presets()))
+        raise WrongInput(_unknown(what, str(name), known))
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
-        raise WrongInput(f"recipe {str(name)!r}{where} is not YAML: {getattr(error, 'problem', error)}") from None
+        raise WrongInput(f"{what} {str(name)!r}{where} is not YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(values, dict):
-        raise WrongInput(f"recipe {str(name)!r} is not a list of key: value")
+        raise WrongInput(f"{what} {str(name)!r} is not a list of key: value")
     return values
 
 

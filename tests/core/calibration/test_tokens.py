@@ -414,11 +414,10 @@ def test_a_draw_beyond_the_text_is_refused(text: Path) -> None:
         draw(Letters(), spec(text, calibration_draw=400))
 
 
-def test_overlap_is_a_common_run_of_tokens() -> None:
-    one = TokenBatch(torch.arange(80).reshape(2, 40), "one")
-    assert tokens.overlap(one, TokenBatch(torch.arange(3, 43)[None], "two"))
-    assert not tokens.overlap(one, TokenBatch(torch.arange(20, 60)[None], "cut in the middle"), 32)
-    assert not tokens.overlap(one, TokenBatch(torch.arange(100, 140)[None], "other"))
+def test_overlap_is_a_common_window() -> None:
+    one, two = TokenBatch(torch.arange(80).reshape(10, 8), "one"), TokenBatch(torch.arange(72, 96).reshape(3, 8), "two")
+    assert tokens.overlap(one, two)
+    assert not tokens.overlap(one.first(72), two)
 
 
 # -- questions ----------------------------------------------------------------------------------------
