@@ -135,6 +135,7 @@ def prune(
                 "dense": before.as_dict(),
                 "pruned": after.as_dict(),
                 "rise": {"nll": rise, "standard_error": error},  # paired by window
+                "nll_by_source": reporting.by_source(draws.evaluation, before, after),
             }
         probe = probed(stored_as(small.cpu(), dense.dtype), draws.evaluation)
         exported = hf.to_transformers(stored_as(small, dense.dtype), dense.adapter)
