@@ -23,7 +23,7 @@ CELLS = Path(__file__).parent / "cells.yaml"
 
 def main(
     model: str,
-    dataset: str = "python-docs",
+    dataset: Annotated[str, typer.Option(help="several by comma")] = "python-docs",
     evaluation: str | None = None,
     seqlen: int = 256,
     tokens: Annotated[int, typer.Option(help="of calibration, of search and of evaluation, each")] = 65_536,
@@ -45,7 +45,7 @@ def main(
                         "sparsity": share,
                         "seed": seed,
                         "verify": False,
-                        "data.dataset": dataset,
+                        "data.dataset": dataset.split(","),
                         "data.evaluation_dataset": evaluation,
                         "data.seqlen": seqlen,
                         "data.calibration_tokens": tokens,

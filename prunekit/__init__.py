@@ -1,7 +1,7 @@
 """Prune language models: any pruner, any allocator, any objective; a smaller model that loads anywhere."""
 
 from prunekit import modeling
-from prunekit.api import prune
+from prunekit.api import prune, tune
 from prunekit.calibration.tokens import TokenBatch
 from prunekit.contracts import Allocator, Finisher, Journal, LocalPruner, Objective, Problem, Query, Search, Signal
 from prunekit.errors import PluginError, WrongInput
@@ -36,6 +36,7 @@ __all__ = [
     "best_groups",
     "prune",
     "ranked",
+    "tune",
 ]
 
 modeling.register()  # so that transformers loads models whose layers differ in size

@@ -1,4 +1,4 @@
-"""The command line: prune, evaluate, list, check, demo.
+"""The command line: prune, tune, evaluate, list, check, demo.
 
 Nothing heavy is imported before it is needed, so help and wrong flags answer at once. Wrong input is one
 sentence on stderr and exit code 2.
@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from prunekit.registry import Registry
+    from prunekit.tuning import Tuned
 
 BROKEN, WRONG, INTERRUPTED = 1, 2, 130  # exit codes
 SUITES = {
@@ -54,7 +55,7 @@ class _Sentences(TyperGroup):
                 raise
             raise _ended("the disk is full; make room, and the same command goes on from here", BROKEN) from error
         except KeyboardInterrupt as error:
-            again = "; the same command goes on from here" if ctx.invoked_subcommand == "prune" else ""
+            again = "; the same command goes on from here" if ctx.invoked_subcommand in ("prune", "tune") else ""
             raise _ended(f"interrupted{again}", INTERRUPTED) from error
         except Exception as error:
             if hasattr(error, "format_message"):  # a wrong flag: the parser's own errors are not public
@@ -99,6 +100,10 @@ Set = Annotated[
         "--set", metavar="KEY=VALUE", help="Any value of the recipe: damping=0.1, pruner.refit=true. Repeatable."
     ),
 ]
+Dataset = Annotated[
+    list[str] | None,
+    typer.Option(help="python-docs, a text/jsonl/parquet file, or on the hub. Repeatable, or several by comma."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results and errors.")]
 
 
@@ -115,7 +120,7 @@ def prune(
     objective: Annotated[str | None, typer.Option(help="Judges allocations.")] = None,
     carry: Annotated[str | None, typer.Option(help="Activations for the next block: dense, centre, expected.")] = None,
     structure: Annotated[str | None, typer.Option(help="What is removed: groups.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="python-docs, a text/jsonl/parquet file, or on the hub.")] = None,
+    dataset: Dataset = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="Tokens to measure layers on.")] = None,
     search_tokens: Annotated[int | None, typer.Option(help="Tokens to judge allocations on.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
@@ -138,7 +143,7 @@ def prune(
         "objective": objective,
         "carry": carry,
         "structure": structure,
-        "data.dataset": dataset,
+        "data.dataset": _several(dataset),
         "data.calibration_tokens": calibration_tokens,
         "data.search_tokens": search_tokens,
         "data.seqlen": seqlen,
@@ -160,6 +165,64 @@ def prune(
     _calm()
     result = pipeline.prune(chosen, output=output, progress=progress_for(quiet), resume=resume, overwrite=overwrite)
     _print(comparison(str(output), *_from_report(result.report, source, output)))
+
+
+@app.command()
+def tune(
+    model: Model = None,
+    *,
+    model_option: ModelOption = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the study.")] = None,
+    recipe: Annotated[str, typer.Option(help="What is tuned: a YAML file, a folder, or a preset.")] = "default",
+    space: Annotated[str, typer.Option(help="What may be chosen: a YAML file, or a preset.")] = "default",
+    trials: Annotated[int, typer.Option(min=1, help="Recipes to try, earlier runs included.")] = 50,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="perplexity, loss, objective, parameters, seconds; repeatable, then there is a front."),
+    ] = None,
+    storage: Annotated[str | None, typer.Option(help="Of Optuna, as sqlite:///my.db; study.log in the folder.")] = None,
+    study_name: Annotated[str | None, typer.Option(help="In that storage; the name of the folder.")] = None,
+    disk: Annotated[float, typer.Option(min=0, help="GB of candidates to keep for later trials.")] = 20,
+    sparsity: Annotated[float | None, typer.Option(help="Share of the parameters of all blocks to remove.")] = None,
+    dataset: Dataset = None,
+    set_: Set = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted study.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in --output.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Search for a better recipe. Trials are judged on the search text, never on the test text."""
+    from prunekit.choices import Choices
+    from prunekit.recipe import Recipe, parsed
+
+    flags = {"model": _model(model, model_option), "sparsity": sparsity, "data.dataset": _several(dataset)}
+    given = {key: value for key, value in flags.items() if value is not None}
+    chosen = Recipe.load(recipe).with_overrides(given | dict(map(parsed, set_ or [])))
+    choices = Choices.load(space)
+    if chosen.model is None:
+        raise WrongInput("no model was given; name a folder or a hub id: prunekit tune MODEL --output DIR")
+    if output is None:
+        raise WrongInput("no --output was given; name a new folder for the study")
+
+    from prunekit import tuning
+    from prunekit.progress import progress_for
+
+    _calm()
+    tuned = tuning.tune(
+        chosen,
+        choices,
+        trials=trials,
+        output=output,
+        metrics=[name for text in metric or ["perplexity"] for name in text.split(",")],
+        storage=storage,
+        study_name=study_name,
+        progress=progress_for(quiet),
+        resume=resume,
+        overwrite=overwrite,
+        disk=round(disk * 1e9),
+    )
+    _print(standings(tuned))
+    typer.echo(f"the best: prunekit prune --recipe {output / 'best.yaml'} --output DIR")
+    typer.echo(f"all trials: optuna-dashboard {storage or output / 'study.log'}")
 
 
 @app.command()
@@ -224,6 +287,7 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] =
     from rich.markup import escape
     from rich.table import Table
 
+    from prunekit.choices import SPACES
     from prunekit.recipe import presets
 
     table = Table(
@@ -234,6 +298,8 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] =
         table.add_row(*(escape(text) for text in (row["kind"], row["name"], row["summary"], options, row["owner"])))
     for name in presets():
         table.add_row("recipe", name, f"prunekit prune MODEL --recipe {name}", "", "")
+    for name in presets(SPACES):
+        table.add_row("space", name, f"prunekit tune MODEL --space {name}", "", "")
     _print(table)
 
 
@@ -308,6 +374,32 @@ def comparison(title: str, dense: Mapping[str, float], pruned: Mapping[str, floa
     return table
 
 
+def standings(tuned: Tuned, most: int = 12) -> Table:
+    """The base recipe and the best trials, the front first, then by the first metric; what failed is counted."""
+    table = _table("recipe", "", *tuned.metrics, "differs in")
+    front = {row.name for row in tuned.front}
+    done = {row.recipe: row for row in reversed(tuned.rows) if row.values}.values()
+    ranked = sorted(done, key=lambda row: (row.name not in front, *row.values.values()))
+    for row in ranked[:most] + [row for row in ranked[most:] if row.name == "base"]:
+        values = [f"{value:,.0f}" if value > 1e5 else f"{value:.4g}" for value in row.values.values()]
+        table.add_row(row.name, "*" if row.name in front else "", *values, _differs(row.overrides))
+    table.columns[-1].justify = "left"
+    for state in ("pruned", "fail"):
+        if ended := [row for row in tuned.rows if row.state == state]:
+            table.add_row(f"{len(ended)} {state}", "", *[""] * len(tuned.metrics), ended[-1].reason)
+    return table
+
+
+def _differs(overrides: Mapping[str, Any]) -> str:
+    def words(key: str, value: Any) -> str:
+        if isinstance(value, Mapping) and "name" in value:
+            options = ", ".join(words(name, option) for name, option in value.items() if name != "name")
+            return f"{key} {value['name']}" + (f" ({options})" if options else "")
+        return f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+
+    return ", ".join(words(key, value) for key, value in overrides.items())
+
+
 def _from_report(report: Mapping[str, Any], model: str, output: Path) -> tuple[dict[str, float], dict[str, float]]:
     """The rows a report can fill, dense and pruned."""
 
@@ -357,6 +449,13 @@ def _model(argument: str | None, option: str | None) -> str | None:
     if argument is not None and option is not None and argument != option:
         raise WrongInput(f"two models were given, {argument!r} and --model {option!r}; give one")
     return argument if argument is not None else option
+
+
+def _several(names: Sequence[str] | None) -> list[str] | None:
+    """Data sets, also those given by comma; a file may have commas in its name."""
+    if not names:
+        return None
+    return [name for text in names for name in ([text] if Path(text).is_file() else text.split(","))]
 
 
 def _kinds() -> tuple[Registry[Any], ...]:

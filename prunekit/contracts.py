@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from prunekit.errors import WrongInput
 from prunekit.layer import Candidate, LayerProblem
 from prunekit.sites import Allocation, Space
 
@@ -168,6 +169,26 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, net: Supernet, allocation: Allocation, batch: TokenBatch) -> float:
         """The loss on `batch`. Leaves the network as it was; the same question has the same answer."""
+
+    def check(self, batch: TokenBatch) -> None:
+        """Refuse, before any long work, tokens that `loss` cannot judge on; here questions, whose windows are padded.
+
+        Raises:
+            WrongInput: says what the objective needs.
+        """
+        if batch.answers is not None:
+            raise WrongInput(
+                f"{type(self).__name__} judges on running text, and {batch.source} holds questions; "
+                "take the objective task, or another data.search_dataset"
+            )
+
+    def parts(self, batch: TokenBatch) -> Sequence[TokenBatch]:
+        """The batches that `loss` will ask the supernet about; allocations are run on these together."""
+        return (batch,)
+
+    def depths(self, blocks: int) -> Sequence[int]:
+        """Behind how many of so many blocks `loss` reads hidden states; the last, for logits, is always kept."""
+        return ()
 
 
 class Finisher(ABC):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -33,11 +35,12 @@ from prunekit.recipe import Recipe
 from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, signals_of
 from prunekit.search import converse
 from prunekit.sites import Allocation, Budget, Site, Space
-from prunekit.store import CandidateStore
+from prunekit.store import CandidateStore, write_json
 from prunekit.supernet import Supernet
 from prunekit.workplace import check_output, publish, unfinished, workplace
 
 PROBE = 1024  # tokens an export is verified on
+SECONDS = "seconds.json"  # beside the candidates: what their walk took
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +81,11 @@ class Clock:
     def __call__(self, stage: str) -> Iterator[None]:
         begun = time.perf_counter()
         yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begun
+        self.add(stage, time.perf_counter() - begun)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """What a stage has cost; a walk that is only read counts as when it was walked."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
 def prune(
@@ -103,8 +110,8 @@ def prune(
     if source is None:
         raise WrongInput("no model was given; name a folder or a hub id, or pass a model in memory")
     if output is not None:
-        files = [recipe.data.dataset, recipe.data.evaluation_dataset, source if isinstance(source, str) else None]
-        check_output(output, overwrite=overwrite, sources=[f for f in files if f is not None and Path(f).exists()])
+        files = [*recipe.data.names, *([source] if isinstance(source, str) else [])]
+        check_output(output, overwrite=overwrite, sources=[f for f in files if Path(f).exists()])
     shape, adapter = skeleton(source, trust_remote_code=recipe.trust_remote_code)
     whole_space(recipe, shape, adapter, next(shape.parameters()).dtype)  # can the budget be met?
     if not (resume and output is not None and unfinished(output)):  # what goes on may have all it needs on record
@@ -115,16 +122,14 @@ def prune(
             device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code,
         )  # fmt: skip
         whole = whole_space(recipe, dense.model, dense.adapter, dense.dtype)
-        draws = draw(dense.tokenizer, recipe.data, progress, seed=recipe.seed, **_limits(dense.model))
+        draws = draw(dense.tokenizer, recipe.data, progress, seed=recipe.seed, **limits(dense.model))
+        OBJECTIVES.build(recipe.objective).check(draws.search)
         recipe = recipe.completed(model=dense.name, draws=draws)
     identity = recipe.determining() | {"weights": fingerprint(dense.model), "versions": reporting.versions(recipe)}
     with workplace(output, identity, resume=resume, overwrite=overwrite) as place:
         run = Run(recipe, dense, whole, draws, Ledger(place / "ledger.jsonl"), place, progress, clock)
         net, plan = run.searched()
-        with clock("finish"):
-            small = copy.deepcopy(net.assemble(plan))  # what was not cut is still shared with the dense model
-            for spec in recipe.finishers:
-                FINISHERS.build(spec).finish(small, plan, draws.calibration)
+        small = run.finished(net, plan)
         with clock("evaluate"):
             before, after = (perplexity(model_, draws.evaluation) for model_ in (dense.model, small))
             rise, error = after.above(before)
@@ -133,6 +138,7 @@ def prune(
                 "dense": before.as_dict(),
                 "pruned": after.as_dict(),
                 "rise": {"nll": rise, "standard_error": error},  # paired by window
+                "nll_by_source": reporting.by_source(draws.evaluation, before, after),
             }
         probe = probed(stored_as(small.cpu(), dense.dtype), draws.evaluation)
         exported = hf.to_transformers(stored_as(small, dense.dtype), dense.adapter)
@@ -164,7 +170,7 @@ class Run:
         space, centre, walk = allocator.first_space(self.whole), self.whole.uniform(), 0
         while True:
             start = space.nearest(centre)
-            net = self.walked(space, start, walk, f"prune {walk + 1}", allocator)
+            net = self.walked(space, start, f"prune {walk + 1}", allocator)
             signals, scores = net.store.measured(space.sites, scores="scores" in allocator.needs)
             problem = Problem(
                 space, net.errors, start, self.recipe.seed, self.draws.search.n_tokens, signals, scores,
@@ -184,33 +190,54 @@ class Run:
             return net, centre
         final = allocator.last_space(self.whole, centre)
         plan = tuple(kept for (kept,) in final.ladders)
-        return (net if final.ladders == space.ladders else self.walked(final, plan, walk + 1, "rebuild")), plan
+        return (net if final.ladders == space.ladders else self.walked(final, plan, "rebuild")), plan
 
-    def walked(
-        self, space: Space, centre: Allocation, walk: int, label: str, allocator: Allocator | None = None
-    ) -> Supernet:
+    def walked(self, space: Space, centre: Allocation, label: str, allocator: Allocator | None = None) -> Supernet:
         """Walk the blocks, or go on with a walk that was interrupted, or read one that was finished.
 
         What the allocator asks for is measured on the way.
         """
-        key = {"ladders": [list(ladder) for ladder in space.ladders], "centre": list(centre)}
-        store, dense, recipe = CandidateStore(self.place / f"walk-{walk}", key), self.dense, self.recipe
-        pruner, tokens, gradients = PRUNERS.build(recipe.pruner), self.draws.calibration, None
-        signals = () if allocator is None else signals_of(allocator)
-        if any("gradient" in plugin.needs for plugin in (pruner, *signals)):
+        dense, recipe, draws = self.dense, self.recipe, self.draws
+        pruner, signals, scores = PRUNERS.build(recipe.pruner), (), False
+        if allocator is not None:
+            signals, scores = signals_of(allocator), "scores" in allocator.needs
+        key = {  # whatever a walk over this model depends on: whoever has walked so before need not again
+            "sites": [[site.name, site.n_groups] for site in space.sites],
+            "ladders": [list(ladder) for ladder in space.ladders],
+            "centre": list(centre) if recipe.carry == "centre" else None,
+            "tokens": [
+                [tokens.digest, *tokens.ids.shape]
+                for tokens in (draws.calibration, draws.contrast)
+                if tokens is not None
+            ],
+            "measured": [*map(repr, signals), scores],
+            **{name: getattr(recipe, name) for name in ("pruner", "carry", "damping")},
+        }
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        store, begun = CandidateStore(self.place / f"walk-{name}", key), time.perf_counter()
+        new, gradients = any(site not in store for site in space.sites), None
+        if new and any("gradient" in plugin.needs for plugin in (pruner, *signals)):
             # of the dense model: every walk reads the same
-            with self.clock("gradients"):
-                gradients = Gradients.collected(
-                    dense.model, dense.adapter, tokens, self.place / "gradients", self.progress
-                )
-        with self.clock("prune"):
-            errors = build(
-                dense.model, dense.adapter, space, centre, pruner, tokens, store,
-                signals=signals, scores=allocator is not None and "scores" in allocator.needs,
-                carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype, gradients=gradients,
-                contrast=self.draws.contrast, progress=self.progress, label=label,
-            )  # fmt: skip
+            gradients = Gradients.collected(
+                dense.model, dense.adapter, draws.calibration, self.place / "gradients", self.progress
+            )
+        errors = build(
+            dense.model, dense.adapter, space, centre, pruner, draws.calibration, store,
+            signals=signals, scores=scores, carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype,
+            gradients=gradients, contrast=draws.contrast, progress=self.progress, label=label,
+        )  # fmt: skip
+        if new or not (store.directory / SECONDS).exists():
+            write_json(store.directory / SECONDS, time.perf_counter() - begun)
+        self.clock.add("prune", json.loads((store.directory / SECONDS).read_text()))
         return Supernet(dense.model, dense.adapter, space, errors, store)
+
+    def finished(self, net: Supernet, plan: Allocation) -> PreTrainedModel:
+        """The small model, polished; it shares nothing with the dense one."""
+        with self.clock("finish"):
+            small = copy.deepcopy(net.assemble(plan))  # what was not cut is still shared with the dense model
+            for spec in self.recipe.finishers:
+                FINISHERS.build(spec).finish(small, plan, self.draws.calibration)
+        return small
 
 
 def whole_space(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, dtype: torch.dtype) -> Space:
@@ -248,7 +275,8 @@ def probed(model: nn.Module, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Te
     return ids, stored_as(model, torch.float32)(ids, use_cache=False).logits
 
 
-def _limits(model: Any) -> dict[str, int]:
+def limits(model: Any) -> dict[str, int]:
+    """What tokens must not exceed."""
     return {
         "max_seqlen": int(getattr(model.config, "max_position_embeddings", 2048)),
         "vocab_size": int(model.get_input_embeddings().weight.shape[0]),

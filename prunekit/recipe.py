@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from prunekit.errors import WrongInput
 from prunekit.sites import Metric
@@ -40,14 +40,46 @@ Spec = Annotated[dict[str, Any], BeforeValidator(_as_spec)]
 """A plug-in: {name: ..., option: value}; a bare name is short for {name: ...}."""
 
 
+class TextSpec(_Strict):
+    """One of several data sets."""
+
+    dataset: str
+    config: str | None = None
+    split: str | None = None
+    field: str | None = None  # None: that of `data`
+    weight: Annotated[float, Field(gt=0)] = 1.0  # of its share of the windows
+
+
+def _as_texts(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)):
+        return value
+    if len(value) == 1 and isinstance(value[0], str):
+        return value[0]
+    return tuple({"dataset": text} if isinstance(text, str) else text for text in value)
+
+
+_TAGS = ("one data set", "several data sets")  # of the two forms, in pydantic's errors
+Texts = Annotated[
+    Annotated[str, Tag(_TAGS[0])] | Annotated[tuple[TextSpec, ...], Field(min_length=1), Tag(_TAGS[1])],
+    Discriminator(lambda value: _TAGS[isinstance(value, tuple)]),
+    BeforeValidator(_as_texts),
+]
+"""A data set by name, or several: a list of names and {dataset: ..., weight: ..., split: ...}."""
+
+
+def _names(texts: str | tuple[TextSpec, ...] | None) -> list[str]:
+    return [texts] if isinstance(texts, str) else [text.dataset for text in texts or ()]
+
+
 class DataSpec(_Strict):
     """Which text, and how much of it; amounts in tokens. None: chosen when the text is read."""
 
-    dataset: str = "auto"  # python-docs, a file, a name on the hub; auto: fineweb-edu where the hub answers
+    dataset: Texts = "auto"  # python-docs, a file, a name on the hub; auto: fineweb-edu where the hub answers
     config: str | None = None
     split: str | None = None
     field: str = "text"  # of jsonl, parquet and hub rows
-    evaluation_dataset: str | None = None  # None: the held-out split, or the same text further on
+    search_dataset: Texts | None = None  # None: further on in `dataset`; text, or questions with their answers
+    evaluation_dataset: Texts | None = None  # None: the held-out split, or the same text further on
     evaluation_split: str | None = None
     contrast_dataset: str | None = None  # for pruners that hold a second data set against the first
     calibration_tokens: Annotated[int, Field(gt=0)] | None = None
@@ -55,7 +87,29 @@ class DataSpec(_Strict):
     evaluation_tokens: Annotated[int, Field(gt=0)] | None = None
     seqlen: Annotated[int, Field(ge=2)] | None = None  # None: 2048, or what the model was made for
     shuffle: bool = False  # draw windows by the seed, not the first in order
-    digests: dict[str, str] | None = None  # sha256 of the token ids of each part, filled in by a run
+    calibration_draw: Annotated[int, Field(ge=0)] = 0  # which windows calibrate; search and evaluation stay the same
+    digests: dict[str, str] | None = None  # sha256 of the token ids of each part and source, filled in by a run
+
+    def texts(self, part: Literal["dataset", "search_dataset", "evaluation_dataset"]) -> tuple[TextSpec, ...]:
+        """The data sets of one key, none where it is None.
+
+        Raises:
+            WrongInput: `config` or `split` beside several data sets.
+        """
+        value = getattr(self, part)
+        splits = {"dataset": self.split, "evaluation_dataset": self.evaluation_split}
+        if isinstance(value, str):
+            config = self.config if part == "dataset" else None
+            return (TextSpec(dataset=value, config=config, split=splits.get(part)),)
+        if part == "dataset" and (self.config or self.split):
+            raise WrongInput("data.config and data.split are of one data set; of several each has its own in the list")
+        return tuple(t.model_copy(update={"split": t.split or splits.get(part)}) for t in value or ())
+
+    @property
+    def names(self) -> list[str]:
+        """Every data set that is named."""
+        parts = (self.dataset, self.search_dataset, self.evaluation_dataset, self.contrast_dataset)
+        return [name for part in parts for name in _names(part)]
 
 
 class Recipe(_Strict):
@@ -92,8 +146,9 @@ class Recipe(_Strict):
         Raises:
             WrongInput: there is no such file or preset, or it says something a recipe cannot say.
         """
-        found = _read(name)
-        return cls.of_mapping(found if name == "default" else _over(_read("default"), found))
+        found = read_yaml(name, presets(), "recipe")
+        default = yaml.safe_load(presets()["default"])
+        return cls.of_mapping(found if name == "default" else _over(default, found))
 
     @classmethod
     def of_mapping(cls, values: Mapping[str, Any]) -> Self:
@@ -116,9 +171,11 @@ class Recipe(_Strict):
             WrongInput: no such key, with the nearest; or no such value.
         """
         values = self.model_dump(mode="python")
-        if overrides.get("data.dataset", self.data.dataset) != self.data.dataset:
+        if _as_texts(overrides.get("data.dataset", before := values["data"]["dataset"])) != before:
             forgotten = ["config", "split"]  # they are of the other data set
-            if self.data.evaluation_dataset in (None, self.data.dataset):
+            if self.data.evaluation_dataset is None or _names(self.data.evaluation_dataset) == _names(
+                self.data.dataset
+            ):
                 forgotten += ["evaluation_dataset", "evaluation_split"]
             values["data"] |= dict.fromkeys(forgotten)
         for key in sorted(overrides, key=lambda key: key.count(".")):  # a plug-in before its options
@@ -161,9 +218,8 @@ class Recipe(_Strict):
                     f"{type(plugin).__name__} compares two data sets; give the second with "
                     "--set data.contrast_dataset=NAME_OR_FILE"
                 )
-        for dataset in (self.data.dataset, self.data.evaluation_dataset, self.data.contrast_dataset):
-            if dataset is not None:
-                is_file(dataset)
+        for dataset in self.data.names:
+            is_file(dataset)
         return self.model_copy(
             update={
                 "pruner": PRUNERS.spec(pruner),
@@ -194,10 +250,10 @@ class Recipe(_Strict):
 
 
 @cache
-def presets() -> dict[str, str]:
-    """Name of every preset -> its YAML text."""
+def presets(group: str = PRESETS) -> dict[str, str]:
+    """Name of every preset in the packages of a group -> its YAML text."""
     found: dict[str, str] = {}
-    for point in sorted(metadata.entry_points(group=PRESETS), key=lambda point: point.name):
+    for point in sorted(metadata.entry_points(group=group), key=lambda point: point.name):
         for file in sorted(resources.files(point.value).iterdir(), key=lambda file: file.name):
             name, _, suffix = file.name.rpartition(".")
             if suffix != "yaml":
@@ -226,25 +282,30 @@ def parsed(assignment: str) -> tuple[str, Any]:
 # -- reading ------------------------------------------------------------------------------------------
 
 
-def _read(name: str | Path) -> dict[str, Any]:
+def read_yaml(name: str | Path, known: Mapping[str, str], what: str) -> dict[str, Any]:
+    """The mapping in a preset, a file, or the folder of a result; `what` it is.
+
+    Raises:
+        WrongInput: there is none, or it is no mapping.
+    """
     path = Path(name).expanduser()
     path = path / "recipe.yaml" if (path / "recipe.yaml").is_file() else path
-    if str(name) in presets():
-        text = presets()[str(name)]
+    if str(name) in known:
+        text = known[str(name)]
     elif path.is_file():
         text = path.read_text(encoding="utf-8")
     elif path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise WrongInput(f"no recipe file {str(name)!r}; give a file, or one of the presets {', '.join(presets())}")
+        raise WrongInput(f"no {what} file {str(name)!r}; give a file, or one of the presets {', '.join(known)}")
     else:
-        raise WrongInput(_unknown("recipe", str(name), presets()))
+        raise WrongInput(_unknown(what, str(name), known))
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
-        raise WrongInput(f"recipe {str(name)!r}{where} is not YAML: {getattr(error, 'problem', error)}") from None
+        raise WrongInput(f"{what} {str(name)!r}{where} is not YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(values, dict):
-        raise WrongInput(f"recipe {str(name)!r} is not a list of key: value")
+        raise WrongInput(f"{what} {str(name)!r} is not a list of key: value")
     return values
 
 
@@ -291,10 +352,10 @@ def _registries() -> dict[str, Any]:
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
-    *path, last = [str(part) for part in first["loc"]] or ["recipe"]
+    *path, last = [str(part) for part in first["loc"] if part not in _TAGS] or ["recipe"]
     key, kind, context = ".".join([*path, last]), first["type"], first.get("ctx", {})
     if kind == "extra_forbidden":
-        fields = DataSpec.model_fields if path[:1] == ["data"] else Recipe.model_fields
+        fields = (TextSpec if path[2:] else DataSpec if path[:1] == ["data"] else Recipe).model_fields
         return _unknown("recipe key", key, [".".join([*path, name]) for name in fields])
     if kind == "missing":
         return f"the recipe has no {key}; take it from a preset or add it"

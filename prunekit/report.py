@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -20,6 +21,7 @@ from prunekit.store import write_json
 from prunekit.supernet import Supernet
 
 if TYPE_CHECKING:
+    from prunekit.evaluate import Perplexity
     from prunekit.pipeline import Run
 
 SCHEMA = 1
@@ -93,6 +95,16 @@ def report(run: Run, net: Supernet, plan: Allocation, small: nn.Module, losses: 
         "seed": recipe.seed,
         "versions": versions(recipe),
     }
+
+
+def by_source(batch: TokenBatch, dense: Perplexity, pruned: Perplexity) -> dict[str, dict[str, float]]:
+    """Mean loss of each data set's windows, in nats per token; nothing where there is one."""
+    found: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(batch.origins):
+        here = [i for i, origin in enumerate(batch.origins) if origin == name]
+        both = {"dense": dense, "pruned": pruned}
+        found[name] = {which: math.fsum(it.losses[i] for i in here) / len(here) for which, it in both.items()}
+    return found
 
 
 def versions(recipe: Recipe) -> dict[str, str]:

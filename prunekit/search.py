@@ -135,17 +135,18 @@ def _judge(
     walk: int,
 ) -> None:
     """Answer new questions from the ledger, then from the network, all of one fidelity together."""
-    fetched: set[int] = set()
-    for allocation, count in new:
+    fetched: set[tuple[Allocation, int]] = set()
+    for i, (allocation, count) in enumerate(new):
         question = {"kind": "question", "walk": walk, "allocation": list(allocation), "tokens": count}
         if not net.space.is_feasible(allocation):
             question["probe"] = True
         loss = ledger.recall(question)
         if loss is None:
             batch = tokens.first(count) if count else tokens
-            if count and count not in fetched:
-                net.prefetch([a for a, c in new if c == count and (a, c) not in judged], batch)
-                fetched.add(count)
+            if count and (allocation, count) not in fetched:
+                ahead = [a for a, c in new[i:] if c == count]
+                depths = objective.depths(len(net.blocks))
+                fetched = {(a, count) for a in net.prefetch(ahead, objective.parts(batch), depths)}
             loss = objective.loss(net, allocation, batch)
             loss = math.inf if math.isnan(loss) else float(loss)
             ledger.answer(question, loss)

@@ -41,6 +41,7 @@ class CandidateStore:
         directory.mkdir(parents=True, exist_ok=True)
         self._manifest = directory / "manifest.json"
         self._verified: set[str] = set()
+        os.utime(directory)  # where stores are shared, the longest unused goes first
         if self._manifest.exists():
             self._entries = json.loads(self._manifest.read_text())
             if self._entries["key"] != json.loads(json.dumps(key)):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int32, Int64
@@ -23,7 +24,11 @@ from prunekit.calibration.tokens import TokenBatch
 from prunekit.sites import Allocation, Space
 from prunekit.store import CandidateStore
 
-HIDDEN_BYTES = 2 << 30  # final hidden states kept for the objective to read
+if TYPE_CHECKING:
+    from prunekit.contracts import Objective
+
+HIDDEN_BYTES = 2 << 30  # hidden states of allocations kept for the objective to read
+DENSE_BYTES = 2 << 30  # hidden states of the dense model kept; more are made anew for every question
 PARTS_BYTES = 4 << 30  # cut-out sub-layers kept ready
 LOGITS_AT_ONCE = 1 << 25  # values; logits are made window by window, never tokens x vocabulary
 
@@ -54,8 +59,10 @@ class Supernet:
         self._spans = list(zip([0, *ends[:-1]], ends, strict=True))  # sites of a block: allocation[start:end]
         self._parts: OrderedDict[tuple[int, int], dict[str, nn.Module]] = OrderedDict()
         self._parts_bytes = 0
-        self._hidden: dict[tuple[Allocation | None, str], list[Tensor]] = {}
+        self._hidden: dict[tuple[Allocation | None, str, int], list[Tensor]] = {}  # chunk by chunk
+        self._dense_bytes = 0
         self._tops: dict[tuple[str, int], TopLogProbs] = {}
+        self._dense_losses: dict[tuple[Objective, str], float] = {}
 
     # -- the table ------------------------------------------------------------------------------------
 
@@ -68,17 +75,23 @@ class Supernet:
 
     # -- tokens through the network ------------------------------------------------------------------
 
-    def prefetch(self, allocations: Sequence[Allocation], batch: TokenBatch) -> None:
-        """Run allocations together; `logits` of them on the same batch is then only the head.
+    def prefetch(
+        self, allocations: Sequence[Allocation], batches: Sequence[TokenBatch], depths: Sequence[int] = ()
+    ) -> list[Allocation]:
+        """Run allocations together; `logits` and `hidden` of them on the same batches then only read.
 
-        Earlier results are let go. As many are run as fit the memory bound; the others run when asked.
+        `depths` counts blocks; the last is always there. Earlier results are let go. As many allocations are run as
+        fit the memory bound, at least one, from the first on; says which.
         """
-        self._hidden.clear()
-        width = self.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
-        each = batch.ids.numel() * int(width) * next(self.model.parameters()).element_size()
-        some = list(dict.fromkeys(allocations))[: max(1, HIDDEN_BYTES // each)]
-        for allocation, hidden in self._run(some, batch).items():
-            self._hidden[allocation, batch.digest] = hidden
+        self._hidden = {key: value for key, value in self._hidden.items() if key[0] is None}
+        depths = sorted({*depths, len(self.blocks)})
+        each = sum(self._bytes_of(batch, depths) for batch in batches)
+        some = list(dict.fromkeys(allocations))[: max(1, HIDDEN_BYTES // max(1, each))]
+        for batch in batches:
+            for states in self._run(some, batch, depths):
+                for (allocation, depth), hidden in states.items():
+                    self._hidden.setdefault((allocation, batch.digest, depth), []).append(hidden)
+        return some
 
     def logits(
         self, allocation: Allocation, batch: TokenBatch
@@ -103,6 +116,34 @@ class Supernet:
             )
         return self._tops[batch.digest, k]
 
+    def hidden(
+        self, allocation: Allocation, batch: TokenBatch, depths: Sequence[int]
+    ) -> Iterator[tuple[Float[Tensor, "windows length d"], ...]]:
+        """The residual stream behind the first `depth` blocks, one tensor per depth, some windows at a time."""
+        yield from self._states(allocation, batch, depths)
+
+    def dense_hidden(
+        self, batch: TokenBatch, depths: Sequence[int]
+    ) -> Iterator[tuple[Float[Tensor, "windows length d"], ...]]:
+        """As `hidden`, of the dense model, and in the same pieces; kept as far as memory is given to it."""
+        missing = [depth for depth in depths if (None, batch.digest, depth) not in self._hidden]
+        if missing and self._dense_bytes + (more := self._bytes_of(batch, missing)) <= DENSE_BYTES:
+            for states in self._run([None], batch, missing):
+                for (_, depth), hidden in states.items():
+                    self._hidden.setdefault((None, batch.digest, depth), []).append(hidden)
+            self._dense_bytes += more
+        yield from self._states(None, batch, depths)
+
+    def dense_loss(self, objective: Objective, batch: TokenBatch) -> float:
+        """What the objective says of the dense model; computed once for a batch."""
+        if (objective, batch.digest) not in self._dense_losses:
+            nothing = Space((), (), replace(self.space.budget, by_kind=()))
+            # over no sites there is one allocation, and it is the dense model
+            dense = Supernet(self.model, self.adapter, nothing, (), self.store)
+            dense._tops = self._tops
+            self._dense_losses[objective, batch.digest] = objective.loss(dense, (), batch)
+        return self._dense_losses[objective, batch.digest]
+
     def assemble(self, plan: Allocation) -> PreTrainedModel:
         """A smaller model: every site cut to its candidate. Shares with the dense model what was not cut."""
         small = shallow(self.model)
@@ -114,35 +155,46 @@ class Supernet:
 
     @torch.no_grad()
     def _run(
-        self, allocations: Sequence[Allocation | None], batch: TokenBatch
-    ) -> dict[Allocation | None, list[Tensor]]:
-        """The last block's output by allocation (None: dense), chunk by chunk of the batch."""
-        ends: dict[Allocation | None, list[Tensor]] = {a: [] for a in allocations}
+        self, allocations: Sequence[Allocation | None], batch: TokenBatch, depths: Sequence[int]
+    ) -> Iterator[dict[tuple[Allocation | None, int], Tensor]]:
+        """Chunk by chunk of the batch, the hidden states by allocation (None: dense) and depth."""
         for ids in chunks(batch):
             hidden, calls = entered(self.model, self.adapter, ids)
             states: dict[Allocation | None, Tensor] = {None if a is None else (): hidden for a in allocations}
-            for index, (start, end) in enumerate(self._spans):
+            found = {(a, 0): hidden for a in allocations if 0 in depths}
+            for index, (start, end) in enumerate(self._spans[: max(depths)]):
                 behind: dict[Allocation | None, Tensor] = {}
                 for prefix in dict.fromkeys(None if a is None else a[:end] for a in allocations):
                     block = self.blocks[index] if prefix is None else self._cut(index, start, prefix[start:])
                     before = states[None if prefix is None else prefix[:start]]
                     behind[prefix] = calls[index](block, before)
                 states = behind
-            for allocation, reached in ends.items():
-                reached.append(states[allocation])
-        return ends
+                if index + 1 in depths:
+                    found |= {(a, index + 1): states[None if a is None else a[:end]] for a in allocations}
+            yield found
 
-    @torch.no_grad()
+    def _states(
+        self, allocation: Allocation | None, batch: TokenBatch, depths: Sequence[int]
+    ) -> Iterator[tuple[Tensor, ...]]:
+        keys = [(allocation, batch.digest, depth) for depth in depths]
+        if all(key in self._hidden for key in keys):
+            yield from zip(*(self._hidden[key] for key in keys), strict=True)
+            return
+        for states in self._run([allocation], batch, depths):
+            yield tuple(states[allocation, depth] for depth in depths)
+
     def _headed(self, allocation: Allocation | None, batch: TokenBatch) -> Iterator[tuple[Tensor, Tensor]]:
-        hidden = self._hidden.get((allocation, batch.digest))
-        if hidden is None:
-            hidden = self._run([allocation], batch)[allocation]
         vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
         windows = max(1, LOGITS_AT_ONCE // (batch.ids.shape[1] * int(vocabulary)))
-        for ids, states in zip(chunks(batch), hidden, strict=True):
+        for ids, (states,) in zip(chunks(batch), self._states(allocation, batch, [len(self.blocks)]), strict=True):
             for some, part in zip(ids.split(windows), states.split(windows), strict=True):
-                logits = self.adapter.logits(self.model, part)
+                with torch.no_grad():
+                    logits = self.adapter.logits(self.model, part)
                 yield some.to(logits.device), logits.float()
+
+    def _bytes_of(self, batch: TokenBatch, depths: Sequence[int]) -> int:
+        width = int(self.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator, union-attr, index]
+        return batch.n_tokens * width * next(self.model.parameters()).element_size() * len(depths)
 
     def _cut(self, index: int, start: int, kept: Sequence[int]) -> nn.Module:
         """A block with its sites cut to `kept`; sub-layers are shared between all who keep the same."""

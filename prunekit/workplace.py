@@ -36,16 +36,30 @@ def workplace(
             yield Path(folder)
         return
     check_output(output, overwrite=overwrite)
-    place = _beside(output, "partial")
+    with claimed(
+        _beside(output, "partial"), identity, "an unfinished run", resume=resume, overwrite=overwrite
+    ) as place:
+        yield place
+        shutil.rmtree(place)
+
+
+@contextmanager
+def claimed(
+    place: Path, identity: Mapping[str, Any], what: str, *, resume: bool = True, overwrite: bool = False
+) -> Iterator[Path]:
+    """A folder for this process alone, with what an earlier one of the same identity has left there.
+
+    Raises:
+        WrongInput: it holds something else, or another process works on it.
+    """
     place.mkdir(parents=True, exist_ok=True)
     with (place / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise WrongInput(f"another process works on {output}; wait for it or choose another --output") from error
-        _take(place, identity, resume=resume, overwrite=overwrite)
+            raise WrongInput(f"another process works on {place}; wait for it or choose another --output") from error
+        _take(place, identity, what, resume=resume, overwrite=overwrite)
         yield place
-        shutil.rmtree(place)
 
 
 def check_output(output: Path, *, overwrite: bool, sources: Iterable[str | Path] = ()) -> None:
@@ -106,7 +120,7 @@ def _is_result(folder: Path) -> bool:
         return False
 
 
-def _take(place: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+def _take(place: Path, identity: Mapping[str, Any], held: str, *, resume: bool, overwrite: bool) -> None:
     card, wanted = place / "run.json", json.loads(json.dumps(identity))
     left = [path for path in place.iterdir() if path.name != ".lock"]
     if left and not card.exists():
@@ -118,9 +132,7 @@ def _take(place: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: 
             return
         if not overwrite:
             what = f"(another {', '.join(differ)})" if differ else "and --no-resume was asked"
-            raise WrongInput(
-                f"{place} holds an unfinished run {what}; go on with its own command, or discard it with --overwrite"
-            )
+            raise WrongInput(f"{place} holds {held} {what}; go on with its own command, or discard it with --overwrite")
     for old in left:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     write_json(card, wanted)

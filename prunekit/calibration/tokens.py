@@ -2,7 +2,7 @@
 
 Text is one stream, tokenised in slices of 100,000 characters without special tokens and cut into windows
 of equal length. Stretches of that stream follow each other: calibration, search, evaluation; where a data
-set has a held-out split, evaluation comes from there.
+set has a held-out split, evaluation comes from there. Several data sets are cut each for itself and interleaved.
 """
 
 from __future__ import annotations
@@ -11,23 +11,25 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from prunekit.errors import WrongInput, first_line
 from prunekit.progress import Progress
 
 if TYPE_CHECKING:
-    from prunekit.recipe import DataSpec
+    from prunekit.recipe import DataSpec, TextSpec
 
 SLICE = 100_000  # characters a tokenizer sees at a time
 DEFAULTS = {"calibration": 131_072, "search": 131_072, "evaluation": 65_536}  # tokens
@@ -39,11 +41,26 @@ BETWEEN = "\n\n"  # documents, also the lines of wikitext, become one stream
 
 
 @dataclass(frozen=True, eq=False)
+class Answers:
+    """What windows of questions ask: positions first … last - 1 of a window hold one choice, right or wrong."""
+
+    question: Int64[Tensor, " windows"]  # ascending; the choices of a question stand side by side
+    first: Int64[Tensor, " windows"]  # at least 1: an answer has a prompt before it
+    last: Int64[Tensor, " windows"]  # padding from here on, which nothing before it sees
+    right: Bool[Tensor, " windows"]
+
+    def __getitem__(self, rows: Any) -> Answers:
+        return Answers(self.question[rows], self.first[rows], self.last[rows], self.right[rows])
+
+
+@dataclass(frozen=True, eq=False)
 class TokenBatch:
     """Windows of token ids and where they are from."""
 
     ids: Int64[Tensor, "windows seqlen"]
-    source: str  # a short label: wikitext2-test
+    source: str  # a short label: wikitext2-test; several are joined by +
+    origins: tuple[str, ...] = ()  # the label of every window, where there are several
+    answers: Answers | None = None  # where the windows are questions, not running text
 
     @property
     def n_tokens(self) -> int:
@@ -55,17 +72,46 @@ class TokenBatch:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the ids as little-endian int64."""
-        return hashlib.sha256(self.ids.cpu().contiguous().numpy().astype("<i8", copy=False).tobytes()).hexdigest()
+        """sha256 of the ids as little-endian int64, and of what is asked where the windows are questions."""
+        asked = self.answers
+        parts = [self.ids] if asked is None else [self.ids, asked.question, asked.first, asked.last, asked.right]
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part.cpu().contiguous().numpy().astype("<i8", copy=False).tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def parts(self) -> Mapping[str, TokenBatch]:
+        """The windows of every source by themselves, in the order of their first."""
+        if not self.origins:
+            return {self.source: self}
+        return {
+            name: replace(self._rows([i for i, origin in enumerate(self.origins) if origin == name]), source=name)
+            for name in dict.fromkeys(self.origins)
+        }
 
     def first(self, tokens: int | None) -> TokenBatch:
-        """The first windows that hold at most `tokens` tokens, at least one; None: all."""
+        """The first windows that hold at most `tokens` tokens, and whole questions; at least one. None: all."""
         if tokens is None or tokens >= self.n_tokens:
             return self
-        return replace(self, ids=self.ids[: max(1, tokens // self.seqlen)])
+        count = max(1, tokens // self.seqlen)
+        if self.answers is not None:  # back to where a question begins, or on to the end of the only one
+            question = self.answers.question
+            count = int((question < question[count]).sum()) or int((question == question[0]).sum())
+        return self._rows(list(range(count)))
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def _rows(self, rows: list[int]) -> TokenBatch:
+        origins = tuple(self.origins[i] for i in rows) if self.origins else ()
+        several = len(set(origins)) > 1
+        return TokenBatch(
+            self.ids[rows],
+            self.source if several or not origins else origins[0],
+            origins if several else (),
+            None if self.answers is None else self.answers[rows],
+        )
 
 
 @dataclass(frozen=True)
@@ -94,6 +140,15 @@ class Source:
         """Short, for the keys of results."""
         name = Path(self.dataset).stem if is_file(self.dataset) else self.dataset.replace("/", "--")
         return "-".join(part for part in (name, self.split) if part)
+
+    @property
+    def is_task(self) -> bool:
+        """The text is a file of questions: its first row has a prompt."""
+        path = Path(self.dataset).expanduser()
+        if not is_file(self.dataset) or path.suffix.lower() not in _JSON:
+            return False
+        first = next(json_rows(path), None)
+        return isinstance(first, Mapping) and "prompt" in first
 
     def __str__(self) -> str:
         if is_file(self.dataset):
@@ -158,61 +213,34 @@ def draw(
         WrongInput: no such data, too little of it, or not the tokens whose digests `data` holds.
     """
     progress = progress or Progress()
-    seqlen = _seqlen(data, max_seqlen)
-    source, held_out = _sources(data, progress)
-    asked = {part: getattr(data, f"{part}_tokens") for part in DEFAULTS}
-    here = [part for part in DEFAULTS if part != "evaluation" or held_out == source]
-    wanted = sum(_windows(asked[p] or DEFAULTS[p], seqlen) for p in here)
-    pool = _read(tokenizer, source, wanted * (POOL if data.shuffle else 1), seqlen, progress)
-    counts = _shares({p: asked[p] for p in here}, pool, seqlen, source, progress)
-    if not data.shuffle:  # so that a run with these counts, which reads no further, ends at the same place
-        pool = pool[: sum(counts.values())]
-
-    # evaluation is the end of the pool, so that which windows it holds does not hang on the seed
-    if held_out == source:
-        evaluation, pool = pool[-counts["evaluation"] :], pool[: -counts["evaluation"]]
-    else:
-        n = _windows(asked["evaluation"] or DEFAULTS["evaluation"], seqlen)
-        evaluation = _read(tokenizer, held_out, n, seqlen, progress)
-        fits = _shares({"evaluation": asked["evaluation"]}, evaluation, seqlen, held_out, progress)
-        evaluation = evaluation[: fits["evaluation"]]
-    if data.shuffle:
-        pool = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))]
-    calibration, search = pool[: counts["calibration"]], pool[counts["calibration"] :][: counts["search"]]
-
-    batches = {
-        "calibration": TokenBatch(calibration, source.label),
-        "search": TokenBatch(search, source.label),
-        "evaluation": TokenBatch(evaluation, held_out.label),
-    }
+    blends = _blends(data, progress)
+    batches = _gathered(tokenizer, blends, data, _seqlen(data, max_seqlen), seed, progress)
     if data.contrast_dataset is not None:
         second = _source(_named(data.contrast_dataset, progress), None, None, data.field)
-        windows = _read(tokenizer, second, counts["calibration"], seqlen, progress)
-        _shares({"contrast": counts["calibration"] * seqlen}, windows, seqlen, second, progress)
-        batches["contrast"] = TokenBatch(windows, second.label)
-        data = data.model_copy(update={"contrast_dataset": second.dataset})
+        count, seqlen = batches["calibration"].ids.shape
+        windows = _read(tokenizer, second, count, seqlen, progress)
+        _shares({"contrast": count}, {}, windows, seqlen, second, progress)
+        batches["contrast"], blends["contrast"] = TokenBatch(windows, second.label), {second: Fraction(1)}
     for batch in batches.values():
         _check_vocabulary(batch, vocab_size)
-    spec = data.model_copy(
-        update={
-            "dataset": source.dataset,
-            "config": source.config,
-            "split": source.split,
-            "evaluation_dataset": held_out.dataset,
-            "evaluation_split": held_out.split,
-            "seqlen": seqlen,
-            "digests": {part: batch.digest for part, batch in batches.items()},
-            **{f"{part}_tokens": batches[part].n_tokens for part in DEFAULTS},
-        }
-    )
+    digests = {part: batch.digest for part, batch in batches.items()}
+    for part, batch in batches.items():
+        if batch.origins:
+            digests |= {f"{part}/{label}": windows.digest for label, windows in batch.parts.items()}
     for part, digest in (data.digests or {}).items():
-        if part in batches and digest != batches[part].digest:
+        if part in digests and digest != digests[part]:
+            source = ", ".join(map(str, blends[part.split("/")[0]]))
             raise WrongInput(
-                f"the recipe was made with other {part} tokens than {batches[part].source} and this tokenizer give now "
-                f"(sha256 {batches[part].digest[:12]}…, not {digest[:12]}…); "
+                f"the recipe was made with other {part} tokens than {source} and this tokenizer give now "
+                f"(sha256 {digests[part][:12]}…, not {digest[:12]}…); "
                 "bring back the old text, or remove data.digests from the recipe"
             )
-    return Draws(**batches, source=str(source), spec=spec)
+    spec = data.model_copy(
+        update=_resolved(data, blends)
+        | {"seqlen": batches["calibration"].seqlen, "digests": digests}
+        | {f"{part}_tokens": batches[part].n_tokens for part in DEFAULTS}
+    )
+    return Draws(**batches, source=", ".join(map(str, blends["calibration"])), spec=spec)
 
 
 def draw_evaluation(
@@ -229,14 +257,15 @@ def draw_evaluation(
         WrongInput: no such data, or too little of it.
     """
     progress = progress or Progress()
-    seqlen = _seqlen(data, max_seqlen)
-    _, source = _sources(data, progress)
-    windows = _windows(data.evaluation_tokens or DEFAULTS["evaluation"], seqlen)
-    pool = _read(tokenizer, source, windows, seqlen, progress)
-    count = _shares({"evaluation": data.evaluation_tokens}, pool, seqlen, source, progress)["evaluation"]
-    batch = TokenBatch(pool[:count], source.label)
+    blends = {"evaluation": _blends(data, progress)["evaluation"]}
+    batch = _gathered(tokenizer, blends, data, _seqlen(data, max_seqlen), 0, progress)["evaluation"]
     _check_vocabulary(batch, vocab_size)
     return batch
+
+
+def overlap(one: TokenBatch, two: TokenBatch) -> bool:
+    """Whether some window is in both; one stream is always cut at the same places."""
+    return not set(map(tuple, one.ids.tolist())).isdisjoint(map(tuple, two.ids.tolist()))
 
 
 def is_file(dataset: str) -> bool:
@@ -267,14 +296,66 @@ def is_file(dataset: str) -> bool:
 # -- which text ---------------------------------------------------------------------------------------
 
 
-def _sources(data: DataSpec, progress: Progress) -> tuple[Source, Source]:
-    """The stream for calibration and search, and the one for evaluation; the same when there is no other."""
-    name = _named(data.dataset, progress)
-    source = _source(name, data.config, data.split, data.field)
-    other = data.evaluation_dataset
-    if other is None or _same(other, name):
-        return source, _source(name, source.config, data.evaluation_split, data.field, held_out_from=source.split)
-    return source, _source(_named(other, progress), None, data.evaluation_split, data.field, held_out_from="train")
+Blend = Mapping[Source, Fraction]
+"""The sources of one part with their shares, which add up to 1."""
+
+
+def _blends(data: DataSpec, progress: Progress) -> dict[str, Blend]:
+    """Part -> its sources; a part without a data set of its own has that of calibration, held out where it can be."""
+    known: list[Source] = []  # one stream has one name, so that no two parts take the same stretch of it
+
+    def found(text: TextSpec, held_out: bool) -> Source:
+        name = _named(text.dataset, progress)
+        same = next((source for source in known if _same(source.dataset, name)), None)
+        if same is None:
+            return _source(name, text.config, text.split, text.field or data.field, "train" if held_out else None)
+        split = text.split or (None if held_out else same.split)
+        return _source(same.dataset, text.config or same.config, split, same.field, same.split if held_out else None)
+
+    def blend(texts: Iterable[TextSpec], held_out: bool = False) -> Blend:
+        weights: dict[Source, Fraction] = {}
+        for text in texts:
+            source = found(text, held_out)
+            if source in weights:
+                raise WrongInput(f"{source} is given twice; give it once, with a weight")
+            weights[source] = Fraction(str(text.weight))
+        known.extend(source for source in weights if source not in known)
+        return {source: weight / sum(weights.values()) for source, weight in weights.items()}
+
+    calibration = blend(data.texts("dataset"))
+    search = blend(data.texts("search_dataset")) or calibration
+    evaluation = data.texts("evaluation_dataset") or [
+        text.model_copy(update={"dataset": source.dataset, "config": source.config, "split": data.evaluation_split})
+        for text, source in zip(data.texts("dataset"), calibration, strict=True)
+    ]
+    return {"calibration": calibration, "search": search, "evaluation": blend(evaluation, held_out=True)}
+
+
+def _resolved(data: DataSpec, blends: Mapping[str, Blend]) -> dict[str, Any]:
+    """The fields of `data` that say which text, with every choice made."""
+    any_text = data.texts("dataset")[0]
+
+    def written(part: str) -> tuple[TextSpec, ...]:
+        whole = math.lcm(*(share.denominator for share in blends[part].values()))  # so that weights are exact
+        values = [
+            {
+                "dataset": s.dataset,
+                "config": s.config,
+                "split": s.split,
+                "field": s.field,
+                "weight": float(share * whole),
+            }
+            for s, share in blends[part].items()
+        ]
+        return tuple(any_text.model_copy(update=value) for value in values)
+
+    found: dict[str, Any] = {"search_dataset": written("search") if data.search_dataset is not None else None}
+    if max(map(len, blends.values())) > 1:
+        several = {"dataset": written("calibration"), "evaluation_dataset": written("evaluation")}
+        return found | several | {"config": None, "split": None, "evaluation_split": None}
+    (source,), (held_out,) = blends["calibration"], blends["evaluation"]
+    found |= {"dataset": source.dataset, "config": source.config, "split": source.split}
+    return found | {"evaluation_dataset": held_out.dataset, "evaluation_split": held_out.split}
 
 
 def _same(one: str, two: str) -> bool:
@@ -343,17 +424,23 @@ def _plain_text(path: Path, field: str) -> Iterator[str]:
         yield from iter(lambda: file.read(SLICE), "")
 
 
-def _json_lines(path: Path, field: str) -> Iterator[str]:
-    def rows() -> Iterator[Any]:
-        with _opened(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except ValueError:
-                        raise WrongInput(f"{path}, line {number}: not one JSON object per line") from None
+def json_rows(path: Path) -> Iterator[Any]:
+    """The values of a file with one JSON value per line.
 
-    return _joined(rows(), field, str(path))
+    Raises:
+        WrongInput: a line is something else.
+    """
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    raise WrongInput(f"{path}, line {number}: not one JSON object per line") from None
+
+
+def _json_lines(path: Path, field: str) -> Iterator[str]:
+    return _joined(json_rows(path), field, str(path))
 
 
 def _parquet(path: Path, field: str) -> Iterator[str]:
@@ -381,12 +468,8 @@ def _opened(path: Path) -> Iterator[TextIO]:
         raise WrongInput(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-_ROWS: Mapping[str, Callable[[Path, str], Iterator[str]]] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json_lines,
-    ".parquet": _parquet,
-}
+_JSON = (".jsonl", ".ndjson", ".json")
+_ROWS: Mapping[str, Callable[[Path, str], Iterator[str]]] = dict.fromkeys(_JSON, _json_lines) | {".parquet": _parquet}
 
 
 def _hub_rows(source: Source) -> Iterator[str]:
@@ -439,6 +522,103 @@ def _joined(rows: Iterable[Any], field: str, where: str) -> Iterator[str]:
 # -- cutting ------------------------------------------------------------------------------------------
 
 
+def _gathered(
+    tokenizer: Any, blends: Mapping[str, Blend], data: DataSpec, seqlen: int, seed: int, progress: Progress
+) -> dict[str, TokenBatch]:
+    """The windows of every part; no two parts share a window."""
+    asked = {part: getattr(data, f"{part}_tokens") for part in blends}
+    found: dict[str, TokenBatch] = {}
+    for part in blends.keys() - {"search"}:
+        if tasks := [source for source in blends[part] if source.is_task]:
+            raise WrongInput(f"{tasks[0]} holds questions, which only judge; give it as data.search_dataset")
+    if any(source.is_task for source in blends.get("search", ())):
+        from prunekit.calibration.questions import drawn  # builds on this module
+
+        tokens = asked["search"] or DEFAULTS["search"]
+        found["search"] = drawn(tokenizer, blends["search"], tokens, seqlen, seed if data.shuffle else None)
+    texts = {part: blend for part, blend in blends.items() if part not in found}
+    orders = {part: in_shares(blend, _windows(asked[part] or DEFAULTS[part], seqlen)) for part, blend in texts.items()}
+    pools: dict[Source, Tensor] = {}
+    there: dict[Source, dict[str, int]] = {}  # windows for each part
+    for source in dict.fromkeys(source for blend in texts.values() for source in blend):
+        wanted = {part: orders[part].count(source) for part, blend in texts.items() if source in blend}
+        pools[source] = _read(tokenizer, source, _reach(wanted, data), seqlen, progress)
+        free = {part: texts[part][source] for part in wanted if asked[part] is None}
+        there[source] = _shares(wanted, free, pools[source], seqlen, source, progress)
+    for part, order in orders.items():  # no further than the first source that has no more
+        ends = [_position(order, source, there[source][part]) for source in texts[part]]
+        orders[part] = order[: min(ends)]
+    stretches: dict[str, dict[Source, Tensor]] = {part: {} for part in texts}
+    for source, pool in pools.items():
+        counts = {part: orders[part].count(source) for part in there[source]}
+        for part, windows in _cut(pool, counts, source, data, seqlen, seed).items():
+            stretches[part][source] = windows
+    return found | {part: _interleaved(orders[part], stretches[part]) for part in texts}
+
+
+def in_shares(blend: Blend, n: int) -> list[Source]:
+    """Whose turn it is, n times: after every turn each source has had its share as nearly as whole turns allow.
+
+    The next is the one with the largest share / (2 turns + 1), Webster's rule.
+
+    Raises:
+        WrongInput: n turns are too few for the smallest share.
+    """
+    turns, order = dict.fromkeys(blend, 0), list[Source]()
+    for _ in range(n):
+        order.append(max(blend, key=lambda source: blend[source] / (2 * turns[source] + 1)))
+        turns[order[-1]] += 1
+    if none := [str(source) for source, count in turns.items() if not count]:
+        raise WrongInput(f"{n} windows leave none for {none[0]}; give more tokens, shorter windows or another weight")
+    return order
+
+
+def _position(order: Sequence[Source], source: Source, n: int) -> int:
+    """Where a source has its turn for the n-th time, counted from 0; the end where it has not."""
+    return next(islice((i for i, turn in enumerate(order) if turn == source), n, None), len(order))
+
+
+def _interleaved(order: Sequence[Source], stretches: Mapping[Source, Tensor]) -> TokenBatch:
+    labels: dict[Source, str] = {}
+    for source in stretches:
+        alike = sum(source.label == other.label for other in labels)
+        labels[source] = f"{source.label}-{alike + 1}" if alike else source.label
+    left = {source: iter(windows) for source, windows in stretches.items()}
+    ids = torch.stack([next(left[source]) for source in order])
+    origins = tuple(labels[source] for source in order) if len(labels) > 1 else ()
+    return TokenBatch(ids, "+".join(labels.values()), origins)
+
+
+def _reach(windows: Mapping[str, int], data: DataSpec) -> int:
+    """How many windows of a stream are looked at to take these."""
+    if data.shuffle and windows.keys() != {"evaluation"}:
+        return sum(windows.values()) * POOL
+    return sum(windows.values()) + data.calibration_draw * windows.get("calibration", 0)
+
+
+def _cut(
+    pool: Tensor, counts: Mapping[str, int], source: Source, data: DataSpec, seqlen: int, seed: int
+) -> dict[str, Int64[Tensor, "windows seqlen"]]:
+    """Disjoint windows of one stream for each part."""
+    pool = pool[: _reach(counts, data)]  # where a run with these counts, which reads no further, ends too
+    c, s, e = (counts.get(part, 0) for part in DEFAULTS)
+    if data.shuffle and counts.keys() != {"evaluation"}:
+        # evaluation is the end of the pool, so that which windows it holds does not hang on the seed
+        evaluation, rest = pool[len(pool) - e :], pool[: len(pool) - e]
+        rest = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))]
+    else:
+        evaluation, rest = pool[c + s : c + s + e], torch.cat([pool[: c + s], pool[c + s + e :]])
+    # draws after the first lie behind all else, so that search and evaluation are the same for every draw
+    begin = c + s + (data.calibration_draw - 1) * c if data.calibration_draw else 0
+    if begin + c > len(rest):
+        raise WrongInput(
+            f"too little text: {source} has {pool.numel():,} tokens in whole windows of {seqlen}, not enough for "
+            f"data.calibration_draw {data.calibration_draw}; give more text, or fewer data.calibration_tokens"
+        )
+    parts = {"calibration": rest[begin : begin + c], "search": rest[c : c + s], "evaluation": evaluation}
+    return {part: parts[part] for part in counts}
+
+
 def _read(
     tokenizer: Any, source: Source, windows: int, seqlen: int, progress: Progress
 ) -> Int64[Tensor, "windows seqlen"]:
@@ -484,24 +664,31 @@ def _windows(tokens: int, seqlen: int) -> int:
 
 
 def _shares(
-    asked: Mapping[str, int | None], pool: Tensor, seqlen: int, source: Source, progress: Progress
+    wanted: Mapping[str, int],
+    free: Mapping[str, Fraction],
+    pool: Tensor,
+    seqlen: int,
+    source: Source,
+    progress: Progress,
 ) -> dict[str, int]:
-    """Windows for each part: what was asked for in full, the rest as near to the defaults as the text allows."""
-    counts = {part: _windows(tokens or DEFAULTS[part], seqlen) for part, tokens in asked.items()}
+    """Windows for each part: what was asked for in full, the `free` rest as near to what is wanted as the text allows.
+
+    `free` holds the share that the source has in those parts.
+    """
+    counts = dict(wanted)
     if sum(counts.values()) <= len(pool):
         return counts
-    free = [part for part, tokens in asked.items() if tokens is None]
     left = len(pool) - sum(counts[part] for part in counts if part not in free)
-    least = math.ceil(LEAST / seqlen)
-    share = (left - least * len(free)) / max(1, sum(counts[part] - least for part in free))
+    least = {part: min(counts[part], math.ceil(LEAST * share / seqlen)) for part, share in free.items()}
+    share = (left - sum(least.values())) / max(1, sum(counts[part] - least[part] for part in free))
     if not free or share < 0:
-        need = {part: least if part in free else counts[part] for part in counts}
+        need = counts | least
         parts = ", ".join(f"{part} {n * seqlen:,}" for part, n in need.items())
         raise WrongInput(
             f"too little text: {source} has {pool.numel():,} tokens in whole windows of {seqlen}; "
             f"{sum(need.values()) * seqlen:,} are needed ({parts})"
         )
-    counts |= {part: least + int((counts[part] - least) * share) for part in free}
+    counts |= {part: least[part] + int((counts[part] - least[part]) * share) for part in free}
     progress.say(
         f"note: {source} has {pool.numel():,} tokens; of these "
         + ", ".join(f"{counts[part] * seqlen:,} for {part}" for part in counts)

@@ -9,7 +9,7 @@ from prunekit.testing.objectives import ObjectiveSuite
 from prunekit.testing.oracle import best_allocation
 from prunekit.testing.pruners import PrunerSuite
 from prunekit.testing.signals import SignalSuite
-from prunekit.testing.supernets import KeepFirst, toy_supernet, toy_tokens
+from prunekit.testing.supernets import KeepFirst, toy_questions, toy_supernet, toy_tokens
 
 __all__ = [
     "LAYERS",
@@ -25,6 +25,7 @@ __all__ = [
     "permuted",
     "tiny",
     "toy_layer",
+    "toy_questions",
     "toy_supernet",
     "toy_tokens",
 ]

@@ -11,7 +11,7 @@ import torch
 
 from prunekit.adapters import ModelAdapter, adapter_for
 from prunekit.build import Carry, build
-from prunekit.calibration.tokens import TokenBatch
+from prunekit.calibration.tokens import Answers, TokenBatch
 from prunekit.contracts import LocalPruner
 from prunekit.layer import Candidate, LayerProblem
 from prunekit.progress import Progress
@@ -29,10 +29,26 @@ class KeepFirst(LocalPruner):
         return [layer.masked(range(keep)) for keep in keeps]
 
 
-def toy_tokens(windows: int = 4, seqlen: int = 12, vocabulary: int = 61, seed: int = 0) -> TokenBatch:
-    """Random token ids."""
+def toy_tokens(windows: int = 4, seqlen: int = 12, vocabulary: int = 61, seed: int = 0, sources: int = 1) -> TokenBatch:
+    """Random token ids; the windows of several sources take turns."""
     ids = torch.randint(2, vocabulary, (windows, seqlen), generator=torch.Generator().manual_seed(seed))
-    return TokenBatch(ids, "toy")
+    origins = tuple(f"toy-{i % sources + 1}" for i in range(windows)) if sources > 1 else ()
+    return TokenBatch(ids, "+".join(dict.fromkeys(origins)) or "toy", origins)
+
+
+def toy_questions(questions: int = 4, choices: int = 3, seqlen: int = 12, seed: int = 0) -> TokenBatch:
+    """Random questions whose choices are one to four tokens long."""
+    rng = torch.Generator().manual_seed(seed)
+    n = questions * choices
+    first = torch.randint(3, seqlen - 4, (questions,), generator=rng).repeat_interleave(choices)
+    last = first + torch.randint(1, 5, (n,), generator=rng)
+    ids = torch.randint(2, 61, (questions, seqlen), generator=rng).repeat_interleave(choices, 0)  # one prompt
+    position = torch.arange(seqlen)
+    ids = torch.where(position >= first[:, None], torch.randint(2, 61, (n, seqlen), generator=rng), ids)
+    ids = torch.where(position >= last[:, None], 0, ids)
+    question = torch.arange(questions).repeat_interleave(choices)
+    right = torch.arange(n) % choices == torch.randint(choices, (questions,), generator=rng)[question]
+    return TokenBatch(ids, "questions", answers=Answers(question, first, last, right))
 
 
 def toy_supernet(

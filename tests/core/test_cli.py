@@ -102,6 +102,20 @@ def test_every_flag_has_its_place_in_the_recipe(asked: list[Any]) -> None:
     assert (options["resume"], options["overwrite"]) == (False, True)
 
 
+@pytest.mark.parametrize("given", [("--dataset", "TEXT", "--dataset", "c4"), ("--dataset", "TEXT,c4")])
+def test_several_data_sets_are_given_one_by_one_or_by_comma(
+    asked: list[Any], text: Path, given: tuple[str, ...]
+) -> None:
+    assert run("prune", "m", "-o", "out", *(word.replace("TEXT", str(text)) for word in given)).exit_code == 0
+    assert asked[0][0].data.names == [str(text), "c4"]
+
+
+def test_a_file_may_have_a_comma_in_its_name(asked: list[Any], text: Path, tmp_path: Path) -> None:
+    shutil.copy(text, tmp_path / "a,b.txt")
+    assert run("prune", "m", "-o", "out", "--dataset", "a,b.txt").exit_code == 0
+    assert asked[0][0].data.dataset == "a,b.txt"
+
+
 def test_a_recipe_can_name_the_model(asked: list[Any], tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("model: some/model\n")
     assert run("prune", "--recipe", "mine.yaml", "-o", "out").exit_code == 0
@@ -235,6 +249,7 @@ def test_list_is_a_table_with_presets() -> None:
     assert result.exit_code == 0
     assert re.search(r"pruner +obs ", result.stdout)
     assert re.search(r"recipe +default ", result.stdout)
+    assert re.search(r"space +adapruner +prunekit tune MODEL --space adapruner", result.stdout)
 
 
 def test_check_runs_the_suite_of_the_kind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,6 +217,34 @@ def test_every_choice_runs_and_verifies(folder, settings):
     assert torch.isfinite(result.model(ids).logits).all()
 
 
+def test_several_data_sets_are_judged_robustly_and_reported_apart(folder, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} by {name} and so on, " * 400)
+    texts = [str(tmp_path / "one.txt"), {"dataset": str(tmp_path / "two.txt"), "weight": 2}]
+    settings = quick(data__dataset=texts, objective="robust", allocator={"name": "evolution", "generations": 1})
+    result = prunekit.prune(folder, output=tmp_path / "out", **settings)
+    assert result.report["losses"]["pruned"]["label"].startswith("ppl/one+two/")
+    apart = result.report["losses"]["nll_by_source"]
+    assert set(apart) == {"one", "two"}
+    whole = result.report["losses"]["pruned"]["nll"]
+    assert min(a["pruned"] for a in apart.values()) <= whole <= max(a["pruned"] for a in apart.values())
+    assert {"calibration/one", "search/two"} < result.recipe.data.digests.keys()
+    again = prunekit.prune(recipe=Recipe.load(tmp_path / "out" / "recipe.yaml"), quiet=True)
+    assert again.ledger == result.ledger
+
+
+def test_questions_judge_allocations(folder, tmp_path):
+    rows = [{"prompt": f"{i} and {i} is", "choices": [f"{2 * i}", f"{i}", "nothing"], "answer": 0} for i in range(20)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    there = {"data__search_dataset": str(tmp_path / "sums.jsonl")}
+    with pytest.raises(prunekit.WrongInput, match="judges on running text"):
+        prunekit.prune(folder, **quick(**there))
+    result = prunekit.prune(folder, **quick(**there, objective="task"))
+    ledger = [json.loads(line) for line in result.ledger.splitlines()]
+    assert {q["loss"] > 0 for q in ledger if q["kind"] == "question"} == {True}
+    assert result.report["data"]["search"]["source"] == "sums"
+
+
 def test_weights_that_are_not_finite_are_refused(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan

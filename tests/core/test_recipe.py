@@ -109,6 +109,15 @@ def test_another_data_set_has_its_own_splits(recipe: Recipe) -> None:
     assert changed.data.evaluation_dataset == "wikitext2"
 
 
+def test_several_data_sets_are_a_list_of_names_and_mappings(recipe: Recipe) -> None:
+    changed = recipe.with_overrides({"data.dataset": ["c4", {"dataset": "wikitext2", "weight": 3}]})
+    assert [(text.dataset, text.weight) for text in changed.data.texts("dataset")] == [("c4", 1), ("wikitext2", 3)]
+    assert changed.with_overrides({"data.dataset": ["c4"]}).data.dataset == "c4"
+    drawn = changed.with_overrides({"data.evaluation_dataset": ["c4", "wikitext2"], "data.search_dataset": "c4"})
+    assert drawn.with_overrides({"data.dataset": "python-docs"}).data.evaluation_dataset is None
+    assert drawn.data.names == ["c4", "wikitext2", "c4", "c4", "wikitext2"]
+
+
 def test_set_takes_yaml_values() -> None:
     assert parsed("pruner.damping=0.1") == ("pruner.damping", 0.1)
     assert parsed("data.shuffle=true") == ("data.shuffle", True)
@@ -153,6 +162,13 @@ def test_set_takes_yaml_values() -> None:
         ({"data.evaluation_dataset": "gone.jsonl"}, "no file 'gone.jsonl'"),
         ({"data.dataset": "wikitext-2"}, "did you mean 'wikitext2'?"),
         ({"version": 2}, "version is one of 1, not 2"),
+        (
+            {"data.dataset": [{"dataset": "c4", "wieght": 2}]},
+            "no recipe key 'data.dataset.0.wieght'; did you mean 'data.dataset.0.weight'?",
+        ),
+        ({"data.dataset": ["c4", {"dataset": "wikitext2", "weight": 0}]}, "data.dataset.1.weight: input should be"),
+        ({"data.dataset": []}, "data.dataset: "),
+        ({"data.dataset": ["c4", "gone.txt"]}, "no file 'gone.txt'"),
     ],
 )
 def test_wrong_values_are_one_sentence(recipe: Recipe, overrides: dict[str, object], sentence: str) -> None:

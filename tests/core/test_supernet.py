@@ -53,7 +53,7 @@ def test_prefixes_are_shared_and_change_nothing():
     net, batch = toy_supernet(), toy_tokens()
     plans = [net.space.uniform(), *list(net.space.exchanges(net.space.uniform()))[:6]]
     alone = [logits(net, plan, batch) for plan in plans]
-    net.prefetch(plans, batch)
+    net.prefetch(plans, [batch])
     for plan, expected in zip(plans, alone, strict=True):
         assert torch.equal(logits(net, plan, batch), expected)
 

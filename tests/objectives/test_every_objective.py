@@ -5,7 +5,16 @@ import pytest
 from prunekit.registry import OBJECTIVES
 from prunekit.testing import ObjectiveSuite
 
-VARIANTS = {"divergence": [{"rest": False}, {"top_k": 4}]}
+VARIANTS = {
+    "divergence": [{"rest": False}, {"top_k": 4}],
+    "hidden-state": [{"beside": None}, {"at": [0.3], "beside": {"name": "robust", "rule": "max"}}],
+    "robust": [
+        {"rule": "ball"},
+        {"inner": "perplexity", "rule": "max", "reference": False},
+        {"inner": {"name": "hidden-state", "beside": None}},
+    ],
+    "task": [{"measure": "margin", "normalised": False}, {"measure": "likelihood"}],
+}
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 import hashlib
 import json
 import struct
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from prunekit.calibration import tokens
 from prunekit.calibration.tokens import TokenBatch, draw, draw_evaluation
@@ -317,3 +320,192 @@ def test_a_text_too_short_for_the_defaults_is_drawn_the_same_again(tmp_path: Pat
 def test_one_file_under_two_names_is_still_cut_into_disjoint_parts(text: Path) -> None:
     drawn = draw(Letters(), spec(text, evaluation_dataset=str(text.parent / ".." / text.parent.name / text.name)))
     assert not ids(drawn.calibration) & ids(drawn.evaluation)
+
+
+# -- several data sets --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(text: Path, tmp_path: Path) -> list[Any]:
+    """Numbered characters and, with twice the weight, letters that never repeat either."""
+    other = tmp_path / "hangul.txt"
+    other.write_text("".join(chr(0xAC00 + i) for i in range(11_000)), encoding="utf-8")
+    return [str(text), {"dataset": str(other), "weight": 2}]
+
+
+def several(mixed: list[Any], **more: Any) -> DataSpec:
+    return DataSpec.model_validate({**spec("x", 96, 48, 24).model_dump(), "dataset": mixed, **more})
+
+
+def test_every_prefix_holds_the_sources_in_their_shares(mixed: list[Any]) -> None:
+    draws = draw(Letters(), several(mixed))
+    batch = draws.calibration
+    assert batch.source == "numbered+hangul"
+    assert {name: len(part) for name, part in batch.parts.items()} == {"numbered": 4, "hangul": 8}
+    for windows in range(1, len(batch) + 1):
+        counts = {name: len(part) for name, part in batch.first(8 * windows).parts.items()}
+        assert abs(counts.get("numbered", 0) - windows / 3) < 1
+    assert list(batch.origins[:3]) == list(batch.origins[3:6])
+    assert draws.source.endswith("hangul.txt")
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=4), st.integers(1, 60))
+def test_turns_are_fair_after_every_turn(weights: list[int], n: int) -> None:
+    sources = [tokens.Source(f"{i}", None, None, "text") for i in range(len(weights))]
+    shares = {source: Fraction(w, sum(weights)) for source, w in zip(sources, weights, strict=True)}
+    order = tokens.in_shares(shares, n + sum(weights))  # enough for the smallest
+    for turn in range(1, len(order) + 1):
+        assert all(abs(order[:turn].count(source) - turn * share) < 1.5 for source, share in shares.items())
+
+
+def test_parts_of_several_data_sets_share_no_window(mixed: list[Any]) -> None:
+    for shuffle in (False, True):
+        draws = draw(Letters(), several(mixed, shuffle=shuffle))
+        parts = [ids(b) for b in (draws.calibration, draws.search, draws.evaluation)]
+        assert len(set.union(*parts)) == sum(map(len, parts)) == 168
+        assert {b.source for b in (draws.calibration, draws.search, draws.evaluation)} == {"numbered+hangul"}
+
+
+def test_each_data_set_has_its_digest_and_the_resolved_spec_draws_the_same(mixed: list[Any]) -> None:
+    draws = draw(Letters(), several(mixed))
+    digests = draws.spec.digests or {}
+    assert digests.keys() == {
+        f"{part}{label}" for part in ("calibration", "search", "evaluation") for label in ("", "/numbered", "/hangul")
+    }
+    again = draw(Letters(), draws.spec)
+    assert again.spec == draws.spec
+    Path(mixed[1]["dataset"]).write_text("x" * 11_000)
+    with pytest.raises(WrongInput, match="other calibration tokens"):
+        draw(Letters(), draws.spec)
+
+
+def test_evaluation_on_one_of_several_takes_another_stretch_of_it(mixed: list[Any]) -> None:
+    draws = draw(Letters(), several(mixed, evaluation_dataset=mixed[0]))
+    assert draws.evaluation.source == "numbered"
+    assert not ids(draws.evaluation) & (ids(draws.calibration) | ids(draws.search))
+    assert draw(Letters(), draws.spec).evaluation.digest == draws.evaluation.digest
+
+
+def test_search_may_have_a_text_of_its_own(text: Path, mixed: list[Any]) -> None:
+    draws = draw(Letters(), spec(text, search_dataset=mixed[1]["dataset"]))
+    assert (draws.calibration.source, draws.search.source) == ("numbered", "hangul")
+    assert draw(Letters(), draws.spec).spec == draws.spec
+    same = draw(Letters(), spec(text, search_dataset=str(text)))
+    assert same.search.digest == draw(Letters(), spec(text)).search.digest
+
+
+def test_the_scarcest_data_set_ends_the_mixture(mixed: list[Any], tmp_path: Path) -> None:
+    Path(mixed[1]["dataset"]).write_text(numbered(9_000))
+    draws = draw(Letters(), DataSpec.model_validate({"dataset": mixed, "seqlen": 8}))
+    for batch in (draws.calibration, draws.search, draws.evaluation):
+        assert abs(len(batch.parts["hangul"]) - 2 * len(batch.parts["numbered"])) <= 2
+    assert draw(Letters(), draws.spec).spec == draws.spec
+
+
+@pytest.mark.parametrize(
+    ("dataset", "sentence"),
+    [
+        (["A", "A"], "is given twice"),
+        (["A", {"dataset": "B", "weight": 1000}], "12 windows leave none for"),
+        (["A", "gone.txt"], "no file 'gone.txt'"),
+    ],
+)
+def test_mixtures_that_cannot_be_are_one_sentence(mixed: list[Any], dataset: list[Any], sentence: str) -> None:
+    names = {"A": mixed[0], "B": mixed[1]["dataset"]}
+    real = [names.get(d, d) if isinstance(d, str) else {**d, "dataset": names[d["dataset"]]} for d in dataset]
+    with pytest.raises(WrongInput, match=sentence):
+        draw(Letters(), several(real))
+    with pytest.raises(WrongInput, match=r"data\.split are of one data set"):
+        draw(Letters(), several(mixed, split="train"))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_another_draw_calibrates_on_other_windows_and_leaves_the_rest(text: Path, shuffle: bool) -> None:
+    first, *others = (draw(Letters(), spec(text, shuffle=shuffle, calibration_draw=i)) for i in range(4))
+    seen = ids(first.calibration)
+    for other in others:
+        assert (other.search.digest, other.evaluation.digest) == (first.search.digest, first.evaluation.digest)
+        assert not ids(other.calibration) & (seen | ids(first.search) | ids(first.evaluation))
+        assert len(other.calibration) == len(first.calibration)
+        seen |= ids(other.calibration)
+
+
+def test_a_draw_beyond_the_text_is_refused(text: Path) -> None:
+    with pytest.raises(WrongInput, match=r"not enough for data\.calibration_draw 400"):
+        draw(Letters(), spec(text, calibration_draw=400))
+
+
+def test_overlap_is_a_common_window() -> None:
+    one, two = TokenBatch(torch.arange(80).reshape(10, 8), "one"), TokenBatch(torch.arange(72, 96).reshape(3, 8), "two")
+    assert tokens.overlap(one, two)
+    assert not tokens.overlap(one.first(72), two)
+
+
+# -- questions ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quiz(tmp_path: Path) -> Path:
+    path = tmp_path / "quiz.jsonl"
+    rows = [
+        {"prompt": "2+2 =", "choices": ["3", "4"], "answer": 1},
+        {"prompt": "Say ", "choices": ["no", "yes", "nothing"], "answer": "yes"},
+        {"prompt": "Once upon a", "answer": " time"},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_questions_become_windows_with_marked_answers(text: Path, quiz: Path) -> None:
+    batch = draw(Letters(), spec(text, search=80, search_dataset=str(quiz), seqlen=16)).search
+    asked = batch.answers
+    assert asked is not None
+    assert asked.question.tolist() == [0, 0, 1, 1, 1]  # there is room for five windows
+    words = ["".join(map(chr, row[:end].tolist())) for row, end in zip(batch.ids, asked.last, strict=True)]
+    assert words == ["2+2 = 3", "2+2 = 4", "Say no", "Say yes", "Say nothing"]
+    answers = [word[first:] for word, first in zip(words, asked.first.tolist(), strict=True)]
+    assert answers == [" 3", " 4", " no", " yes", " nothing"]
+    assert asked.right.tolist() == [False, True, False, True, False]
+    assert (batch.ids[0, asked.last[0] :] == 0).all()
+
+
+def test_a_long_prompt_loses_its_beginning(text: Path, quiz: Path) -> None:
+    batch = draw(Letters(), spec(text, search=10_000, search_dataset=str(quiz), seqlen=9)).search
+    assert batch.answers is not None
+    assert (batch.ids[4].tolist(), int(batch.answers.first[4])) == ([ord(c) for c in "y nothing"], 1)
+    assert len(batch) == 6
+
+
+def test_questions_of_two_files_take_turns(text: Path, quiz: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "a", "choices": ["b", "c"], "answer": "c"}\n' * 4)
+    data = spec(text, search=10_000, search_dataset=[str(quiz), str(other)], seqlen=16)
+    batch = draw(Letters(), data).search
+    assert batch.answers is not None
+    assert [len(part) for part in batch.parts.values()] == [6, 6]
+    part = batch.parts["other"]
+    assert part.answers is not None
+    assert part.answers.right.tolist() == [False, True] * 3
+    assert draw(Letters(), draw(Letters(), data).spec).search.digest == batch.digest
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"prompt": "a", "choices": ["b"], "answer": 1}, "question 1: 'answer' is one of the choices or its number"),
+        ({"prompt": "a", "choices": "bc", "answer": 0}, "'choices' is a list of texts, not 'bc'"),
+        ({"prompt": " ", "choices": ["b"], "answer": 0}, "needs a text 'prompt'"),
+        ({"prompt": "a", "choices": ["b" * 99], "answer": 0}, "has 100 tokens, windows have 8"),
+    ],
+)
+def test_broken_questions_are_one_sentence(text: Path, tmp_path: Path, row: dict[str, Any], sentence: str) -> None:
+    (tmp_path / "broken.jsonl").write_text(json.dumps(row))
+    with pytest.raises(WrongInput, match=sentence):
+        draw(Letters(), spec(text, search_dataset=str(tmp_path / "broken.jsonl")))
+
+
+def test_questions_only_judge(text: Path, quiz: Path) -> None:
+    with pytest.raises(WrongInput, match=r"holds questions, which only judge; give it as data\.search_dataset"):
+        draw(Letters(), spec(quiz))
+    with pytest.raises(WrongInput, match="running text and cannot be mixed with questions"):
+        draw(Letters(), spec(text, search_dataset=[str(text), str(quiz)], seqlen=16))

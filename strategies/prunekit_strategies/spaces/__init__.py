@@ -1,0 +1,1 @@
+"""Spaces for `prunekit tune`: what may be chosen, one YAML file each."""
