@@ -205,11 +205,7 @@ class Run:
             "sites": [[site.name, site.n_groups] for site in space.sites],
             "ladders": [list(ladder) for ladder in space.ladders],
             "centre": list(centre) if recipe.carry == "centre" else None,
-            "tokens": [
-                [tokens.digest, *tokens.ids.shape]
-                for tokens in (draws.calibration, draws.contrast)
-                if tokens is not None
-            ],
+            "tokens": [[t.digest, *t.ids.shape] for t in (draws.calibration, draws.contrast) if t is not None],
             "measured": [*map(repr, signals), scores],
             **{name: getattr(recipe, name) for name in ("pruner", "carry", "damping")},
         }

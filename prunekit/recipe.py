@@ -192,7 +192,7 @@ class Recipe(_Strict):
         """
         from prunekit.calibration.tokens import is_file
         from prunekit.contracts import LocalPruner
-        from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, signals_of
+        from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, SIGNALS, signals_of
 
         if self.structure not in STRUCTURES:
             raise WrongInput(f"no structure {self.structure!r}; there are {', '.join(STRUCTURES)}")
@@ -212,11 +212,11 @@ class Recipe(_Strict):
                 f"allocator {self.allocator['name']!r} ranks groups by the pruner's scores, and pruner "
                 f"{self.pruner['name']!r} has none; choose another of either"
             )
-        for plugin in (pruner, *signals):
+        readers = {f"pruner {self.pruner['name']!r}": pruner} | {f"signal {SIGNALS.name_of(s)!r}": s for s in signals}
+        for who, plugin in readers.items():
             if "contrast" in plugin.needs and self.data.contrast_dataset is None:
                 raise WrongInput(
-                    f"{type(plugin).__name__} compares two data sets; give the second with "
-                    "--set data.contrast_dataset=NAME_OR_FILE"
+                    f"{who} compares two data sets; give the second with --set data.contrast_dataset=NAME_OR_FILE"
                 )
         for dataset in self.data.names:
             is_file(dataset)

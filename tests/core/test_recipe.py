@@ -73,7 +73,7 @@ def test_options_of_a_plugin_inside_a_plugin(recipe: Recipe) -> None:
 
 def test_another_plugin_inside_a_plugin(recipe: Recipe) -> None:
     changed = recipe.with_overrides({"allocator": "tyr", "allocator.inner": "uniform"})
-    assert changed.checked().allocator["inner"] == {"name": "uniform"}
+    assert changed.checked().allocator["inner"] == {"name": "uniform", "equal": False}
 
 
 def test_naming_the_plugin_that_is_there_keeps_its_options(recipe: Recipe) -> None:
