@@ -9,7 +9,15 @@ from prunekit.testing import PrunerSuite
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "admm": [{"iterations": 5}],
     "magnitude": [{"refit": True}],
-    "obs": [{"aim": "dense"}, {"aim": "stream"}],
+    "obs": [
+        {"aim": "dense"},
+        {"aim": "stream"},
+        {"search": "score"},
+        {"search": "swap", "refit": False},
+        {"score": "masked"},
+        {"score": "wanda", "step": [2, 4], "head_step": 2},
+        {"first_order": "signed"},
+    ],
     "wanda": [{"refit": True}],
 }
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from prunekit import LayerProblem
 from prunekit.testing import toy_layer
-from prunekit_strategies.pruners import obs
-from prunekit_strategies.pruners.obs import OBS, remove_blocks, remove_columns
+from prunekit_strategies.pruners.obs import OBS, removal
 
 SIZES = [pytest.param(1, id="columns"), pytest.param(3, id="blocks")]
 
@@ -35,32 +34,6 @@ def test_every_removal_is_the_cheapest_by_brute_force(size: int, seed: int) -> N
         cheapest = min(tries, key=tries.__getitem__)
         assert set(before.kept) - set(after.kept or ()) == {cheapest}
         assert loss(layer, after.weight) == pytest.approx(tries[cheapest], rel=1e-8, abs=1e-10)
-
-
-@pytest.mark.parametrize("pending", [1, 4, 64])
-@pytest.mark.parametrize("picks", [1, 37, 48])
-def test_lazy_removal_takes_the_same_columns_as_plain_removal(
-    pending: int, picks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(obs, "_PENDING", pending)
-    layer = exact(48)
-    plain = remove_blocks(layer.hessian, layer.weight, 1, picks)
-    assert remove_columns(layer.hessian, layer.weight, picks) == plain
-
-
-def test_lazy_removal_starts_afresh_when_the_inverse_has_lost_its_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(obs, "_PENDING", 4)
-    twins = torch.kron(torch.eye(12, dtype=torch.float64), torch.ones(2, 2, dtype=torch.float64))
-    layer = exact(24, damping=1e-12, gram=twins)  # V_jj falls from 1e12 to 1 with the twin of j
-    inverted: list[int] = []
-    inverse = obs._inverse
-    monkeypatch.setattr(obs, "_inverse", lambda h: inverted.append(len(h)) or inverse(h))
-    order = remove_columns(layer.hessian, layer.weight, 24)
-    assert inverted[0] == 24
-    assert len(inverted) > 1
-    assert {p // 2 for p in order[:12]} == set(range(12))
-    merged = layer.weight.unflatten(1, (12, 2)).sum(2).square().sum(0)  # who is left carries both
-    assert [p // 2 for p in order[12:]] == merged.argsort().tolist()
 
 
 @pytest.mark.parametrize("size", SIZES)
