@@ -1,6 +1,7 @@
 import itertools
 import random
 from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from prunekit import LayerProblem
 from prunekit.testing import toy_layer
-from prunekit_strategies.pruners.obs import OBS, removal
+from prunekit_strategies.pruners.obs import OBS
+from prunekit_strategies.pruners.obs.obs import Score, _at_once
 
 SIZES = [pytest.param(1, id="columns"), pytest.param(3, id="blocks")]
 
@@ -125,3 +127,135 @@ def test_the_aim_says_what_calibration_must_collect():
     assert needs == {"own": {"gram"}, "dense": {"gram", "cross"}, "stream": {"gram", "cross", "drift"}}
     with pytest.raises(ValueError, match="aim is one of own, dense, stream"):
         OBS(aim="maybe")  # type: ignore[arg-type]
+
+
+# -- other searches and scores ------------------------------------------------------------------------
+
+
+def gone(pruner: OBS, layer: LayerProblem) -> list[int]:
+    """Group ids in the order of removal, by nested answers."""
+    kept = [set(c.kept or ()) for c in pruner.prune(layer, range(layer.n_groups, -1, -1))]
+    return [(large - small).pop() for large, small in itertools.pairwise(kept)]
+
+
+@pytest.mark.parametrize("options", [{"step": (1, 1)}, {"score": "diagonal"}, {"score": "grouped-cholesky"}])
+def test_neurons_one_by_one_are_the_classic_surgeon_whatever_the_price(options: dict[str, Any]) -> None:
+    layer = exact(24)
+    assert gone(OBS(**options), layer) == gone(OBS(), layer)
+
+
+def test_heads_go_by_the_price_that_is_asked() -> None:
+    orders = {score: [gone(OBS(score=score), exact(6, 3, seed)) for seed in range(8)] for score in get_args(Score)}
+    assert len({str(order) for order in orders.values()}) == len(orders)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("options", [{"step": (2, 2), "head_step": 2}, {"step": (4, 16)}, {"search": "score"}])
+def test_weights_are_the_refit_after_every_schedule(options: dict[str, Any], size: int) -> None:
+    layer = exact(9, size)
+    for candidate in OBS(**options).prune(layer, range(9)):
+        torch.testing.assert_close(candidate.weight, layer.refitted(candidate.kept or ()).weight, rtol=1e-8, atol=1e-9)
+
+
+def test_a_step_takes_the_cheapest_together() -> None:
+    layer = exact(12)
+    rise = layer.weight.square().sum(0) / torch.linalg.inv(layer.hessian).diagonal()
+    assert gone(OBS(step=(5, 5)), layer)[:5] == rise.argsort()[:5].tolist()
+    assert gone(OBS(search="score"), layer) == rise.argsort().tolist()
+
+
+def test_steps_shrink_with_what_is_left() -> None:
+    assert [_at_once(n, 8, 1024) for n in (28672, 11008, 4096, 2048, 1023, 256, 255, 100, 3)] == [
+        *(1024, 512, 256, 128, 32, 16, 8, 8, 8)
+    ]
+    assert {_at_once(n, 1, 1) for n in range(1, 100)} == {1}
+    assert {_at_once(n, 16, 16) for n in (1, 300, 5000)} == {16}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_swaps_never_raise_the_error_of_a_count_and_often_lower_it(size: int) -> None:
+    lower = 0
+    for seed in range(6):
+        layer = exact(16 if size == 1 else 8, size, seed)
+        counts = range(layer.n_groups + 1)
+        for plain, swapped in zip(OBS().prune(layer, counts), OBS(search="swap").prune(layer, counts), strict=True):
+            assert len(swapped.kept or ()) == len(plain.kept or ())
+            before, after = loss(layer, plain.weight), loss(layer, swapped.weight)
+            assert after <= before * (1 + 1e-9) + 1e-12
+            lower += after < before * (1 - 1e-6)
+    assert lower >= 3
+
+
+def test_wanda_scores_by_hand() -> None:
+    weight = torch.tensor([[3.0, -1.0, 0.0, 2.0], [0.0, 2.0, 1.0, -2.0]])  # sums of |W_ij|: 3, 3, 1, 4
+    power = torch.tensor([4.0, 1.0, 49.0, 0.25])  # norms: 2, 1, 7, 0.5; scores: 6, 3, 7, 2
+    layer = LayerProblem(weight, torch.diag(power))
+    assert gone(OBS(search="score", score="wanda"), layer) == [3, 1, 0, 2]
+    assert gone(OBS(search="score", score="wanda"), replace(layer, group_size=2)) == [1, 0]  # 9 and 9: the lower stays
+
+
+def test_masked_scores_are_errors_of_masking_one_group() -> None:
+    layer = exact(6, 3)
+    alone = [loss(layer, layer.masked([k for k in range(6) if k != g]).weight) for g in range(6)]
+    assert gone(OBS(search="score", score="masked"), layer) == sorted(range(6), key=alone.__getitem__)
+
+
+@pytest.mark.parametrize("search", ["greedy", "score", "swap", "penalty"])
+def test_without_refit_the_weights_are_as_they_were(search: Any) -> None:
+    layer = exact(7, 2)
+    for plain, fitted in zip(
+        OBS(search=search, refit=False).prune(layer, range(8)), OBS(search=search).prune(layer, range(8)), strict=True
+    ):
+        assert plain.kept == fitted.kept
+        assert torch.equal(plain.weight, layer.masked(plain.kept or ()).weight)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_first_order_terms_sum_to_the_power_of_the_output(size: int) -> None:
+    """So they are no slope of the error, which is zero at the dense weight."""
+    layer = exact(6, size)
+    reached = layer.weight @ layer.hessian
+    slopes = (layer.weight * reached).sum(0)
+    assert float(slopes.sum()) == pytest.approx(float(((layer.weight @ layer.hessian) * layer.weight).sum()))
+    rise = torch.tensor([loss(layer, layer.refitted([k for k in range(6) if k != g]).weight) for g in range(6)])
+    signed = rise / 2 + slopes.reshape(6, size).sum(1)
+    absolute = rise / 2 + slopes.abs().reshape(6, size).mean(1)
+    assert gone(OBS(first_order="signed"), layer)[0] == int(signed.argmin())
+    assert gone(OBS(first_order="absolute"), layer)[0] == int(absolute.argmin())
+
+
+def test_the_first_order_term_chooses_worse() -> None:
+    layers = [exact(32, seed=seed) for seed in range(4)]
+    none, absolute, signed = (
+        sum(layer.error(c.weight) for layer in layers for c in OBS(first_order=term).prune(layer, [24, 16, 8]))
+        for term in ("none", "absolute", "signed")
+    )
+    assert none < 0.95 * min(absolute, signed)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_scores_are_the_rises_of_the_error_on_the_way_down(size: int) -> None:
+    layer = exact(7, size)
+    scores = OBS().scores(layer)
+    losses = [loss(layer, c.weight) for c in OBS().prune(layer, range(7, -1, -1))]
+    rises = [after - before for before, after in itertools.pairwise(losses)]
+    assert scores[gone(OBS(), layer)].tolist() == pytest.approx(rises, rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"search": "random"}, "search is one of greedy, score, swap, penalty"),
+        ({"score": "best"}, "score is one of exact"),
+        ({"step": (8, 4)}, "step"),
+        ({"step": (0, 4)}, "step"),
+        ({"head_step": 0}, "head_step"),
+        ({"exchange": 0}, "exchange"),
+        ({"tries": -1}, "tries"),
+        ({"growth": 1.0}, "above 1"),
+        ({"first_order": "signed", "score": "wanda"}, "first-order"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        OBS(**options)
