@@ -7,7 +7,7 @@ from prunekit.registry import PRUNERS
 from prunekit.testing import PrunerSuite
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "admm": [{"iterations": 5}],
+    "admm": [{"iterations": 5, "start": "relaxed"}],
     "magnitude": [{"refit": True}],
     "obs": [
         {"aim": "dense"},
