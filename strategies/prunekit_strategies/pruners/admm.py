@@ -75,10 +75,7 @@ class ADMM(LocalPruner):
             removed = [relaxed(quadratic, layer.n_groups - int(keep)) for keep in keeps]
             mask = columns(1 - torch.stack(removed)) if removed else columns(quadratic[:0])  # (4)
         else:
-            price = weight.square().sum(0)
-            if self.start == "compensated":
-                price = price / (eigen.eigenvectors.square() / eigen.eigenvalues.clamp_min(1e-12)).sum(1)
-            mask = choose(price.expand(len(counts), -1))  # (4)
+            mask = choose(self._price(weight, eigen).expand(len(counts), -1))  # (4)
         if self.iterations:
             growth = (self.rho / self.first_rho) ** (1 / max(self.iterations - 1, 1))
             first = self.first_rho * float(eigen.eigenvalues[-1])
@@ -92,6 +89,19 @@ class ADMM(LocalPruner):
             )
         kept = mask[:, 0, :: layer.group_size]  # (rungs, n_groups)
         return [layer.refitted(row.nonzero().flatten().tolist()) for row in kept]
+
+    def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"]:
+        """score_g of (4), separable: a relaxed start has one for every count only, and scores as `output` does."""
+        scale = layer.hessian.diagonal().sqrt()
+        eigen = torch.linalg.eigh(layer.hessian / scale / scale[:, None])
+        return layer.group_sum(self._price(layer.target * scale, eigen))
+
+    def _price(self, weight: Float[Tensor, "d_out d_in"], eigen: tuple[Tensor, Tensor]) -> Float[Tensor, " d_in"]:
+        values, vectors = eigen
+        price = weight.square().sum(0)
+        if self.start == "compensated":
+            price = price / (vectors.square() / values.clamp_min(1e-12)).sum(1)
+        return price
 
 
 def alternate(

@@ -75,6 +75,7 @@ def test_first_mask_follows_its_formula(start: str) -> None:
     else:
         price = price * layer.hessian.diagonal()
     assert candidate.kept == tuple(sorted(price.topk(20).indices.tolist()))
+    torch.testing.assert_close(ADMM(start=start).scores(layer), price)  # type: ignore[arg-type]
 
 
 def quadratic(layer: LayerProblem) -> Tensor:
