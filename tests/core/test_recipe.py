@@ -85,7 +85,7 @@ def test_a_plugin_object_is_as_good_as_its_name(recipe: Recipe) -> None:
     from prunekit.registry import PRUNERS
 
     changed = recipe.with_overrides({"pruner": PRUNERS.build({"name": "obs", "aim": "dense"})})
-    assert changed.pruner == {"name": "obs", "aim": "dense"}
+    assert changed.pruner.items() >= {"name": "obs", "aim": "dense"}.items()
 
 
 def test_data_given_as_a_mapping_are_merged(recipe: Recipe) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prunekit import Candidate, LayerProblem, LocalPruner
+
+Start = Literal["compensated", "output", "relaxed"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,11 @@ class ADMM(LocalPruner):
         fit      W ← (W₀ A + ρ (Z - U)) (A + ρI)⁻¹                                             (1)
         mask     Z ← W + U on the k groups of largest ‖(W + U)_:g‖_F, 0 elsewhere               (2)
         dual     U ← U + W - Z                                                                 (3)
-        first    mask of Z: the k groups of largest Σ_j ‖W₀_:j‖² / s_j,  s_j = 1 or (A⁻¹)_jj    (4)
+        first    mask of Z: the k groups of largest score_g, by `start`:                        (4)
+                 output       Σ_j ‖W₀_:j‖²                   (the separable optimum)
+                 compensated  Σ_j ‖W₀_:j‖² / (A⁻¹)_jj        (the others make up for column j)
+                 relaxed      1 - q_g, q = argmin qᵀQq with Σ_g q_g = n - k and 0 ≤ q ≤ 1, where qᵀQq, Q = (W₀ᵀW₀) ∘ A
+                              summed over pairs of groups, is the error of masking the groups with q = 1
 
     Then the exact least-squares refit of the last mask, so no tolerance of (1)-(3) is left in the weights.
 
@@ -30,7 +36,7 @@ class ADMM(LocalPruner):
     2024, arXiv 2406.07831) for the scaling and the one eigendecomposition that serves every ρ.
     Ours: ρ grows geometrically up to λ_max(A), where hard thresholds settle. A constant ρ ≥ λ_max freezes (2) on
     its first mask. All rungs share each (A + ρI)⁻¹, and each starts afresh: a count has one answer, whatever else
-    is on its ladder. (4) with (A⁻¹)_jj is the price of removing column j when the others make up for it.
+    is on its ladder.
 
     (1)-(3) only choose groups, so they run in float32; A and the refit are float64. Counts are exact on ties, where the
     lower id stays in (4), and what rounding prefers in (2).
@@ -39,7 +45,7 @@ class ADMM(LocalPruner):
     iterations: int = 40  # rounds of (1)-(3) per layer; 0: the first mask, refitted
     first_rho: float = 1e-3  # ρ of the first round, in units of λ_max(A)
     rho: float = 1.0  # ρ of the last round, in units of λ_max(A); from 1 on the rounds converge
-    start: Literal["compensated", "output"] = "compensated"  # s_j of (4): (A⁻¹)_jj, or 1 as in the separable ‖w_j‖²H_jj
+    start: Start = "compensated"
 
     def __post_init__(self) -> None:
         if self.iterations < 0 or not 0 < self.first_rho <= self.rho:
@@ -47,8 +53,8 @@ class ADMM(LocalPruner):
                 "iterations ≥ 0 and 0 < first_rho ≤ rho are needed, not "
                 f"{self.iterations}, {self.first_rho} and {self.rho}"
             )
-        if self.start not in ("compensated", "output"):
-            raise ValueError(f"no start {self.start!r}; there are compensated, output")
+        if self.start not in get_args(Start):
+            raise ValueError(f"no start {self.start!r}; there are {', '.join(get_args(Start))}")
 
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
         scale = layer.hessian.diagonal().sqrt()  # D
@@ -58,13 +64,18 @@ class ADMM(LocalPruner):
         counts = torch.as_tensor(list(keeps), dtype=torch.long, device=gram.device)
 
         def choose(price: Float[Tensor, "rungs d_in"]) -> Bool[Tensor, "rungs 1 d_in"]:
-            kept = _largest(price.unflatten(1, (layer.n_groups, -1)).sum(2), counts)
-            return kept.repeat_interleave(layer.group_size, 1)[:, None]
+            return columns(price.unflatten(1, (layer.n_groups, -1)).sum(2))
 
-        price = weight.square().sum(0)
-        if self.start == "compensated":
-            price = price / (eigen.eigenvectors.square() / eigen.eigenvalues.clamp_min(1e-12)).sum(1)
-        mask = choose(price.expand(len(counts), -1))  # (4)
+        def columns(score: Float[Tensor, "rungs n_groups"]) -> Bool[Tensor, "rungs 1 d_in"]:
+            return _largest(score, counts).repeat_interleave(layer.group_size, 1)[:, None]
+
+        if self.start == "relaxed":
+            pairs = ((weight.T @ weight) * gram).unflatten(0, (layer.n_groups, -1)).unflatten(2, (layer.n_groups, -1))
+            quadratic = pairs.sum((1, 3))
+            removed = [relaxed(quadratic, layer.n_groups - int(keep)) for keep in keeps]
+            mask = columns(1 - torch.stack(removed)) if removed else columns(quadratic[:0])  # (4)
+        else:
+            mask = choose(self._price(weight, eigen).expand(len(counts), -1))  # (4)
         if self.iterations:
             growth = (self.rho / self.first_rho) ** (1 / max(self.iterations - 1, 1))
             first = self.first_rho * float(eigen.eigenvalues[-1])
@@ -78,6 +89,19 @@ class ADMM(LocalPruner):
             )
         kept = mask[:, 0, :: layer.group_size]  # (rungs, n_groups)
         return [layer.refitted(row.nonzero().flatten().tolist()) for row in kept]
+
+    def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"]:
+        """score_g of (4), separable: a relaxed start has one for every count only, and scores as `output` does."""
+        scale = layer.hessian.diagonal().sqrt()
+        eigen = torch.linalg.eigh(layer.hessian / scale / scale[:, None])
+        return layer.group_sum(self._price(layer.target * scale, eigen))
+
+    def _price(self, weight: Float[Tensor, "d_out d_in"], eigen: tuple[Tensor, Tensor]) -> Float[Tensor, " d_in"]:
+        values, vectors = eigen
+        price = weight.square().sum(0)
+        if self.start == "compensated":
+            price = price / (vectors.square() / values.clamp_min(1e-12)).sum(1)
+        return price
 
 
 def alternate(
@@ -102,6 +126,40 @@ def alternate(
         z = torch.where(mask, v, 0)  # (2)
         u = v - z  # (3)
     return w, mask
+
+
+def relaxed(quadratic: Float[Tensor, "n n"], total: int) -> Float[Tensor, " n"]:
+    """argmin qᵀQq with Σ q = total and 0 ≤ q ≤ 1, by its closed form on the free groups F:
+
+        Q_FF q_F + Q_FO 1 = ν 1      O the groups at 1, ν such that the sum is met; with nothing fixed q = ν Q⁻¹1
+
+    What leaves 0 … 1 is fixed there, the side that is further out first; what would lower the error from where it is
+    fixed (a gradient on the wrong side of ν) is let go, until neither happens.
+    """
+    n, scale = len(quadratic), quadratic.diagonal().mean()
+    q = quadratic.new_full((n,), total / n)
+    if total in (0, n) or not scale > 0:
+        return q
+    quadratic = quadratic + 1e-9 * scale * torch.eye(n).to(quadratic)  # where masking some together costs nothing
+    fixed = torch.zeros(n, dtype=torch.bool, device=q.device)  # at the value that q has there
+    for tries in range(200):  # a few are enough; a start need not be the optimum
+        f, o = (~fixed).nonzero().flatten(), fixed.nonzero().flatten()
+        pull = quadratic[f][:, o] @ q[o]  # Q_FO 1
+        right = torch.stack([torch.ones_like(pull), pull], 1)
+        one, back = torch.cholesky_solve(right, torch.linalg.cholesky(quadratic[f][:, f])).unbind(1)
+        level = (total - q[o].sum() + back.sum()) / one.sum()  # ν
+        q[f] = level * one - back
+        below, above = (-q).clamp_min(0), (q - 1).clamp_min(0)
+        wrong = below if below.sum() > above.sum() else above
+        if not bool(wrong.any()):
+            slope = quadratic @ q - level
+            wrong = slope.abs() * (fixed & (slope.abs() > 1e-9 * level.abs()) & ((slope < 0) == (q == 0)))
+            if not bool(wrong.any()):
+                break
+        now = wrong > 0 if tries < 20 else wrong == wrong.max()  # one at a time where all at once go in circles
+        q = torch.where(now, q.clamp(0, 1), q)
+        fixed = fixed ^ now
+    return q.clamp(0, 1)
 
 
 def _largest(score: Float[Tensor, "rungs n_groups"], counts: Tensor) -> Bool[Tensor, "rungs n_groups"]:

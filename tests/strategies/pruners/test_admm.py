@@ -1,11 +1,13 @@
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from prunekit import LayerProblem
 from prunekit.testing import toy_layer
-from prunekit_strategies.pruners.admm import ADMM, alternate
+from prunekit_strategies.pruners.admm import ADMM, alternate, relaxed
 from prunekit_strategies.pruners.obs import OBS
 from prunekit_strategies.pruners.score import Wanda
 
@@ -73,6 +75,64 @@ def test_first_mask_follows_its_formula(start: str) -> None:
     else:
         price = price * layer.hessian.diagonal()
     assert candidate.kept == tuple(sorted(price.topk(20).indices.tolist()))
+    torch.testing.assert_close(ADMM(start=start).scores(layer), price)  # type: ignore[arg-type]
+
+
+def quadratic(layer: LayerProblem) -> Tensor:
+    """Q of qᵀQq, the error of masking the groups with q = 1."""
+    weight = layer.weight.double()
+    pairs = ((weight.T @ weight) * layer.hessian).unflatten(0, (layer.n_groups, -1)).unflatten(2, (layer.n_groups, -1))
+    return pairs.sum((1, 3))
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_error_of_masking_is_quadratic_and_the_refit_is_below_it(size: int) -> None:
+    layer = replace(correlated(size), damping=0)
+    whole = float(((layer.weight @ layer.gram) * layer.weight).sum())
+    for candidate in ADMM(start="relaxed").prune(layer, [24 // size, 12 // size]):
+        kept = candidate.kept or ()
+        q = torch.ones(layer.n_groups, dtype=torch.float64).index_fill(0, torch.tensor(kept), 0)
+        masked = layer.error(layer.masked(kept).weight)
+        assert float(q @ quadratic(layer) @ q) / whole == pytest.approx(masked, rel=1e-4)
+        assert layer.error(candidate.weight) <= masked
+
+
+def test_inside_its_bounds_the_relaxed_mask_is_the_closed_form() -> None:
+    q = torch.eye(8, dtype=torch.float64) + 0.1 * torch.rand(8, 8, generator=torch.Generator().manual_seed(0)).double()
+    q = q @ q.T
+    solved = torch.linalg.solve(q, torch.ones(8, dtype=torch.float64))
+    mask = relaxed(q, 3)
+    torch.testing.assert_close(mask, 3 * solved / solved.sum(), rtol=1e-6, atol=0)
+    assert float(mask @ q @ mask) == pytest.approx(9 / float(solved.sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("total", [1, 3, 6, 9])
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_relaxed_mask_is_optimal_and_below_every_binary_one(size: int, total: int) -> None:
+    generator = torch.Generator().manual_seed(total)
+    layer = replace(correlated(4, total), group_size=size)
+    q = quadratic(layer)[:10, :10] if size == 1 else quadratic(layer)
+    n = len(q)
+    mask = relaxed(q, total)
+    assert float(mask.sum()) == pytest.approx(total)
+    assert 0 <= float(mask.min()) <= float(mask.max()) <= 1
+    least = float(mask @ q @ mask)
+    for gone in itertools.combinations(range(n), total):
+        assert least <= float(q[list(gone)][:, list(gone)].sum()) * (1 + 1e-6)
+    for _ in range(200):  # no feasible move lowers it
+        i, j = torch.randint(n, (2,), generator=generator).tolist()
+        step = min(float(mask[i]), 1 - float(mask[j]), 1e-3)
+        moved = mask.clone()
+        moved[i] -= step
+        moved[j] += step
+        assert float(moved @ q @ moved) >= least * (1 - 1e-7)
+
+
+def test_the_relaxed_mask_starts_the_rounds() -> None:
+    layer = correlated()
+    (candidate,) = ADMM(iterations=0, start="relaxed").prune(layer, [20])
+    mask = relaxed(quadratic(layer), 28)
+    assert candidate.kept == tuple(sorted(mask.argsort()[:20].tolist()))
 
 
 def test_weights_are_the_refit_of_the_kept_groups() -> None:

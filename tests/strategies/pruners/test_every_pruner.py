@@ -7,14 +7,22 @@ from prunekit.registry import PRUNERS
 from prunekit.testing import PrunerSuite
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "admm": [{"iterations": 5}],
+    "admm": [{"iterations": 5, "start": "relaxed"}],
     "gradient": [
         {"order": "second", "reduce": "max"},
         {"order": "mix", "grain": "coarse", "reduce": "prod"},
         {"refit": True, "reduce": "first"},
     ],
     "magnitude": [{"refit": True}],
-    "obs": [{"aim": "dense"}, {"aim": "stream"}],
+    "obs": [
+        {"aim": "dense"},
+        {"aim": "stream"},
+        {"search": "score"},
+        {"search": "swap", "refit": False},
+        {"score": "masked"},
+        {"score": "wanda", "step": [2, 4], "head_step": 2},
+        {"first_order": "signed"},
+    ],
     "score": [{"scope": "coupled", "reduce": "max"}, {"weight_power": 0.5, "activation_power": 2.0}],
     "second-moment": [{"heads": "likeness"}, {"refit": False}],
     "wanda": [{"refit": True}],

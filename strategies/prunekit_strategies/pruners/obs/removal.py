@@ -1,0 +1,173 @@
+"""Removing groups one after another: what each one costs, and how the others make up for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+Price = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(W (d_out, left), V (left, left), columns that are left (left,)) -> what each group's removal costs (groups,)."""
+
+_PENDING = 64  # removals held back before they are multiplied into V and A: what fits a cache
+_SPENT = 1e-10  # below this share of its first value V_jj is rounding, not information
+
+
+def exact(w: Float[Tensor, "d_out d"], v: Float[Tensor, "d d"], size: int) -> Float[Tensor, " n"]:
+    """tr[W_P (V_PP)⁻¹ W_Pᵀ] of every group: by how much the error grows when the others make up for it."""
+    columns = w.T.unflatten(0, (-1, size))  # W_Pᵀ: (n, size, d_out)
+    return torch.linalg.solve_triangular(_roots(v, size), columns, upper=False).square().sum((1, 2))
+
+
+def grouped_cholesky(w: Float[Tensor, "d_out d"], v: Float[Tensor, "d d"], size: int) -> Float[Tensor, " n"]:
+    """Σ_j ‖w_j‖² / B_jj² of every group, B Bᵀ = V_PP: columns leave in order, their weights stay as they were."""
+    return by_group(w.square().sum(0) / _roots(v, size).diagonal(dim1=1, dim2=2).flatten().square(), size)
+
+
+def diagonal(w: Float[Tensor, "d_out d"], v: Float[Tensor, "d d"], size: int) -> Float[Tensor, " n"]:
+    """Σ_j ‖w_j‖² / V_jj of every group: as if its columns did not know of each other."""
+    return by_group(w.square().sum(0) / v.diagonal(), size)
+
+
+COMPENSATED: Mapping[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "exact": exact,
+    "grouped-cholesky": grouped_cholesky,
+    "diagonal": diagonal,
+}
+
+
+def remove_groups(
+    hessian: Float[Tensor, "d d"],
+    weight: Float[Tensor, "d_out d"],
+    size: int,
+    picks: int,
+    price: Price,
+    step: Callable[[int], int],
+) -> list[int]:
+    """The first `picks` groups to remove, in order; `step` says how many go at once while so many are left.
+
+    A step takes the cheapest groups as they are priced before it, the cheapest first, and removes them together:
+
+        W ← W - W_P (V_PP)⁻¹ V_P:                                               (1)
+        V ← V - V_:P (V_PP)⁻¹ V_P:                                              (2)
+    """
+    left = torch.arange(len(hessian), device=hessian.device)  # columns
+    w, v = weight.clone(), inverse(hessian)
+    floor = _SPENT * v.diagonal()
+    order: list[int] = []
+    while True:
+        cheapest = price(w, v, left).argsort(stable=True)[: step(len(left) // size)]
+        order += (left[cheapest * size] // size).tolist()
+        if len(order) >= picks:
+            return order[:picks]
+        out = columns(cheapest, size)
+        stays = torch.ones(len(left), dtype=torch.bool, device=left.device).index_fill(0, out, False)
+        gain = torch.cholesky_solve(v[out], torch.linalg.cholesky(v[out][:, out]))  # (V_PP)⁻¹ V_P:
+        w -= w[:, out] @ gain  # (1)
+        v -= v[:, out] @ gain  # (2)
+        left, floor, w, v = left[stays], floor[stays], w[:, stays], v[stays][:, stays]
+        if bool((v.diagonal() < floor).any()):
+            w, v = refitted(hessian, weight, left)
+            floor = _SPENT * v.diagonal()
+
+
+def remove_columns(hessian: Float[Tensor, "d d"], weight: Float[Tensor, "d_out d"], picks: int) -> list[int]:
+    """The first `picks` columns to remove, in order; the same as `remove_groups` one by one, but fast.
+
+    The exact price reads W through A = WᵀW alone: A_jj / V_jj. With r = V_p: / V_pp, y = A_p: and
+    x = y - ½ A_pp r, removing p is two symmetric corrections of low rank:
+
+        V ← V - V_pp rᵀr                                                        (3)
+        A ← A - xᵀr - rᵀx                                                       (4)
+
+    Only the diagonals follow at once. (3) and (4) wait until `_PENDING` of them make a matrix product worth it.
+    """
+    left = torch.arange(len(hessian), device=hessian.device)
+    v, a = inverse(hessian), weight.T @ weight
+    floor = _SPENT * v.diagonal()
+    order: list[int] = []
+    while len(order) < picks:
+        n, steps = len(left), min(_PENDING, picks - len(order))
+        r, x, delta = v.new_empty(steps, n), v.new_empty(steps, n), v.new_empty(steps, 1)
+        chosen = torch.empty(steps, dtype=torch.long, device=v.device)
+        v_jj, a_jj, gone = v.diagonal().clone(), a.diagonal().clone(), v.new_zeros(n)
+        for i in range(steps):
+            rise = a_jj.clamp_min(0) / torch.maximum(v_jj, floor) + gone
+            p = rise.argmin(keepdim=True)  # stays on the device
+            r_p, x_p = r[:i, p], x[:i, p]  # (i, 1)
+            row = torch.cat([delta[:i] * r_p, x_p], 1).T @ r[:i]  # pending parts of (3), (4): (2, n)
+            t = v[p] - row[:1]  # V_p:
+            y = a[p] - row[1:] - r_p.T @ x[:i]  # A_p:
+            delta[i] = t[0, p]
+            r[i] = t / delta[i]
+            x[i] = y - 0.5 * y[0, p] * r[i]
+            v_jj -= delta[i] * r[i].square()  # (3)
+            a_jj -= 2 * x[i] * r[i]  # (4)
+            gone[p] = torch.inf
+            chosen[i] = p[0]
+        order += left[chosen].tolist()
+        if len(order) == picks:
+            break
+        v.addmm_((delta * r).T, r, alpha=-1)  # (3)
+        a.addmm_(x.T, r, alpha=-1).addmm_(r.T, x, alpha=-1)  # (4)
+        stays = (gone == 0).nonzero().flatten()
+        left, floor = left[stays], floor[stays]
+        v, a = v[stays][:, stays], a[stays][:, stays]
+        if bool((v.diagonal() < floor).any()):
+            w, v = refitted(hessian, weight, left)
+            a = w.T @ w
+            floor = _SPENT * v.diagonal()
+    return order
+
+
+def remove_masked(hessian: Float[Tensor, "d d"], weight: Float[Tensor, "d_out d"], size: int, picks: int) -> list[int]:
+    """The first `picks` groups to remove, in order, when nothing makes up for them.
+
+    With the columns P at zero the error is Σ_{i,j ∈ P} Q_ij, Q = (WᵀW) ∘ H; group g adds Q_gg + 2 Σ_{h gone} Q_gh.
+    """
+    q = masked_error(hessian, weight, size)
+    rise, gone = q.diagonal().clone(), q.new_zeros(len(q))
+    order: list[int] = []
+    for _ in range(picks):
+        p = int((rise + gone).argmin())
+        order.append(p)
+        gone[p] = torch.inf
+        rise += 2 * q[p]
+    return order
+
+
+def masked_error(hessian: Float[Tensor, "d d"], weight: Float[Tensor, "d_out d"], size: int) -> Float[Tensor, "n n"]:
+    """Q = (WᵀW) ∘ H summed over pairs of groups: qᵀQq is the error of setting the groups with q = 1 to zero."""
+    q = (weight.T @ weight) * hessian
+    return q.unflatten(0, (-1, size)).unflatten(2, (-1, size)).sum((1, 3))
+
+
+def refitted(
+    hessian: Float[Tensor, "d d"], weight: Float[Tensor, "d_out d"], left: Int64[Tensor, " k"]
+) -> tuple[Float[Tensor, "d_out k"], Float[Tensor, "k k"]]:
+    """W and V with only the columns `left`, from H itself: where (1) and (2) lead without rounding."""
+    v = inverse(hessian[left][:, left])
+    return weight @ hessian[:, left] @ v, v
+
+
+def columns(groups: Int64[Tensor, " n"], size: int) -> Int64[Tensor, " columns"]:
+    """The columns of some groups, in the order given."""
+    return (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
+
+
+def inverse(hessian: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """Of a positive definite matrix."""
+    return torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+
+
+def by_group(x: Float[Tensor, " d"], size: int) -> Float[Tensor, " n"]:
+    """Sums over the columns of every group."""
+    return x.unflatten(0, (-1, size)).sum(1)
+
+
+def _roots(v: Float[Tensor, "d d"], size: int) -> Float[Tensor, "n size size"]:
+    """The Cholesky factor of every group's V_PP."""
+    blocks = v.unflatten(0, (-1, size)).unflatten(2, (-1, size)).diagonal(dim1=0, dim2=2)  # (size, size, n)
+    return torch.linalg.cholesky(blocks.permute(2, 0, 1))
