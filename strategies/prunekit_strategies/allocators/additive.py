@@ -23,6 +23,7 @@ class Additive(Allocator):
     reach: float = 0.25  # farthest change, share of a site's groups
     points: int = 1  # counts asked on either side of the centre
     probe_tokens: int = 4_096  # to judge a probe on
+    rounds: int = 1  # tables of probes: each around the answer of the one before, with half its reach
     candidates: int = 8  # lowest allocations of the table that are judged
     tokens: int = 16_384  # to judge a candidate on
     stride: float = 1 / 16  # distance of rungs, share of a site's groups; 1: drop or keep
@@ -31,13 +32,9 @@ class Additive(Allocator):
         check_source(self.table)
         if self.around not in get_args(Around):
             raise ValueError(f"no centre {self.around!r}; there are {', '.join(get_args(Around))}")
-        if min(self.candidates, self.tokens) < 1 or not 0 < self.stride <= 1:
-            raise ValueError("candidates and tokens are at least 1, stride is in 0..1")
-        self._probes  # noqa: B018 (it refuses what it cannot use)
-
-    @property
-    def _probes(self) -> Probes:
-        return Probes(self.reach, self.points, self.probe_tokens)
+        if min(self.rounds, self.candidates, self.tokens) < 1 or not 0 < self.stride <= 1:
+            raise ValueError("rounds, candidates and tokens are at least 1, stride is in 0..1")
+        Probes(self.reach, self.points, self.probe_tokens)  # refuses what it cannot use
 
     @abstractmethod
     def solutions(self, space: Space, table: Table) -> Iterable[Allocation]:
@@ -53,11 +50,14 @@ class Additive(Allocator):
         return whole.zoomed(dense, stride=self.stride, reach=2 * math.ceil(1 / self.stride))
 
     def search(self, problem: Problem) -> Search:
-        table = problem.errors
-        if self.table == "probes":
-            dense = tuple(site.n_groups for site in problem.space.sites)
-            table = yield from self._probes.table(problem, problem.start if self.around == "start" else dense)
-        found = [*self.solutions(problem.space, table), problem.start]
-        candidates = [a for a in dict.fromkeys(found) if self.keeps(problem.space, a)]
-        losses = yield [Query(a, min(self.tokens, problem.tokens) or None) for a in candidates]
-        return min(zip(losses, candidates, strict=True))[1]
+        space, table, best = problem.space, problem.errors, problem.start
+        dense = tuple(site.n_groups for site in space.sites)
+        for n in range(self.rounds if self.table == "probes" else 1):
+            if self.table == "probes":
+                centre = dense if self.around == "dense" and n == 0 else best
+                table = yield from Probes(self.reach / 2**n, self.points, self.probe_tokens).table(problem, centre)
+            proposed = dict.fromkeys([*self.solutions(space, table), best])
+            candidates = [a for a in proposed if self.keeps(space, a)]
+            losses = yield [Query(a, min(self.tokens, problem.tokens) or None) for a in candidates]
+            _, best = min(zip(losses, candidates, strict=True))
+        return best

@@ -43,6 +43,19 @@ def test_a_warm_start_asks_less_for_as_much() -> None:
     assert len(warm.asks) < len(cold.asks)
 
 
+def test_probes_begin_near_an_optimum_the_errors_do_not_know():
+    toy = problem(Evolution().first_space(small_llama()), seed=0)
+    weights = [1.0 + i % 5 for i in range(len(toy.space.sites))]
+    hidden = tuple(tuple(w * e for e in row) for w, row in zip(weights, toy.errors, strict=True))
+    loss, optimum = additive(hidden, toy.space), best_allocation(toy.space, hidden)[1]
+    talk = converse(Evolution(generations=0), toy, loss)
+    assert loss(talk.answer) <= 1.01 * optimum < loss(toy.space.lowest(toy.errors))
+    probes, parents = talk.asks
+    assert {q.tokens for q in probes} == {1_024}
+    assert all(q.probe for q in probes)
+    assert len(parents) == 2
+
+
 def test_the_parent_only_meets_the_finalists_and_never_gets_worse() -> None:
     toy = ZOO["uneven"]()
     loss = additive(toy.errors, toy.space)
@@ -89,10 +102,16 @@ def test_trades_a_dear_group_for_many_cheap_ones_and_back() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"selections": ()}, {"selections": ((4, 8), (2, 16))}, {"selections": ((2, 16), (1, 8))}, {"offspring": 0}],
+    [
+        {"selections": ()},
+        {"warm_start": "yes"},
+        {"selections": ((4, 8), (2, 16))},
+        {"selections": ((2, 16), (1, 8))},
+        {"offspring": 0},
+    ],
 )
 def test_refuses_what_makes_no_tournament(wrong: dict) -> None:
-    with pytest.raises(ValueError, match=r"survivors|tokens|offspring"):
+    with pytest.raises(ValueError, match=r"survivors|tokens|offspring|warm start"):
         Evolution(**wrong)
 
 

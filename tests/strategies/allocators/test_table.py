@@ -99,6 +99,21 @@ def test_a_table_of_probes_finds_what_the_errors_do_not_know(around):
     assert loss(found) == pytest.approx(best_allocation(toy.space, hidden)[1])
 
 
+def test_every_round_probes_around_the_answer_before_and_nearer():
+    toy = problem(DynamicProgramming().first_space(small_llama()), seed=0)
+    bent = additive(rough_table(toy.space, 1), toy.space)
+
+    def loss(a):
+        return bent(a) ** 2  # not additive
+
+    probes = [ask for ask in converse(DynamicProgramming(rounds=3), toy, loss).asks if ask[0].probe]
+    answers = [converse(DynamicProgramming(rounds=n), toy, loss).answer for n in (1, 2, 3)]
+    assert [ask[0].allocation for ask in probes] == [toy.start, *answers[:2]]
+    assert [loss(a) for a in answers] == sorted(map(loss, answers), reverse=True)
+    moved = [max(abs(q.allocation[1] - ask[0].allocation[1]) for q in ask) for ask in probes]
+    assert moved == [192, 96, 48]
+
+
 def test_drop_or_keep_is_one_question_per_site_and_one_for_the_dense_model():
     allocator = DynamicProgramming(around="dense", reach=1.0, stride=1.0)
     toy = problem(allocator.first_space(small_llama()))
