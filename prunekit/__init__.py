@@ -3,7 +3,7 @@
 from prunekit import modeling
 from prunekit.api import prune
 from prunekit.calibration.tokens import TokenBatch
-from prunekit.contracts import Allocator, Finisher, LocalPruner, Objective, Problem, Query, Search
+from prunekit.contracts import Allocator, Finisher, LocalPruner, Objective, Problem, Query, Search, Workpiece
 from prunekit.errors import PluginError, WrongInput
 from prunekit.layer import Candidate, LayerProblem, best_groups, ranked
 from prunekit.pipeline import Result
@@ -30,6 +30,7 @@ __all__ = [
     "Space",
     "Supernet",
     "TokenBatch",
+    "Workpiece",
     "WrongInput",
     "best_groups",
     "prune",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,8 +21,8 @@ from prunekit.adapters import ModelAdapter
 from prunekit.build import build
 from prunekit.calibration.tokens import Draws, TokenBatch, draw
 from prunekit.checkpoint import Dense, fingerprint, opened, skeleton, stored_as
-from prunekit.contracts import Problem
-from prunekit.errors import CannotGoOn, WrongInput
+from prunekit.contracts import Finisher, Problem, Workpiece
+from prunekit.errors import CannotGoOn, PluginError, WrongInput
 from prunekit.evaluate import perplexity
 from prunekit.export import hf
 from prunekit.export.verify import NotVerified, verify
@@ -32,7 +32,7 @@ from prunekit.recipe import Recipe
 from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS
 from prunekit.search import converse
 from prunekit.sites import Allocation, Budget, Site, Space
-from prunekit.store import CandidateStore
+from prunekit.store import CandidateStore, Checkpoints
 from prunekit.supernet import Supernet
 from prunekit.workplace import check_output, publish, workplace
 
@@ -120,8 +120,8 @@ def prune(
         net, plan = run.searched()
         with clock("finish"):
             small = copy.deepcopy(net.assemble(plan))  # what was not cut is still shared with the dense model
-            for spec in recipe.finishers:
-                FINISHERS.build(spec).finish(small, plan, draws.calibration)
+            raw = perplexity(small, draws.evaluation) if recipe.finishers else None
+            said = run.finish(small, net, plan) if recipe.finishers else []
         with clock("evaluate"):
             before, after = (perplexity(model_, draws.evaluation) for model_ in (dense.model, small))
             rise, error = after.above(before)
@@ -130,10 +130,10 @@ def prune(
                 "dense": before.as_dict(),
                 "pruned": after.as_dict(),
                 "rise": {"nll": rise, "standard_error": error},  # paired by window
-            }
+            } | ({} if raw is None else {"unfinished": raw.as_dict()})
         probe = probed(stored_as(small.cpu(), dense.dtype), draws.evaluation)
         exported = hf.to_transformers(stored_as(small, dense.dtype), dense.adapter)
-        document = reporting.report(run, net, plan, exported, losses)
+        document = reporting.report(run, net, plan, exported, losses, said)
         result = Result(exported, dense.tokenizer, recipe, document, run.ledger.text(), output, probe)
         if output is not None:
             shutil.rmtree(place / "result", ignore_errors=True)
@@ -180,6 +180,22 @@ class Run:
         final = self.whole.zoomed(plan, reach=0)
         return (net if final.ladders == space.ladders else self.walked(final, plan, walk + 1, "rebuild")), plan
 
+    def finish(self, small: PreTrainedModel, net: Supernet, plan: Allocation) -> list[dict[str, Any]]:
+        """Let every finisher in turn work on the small model, in place; what they report."""
+        dense, computed, said = self.dense, next(small.parameters()).dtype, list[dict[str, Any]]()
+        stored_as(small, torch.promote_types(computed, torch.float32))  # small steps are lost in half precision
+        kept = tuple(net.store.get(site, count).kept or () for site, count in zip(net.space.sites, plan, strict=True))
+        for i, spec in enumerate(self.recipe.finishers):
+            before, finisher = shapes(small), FINISHERS.build(spec)
+            piece = Workpiece(
+                small, dense.model, dense.adapter, net.space.sites, kept, self.draws.calibration, self.recipe.seed,
+                self.progress, Checkpoints(self.place / f"finisher-{i}"),
+            )  # fmt: skip
+            said.append({"name": spec["name"]} | finisher.finish(piece))
+            check_finished(piece, finisher, before)
+        stored_as(stored_as(small, dense.dtype), computed)  # what is measured is what will be saved
+        return said
+
     def walked(self, space: Space, centre: Allocation, walk: int, label: str) -> Supernet:
         """Walk the blocks, or go on with a walk that was interrupted, or read one that was finished."""
         key = {"ladders": [list(ladder) for ladder in space.ladders], "centre": list(centre)}
@@ -190,6 +206,33 @@ class Run:
                 carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype, progress=self.progress, label=label,
             )  # fmt: skip
         return Supernet(dense.model, dense.adapter, space, errors, store)
+
+
+def shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Of all parameters, by name, tied ones under each."""
+    return {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def check_finished(piece: Workpiece, finisher: Finisher, before: Mapping[str, torch.Size]) -> None:
+    """Every shape is as before, but for biases where sites may get them; every weight is finite.
+
+    Raises:
+        PluginError: says what is not.
+    """
+    who, after = type(finisher).__name__, shapes(piece.model)
+    sites = [site for site, groups in zip(piece.sites, piece.kept, strict=True) if groups and finisher.adds_biases]
+    may = {f"{site.name}.bias" for site in sites}
+    for name in sorted(before.keys() | after.keys()):
+        there, now = before.get(name), after.get(name)
+        if there != now and not (there is None and name in may):
+            raise PluginError(f"{who} changed {name} from {_shape(there)} to {_shape(now)}; every shape must stay")
+    for name, value in piece.model.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise PluginError(f"{who} left values in {name} that are not finite")
+
+
+def _shape(size: torch.Size | None) -> str:
+    return "nothing" if size is None else str(tuple(size))
 
 
 def whole_space(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, dtype: torch.dtype) -> Space:
@@ -204,6 +247,8 @@ def whole_space(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, dtype: 
         float(1 - Fraction(str(recipe.sparsity))), sites,
         metric=recipe.metric, bytes_per_parameter=dtype.itemsize, outside=outside, apart=recipe.apart,
     )  # fmt: skip
+    if any(FINISHERS.build(spec).adds_biases for spec in recipe.finishers):
+        sites = tuple(adapter.with_bias(model, site) for site in sites)  # what is pruned pays for them
     return Space.whole(sites, budget)
 
 

@@ -8,7 +8,7 @@ from prunekit.testing.models import tiny
 from prunekit.testing.objectives import ObjectiveSuite
 from prunekit.testing.oracle import best_allocation
 from prunekit.testing.pruners import PrunerSuite
-from prunekit.testing.supernets import KeepFirst, toy_supernet, toy_tokens
+from prunekit.testing.supernets import KeepFirst, toy_supernet, toy_tokens, toy_workpiece
 
 __all__ = [
     "LAYERS",
@@ -25,4 +25,5 @@ __all__ = [
     "toy_layer",
     "toy_supernet",
     "toy_tokens",
+    "toy_workpiece",
 ]
