@@ -21,7 +21,7 @@ PACKAGES = {"prunekit", "prunekit_strategies", "prunekit_objectives"}
 DATA = {f"{package}/py.typed" for package in PACKAGES}
 DATA |= {f"prunekit/demo/model/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")}
 DATA |= {f"prunekit_strategies/recipes/{name}.yaml" for name in ("default", "fast", "tyr")}
-PLUGINS = {"leave-one-out": "pruner", "descent": "allocator", "worst-site": "objective"}
+PLUGINS = {"leave-one-out": "pruner", "descent": "allocator", "worst-site": "objective", "volume": "finisher"}
 OWNER = "prunekit-corner"
 
 

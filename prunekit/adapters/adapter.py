@@ -170,7 +170,7 @@ class ModelAdapter:
 
     def biased(self, block: nn.Module) -> tuple[Part, ...]:
         """The parts of a block whose linear map with cut columns has a bias."""
-        there = (part for part in PARTS if part not in self.dropped(block))
+        there: list[Part] = [part for part in PARTS if part not in self.dropped(block)]
         return tuple(part for part in there if _linear(block, self.family.columns[part]).bias is not None)
 
     def layer_config(self, block: nn.Module) -> dict[str, Any]:
