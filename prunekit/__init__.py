@@ -3,7 +3,18 @@
 from prunekit import modeling
 from prunekit.api import prune, tune
 from prunekit.calibration.tokens import TokenBatch
-from prunekit.contracts import Allocator, Finisher, Journal, LocalPruner, Objective, Problem, Query, Search, Signal
+from prunekit.contracts import (
+    Allocator,
+    Finisher,
+    Journal,
+    LocalPruner,
+    Objective,
+    Problem,
+    Query,
+    Search,
+    Signal,
+    Workpiece,
+)
 from prunekit.errors import PluginError, WrongInput
 from prunekit.layer import Candidate, LayerProblem, best_groups, ranked
 from prunekit.pipeline import Result
@@ -32,6 +43,7 @@ __all__ = [
     "Space",
     "Supernet",
     "TokenBatch",
+    "Workpiece",
     "WrongInput",
     "best_groups",
     "prune",

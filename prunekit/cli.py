@@ -118,6 +118,10 @@ def prune(
     pruner: Annotated[str | None, typer.Option(help="Decides what to keep in one layer.")] = None,
     allocator: Annotated[str | None, typer.Option(help="Decides how much each layer keeps.")] = None,
     objective: Annotated[str | None, typer.Option(help="Judges allocations.")] = None,
+    finisher: Annotated[
+        list[str] | None,
+        typer.Option(help="Polishes the small model; in the order given, in place of the recipe's. Repeatable."),
+    ] = None,
     carry: Annotated[str | None, typer.Option(help="Activations for the next block: dense, centre, expected.")] = None,
     structure: Annotated[str | None, typer.Option(help="What is removed: groups.")] = None,
     dataset: Dataset = None,
@@ -141,6 +145,7 @@ def prune(
         "pruner": pruner,
         "allocator": allocator,
         "objective": objective,
+        "finishers": finisher,
         "carry": carry,
         "structure": structure,
         "data.dataset": _several(dataset),
@@ -151,7 +156,7 @@ def prune(
         "device": device,
         "dtype": dtype,
     }
-    given = {key: value for key, value in flags.items() if value is not None}
+    given = {key: value for key, value in flags.items() if value not in (None, [])}
     chosen = Recipe.load(recipe).with_overrides(given | dict(map(parsed, set_ or [])))
     if (source := chosen.model) is None:
         raise WrongInput("no model was given; name a folder or a hub id: prunekit prune MODEL --output DIR")

@@ -16,12 +16,15 @@ from torch import Tensor
 
 from prunekit.errors import WrongInput
 from prunekit.layer import Candidate, LayerProblem
-from prunekit.sites import Allocation, Space
+from prunekit.progress import Progress
+from prunekit.sites import Allocation, Site, Space
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
+    from prunekit.adapters import ModelAdapter
     from prunekit.calibration.tokens import TokenBatch
+    from prunekit.store import Checkpoints
     from prunekit.supernet import Supernet
 
 
@@ -191,9 +194,38 @@ class Objective(ABC):
         return ()
 
 
+@dataclass(frozen=True, eq=False)
+class Workpiece:
+    """What a finisher works on: the small model, and all it may learn from."""
+
+    model: PreTrainedModel  # the small one, in float32 or float64; its tensors are its own, to be changed in place
+    dense: PreTrainedModel  # as it was before pruning, in the dtype of the computation; only to be read
+    adapter: ModelAdapter  # of both
+    sites: tuple[Site, ...]  # of the dense model, in order of execution
+    kept: tuple[tuple[int, ...], ...]  # ids of the groups that were kept, ascending, by site; (): it was dropped
+    tokens: TokenBatch  # of calibration
+    seed: int
+    progress: Progress
+    checkpoints: Checkpoints  # what must not be made twice when a run is interrupted
+
+    @property
+    def plan(self) -> Allocation:
+        """Kept groups per site."""
+        return tuple(len(groups) for groups in self.kept)
+
+
 class Finisher(ABC):
-    """Polishes the assembled small model; every site keeps its count."""
+    """Polishes the assembled small model; every site keeps its groups.
+
+    The core checks afterwards that every shape is as before and every weight finite, and rounds the model to
+    the dtype of the checkpoint when the last finisher is done.
+    """
+
+    @property
+    def adds_biases(self) -> bool:
+        """Whether linear maps of sites may get a bias they did not have; then the budget makes room for all of them."""
+        return False
 
     @abstractmethod
-    def finish(self, model: nn.Module, plan: Allocation, tokens: TokenBatch) -> None:
-        """Change the weights of `model` in place."""
+    def finish(self, piece: Workpiece) -> dict[str, Any]:
+        """Change the weights of `piece.model` in place; returns what it has to report, as JSON, in few words."""

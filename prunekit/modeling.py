@@ -1,9 +1,9 @@
 """Models whose layers differ in size, or lack attention or MLP, as ordinary transformers classes.
 
 The stock model is built from the global sizes, then every layer is cut to its entry of the config's
-`per_layer_config`. Layers stay what they were, so checkpointing, adapters and serving engines find
-the classes they know. Exported models may carry a copy of this file: it needs torch and transformers
-and nothing of prunekit.
+`per_layer_config`, and given the biases that its `biased` names. Layers stay what they were, so
+checkpointing, adapters and serving engines find the classes they know. Exported models may carry a copy
+of this file: it needs torch and transformers and nothing of prunekit.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ class Family:
             _resize(block, path, rows=count[unit])
         _resize(block, self.columns["attention"], columns=count["query"])
         _resize(block, self.columns["mlp"], columns=count["width"])
+        for part in getattr(layer_config, "biased", ()):
+            _resize(block, self.columns[part], bias=True)
         recount(attention, query, kv)
         for part in getattr(layer_config, "skip", ()):
             for path, stub in self.skipped(block, part, index, head_dim).items():
@@ -98,8 +100,9 @@ class Family:
             raise ValueError(f"layer {index}: {query} query heads do not share {kv} KV heads evenly")
         if (width := getattr(layer_config, self.width)) < 1:
             raise ValueError(f"layer {index}: {self.width} is {width}; an absent MLP is written as skip: [mlp]")
-        if strange := set(getattr(layer_config, "skip", ())) - {"attention", "mlp"}:
-            raise ValueError(f"layer {index}: skip knows attention and mlp, not {', '.join(sorted(strange))}")
+        for name in ("skip", "biased"):
+            if strange := set(getattr(layer_config, name, ())) - {"attention", "mlp"}:
+                raise ValueError(f"layer {index}: {name} knows attention and mlp, not {', '.join(sorted(strange))}")
 
 
 SEPARATE: Mapping[str, Unit] = {"self_attn.q_proj": "query", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"}
@@ -249,14 +252,15 @@ def reading_globals(config: Any) -> Iterator[None]:
         config.__dict__.pop("allow_global_per_layer_attribute_access", None)  # even False would be saved
 
 
-def _resize(block: nn.Module, path: str, *, rows: int | None = None, columns: int | None = None) -> None:
+def _resize(
+    block: nn.Module, path: str, *, rows: int | None = None, columns: int | None = None, bias: bool = False
+) -> None:
     old = block.get_submodule(path)
     assert isinstance(old, nn.Linear)
-    shape = columns or old.in_features, rows or old.out_features
-    if shape != (old.in_features, old.out_features):
-        weight = old.weight
-        new = nn.Linear(*shape, bias=old.bias is not None, device=weight.device, dtype=weight.dtype)
-        block.set_submodule(path, new)
+    here = old.in_features, old.out_features, old.bias is not None
+    there = columns or here[0], rows or here[1], bias or here[2]
+    if there != here:
+        block.set_submodule(path, nn.Linear(*there, device=old.weight.device, dtype=old.weight.dtype))
 
 
 def __getattr__(name: str) -> type:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,8 +24,8 @@ from prunekit.build import build
 from prunekit.calibration.gradients import Gradients
 from prunekit.calibration.tokens import Draws, TokenBatch, draw
 from prunekit.checkpoint import Dense, fingerprint, opened, skeleton, stored_as
-from prunekit.contracts import Allocator, Problem
-from prunekit.errors import CannotGoOn, WrongInput
+from prunekit.contracts import Allocator, Finisher, Problem, Workpiece
+from prunekit.errors import CannotGoOn, PluginError, WrongInput
 from prunekit.evaluate import perplexity
 from prunekit.export import hf
 from prunekit.export.verify import NotVerified, verify
@@ -35,7 +35,7 @@ from prunekit.recipe import Recipe
 from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, signals_of
 from prunekit.search import converse
 from prunekit.sites import Allocation, Budget, Site, Space
-from prunekit.store import CandidateStore, write_json
+from prunekit.store import CandidateStore, Checkpoints, write_json
 from prunekit.supernet import Supernet
 from prunekit.workplace import check_output, publish, unfinished, workplace
 
@@ -129,7 +129,9 @@ def prune(
     with workplace(output, identity, resume=resume, overwrite=overwrite) as place:
         run = Run(recipe, dense, whole, draws, Ledger(place / "ledger.jsonl"), place, progress, clock)
         net, plan = run.searched()
-        small = run.finished(net, plan)
+        small = copy.deepcopy(net.assemble(plan))  # what was not cut is still shared with the dense model
+        raw = perplexity(small, draws.evaluation) if recipe.finishers else None
+        said = run.finish(small, net, plan)
         with clock("evaluate"):
             before, after = (perplexity(model_, draws.evaluation) for model_ in (dense.model, small))
             rise, error = after.above(before)
@@ -139,10 +141,10 @@ def prune(
                 "pruned": after.as_dict(),
                 "rise": {"nll": rise, "standard_error": error},  # paired by window
                 "nll_by_source": reporting.by_source(draws.evaluation, before, after),
-            }
+            } | ({} if raw is None else {"unfinished": raw.as_dict()})
         probe = probed(stored_as(small.cpu(), dense.dtype), draws.evaluation)
         exported = hf.to_transformers(stored_as(small, dense.dtype), dense.adapter)
-        document = reporting.report(run, net, plan, exported, losses)
+        document = reporting.report(run, net, plan, exported, losses, said)
         result = Result(exported, dense.tokenizer, recipe, document, run.ledger.text(), output, probe)
         if output is not None:
             shutil.rmtree(place / "result", ignore_errors=True)
@@ -160,9 +162,10 @@ class Run:
     whole: Space
     draws: Draws
     ledger: Ledger
-    place: Path
+    place: Path  # what this run alone can use again
     progress: Progress
     clock: Clock
+    shelf: Path | None = None  # walks, which other runs over the model may share; None: at `place` too
 
     def searched(self) -> tuple[Supernet, Allocation]:
         """Coarse to fine, as long as the allocator wants finer ladders; then once more around the answer."""
@@ -197,7 +200,7 @@ class Run:
 
         What the allocator asks for is measured on the way.
         """
-        dense, recipe, draws = self.dense, self.recipe, self.draws
+        dense, recipe, draws, shelf = self.dense, self.recipe, self.draws, self.shelf or self.place
         pruner, signals, scores = PRUNERS.build(recipe.pruner), (), False
         if allocator is not None:
             signals, scores = signals_of(allocator), "scores" in allocator.needs
@@ -210,13 +213,14 @@ class Run:
             **{name: getattr(recipe, name) for name in ("pruner", "carry", "damping")},
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        store, begun = CandidateStore(self.place / f"walk-{name}", key), time.perf_counter()
+        store, begun = CandidateStore(shelf / f"walk-{name}", key), time.perf_counter()
         new, gradients = any(site not in store for site in space.sites), None
         if new and any("gradient" in plugin.needs for plugin in (pruner, *signals)):
             # of the dense model: every walk reads the same
             gradients = Gradients.collected(
-                dense.model, dense.adapter, draws.calibration, self.place / "gradients", self.progress
-            )
+                dense.model, dense.adapter, draws.calibration,
+                shelf / f"gradients-{draws.calibration.digest[:16]}", self.progress,
+            )  # fmt: skip
         errors = build(
             dense.model, dense.adapter, space, centre, pruner, draws.calibration, store,
             signals=signals, scores=scores, carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype,
@@ -227,13 +231,51 @@ class Run:
         self.clock.add("prune", json.loads((store.directory / SECONDS).read_text()))
         return Supernet(dense.model, dense.adapter, space, errors, store)
 
-    def finished(self, net: Supernet, plan: Allocation) -> PreTrainedModel:
-        """The small model, polished; it shares nothing with the dense one."""
-        with self.clock("finish"):
-            small = copy.deepcopy(net.assemble(plan))  # what was not cut is still shared with the dense model
-            for spec in self.recipe.finishers:
-                FINISHERS.build(spec).finish(small, plan, self.draws.calibration)
-        return small
+    def finish(self, small: PreTrainedModel, net: Supernet, plan: Allocation) -> list[dict[str, Any]]:
+        """Let every finisher in turn work on the small model, in place; what they report."""
+        dense, computed, said = self.dense, next(small.parameters()).dtype, list[dict[str, Any]]()
+        if not self.recipe.finishers:
+            return said
+        stored_as(small, torch.promote_types(computed, torch.float32))  # small steps are lost in half precision
+        kept = tuple(net.store.get(site, count).kept or () for site, count in zip(net.space.sites, plan, strict=True))
+        for i, spec in enumerate(self.recipe.finishers):
+            before, finisher = shapes(small), FINISHERS.build(spec)
+            piece = Workpiece(
+                small, dense.model, dense.adapter, net.space.sites, kept, self.draws.calibration, self.recipe.seed,
+                self.progress, Checkpoints(self.place / f"finisher-{i}"),
+            )  # fmt: skip
+            with self.clock("finish"):
+                said.append({"name": spec["name"]} | finisher.finish(piece))
+            check_finished(piece, finisher, before)
+        stored_as(stored_as(small, dense.dtype), computed)  # what is measured is what will be saved
+        return said
+
+
+def shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Of all parameters, by name, tied ones under each."""
+    return {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def check_finished(piece: Workpiece, finisher: Finisher, before: Mapping[str, torch.Size]) -> None:
+    """Every shape is as before, but for biases where sites may get them; every weight is finite.
+
+    Raises:
+        PluginError: says what is not.
+    """
+    who, after = type(finisher).__name__, shapes(piece.model)
+    sites = [site for site, groups in zip(piece.sites, piece.kept, strict=True) if groups and finisher.adds_biases]
+    may = {f"{site.name}.bias" for site in sites}
+    for name in sorted(before.keys() | after.keys()):
+        there, now = before.get(name), after.get(name)
+        if there != now and not (there is None and name in may):
+            raise PluginError(f"{who} changed {name} from {_shape(there)} to {_shape(now)}; every shape must stay")
+    for name, value in piece.model.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise PluginError(f"{who} left values in {name} that are not finite")
+
+
+def _shape(size: torch.Size | None) -> str:
+    return "nothing" if size is None else str(tuple(size))
 
 
 def whole_space(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, dtype: torch.dtype) -> Space:
@@ -248,6 +290,8 @@ def whole_space(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, dtype: 
         float(1 - Fraction(str(recipe.sparsity))), sites,
         metric=recipe.metric, bytes_per_parameter=dtype.itemsize, outside=outside, apart=recipe.apart,
     )  # fmt: skip
+    if any(FINISHERS.build(spec).adds_biases for spec in recipe.finishers):
+        sites = tuple(adapter.with_bias(model, site) for site in sites)  # what is pruned pays for them
     return Space.whole(sites, budget)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
@@ -71,6 +71,10 @@ def _names(texts: str | tuple[TextSpec, ...] | None) -> list[str]:
     return [texts] if isinstance(texts, str) else [text.dataset for text in texts or ()]
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, (str, Mapping)) else value
+
+
 class DataSpec(_Strict):
     """Which text, and how much of it; amounts in tokens. None: chosen when the text is read."""
 
@@ -126,7 +130,7 @@ class Recipe(_Strict):
     pruner: Spec
     allocator: Spec
     objective: Spec
-    finishers: tuple[Spec, ...] = ()
+    finishers: Annotated[tuple[Spec, ...], BeforeValidator(_as_list)] = ()  # in this order; one may stand alone
     carry: Literal["dense", "centre", "expected"] = "expected"  # activations that reach the next block
     rebuild: bool = True  # prune once more around the answer
     damping: Annotated[float, Field(ge=0)] = 0.01  # ridge, as a share of the mean of diag H
@@ -324,13 +328,23 @@ def _place(values: dict[str, Any], key: str, value: Any) -> None:
     slot, *path = key.split(".")
     if slot not in values:
         raise WrongInput(_unknown("recipe key", slot, values))
+    if slot == "finishers":
+        values[slot] = _finishers(values[slot], path, value)
+        return
     if (registry := _registries().get(slot)) is not None:
         if path:
             values[slot] = registry.spec(registry.build(values[slot]))  # so that every option is there to be set
         elif isinstance(value, registry.contract):
             value = registry.spec(value)
-    here, name = values, slot
-    for step in path:
+    if key == "data" and isinstance(value, Mapping):
+        value = {**values["data"], **value}
+    _put(values, [slot, *path], value)
+
+
+def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Replace what is at the end of a path."""
+    here, name = values, path[0]
+    for step in path[1:]:
         here, parent, name = here[name], name, step
         if not isinstance(here, dict) or name not in here:
             there = [f"{parent}.{option}" for option in here] if isinstance(here, dict) else []
@@ -338,7 +352,24 @@ def _place(values: dict[str, Any], key: str, value: Any) -> None:
     old = here[name]
     if isinstance(value, str) and isinstance(old, dict) and "name" in old:
         value = old if old["name"] == value else {"name": value}
-    here[name] = {**old, **value} if key == "data" and isinstance(value, Mapping) else value
+    here[name] = value
+
+
+def _finishers(now: Iterable[Any], path: list[str], value: Any) -> list[Any]:
+    """The finishers with `NAME.option` replaced wherever that one is; or, without a path, new ones: a list, or one."""
+    from prunekit.contracts import Finisher
+    from prunekit.registry import FINISHERS
+
+    if not path:
+        many = value if isinstance(value, (list, tuple)) else [value]
+        return [FINISHERS.spec(each) if isinstance(each, Finisher) else each for each in many]
+    specs = [FINISHERS.spec(FINISHERS.build(spec)) for spec in now]
+    there = [spec for spec in specs if spec["name"] == path[0]]
+    if not there:
+        raise WrongInput(_unknown("finisher of this recipe", path[0], [spec["name"] for spec in specs]))
+    for spec in there:
+        _put({path[0]: spec}, path, value)
+    return specs
 
 
 def _registries() -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,14 @@ def space_record(walk: int, problem: Problem) -> dict[str, Any]:
     }
 
 
-def report(run: Run, net: Supernet, plan: Allocation, small: nn.Module, losses: Mapping[str, Any]) -> dict[str, Any]:
+def report(
+    run: Run,
+    net: Supernet,
+    plan: Allocation,
+    small: nn.Module,
+    losses: Mapping[str, Any],
+    finishers: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
     """The content of report.json. Parameters are counted in the tensors, never taken from the request."""
     recipe, dense, whole, draws = run.recipe, run.dense, run.whole, run.draws
     errors = net.site_errors(plan)
@@ -91,6 +98,7 @@ def report(run: Run, net: Supernet, plan: Allocation, small: nn.Module, losses: 
             **({"contrast": _tokens(draws.contrast)} if draws.contrast is not None else {}),
         },
         "search": {"questions": run.ledger.questions, "token_forwards": run.ledger.tokens},
+        "finishers": [dict(said) for said in finishers],
         "seconds": {stage: round(spent, 3) for stage, spent in run.clock.seconds.items()},
         "seed": recipe.seed,
         "versions": versions(recipe),

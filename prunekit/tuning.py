@@ -6,6 +6,7 @@ twice: the model is opened once, a walk lies on a shelf by what determines it, a
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -188,9 +189,11 @@ class Bench:
             path.mkdir(exist_ok=True)
         whole, draws = whole_space(recipe, self.dense.model, self.dense.adapter, self.dense.dtype), self._drawn(recipe)
         OBJECTIVES.build(recipe.objective).check(draws.search)
-        run = Run(recipe, self.dense, whole, draws, Ledger(folder / "ledger.jsonl"), shelf, self.progress, clock)
+        ledger = Ledger(folder / "ledger.jsonl")
+        run = Run(recipe, self.dense, whole, draws, ledger, folder, self.progress, clock, shelf)
         net, plan = run.searched()
-        small = run.finished(net, plan)
+        small = copy.deepcopy(net.assemble(plan))
+        run.finish(small, net, plan)
         found: dict[str, float] = {"parameters": reporting.count(small), "seconds": sum(clock.seconds.values())}
         if {"perplexity", "loss"} & set(self.metrics):
             measured = perplexity(small, draws.search, progress=self.progress)

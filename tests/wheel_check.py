@@ -20,8 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"prunekit", "prunekit_strategies", "prunekit_objectives"}
 DATA = {f"{package}/py.typed" for package in PACKAGES}
 DATA |= {f"prunekit/demo/model/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")}
-DATA |= {f"prunekit_strategies/recipes/{name}.yaml" for name in ("default", "fast", "tyr")}
-PLUGINS = {"leave-one-out": "pruner", "loudest": "signal", "descent": "allocator", "worst-site": "objective"}
+DATA |= {str(path.relative_to(ROOT / "strategies")) for path in ROOT.glob("strategies/*/*/*.yaml")}
+PLUGINS = {
+    "leave-one-out": "pruner",
+    "loudest": "signal",
+    "descent": "allocator",
+    "worst-site": "objective",
+    "volume": "finisher",
+}
 OWNER = "prunekit-corner"
 
 

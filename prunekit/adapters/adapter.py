@@ -79,6 +79,12 @@ class ModelAdapter:
         """The linear map whose input columns `site` cuts."""
         return _linear(block, self.family.columns[_part(site)])
 
+    def maps(self, block: nn.Module, site: Site) -> list[nn.Linear]:
+        """All linear maps of the site's sub-layer; the last is the one whose columns it cuts."""
+        part, inside = _part(site), f"{self.family.attention}."
+        fed = [path for path in self.family.rows if path.startswith(inside) == (part == "attention")]
+        return [_linear(block, path) for path in (*fed, self.family.columns[part])]
+
     def adds_up(self, block: nn.Module) -> bool:
         """Whether a block is its input plus its sub-layers' outputs; not where a norm comes after the sum."""
         return self.family.has_norms_first(block)
@@ -123,6 +129,11 @@ class ModelAdapter:
         for path, module in self.pruned(block, site, candidate).items():
             block.set_submodule(path, module)
 
+    def with_bias(self, model: nn.Module, site: Site) -> Site:
+        """The site when its linear map has a bias, which goes with the sub-layer; the same where it has one."""
+        linear = self.linear(self.blocks(model)[site.block], site)
+        return site if linear.bias is not None else replace(site, params_fixed=site.params_fixed + linear.out_features)
+
     # -- how a block is made ---------------------------------------------------------------------------
 
     def cuts(self, block: nn.Module, site: Site) -> Sequence[Cut]:
@@ -156,6 +167,11 @@ class ModelAdapter:
         mlp = block.get_submodule(self.family.mlp or self.family.columns["mlp"])
         gone = isinstance(block.get_submodule(self.family.attention), SkippedMixer), isinstance(mlp, SkippedMLP)
         return tuple(part for part, is_gone in zip(PARTS, gone, strict=True) if is_gone)
+
+    def biased(self, block: nn.Module) -> tuple[Part, ...]:
+        """The parts of a block whose linear map with cut columns has a bias."""
+        there: list[Part] = [part for part in PARTS if part not in self.dropped(block)]
+        return tuple(part for part in there if _linear(block, self.family.columns[part]).bias is not None)
 
     def layer_config(self, block: nn.Module) -> dict[str, Any]:
         """Sizes of a (pruned) block as an entry of `per_layer_config`; `skip` lists dropped parts."""

@@ -36,7 +36,7 @@ class Call:
         return out if isinstance(out, Tensor) else out[0]
 
 
-class _Seen(Exception):
+class Seen(Exception):
     """Everything of interest has been seen; the rest of the forward is not needed."""
 
 
@@ -54,14 +54,14 @@ def entered(
             first.append(hidden_states)
         calls.append(Call(args, kwargs))
         if len(calls) == len(blocks):
-            raise _Seen
+            raise Seen
         return hidden_states
 
     for block in blocks:
         block.forward = recorder  # shadows the method on this instance only
     try:
         model(ids.to(next(model.parameters()).device), use_cache=False)
-    except _Seen:
+    except Seen:
         pass
     finally:
         for block in blocks:
@@ -69,9 +69,9 @@ def entered(
     return first[0], calls
 
 
-def chunks(batch: TokenBatch) -> Iterator[Int64[Tensor, "windows length"]]:
-    """The windows of a batch, as many at once as are run together."""
-    yield from batch.ids.split(max(1, TOKENS_AT_ONCE // batch.ids.shape[1]))
+def chunks(batch: TokenBatch, tokens: int | None = None) -> Iterator[Int64[Tensor, "windows length"]]:
+    """The windows of a batch, as many at once as are run together: of `tokens` tokens, at least one."""
+    yield from batch.ids.split(max(1, (tokens or TOKENS_AT_ONCE) // batch.ids.shape[1]))
 
 
 class BlockFlow:
@@ -145,9 +145,9 @@ class BlockFlow:
 
         def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             stream.inputs.append(args[0])
-            raise _Seen
+            raise Seen
 
-        with stream.replaying(self.adapter, block, i), linear.register_forward_pre_hook(catch), suppress(_Seen):
+        with stream.replaying(self.adapter, block, i), linear.register_forward_pre_hook(catch), suppress(Seen):
             self.calls[i][site.block](block, stream.hidden[i])
         return stream.inputs[-1]
 
@@ -184,7 +184,7 @@ class _Stream:
             for site, weight in self.weights.items():
                 holder = adapter.holder(site)
                 if site in self.outputs and holder is not None:
-                    stack.enter_context(_replayed(block.get_submodule(holder), site, self.outputs[site][i]))
+                    stack.enter_context(replayed(block.get_submodule(holder), site, self.outputs[site][i]))
                 else:
                     stack.enter_context(installed(adapter.linear(block, site), weight))
             yield
@@ -207,7 +207,9 @@ def installed(linear: nn.Linear, weight: Tensor | None) -> Iterator[None]:
 
 
 @contextmanager
-def _replayed(module: nn.Module, site: Site, output: Tensor) -> Iterator[None]:
+def replayed(module: nn.Module, site: Site, output: Tensor) -> Iterator[None]:
+    """Within: the module of a site's sub-layer gives `output`, whatever it is called with."""
+
     def replay(*_: Any, **__: Any) -> Any:
         return (output, None) if site.kind == "attention" else output
 

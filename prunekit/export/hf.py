@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 
 from prunekit.adapters import ModelAdapter
 from prunekit.checkpoint import without_bars
-from prunekit.modeling import BUNDLED, FAMILIES, Family, UnequalLayers, define
+from prunekit.modeling import BUNDLED, FAMILIES, Family, Part, UnequalLayers, define
 
 Code = Literal["import", "bundled"]
 
@@ -34,6 +34,10 @@ def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrained
     values |= {"num_hidden_layers": len(kept), "head_dim": adapter.head_dim(blocks[kept[0]])}
     if values.get("layer_types"):
         values["layer_types"] = [values["layer_types"][index] for index in kept]
+    native = _native_biases(adapter.family, values)
+    added = [[part for part in adapter.biased(blocks[index]) if part not in native] for index in kept]
+    if any(added):
+        sizes = [size | {"biased": parts} for size, parts in zip(sizes, added, strict=True)]
     config: Any = _stock_config(adapter.family, values, sizes)
     if config is None:
         config_class, _, causal = define(adapter.family)
@@ -76,10 +80,23 @@ def _passes_through(adapter: ModelAdapter, block: nn.Module) -> bool:
     return len(adapter.dropped(block)) == 2 and adapter.family.has_norms_first(block)
 
 
+def _native_biases(family: Family, values: dict[str, Any]) -> set[Part]:
+    """The parts whose linear map with cut columns has a bias in the stock class."""
+    one: dict[str, Any] = values | {"num_hidden_layers": 1}
+    if one.get("layer_types"):
+        one["layer_types"] = one["layer_types"][:1]
+    config = CONFIG_MAPPING[family.model_type](**one)
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with torch.device("meta"):
+        stock = causal(config)
+    (block,) = stock.base_model.get_submodule(family.layers)
+    return {part for part, path in family.columns.items() if block.get_submodule(path).bias is not None}
+
+
 def _stock_config(family: Family, values: dict[str, Any], sizes: Sequence[dict[str, Any]]) -> PreTrainedConfig | None:
     """The config of a stock class that can hold layers of these sizes, if there is one."""
     first = sizes[0]
-    if "skip" in first or any(size != first for size in sizes):
+    if {"skip", "biased"} & first.keys() or any(size != first for size in sizes):
         return None
     heads, hidden = first[family.query_heads], values["hidden_size"]
     if not family.free_head_dim and heads * values["head_dim"] != hidden:

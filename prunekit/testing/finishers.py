@@ -2,31 +2,119 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import dataclasses
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
 
+import pytest
 import torch
+from torch import Tensor
 
-from prunekit.contracts import Finisher
-from prunekit.testing.supernets import toy_supernet, toy_tokens
+from prunekit.contracts import Finisher, Workpiece
+from prunekit.errors import WrongInput
+from prunekit.pipeline import check_finished, shapes
+from prunekit.sites import Allocation
+from prunekit.store import Checkpoints
+from prunekit.supernet import Supernet
+from prunekit.testing.supernets import toy_supernet, toy_workpiece
+
+PLANS: dict[str, Allocation] = {  # groups of attention, of the MLP, of attention, ... in three layers
+    "half": (1, 8, 2, 9, 1, 8),
+    "sub-layers lost": (0, 9, 2, 0, 0, 0),
+    "whole": (3, 17, 3, 17, 3, 17),
+}
 
 
 class FinisherSuite:
-    """The model keeps every shape, stays finite, and the same work gives the same weights."""
+    """Every site keeps its groups, weights stay finite, the dense model as it was, and the work can be done again."""
 
     plugin: ClassVar[Finisher]
 
-    def _finished(self) -> dict[str, torch.Tensor]:
-        net = toy_supernet()
-        plan = net.space.uniform()
-        small = net.assemble(plan)
-        self.shapes = {name: value.shape for name, value in small.state_dict().items()}
-        self.plugin.finish(small, plan, toy_tokens())
-        return small.state_dict()
+    def test_is_a_frozen_dataclass(self) -> None:
+        assert dataclasses.is_dataclass(self.plugin)
+        assert hash(self.plugin) == hash(dataclasses.replace(self.plugin))  # type: ignore[type-var]
 
-    def test_every_site_keeps_its_count(self) -> None:
-        finished = self._finished()
-        assert {name: value.shape for name, value in finished.items()} == self.shapes
+    @pytest.mark.parametrize("plan", PLANS)
+    def test_every_site_keeps_its_groups_and_every_weight_is_a_number(self, plan: str) -> None:
+        self._finished(_piece(plan=PLANS[plan]))
 
-    def test_the_weights_are_finite_and_the_same_every_time(self) -> None:
-        first, second = self._finished(), self._finished()
-        assert all(torch.isfinite(value).all() and torch.equal(value, second[name]) for name, value in first.items())
+    @pytest.mark.parametrize("model_type", ["opt", "gpt_neox"])
+    def test_families_with_biases_and_other_blocks_too(self, model_type: str) -> None:
+        self._finished(_piece(model_type))
+
+    def test_the_same_work_has_the_same_result(self) -> None:
+        first, second = (self._finished(_piece()) for _ in range(2))
+        _assert_same(first, second)
+
+    def test_an_interrupted_work_ends_in_the_same_bits(self, tmp_path: Path) -> None:
+        class Killed(BaseException):
+            pass
+
+        class Dying(Checkpoints):
+            saved = 0
+
+            def save(self, name: str, tensors: object) -> None:
+                super().save(name, tensors)  # type: ignore[arg-type]
+                self.saved += 1
+                if self.saved == 3:
+                    raise Killed
+
+        whole = self._finished(_piece())
+        with suppress(Killed):  # finishers that save less are not interrupted
+            self._finished(_piece(checkpoints=Dying(tmp_path)))
+        resumed = self._finished(_piece(checkpoints=Checkpoints(tmp_path)))
+        _assert_same(whole, resumed)
+        _assert_same(whole, self._finished(_piece(checkpoints=Checkpoints(tmp_path))))
+
+    def test_all_it_needs_is_in_the_piece_and_the_rest_is_left_alone(self) -> None:
+        piece = toy_workpiece(toy_supernet())
+        dense, state = _content(piece), torch.get_rng_state()
+        self._finished(piece)
+        assert torch.equal(state, torch.get_rng_state()), "the global random state is the caller's"
+        _assert_same(dense, _content(piece))
+        parameters = [*piece.dense.parameters(), *piece.model.parameters()]
+        assert not any(p.requires_grad or p.grad is not None for p in parameters)
+        for module in (*piece.dense.modules(), *piece.model.modules()):
+            assert "forward" not in vars(module)
+            assert not any((module.training, module._forward_hooks, module._forward_pre_hooks))
+
+    def test_a_dense_model_in_half_precision_teaches_one_in_float32(self) -> None:
+        piece = toy_workpiece(toy_supernet())
+        for model, dtype in ((piece.dense, torch.bfloat16), (piece.model, torch.float32)):
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
+        assert all(value.dtype == torch.float32 for name, value in self._finished(piece).items() if "weight" in name)
+
+    def test_one_window_is_enough_or_refused_with_a_sentence(self) -> None:
+        piece = _piece()
+        with suppress(WrongInput):
+            self._finished(dataclasses.replace(piece, tokens=piece.tokens.first(1)))
+
+    def _finished(self, piece: Workpiece) -> dict[str, Tensor]:
+        """All tensors of the small model when it is done, checked as a run checks them."""
+        before = shapes(piece.model)
+        said = self.plugin.finish(piece)
+        assert isinstance(said, dict)
+        check_finished(piece, self.plugin, before)
+        return piece.model.state_dict()
+
+
+def _content(piece: Workpiece) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in piece.dense.state_dict().items()}
+
+
+def _assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+@cache
+def _net(model_type: str) -> Supernet:
+    return toy_supernet(model_type)
+
+
+def _piece(model_type: str = "llama", **changes: Any) -> Workpiece:
+    return toy_workpiece(_net(model_type), **changes)

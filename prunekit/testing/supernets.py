@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +13,11 @@ import torch
 from prunekit.adapters import ModelAdapter, adapter_for
 from prunekit.build import Carry, build
 from prunekit.calibration.tokens import Answers, TokenBatch
-from prunekit.contracts import LocalPruner
+from prunekit.contracts import LocalPruner, Workpiece
 from prunekit.layer import Candidate, LayerProblem
 from prunekit.progress import Progress
-from prunekit.sites import Budget, Space
-from prunekit.store import CandidateStore
+from prunekit.sites import Allocation, Budget, Space
+from prunekit.store import CandidateStore, Checkpoints
 from prunekit.supernet import Supernet
 from prunekit.testing.models import tiny
 
@@ -71,3 +72,22 @@ def toy_supernet(
         carry=carry, dtype=torch.float64, progress=Progress(),
     )  # fmt: skip
     return Supernet(model, adapter, whole, errors, store)
+
+
+def toy_workpiece(
+    net: Supernet | None = None,
+    *,
+    plan: Allocation | None = None,
+    tokens: TokenBatch | None = None,
+    seed: int = 0,
+    checkpoints: Checkpoints | None = None,
+) -> Workpiece:
+    """A toy supernet, assembled after a plan (None: uniform), as finishers are given it; in float64."""
+    net = net or toy_supernet()
+    plan = plan or net.space.uniform()
+    small = copy.deepcopy(net.assemble(plan))
+    kept = tuple(net.store.get(site, count).kept or () for site, count in zip(net.space.sites, plan, strict=True))
+    return Workpiece(
+        small, net.model, net.adapter, net.space.sites, kept, tokens or toy_tokens(), seed,
+        Progress(), checkpoints or Checkpoints(),
+    )  # fmt: skip

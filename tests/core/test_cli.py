@@ -89,12 +89,15 @@ def test_every_flag_has_its_place_in_the_recipe(asked: list[Any]) -> None:
     flags = """--model m -o out --recipe fast --sparsity 0.3 --pruner magnitude --allocator uniform
         --objective perplexity --carry dense --structure groups --dataset python-docs --calibration-tokens 64
         --search-tokens 32 --seqlen 8 --seed 7 --device cpu --dtype float64 --set pruner.refit=true
-        --set data.evaluation_tokens=16 --no-resume --overwrite --quiet"""
+        --finisher least-squares --finisher bias --set data.evaluation_tokens=16 --set finishers.bias.inputs=pruned
+        --no-resume --overwrite --quiet"""
     result = run("prune", *flags.split())
     assert result.exit_code == 0, result.output
     recipe, options = asked[0]
     assert recipe.pruner.items() >= {"name": "magnitude", "refit": True}.items()
     assert (recipe.allocator["name"], recipe.objective["name"]) == ("uniform", "perplexity")
+    assert [spec["name"] for spec in recipe.finishers] == ["least-squares", "bias"]
+    assert recipe.finishers[1]["inputs"] == "pruned"
     assert (recipe.model, recipe.sparsity, recipe.carry, recipe.seed) == ("m", 0.3, "dense", 7)
     assert (recipe.device, recipe.dtype, recipe.data.dataset) == ("cpu", "float64", "python-docs")
     data = recipe.data

@@ -35,6 +35,18 @@ def test_a_model_is_built_and_initialized_from_its_config(model_type: str) -> No
     assert copy.deepcopy(config).to_dict() == config.to_dict()
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_a_layer_may_have_biases_its_stock_class_has_not(model_type: str) -> None:
+    layers: dict[int, dict[str, Any]] = {0: {"biased": ["attention", "mlp"]}, 1: {"biased": []}, 2: {"biased": ["mlp"]}}
+    model = AutoModelForCausalLM.from_config(config_of(model_type, layers))
+    biases = {name: p for name, p in model.named_parameters() if name.endswith("bias")}
+    expected = ["0.self_attn.o_proj", "0.mlp.down_proj", "2.mlp.down_proj"]
+    assert set(biases) == {f"model.layers.{path}.bias" for path in expected}
+    assert not any(p.any() for p in biases.values())  # as transformers starts biases
+    with pytest.raises(Exception, match="layer 0: biased knows attention and mlp, not q"):
+        config_of(model_type, {i: {"biased": ["q"]} for i in range(3)})
+
+
 @pytest.mark.parametrize(
     ("model_type", "layer", "sentence"),
     [

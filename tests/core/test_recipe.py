@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import yaml
 from prunekit import recipe as module
 from prunekit.errors import WrongInput
 from prunekit.recipe import DataSpec, Recipe, parsed, presets
+from prunekit.registry import FINISHERS
 
 
 @pytest.fixture
@@ -227,3 +229,29 @@ def test_two_presets_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(module.metadata, "entry_points", lambda group: [Point("one_pkg"), Point("two_pkg")])
     with pytest.raises(WrongInput, match="two presets are called 'same'"):
         presets.__wrapped__()
+
+
+def test_finishers_are_a_list_one_of_them_or_plugins_and_have_options_by_name(recipe: Recipe) -> None:
+    alone = recipe.with_overrides({"finishers": "bias"})
+    assert alone.finishers == ({"name": "bias"},)
+    plugin = FINISHERS.build({"name": "bias", "inputs": "pruned"})
+    both = alone.with_overrides({"finishers": ["least-squares", plugin], "finishers.least-squares.damping": 0.5})
+    assert [spec["name"] for spec in both.finishers] == ["least-squares", "bias"]
+    assert both.finishers[0]["damping"] == 0.5
+    assert both.finishers[1]["inputs"] == "pruned"
+    assert both.with_overrides({"finishers": []}).finishers == ()
+    assert Recipe.of_mapping(recipe.model_dump() | {"finishers": "bias"}) == alone
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"finishers.bias.inputs": "dense"}, "no finisher of this recipe 'bias'; there are none"),
+        ({"finishers": "bias", "finishers.bias.input": 1}, "no recipe key 'bias.input'; did you mean 'bias.inputs'"),
+        ({"finishers": ["biass"]}, "no finisher 'biass'; did you mean 'bias'"),
+    ],
+    ids=["absent", "option", "name"],
+)
+def test_wrong_finishers_are_one_sentence(recipe: Recipe, overrides: dict[str, object], sentence: str) -> None:
+    with pytest.raises(WrongInput, match=re.escape(sentence)):
+        recipe.with_overrides(overrides).checked()

@@ -1,14 +1,15 @@
-"""A pruner, a signal, an allocator and an objective for prunekit; any one with its entry point is a plug-in."""
+"""One plug-in of every kind for prunekit; any one with its entry point is complete."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 import prunekit as pk
+from prunekit.calibration.twin import Twin
 
 
 @dataclass(frozen=True)
@@ -70,3 +71,21 @@ class WorstSite(pk.Objective):
 
     def loss(self, net: pk.Supernet, allocation: pk.Allocation, batch: pk.TokenBatch) -> float:
         return max(net.site_errors(allocation))
+
+
+@dataclass(frozen=True)
+class Volume(pk.Finisher):
+    """Scale every cut linear map until its output has the power of the dense one's."""
+
+    @torch.no_grad()
+    def finish(self, piece: pk.Workpiece) -> dict[str, Any]:
+        gains = dict[str, float]()
+        with piece.progress.stage("volume", sum(map(bool, piece.kept))) as stage:
+            for here in Twin(piece, piece.tokens):
+                chunks = range(len(here))
+                dense = sum(float(here.wanted(i, "dense").square().sum()) for i in chunks)
+                small = sum(float(here.made(i).square().sum()) for i in chunks)
+                gains[here.site.name] = (dense / small) ** 0.5 if small else 1.0
+                here.linear.weight *= gains[here.site.name]
+                stage.advance(note=here.site.name)
+        return {"gains": gains}

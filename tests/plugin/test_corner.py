@@ -1,9 +1,19 @@
 """Every part keeps the promises of its kind; what is its own is tested by hand."""
 
+import pytest
 import torch
 
-from prunekit.testing import AllocatorSuite, ObjectiveSuite, PrunerSuite, SignalSuite, toy_layer
-from prunekit_corner import Descent, LeaveOneOut, Loudest, WorstSite
+from prunekit.calibration.twin import Twin
+from prunekit.testing import (
+    AllocatorSuite,
+    FinisherSuite,
+    ObjectiveSuite,
+    PrunerSuite,
+    SignalSuite,
+    toy_layer,
+    toy_workpiece,
+)
+from prunekit_corner import Descent, LeaveOneOut, Loudest, Volume, WorstSite
 
 
 class TestLeaveOneOut(PrunerSuite):
@@ -24,6 +34,18 @@ class TestDescent(AllocatorSuite):
 
 class TestWorstSite(ObjectiveSuite):
     plugin = WorstSite()
+
+
+class TestVolume(FinisherSuite):
+    plugin = Volume()
+
+
+def test_outputs_are_as_loud_as_the_dense_ones() -> None:
+    piece = toy_workpiece()
+    Volume().finish(piece)
+    for here in Twin(piece, piece.tokens):
+        powers = [float(y.square().sum()) for y in (here.made(0), here.wanted(0, "dense"))]
+        assert powers[0] == pytest.approx(powers[1])
 
 
 def test_the_cost_is_the_error_of_losing_one_group() -> None:

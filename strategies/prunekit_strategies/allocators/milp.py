@@ -27,7 +27,7 @@ class MixedInteger(Additive):
         Σ_i x_{i,R_i} ≤ B - differ                                                            (2)
 
     so candidates differ in at least `differ` sites. The objective has the last word; the start competes as far as it
-    keeps the limits. `rebuild: false` in the recipe keeps them too: the last walk spends what the budget has left.
+    keeps the limits.
 
     Source: Puzzle (Bercovich et al., arXiv:2411.19146), section 4: replace-one-block scores from the dense model
     (`around: dense`) and a mixed-integer program over parameters and memory. We differ: sites are cut to sizes and
@@ -43,6 +43,10 @@ class MixedInteger(Additive):
             raise ValueError(f"candidates differ in at least 1 site, not {self.differ}")
         if not all(0 < share <= 1 for _, share in self.limits):
             raise ValueError(f"limits are shares in 0..1, not {self.limits}")
+
+    def last_space(self, whole: Space, best: Allocation) -> Space:
+        # what the budget has left might be spent on what a limit forbids
+        return whole.zoomed(best, reach=0) if self.limits else super().last_space(whole, best)
 
     def solutions(self, space: Space, table: Table) -> Iterator[Allocation]:
         """Ascending in their sum, each one that keeps all limits.

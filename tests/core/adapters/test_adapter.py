@@ -269,3 +269,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "opt", "gpt_neox"])
+def test_a_bias_goes_with_its_sub_layer_and_is_priced_where_there_was_none(model_type: str) -> None:
+    adapter, model = adapter_for(model_type), tiny(model_type)
+    for site in adapter.sites(model):
+        linear = adapter.linear(adapter.blocks(model)[site.block], site)
+        priced, was = adapter.with_bias(model, site), linear.bias
+        linear.bias = torch.nn.Parameter(torch.zeros(linear.out_features))
+        found = next(s for s in adapter.sites(model) if s.name == site.name)  # as counted in its tensors
+        assert found == priced
+        assert (priced == site) == (was is not None)
+        assert adapter.maps(adapter.blocks(model)[site.block], site)[-1] is linear
+    assert adapter.biased(adapter.blocks(model)[0]) == ("attention", "mlp")

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from prunekit import modeling
@@ -36,6 +36,7 @@ SCALED = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+COMPENSATED = {"compensated": True}  # maps whose columns were cut get a bias, as finishers may give them
 UNEQUAL = {
     **{model_type: (model_type, {}) for model_type in SIZES},
     "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -43,18 +44,31 @@ UNEQUAL = {
     "mistral-sliding": ("mistral", {"sliding_window": 4}),
     "qwen2-sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "opt-norms-after": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 10}),
+    "llama-compensated": ("llama", COMPENSATED),
+    "qwen2-compensated": ("qwen2", COMPENSATED),
+    "opt-compensated": ("opt", COMPENSATED | {"enable_bias": False}),
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "tie_word_embeddings": True}),
 }
 
 
 def cut(
-    model_type: str, keep: Callable[[Site], int], adapter: ModelAdapter | None = None, **overrides: Any
+    model_type: str,
+    keep: Callable[[Site], int],
+    adapter: ModelAdapter | None = None,
+    *,
+    compensated: bool = False,
+    **overrides: Any,
 ) -> PreTrainedModel:
     """A tiny model whose sites keep their last groups, as many as `keep` says."""
     model, adapter = tiny(model_type, **overrides), adapter or adapter_for(model_type)
-    for site in adapter.sites(model):
+    sites = adapter.sites(model)
+    for site in sites:
         weight = adapter.linear(adapter.blocks(model)[site.block], site).weight.detach()
         adapter.remove(model, site, Candidate(tuple(range(site.n_groups - keep(site), site.n_groups)), weight))
+    for site in sites:
+        if compensated and keep(site):
+            linear = adapter.linear(adapter.blocks(model)[site.block], site)
+            linear.bias = nn.Parameter(torch.randn(linear.out_features, dtype=torch.float64))
     return model
 
 
@@ -97,6 +111,14 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 # -- layers that differ --------------------------------------------------------------------------------
+
+
+def test_layers_of_equal_size_need_our_class_only_for_biases_the_stock_class_lacks() -> None:
+    for model_type in SIZES:
+        small = cut(model_type, lambda site: site.n_groups, compensated=True)
+        exported = to_transformers(small, adapter_for(model_type))
+        assert type(exported).__name__.startswith("Prunekit") == (model_type not in ("opt", "gpt_neox"))
+        assert_same(exported, small)
 
 
 def test_in_memory_the_export_shares_its_tensors() -> None:
@@ -198,7 +220,10 @@ def test_config_says_every_size_and_nothing_else(case: tuple[PreTrainedModel, Pa
     family = model.config.model_type
     width = modeling.FAMILIES[family].width
     grouped = {"num_key_value_heads": 1} if modeling.FAMILIES[family].kv_heads else {}
-    assert config["per_layer_config"]["0"] == {width: 7, "num_attention_heads": 1, "skip": ["attention"]} | grouped
+    extra = {"biased": ["mlp"]} if "compensated" in directory.name else {}
+    assert config["per_layer_config"]["0"] == (
+        {width: 7, "num_attention_heads": 1, "skip": ["attention"]} | grouped | extra
+    )
     assert config["per_layer_config"]["1"][width] == 1
     assert config["per_layer_config"]["2"]["skip"] == ["mlp"]
 

@@ -1,0 +1,191 @@
+"""The same tokens through the dense model and the small one, side by side, sub-layer by sub-layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from prunekit.adapters import ModelAdapter
+from prunekit.calibration.flow import Call, Seen, chunks, entered, replayed
+from prunekit.calibration.tokens import TokenBatch
+from prunekit.contracts import Workpiece
+from prunekit.sites import Site
+
+Aim = Literal["own", "dense", "stream"]
+
+
+class Twin:
+    """Calibration tokens on their way through a workpiece.
+
+        for here in Twin(piece, piece.tokens):
+            ...                      # change the weights of here.linear, or of all of here.maps
+
+    What a sub-layer has become when the loop goes on is what the next one sees. Sub-layers that the small model has
+    lost are passed by. Held in memory: hidden states of both streams, the outputs of the present block's
+    sub-layers in both, and the dense model's inputs of the present linear map.
+    """
+
+    @torch.no_grad()
+    def __init__(self, piece: Workpiece, batch: TokenBatch, *, tokens: int | None = None) -> None:
+        """`tokens`: as many in one chunk; None: what suits a cache."""
+        self.piece = piece
+        self.dense, self.small = (
+            _Lane.entering(model, piece.adapter, batch, tokens) for model in (piece.dense, piece.model)
+        )
+
+    def __iter__(self) -> Iterator[SubLayer]:
+        """Every sub-layer that is left in the small model, in order of execution; once."""
+        piece, sites = self.piece, zip(self.piece.sites, self.piece.kept, strict=True)
+        blocks = (piece.adapter.blocks(piece.dense), piece.adapter.blocks(piece.model))
+        for index, members in groupby(sites, key=lambda member: member[0].block):
+            dense, small = (those[index] for those in blocks)
+            for site, groups in members:
+                here = SubLayer(site, groups, dense, small, self)
+                self.dense.catch(site, dense)
+                if groups:
+                    yield here
+                with torch.no_grad():
+                    self.dense.add(site, [here.dense_linear(x) for x in self.dense.inputs])
+                    self.small.add(site, [here.made(i) for i in range(len(here))] if groups else None)
+            self.dense.advance(dense, index)
+            self.small.advance(small, index)
+
+
+@dataclass(frozen=True, eq=False)
+class SubLayer:
+    """Attention or MLP of one block, in both models, on the tokens of a twin; chunk i of them at a time."""
+
+    site: Site
+    groups: tuple[int, ...]  # kept ones
+    dense_block: nn.Module
+    block: nn.Module  # of the small model
+    twin: Twin
+
+    def __len__(self) -> int:
+        """Chunks of tokens."""
+        return len(self.twin.small.calls)
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The small model's linear map whose columns were cut."""
+        return self.twin.piece.adapter.linear(self.block, self.site)
+
+    @property
+    def dense_linear(self) -> nn.Linear:
+        return self.twin.piece.adapter.linear(self.dense_block, self.site)
+
+    @property
+    def maps(self) -> list[nn.Linear]:
+        """All linear maps of the small sub-layer, `linear` last."""
+        return self.twin.piece.adapter.maps(self.block, self.site)
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """Columns of the dense linear map that the small one has, in its order."""
+        return torch.tensor(sorted(self.site.columns(self.groups)), device=self.linear.weight.device)
+
+    @torch.no_grad()
+    def inputs(self, i: int) -> Float[Tensor, "windows length kept"]:
+        """x̂: what reaches the small linear map."""
+        return self.twin.small.inside(self.site, self.block, i).inputs
+
+    def dense_inputs(self, i: int) -> Float[Tensor, "windows length d_in"]:
+        """x: what reaches the dense linear map in the dense model."""
+        return self.twin.dense.inputs[i]
+
+    def made(self, i: int) -> Float[Tensor, "windows length d"]:
+        """What the small sub-layer makes of what it sees, with its weights of now; weights that train get gradients."""
+        return self.twin.small.inside(self.site, self.block, i).output
+
+    @torch.no_grad()
+    def wanted(self, i: int, aim: Aim) -> Float[Tensor, "windows length d"]:
+        """What the small sub-layer should make, in its dtype.
+
+        own       f(h̃)        the dense sub-layer on the hidden states h̃ of the small model
+        dense     f(h)        the dense sub-layer in the dense model
+        stream    f(h) + δ    and what the residual stream has lost before it, where a block is a sum; else f(h)
+        """
+        twin, dtype = self.twin, self.linear.weight.dtype
+        if aim == "own":
+            return twin.small.inside(self.site, self.dense_block, i, of=twin.dense).output.to(dtype)
+        output = self.dense_linear(twin.dense.inputs[i]).to(dtype)
+        if aim == "stream" and twin.piece.adapter.adds_up(self.block):
+            output = output + twin.dense.residual(i).to(dtype) - twin.small.residual(i)
+        return output
+
+
+@dataclass(eq=False)
+class _Lane:
+    """One model's hidden states before the present block, by chunk, and what its sub-layers have made of them."""
+
+    adapter: ModelAdapter
+    hidden: list[Tensor]
+    calls: list[list[Call]]
+    inputs: list[Tensor] = field(default_factory=list)  # of the present site's linear map
+    outputs: dict[Site, list[Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def entering(cls, model: nn.Module, adapter: ModelAdapter, batch: TokenBatch, tokens: int | None) -> _Lane:
+        entries = [entered(model, adapter, ids) for ids in chunks(batch, tokens)]
+        return cls(adapter, [hidden for hidden, _ in entries], [calls for _, calls in entries])
+
+    def inside(self, site: Site, block: nn.Module, i: int, of: _Lane | None = None) -> _Inside:
+        """The site's linear map at work on chunk i; the block, of this model or of that lane's, runs no further."""
+        of, seen = of or self, list[_Inside]()
+
+        def watch(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            shape = (*self.hidden[i].shape[:-1], -1)  # OPT flattens windows
+            seen.append(_Inside(args[0].reshape(shape), output.reshape(shape)))
+            raise Seen
+
+        hook = self.adapter.linear(block, site).register_forward_hook(watch)
+        with hook, self._replaying(block, i, of), suppress(Seen):
+            of.calls[i][site.block](block, self.hidden[i].to(of.dtype))
+        return seen[0]
+
+    @torch.no_grad()
+    def catch(self, site: Site, block: nn.Module) -> None:
+        self.inputs = [self.inside(site, block, i).inputs for i in range(len(self.calls))]
+
+    def add(self, site: Site, outputs: list[Tensor] | None) -> None:
+        """The present sub-layer is done; None: it was dropped."""
+        self.outputs[site] = [torch.zeros_like(h) for h in self.hidden] if outputs is None else outputs
+        self.inputs.clear()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden[0].dtype
+
+    def residual(self, i: int) -> Tensor:
+        """Chunk i of the sum that the present sub-layer will be added to."""
+        return sum((outputs[i] for outputs in self.outputs.values()), self.hidden[i])
+
+    @torch.no_grad()
+    def advance(self, block: nn.Module, index: int) -> None:
+        for i, calls in enumerate(self.calls):
+            with self._replaying(block, i, self):
+                self.hidden[i] = calls[index](block, self.hidden[i])
+        self.outputs.clear()
+
+    @contextmanager
+    def _replaying(self, block: nn.Module, i: int, of: _Lane) -> Iterator[None]:
+        """Within: sub-layers of the block that are done give what they made of chunk i."""
+        with ExitStack() as stack:
+            for site, outputs in self.outputs.items():
+                if (holder := self.adapter.holder(site)) is not None:
+                    stack.enter_context(replayed(block.get_submodule(holder), site, outputs[i].to(of.dtype)))
+            yield
+
+
+@dataclass(frozen=True, eq=False)
+class _Inside:
+    inputs: Tensor
+    output: Tensor

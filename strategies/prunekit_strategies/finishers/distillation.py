@@ -1,0 +1,78 @@
+"""The small model learns the dense model's predictions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from prunekit import Finisher, Workpiece
+from prunekit.calibration.flow import chunks
+from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out
+
+Scope = Literal["model", "blocks", "cut"]
+
+
+@dataclass(frozen=True)
+class Distillation(Finisher):
+    """Train the small model on the calibration tokens to predict what the dense model predicts.
+
+        min over θ   τ² KL(softmax(z / τ) ‖ softmax(ẑ / τ)) + truth · CE(ẑ, next token)      (1)
+
+    with logits z of the dense and ẑ of the small model, mean per token. AdamW with a cosine and gradients of norm 1
+    at most; windows are held out, and θ ends where (1) on them was lowest, never above the start.
+
+    Source: Hinton et al. 2015 (arXiv 1503.02531) for (1); Minitron (arXiv 2407.14679) for logits alone as the
+    teacher of a pruned model. A short loop for recovery, not for training from scratch.
+
+    Memory: gradients and two moments of θ in float32, and activations of `batch_tokens` tokens through both models;
+    logits live for one slice of positions at a time. After an interruption it goes on behind the last whole epoch.
+    """
+
+    rate: float = 1e-4
+    epochs: int = 4
+    patience: int = 2  # epochs without a lower held-out loss before it ends
+    scope: Scope = "model"  # what is trained: all, the blocks, or only the linear maps whose columns were cut
+    temperature: float = 1.0  # τ
+    truth: float = 0.0  # weight of the next-token loss
+    batch_tokens: int = 2048  # per step; whole windows, at least one
+    held_out: float = 0.125  # share of the windows, the last ones
+
+    def __post_init__(self) -> None:
+        if self.scope not in get_args(Scope):
+            raise ValueError(f"scope is one of {', '.join(get_args(Scope))}, not {self.scope!r}")
+        if not (self.temperature > 0 and self.truth >= 0 and self.batch_tokens >= 1 and 0 < self.held_out < 1):
+            raise ValueError(
+                "temperature > 0, truth ≥ 0, batch_tokens ≥ 1 and 0 < held_out < 1 are needed, not "
+                f"{self.temperature}, {self.truth}, {self.batch_tokens} and {self.held_out}"
+            )
+        _ = self._training
+
+    @property
+    def _training(self) -> Training:
+        return Training(self.rate, self.epochs, self.patience)
+
+    def finish(self, piece: Workpiece) -> dict[str, Any]:
+        train, judge = (list(chunks(some, self.batch_tokens)) for some in held_out(piece.tokens, self.held_out))
+        loss = LanguageLoss(piece.model, piece.dense, self.truth, 1.0, self.temperature)
+        theta = self._trained(piece)
+        for parameter in theta:
+            parameter.requires_grad_(True)
+        with piece.progress.stage("distill", self.epochs) as stage:
+            history = self._training.fit(
+                theta, lambda i: loss(train[i]), len(train), lambda: loss.mean(judge),
+                seed=piece.seed, checkpoints=piece.checkpoints, name="model", stage=stage,
+            )  # fmt: skip
+        for parameter in theta:
+            parameter.requires_grad_(False)
+        return {"held_out_loss": [history[0], min(history)]}
+
+    def _trained(self, piece: Workpiece) -> list[nn.Parameter]:
+        if self.scope == "model":
+            return list(piece.model.parameters())
+        blocks = piece.adapter.blocks(piece.model)
+        if self.scope == "blocks":
+            return list(blocks.parameters())
+        cut = [site for site, groups in zip(piece.sites, piece.kept, strict=True) if groups]
+        return [p for site in cut for p in piece.adapter.linear(blocks[site.block], site).parameters()]

@@ -1,0 +1,90 @@
+"""Low-rank corrections of all linear maps in the blocks, trained on text and merged into the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from prunekit import Finisher, Workpiece
+from prunekit.calibration.flow import chunks
+from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out
+
+
+@dataclass(frozen=True)
+class LoRA(Finisher):
+    """Train Ŵ + (α / r) B A on the calibration tokens, A (r, d_in), B (d_out, r) for every linear map, then merge.
+
+        min over A, B   CE(ẑ, next token) + teacher · KL(softmax(z) ‖ softmax(ẑ))      (1)
+
+    with logits ẑ of the small and z of the dense model, mean per token. B starts at zero, A at random from the seed.
+    AdamW with a cosine; windows are held out, and A, B end where (1) on them was lowest, never above the start.
+
+    Source: LoRA (Hu et al. 2021, arXiv 2106.09685) by `peft`; as recovery of pruned models LLM-Pruner (arXiv
+    2305.11627), SlimGPT and Týr-the-Pruner (arXiv 2503.09657, rank 16). Those train on instructions; this trains on
+    the calibration tokens. Merged weights have the shape they had: nothing of LoRA is left in the result.
+
+    Memory: the small model, gradients and two moments of A and B, and activations of `batch_tokens` tokens; with a
+    teacher, the dense model's too. After an interruption it goes on behind the last whole epoch.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    rate: float = 1e-3
+    epochs: int = 3
+    patience: int = 2  # epochs without a lower held-out loss before it ends
+    teacher: float = 0.0  # weight of the divergence from the dense model
+    batch_tokens: int = 2048  # per step; whole windows, at least one
+    held_out: float = 0.125  # share of the windows, the last ones
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.alpha > 0:
+            raise ValueError(f"rank ≥ 1 and alpha > 0 are needed, not {self.rank} and {self.alpha}")
+        if not (self.teacher >= 0 and self.batch_tokens >= 1 and 0 < self.held_out < 1):
+            raise ValueError(
+                "teacher ≥ 0, batch_tokens ≥ 1 and 0 < held_out < 1 are needed, not "
+                f"{self.teacher}, {self.batch_tokens} and {self.held_out}"
+            )
+        _ = self._training
+
+    @property
+    def _training(self) -> Training:
+        return Training(self.rate, self.epochs, self.patience)
+
+    def finish(self, piece: Workpiece) -> dict[str, Any]:
+        train, judge = (list(chunks(some, self.batch_tokens)) for some in held_out(piece.tokens, self.held_out))
+        loss = LanguageLoss(piece.model, piece.dense, 1.0, self.teacher)
+        with self._adapted(piece) as theta, piece.progress.stage("lora", self.epochs) as stage:
+            history = self._training.fit(
+                theta, lambda i: loss(train[i]), len(train), lambda: loss.mean(judge),
+                seed=piece.seed, checkpoints=piece.checkpoints, name="lora", stage=stage,
+            )  # fmt: skip
+        return {"held_out_loss": [history[0], min(history)]}
+
+    @contextmanager
+    def _adapted(self, piece: Workpiece) -> Iterator[list[nn.Parameter]]:
+        """Within: the model with A and B, which are what is given; afterwards they are in its weights."""
+        model, blocks = piece.model, piece.adapter.blocks(piece.model)
+        plain = {path: module for path, module in blocks.named_modules() if isinstance(module, nn.Linear)}
+        place = next(path for path, module in model.named_modules() if module is blocks)
+        options = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=[f"{place}.{path}" for path in plain])  # type: ignore[arg-type]
+        with torch.random.fork_rng():  # A is drawn from the global state
+            torch.manual_seed(piece.seed)
+            inject_adapter_in_model(options, model)
+        layers: dict[str, Any] = {n: module for n, module in blocks.named_modules() if isinstance(module, LoraLayer)}
+        for path, layer in layers.items():
+            layer.to(plain[path].weight.dtype)
+        try:
+            yield [p for p in blocks.parameters() if p.requires_grad]
+        finally:
+            for path, layer in layers.items():
+                layer.merge()
+                blocks.set_submodule(path, plain[path])
+            model.requires_grad_(False)
+            vars(model).pop("peft_config", None)

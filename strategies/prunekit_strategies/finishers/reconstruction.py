@@ -1,0 +1,93 @@
+"""Every sub-layer learns to do what the dense one did, one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from prunekit import Finisher, Workpiece
+from prunekit.calibration.twin import Aim, SubLayer, Twin
+from prunekit_strategies.finishers.training import Training, held_out
+
+
+@dataclass(frozen=True)
+class Reconstruction(Finisher):
+    """Train all linear maps of attention, then of the MLP, block by block, to the dense sub-layer's output.
+
+    With θ the weights and biases of q, k, v, o or of gate, up, down, h̃ the hidden states behind what is finished,
+    and y (tokens, d) what should come out (`aim`, as in `least-squares`):
+
+        min over θ   Σ ‖f_θ(h̃) - y‖² / Σ ‖y‖²        (1)
+
+    AdamW with a cosine and gradients of norm 1 at most. Windows are held out: θ ends where its error on them was
+    lowest, which may be where it began, so no sub-layer is ever worse there.
+
+    Source: "A Free Lunch in LLM Compression" (arXiv 2510.14444): regions with one non-linearity in them, attention
+    and MLP apart, recover better than single matrices or whole blocks, and differences between pruning criteria
+    shrink. The regions and (1) are the paper's; rates, epochs and the aim at the residual stream are ours.
+
+    Memory: besides the streams of a `Twin`, y, and of one sub-layer the gradients and two moments of AdamW, with
+    activations of `batch_tokens` tokens. A sub-layer that is finished is not trained again after an interruption.
+    """
+
+    aim: Aim = "stream"
+    rate: float = 1e-3
+    epochs: int = 8
+    patience: int = 2  # epochs without a lower held-out error before a sub-layer is left
+    batch_tokens: int = 2048  # per step; whole windows, at least one
+    held_out: float = 0.125  # share of the windows, the last ones
+
+    def __post_init__(self) -> None:
+        if self.aim not in get_args(Aim):
+            raise ValueError(f"aim is one of {', '.join(get_args(Aim))}, not {self.aim!r}")
+        if self.batch_tokens < 1 or not 0 < self.held_out < 1:
+            raise ValueError(
+                f"batch_tokens ≥ 1 and 0 < held_out < 1 are needed, not {self.batch_tokens} and {self.held_out}"
+            )
+        _ = self._training
+
+    @property
+    def _training(self) -> Training:
+        return Training(self.rate, self.epochs, self.patience)
+
+    def finish(self, piece: Workpiece) -> dict[str, Any]:
+        errors = dict[str, Any]()
+        twins = [Twin(piece, some, tokens=self.batch_tokens) for some in held_out(piece.tokens, self.held_out)]
+        with piece.progress.stage("reconstruct", self.epochs * sum(map(bool, piece.kept))) as stage:
+            for here, judge in zip(*twins, strict=True):
+                (wanted, power), (asked, measure) = (_targets(some, self.aim) for some in (here, judge))
+                theta = [p for linear in here.maps for p in linear.parameters()]
+                for parameter in theta:
+                    parameter.requires_grad_(True)
+                history = self._training.fit(
+                    theta,
+                    lambda i, here=here, wanted=wanted, power=power: _error(here, wanted, i) / power * len(here),
+                    len(here),
+                    lambda judge=judge, asked=asked, measure=measure: _held(judge, asked) / measure,
+                    seed=piece.seed,
+                    checkpoints=piece.checkpoints,
+                    name=here.site.name,
+                    stage=stage,
+                )
+                for parameter in theta:
+                    parameter.requires_grad_(False)
+                errors[here.site.name] = [history[0], min(history)]
+        return {"held_out_errors": errors}
+
+
+def _targets(here: SubLayer, aim: Aim) -> tuple[list[Tensor], float]:
+    """y by chunk, and Σ ‖y‖²; 1 where nothing is wanted."""
+    wanted = [here.wanted(i, aim) for i in range(len(here))]
+    return wanted, sum(float(y.square().sum(dtype=torch.float64)) for y in wanted) or 1.0
+
+
+def _error(here: SubLayer, wanted: list[Tensor], i: int) -> Tensor:
+    return (here.made(i) - wanted[i]).square().sum()
+
+
+@torch.no_grad()
+def _held(here: SubLayer, wanted: list[Tensor]) -> float:
+    return sum(float(_error(here, wanted, i)) for i in range(len(here)))

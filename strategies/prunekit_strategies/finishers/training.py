@@ -1,0 +1,202 @@
+"""The loop that trains, for finishers that do: AdamW, a cosine, early stopping on windows that were held out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div
+from torch.utils.checkpoint import checkpoint
+
+from prunekit import TokenBatch, WrongInput
+from prunekit.progress import Stage
+from prunekit.store import Checkpoints
+
+WARMUP = 0.05  # share of all steps in which the rate rises to its full height
+CLIP = 1.0  # norm of a gradient
+LOGITS_AT_ONCE = 1 << 24  # values; logits are made and forgotten slice by slice, backwards too
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how boldly. The parameters end where the held-out loss was lowest: never above where it began."""
+
+    rate: float  # of AdamW, at its height
+    epochs: int
+    patience: int = 2  # epochs without a better held-out loss before it ends
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.rate > 0 and self.epochs >= 1 and self.patience >= 1 and self.weight_decay >= 0):
+            raise ValueError(
+                "rate > 0, epochs ≥ 1, patience ≥ 1 and weight_decay ≥ 0 are needed, not "
+                f"{self.rate}, {self.epochs}, {self.patience} and {self.weight_decay}"
+            )
+
+    def fit(
+        self,
+        parameters: Sequence[nn.Parameter],
+        loss: Callable[[int], Tensor],
+        batches: int,
+        held: Callable[[], float],
+        *,
+        seed: int,
+        checkpoints: Checkpoints,
+        name: str,
+        stage: Stage,
+    ) -> list[float]:
+        """Lower `loss(batch)`; the held-out losses at the start and after every epoch.
+
+        Batches come in a new order every epoch, drawn from the seed. The state is saved after every epoch under
+        `name`, exactly, so that a killed run ends in the same bytes: four times the parameters, once in the end.
+        """
+        adam = torch.optim.AdamW(parameters, lr=self.rate, betas=(0.9, 0.95), weight_decay=self.weight_decay)
+        state = _State(parameters, adam, checkpoints, name)
+        history = state.load()
+        if not history:
+            history = [_number(held())]
+            state.best = [p.detach().clone() for p in parameters]
+        stage.advance(begun := len(history) - 1)
+        for epoch in range(begun, 0 if state.done else self.epochs):
+            order = torch.randperm(batches, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+            for step, batch in enumerate(order.tolist(), epoch * batches):
+                adam.param_groups[0]["lr"] = self.rate * _height((step + 1) / (self.epochs * batches))
+                _descend(adam, parameters, loss(batch))
+            history.append(_number(held()))
+            if history[-1] < min(history[:-1]):
+                state.best = [p.detach().clone() for p in parameters]
+            stage.advance(note=f"held-out loss {history[-1]:.4g}")
+            if epoch - history.index(min(history)) + 1 >= self.patience:
+                break
+            if epoch + 1 < self.epochs:
+                state.save(history)
+        stage.advance(self.epochs - len(history) + 1)
+        state.close(history)
+        return history
+
+
+class _State:
+    """All that the next step depends on, as named tensors."""
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], adam: torch.optim.AdamW, checkpoints: Checkpoints, name: str
+    ) -> None:
+        self.parameters, self.adam, self.checkpoints, self.name = parameters, adam, checkpoints, name
+        self.best, self.done = list[Tensor](), False
+
+    def save(self, history: Sequence[float]) -> None:
+        """After an epoch: parameters, the best of them, and what AdamW knows."""
+        tensors = {f"{i}.now": parameter for i, parameter in enumerate(self.parameters)}
+        for i, parameter in enumerate(self.parameters):
+            tensors |= {f"{i}.{key}": value for key, value in self.adam.state[parameter].items()}
+        self._write(history, tensors)
+
+    def close(self, history: Sequence[float]) -> None:
+        """The best parameters are the answer, and all that is remembered."""
+        with torch.no_grad():
+            for parameter, best in zip(self.parameters, self.best, strict=True):
+                parameter.copy_(best)
+        self._write(history, {})
+
+    def load(self) -> list[float]:
+        """The history so far; [] where nothing was saved."""
+        if (tensors := self.checkpoints.load(self.name)) is None:
+            return []
+        self.best = [tensors[f"{i}.best"].to(p) for i, p in enumerate(self.parameters)]
+        self.done = "0.now" not in tensors
+        for i, parameter in enumerate([] if self.done else self.parameters):
+            parameter.data.copy_(tensors[f"{i}.now"])
+            moments = {key: tensors[f"{i}.{key}"].to(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            self.adam.state[parameter] = moments | {"step": tensors[f"{i}.step"]}
+        return tensors["history"].tolist()
+
+    def _write(self, history: Sequence[float], tensors: Mapping[str, Tensor]) -> None:
+        fixed = {"history": torch.tensor(history, dtype=torch.float64)}
+        self.checkpoints.save(self.name, {**fixed, **{f"{i}.best": b for i, b in enumerate(self.best)}, **tensors})
+
+
+def held_out(tokens: TokenBatch, share: float) -> tuple[TokenBatch, TokenBatch]:
+    """Windows to train on, and the last ones, at least one, to judge on.
+
+    Raises:
+        WrongInput: there are fewer than two windows.
+    """
+    if len(tokens) < 2:
+        raise WrongInput("training needs two windows of calibration tokens, one of them held out; give more tokens")
+    last = min(len(tokens) - 1, max(1, round(share * len(tokens))))
+    return replace(tokens, ids=tokens.ids[:-last]), replace(tokens, ids=tokens.ids[-last:])
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageLoss:
+    """truth · next-token loss + teacher · τ² KL(dense ‖ small), nats per token, at temperature τ.
+
+    Logits of both models live for one slice of positions at a time, in the backward pass as well.
+    """
+
+    model: Any
+    dense: Any
+    truth: float
+    teacher: float
+    temperature: float = 1.0
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Of windows (windows, length); every position but the last predicts the next."""
+        ids = ids.to(next(self.model.parameters()).device)
+        hidden = self._hidden(self.model, ids)
+        teacher = hidden
+        if self.teacher:
+            with torch.no_grad():
+                teacher = self._hidden(self.dense, ids)
+        targets, total = ids[:, 1:].flatten(), hidden.new_zeros(())
+        rows = max(1, LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0])
+        for h, t, target in zip(hidden.split(rows), teacher.split(rows), targets.split(rows), strict=True):
+            total = total + checkpoint(self._slice, h, t, target, use_reentrant=False, preserve_rng_state=False)
+        return total / len(targets)
+
+    @torch.no_grad()
+    def mean(self, batches: Sequence[Tensor]) -> float:
+        """Over windows of equal length."""
+        return sum(float(self(ids)) * len(ids) for ids in batches) / sum(map(len, batches))
+
+    def _hidden(self, model: Any, ids: Tensor) -> Tensor:
+        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+
+    def _slice(self, hidden: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+        logits = _precise(self.model.get_output_embeddings()(hidden))
+        loss = logits.new_zeros(())
+        if self.truth:
+            loss = loss + self.truth * cross_entropy(logits, targets, reduction="sum")
+        if self.teacher:
+            with torch.no_grad():
+                wanted = _precise(self.dense.get_output_embeddings()(teacher)).to(logits)
+            small, dense = ((z / self.temperature).log_softmax(-1) for z in (logits, wanted))
+            kl = kl_div(small, dense, log_target=True, reduction="sum")
+            loss = loss + self.teacher * self.temperature**2 * kl
+        return loss
+
+
+def _descend(adam: torch.optim.AdamW, parameters: Sequence[nn.Parameter], loss: Tensor) -> None:
+    loss.backward(inputs=list(parameters))
+    nn.utils.clip_grad_norm_(parameters, CLIP)
+    adam.step()
+    adam.zero_grad()
+
+
+def _height(share: float) -> float:
+    """Of the rate after a share of all steps: up in a line, down in half a cosine."""
+    if share < WARMUP:
+        return share / WARMUP
+    return 0.5 * (1 + math.cos(math.pi * (share - WARMUP) / (1 - WARMUP)))
+
+
+def _number(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,152 @@
+"""Finishers at the end of a run: what they add is paid for, what they made is saved, a killed run goes on."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import prunekit
+from prunekit.calibration.tokens import draw
+from prunekit.demo import MODEL
+from prunekit.evaluate import perplexity
+from prunekit.progress import Progress
+from prunekit.registry import FINISHERS
+from prunekit.store import Checkpoints
+from prunekit.testing import tiny
+
+TRAINED = [{"name": "reconstruction", "epochs": 2}, {"name": "distillation", "epochs": 2}]
+QUICK: dict[str, Any] = {
+    "pruner": "wanda",
+    "allocator": "uniform",
+    "objective": "expected-error",
+    "data__dataset": "python-docs",
+    "data__calibration_tokens": 1024,
+    "data__search_tokens": 512,
+    "data__evaluation_tokens": 512,
+    "data__seqlen": 32,
+    "verify": False,
+    "quiet": True,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny bfloat16 model with a tokenizer, on disk."""
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    tiny("llama", vocab_size=2048).bfloat16().save_pretrained(path)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
+    return path
+
+
+def in_blocks(model):
+    return sum(p.numel() for p in model.model.layers.parameters())
+
+
+@pytest.mark.parametrize("code", ["import", "bundled"])
+def test_biases_are_within_the_budget_and_in_the_model_that_loads(folder, tmp_path, code):
+    out = tmp_path / "out"
+    prunekit.prune(folder, output=out, code=code, finishers=["bias"], **QUICK | {"verify": code == "import"})
+    report = json.loads((out / "report.json").read_text())
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=code == "bundled")
+    dense = AutoModelForCausalLM.from_pretrained(folder)
+    biases = [p for name, p in loaded.named_parameters() if name.endswith("bias")]
+    assert len(biases) == sum(site["kept"] > 0 for site in report["sites"]) > 0
+    assert all(p.any() for p in biases)
+    assert report["finishers"] == [{"name": "bias", "parameters_added": sum(p.numel() for p in biases)}]
+    assert report["budget"]["spent"] <= report["budget"]["limit"]
+    assert in_blocks(loaded) == report["pruned"]["block_parameters"] <= in_blocks(dense) // 2
+    assert in_blocks(loaded) == sum(site["parameters"] for site in report["sites"])  # priced with their biases
+    ids = torch.tensor([[5, 6, 7, 8]])
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    cached, plain = (loaded.generate(ids, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, plain)
+
+
+def test_a_bias_costs_groups_not_budget(folder):
+    plain, biased = (prunekit.prune(folder, finishers=f, **QUICK).report for f in ([], ["bias"]))
+    assert plain["budget"]["limit"] == biased["budget"]["limit"]
+    assert sum(s["kept"] for s in biased["sites"]) < sum(s["kept"] for s in plain["sites"])
+
+
+def test_finishers_work_in_turn_in_float32_and_what_is_measured_is_what_is_saved(folder, tmp_path):
+    seen = []
+
+    def spied(spec, build=FINISHERS.build):
+        finisher = build(spec)
+        finish = finisher.finish
+
+        def spy(piece):
+            seen.append((spec["name"], next(piece.model.parameters()).dtype))
+            return finish(piece)
+
+        object.__setattr__(finisher, "finish", spy)
+        return finisher
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FINISHERS, "build", spied)
+        out = tmp_path / "out"
+        result = prunekit.prune(folder, output=out, finishers=["least-squares", *TRAINED], **QUICK)
+    assert seen[-3:] == [(name, torch.float32) for name in ("least-squares", "reconstruction", "distillation")]
+    assert [said["name"] for said in result.report["finishers"]] == ["least-squares", "reconstruction", "distillation"]
+    losses = result.report["losses"]
+    assert losses["pruned"]["perplexity"] != losses["unfinished"]["perplexity"]
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.dtype == torch.bfloat16
+    recipe = prunekit.Recipe.load(out / "recipe.yaml")  # draws the same tokens again
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokens = draw(tokenizer, recipe.data, Progress(), seed=recipe.seed, max_seqlen=64, vocab_size=2048)
+    again = perplexity(loaded.float(), tokens.evaluation).value
+    assert again == pytest.approx(losses["pruned"]["perplexity"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """An uninterrupted run with finishers that train."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    prunekit.prune(folder, output=output, finishers=TRAINED, **QUICK)
+    return output
+
+
+@pytest.mark.parametrize("saves", [5, 13], ids=["between sub-layers", "in the second"])
+def test_a_run_killed_while_it_trains_goes_on_to_the_same_bytes(folder, whole, tmp_path, monkeypatch, saves):
+    class Killed(BaseException):
+        pass
+
+    out, left = tmp_path / "out", [saves]
+    save = Checkpoints.save
+
+    def dying(self, name, tensors):
+        save(self, name, tensors)
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", dying)
+        with pytest.raises(Killed):
+            prunekit.prune(folder, output=out, finishers=TRAINED, **QUICK)
+    assert any(out.with_name("out.partial").glob("finisher-*/*.safetensors"))
+    prunekit.prune(folder, output=out, finishers=TRAINED, **QUICK)
+    for name in ("model.safetensors", "recipe.yaml", "config.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    one, two = (json.loads((path / "report.json").read_text())["finishers"] for path in (out, whole))
+    assert one == two
+
+
+@dataclass(frozen=True)
+class Forgetful(prunekit.Finisher):
+    """Leave a weight that is no number."""
+
+    def finish(self, piece):
+        next(piece.model.parameters()).data[0, 0] = torch.nan
+        return {}
+
+
+def test_a_finisher_that_breaks_its_promise_ends_the_run(folder, monkeypatch):
+    monkeypatch.setattr(FINISHERS, "build", lambda _: Forgetful())
+    monkeypatch.setattr(FINISHERS, "spec", lambda _: {"name": "least-squares"})
+    with pytest.raises(prunekit.PluginError, match="Forgetful left values"):
+        prunekit.prune(folder, finishers=["least-squares"], **QUICK)

@@ -1,0 +1,40 @@
+"""The small model's predictions come closer to the dense model's; a copy of the dense model has nothing to learn."""
+
+import pytest
+import torch
+
+from prunekit.testing import toy_supernet, toy_tokens, toy_workpiece
+from prunekit_strategies.finishers.distillation import Distillation
+from prunekit_strategies.finishers.training import LanguageLoss, held_out
+
+MANY = toy_tokens(windows=16)
+QUICK = {"epochs": 3, "batch_tokens": 48, "rate": 3e-3}
+
+
+@pytest.mark.parametrize("scope", ["model", "blocks", "cut"])
+def test_the_held_out_divergence_falls_and_only_the_scope_changes(scope):
+    piece = toy_workpiece(tokens=MANY)
+    before = {name: p.clone() for name, p in piece.model.named_parameters()}
+    first, last = Distillation(scope=scope, **QUICK).finish(piece)["held_out_loss"]
+    assert last < first
+    _, judge = held_out(MANY, 0.125)
+    assert LanguageLoss(piece.model, piece.dense, 0.0, 1.0).mean([judge.ids]) == pytest.approx(last)
+    changed = {name for name, p in piece.model.named_parameters() if not torch.equal(p, before[name])}
+    blocks = {name for name in before if "layers" in name}
+    expected = {"model": set(before), "blocks": blocks, "cut": {f"{site.name}.weight" for site in piece.sites}}
+    assert changed == expected[scope]
+
+
+def test_a_whole_model_has_nothing_to_learn():
+    net = toy_supernet()
+    piece = toy_workpiece(net, plan=tuple(s.n_groups for s in net.space.sites), tokens=MANY)
+    first, _ = Distillation(**QUICK).finish(piece)["held_out_loss"]
+    assert abs(first) < 1e-12
+    for one, two in zip(piece.dense.parameters(), piece.model.parameters(), strict=True):
+        torch.testing.assert_close(two, one, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"scope": "head"}, {"temperature": 0.0}, {"truth": -1.0}, {"epochs": 0}])
+def test_nonsense_is_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Distillation(**options)

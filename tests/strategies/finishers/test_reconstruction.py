@@ -1,0 +1,68 @@
+"""Sub-layers come closer to the dense ones on windows nobody trained on, and never further away."""
+
+import pytest
+import torch
+
+from prunekit.calibration.twin import Twin
+from prunekit.testing import toy_supernet, toy_tokens, toy_workpiece
+from prunekit_strategies.finishers.least_squares import LeastSquares
+from prunekit_strategies.finishers.reconstruction import Reconstruction
+from prunekit_strategies.finishers.training import held_out
+
+MANY = toy_tokens(windows=16)
+QUICK = {"epochs": 3, "batch_tokens": 48, "rate": 3e-3}
+
+
+def test_every_sub_layer_ends_at_or_below_its_start_and_most_below():
+    piece = toy_workpiece(tokens=MANY)
+    errors = Reconstruction(**QUICK).finish(piece)["held_out_errors"]
+    assert list(errors) == [site.name for site in piece.sites]
+    assert all(after <= before for before, after in errors.values())
+    assert sum(after < 0.99 * before for before, after in errors.values()) >= 4
+
+
+def test_the_reported_error_is_the_one_on_held_out_windows():
+    piece = toy_workpiece(tokens=MANY)
+    errors = Reconstruction(aim="dense", **QUICK).finish(piece)["held_out_errors"]
+    _, judge = held_out(MANY, 0.125)
+    for here in Twin(piece, judge):
+        y = here.wanted(0, "dense")
+        left = (here.made(0) - y).square().sum() / y.square().sum()
+        assert float(left) == pytest.approx(errors[here.site.name][1])
+
+
+def test_only_linear_maps_of_sub_layers_change():
+    piece = toy_workpiece(tokens=MANY)
+    maps = {id(m.weight) for here in Twin(piece, MANY) for m in here.maps}
+    before = {name: p.clone() for name, p in piece.model.named_parameters()}
+    Reconstruction(**QUICK).finish(piece)
+    for name, parameter in piece.model.named_parameters():
+        assert id(parameter) in maps or torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("aim", ["own", "dense", "stream"])
+def test_a_whole_model_stays_what_it_is(aim):
+    net = toy_supernet()
+    piece = toy_workpiece(net, plan=tuple(s.n_groups for s in net.space.sites), tokens=MANY)
+    errors = Reconstruction(aim=aim, **QUICK).finish(piece)["held_out_errors"]
+    assert max(before for before, _ in errors.values()) < 1e-20
+    for one, two in zip(piece.dense.parameters(), piece.model.parameters(), strict=True):
+        torch.testing.assert_close(two, one, rtol=0, atol=1e-6)
+
+
+def test_training_a_whole_mlp_beats_the_best_last_linear_map():
+    net, left = toy_supernet(), []
+    plan = (3, 8, *(s.n_groups for s in net.space.sites[2:]))
+    long = Reconstruction(aim="dense", epochs=25, rate=2e-2, patience=25, batch_tokens=999, held_out=0.01)
+    for finisher in (LeastSquares(aim="dense", damping=0.0), long):
+        piece = toy_workpiece(net, plan=plan, tokens=MANY)
+        finisher.finish(piece)
+        here = next(h for h in Twin(piece, MANY, tokens=999) if h.site is piece.sites[1])
+        left.append(float((here.made(0) - here.wanted(0, "dense")).square().sum()))
+    assert left[1] < left[0]
+
+
+@pytest.mark.parametrize("options", [{"aim": "west"}, {"batch_tokens": 0}, {"held_out": 1.0}, {"rate": 0.0}])
+def test_nonsense_is_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Reconstruction(**options)

@@ -1,0 +1,151 @@
+"""The loop is AdamW with a cosine, keeps the best it met, and goes on after an interruption bit for bit."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from prunekit import TokenBatch, WrongInput
+from prunekit.progress import Stage
+from prunekit.store import Checkpoints
+from prunekit.testing import tiny, toy_tokens
+from prunekit_strategies.finishers import training
+from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out
+
+TARGETS = torch.tensor([[1.0, -2.0], [3.0, 0.5], [-1.0, 4.0]], dtype=torch.float64)
+
+
+def fitted(regime, held, *, checkpoints=None, start=0.0, seen=None):
+    theta = nn.Parameter(torch.full((2,), start, dtype=torch.float64))
+
+    def loss(i):
+        if seen is not None:
+            seen.append(i)
+        return 0.01 * (theta - TARGETS[i]).square().sum()  # gradients below the norm at which they are clipped
+
+    history = regime.fit(
+        [theta], loss, 3, lambda: float(held(theta.detach())),
+        seed=0, checkpoints=checkpoints or Checkpoints(), name="toy", stage=Stage(),
+    )  # fmt: skip
+    return theta.detach(), history
+
+
+def test_one_step_is_adamws():
+    regime = Training(rate=0.1, epochs=1)
+    theta, _ = fitted(regime, lambda t: -t.abs().sum())
+    twin = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    adam = torch.optim.AdamW([twin], betas=(0.9, 0.95), weight_decay=0.0)
+    order = torch.randperm(3, generator=torch.Generator().manual_seed(0))
+    for step, i in enumerate(order):
+        share = (step + 1) / 3
+        adam.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * (share - 0.05) / 0.95))
+        adam.zero_grad()
+        (0.01 * (twin - TARGETS[i]).square().sum()).backward()
+        adam.step()
+    torch.testing.assert_close(theta, twin.detach())
+
+
+def test_gradients_are_clipped():
+    twins = [nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(2)]
+    for twin, scale in zip(twins, (1.0, 1e6), strict=True):
+        Training(rate=0.1, epochs=1).fit(
+            [twin], lambda i, t=twin, s=scale: -s * t.sum() * (i + 1), 2, lambda t=twin: -float(t.detach().sum()),
+            seed=0, checkpoints=Checkpoints(), name="toy", stage=Stage(),
+        )  # fmt: skip
+    torch.testing.assert_close(*twins)
+    assert twins[0].all()
+
+
+def test_it_converges_where_the_held_out_loss_is_that_of_training():
+    mean = TARGETS.mean(0)
+    theta, history = fitted(Training(rate=0.2, epochs=60, patience=60), lambda t: (t - mean).square().sum())
+    torch.testing.assert_close(theta, mean, atol=0.05, rtol=0)
+    assert min(history) < 0.01 * history[0]
+
+
+@pytest.mark.parametrize("worse", [lambda t: t.square().sum(), lambda t: math.nan if t.any() else 5.0])
+def test_what_only_gets_worse_ends_where_it_began(worse):
+    theta, history = fitted(Training(rate=0.2, epochs=9, patience=3), worse)
+    assert not theta.any()
+    assert len(history) == 1 + 3  # patience
+
+
+def test_the_best_epoch_is_kept_not_the_last():
+    calls, met = iter([5.0, 3.0, 4.0, 4.5]), []
+
+    def held(t):
+        met.append(t.clone())
+        return next(calls)
+
+    theta, history = fitted(Training(rate=0.2, epochs=5, patience=2), held)
+    assert history == [5.0, 3.0, 4.0, 4.5]
+    assert torch.equal(theta, met[1])
+
+
+def test_every_epoch_meets_every_batch_in_its_own_order():
+    seen = []
+    fitted(Training(rate=0.1, epochs=4, patience=9), lambda t: 1.0, seen=seen)
+    epochs = [tuple(seen[i : i + 3]) for i in range(0, 12, 3)]
+    assert all(sorted(epoch) == [0, 1, 2] for epoch in epochs)
+    assert len(set(epochs)) > 1
+
+
+@pytest.mark.parametrize("saves", range(1, 6))
+def test_a_killed_run_ends_in_the_same_bits_and_a_finished_one_does_nothing(tmp_path, saves):
+    class Dying(Checkpoints):
+        left = saves
+
+        def save(self, name, tensors):
+            super().save(name, tensors)
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+    def held(t):
+        return (t - TARGETS.mean(0)).square().sum()
+
+    regime = Training(rate=0.2, epochs=5, patience=9)
+    expected = fitted(regime, held)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(regime, held, checkpoints=Dying(tmp_path))
+    seen = []
+    theta, history = fitted(regime, held, checkpoints=Checkpoints(tmp_path), seen=seen, start=77.0)
+    assert torch.equal(theta, expected[0])
+    assert history == expected[1]
+    assert len(seen) == 3 * (5 - saves)
+
+
+def test_windows_are_held_out_from_the_end():
+    train, judge = held_out(toy_tokens(windows=8), 0.25)
+    assert (len(train), len(judge)) == (6, 2)
+    assert torch.equal(torch.cat([train.ids, judge.ids]), toy_tokens(windows=8).ids)
+    assert [len(part) for part in held_out(toy_tokens(windows=2), 0.9)] == [1, 1]
+    with pytest.raises(WrongInput, match="two windows"):
+        held_out(TokenBatch(torch.ones(1, 4, dtype=torch.long), "one"), 0.5)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox"])
+@pytest.mark.parametrize("rows", [3, 1 << 20])
+def test_the_language_loss_is_that_of_whole_logits_gradients_too(family, rows, monkeypatch):
+    small, dense, ids = tiny(family, seed=1), tiny(family), toy_tokens().ids
+    monkeypatch.setattr(training, "LOGITS_AT_ONCE", rows * 61)
+    loss = LanguageLoss(small, dense, truth=0.3, teacher=0.7, temperature=2.0)
+    z, t = (m(ids, use_cache=False).logits[:, :-1].flatten(0, 1) for m in (small, dense))
+    truth = nn.functional.cross_entropy(z, ids[:, 1:].flatten())
+    p = (t.detach() / 2).softmax(-1)
+    teacher = 4 * (p * (p.log() - (z / 2).log_softmax(-1))).sum(-1).mean()
+    expected = 0.3 * truth + 0.7 * teacher
+    torch.testing.assert_close(loss(ids), expected)
+    torch.testing.assert_close(torch.tensor(loss.mean(ids.split(3)), dtype=torch.float64), expected.detach())
+    parameters = [p for name, p in small.named_parameters() if "embed" not in name]
+    for one, two in zip(
+        torch.autograd.grad(loss(ids), parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("values", [(0.0, 1), (1e-3, 0), (float("nan"), 1)])
+def test_nonsense_is_refused(values):
+    with pytest.raises(ValueError, match="rate > 0"):
+        Training(*values)
