@@ -21,7 +21,7 @@ from prunekit.progress import Progress
 from prunekit.search import Recorded
 from prunekit.testing import best_allocation, converse, tiny
 from prunekit.testing.spaces import ZOO, additive, convex_table, problem, sites_of, small_llama
-from prunekit_strategies.allocators.self_pruner import GIVE_UP, Rates, SelfPruner
+from prunekit_strategies.allocators.self_pruner import GIVE_UP, Rates, SelfPruner, _items
 from prunekit_strategies.allocators.tyr import CoarseToFine
 
 KEY = "sk-test-0123456789abcdef"
@@ -213,6 +213,13 @@ def test_what_is_missing_is_asked_for_with_the_reason_then_left_to_the_twin(serv
     assert len(talk.asked) == 6
 
 
+def test_a_model_may_think_aloud_and_change_its_mind():
+    reply = (
+        'Say {"children": [1]} or {x}. No: <think>{"children": [2]}</think>```{"children": [3]}``` as {"children": 4}'
+    )
+    assert _items(reply + ' {"loss": 5}', "children") == [3]
+
+
 def test_of_eighty_blocks_the_model_sees_means_and_the_ten_best(server, breeder):
     server.script, space = breeder, SPACES["80 blocks"]
     world: Any = replace(problem(space), journal=Notebook())
@@ -252,7 +259,7 @@ USELESS = {
     "infinite": every("[" + "0.5," * 15 + "1e999]"),
     "null": every(json.dumps([0.5] * 15 + [None])),
     "words": every(json.dumps(["0.5"] * 16)),
-    "booleans": every(json.dumps([True] * 16)),
+    "booleans": every(json.dumps([True, False] * 8)),
     "an endless number": every("[" + "9" * 5000 + "]"),
     "deep": lambda *_: '{"population": ' + "[" * 100_000,
     "duplicates": every(json.dumps([0.5] * 16)),  # that is the start
