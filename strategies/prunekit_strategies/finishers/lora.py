@@ -74,7 +74,8 @@ class LoRA(Finisher):
         plain = {path: module for path, module in blocks.named_modules() if isinstance(module, nn.Linear)}
         place = next(path for path, module in model.named_modules() if module is blocks)
         options = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=[f"{place}.{path}" for path in plain])  # type: ignore[arg-type]
-        with torch.random.fork_rng():  # A is drawn from the global state
+        device = next(model.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # A is drawn from the global state
             torch.manual_seed(piece.seed)
             inject_adapter_in_model(options, model)
         layers: dict[str, Any] = {n: module for n, module in blocks.named_modules() if isinstance(module, LoraLayer)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -128,7 +128,7 @@ def held_out(tokens: TokenBatch, share: float) -> tuple[TokenBatch, TokenBatch]:
     if len(tokens) < 2:
         raise WrongInput("training needs two windows of calibration tokens, one of them held out; give more tokens")
     last = min(len(tokens) - 1, max(1, round(share * len(tokens))))
-    return replace(tokens, ids=tokens.ids[:-last]), replace(tokens, ids=tokens.ids[-last:])
+    return TokenBatch(tokens.ids[:-last], tokens.source), TokenBatch(tokens.ids[-last:], tokens.source)
 
 
 @dataclass(frozen=True, eq=False)
