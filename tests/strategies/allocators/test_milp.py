@@ -60,6 +60,16 @@ def test_a_start_beyond_the_limits_does_not_compete():
     assert sum(talk.answer[::2]) <= 8
 
 
+def test_what_the_budget_leaves_is_not_spent_on_what_a_limit_forbids():
+    whole = small_llama()
+    allocator = MixedInteger(table="errors", limits=(("kv-cache", 0.25),))
+    answer = converse(allocator, problem(allocator.first_space(whole))).answer
+    (built,) = product(*allocator.last_space(whole, answer).ladders)
+    assert built == answer
+    assert sum(built[::2]) <= 8
+    assert MixedInteger().last_space(whole, answer).ladders != allocator.last_space(whole, answer).ladders
+
+
 def test_limits_that_cannot_be_kept_are_refused():
     sites = sites_of(2, attention=(4, 10), mlp=(6, 3))
     space = Space(sites, ((4,), (0, 3), (4,), (0, 3)), Budget.keeping(0.9, sites))
