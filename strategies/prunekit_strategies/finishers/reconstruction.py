@@ -34,8 +34,8 @@ class Reconstruction(Finisher):
     """
 
     aim: Aim = "stream"
-    rate: float = 1e-3
-    epochs: int = 8
+    rate: float = 2e-3  # of AdamW, at its height; tried on models of a few million parameters, try less on large ones
+    epochs: int = 4
     patience: int = 2  # epochs without a lower held-out error before a sub-layer is left
     batch_tokens: int = 2048  # per step; whole windows, at least one
     held_out: float = 0.125  # share of the windows, the last ones
