@@ -99,7 +99,7 @@ def test_plugins_pass_their_suites(name: str, part: str, tmp_path: Path) -> None
 def test_commands_are_understood(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every `prunekit ...` is one the command line takes, down to names, options and values; none does its work."""
     monkeypatch.chdir(tmp_path)
-    for name in ("my.jsonl", "my.txt"):
+    for name in ("my.jsonl", "my.txt", "questions.jsonl"):
         Path(name).touch()
     Path("my.yaml").write_text("pruner: {name: obs}\n")
     Path("half").mkdir()

@@ -72,6 +72,7 @@ def toy_layer(
             )
             for name, rows in (("wide", group_size), ("narrow", 1))  # as queries, and keys that several of them share
         ),
+        influence=float(normal(1).square()),
         name=f"{quirk} toy",
     )
 

@@ -5,9 +5,10 @@ import pytest
 import yaml
 
 from prunekit import recipe as module
+from prunekit.contracts import LocalPruner
 from prunekit.errors import WrongInput
 from prunekit.recipe import DataSpec, Recipe, parsed, presets
-from prunekit.registry import FINISHERS
+from prunekit.registry import FINISHERS, PRUNERS
 
 
 @pytest.fixture
@@ -147,10 +148,6 @@ def test_set_takes_yaml_values() -> None:
         ),
         ({"pruner.aime": "dense"}, "no recipe key 'pruner.aime'; did you mean 'pruner.aim'?"),
         ({"allocator.inner": "evolutoin"}, "no allocator 'evolutoin'; did you mean 'evolution'?"),
-        (
-            {"allocator": "global-rank"},
-            "allocator 'global-rank' ranks groups by the pruner's scores, and pruner 'obs'",
-        ),
         ({"finishers": ["polish"]}, "no finisher 'polish'"),
         ({"sparsity": 0}, "sparsity is the share that is removed, more than 0 and less than 1, not 0"),
         ({"sparsity": 1.0}, "more than 0 and less than 1, not 1.0"),
@@ -178,6 +175,14 @@ def test_wrong_values_are_one_sentence(recipe: Recipe, overrides: dict[str, obje
         recipe.with_overrides(overrides).checked()
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_scores_are_asked_of_pruners_that_have_them(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranked = recipe.with_overrides({"allocator": "global-rank"})
+    ranked.checked()
+    monkeypatch.setattr(type(PRUNERS.build("obs")), "scores", LocalPruner.scores)
+    with pytest.raises(WrongInput, match="'global-rank' ranks groups by the pruner's scores, and pruner 'obs'"):
+        ranked.checked()
 
 
 @pytest.mark.parametrize(
