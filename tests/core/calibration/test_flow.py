@@ -167,9 +167,11 @@ def test_the_influence_is_the_turn_of_the_residual_stream_by_hand(family):
     sites = adapter.sites(model)
     for site in sites:
         linear = adapter.linear(adapter.blocks(model)[site.block], site)
-        linear.register_forward_hook(
-            lambda _, __, out, site=site: added.__setitem__(site, out.reshape(*tokens.ids.shape, -1))
-        )
+
+        def heard(_: Any, __: Any, out: Any, site: Any = site) -> None:
+            added[site] = out.reshape(*tokens.ids.shape, -1)
+
+        linear.register_forward_hook(heard)
     with torch.no_grad():
         model(tokens.ids)
     expected = []

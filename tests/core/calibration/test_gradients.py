@@ -38,7 +38,8 @@ def collected(model, directory, tokens):
 def exact(family, **overrides):
     """A tiny model whose norms stay in float64, where the stock ones go through float32."""
     model = tiny(family, **overrides)
-    for path, module in list(model.named_modules()):
+    modules: dict[str, Any] = dict(model.named_modules())
+    for path, module in modules.items():
         if type(module).__name__.endswith("RMSNorm"):
             norm = nn.RMSNorm(module.weight.shape[0], eps=module.variance_epsilon)
             norm.weight = module.weight
