@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -58,7 +58,8 @@ class MixedInteger(Additive):
         columns = [(i, r) for i, ladder in enumerate(space.ladders) for r in range(len(ladder))]
         one = np.array([[float(i == j) for j, _ in columns] for i in range(sites)])
         paid = np.array([[float(prices[i][r]) for i, r in columns] for prices, _ in rows])
-        exact = [LinearConstraint(one, 1, 1), LinearConstraint(paid, ub=np.array([float(limit) for _, limit in rows]))]
+        most: Any = [limit for _, limit in rows]
+        exact = [LinearConstraint(one, 1, 1), LinearConstraint(paid, ub=most)]
         cost = np.array([table[i][r] for i, r in columns])
         cost, cuts = cost * (1e4 / (np.abs(cost).max() or 1.0)), []  # so that the solver's gap of 1e-6 is nothing
         while left:
