@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
 from prunekit.layer import Per
-from prunekit_strategies.pruners.compensation import SINGLE, Aim, aimed, best, check, needed
+from prunekit_strategies.pruners.compensation import SINGLE, Aim, aimed, best, check, needed, reached
 
 Mask = Bool[Tensor, "d_out d_in"]
 
@@ -35,7 +35,8 @@ class ALPS(LocalPruner):
 
     Source: Meng et al. 2024 (arXiv 2406.07831), algorithms 1 and 2, whose 10 gradients are more here.
     Ours: every count starts afresh, so that it has one answer whatever else is asked; the aims of `obs`.
-    (1)-(3) only choose, so they run in float32; A and the solution are float64. On a tie of (2) the lower column stays.
+    (1)-(3) only choose, so they run in float32; A and the solution are float64. Weights that nothing reaches go first;
+    on a tie of (2) the lower column stays.
     """
 
     structures: ClassVar[frozenset[str]] = SINGLE
@@ -65,11 +66,12 @@ class ALPS(LocalPruner):
         gram = layer.hessian / scale / scale[:, None]  # A
         weight = layer.target * scale  # B₀
         eigen = torch.linalg.eigh(gram)
+        alive = reached(layer)
         candidates = []
         for keep in keeps:
 
             def choose(x: Tensor, keep: int = keep) -> Mask:
-                return best_weights(x.abs(), [keep], self.per, layer.block)[0]
+                return best_weights(alive * x.abs(), [keep], self.per, layer.block)[0]
 
             mask = choose(weight)
             if self.rounds and 0 < keep < layer.d_in:

@@ -12,7 +12,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
-from prunekit_strategies.pruners.compensation import SINGLE, Aim, aimed, best, check, factor, given, needed, swept
+from prunekit_strategies.pruners.compensation import (
+    SINGLE,
+    Aim,
+    aimed,
+    best,
+    check,
+    factor,
+    given,
+    needed,
+    reached,
+    swept,
+)
 
 Variant = Literal["SS", "SM", "MS", "MM"]
 
@@ -42,8 +53,8 @@ class APT(LocalPruner):
 
     Source: Zhao et al. 2024, Pruning Foundation Models for High Accuracy without Retraining (arXiv 2410.15567).
     Ours: (2) is solved as least squares on the kept weights where they are fewer, and beyond `exact` inputs by
-    conjugate gradients on all rows at once, which have the same limit; the aims of `obs`. On a tie the lower column
-    stays.
+    conjugate gradients on all rows at once, which have the same limit; the aims of `obs`. Weights that nothing reaches
+    go first; on a tie the lower column stays.
     """
 
     structures: ClassVar[frozenset[str]] = SINGLE
@@ -109,6 +120,7 @@ class APT(LocalPruner):
         inverse: Float[Tensor, "width width"],
         alone: Float[Tensor, " width"],  # what stands in for V_jj in S
     ) -> Bool[Tensor, "d_out width"]:
+        w = w * reached(layer)[here]
         share = keep * here.stop // layer.d_in - keep * here.start // layer.d_in
         if layer.block and self.variant[0] == "M":
             return patterns(w, inverse, layer.block, keep * layer.block // layer.d_in)

@@ -36,6 +36,11 @@ def aimed(layer: LayerProblem, aim: Aim) -> LayerProblem:
     return replace(layer, **dict.fromkeys(unasked)) if unasked else layer
 
 
+def reached(layer: LayerProblem) -> Float[Tensor, " d_in"]:
+    """1 for inputs that anything ever reaches; 0 for the others, whose weights cost nothing whatever the ridge says."""
+    return (layer.gram.diagonal() > 0).double()
+
+
 def check(options: Mapping[str, tuple[object, object]], mask: LocalPruner | None) -> None:
     """Refuse a value that is not among those of its type, and a pruner that knows no single weights."""
     for option, (value, known) in options.items():

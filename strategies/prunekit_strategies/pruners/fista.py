@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
 from prunekit.layer import Per
-from prunekit_strategies.pruners.compensation import SINGLE, Aim, aimed, best, check, conjugate, needed
+from prunekit_strategies.pruners.compensation import SINGLE, Aim, aimed, best, check, conjugate, needed, reached
 
 Mask = Bool[Tensor, "d_out d_in"]
 
@@ -37,8 +37,8 @@ class FISTA(LocalPruner):
 
     Source: FISTAPruner (Zhao et al. 2024, arXiv 2408.03728), which has 20 rounds and starts from Wanda or SparseGPT:
     give one as `start`. Ours: `scaled`, `polish` and the last solution, the aims of `obs`, and that (4) bisects log μ
-    between 10⁻⁶ and 1 times the penalty at which nothing is left. (1)-(4) run in float32. On a tie of (3) the lower
-    column stays.
+    between 10⁻⁶ and 1 times the penalty at which nothing is left. (1)-(4) run in float32. Weights that
+    nothing reaches go first; on a tie of (3) the lower column stays.
     """
 
     structures: ClassVar[frozenset[str]] = SINGLE
@@ -76,11 +76,13 @@ class FISTA(LocalPruner):
         scale = layer.hessian.diagonal().sqrt() if self.scaled else layer.hessian.new_ones(layer.d_in)  # s
         gram, target = (layer.hessian / scale / scale[:, None]).float(), (layer.target * scale).float()
         largest = float(torch.linalg.eigvalsh(gram.double())[-1])  # L
+        alive = reached(layer) > 0
         candidates = []
         for keep, start in zip(keeps, starts, strict=True):
 
             def choose(x: Tensor, keep: int = keep) -> Mask:
-                return best_weights(x.abs(), [keep], self.per, layer.block)[0]  # (3)
+                score = torch.where(alive, x.abs(), -1)  # below those that the lasso made zero
+                return best_weights(score, [keep], self.per, layer.block)[0]  # (3)
 
             mask = choose(target) if start is None else start != 0
             if self.trials and 0 < keep < layer.d_in:

@@ -11,7 +11,18 @@ from torch import Tensor
 
 from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
 from prunekit.layer import Per
-from prunekit_strategies.pruners.compensation import SINGLE, Aim, Choose, aimed, check, factor, given, needed, swept
+from prunekit_strategies.pruners.compensation import (
+    SINGLE,
+    Aim,
+    Choose,
+    aimed,
+    check,
+    factor,
+    given,
+    needed,
+    reached,
+    swept,
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +43,8 @@ class SparseGPT(LocalPruner):
     under the same mask (`apt`), and the same where what goes stands in front of what stays.
 
     Source: Frantar & Alistarh 2023 (arXiv 2301.00774), algorithm 1; the paper's block for masks and for updates is one.
-    Ours: U comes from one Cholesky factor of H read backwards, without H⁻¹; the aims of `obs`. On a tie the lower
-    column stays.
+    Ours: U comes from one Cholesky factor of H read backwards, without H⁻¹; the aims of `obs`. Weights that nothing
+    reaches go first; on a tie the lower column stays.
     """
 
     structures: ClassVar[frozenset[str]] = SINGLE
@@ -64,11 +75,13 @@ class SparseGPT(LocalPruner):
         return candidates
 
     def _own(self, layer: LayerProblem, keep: int) -> Choose:
+        alive = reached(layer)
+
         def choose(
             here: slice, w: Float[Tensor, "d_out width"], u: Float[Tensor, "width width"]
         ) -> Bool[Tensor, "d_out width"]:
             share = keep * here.stop // layer.d_in - keep * here.start // layer.d_in
-            score = (w / u.diagonal()).square()  # (1)
+            score = (alive[here] * w / u.diagonal()).square()  # (1)
             return best_weights(score, [share], "row" if layer.block else self.per)[0]
 
         return choose
