@@ -94,21 +94,17 @@ class APT(LocalPruner):
         return Candidate(None, weight.to(layer.weight.dtype))
 
     def _solved(self, layer: LayerProblem, u: Tensor, keep: int, mask: Tensor | None) -> Candidate:
-        def refitted(mask: Tensor, start: Tensor) -> Candidate:
-            return best(layer, mask, exact=self.exact, steps=self.steps, start=start)
-
-        if mask is not None or keep == layer.d_in:
-            mask = torch.ones_like(layer.weight, dtype=torch.bool) if mask is None else mask
-            return refitted(mask, layer.target)
-        candidate = Candidate(None, layer.target)
-        mask = torch.ones_like(layer.weight, dtype=torch.bool)
-        width = self.width if not layer.block else max(self.width // layer.block, 1) * layer.block
+        if mask is not None:
+            return best(layer, mask, exact=self.exact, steps=self.steps)
+        w, mask = layer.target, torch.ones_like(layer.weight, dtype=torch.bool)
+        candidate = layer.sparse(mask)
+        width = max(self.width // layer.block, 1) * layer.block if layer.block else self.width
         for start in range(0, layer.d_in, width):
             here = slice(start, min(start + width, layer.d_in))
             inverse = u[:, here].T @ u[:, here]  # V of these columns
-            w = candidate.weight[:, here].double()
-            mask[:, here] = self._chosen(layer, keep, here, w, inverse, inverse.diagonal())
-            candidate = refitted(mask, candidate.weight.double())  # (2), of all that is removed
+            mask[:, here] = self._chosen(layer, keep, here, w[:, here], inverse, inverse.diagonal())
+            candidate = best(layer, mask, exact=self.exact, steps=self.steps, start=w)  # (2), of all that is removed
+            w = candidate.weight.double()
         return candidate
 
     def _chosen(
