@@ -16,7 +16,7 @@ from prunekit.contracts import (
     Workpiece,
 )
 from prunekit.errors import PluginError, WrongInput
-from prunekit.layer import Candidate, LayerProblem, best_groups, ranked
+from prunekit.layer import Candidate, LayerProblem, best_groups, best_weights, ranked
 from prunekit.pipeline import Result
 from prunekit.recipe import Recipe
 from prunekit.sites import Allocation, Budget, Site, Space
@@ -46,6 +46,7 @@ __all__ = [
     "Workpiece",
     "WrongInput",
     "best_groups",
+    "best_weights",
     "prune",
     "ranked",
     "tune",

@@ -10,10 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+Per = Literal["row", "layer"]
+"""Among which weights single ones compete to stay."""
+
+CELLS_AT_ONCE = 2**24  # of the matrices that are solved side by side: 128 MiB in float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +63,8 @@ class LayerProblem:
     weight: Float[Tensor, "d_out d_in"]
     gram: Float[Tensor, "d_in d_in"]  # H = E[x̂ x̂ᵀ]
     group_size: int = 1
-    structure: str = "groups"
+    structure: str = "groups"  # or weights, n:m: a group is a column, a count the weights kept per row
+    block: int = 0  # m of n:m
     damping: float = 0.01  # ridge, as a share of the mean of diag H
     cross: Float[Tensor, "d_in d_in"] | None = None  # G = E[x x̂ᵀ], x the dense model's input
     drift: Float[Tensor, "d_out d_in"] | None = None  # D = E[δ x̂ᵀ], δ what earlier layers lost in the residual stream
@@ -174,6 +181,24 @@ class LayerProblem:
         reached = self.target @ self.hessian[:, kept]
         return self._placed(groups, _solved(self.hessian[kept][:, kept], reached.T).T if groups else reached)
 
+    def sparse(self, mask: Bool[Tensor, "d_out d_in"]) -> Candidate:
+        """Keep the single weights under `mask` as they are."""
+        return Candidate(None, torch.where(mask, self.weight, 0))
+
+    def refitted_rows(self, mask: Bool[Tensor, "d_out d_in"]) -> Candidate:
+        """Keep the single weights under `mask`, with the least-squares weights of every row on its own support.
+
+            ŵ_K = w* H_:K (H_KK)⁻¹  =  w*_K - w*_P (V_PP)⁻¹ V_PK        K kept, P removed, V = H⁻¹
+
+        Exact: one Cholesky factor per row, on the left where less is kept than removed, on the right otherwise.
+        """
+        if 2 * int(mask.sum()) < mask.numel():
+            fitted = _solved_rows(self.hessian, self.target @ self.hessian, mask)
+        else:
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.hessian))
+            fitted = self.target - _solved_rows(inverse, self.target, ~mask) @ inverse
+        return Candidate(None, torch.where(mask, fitted, 0).to(self.weight.dtype))
+
     def nested(self, ranking: Sequence[int]) -> Nested:
         """The refits of the first 0, 1, … n_groups groups of a ranking, from one factorisation."""
         return Nested(self, tuple(ranking))
@@ -274,6 +299,55 @@ def best_groups(score: Float[Tensor, " n_groups"], keeps: Sequence[int]) -> list
     """
     order = ranked(score)
     return [sorted(order[:keep]) for keep in keeps]
+
+
+def best_weights(
+    score: Float[Tensor, "d_out d_in"], keeps: Sequence[int], per: Per = "row", block: int = 0
+) -> list[Bool[Tensor, "d_out d_in"]]:
+    """For every count k, the mask of the k · d_out weights of largest score; on a tie the lower column stays.
+
+    Per row each row keeps k; per layer rows may keep more or less. With a `block`, whatever `per` says, each row keeps
+    k · block / d_in in every `block` consecutive columns.
+
+    Raises:
+        ValueError: a score is not finite, or blocks do not fit the columns or a count.
+    """
+    if per not in get_args(Per):
+        raise ValueError(f"no per {per!r}; there are {', '.join(get_args(Per))}")
+    if not bool(torch.isfinite(score).all()):
+        raise ValueError(f"scores must be finite; weight {(~torch.isfinite(score)).nonzero()[0].tolist()} is not")
+    d_out, d_in = score.shape
+    size = block or d_in
+    if d_in % size or any(keep * size % d_in for keep in keeps):
+        raise ValueError(f"{list(keeps)} of {d_in} weights are not whole numbers in every {size}")
+    if per == "layer" and not block:
+        place = _places(score.T.flatten()).reshape(d_in, d_out).T
+        return [place < keep * d_out for keep in keeps]
+    place = _places(score.unflatten(1, (-1, size))).flatten(1)
+    return [place < keep * size // d_in for keep in keeps]
+
+
+def _places(score: Float[Tensor, "... n"]) -> Tensor:
+    """0 for the largest along the last axis, then 1, …; on a tie the lower id comes first."""
+    return score.argsort(descending=True, stable=True).argsort()
+
+
+def _solved_rows(
+    matrix: Float[Tensor, "n n"], right: Float[Tensor, "rows n"], mask: Bool[Tensor, "rows n"]
+) -> Float[Tensor, "rows n"]:
+    """right_K (matrix_KK)⁻¹ for every row, on its own K = mask, and 0 elsewhere."""
+    found, counts = torch.zeros_like(right), mask.sum(1)
+    order = counts.argsort(descending=True, stable=True)  # rows of one batch have about as many weights
+    while len(order) and (most := int(counts[order[0]])):
+        batch = max(1, CELLS_AT_ONCE // most**2)
+        rows, order = order[:batch], order[batch:]
+        ids = (~mask[rows]).byte().argsort(dim=1, stable=True)[:, :most]  # K, then what pads it
+        real = mask[rows].gather(1, ids)
+        cells = torch.where(real[:, :, None] & real[:, None], matrix[ids[:, :, None], ids[:, None]], 0)
+        cells.diagonal(dim1=1, dim2=2).add_((~real).to(cells))
+        values = torch.where(real, right[rows].gather(1, ids), 0)
+        found[rows[:, None], ids] = _solved(cells, values[..., None])[..., 0]
+    return found
 
 
 def _solved(matrix: Tensor, right: Tensor) -> Tensor:

@@ -1,17 +1,17 @@
-"""Gradient scores: what the loss would lose with a group, read off its derivatives in everything that goes with it."""
+"""Gradient scores: what the loss would lose with a group or a weight, read off its derivatives in what goes with it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunekit import Candidate, LayerProblem, LocalPruner
-from prunekit.layer import ranked
+from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
+from prunekit.layer import Per, ranked
 
 Order = Literal["first", "second", "mix"]
 Grain = Literal["fine", "coarse", "mixed"]
@@ -28,19 +28,24 @@ class Gradient(LocalPruner):
         mixed u_g = α f_g + (1 - α) c_g,   α = exp f_g / (exp f_g + exp c_g),   f, c: fine and coarse u_g, each
               divided by its mean over the layer's groups                                                            (4)
 
+    Single weights, and n:m, score |e|; grain and reduce are of groups only.
+
     Sources: LLM-Pruner (Ma et al. 2023, arXiv 2305.11627) for (1)-(3); its `vector` is order first, grain coarse.
     HyWIA (arXiv 2403.10799) for (4), whose exact form is ours. Ours too: F stands for the Hessian's diagonal in both
     `second` and `mix`, and all calibration tokens are read where the paper takes 10 samples of 64. L is that of
     the dense model; it is not taken again when earlier layers are pruned. On a tie the lower id stays.
     """
 
+    structures: ClassVar[frozenset[str]] = frozenset({"groups", "weights", "n:m"})
+
     order: Order = "first"
     grain: Grain = "fine"
     reduce: Reduce = "sum"
-    refit: bool = False  # least-squares weights on the kept groups; False: as they are
+    per: Per = "layer"  # among which single weights compete
+    refit: bool = False  # least-squares weights on what is kept; False: as they are
 
     def __post_init__(self) -> None:
-        for option, known in (("order", Order), ("grain", Grain), ("reduce", Reduce)):
+        for option, known in (("order", Order), ("grain", Grain), ("reduce", Reduce), ("per", Per)):
             if getattr(self, option) not in get_args(known):
                 raise ValueError(f"no {option} {getattr(self, option)!r}; there are {', '.join(get_args(known))}")
 
@@ -49,6 +54,10 @@ class Gradient(LocalPruner):
         return frozenset({"gradient", "feeders", *(("gram",) if self.refit else ())})
 
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
+        if layer.structure != "groups":
+            score = self._expanded(layer.weight, layer.gradient, layer.fisher).abs()
+            masks = best_weights(score, keeps, self.per, layer.block)
+            return [layer.refitted_rows(mask) if self.refit else layer.sparse(mask) for mask in masks]
         ranking = ranked(self.scores(layer))
         if self.refit:
             return layer.nested(ranking).candidates(keeps)

@@ -1,4 +1,4 @@
-"""Group scores in one piece, weights in one go: the size of a group's weights times the size of its inputs.
+"""Scores of groups and of single weights, all in one go: the size of the weights times the size of their inputs.
 
 One general pruner; every paper below it is the same formula with other exponents.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunekit import Candidate, LayerProblem, LocalPruner
-from prunekit.layer import ranked
+from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
+from prunekit.layer import Per, ranked
 
 Activation = Literal["rms", "std", "absolute", "contrast"]
 Reduce = Literal["sum", "mean", "max", "rms"]
@@ -30,20 +30,25 @@ NEEDS: dict[Activation, frozenset[str]] = {
 
 @dataclass(frozen=True)
 class Score(LocalPruner):
-    """Keep the groups of largest score: a norm of each column's weights times a power of its input, over the group.
+    """Keep the groups, or the single weights, of largest score: a norm of weights times a power of their inputs.
 
         s_j = (Σ_i |W_ij|^p)^(q/p) x_j^a           p, q, a: weight_norm, weight_power, activation_power   (1)
         u_g = reduce of s_j over the columns j of group g                                                 (2)
         u_g ← u_g + Σ_f reduce over rows r of g of (Σ_j (|F_rj| z_j^{a/q})^p)^(q/p)      scope: coupled    (3)
+        s_ij = |W_ij|^q x_j^a                single weights, and n:m                                      (4)
 
     W (d_out, d_in) is the layer, x_j a statistic of its input j: `rms` √E[x_j²]; `std`, about the mean; `absolute`,
     of the mean |x_j| of windows; `contrast` √max(0, E[x_j²] - E'[x_j²]), E' on the second data set. F (rows, d) are
     the maps in front, whose rows go with a group, z_j the rms of their inputs. q = 0 leaves the weights out, a = 0
     the inputs. On a tie the lower id stays.
 
+    Single weights compete within their row, their layer or their pattern; norms, reduce and scope are of groups only.
+
     Sources: the subclasses, each a paper. Ours: a group is what can be removed, a KV head with its query heads or
     one of the MLP's neurons, and every score is taken on the inputs that pruned layers carry here.
     """
+
+    structures: ClassVar[frozenset[str]] = frozenset({"groups", "weights", "n:m"})
 
     weight_norm: float = 1.0
     weight_power: float = 1.0
@@ -51,7 +56,8 @@ class Score(LocalPruner):
     activation_power: float = 1.0
     reduce: Reduce = "sum"
     scope: Scope = "columns"  # coupled: rows of the maps in front count as well
-    refit: bool = False  # least-squares weights on the kept groups; False: as they are
+    per: Per = "row"  # among which single weights compete
+    refit: bool = False  # least-squares weights on what is kept; False: as they are
 
     def __post_init__(self) -> None:
         if self.weight_norm <= 0 or self.weight_power < 0 or self.activation_power < 0:
@@ -61,7 +67,7 @@ class Score(LocalPruner):
             )
         if not (self.weight_power or self.activation_power):
             raise ValueError("with weight_power = 0 and activation_power = 0 all groups score alike; raise one of them")
-        for option, known in (("activation", Activation), ("reduce", Reduce), ("scope", Scope)):
+        for option, known in (("activation", Activation), ("reduce", Reduce), ("scope", Scope), ("per", Per)):
             if getattr(self, option) not in get_args(known):
                 raise ValueError(f"no {option} {getattr(self, option)!r}; there are {', '.join(get_args(known))}")
         if self.scope == "coupled" and not (self.weight_power and (self._quiet or self.activation == "rms")):
@@ -85,6 +91,9 @@ class Score(LocalPruner):
         return needs
 
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
+        if layer.structure != "groups":
+            masks = best_weights(self.cells(layer), keeps, self.per, layer.block)
+            return [layer.refitted_rows(mask) if self.refit else layer.sparse(mask) for mask in masks]
         ranking = ranked(self.scores(layer))
         if self.refit:
             return layer.nested(ranking).candidates(keeps)
@@ -103,6 +112,12 @@ class Score(LocalPruner):
                 inputs = feeder.power.double().sqrt()
             fed += self._reduced(self._fibres(feeder.weight, inputs, 1), layer.n_groups)
         return score + fed  # (3)
+
+    def cells(self, layer: LayerProblem) -> Float[Tensor, "d_out d_in"]:
+        """s_ij of single weights, in float64."""
+        inputs = self._inputs(layer)
+        score = layer.weight.double().abs() ** self.weight_power
+        return score if inputs is None else score * inputs**self.activation_power  # (4)
 
     def _inputs(self, layer: LayerProblem) -> Float[Tensor, " d_in"] | None:
         """x_j, or None where the inputs have no say."""
@@ -139,9 +154,9 @@ class Score(LocalPruner):
 
 @dataclass(frozen=True)
 class Magnitude(Score):
-    """Keep the groups with the largest weights, everything that goes with a group included.
+    """Keep the largest weights: of groups with everything that goes with them, or single ones of the layer.
 
-        u_g = ‖W_:g‖²_F + Σ_f ‖rows of F that feed g‖²
+        u_g = ‖W_:g‖²_F + Σ_f ‖rows of F that feed g‖²,        s_ij = W_ij²
 
     The baseline that reads no tokens.
     """
@@ -150,17 +165,18 @@ class Magnitude(Score):
     weight_power: float = 2.0
     activation_power: float = 0.0
     scope: Scope = "coupled"
+    per: Per = "layer"
 
 
 @dataclass(frozen=True)
 class Wanda(Score):
-    """Keep the groups with the largest sum of weights times input norms: Wanda for structures.
+    """Keep the largest weights times input norms, single or summed over groups.
 
-        u_g = Σ_{j ∈ g} Σ_i |W_ij| ‖x_j‖            ‖x_j‖ root mean square over tokens
+        s_ij = |W_ij| ‖x_j‖,        u_g = Σ_{j ∈ g} Σ_i s_ij            ‖x_j‖ root mean square over tokens
 
-    Source: Sun et al. 2024 (arXiv 2306.11695), eq. 1, for single weights; Wanda-sp of FLAP (An et al. 2024, arXiv
-    2312.11983) for groups, with the mean where we take the sum: groups of a site have one size, so the order is the
-    same. (|W_ij| ‖x_j‖)² is the exact error of zeroing that weight alone.
+    Source: Sun et al. 2024 (arXiv 2306.11695), eq. 1, for single weights, row by row; Wanda-sp of FLAP (An et al.
+    2024, arXiv 2312.11983) for groups, with the mean where we take the sum: groups of a site have one size, so the
+    order is the same. (|W_ij| ‖x_j‖)² is the exact error of zeroing that weight alone.
     """
 
 
@@ -250,10 +266,24 @@ class Channel(Score):
 class SafetyPotential(Score):
     """Keep what works on the calibration data and not on a second data set.
 
-        u_g = Σ_{j ∈ g} Σ_i |W_ij| √max(0, E[x_j²] - E'[x_j²])
+        s_ij = |W_ij| √max(0, E[x_j²] - E'[x_j²]),        u_g = Σ_{j ∈ g} Σ_i s_ij
 
-    Source: arXiv 2603.14219, for single weights; here for groups. E' is taken over `data.contrast_dataset`, on what
-    pruned layers carry. Inputs that the second set drives harder count nothing (an unclamped root would be no number).
+    Source: arXiv 2603.14219, for single weights; the sum over groups is ours. E' is taken over `data.contrast_dataset`,
+    on what pruned layers carry. Inputs that the second set drives harder count nothing (an unclamped root would be no
+    number).
     """
 
     activation: Activation = "contrast"
+
+
+@dataclass(frozen=True)
+class ACE(Score):
+    """ACE's VarP: Wanda with the spread of the inputs about their mean in place of their norm.
+
+        s_ij = |W_ij| std(x_j),        u_g = Σ_{j ∈ g} Σ_i s_ij
+
+    Source: ACE (arXiv 2505.21987), whose exact power we did not find; with the first, s_ij² is the exact error of
+    removing that weight alone when the bias takes over W_ij E[x_j].
+    """
+
+    activation: Activation = "std"

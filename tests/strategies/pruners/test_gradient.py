@@ -106,12 +106,35 @@ def test_refit_changes_the_weights_not_the_groups() -> None:
         torch.testing.assert_close(fitted.weight, layer.refitted(plain.kept or ()).weight)
 
 
+@pytest.mark.parametrize(
+    ("options", "block", "kept"),
+    [
+        ({}, 0, ["11.1", ".1.."]),  # 3 2 0 2, 0 2 1 1
+        ({"per": "row"}, 0, ["11..", ".11."]),
+        ({"grain": "coarse", "reduce": "max"}, 2, ["1..1", ".11."]),
+        ({"order": "second"}, 0, ["1...", ".111"]),  # 18 1 0 2, 0 4 4 4
+        ({"order": "mix", "per": "row"}, 0, ["11..", "..11"]),  # 6 2.5 0 1, 0 0 3 3
+    ],
+    ids=str,
+)
+def test_half_of_the_single_weights_by_hand(options: dict[str, Any], block: int, kept: list[str]) -> None:
+    layer = replace(HAND, structure="n:m" if block else "weights", block=block, feeders=())
+    mask = torch.tensor([[cell == "1" for cell in row] for row in kept])
+    (found,) = Gradient(**options).prune(layer, [2])
+    assert found.kept is None
+    assert torch.equal(found.weight, HAND.weight * mask)
+    (fitted,) = Gradient(refit=True, **options).prune(layer, [2])
+    torch.testing.assert_close(fitted.weight, layer.refitted_rows(mask).weight)
+
+
 def test_asks_for_what_it_uses() -> None:
     assert Gradient().needs == {"gradient", "feeders"}
     assert Gradient(refit=True).needs == {"gradient", "feeders", "gram"}
 
 
-@pytest.mark.parametrize(("option", "value"), [("order", "third"), ("grain", "medium"), ("reduce", "median")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("order", "third"), ("grain", "medium"), ("reduce", "median"), ("per", "column")]
+)
 def test_nonsense_is_refused(option: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"no {option} '{value}'; there are "):
         Gradient(**{option: value})  # type: ignore[arg-type]

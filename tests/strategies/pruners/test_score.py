@@ -8,6 +8,7 @@ from prunekit import LayerProblem
 from prunekit.layer import Feeder
 from prunekit.testing import toy_layer
 from prunekit_strategies.pruners.score import (
+    ACE,
     FASP,
     FLAP,
     Channel,
@@ -163,6 +164,61 @@ def test_refit_changes_the_weights_not_the_groups(pruner: Score) -> None:
         assert layer.error(fitted.weight) < layer.error(plain.weight)
 
 
+SINGLE = replace(HAND, structure="weights", feeders=())
+CELLS: list[tuple[Score, list[list[float]]]] = [
+    (Magnitude(), [[9, 1, 0, 4], [0, 4, 1, 4]]),
+    (Wanda(), [[6, 1, 0, 1], [0, 2, 7, 1]]),
+    (ACE(), [[6, 0.8, 0, 0], [0, 1.6, 0, 0]]),
+    (SafetyPotential(), [[3, 0, 0, 0], [0, 0, 7, 0]]),
+    (FLAP(), [[36, 0.64, 0, 0], [0, 2.56, 0, 0]]),
+    (Score(weight_power=2, activation_power=0.5), [[9 * 2**0.5, 1, 0, 2 * 2**0.5], [0, 4, 7**0.5, 2 * 2**0.5]]),
+]
+
+
+@pytest.mark.parametrize(("pruner", "cells"), CELLS, ids=str)
+def test_single_weights_score_by_hand(pruner: Score, cells: list[list[float]]) -> None:
+    torch.testing.assert_close(pruner.cells(SINGLE), torch.tensor(cells).double(), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "block", "kept"),
+    [
+        (Wanda(), 0, ["11..", ".11."]),
+        (Wanda(per="layer"), 0, ["11..", ".11."]),  # of the ones that tie for the last place the lowest column stays
+        (Wanda(), 2, ["1..1", ".11."]),
+        (Wanda(per="layer"), 2, ["1..1", ".11."]),
+        (Magnitude(), 0, ["1..1", ".1.1"]),
+        (Magnitude(per="row"), 0, ["1..1", ".1.1"]),
+        (SafetyPotential(), 0, ["11..", "1.1."]),
+    ],
+    ids=str,
+)
+def test_half_of_the_single_weights_by_hand(pruner: Score, block: int, kept: list[str]) -> None:
+    layer = replace(SINGLE, structure="n:m" if block else "weights", block=block)
+    (found,) = pruner.prune(layer, [2])
+    mask = torch.tensor([[cell == "1" for cell in row] for row in kept])
+    assert found.kept is None
+    assert torch.equal(found.weight, WEIGHT * mask)
+    (fitted,) = replace(pruner, refit=True).prune(layer, [2])
+    torch.testing.assert_close(fitted.weight, layer.refitted_rows(mask).weight)
+
+
+def test_on_white_inputs_wanda_is_magnitude_row_by_row() -> None:
+    layer = replace(toy_layer(12), structure="weights", gram=torch.eye(12))
+    for one, two in zip(Wanda().prune(layer, range(13)), Magnitude(per="row").prune(layer, range(13)), strict=True):
+        assert torch.equal(one.weight, two.weight)
+
+
+def test_ace_squared_is_the_exact_error_of_removing_a_weight_whose_mean_goes_into_the_bias() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 6, generator=generator).double() @ torch.randn(6, 6, generator=generator).double() + 1
+    weight = torch.randn(4, 6, generator=generator).double()
+    score = ACE().cells(LayerProblem(weight, x.T @ x / 50, variance=x.var(0, correction=0), structure="weights"))
+    for i, j in ((0, 0), (3, 5)):
+        lost = (x[:, j] - x[:, j].mean()) * weight[i, j]
+        assert float(score[i, j] ** 2) == pytest.approx(float(lost.square().mean()), rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -172,6 +228,7 @@ def test_refit_changes_the_weights_not_the_groups(pruner: Score) -> None:
         ({"activation": "l2"}, "no activation 'l2'; there are rms, std, absolute, contrast"),
         ({"reduce": "median"}, "no reduce 'median'"),
         ({"scope": "all"}, "no scope 'all'"),
+        ({"per": "column"}, "no per 'column'; there are row, layer"),
         ({"scope": "coupled", "activation": "std"}, "scope coupled"),
         ({"scope": "coupled", "weight_power": 0}, "scope coupled"),
     ],

@@ -1,0 +1,165 @@
+"""Scores of single weights from more than their own size: their row's, their column's, their output's direction."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
+from prunekit.layer import Per
+
+Shape = Literal["identity", "sqrt", "square", "exp", "log", "sigmoid", "softmax", "one"]
+Share = Literal["one", "row", "column", "row+column", "sum", "mean", "frobenius"]
+
+SHAPES: Mapping[Shape, Callable[[Tensor], Tensor]] = {
+    "identity": lambda u: u,
+    "sqrt": torch.sqrt,
+    "square": torch.square,
+    "exp": lambda u: torch.exp(u.clamp_max(300)),  # finite, products included
+    "log": torch.log1p,
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda u: u.softmax(-1),
+    "one": torch.ones_like,
+}
+SHARES: Mapping[Share, Callable[[Tensor], Tensor]] = {
+    "one": torch.ones_like,
+    "row": lambda u: u.sum(-1, keepdim=True),
+    "column": lambda u: u.sum(0, keepdim=True),
+    "row+column": lambda u: u.sum(-1, keepdim=True) + u.sum(0, keepdim=True),
+    "sum": torch.sum,
+    "mean": torch.mean,
+    "frobenius": torch.linalg.norm,
+}
+
+
+class WeightScore(LocalPruner):
+    """Keep the single weights of largest score, per row or per layer, or per pattern for n:m.
+
+    On a tie the lower column stays.
+    """
+
+    structures: ClassVar[frozenset[str]] = frozenset({"weights", "n:m"})
+
+    per: Per
+    refit: bool
+
+    def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
+        masks = best_weights(self.cells(layer), keeps, self.per, layer.block)
+        return [layer.refitted_rows(mask) if self.refit else layer.sparse(mask) for mask in masks]
+
+    @abstractmethod
+    def cells(self, layer: LayerProblem) -> Float[Tensor, "d_out d_in"]:
+        """A score for every weight, in float64."""
+
+
+@dataclass(frozen=True)
+class RIA(WeightScore):
+    """Relative importance: a weight's share of its row and of its column, times its input.
+
+        s_ij = (|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) x_j^a            x_j root mean square over tokens
+
+    Source: Zhang et al. 2024, Plug-and-Play (ICLR), with a = ½. The permutation of channels before n:m is not here.
+    """
+
+    activation_power: float = 0.5  # a
+    per: Per = "row"
+    refit: bool = False  # least-squares weights on what is kept; False: as they are
+
+    def __post_init__(self) -> None:
+        _check(self, {"per": Per})
+        if self.activation_power < 0:
+            raise ValueError(f"activation_power ≥ 0 is needed, not {self.activation_power}")
+
+    def cells(self, layer: LayerProblem) -> Float[Tensor, "d_out d_in"]:
+        w = layer.weight.double().abs()
+        return (_over(w, w.sum(0)) + _over(w, w.sum(1, keepdim=True))) * _rms(layer) ** self.activation_power
+
+
+@dataclass(frozen=True)
+class ZPruner(WeightScore):
+    """A weight's size among its row and its column, both standardised over the layer, times its input.
+
+        R = W_ij / ‖W_i:‖₂,    C = W_ij / ‖W_:j‖₂,    z(·) = (· - mean) / std over the layer
+        ρ = share of weights with |W_ij| < 0.1 mean |W|,    α = 0.7 (1 - 0.3 ρ)
+        s_ij = (α |z(R)|³ + (1 - α) |z(C)|³) x_j^1.5                        x_j root mean square over tokens
+
+    Source: Z-Pruner (arXiv 2508.15828). Ours: where all of R or of C are alike, they have no say. SparseGPT's update
+    for this mask is `{name: sparsegpt, mask: z-pruner}`.
+    """
+
+    per: Per = "row"
+    refit: bool = False  # least-squares weights on what is kept; False: as they are
+
+    def __post_init__(self) -> None:
+        _check(self, {"per": Per})
+
+    def cells(self, layer: LayerProblem) -> Float[Tensor, "d_out d_in"]:
+        w = layer.weight.double()
+        small = (w.abs() < 0.1 * w.abs().mean()).double().mean()  # ρ
+        alpha = 0.7 * (1 - 0.3 * small)
+        rows = _standard(_over(w, w.norm(dim=1, keepdim=True))).abs() ** 3
+        columns = _standard(_over(w, w.norm(dim=0))).abs() ** 3
+        return (alpha * rows + (1 - alpha) * columns) * _rms(layer) ** 1.5
+
+
+@dataclass(frozen=True)
+class OptiShear(WeightScore):
+    """OptiShear's family of metrics: a function and a share of the weights times a function and a share of the inputs.
+
+        s_ij = f_w(u_ij) / c_w(u) · f_x(v_j) / c_x(v),        u = |W| / mean |W|,    v_j = x_j / mean x
+
+        f    identity, sqrt, square, exp, log (of 1 + u), sigmoid, softmax (over columns), one
+        c    one, row, column, row+column, sum, mean, frobenius; of the inputs what is not per weight
+
+    x_j is the root mean square of input j over tokens. With identity and one it is Wanda; the paper searches for the
+    functions by their losses, as `prunekit tune` does over these options.
+
+    Source: OptiShear (arXiv 2502.10735), which takes f of the bare |W| and ‖x‖. Ours: u and v, so that no
+    choice depends on units, and log of 1 + u, so that every metric grows with both.
+    """
+
+    weights: Shape = "identity"  # f_w
+    weight_share: Share = "one"  # c_w
+    inputs: Shape = "identity"  # f_x
+    input_share: Share = "one"  # c_x
+    per: Per = "row"
+    refit: bool = False  # least-squares weights on what is kept; False: as they are
+
+    def __post_init__(self) -> None:
+        _check(self, {"weights": Shape, "weight_share": Share, "inputs": Shape, "input_share": Share, "per": Per})
+        if self.weights == self.inputs == "one":
+            raise ValueError("with weights and inputs one, all weights score alike; choose a function of either")
+
+    def cells(self, layer: LayerProblem) -> Float[Tensor, "d_out d_in"]:
+        w = layer.weight.double().abs()
+        u, v = _over(w, w.mean()), _rms(layer)[None]
+        v = _over(v, v.mean())
+        scored = _over(SHAPES[self.weights](u), SHARES[self.weight_share](u))
+        return scored * _over(SHAPES[self.inputs](v), SHARES[self.input_share](v))
+
+
+def _check(pruner: object, options: Mapping[str, object]) -> None:
+    for option, known in options.items():
+        if getattr(pruner, option) not in get_args(known):
+            raise ValueError(f"no {option} {getattr(pruner, option)!r}; there are {', '.join(get_args(known))}")
+
+
+def _rms(layer: LayerProblem) -> Float[Tensor, " d_in"]:
+    return layer.gram.diagonal().double().clamp_min(0).sqrt()
+
+
+def _over(values: Tensor, total: Tensor) -> Tensor:
+    """values / total, and 0 where the total is."""
+    return torch.where(total > 0, values / torch.where(total > 0, total, 1), 0)
+
+
+def _standard(values: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over all; zeros where all are alike."""
+    spread = values - values.mean()
+    return _over(spread, spread.square().mean().sqrt())
