@@ -57,7 +57,8 @@ class LayerProblem:
     weight: Float[Tensor, "d_out d_in"]
     gram: Float[Tensor, "d_in d_in"]  # H = E[x̂ x̂ᵀ]
     group_size: int = 1
-    structure: str = "groups"
+    structure: str = "groups"  # or weights, n:m: a group is a column, a count the weights kept per row
+    block: int = 0  # m of n:m
     damping: float = 0.01  # ridge, as a share of the mean of diag H
     cross: Float[Tensor, "d_in d_in"] | None = None  # G = E[x x̂ᵀ], x the dense model's input
     drift: Float[Tensor, "d_out d_in"] | None = None  # D = E[δ x̂ᵀ], δ what earlier layers lost in the residual stream
@@ -253,6 +254,14 @@ class Nested:
             fitted[:done] += inverse[new, :done].T @ self._energy[new] if done else 0.0  # (2), the new rows
             found[keep] = layer._placed(self.ranking[:keep], fitted[:done].T)
         return [found[keep] for keep in keeps]
+
+
+def is_sparse(weight: Float[Tensor, "d_out d_in"], keep: int, block: int = 0) -> bool:
+    """Whether a weight has `keep` non-zeros per row or fewer: on average, or in every block of so many inputs alike."""
+    there = weight != 0
+    if block:
+        return bool((there.unflatten(1, (-1, block)).sum(-1) <= keep * block // weight.shape[1]).all())
+    return int(there.sum()) <= keep * len(weight)
 
 
 def ranked(score: Float[Tensor, " n_groups"]) -> list[int]:
