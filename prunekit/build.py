@@ -23,7 +23,7 @@ from prunekit.calibration.moments import Moments
 from prunekit.calibration.tokens import TokenBatch
 from prunekit.contracts import LocalPruner, Signal
 from prunekit.errors import PluginError, WrongInput
-from prunekit.layer import STATISTICS, Candidate, Feeder, LayerProblem
+from prunekit.layer import STATISTICS, Candidate, Feeder, LayerProblem, is_sparse
 from prunekit.progress import Progress
 from prunekit.sites import Allocation, Site, Space
 from prunekit.store import CandidateStore
@@ -89,6 +89,7 @@ def build(
                         [_error(layer, site, c) for c in candidates],
                         [measured(signal, whole, site) for signal in signals],
                         scored(pruner, layer, site) if scores else None,
+                        keeps=ladder,
                     )
                 counts = ladder if carry == "expected" else (centre_of[site],)
                 weight = None if carry == "dense" else expected_weight(store, site, counts)
@@ -120,10 +121,12 @@ def layer_problem(
     block = adapter.blocks(model)[site.block]
     order = _order(site, moments.outer.device)
     gram, cross = moments.gram, moments.cross
-    drift = moments.drift if "drift" in needs and adapter.adds_up(block) else None
+    joins = adapter.adds_up(block) and adapter.part(site) is not None  # its output is a term of the residual stream
+    drift = moments.drift if "drift" in needs and joins else None
     absolute = moments.absolute if "absolute" in needs else None
-    if "influence" in needs and not adapter.adds_up(block):
-        raise WrongInput(f"{site.name}: a norm comes after the sum, so there is no influence; choose another signal")
+    if "influence" in needs and not joins:
+        why = "a norm comes after the sum" if adapter.part(site) is not None else "it is no whole sub-layer"
+        raise WrongInput(f"{site.name}: {why}, so there is no influence; choose another signal")
     *fed, own = adapter.cuts(block, site)
 
     def learnt(cut: Cut, index: tuple[Any, ...]) -> tuple[Tensor | None, Tensor | None]:
@@ -142,6 +145,8 @@ def layer_problem(
         weight=adapter.linear(block, site).weight.detach()[:, order],
         gram=gram[order][:, order],
         group_size=site.group_size,
+        structure=site.structure,
+        block=site.pattern,
         damping=damping,
         cross=None if cross is None else cross[order][:, order],
         drift=None if drift is None else drift[:, order],
@@ -173,7 +178,15 @@ def answers(
     order = _order(site, layer.weight.device)
     checked = []
     for keep, candidate in zip(keeps, proposed, strict=True):
-        kept = candidate.kept
+        kept, weight = candidate.kept, candidate.weight
+        if site.kind == "linear":
+            if kept is not None or weight.shape != layer.weight.shape or not bool(torch.isfinite(weight).all()):
+                raise PluginError(f"{who}: a finite weight {tuple(layer.weight.shape)} without groups was asked")
+            if not is_sparse(weight, keep, site.pattern):
+                asked = site.said(keep)
+                raise PluginError(f"{who}: {asked} weights per row were asked, and more are other than zero")
+            checked.append(Candidate(None, weight.to(dtype)))
+            continue
         if kept is None or len(kept) != keep or list(kept) != sorted(set(kept)):
             raise PluginError(f"{who}: {keep} groups in ascending order were asked, not {kept}")
         if not bool(torch.isfinite(candidate.weight).all()):

@@ -112,7 +112,12 @@ def prune(
     model: Model = None,
     *,
     model_option: ModelOption = None,
-    sparsity: Annotated[float | None, typer.Option(help="Share of the parameters of all blocks to remove.")] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the blocks' parameters (of structure weights: of their linear maps' weights) to remove."
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the result.")] = None,
     recipe: Annotated[str, typer.Option(help="A YAML file, the folder of a pruned model, or a preset.")] = "default",
     pruner: Annotated[str | None, typer.Option(help="Decides what to keep in one layer.")] = None,
@@ -123,7 +128,9 @@ def prune(
         typer.Option(help="Polishes the small model; in the order given, in place of the recipe's. Repeatable."),
     ] = None,
     carry: Annotated[str | None, typer.Option(help="Activations for the next block: dense, centre, expected.")] = None,
-    structure: Annotated[str | None, typer.Option(help="What is removed: groups.")] = None,
+    structure: Annotated[
+        str | None, typer.Option(help="What is removed: groups, weights, or all but N of every M: 2:4.")
+    ] = None,
     dataset: Dataset = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="Tokens to measure layers on.")] = None,
     search_tokens: Annotated[int | None, typer.Option(help="Tokens to judge allocations on.")] = None,
@@ -166,10 +173,13 @@ def prune(
 
     from prunekit import pipeline
     from prunekit.progress import progress_for
+    from prunekit.report import gained
 
     _calm()
     result = pipeline.prune(chosen, output=output, progress=progress_for(quiet), resume=resume, overwrite=overwrite)
     _print(comparison(str(output), *_from_report(result.report, source, output)))
+    if "weights" in result.report:
+        typer.echo(gained(result.report["weights"]))
 
 
 @app.command()
@@ -277,6 +287,7 @@ def evaluate(
     table.add_row("measured as", found["label"])
     table.add_row("parameters", f"{found['parameters']:,}")
     table.add_row("weights", _bytes(found["bytes"]))
+    table.add_row("zeros", f"{found['zeros']:.2%} of the weights of linear maps")
     table.add_row("prefill", f"{found['prefill_tokens_per_second']:,.0f} tokens/s on {found['device']}")
     table.add_row("decode", f"{found['decode_tokens_per_second']:,.1f} tokens/s on {found['device']}")
     _print(table)
@@ -362,6 +373,7 @@ def _bytes(n: float) -> str:
 ROWS: Mapping[str, Callable[[float], str]] = {
     "parameters": "{:,.0f}".format,
     "block parameters": "{:,.0f}".format,
+    "not zero in linear maps": "{:,.0f}".format,
     "perplexity": "{:,.2f}".format,
     "size on disk": _bytes,
     "prefill tokens/s": "{:,.0f}".format,
@@ -414,6 +426,8 @@ def _from_report(report: Mapping[str, Any], model: str, output: Path) -> tuple[d
             "block parameters": report[which]["block_parameters"],
             "perplexity": report["losses"][which]["perplexity"],
         }
+        if (weights := report.get("weights")) is not None:
+            found["not zero in linear maps"] = weights["in_linear_maps" if which == "dense" else "not_zero"]
         stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         return {**found, "size on disk": stored} if stored else found
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class LocalPruner(ABC):
     """Answers, for one layer, what to keep at every count."""
 
-    structures: ClassVar[frozenset[str]] = frozenset({"groups"})
+    structures: ClassVar[frozenset[str]] = frozenset({"groups"})  # and/or weights, n:m
 
     @property
     def needs(self) -> frozenset[str]:
@@ -47,6 +47,9 @@ class LocalPruner(ABC):
         """One candidate for every count in `keeps`, in that order.
 
         `keeps` holds distinct counts of kept groups in any order, 0 and all included. The layer is not changed.
+
+        Where `layer.structure` is weights, a count k allows k non-zeros in every row, or k · d_out anywhere; where it
+        is n:m, k · block / d_in in every `block` of a row. Such candidates have no `kept`.
         """
 
     def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"] | None:
@@ -202,24 +205,22 @@ class Workpiece:
     dense: PreTrainedModel  # as it was before pruning, in the dtype of the computation; only to be read
     adapter: ModelAdapter  # of both
     sites: tuple[Site, ...]  # of the dense model, in order of execution
-    kept: tuple[tuple[int, ...], ...]  # ids of the groups that were kept, ascending, by site; (): it was dropped
+    plan: Allocation  # kept groups, or weights per row, by site
+    kept: tuple[tuple[int, ...], ...]  # ids of the groups that were kept, ascending, by site; (): dropped, or no groups
     tokens: TokenBatch  # of calibration
     seed: int
     progress: Progress
     checkpoints: Checkpoints  # what must not be made twice when a run is interrupted
 
-    @property
-    def plan(self) -> Allocation:
-        """Kept groups per site."""
-        return tuple(len(groups) for groups in self.kept)
-
 
 class Finisher(ABC):
-    """Polishes the assembled small model; every site keeps its groups.
+    """Polishes the assembled small model; every site keeps its groups, or its count of weights.
 
-    The core checks afterwards that every shape is as before and every weight finite, and rounds the model to
-    the dtype of the checkpoint when the last finisher is done.
+    The core checks afterwards that every shape is as before, every weight finite and no count exceeded, and rounds
+    the model to the dtype of the checkpoint when the last finisher is done.
     """
+
+    structures: ClassVar[frozenset[str]] = frozenset({"groups"})  # or weights, n:m: zeros stay where there are as many
 
     @property
     def adds_biases(self) -> bool:

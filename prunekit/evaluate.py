@@ -143,6 +143,15 @@ def size(model: nn.Module, directory: str | Path | None = None) -> Size:
     return Size(sum(p.numel() for p in parameters), stored)
 
 
+@torch.no_grad()
+def zeros(model: Any) -> float:
+    """Share of zeros among the weights of linear maps, the one that makes logits apart."""
+    head = model.get_output_embeddings()
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    total = sum(weight.numel() for weight in weights)
+    return 1 - sum(int(weight.count_nonzero()) for weight in weights) / total if total else 0.0
+
+
 def evaluate(
     model: str,
     dataset: str = "python-docs",
@@ -188,6 +197,7 @@ def evaluate(
         "digest": batch.digest,
         "parameters": weights.parameters,
         "bytes": weights.bytes,
+        "zeros": zeros(loaded),
         "prefill_tokens_per_second": pace.prefill,
         "decode_tokens_per_second": pace.decode,
         "device": pace.device,

@@ -280,6 +280,14 @@ class Nested:
         return [found[keep] for keep in keeps]
 
 
+def is_sparse(weight: Float[Tensor, "d_out d_in"], keep: int, block: int = 0) -> bool:
+    """Whether a weight has `keep` non-zeros per row or fewer: on average, or in every block of so many inputs alike."""
+    there = weight != 0
+    if block:
+        return bool((there.unflatten(1, (-1, block)).sum(-1) <= keep * block // weight.shape[1]).all())
+    return int(there.sum()) <= keep * len(weight)
+
+
 def ranked(score: Float[Tensor, " n_groups"]) -> list[int]:
     """Group ids from the largest score to the smallest; on a tie the lower id comes first.
 

@@ -29,12 +29,13 @@ from prunekit.errors import CannotGoOn, PluginError, WrongInput
 from prunekit.evaluate import perplexity
 from prunekit.export import hf
 from prunekit.export.verify import NotVerified, verify
+from prunekit.layer import is_sparse
 from prunekit.ledger import Ledger
 from prunekit.progress import Progress
 from prunekit.recipe import Recipe
 from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, signals_of
 from prunekit.search import converse
-from prunekit.sites import Allocation, Budget, Site, Space
+from prunekit.sites import Allocation, Budget, Site, Space, Structure
 from prunekit.store import CandidateStore, Checkpoints, write_json
 from prunekit.supernet import Supernet
 from prunekit.workplace import check_output, publish, unfinished, workplace
@@ -210,7 +211,7 @@ class Run:
             "centre": list(centre) if recipe.carry == "centre" else None,
             "tokens": [[t.digest, *t.ids.shape] for t in (draws.calibration, draws.contrast) if t is not None],
             "measured": [*map(repr, signals), scores],
-            **{name: getattr(recipe, name) for name in ("pruner", "carry", "damping")},
+            **{name: getattr(recipe, name) for name in ("structure", "pruner", "carry", "damping")},
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         store, begun = CandidateStore(shelf / f"walk-{name}", key), time.perf_counter()
@@ -241,8 +242,8 @@ class Run:
         for i, spec in enumerate(self.recipe.finishers):
             before, finisher = shapes(small), FINISHERS.build(spec)
             piece = Workpiece(
-                small, dense.model, dense.adapter, net.space.sites, kept, self.draws.calibration, self.recipe.seed,
-                self.progress, Checkpoints(self.place / f"finisher-{i}"),
+                small, dense.model, dense.adapter, net.space.sites, plan, kept, self.draws.calibration,
+                self.recipe.seed, self.progress, Checkpoints(self.place / f"finisher-{i}"),
             )  # fmt: skip
             with self.clock("finish"):
                 said.append({"name": spec["name"]} | finisher.finish(piece))
@@ -257,7 +258,7 @@ def shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def check_finished(piece: Workpiece, finisher: Finisher, before: Mapping[str, torch.Size]) -> None:
-    """Every shape is as before, but for biases where sites may get them; every weight is finite.
+    """Every shape is as before, but for biases where sites may get them; every weight is finite; zeros are as many.
 
     Raises:
         PluginError: says what is not.
@@ -272,6 +273,12 @@ def check_finished(piece: Workpiece, finisher: Finisher, before: Mapping[str, to
     for name, value in piece.model.named_parameters():
         if not bool(torch.isfinite(value).all()):
             raise PluginError(f"{who} left values in {name} that are not finite")
+    blocks = piece.adapter.blocks(piece.model)
+    for site, count in zip(piece.sites, piece.plan, strict=True):
+        if site.kind == "linear":
+            weight = piece.adapter.linear(blocks[site.block], site).weight
+            if not is_sparse(weight, count, site.pattern):
+                raise PluginError(f"{who} left more than {site.said(count)} weights per row of {site.name}")
 
 
 def _shape(size: torch.Size | None) -> str:
@@ -279,15 +286,25 @@ def _shape(size: torch.Size | None) -> str:
 
 
 def whole_space(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, dtype: torch.dtype) -> Space:
-    """Every count of every site of the model, under the recipe's budget."""
-    sites: tuple[Site, ...] = adapter.sites(model, heads=recipe.heads)
+    """Every count of every site of the model, under the recipe's budget.
+
+    The budget of single weights is a share of the weights of the linear maps, as in the literature; with of=model,
+    of all parameters.
+    """
+    structure, kept = Structure.parsed(recipe.structure), float(1 - Fraction(str(recipe.sparsity)))
+    sites: tuple[Site, ...]
+    if structure.units == "groups":
+        sites = adapter.sites(model, heads=recipe.heads)
+    else:
+        sites = adapter.linear_sites(model, structure)
     if not sites:
         raise WrongInput("the model has no site left to prune")
     base = model if recipe.of == "model" else adapter.blocks(model)
-    total = sum(p.numel() for p in base.parameters())
-    outside = total - sum(site.parameters(site.n_groups) for site in sites)
+    freed = sum(site.parameters(site.n_groups) for site in sites)
+    counts = recipe.of == "model" or structure.units == "groups"
+    outside = sum(p.numel() for p in base.parameters()) - freed if counts else 0
     budget = Budget.keeping(
-        float(1 - Fraction(str(recipe.sparsity))), sites,
+        kept if structure.units != "n:m" else Fraction(structure.kept, structure.block), sites,
         metric=recipe.metric, bytes_per_parameter=dtype.itemsize, outside=outside, apart=recipe.apart,
     )  # fmt: skip
     if any(FINISHERS.build(spec).adds_biases for spec in recipe.finishers):

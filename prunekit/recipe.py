@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from prunekit.errors import WrongInput
-from prunekit.sites import Metric
+from prunekit.sites import Metric, Structure
 
 if TYPE_CHECKING:
     from prunekit.calibration.tokens import Draws
+    from prunekit.contracts import Allocator, Finisher, LocalPruner, Signal
 
 PRESETS = "prunekit.recipes"  # group of entry points
-STRUCTURES = ("groups",)
 WITHOUT_EFFECT = frozenset({"version", "device", "code", "verify", "trust_remote_code"})  # on the weights that come out
 
 
@@ -65,6 +65,20 @@ Texts = Annotated[
     BeforeValidator(_as_texts),
 ]
 """A data set by name, or several: a list of names and {dataset: ..., weight: ..., split: ...}."""
+
+
+def _as_pattern(value: Any) -> Any:
+    """YAML 1.1 reads 2:4 as 2 · 60 + 4."""
+    return f"{value // 60}:{value % 60}" if isinstance(value, int) and value > 60 else value
+
+
+def _pattern(structure: Any) -> Structure | None:
+    """The pattern, where it is one."""
+    try:
+        found = Structure.parsed(structure) if isinstance(structure, str) else None
+    except WrongInput:  # said where the recipe is checked
+        return None
+    return found if found is not None and found.block else None
 
 
 def _names(texts: str | tuple[TextSpec, ...] | None) -> list[str]:
@@ -125,7 +139,7 @@ class Recipe(_Strict):
     of: Literal["blocks", "model"] = "blocks"
     metric: Metric = "parameters"
     apart: bool = False  # attention and MLP get `sparsity` each and do not trade
-    structure: str = "groups"
+    structure: Annotated[str, BeforeValidator(_as_pattern)] = "groups"  # or weights, or N:M, which says the sparsity
     heads: Literal["kv", "query"] = "kv"  # a group: a KV head with its query heads, or query heads of every KV head
     pruner: Spec
     allocator: Spec
@@ -142,6 +156,14 @@ class Recipe(_Strict):
     trust_remote_code: bool = False
     code: Literal["import", "bundled"] = "import"  # how a result of uneven sizes finds its classes
     verify: bool = True  # load the result in a fresh process and compare
+
+    @model_validator(mode="before")
+    @classmethod
+    def _patterns_say_the_sparsity(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "sparsity" not in values:
+            pattern = _pattern(_as_pattern(values.get("structure")))
+            return values if pattern is None else values | {"sparsity": pattern.sparsity}
+        return values
 
     @classmethod
     def load(cls, name: str | Path = "default") -> Self:
@@ -182,6 +204,13 @@ class Recipe(_Strict):
             ):
                 forgotten += ["evaluation_dataset", "evaluation_split"]
             values["data"] |= dict.fromkeys(forgotten)
+        structure = _as_pattern(overrides.get("structure", self.structure))
+        if (
+            "sparsity" not in overrides
+            and structure != self.structure
+            and (_pattern(structure) or _pattern(self.structure))
+        ):
+            values.pop("sparsity")  # a pattern has its own; what follows one has the default
         for key in sorted(overrides, key=lambda key: key.count(".")):  # a plug-in before its options
             _place(values, key, overrides[key])
             if key.split(".")[0] in ("data", "model", "seed") and isinstance(values["data"], dict):
@@ -198,17 +227,12 @@ class Recipe(_Strict):
         from prunekit.contracts import LocalPruner
         from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, SIGNALS, signals_of
 
-        if self.structure not in STRUCTURES:
-            raise WrongInput(f"no structure {self.structure!r}; there are {', '.join(STRUCTURES)}")
         if self.apart and self.of == "model":
             raise WrongInput(
                 "apart gives attention and MLP each their share of the blocks; it does not go with of=model"
             )
         pruner = PRUNERS.build(self.pruner)
-        if self.structure not in pruner.structures:
-            raise WrongInput(
-                f"pruner {self.pruner['name']!r} cannot remove {self.structure}; it can {', '.join(pruner.structures)}"
-            )
+        finishers = [FINISHERS.build(spec) for spec in self.finishers]
         allocator = ALLOCATORS.build(self.allocator)
         signals = signals_of(allocator)  # a name that does not exist is met here
         if "scores" in allocator.needs and type(pruner).scores is LocalPruner.scores:
@@ -216,6 +240,7 @@ class Recipe(_Strict):
                 f"allocator {self.allocator['name']!r} ranks groups by the pruner's scores, and pruner "
                 f"{self.pruner['name']!r} has none; choose another of either"
             )
+        self._check_structure(pruner, allocator, signals, finishers)
         readers = {f"pruner {self.pruner['name']!r}": pruner} | {f"signal {SIGNALS.name_of(s)!r}": s for s in signals}
         for who, plugin in readers.items():
             if "contrast" in plugin.needs and self.data.contrast_dataset is None:
@@ -229,9 +254,38 @@ class Recipe(_Strict):
                 "pruner": PRUNERS.spec(pruner),
                 "allocator": ALLOCATORS.spec(allocator),
                 "objective": OBJECTIVES.spec(OBJECTIVES.build(self.objective)),
-                "finishers": tuple(FINISHERS.spec(FINISHERS.build(spec)) for spec in self.finishers),
+                "finishers": tuple(map(FINISHERS.spec, finishers)),
             }
         )
+
+    def _check_structure(
+        self, pruner: LocalPruner, allocator: Allocator, signals: Sequence[Signal], finishers: Sequence[Finisher]
+    ) -> None:
+        """Every part must know what is removed."""
+        from prunekit.registry import SIGNALS
+
+        structure = Structure.parsed(self.structure)
+        named = [("pruner", self.pruner, pruner)]
+        named += [("finisher", spec, each) for spec, each in zip(self.finishers, finishers, strict=True)]
+        for kind, spec, plugin in named:
+            if structure.units not in plugin.structures:
+                there = ", ".join(sorted(plugin.structures))
+                raise WrongInput(f"{kind} {spec['name']!r} does not know structure {structure.units}; it knows {there}")
+        if structure.units == "groups":
+            return
+        if self.apart:
+            raise WrongInput("apart gives attention and MLP each their share of groups; it goes with structure groups")
+        if "scores" in allocator.needs:
+            raise WrongInput(f"allocator {self.allocator['name']!r} ranks groups; it goes with structure groups")
+        for signal in signals:
+            if "influence" in signal.needs:
+                name = SIGNALS.name_of(signal)
+                raise WrongInput(f"signal {name!r} is of whole sub-layers; it goes with structure groups")
+        if structure.block and (self.sparsity != structure.sparsity or self.of == "model"):
+            raise WrongInput(
+                f"structure {self.structure} removes {structure.sparsity:.4g} of the weights of all linear maps in "
+                "blocks; leave sparsity and of away, or take structure weights"
+            )
 
     def completed(self, *, model: str, draws: Draws) -> Self:
         """This recipe with the model's name and every choice about the tokens written in."""

@@ -77,6 +77,7 @@ def report(
             "limit": whole.budget.limit,
             "spent": whole.cost(plan),
         },
+        **({} if recipe.structure == "groups" else {"weights": weights(small, net, plan, recipe.structure)}),
         "losses": dict(losses),
         "sites": [
             {
@@ -85,6 +86,7 @@ def report(
                 "kind": site.kind,
                 "groups": site.n_groups,
                 "kept": kept,
+                **({} if site.kind != "linear" else {"keeps": site.said(kept)}),
                 "parameters": site.parameters(kept),
                 "error": error,
             }
@@ -103,6 +105,39 @@ def report(
         "seed": recipe.seed,
         "versions": versions(recipe),
     }
+
+
+def weights(small: nn.Module, net: Supernet, plan: Allocation, structure: str) -> dict[str, Any]:
+    """What is zero in the linear maps of the blocks, counted in the tensors, and what the rest would take to store."""
+    blocks, sites = net.adapter.blocks(small), net.space.sites
+    tensors = [net.adapter.linear(blocks[site.block], site).weight for site in sites]
+    total, kept = sum(w.numel() for w in tensors), sum(int(w.count_nonzero()) for w in tensors)
+    patterns = [site.said(count) for site, count in zip(sites, plan, strict=True) if site.pattern]
+    return {
+        "structure": structure,
+        "in_linear_maps": total,
+        "not_zero": kept,
+        "sparsity": 1 - kept / total,
+        "bytes": sum(w.nbytes for w in tensors),
+        "bytes_as_mask_and_values": sum(-(-w.numel() // 8) + int(w.count_nonzero()) * w.itemsize for w in tensors),
+        **({"patterns": {pattern: patterns.count(pattern) for pattern in sorted(set(patterns))}} if patterns else {}),
+    }
+
+
+def gained(found: Mapping[str, Any]) -> str:
+    """What zeros are good for, and what not; `found` is of `weights`."""
+    size, small = found["bytes"], found["bytes_as_mask_and_values"]
+    said = (
+        "Nothing is smaller or faster by itself: zeros are stored and multiplied like other numbers. "
+        f"As a bit mask and values, the {size / 1e6:,.1f} MB of these linear maps would take {small / 1e6:,.1f} MB"
+    )
+    if (patterns := found.get("patterns")) is None:
+        return f"{said}; time is saved only by kernels for sparse weights."
+    fit = sum(many for pattern, many in patterns.items() if pattern in ("1:4", "2:4"))
+    return (
+        f"{said}. Sparse tensor cores take 2:4 once weights are converted: {fit} of {sum(patterns.values())} maps fit ("
+        f"{', '.join(f'{many} keep {pattern}' for pattern, many in patterns.items())})."
+    )
 
 
 def by_source(batch: TokenBatch, dense: Perplexity, pruned: Perplexity) -> dict[str, dict[str, float]]:
@@ -131,27 +166,33 @@ def card(document: Mapping[str, Any], recipe: Recipe) -> str:
     name = Path(str(document["model"])).name
     parts = ", ".join(f"{kind} `{spec['name']}`" for kind, spec in _parts(recipe))
     rows = "\n".join(
-        f"| {site['name']} | {site['kept']:,} of {site['groups']:,} | {site['error']:.4f} |"
+        f"| {site['name']} | {site.get('keeps') or '{:,} of {:,}'.format(site['kept'], site['groups'])} "
+        f"| {site['error']:.4f} |"
         for site in document["sites"]
     )
+    title, unit, more, note = f"{pruned['sparsity_of_blocks']:.1%} of the block parameters removed", "groups", "", ""
+    if (found := document.get("weights")) is not None:
+        title, unit = f"{found['sparsity']:.1%} of the weights in the blocks' linear maps are zero", "weights per row"
+        more = f"\n| not zero in linear maps | {found['in_linear_maps']:,} | {found['not_zero']:,} |"
+        note = f"\n{gained(found)}\n"
     return f"""---
 base_model: {document["model"]}
 tags: [prunekit, pruned]
 library_name: transformers
 ---
 
-# {name}, {document["pruned"]["sparsity_of_blocks"]:.1%} of the block parameters removed
+# {name}, {title}
 
 Pruned by prunekit {document["versions"]["prunekit"]} with {parts}.
 
 | | dense | pruned |
 |---|---|---|
 | parameters | {dense["parameters"]:,} | {pruned["parameters"]:,} |
-| in blocks | {dense["block_parameters"]:,} | {pruned["block_parameters"]:,} |
+| in blocks | {dense["block_parameters"]:,} | {pruned["block_parameters"]:,} |{more}
 | perplexity | {losses["dense"]["perplexity"]:.2f} | {losses["pruned"]["perplexity"]:.2f} |
 
 Perplexity: `{losses["pruned"]["label"]}`. Calibration and search: {document["data"]["source"]}.
-
+{note}
 ## Load
 
 ```python
@@ -166,7 +207,7 @@ tokenizer = AutoTokenizer.from_pretrained("this folder")
 
 ## Sites
 
-| site | kept groups | relative output error |
+| site | kept {unit} | relative output error |
 |---|---|---|
 {rows}
 """

@@ -20,7 +20,49 @@ Allocation = tuple[int, ...]
 """Kept groups per site, in order of execution."""
 
 Kind = Literal["attention", "mlp", "linear"]
+Units = Literal["groups", "weights", "n:m"]
 Metric = Literal["parameters", "bytes", "flops", "kv-cache"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What is removed: whole groups, weights anywhere, or all but n of every m consecutive weights of a row."""
+
+    units: Units
+    kept: int = 0  # n
+    block: int = 0  # m
+
+    @classmethod
+    def parsed(cls, text: str) -> Structure:
+        """groups, weights, or a pattern such as 2:4: two kept of four.
+
+        Raises:
+            WrongInput: it is none of them.
+        """
+        if text in ("groups", "weights"):
+            return cls(text)
+        kept, colon, block = text.partition(":")
+        if colon and kept.isdecimal() and block.isdecimal() and 0 < int(kept) < int(block):
+            return cls("n:m", int(kept), int(block))
+        raise WrongInput(
+            f"no structure {text!r}; there are groups, weights, and patterns N:M that keep N of every M weights, "
+            "0 < N < M, such as 2:4"
+        )
+
+    @property
+    def sparsity(self) -> float:
+        """The share that a pattern removes."""
+        return float(1 - Fraction(self.kept, self.block))
+
+    def step(self, d_in: int) -> int:
+        """What counts of kept weights per row are multiples of, for rows of `d_in` weights.
+
+        Of a pattern, whole weights of every block; quarters of it are fine enough, unless n asks for more.
+        """
+        if self.units != "n:m":
+            return 1
+        rungs = math.gcd(self.kept, self.block // 4) if self.block % 4 == 0 else 1
+        return d_in // self.block * rungs
 
 
 @dataclass(frozen=True)
@@ -29,6 +71,9 @@ class Site:
 
     A group lives or dies together with everything that feeds it (rows of the projections in
     front). Keeping 0 groups drops the whole sub-layer, its norm and biases included.
+
+    Of kind "linear", single weights are removed: a count is that of the weights kept per output row, in exact mean
+    over the rows. Keeping 0 leaves a map of zeros and its bias.
     """
 
     name: str  # module path of the linear map inside the model
@@ -41,10 +86,24 @@ class Site:
     cached_per_group: int = 0  # values a group keeps in the KV cache per token
     spread: int = 1  # a group takes group_size/spread columns from each of `spread` equal parts
     least: int = 0  # the smallest count that may be kept
+    step: int = 1  # counts are multiples of it
+    pattern: int = 0  # m, where n of every m consecutive weights of a row are kept
+    shares: str = ""  # sites that say the same receive the same input; "": nobody else does
 
     @property
     def d_in(self) -> int:
         return self.n_groups * self.group_size
+
+    @property
+    def structure(self) -> Units:
+        """What is removed here."""
+        return "groups" if self.kind != "linear" else "n:m" if self.pattern else "weights"
+
+    def said(self, kept: int) -> str:
+        """A count in words: 12 of 32, or as a pattern, 2:4."""
+        if self.pattern:
+            return f"{kept * self.pattern // self.n_groups}:{self.pattern}"
+        return f"{kept:,} of {self.n_groups:,}"
 
     def parameters(self, kept: int) -> int:
         """Parameters of the sub-layer when `kept` groups are kept."""
@@ -75,7 +134,7 @@ class Budget:
     @classmethod
     def keeping(
         cls,
-        share: float,
+        share: float | Fraction,
         sites: Sequence[Site],
         *,
         metric: Metric = "parameters",
@@ -126,11 +185,13 @@ class Space:
         for site, ladder in zip(self.sites, self.ladders, strict=True):
             if not ladder or list(ladder) != sorted(set(ladder)) or ladder[0] < 0 or ladder[-1] > site.n_groups:
                 raise ValueError(f"{site.name}: a ladder ascends within 0..{site.n_groups}, not {ladder}")
+            if site.step > 1 and any(kept % site.step for kept in ladder):
+                raise ValueError(f"{site.name}: counts are multiples of {site.step}, not {ladder}")
 
     @classmethod
     def whole(cls, sites: Sequence[Site], budget: Budget) -> Space:
         """Every count of every site."""
-        return cls(tuple(sites), tuple(tuple(range(s.least, s.n_groups + 1)) for s in sites), budget)
+        return cls(tuple(sites), tuple(tuple(range(s.least, s.n_groups + 1, s.step)) for s in sites), budget)
 
     # -- prices ---------------------------------------------------------------------------------
 
@@ -386,13 +447,13 @@ class Space:
     def zoomed(self, centre: Allocation, stride: float | None = None, reach: int = 4) -> Space:
         """Ladders of `reach` rungs on both sides of a centre; half the present stride unless told.
 
-        A stride is a share of a site's groups, never less than one group. Rungs beyond the ends are cut
-        at the ends, so the smallest and the largest count stay reachable from near them.
+        A stride is a share of a site's groups, never less than one group, or `Site.step`. Rungs beyond the
+        ends are cut at the ends, so the smallest and the largest count stay reachable from near them.
         """
         stride = self.stride / 2 if stride is None else stride
         ladders = []
         for site, middle in zip(self.sites, centre, strict=True):
-            step = max(1, round(stride * site.n_groups))
+            step = max(1, round(stride * site.n_groups / site.step)) * site.step
             rungs = {min(max(middle + j * step, site.least), site.n_groups) for j in range(-reach, reach + 1)}
             ladders.append(tuple(sorted(rungs)))
         return replace(self, ladders=tuple(ladders), stride=stride)

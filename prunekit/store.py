@@ -1,4 +1,4 @@
-"""Candidates on disk: kept columns only, safetensors and a manifest with checksums.
+"""Candidates on disk: kept columns, or a bit mask and values, in safetensors; a manifest with checksums.
 
 A store belongs to one walk. A site is in it whole or not at all, so an interrupted walk goes on
 where it stopped.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool, UInt8
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -77,16 +78,25 @@ class CandidateStore:
         errors: Sequence[float],
         signals: Sequence[float] = (),
         scores: Sequence[float] | None = None,
+        *,
+        keeps: Sequence[int] | None = None,
     ) -> None:
-        """Write all candidates of a site and what was measured there, then say so in the manifest."""
+        """Write all candidates of a site and what was measured there, then say so in the manifest.
+
+        `keeps` are their counts; None: of the groups they keep.
+        """
+        counts = list(keeps) if keeps is not None else [len(c.kept or ()) for c in candidates]
         tensors = {}
-        for candidate in candidates:
+        for count, candidate in zip(counts, candidates, strict=True):
+            weight = candidate.weight.detach().cpu()
             if candidate.kept is None:
-                raise ValueError(f"{site.name}: only candidates with groups are stored")
+                mask = weight != 0
+                tensors[f"{count}.mask"] = _packed(mask)
+                tensors[f"{count}.values"] = weight[mask]
+                continue
             columns = torch.tensor(site.columns(candidate.kept), dtype=torch.long)
-            count = len(candidate.kept)
             tensors[f"{count}.kept"] = torch.tensor(candidate.kept, dtype=torch.int32)
-            tensors[f"{count}.weight"] = candidate.weight.detach().cpu()[:, columns].contiguous()
+            tensors[f"{count}.weight"] = weight[:, columns].contiguous()
         if scores is not None:
             tensors["scores"] = torch.tensor(scores, dtype=torch.float64)
         name = f"{site.name}.safetensors"
@@ -98,14 +108,14 @@ class CandidateStore:
         self._entries["sites"][site.name] = {
             "file": name,
             "sha256": digest,
-            "kept": [len(c.kept or ()) for c in candidates],
+            "kept": counts,
             "errors": list(errors),
             "signals": list(signals),
         }
         write_json(self._manifest, self._entries)
 
     def get(self, site: Site, kept: int, device: torch.device | str = "cpu") -> Candidate:
-        """The candidate that keeps `kept` groups, with a full-width weight.
+        """The candidate that keeps `kept` groups, or weights per row, with a full-width weight.
 
         Raises:
             KeyError: there is none.
@@ -115,6 +125,13 @@ class CandidateStore:
         if kept not in entry["kept"]:
             raise KeyError(f"{site.name}: no candidate keeps {kept}; there are {entry['kept']}")
         with safe_open(self._intact(site), "pt") as file:
+            if site.kind == "linear":
+                values, bits = file.get_tensor(f"{kept}.values"), file.get_tensor(f"{kept}.mask")
+                rows = site.params_per_group
+                mask = _unpacked(bits, rows * site.d_in).view(rows, site.d_in)
+                weight = values.new_zeros(rows, site.d_in)
+                weight[mask] = values
+                return Candidate(None, weight.to(device))
             groups = tuple(file.get_tensor(f"{kept}.kept").tolist())
             columns = file.get_tensor(f"{kept}.weight")
         weight = columns.new_zeros(columns.shape[0], site.d_in)
@@ -155,6 +172,16 @@ class Checkpoints:
 
     def _path(self, name: str) -> Path | None:
         return None if self.directory is None else self.directory / f"{name}.safetensors"
+
+
+def _packed(mask: Bool[Tensor, ...]) -> UInt8[Tensor, " bytes"]:
+    """Eight to a byte, the first in its lowest bit."""
+    bits = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def _unpacked(bits: UInt8[Tensor, " bytes"], count: int) -> Bool[Tensor, " count"]:
+    return ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[:count].bool()
 
 
 def _settle(path: Path) -> None:

@@ -194,7 +194,11 @@ class Bench:
         net, plan = run.searched()
         small = copy.deepcopy(net.assemble(plan))
         run.finish(small, net, plan)
-        found: dict[str, float] = {"parameters": reporting.count(small), "seconds": sum(clock.seconds.values())}
+        kept = reporting.count(small)
+        if recipe.structure != "groups":
+            single = reporting.weights(small, net, plan, recipe.structure)
+            kept -= single["in_linear_maps"] - single["not_zero"]
+        found: dict[str, float] = {"parameters": kept, "seconds": sum(clock.seconds.values())}
         if {"perplexity", "loss"} & set(self.metrics):
             measured = perplexity(small, draws.search, progress=self.progress)
             found |= {"perplexity": measured.value, "loss": measured.nll}

@@ -18,7 +18,7 @@ from prunekit.errors import WrongInput
 from prunekit.layer import Candidate
 from prunekit.modeling import Family, Part, SkippedMixer, SkippedMLP, recount
 from prunekit.registry import ADAPTERS, UnknownName
-from prunekit.sites import Site
+from prunekit.sites import Site, Structure
 
 Heads = Literal["kv", "query"]
 M = TypeVar("M", bound=nn.Module)
@@ -71,19 +71,51 @@ class ModelAdapter:
             if part not in self.dropped(block)
         )
 
+    def linear_sites(self, model: nn.Module, structure: Structure) -> tuple[Site, ...]:
+        """Every linear map of every block as a site where single weights are removed, in order of execution.
+
+        Raises:
+            UnsupportedModel: a linear map is not a plain one, or its rows are no whole number of pattern blocks.
+        """
+        return tuple(
+            self._linear_site(block, index, path, shared, structure)
+            for index, block in enumerate(self.blocks(model))
+            for shared in self.stages(block)
+            for path in shared
+        )
+
+    def stages(self, block: nn.Module) -> list[tuple[str, ...]]:
+        """Paths of all linear maps of a block in order of execution; those that receive the same input together."""
+        stages: list[tuple[str, ...]] = []
+        for part in PARTS:
+            if part not in self.dropped(block):
+                stages += [self._fed(part), (self.family.columns[part],)]
+        return stages
+
     def holder(self, site: Site) -> str | None:
-        """Path in a block of the module whose output is that of the site's linear map; None: the block itself."""
-        return self.family.attention if site.kind == "attention" else self.family.mlp
+        """Path in a block of the module whose output is that of the site's linear map; None: there is none."""
+        part = self.part(site)
+        return None if part is None else self.family.attention if part == "attention" else self.family.mlp
+
+    def part(self, site: Site) -> Part | None:
+        """The part of the block whose output is that of the site's linear map; None: it feeds another map."""
+        path = self.path(site)
+        return next((part for part in PARTS if self.family.columns[part] == path), None)
+
+    def path(self, site: Site) -> str:
+        """Path in a block of the linear map that `site` cuts."""
+        if site.kind == "linear":
+            return site.name.removeprefix(f"{self.layers}.{site.block}.")
+        return self.family.columns[site.kind]
 
     def linear(self, block: nn.Module, site: Site) -> nn.Linear:
         """The linear map whose input columns `site` cuts."""
-        return _linear(block, self.family.columns[_part(site)])
+        return _linear(block, self.path(site))
 
     def maps(self, block: nn.Module, site: Site) -> list[nn.Linear]:
         """All linear maps of the site's sub-layer; the last is the one whose columns it cuts."""
-        part, inside = _part(site), f"{self.family.attention}."
-        fed = [path for path in self.family.rows if path.startswith(inside) == (part == "attention")]
-        return [_linear(block, path) for path in (*fed, self.family.columns[part])]
+        part = _part(site)
+        return [_linear(block, path) for path in (*self._fed(part), self.family.columns[part])]
 
     def adds_up(self, block: nn.Module) -> bool:
         """Whether a block is its input plus its sub-layers' outputs; not where a norm comes after the sum."""
@@ -100,8 +132,11 @@ class ModelAdapter:
     def pruned(self, block: nn.Module, site: Site, candidate: Candidate) -> dict[str, nn.Module]:
         """The modules of `block` that change, by path, cut to the candidate; `block` itself stays as it is.
 
-        What is not cut is shared with `block`: norms, activations, rotary tables.
+        What is not cut is shared with `block`: norms, activations, rotary tables. Where single weights were removed,
+        the linear map keeps its shape and has zeros.
         """
+        if site.kind == "linear":
+            return {self.path(site): reweighted(self.linear(block, site), candidate.weight)}
         if candidate.kept is None:
             raise ValueError(f"{site.name}: only candidates with groups can be cut out")
         if not candidate.kept:
@@ -139,6 +174,8 @@ class ModelAdapter:
     def cuts(self, block: nn.Module, site: Site) -> Sequence[Cut]:
         """Everything a group of `site` takes along; the last one cuts the columns of the site's own linear map."""
         own = torch.tensor(site.columns(range(site.n_groups))).reshape(site.n_groups, -1)
+        if site.kind == "linear":
+            return (Cut(self.path(site), 1, own),)
         if site.kind == "mlp":
             index = {"width": own}
         else:
@@ -207,6 +244,31 @@ class ModelAdapter:
         total = sum(p.numel() for module in gone for p in module.parameters())
         return replace(site, params_per_group=each, params_fixed=total - n_groups * each)
 
+    def _fed(self, part: Part) -> tuple[str, ...]:
+        """The linear maps in front of the one whose columns are cut."""
+        inside = f"{self.family.attention}."
+        return tuple(path for path in self.family.rows if path.startswith(inside) == (part == "attention"))
+
+    def _linear_site(
+        self, block: nn.Module, index: int, path: str, shared: tuple[str, ...], structure: Structure
+    ) -> Site:
+        prefix = f"{self.layers}.{index}"
+        name = f"{prefix}.{path}"
+        _check_plain(block, path, name)
+        linear = _linear(block, path)
+        d_in, d_out = linear.in_features, linear.out_features
+        if structure.block and d_in % structure.block:
+            raise UnsupportedModel(
+                f"{name} has rows of {d_in} weights, which are no whole blocks of {structure.block}; "
+                "choose a pattern N:M whose M divides them, or structure weights"
+            )
+        step = structure.step(d_in)
+        least = step if structure.block else 0  # a pattern keeps something of every block
+        return Site(
+            name, index, "linear", d_in, 1, d_out,
+            least=least, step=step, pattern=structure.block, shares=f"{prefix}.{shared[0]}" if len(shared) > 1 else "",
+        )  # fmt: skip
+
     def _stubs(self, block: nn.Module, site: Site) -> dict[str, nn.Module]:
         return self.family.skipped(block, _part(site), site.block, self.head_dim(block))
 
@@ -235,6 +297,14 @@ def sliced(linear: nn.Linear, dim: Literal[0, 1], index: Tensor, source: Tensor 
         kept = bias.detach().index_select(0, index.to(bias.device)) if dim == 0 else bias.detach().clone()
         small.bias = nn.Parameter(kept, bias.requires_grad)
     return small.train(linear.training)
+
+
+def reweighted(linear: nn.Linear, weight: Tensor) -> nn.Linear:
+    """A linear map of the same shape with another weight; it shares the bias."""
+    other = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    other.weight = nn.Parameter(weight.detach().to(linear.weight), linear.weight.requires_grad)
+    other.bias = linear.bias
+    return other.train(linear.training)
 
 
 def shallow(module: M) -> M:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from prunekit.adapters import ModelAdapter
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.tokens import TokenBatch
+from prunekit.modeling import Part
 from prunekit.sites import Site
 
 TOKENS_AT_ONCE = 2048  # per forward of one block: what stays in a cache, and bounds the activations held
@@ -79,6 +80,8 @@ class BlockFlow:
 
     Every sub-layer runs once. Its run ends where the site's linear map begins; when the weight to carry
     is known, the map is applied to what was caught there, and the sub-layer is replayed from then on.
+    Sites come in order of execution. Those with one input come one after the other and share what was caught:
+    no weight carried by one of them is in front of another.
     """
 
     @torch.no_grad()
@@ -88,6 +91,7 @@ class BlockFlow:
         self.calls = [calls for _, calls in entries]
         self.stream = _Stream([hidden for hidden, _ in entries])
         self.dense = _Stream(list(self.stream.hidden)) if dense else None
+        self._shared: tuple[str, Moments] = "", Moments.empty(0, torch.device("cpu"))
 
     @torch.no_grad()
     def received(self, site: Site, needs: frozenset[str] = frozenset()) -> Moments:
@@ -96,7 +100,15 @@ class BlockFlow:
         What costs more is added up when `needs` names it: absolute; power, of what the feeders receive; influence.
         """
         block = self.blocks[site.block]
-        linear = self.adapter.linear(block, site)
+        linear, part = self.adapter.linear(block, site), self.adapter.part(site)
+        if site.shares and site.shares == self._shared[0]:
+            moments = replace(self._shared[1], power=0.0)
+            for dense in self.dense.inputs if self.dense is not None else ():
+                moments.add_power(dense.flatten(0, -2), linear.weight)
+            return moments
+        for stream in (self.stream, self.dense):
+            if stream is not None:
+                stream.inputs.clear()  # of an input that was shared
         moments = Moments.empty(site.d_in, linear.weight.device, cross=self.dense is not None)
 
         def listen(feeder: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -111,22 +123,29 @@ class BlockFlow:
             moments.add(seen.flatten(0, -2))
             if "absolute" in needs:
                 moments.add_absolute(seen.reshape(-1, self.seqlen, site.d_in))
-            if "influence" in needs:
+            if "influence" in needs and part is not None:
                 moments.add_influence(self.stream.residual(i).flatten(0, -2), linear(seen).flatten(0, -2))
             if self.dense is not None:
                 dense = self._caught(self.dense, site, linear, i)
-                moments.add_dense(dense.flatten(0, -2), seen.flatten(0, -2), linear.weight)
-                drift = self.dense.residual(i) - self.stream.residual(i)
-                moments.add_drift(drift.flatten(0, -2), seen.flatten(0, -2))
+                moments.add_dense(dense.flatten(0, -2), seen.flatten(0, -2))
+                moments.add_power(dense.flatten(0, -2), linear.weight)
+                if part is not None:
+                    drift = self.dense.residual(i) - self.stream.residual(i)
+                    moments.add_drift(drift.flatten(0, -2), seen.flatten(0, -2))
+        self._shared = site.shares, moments
         return moments
 
     @torch.no_grad()
     def carry(self, site: Site, weight: Float[Tensor, "d_out d_in"] | None) -> None:
-        """From here on the stream passes `site` through this weight; None: its own. All zeros: it is dropped."""
+        """From here on the stream passes `site` through this weight; None: its own.
+
+        All zeros: the sub-layer is dropped; of a map that loses single weights, its bias stays.
+        """
         linear = self.adapter.linear(self.blocks[site.block], site)
-        self.stream.pass_through(site, linear, weight)
+        feeds = self.adapter.part(site) is None
+        self.stream.pass_through(site, linear, weight, feeds=feeds)
         if self.dense is not None:
-            self.dense.pass_through(site, linear, None)
+            self.dense.pass_through(site, linear, None, feeds=feeds)
 
     @torch.no_grad()
     def advance(self, block: int) -> None:
@@ -161,11 +180,12 @@ class _Stream:
         self.weights: dict[Site, Tensor | None] = {}
         self.outputs: dict[Site, list[Tensor]] = {}
 
-    def pass_through(self, site: Site, linear: nn.Linear, weight: Tensor | None) -> None:
+    def pass_through(self, site: Site, linear: nn.Linear, weight: Tensor | None, *, feeds: bool) -> None:
         self.weights[site] = weight
-        if self.inputs:
-            with installed(linear, weight):
+        if self.inputs and not feeds:
+            with installed(linear, site, weight):
                 self.outputs[site] = [linear(x) for x in self.inputs]
+        if not site.shares:
             self.inputs.clear()
 
     def residual(self, i: int) -> Tensor:
@@ -184,21 +204,22 @@ class _Stream:
             for site, weight in self.weights.items():
                 holder = adapter.holder(site)
                 if site in self.outputs and holder is not None:
-                    stack.enter_context(replayed(block.get_submodule(holder), site, self.outputs[site][i]))
+                    module, output = block.get_submodule(holder), self.outputs[site][i]
+                    stack.enter_context(replayed(module, output, adapter.part(site)))
                 else:
-                    stack.enter_context(installed(adapter.linear(block, site), weight))
+                    stack.enter_context(installed(adapter.linear(block, site), site, weight))
             yield
 
 
 @contextmanager
-def installed(linear: nn.Linear, weight: Tensor | None) -> Iterator[None]:
-    """The linear map with another weight; None leaves it. A weight of zeros silences the bias too."""
+def installed(linear: nn.Linear, site: Site, weight: Tensor | None) -> Iterator[None]:
+    """The linear map of a site with another weight; None leaves it. Zeros silence the bias where a sub-layer drops."""
     if weight is None:
         yield
         return
     own, bias = linear.weight, linear.bias
     linear.weight = nn.Parameter(weight.to(own), requires_grad=False)
-    if bias is not None and not weight.any():  # the sub-layer is dropped
+    if bias is not None and site.kind != "linear" and not weight.any():  # the sub-layer is dropped
         linear.bias = nn.Parameter(torch.zeros_like(bias), requires_grad=False)
     try:
         yield
@@ -207,11 +228,11 @@ def installed(linear: nn.Linear, weight: Tensor | None) -> Iterator[None]:
 
 
 @contextmanager
-def replayed(module: nn.Module, site: Site, output: Tensor) -> Iterator[None]:
-    """Within: the module of a site's sub-layer gives `output`, whatever it is called with."""
+def replayed(module: nn.Module, output: Tensor, part: Part | None) -> Iterator[None]:
+    """Within: the module of a part gives `output`, whatever it is called with."""
 
     def replay(*_: Any, **__: Any) -> Any:
-        return (output, None) if site.kind == "attention" else output
+        return (output, None) if part == "attention" else output
 
     module.forward = replay
     try:

@@ -43,13 +43,14 @@ class Moments:
         self.total += x.sum(0, dtype=torch.float64)
         self.outer += x.T @ x
 
-    def add_dense(
-        self, dense: Float[Tensor, "tokens d"], seen: Float[Tensor, "tokens d"], weight: Float[Tensor, "d_out d"]
-    ) -> None:
-        """What the dense model's site received for the tokens of the last `add`, and what it made of them."""
+    def add_dense(self, dense: Float[Tensor, "tokens d"], seen: Float[Tensor, "tokens d"]) -> None:
+        """What the dense model's site received for the tokens of the last `add`."""
         assert self.crossed is not None
+        self.crossed += precise(dense).T @ precise(seen)
+
+    def add_power(self, dense: Float[Tensor, "tokens d"], weight: Float[Tensor, "d_out d"]) -> None:
+        """What the dense model's linear map made of what it received."""
         x = precise(dense)
-        self.crossed += x.T @ precise(seen)
         self.power += float((x @ weight.to(x).T).square().sum(dtype=torch.float64))
 
     def add_drift(self, drift: Float[Tensor, "tokens d_out"], seen: Float[Tensor, "tokens d"]) -> None:

@@ -181,7 +181,8 @@ class _Lane:
         with ExitStack() as stack:
             for site, outputs in self.outputs.items():
                 if (holder := self.adapter.holder(site)) is not None:
-                    stack.enter_context(replayed(block.get_submodule(holder), site, outputs[i].to(of.dtype)))
+                    output = outputs[i].to(of.dtype)
+                    stack.enter_context(replayed(block.get_submodule(holder), output, self.adapter.part(site)))
             yield
 
 

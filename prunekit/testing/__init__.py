@@ -9,7 +9,7 @@ from prunekit.testing.objectives import ObjectiveSuite
 from prunekit.testing.oracle import best_allocation
 from prunekit.testing.pruners import PrunerSuite
 from prunekit.testing.signals import SignalSuite
-from prunekit.testing.supernets import KeepFirst, toy_questions, toy_supernet, toy_tokens, toy_workpiece
+from prunekit.testing.supernets import KeepFirst, KeepLargest, toy_questions, toy_supernet, toy_tokens, toy_workpiece
 
 __all__ = [
     "LAYERS",
@@ -17,6 +17,7 @@ __all__ = [
     "AllocatorSuite",
     "FinisherSuite",
     "KeepFirst",
+    "KeepLargest",
     "ObjectiveSuite",
     "PrunerSuite",
     "SignalSuite",

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 import random
+from contextlib import ExitStack
+from itertools import groupby
 from typing import ClassVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunekit.adapters import ModelAdapter
 from prunekit.calibration.flow import entered
 from prunekit.export.hf import to_transformers
 from prunekit.layer import Candidate
-from prunekit.sites import Site
+from prunekit.sites import Site, Structure
 from prunekit.testing.models import tiny
 from prunekit.testing.supernets import toy_tokens
 
 Plan = dict[Site, Candidate]
+WEIGHTS = Structure("weights")
 
 
 class AdapterSuite:
@@ -71,11 +74,63 @@ class AdapterSuite:
         cached, plain = (small.generate(ids, use_cache=use, **options) for use in (True, False))  # type: ignore[operator]
         assert torch.equal(cached, plain)
 
+    def test_linear_sites_are_all_linear_maps_of_the_blocks(self) -> None:
+        model = self._model()
+        blocks = self.plugin.blocks(model)
+        maps = {id(module) for module in blocks.modules() if isinstance(module, nn.Linear)}
+        sites = self.plugin.linear_sites(model, WEIGHTS)
+        assert [id(model.get_submodule(s.name)) for s in sites] == [
+            id(self.plugin.linear(blocks[s.block], s)) for s in sites
+        ]
+        assert {id(self.plugin.linear(blocks[s.block], s)) for s in sites} == maps
+        assert len(sites) == len(maps)
+        for site in sites:
+            linear = self.plugin.linear(blocks[site.block], site)
+            assert (site.d_in, site.parameters(1)) == (linear.in_features, linear.out_features)
+
+    def test_linear_sites_come_in_order_and_say_who_shares_an_input(self) -> None:
+        model = self._model()
+        seen: list[tuple[str, Tensor]] = []
+        sites = self.plugin.linear_sites(model, WEIGHTS)
+        with ExitStack() as stack:
+            for site in sites:
+
+                def listen(_: nn.Module, args: tuple[Tensor, ...], name: str = site.name) -> None:
+                    seen.append((name, args[0].flatten(0, -2)))
+
+                stack.enter_context(model.get_submodule(site.name).register_forward_pre_hook(listen))
+            _logits(model)
+        shared = {site.name: site.shares or site.name for site in sites}
+        stages = [name for name, _ in groupby(shared[name] for name, _ in seen)]
+        assert stages == [name for name, _ in groupby(shared.values())], "an input is whole before it is asked for"
+        inputs = dict(seen)
+        for site in sites:
+            assert torch.equal(inputs[site.name], inputs[shared[site.name]])
+
+    @pytest.mark.parametrize("seed", range(2))
+    def test_zeros_in_linear_maps_are_zeros_in_the_model(self, seed: int) -> None:
+        model, generator = self._model(), torch.Generator().manual_seed(seed)
+        masked, small = copy.deepcopy(model), copy.deepcopy(model)
+        for i, site in enumerate(self.plugin.linear_sites(model, WEIGHTS)):
+            own = self.plugin.linear(self.plugin.blocks(model)[site.block], site).weight
+            mask = torch.rand(own.shape, generator=generator) < (0.0 if i == 0 else 0.7)
+            self.plugin.linear(self.plugin.blocks(masked)[site.block], site).weight.data *= mask
+            self.plugin.remove(small, site, Candidate(None, own * mask))
+        torch.testing.assert_close(_logits(small), _logits(masked), rtol=0, atol=0)
+        exported = to_transformers(small, self.plugin)
+        assert type(exported) is type(model), "shapes are as before, so the stock class holds them"
+        torch.testing.assert_close(_logits(exported), _logits(small), rtol=0, atol=1e-10)
+        assert exported.num_parameters() == model.num_parameters()
+
     def test_the_dense_model_is_left_alone(self) -> None:
         model = self._model()
         before = {name: value.clone() for name, value in model.state_dict().items()}
         for site in self.plugin.sites(model):
             self.plugin.pruned(self.plugin.blocks(model)[site.block], site, self._candidate(model, site, [0]))
+        for site in self.plugin.linear_sites(model, WEIGHTS):
+            block = self.plugin.blocks(model)[site.block]
+            weight = torch.zeros_like(self.plugin.linear(block, site).weight)
+            self.plugin.pruned(block, site, Candidate(None, weight))
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
     def _model(self) -> PreTrainedModel:

@@ -40,6 +40,15 @@ class FinisherSuite:
     def test_every_site_keeps_its_groups_and_every_weight_is_a_number(self, plan: str) -> None:
         self._finished(_piece(plan=PLANS[plan]))
 
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Single weights for the finishers that know them."""
+        if "pattern" in metafunc.fixturenames:
+            known = {"weights": "weights", "n:m": "2:4"}
+            metafunc.parametrize("pattern", [text for units, text in known.items() if units in self.plugin.structures])
+
+    def test_no_linear_map_gets_more_weights_than_its_count(self, pattern: str) -> None:
+        self._finished(toy_workpiece(toy_supernet(structure=pattern, intermediate_size=16)))  # checked as in a run
+
     @pytest.mark.parametrize("model_type", ["opt", "gpt_neox"])
     def test_families_with_biases_and_other_blocks_too(self, model_type: str) -> None:
         self._finished(_piece(model_type))

@@ -22,12 +22,14 @@ def toy_layer(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     moments: torch.dtype = torch.float32,
+    block: int | None = None,
 ) -> LayerProblem:
     """A layer with correlated inputs and every field a pruner may need, but no cross moment.
 
     quirk: dead (the first group receives nothing), duplicate (the second receives what the first does), constant
     (the first column is 1), low rank (two directions in all), loud (the last column is 1000 times the others),
-    zero weight (the first group has none), silent (no group receives anything).
+    zero weight (the first group has none), silent (no group receives anything). With a block, single weights are
+    removed: 0 for structure weights, m for n:m; then nothing in front of the layer goes with them.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -62,7 +64,11 @@ def toy_layer(
         contrast=(x.square().mean(0) * normal(d_in).tanh().square()).to(moments),  # less than on the first data set
         gradient=normal(d_out, d_in).to(moments),
         fisher=normal(d_out, d_in).square().to(moments),
-        feeders=tuple(
+        structure="groups" if block is None else "n:m" if block else "weights",
+        block=block or 0,
+        feeders=()
+        if block is not None
+        else tuple(
             Feeder(
                 name,
                 normal(n_groups * rows, 3).to(dtype),
@@ -102,6 +108,11 @@ def permuted(layer: LayerProblem, order: Sequence[int]) -> LayerProblem:
     )
 
 
+def counts_of(layer: LayerProblem) -> range:
+    """All counts that may be asked of a layer, 0 and all included; of a pattern, whole weights of every block."""
+    return range(0, layer.n_groups + 1, layer.d_in // layer.block if layer.block else 1)
+
+
 LAYERS: dict[str, Callable[[], LayerProblem]] = {
     **{f"{quirk} columns": partial(toy_layer, quirk=quirk) for quirk in QUIRKS},
     **{f"{quirk} blocks": partial(toy_layer, 4, 3, quirk=quirk) for quirk in QUIRKS},
@@ -112,3 +123,22 @@ LAYERS: dict[str, Callable[[], LayerProblem]] = {
     "float16 weights": partial(toy_layer, 4, 3, dtype=torch.float16),
     "float64 moments": partial(toy_layer, moments=torch.float64),
 }
+
+
+def _sparse(block: int) -> dict[str, Callable[[], LayerProblem]]:
+    return {
+        **{f"{quirk} rows": partial(toy_layer, 8, quirk=quirk, block=block) for quirk in QUIRKS},
+        "one block": partial(toy_layer, 4, block=block),
+        "one output": partial(toy_layer, 8, d_out=1, block=block),
+        "bfloat16 weights": partial(toy_layer, 8, dtype=torch.bfloat16, block=block),
+        "float16 weights": partial(toy_layer, 8, dtype=torch.float16, block=block),
+        "float64 moments": partial(toy_layer, 8, moments=torch.float64, block=block),
+    }
+
+
+STRUCTURES: dict[str, dict[str, Callable[[], LayerProblem]]] = {
+    "groups": LAYERS,
+    "weights": _sparse(0) | {"one weight": partial(toy_layer, 1, block=0)},
+    "n:m": _sparse(4) | {"pairs": partial(toy_layer, 6, block=2)},
+}
+"""Layers for every structure, by its name."""

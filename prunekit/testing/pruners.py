@@ -1,8 +1,9 @@
 """What every local pruner promises."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prunekit.contracts import LocalPruner
-from prunekit.layer import STATISTICS, Candidate, LayerProblem
-from prunekit.testing.layers import LAYERS, QUIRKS, Quirk, permuted, toy_layer
+from prunekit.layer import STATISTICS, Candidate, LayerProblem, is_sparse
+from prunekit.testing.layers import QUIRKS, STRUCTURES, Quirk, counts_of, permuted, toy_layer
 
 
 def supplied(layer: LayerProblem, pruner: LocalPruner) -> LayerProblem:
@@ -30,35 +31,62 @@ def checked(pruner: LocalPruner, layer: LayerProblem, keeps: Sequence[int]) -> l
     assert len(candidates) == len(keeps), "one candidate for every count"
     for keep, candidate in zip(keeps, candidates, strict=True):
         kept, weight = candidate.kept, candidate.weight
-        assert kept is not None
-        assert len(kept) == keep, "the count that was asked for, in the order asked"
-        assert list(kept) == sorted(set(kept)), "ids ascend, each once"
-        assert set(kept) <= set(range(layer.n_groups))
-        assert all(type(g) is int for g in kept)
         assert (weight.shape, weight.dtype, weight.device) == (
             layer.weight.shape,
             layer.weight.dtype,
             layer.weight.device,
         )
         assert bool(torch.isfinite(weight).all())
+        if layer.structure != "groups":
+            assert kept is None
+            assert is_sparse(weight, keep, layer.block), "exact zeros, as many as were asked for where they were asked"
+            continue
+        assert kept is not None
+        assert len(kept) == keep, "the count that was asked for, in the order asked"
+        assert list(kept) == sorted(set(kept)), "ids ascend, each once"
+        assert set(kept) <= set(range(layer.n_groups))
+        assert all(type(g) is int for g in kept)
         gone = layer.columns(sorted(set(range(layer.n_groups)) - set(kept)))
         assert bool((weight[:, gone] == 0).all()), "exact zeros outside the kept groups"
     return candidates
 
 
+PLAIN: dict[str, dict[str, Callable[[], LayerProblem]]] = {
+    "groups": {"columns": partial(toy_layer, 12), "blocks": partial(toy_layer, 6, 4)},
+    "weights": {"weights": partial(toy_layer, 12, block=0)},
+    "n:m": {"fours": partial(toy_layer, 12, block=4)},
+}
+
+
 class PrunerSuite:
-    """Subclass it, name it Test..., and set `plugin`."""
+    """Subclass it, name it Test..., and set `plugin`. Every structure that it declares is tested."""
 
     plugin: LocalPruner
 
-    @pytest.fixture(params=LAYERS)
-    def layer(self, request: pytest.FixtureRequest) -> LayerProblem:
-        return supplied(LAYERS[request.param](), self.plugin)
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Layers of the structures that the pruner knows; what is said of groups meets groups only."""
+        known = sorted(self.plugin.structures)
+        for name, zoo, some in (
+            ("layer", STRUCTURES, known),
+            ("plain", PLAIN, known),
+            ("grouped", STRUCTURES, ["groups"]),
+            ("groups", PLAIN, ["groups"]),
+            ("single", PLAIN, ["weights", "n:m"]),
+        ):
+            if name in metafunc.fixturenames:
+                cases = {
+                    f"{structure}-{case}" if structure != "groups" else case: made
+                    for structure in some
+                    if structure in known
+                    for case, made in zoo[structure].items()
+                }
+                metafunc.parametrize(name, list(cases.values()), ids=list(cases), indirect=True)
 
-    @pytest.fixture(params=[(12, 1), (6, 4)], ids=["columns", "blocks"])
-    def plain(self, request: pytest.FixtureRequest) -> LayerProblem:
-        n_groups, size = request.param
-        return supplied(toy_layer(n_groups, size), self.plugin)
+    @pytest.fixture
+    def layer(self, request: pytest.FixtureRequest) -> LayerProblem:
+        return supplied(request.param(), self.plugin)
+
+    plain = grouped = groups = single = layer
 
     def test_is_a_frozen_dataclass_that_needs_known_fields(self) -> None:
         assert dataclasses.is_dataclass(self.plugin)
@@ -66,22 +94,22 @@ class PrunerSuite:
         assert self.plugin.needs <= STATISTICS
 
     def test_answers_every_count(self, layer: LayerProblem) -> None:
-        checked(self.plugin, layer, range(layer.n_groups + 1))
+        checked(self.plugin, layer, counts_of(layer))
 
     def test_keeping_all_loses_nothing(self, layer: LayerProblem) -> None:
-        candidates = checked(self.plugin, layer, range(layer.n_groups + 1))
+        candidates = checked(self.plugin, layer, counts_of(layer))
         errors = [layer.error(c.weight) for c in candidates]
         assert errors[-1] == pytest.approx(0, abs=1e-5)
         assert errors[-1] <= min(errors) + 1e-5
 
     def test_keeping_none_is_zero(self, layer: LayerProblem) -> None:
         (candidate,) = checked(self.plugin, layer, [0])
-        assert candidate.kept == ()
+        assert not candidate.kept
         assert not candidate.weight.any()
 
     def test_counts_may_come_in_any_order_and_alone(self, plain: LayerProblem) -> None:
-        counts = list(range(plain.n_groups + 1))
-        first = checked(self.plugin, plain, counts)
+        counts = list(counts_of(plain))
+        first = dict(zip(counts, checked(self.plugin, plain, counts), strict=True))
         assert checked(self.plugin, plain, []) == []
         for keeps in (counts[::-1], counts[1::3] + counts[::3]):
             for keep, candidate in zip(keeps, checked(self.plugin, plain, keeps), strict=True):
@@ -91,7 +119,7 @@ class PrunerSuite:
             checked(self.plugin, plain, [keep])
 
     def test_gives_the_same_answer_twice(self, layer: LayerProblem) -> None:
-        counts = range(layer.n_groups + 1)
+        counts = counts_of(layer)
         first = checked(self.plugin, layer, counts)
         state = torch.get_rng_state()
         second = checked(self.plugin, replace(layer), counts)
@@ -104,35 +132,48 @@ class PrunerSuite:
         parts = [getattr(owner, f.name) for owner in (layer, *layer.feeders) for f in dataclasses.fields(owner)]
         tensors = [part for part in parts if isinstance(part, torch.Tensor)]
         before = [tensor.clone() for tensor in tensors]
-        for candidate in checked(self.plugin, layer, range(layer.n_groups + 1)):
+        for candidate in checked(self.plugin, layer, counts_of(layer)):
             candidate.weight.fill_(7)  # an answer is the caller's own
         assert all(torch.equal(one, two) for one, two in zip(before, tensors, strict=True))
 
-    def test_follows_its_groups_when_they_change_places(self, plain: LayerProblem) -> None:
-        counts = range(plain.n_groups + 1)
-        order = torch.randperm(plain.n_groups, generator=torch.Generator().manual_seed(1)).tolist()
-        here = checked(self.plugin, plain, counts)
-        there = checked(self.plugin, permuted(plain, order), counts)
+    def test_wastes_no_weight(self, single: LayerProblem) -> None:
+        for keep, candidate in zip(counts_of(single), checked(self.plugin, single, counts_of(single)), strict=True):
+            assert int(candidate.weight.count_nonzero()) == keep * len(single.weight)
+
+    def test_follows_its_rows_when_they_change_places(self, single: LayerProblem) -> None:
+        order = torch.randperm(len(single.weight), generator=torch.Generator().manual_seed(1))
+        names = ("weight", "gradient", "fisher", "drift")
+        rows = {name: values[order] for name in names if (values := getattr(single, name)) is not None}
+        here = checked(self.plugin, single, counts_of(single))
+        there = checked(self.plugin, replace(single, **rows), counts_of(single))
+        for one, two in zip(here, there, strict=True):
+            torch.testing.assert_close(two.weight, one.weight[order], rtol=1e-3, atol=1e-5)
+
+    def test_follows_its_groups_when_they_change_places(self, groups: LayerProblem) -> None:
+        counts = range(groups.n_groups + 1)
+        order = torch.randperm(groups.n_groups, generator=torch.Generator().manual_seed(1)).tolist()
+        here = checked(self.plugin, groups, counts)
+        there = checked(self.plugin, permuted(groups, order), counts)
         for one, two in zip(here, there, strict=True):
             assert two.kept is not None
             assert one.kept == tuple(sorted(order[g] for g in two.kept))
-            torch.testing.assert_close(two.weight, one.weight[:, plain.columns(order)], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(two.weight, one.weight[:, groups.columns(order)], rtol=1e-3, atol=1e-5)
 
-    def test_its_scores_if_any_are_one_finite_number_per_group(self, layer: LayerProblem) -> None:
-        scores = self.plugin.scores(layer)
+    def test_its_scores_if_any_are_one_finite_number_per_group(self, grouped: LayerProblem) -> None:
+        scores = self.plugin.scores(grouped)
         if scores is not None:
-            assert scores.shape == (layer.n_groups,)
+            assert scores.shape == (grouped.n_groups,)
             assert bool(torch.isfinite(scores).all())
 
-    def test_its_scores_follow_the_groups(self, plain: LayerProblem) -> None:
-        order = torch.randperm(plain.n_groups, generator=torch.Generator().manual_seed(1)).tolist()
-        here, there = self.plugin.scores(plain), self.plugin.scores(permuted(plain, order))
+    def test_its_scores_follow_the_groups(self, groups: LayerProblem) -> None:
+        order = torch.randperm(groups.n_groups, generator=torch.Generator().manual_seed(1)).tolist()
+        here, there = self.plugin.scores(groups), self.plugin.scores(permuted(groups, order))
         if here is not None and there is not None:
             torch.testing.assert_close(there, here[order], rtol=1e-3, atol=1e-7)
 
     @pytest.mark.parametrize("scale", [2.0**-6, 2.0**6])
-    def test_chooses_the_same_groups_in_other_units(self, plain: LayerProblem, scale: float) -> None:
-        counts = range(plain.n_groups + 1)
+    def test_chooses_the_same_in_other_units(self, plain: LayerProblem, scale: float) -> None:
+        counts = counts_of(plain)
 
         def scaled(part: Any) -> Any:
             powers = {"weight": 1, "energy": 2, "gradient": -1, "fisher": -2}
@@ -142,6 +183,7 @@ class PrunerSuite:
         louder = replace(scaled(plain), feeders=tuple(scaled(feeder) for feeder in plain.feeders))
         for one, two in zip(checked(self.plugin, plain, counts), checked(self.plugin, louder, counts), strict=True):
             assert one.kept == two.kept
+            assert torch.equal(one.weight != 0, two.weight != 0)
             torch.testing.assert_close(two.weight, scale * one.weight, rtol=1e-3, atol=1e-5 * scale)
 
     # one class serves many subclasses, and the same examples for all of them are what we want
@@ -163,6 +205,13 @@ class PrunerSuite:
     def test_holds_its_promises_on_any_shape(
         self, *, n_groups: int, group_size: int, d_out: int, quirk: Quirk, seed: int, damping: float
     ) -> None:
-        layer = toy_layer(n_groups, group_size, d_out, quirk=quirk, seed=seed)
-        layer = supplied(replace(layer, damping=damping), self.plugin)
-        checked(self.plugin, layer, range(n_groups + 1))
+        for structure in sorted(self.plugin.structures):
+            if structure == "groups":
+                layer = toy_layer(n_groups, group_size, d_out, quirk=quirk, seed=seed)
+            else:
+                block = group_size + 1
+                layer = toy_layer(
+                    n_groups * block, 1, d_out, quirk=quirk, seed=seed, block=block if structure == "n:m" else 0
+                )
+            layer = supplied(replace(layer, damping=damping), self.plugin)
+            checked(self.plugin, layer, counts_of(layer))

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from prunekit.calibration.tokens import Answers, TokenBatch
 from prunekit.contracts import LocalPruner, Workpiece
 from prunekit.layer import Candidate, LayerProblem
 from prunekit.progress import Progress
-from prunekit.sites import Allocation, Budget, Space
+from prunekit.sites import Allocation, Budget, Space, Structure
 from prunekit.store import CandidateStore, Checkpoints
 from prunekit.supernet import Supernet
 from prunekit.testing.models import tiny
@@ -28,6 +29,19 @@ class KeepFirst(LocalPruner):
 
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
         return [layer.masked(range(keep)) for keep in keeps]
+
+
+@dataclass(frozen=True)
+class KeepLargest(LocalPruner):
+    """Keep the largest weights of every row, or of every block of a row, as they are; on a tie the lower column."""
+
+    structures = frozenset({"weights", "n:m"})
+
+    def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
+        blocks = layer.weight.unflatten(1, (-1, layer.block or layer.d_in))  # (d_out, blocks, width)
+        place = blocks.abs().argsort(dim=-1, descending=True, stable=True).argsort(-1)  # of every weight among its own
+        counts = (keep // len(blocks[0]) for keep in keeps)
+        return [Candidate(None, (blocks * (place < count)).flatten(1)) for count in counts]
 
 
 def toy_tokens(windows: int = 4, seqlen: int = 12, vocabulary: int = 61, seed: int = 0, sources: int = 1) -> TokenBatch:
@@ -59,16 +73,22 @@ def toy_supernet(
     carry: Carry = "expected",
     share: float = 0.5,
     heads: str = "kv",
+    structure: str = "groups",
     directory: Path | None = None,
+    **sizes: Any,
 ) -> Supernet:
     """A supernet over a tiny random model; its ladders hold every count, the dense allocation included."""
-    model = tiny(model_type).requires_grad_(False)
+    model = tiny(model_type, **sizes).requires_grad_(False)
     adapter: ModelAdapter = adapter_for(model_type)
-    sites = adapter.sites(model, heads=heads)  # type: ignore[arg-type]
+    single = structure != "groups"
+    sites = (
+        adapter.linear_sites(model, Structure.parsed(structure)) if single else adapter.sites(model, heads=heads)  # type: ignore[arg-type]
+    )
     whole = Space.whole(sites, Budget.keeping(share, sites))
     store = CandidateStore(directory or Path(tempfile.mkdtemp(prefix="prunekit-toy-")), {"toy": model_type})
     errors = build(
-        model, adapter, whole, whole.uniform(), pruner or KeepFirst(), toy_tokens(), store,
+        model, adapter, whole, whole.uniform(), pruner or (KeepLargest() if single else KeepFirst()), toy_tokens(),
+        store,
         carry=carry, dtype=torch.float64, progress=Progress(),
     )  # fmt: skip
     return Supernet(model, adapter, whole, errors, store)
@@ -88,6 +108,6 @@ def toy_workpiece(
     small = copy.deepcopy(net.assemble(plan))
     kept = tuple(net.store.get(site, count).kept or () for site, count in zip(net.space.sites, plan, strict=True))
     return Workpiece(
-        small, net.model, net.adapter, net.space.sites, kept, tokens or toy_tokens(), seed,
+        small, net.model, net.adapter, net.space.sites, plan, kept, tokens or toy_tokens(), seed,
         Progress(), checkpoints or Checkpoints(),
     )  # fmt: skip

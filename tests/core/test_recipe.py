@@ -1,4 +1,5 @@
 import re
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from prunekit import recipe as module
 from prunekit.contracts import LocalPruner
 from prunekit.errors import WrongInput
 from prunekit.recipe import DataSpec, Recipe, parsed, presets
-from prunekit.registry import FINISHERS, PRUNERS
+from prunekit.registry import FINISHERS, PRUNERS, Entry
 
 
 @pytest.fixture
@@ -128,6 +129,49 @@ def test_set_takes_yaml_values() -> None:
     assert parsed("data.dataset=a=b.txt") == ("data.dataset", "a=b.txt")
 
 
+# -- structures -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "structure", "sparsity"), [("2:4", "2:4", 0.5), ("'1:4'", "1:4", 0.75), ("4:16", "4:16", 0.75)]
+)
+def test_a_pattern_says_the_sparsity_with_or_without_quotes(
+    tmp_path: Path, text: str, structure: str, sparsity: float
+) -> None:
+    (tmp_path / "my.yaml").write_text(f"structure: {text}\n")
+    recipe = Recipe.load(tmp_path / "my.yaml")
+    assert (recipe.structure, recipe.sparsity) == (structure, sparsity)
+    key, value = parsed(f"structure={text}")
+    recipe = Recipe.load().with_overrides({key: value})
+    assert (recipe.structure, recipe.sparsity) == (structure, sparsity)
+    assert recipe.with_overrides({"seed": 1}).sparsity == sparsity
+    assert recipe.with_overrides({"structure": "weights"}).sparsity == 0.5
+    assert recipe.with_overrides({"structure": "weights", "sparsity": 0.7}).sparsity == 0.7
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"structure": "2:4", "sparsity": 0.6}, "structure 2:4 removes 0.5 of the weights"),
+        ({"structure": "2:4", "of": "model"}, "leave sparsity and of away"),
+        ({"structure": "weights", "apart": True}, "it goes with structure groups"),
+        ({"structure": "weights", "allocator": "block-influence"}, "signal 'influence' is of whole sub-layers"),
+        (
+            {"structure": "weights", "finishers": ["lora"]},
+            "finisher 'lora' does not know structure weights",
+        ),
+    ],
+)
+def test_what_does_not_go_with_single_weights_is_one_sentence(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, object], sentence: str
+) -> None:
+    point = EntryPoint("keep-largest", "prunekit.testing.supernets:KeepLargest", "prunekit.pruners")
+    monkeypatch.setitem(PRUNERS._entries, "keep-largest", Entry("pruner", "keep-largest", "prunekit", point))
+    with pytest.raises(WrongInput) as caught:
+        recipe.with_overrides({"pruner": "keep-largest"} | overrides).checked()
+    assert sentence in str(caught.value)
+
+
 # -- wrong input --------------------------------------------------------------------------------------
 
 
@@ -153,7 +197,13 @@ def test_set_takes_yaml_values() -> None:
         ({"sparsity": 1.0}, "more than 0 and less than 1, not 1.0"),
         ({"sparsity": -0.5}, "more than 0 and less than 1, not -0.5"),
         ({"sparsity": "half"}, "sparsity: input should be a valid number"),
-        ({"structure": "weights"}, "no structure 'weights'; there are groups"),
+        (
+            {"structure": "rows"},
+            "no structure 'rows'; there are groups, weights, and patterns N:M that",
+        ),
+        ({"structure": "4:2"}, "no structure '4:2'; there are groups, weights, and patterns N:M"),
+        ({"structure": "weights"}, "pruner 'obs' does not know structure weights; it knows groups"),
+        ({"structure": "2:4"}, "pruner 'obs' does not know structure n:m; it knows groups"),
         ({"carry": "dens"}, "carry is one of 'dense', 'centre' or 'expected', not 'dens'"),
         ({"metric": "joules"}, "metric is one of 'parameters'"),
         ({"data.calibration_tokens": 0}, "data.calibration_tokens: input should be greater than 0, not 0"),

@@ -1,11 +1,13 @@
 """Space and Budget: integers, exactly."""
 
+from fractions import Fraction
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunekit.errors import WrongInput
-from prunekit.sites import Budget, Kind, Metric, Site, Space
+from prunekit.sites import Budget, Kind, Metric, Site, Space, Structure
 from prunekit.testing.oracle import best_allocation
 from prunekit.testing.spaces import convex_table, rough_table, sites_of, small_llama
 
@@ -20,13 +22,14 @@ def spaces(draw: st.DrawFn, apart: bool | None = None) -> Space:
             f"s{i}",
             i,
             draw(st.sampled_from(KINDS)),
-            n_groups=draw(st.integers(1, 24)),
+            n_groups=step * draw(st.integers(1, 24 // step)),
             group_size=1,
             params_per_group=draw(st.integers(1, 40)),
             params_fixed=draw(st.integers(0, 20)),
-            least=draw(st.integers(0, 1)),
+            least=step * draw(st.integers(0, 1)),
+            step=step,
         )
-        for i in range(draw(st.integers(1, 5)))
+        for i, step in enumerate(draw(st.lists(st.sampled_from([1, 1, 3]), min_size=1, max_size=5)))
     )
     apart = draw(st.booleans()) if apart is None else apart
     ruler, limits = Budget(0), []
@@ -242,3 +245,46 @@ def test_a_fixed_part_goes_with_the_last_group() -> None:
 def test_columns_of_a_group_may_be_spread_over_parts() -> None:
     site = Site("s", 0, "attention", 2, group_size=4, params_per_group=1, spread=2)
     assert site.columns([1]) == [2, 3, 6, 7]
+
+
+# -- structures -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "rungs"),
+    [
+        ("2:4", (1, 2, 3, 4)),
+        ("1:4", (1, 2, 3, 4)),
+        ("4:8", (2, 4, 6, 8)),
+        ("8:16", (4, 8, 12, 16)),
+        ("3:8", (1, 2, 3, 4, 5, 6, 7, 8)),
+        ("1:2", (1, 2)),
+        ("2:3", (1, 2, 3)),
+    ],
+)
+def test_patterns_are_rungs_and_uniform_is_the_pattern_that_was_asked(text, rungs):
+    structure, d_in = Structure.parsed(text), 48
+    step = structure.step(d_in)
+    sites = tuple(
+        Site(f"s{i}", 0, "linear", d_in, 1, rows, least=step, step=step, pattern=structure.block)
+        for i, rows in enumerate((7, 64, 5))
+    )
+    budget = Budget.keeping(Fraction(structure.kept, structure.block), sites)
+    space = Space.whole(sites, budget)
+    assert space.ladders[0] == tuple(n * d_in // structure.block for n in rungs)
+    assert {site.said(k) for site, k in zip(sites, space.uniform(), strict=True)} == {text}
+    assert space.cost(space.uniform()) == budget.limit
+    near = space.zoomed(space.uniform(), stride=1 / 16, reach=1)
+    assert all(len(ladder) == min(3, len(rungs)) or ladder[0] == step for ladder in near.ladders)
+
+
+@pytest.mark.parametrize("text", ["rows", "4:2", "2:2", "0:4", "2:", ":4", "2:4:8", "-1:4", "a:b", ""])
+def test_what_is_no_structure_is_one_sentence(text):
+    with pytest.raises(WrongInput, match="there are groups, weights, and patterns N:M"):
+        Structure.parsed(text)
+
+
+def test_a_count_between_patterns_is_no_rung():
+    site = Site("s", 0, "linear", 8, 1, 3, step=2, pattern=4)
+    with pytest.raises(ValueError, match="multiples of 2"):
+        Space((site,), ((2, 3),), Budget(100))

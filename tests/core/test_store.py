@@ -33,6 +33,28 @@ def test_what_is_put_is_got(tmp_path, site):
     assert store.errors(site)[0] == 1.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5), (2, 8), (1, 1)], ids=str)
+def test_single_weights_are_got_as_they_were_put(tmp_path, dtype, shape):
+    site = Site("model.layers.0.mlp.up_proj", 0, "linear", shape[1], 1, shape[0])
+    whole = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(dtype)
+    rungs = [Candidate(None, whole * (torch.arange(shape[1]) < k)) for k in range(shape[1] + 1)]
+    CandidateStore(tmp_path, {}).put(site, rungs, [0.0] * len(rungs), keeps=range(len(rungs)))
+    store = CandidateStore(tmp_path, {})
+    for k, rung in enumerate(rungs):
+        found = store.get(site, k)
+        assert found.kept is None
+        assert torch.equal(found.weight, rung.weight)
+        assert found.weight.dtype == dtype
+
+
+def test_a_mask_takes_one_bit_of_each_weight(tmp_path):
+    site = Site("model.layers.0.mlp.up_proj", 0, "linear", 640, 1, 100)
+    half = torch.ones(100, 640) * (torch.arange(640) % 2)
+    CandidateStore(tmp_path, {}).put(site, [Candidate(None, half)], [0.0], keeps=[320])
+    assert (tmp_path / f"{site.name}.safetensors").stat().st_size < 64_000 // 8 + 32_000 * 4 + 300
+
+
 def test_what_was_measured_comes_back_signal_by_signal(tmp_path):
     for site, signals, scores in ((SITE, (0.1, 3.0), (1.0, 0.1, 2.0, 1e-300)), (SPREAD, (1 / 3, -4.0), (5.0, 6.0))):
         CandidateStore(tmp_path, {}).put(site, [candidate(site, [1])], [0.5], signals, scores)

@@ -7,7 +7,7 @@ import torch
 
 from prunekit import Finisher, PluginError
 from prunekit.registry import ADAPTERS
-from prunekit.testing import AdapterSuite, FinisherSuite
+from prunekit.testing import AdapterSuite, FinisherSuite, KeepLargest, PrunerSuite
 
 
 @pytest.mark.parametrize("name", list(ADAPTERS))
@@ -15,6 +15,10 @@ class TestEveryAdapter(AdapterSuite):
     @pytest.fixture(autouse=True)
     def _plugin(self, name):
         type(self).plugin = ADAPTERS.build(name)
+
+
+class TestKeepLargest(PrunerSuite):
+    plugin = KeepLargest()
 
 
 @dataclass(frozen=True)

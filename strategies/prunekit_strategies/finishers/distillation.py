@@ -9,7 +9,7 @@ from torch import nn
 
 from prunekit import Finisher, Workpiece
 from prunekit.calibration.flow import chunks
-from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out
+from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out, holding_zeros
 
 Scope = Literal["model", "blocks", "cut"]
 
@@ -27,8 +27,11 @@ class Distillation(Finisher):
     teacher of a pruned model. A short loop for recovery, not for training from scratch.
 
     Memory: gradients and two moments of θ in float32, and activations of `batch_tokens` tokens through both models;
-    logits live for one slice of positions at a time. After an interruption it goes on behind the last whole epoch.
+    logits live for one slice of positions at a time. Single weights that were removed stay zero. After an interruption
+    it goes on behind the last whole epoch.
     """
+
+    structures = frozenset({"groups", "weights", "n:m"})
 
     rate: float = 3e-4  # of AdamW, at its height; small models bear 1e-3, large ones less
     epochs: int = 4
@@ -59,7 +62,7 @@ class Distillation(Finisher):
         theta = self._trained(piece)
         for parameter in theta:
             parameter.requires_grad_(True)
-        with piece.progress.stage("distill", self.epochs) as stage:
+        with piece.progress.stage("distill", self.epochs) as stage, holding_zeros(piece):
             history = self._training.fit(
                 theta, lambda i: loss(train[i]), len(train), lambda: loss.mean(judge),
                 seed=piece.seed, checkpoints=piece.checkpoints, name="model", stage=stage,
@@ -74,5 +77,5 @@ class Distillation(Finisher):
         blocks = piece.adapter.blocks(piece.model)
         if self.scope == "blocks":
             return list(blocks.parameters())
-        cut = [site for site, groups in zip(piece.sites, piece.kept, strict=True) if groups]
+        cut = [site for site, count in zip(piece.sites, piece.plan, strict=True) if count]
         return [p for site in cut for p in piece.adapter.linear(blocks[site.block], site).parameters()]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
-from prunekit import TokenBatch, WrongInput
+from prunekit import TokenBatch, Workpiece, WrongInput
 from prunekit.progress import Stage
 from prunekit.store import Checkpoints
 
@@ -117,6 +118,19 @@ class _State:
     def _write(self, history: Sequence[float], tensors: Mapping[str, Tensor]) -> None:
         fixed = {"history": torch.tensor(history, dtype=torch.float64)}
         self.checkpoints.save(self.name, {**fixed, **{f"{i}.best": b for i, b in enumerate(self.best)}, **tensors})
+
+
+@contextmanager
+def holding_zeros(piece: Workpiece) -> Iterator[None]:
+    """Within: what linear maps have lost of single weights gets no gradient, so that AdamW leaves it zero."""
+    blocks = piece.adapter.blocks(piece.model)
+    with ExitStack() as stack:
+        for site in piece.sites:
+            weight = piece.adapter.linear(blocks[site.block], site).weight if site.kind == "linear" else None
+            if weight is not None and weight.requires_grad:
+                stays = weight.detach() != 0
+                stack.callback(weight.register_hook(lambda gradient, stays=stays: gradient * stays).remove)
+        yield
 
 
 def held_out(tokens: TokenBatch, share: float) -> tuple[TokenBatch, TokenBatch]:

@@ -13,7 +13,8 @@ def filled(x, dense=None, weight: Any = None):
     moments.add(x)
     moments.add_influence(x, x.flip(1))
     if dense is not None:
-        moments.add_dense(dense, x, weight)
+        moments.add_dense(dense, x)
+        moments.add_power(dense, weight)
     return moments
 
 

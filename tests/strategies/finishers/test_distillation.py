@@ -25,6 +25,19 @@ def test_the_held_out_divergence_falls_and_only_the_scope_changes(scope):
     assert changed == expected[scope]
 
 
+@pytest.mark.parametrize("scope", ["model", "cut"])
+def test_zeros_stay_and_all_other_weights_learn(scope):
+    piece = toy_workpiece(toy_supernet(structure="weights"), tokens=MANY)
+    linears = [piece.adapter.linear(piece.adapter.blocks(piece.model)[site.block], site) for site in piece.sites]
+    before = [linear.weight.clone() for linear in linears]
+    first, last = Distillation(scope=scope, **QUICK).finish(piece)["held_out_loss"]
+    assert last < first
+    for old, linear in zip(before, linears, strict=True):
+        assert torch.equal(linear.weight != 0, old != 0)
+        assert (linear.weight[old != 0] != old[old != 0]).float().mean() > 0.9
+        assert not linear.weight._backward_hooks
+
+
 def test_a_whole_model_has_nothing_to_learn():
     net = toy_supernet()
     piece = toy_workpiece(net, plan=tuple(s.n_groups for s in net.space.sites), tokens=MANY)

@@ -1,0 +1,100 @@
+"""Linear maps as sites: moments are taken once for an input that several share, behind all that is in front of it."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from prunekit.adapters import adapter_for
+from prunekit.calibration import flow
+from prunekit.calibration.flow import BlockFlow
+from prunekit.calibration.moments import Moments
+from prunekit.registry import ADAPTERS
+from prunekit.sites import Structure
+from prunekit.testing import tiny, toy_tokens
+
+WEIGHTS = Structure("weights")
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(flow, "TOKENS_AT_ONCE", 24)  # two windows: several chunks per batch
+
+
+@torch.no_grad()
+def inputs_of(model, adapter, tokens, weights=None):
+    """What every linear map receives in a plain forward, with other weights in place."""
+    caught, handles = {}, []
+    for site in adapter.linear_sites(model, WEIGHTS):
+        linear = adapter.linear(adapter.blocks(model)[site.block], site)
+        if weights is not None:
+            linear.weight.copy_(weights[site])
+        handles.append(
+            linear.register_forward_pre_hook(
+                lambda _, x, site=site: caught.__setitem__(site, x[0].reshape(-1, site.d_in))
+            )
+        )
+    model(tokens.ids)
+    for handle in handles:
+        handle.remove()
+    return caught
+
+
+@pytest.mark.parametrize("family", list(ADAPTERS))
+def test_sites_are_all_linear_maps_of_the_blocks_in_order_of_execution(family):
+    model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
+    sites = adapter.linear_sites(model, WEIGHTS)
+    linears = {
+        f"{adapter.layers}.{n}" for n, m in adapter.blocks(model).named_modules() if isinstance(m, torch.nn.Linear)
+    }
+    assert {site.name for site in sites} == linears
+    caught = inputs_of(model, adapter, tokens)
+    assert [s.block for s in sites] == sorted(s.block for s in sites)
+    for one, two in pairwise(sites):
+        if one.block == two.block:
+            same = one.d_in == two.d_in and torch.equal(caught[one], caught[two])
+            assert same == (one.shares == two.shares != ""), (one.name, two.name)
+
+
+@pytest.mark.parametrize("family", list(ADAPTERS))
+@pytest.mark.parametrize("catch", [True, False], ids=["caught", "resumed"])
+def test_an_input_is_measured_behind_all_weights_that_are_carried(family, catch):
+    model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
+    sites = adapter.linear_sites(model, WEIGHTS)
+    generator = torch.Generator().manual_seed(1)
+    weights = {}
+    for site in sites:
+        own = adapter.linear(adapter.blocks(model)[site.block], site).weight.detach()
+        weights[site] = own * (torch.rand(own.shape, generator=generator) < 0.5)
+    weights[sites[1]] = torch.zeros_like(weights[sites[1]])  # a map of zeros keeps its bias
+    expected, dense = inputs_of(tiny(family), adapter, tokens, weights), inputs_of(model, adapter, tokens)
+    stream = BlockFlow(model, adapter, tokens, dense=True)
+    for index in range(len(adapter.blocks(model))):
+        for site in (site for site in sites if site.block == index):
+            if catch or index == 2:
+                moments = stream.received(site)
+                assert moments.tokens == tokens.n_tokens
+                torch.testing.assert_close(moments.gram, expected[site].T @ expected[site] / tokens.n_tokens)
+                torch.testing.assert_close(moments.cross, dense[site].T @ expected[site] / tokens.n_tokens)
+                own = adapter.linear(adapter.blocks(model)[site.block], site).weight.detach()
+                assert moments.energy == pytest.approx(float((dense[site] @ own.T).square().sum() / tokens.n_tokens))
+                assert (moments.drift is not None) == (adapter.part(site) is not None)
+            stream.carry(site, weights[site])
+        stream.advance(index)
+    with torch.no_grad():
+        other = tiny(family)
+        inputs_of(other, adapter, tokens, weights)
+        hidden = torch.cat(stream.stream.hidden)
+        torch.testing.assert_close(adapter.logits(model, hidden), other(tokens.ids).logits)
+
+
+def test_moments_of_a_shared_input_are_collected_once(monkeypatch):
+    model, adapter, tokens = tiny("llama"), adapter_for("llama"), toy_tokens()
+    added = []
+    add = Moments.add
+    monkeypatch.setattr(Moments, "add", lambda self, seen: (added.append(len(seen)), add(self, seen)))
+    stream = BlockFlow(model, adapter, tokens, dense=False)
+    for site in adapter.linear_sites(model, WEIGHTS)[:7]:
+        stream.received(site)
+        stream.carry(site, None)
+    assert sum(added) == 4 * tokens.n_tokens  # q k v, o, gate up, down
