@@ -101,12 +101,12 @@ def test_an_interrupted_study_goes_on_to_the_same_study(quick, tmp_path: Path, m
     count = 0
     put = pipeline.CandidateStore.put
 
-    def killing(self, *arguments: Any) -> None:
+    def killing(self, *arguments: Any, **more: Any) -> None:
         nonlocal count
         count += 1
         if count > after:
             raise Killed
-        put(self, *arguments)
+        put(self, *arguments, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline.CandidateStore, "put", killing)
