@@ -124,6 +124,7 @@ def layer_problem(
     joins = adapter.adds_up(block) and adapter.part(site) is not None  # its output is a term of the residual stream
     drift = moments.drift if "drift" in needs and joins else None
     absolute = moments.absolute if "absolute" in needs else None
+    relative = moments.relative if "relative" in needs else None
     if "influence" in needs and not joins:
         why = "a norm comes after the sum" if adapter.part(site) is not None else "it is no whole sub-layer"
         raise WrongInput(f"{site.name}: {why}, so there is no influence; choose another signal")
@@ -154,6 +155,7 @@ def layer_problem(
         mean=moments.mean[order] if "mean" in needs else None,
         variance=moments.variance[order] if "variance" in needs else None,
         absolute=None if absolute is None else absolute[order],
+        relative=None if relative is None else relative[order],
         contrast=None if contrast is None else contrast.gram.diagonal()[order],
         gradient=gradient,
         fisher=fisher,

@@ -37,8 +37,9 @@ class LocalPruner(ABC):
     def needs(self) -> frozenset[str]:
         """What calibration must fill of a `LayerProblem`; the names are in `prunekit.layer.STATISTICS`.
 
-        gram, cross, drift, mean, variance, absolute, feeders: the fields of these names. power: of every feeder.
-        contrast: a second data set is read. gradient: gradients and fishers of the layer, and of feeders if asked.
+        gram, cross, drift, mean, variance, absolute, relative, feeders: the fields of these names. power: of every
+        feeder. contrast: a second data set is read. gradient: gradients and fishers of the layer, and of feeders if
+        asked.
         """
         return frozenset({"gram"})
 

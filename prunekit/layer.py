@@ -31,7 +31,8 @@ class Candidate:
 
 
 STATISTICS = frozenset(
-    {"gram", "cross", "drift", "mean", "variance", "absolute", "contrast", "gradient", "feeders", "power", "influence"}
+    {"gram", "cross", "drift", "mean", "variance", "absolute", "relative", "contrast", "gradient"}
+    | {"feeders", "power", "influence"}
 )
 """What a plug-in may ask calibration for: fields of `LayerProblem`, and the power of its feeders' inputs."""
 
@@ -72,6 +73,7 @@ class LayerProblem:
     mean: Float[Tensor, " d_in"] | None = None
     variance: Float[Tensor, " d_in"] | None = None
     absolute: Float[Tensor, " d_in"] | None = None  # root mean square over windows of the mean |x̂_j| over tokens
+    relative: Float[Tensor, " d_in"] | None = None  # E[x̂_j² / ‖y‖²], y what the dense map makes of x̂, bias included
     contrast: Float[Tensor, " d_in"] | None = None  # E[x̂_j²] on the second data set
     gradient: Float[Tensor, "d_out d_in"] | None = None  # E[∂L/∂W] over windows
     fisher: Float[Tensor, "d_out d_in"] | None = None  # E[(∂L/∂W)²] over windows; comes with the gradient
@@ -100,7 +102,7 @@ class LayerProblem:
 
     def knowing(self, needs: frozenset[str]) -> LayerProblem:
         """The same layer with what `needs` names and no more: one plug-in's wishes are not another's hints."""
-        alone = ("drift", "mean", "variance", "absolute", "contrast", "influence")
+        alone = ("drift", "mean", "variance", "absolute", "relative", "contrast", "influence")
         hidden: dict[str, None] = {name: None for name in alone if name not in needs}
         hidden |= {} if {"cross", "drift"} & needs else {"cross": None, "energy": None}
         learnt = {} if "gradient" in needs else {"gradient": None, "fisher": None}

@@ -97,12 +97,15 @@ class BlockFlow:
     def received(self, site: Site, needs: frozenset[str] = frozenset()) -> Moments:
         """Moments of what `site` receives, with those of the dense stream where there is one.
 
-        What costs more is added up when `needs` names it: absolute; power, of what the feeders receive; influence.
+        What costs more is added up when `needs` names it: absolute; relative; power, of what the feeders receive;
+        influence.
         """
         block = self.blocks[site.block]
         linear, part = self.adapter.linear(block, site), self.adapter.part(site)
         if site.shares and site.shares == self._shared[0]:
-            moments = replace(self._shared[1], power=0.0)
+            moments = replace(self._shared[1], power=0.0, related=None)  # these are of the map, not of what it receives
+            for seen in self.stream.inputs if "relative" in needs else ():
+                moments.add_relative(seen.flatten(0, -2), linear(seen).flatten(0, -2))
             for dense in self.dense.inputs if self.dense is not None else ():
                 moments.add_power(dense.flatten(0, -2), linear.weight)
             return moments
@@ -123,6 +126,8 @@ class BlockFlow:
             moments.add(seen.flatten(0, -2))
             if "absolute" in needs:
                 moments.add_absolute(seen.reshape(-1, self.seqlen, site.d_in))
+            if "relative" in needs:
+                moments.add_relative(seen.flatten(0, -2), linear(seen).flatten(0, -2))
             if "influence" in needs and part is not None:
                 moments.add_influence(self.stream.residual(i).flatten(0, -2), linear(seen).flatten(0, -2))
             if self.dense is not None:

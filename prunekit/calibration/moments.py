@@ -24,6 +24,7 @@ class Moments:
     drifted: Float[Tensor, "d_out d"] | None = None  # Σ δ x̂ᵀ, δ the dense residual stream less the carried one
     windows: int = 0
     loudness: Float[Tensor, " d"] | None = None  # Σ over windows of (mean |x̂| over tokens)²
+    related: Float[Tensor, " d"] | None = None  # Σ x̂² / ‖y‖², y the linear map's output
     turned: float | None = None  # Σ 1 - cos(x, x + f(x)), x the residual stream and f the sub-layer
     fed: dict[str, Tensor] = field(default_factory=dict)  # Σ x̂² of what every feeder receives, by its name
 
@@ -64,6 +65,12 @@ class Moments:
         self.windows += len(seen)
         self.loudness = loudness if self.loudness is None else self.loudness + loudness
 
+    def add_relative(self, seen: Float[Tensor, "tokens d"], output: Float[Tensor, "tokens d_out"]) -> None:
+        """What the linear map received and what it made of it, for the tokens of the last `add`; silence counts 0."""
+        loud = output.double().square().sum(-1, keepdim=True)
+        ratio = torch.where(loud > 0, seen.double().square() / torch.where(loud > 0, loud, 1), 0).sum(0)
+        self.related = ratio if self.related is None else self.related + ratio
+
     def add_influence(self, residual: Float[Tensor, "tokens d_out"], output: Float[Tensor, "tokens d_out"]) -> None:
         """What the sub-layer was added to and what it added, for the tokens of the last `add`."""
         before, added = residual.double(), output.double()  # 1 - cos of nearly equal vectors cancels
@@ -90,6 +97,7 @@ class Moments:
             both(self.drifted, other.drifted),
             self.windows + other.windows,
             both(self.loudness, other.loudness),
+            both(self.related, other.related),
             None if self.turned is None or other.turned is None else self.turned + other.turned,
             {feeder: power + other.fed[feeder] for feeder, power in self.fed.items()},
         )
@@ -126,6 +134,11 @@ class Moments:
     def absolute(self) -> Float[Tensor, " d"] | None:
         """Root mean square over windows of the mean |x̂| over tokens."""
         return None if self.loudness is None else (self.loudness / self.windows).sqrt()
+
+    @property
+    def relative(self) -> Float[Tensor, " d"] | None:
+        """E[x̂² / ‖y‖²]."""
+        return None if self.related is None else self.related / self.tokens
 
     def fed_power(self, feeder: str) -> Float[Tensor, " d_fed"] | None:
         """E[x̂²] of what a feeder receives."""

@@ -54,6 +54,7 @@ def toy_layer(
         weight[:, first] = 0
     elif quirk == "silent":
         x = 0 * x
+    loud = (x @ weight.T).square().sum(1, keepdim=True)
     return LayerProblem(
         weight=weight.to(dtype),
         gram=(x.T @ x / len(x)).to(moments),
@@ -61,6 +62,7 @@ def toy_layer(
         mean=x.mean(0).to(moments),
         variance=x.var(0, correction=0).to(moments),
         absolute=x.abs().mean(0).to(moments),
+        relative=torch.where(loud > 0, x.square() / torch.where(loud > 0, loud, 1), 0).mean(0).to(moments),
         contrast=(x.square().mean(0) * normal(d_in).tanh().square()).to(moments),  # less than on the first data set
         gradient=normal(d_out, d_in).to(moments),
         fisher=normal(d_out, d_in).square().to(moments),
@@ -97,7 +99,7 @@ def permuted(layer: LayerProblem, order: Sequence[int]) -> LayerProblem:
         learnt = {name: None if (v := getattr(feeder, name)) is None else blocks(v) for name in ("gradient", "fisher")}
         return replace(feeder, weight=blocks(feeder.weight), **learnt)
 
-    vectors = ("mean", "variance", "absolute", "contrast", "gradient", "fisher", "drift")
+    vectors = ("mean", "variance", "absolute", "relative", "contrast", "gradient", "fisher", "drift")
     return replace(
         layer,
         weight=layer.weight[:, columns],

@@ -176,7 +176,7 @@ class PrunerSuite:
         counts = counts_of(plain)
 
         def scaled(part: Any) -> Any:
-            powers = {"weight": 1, "energy": 2, "gradient": -1, "fisher": -2}
+            powers = {"weight": 1, "energy": 2, "relative": -2, "gradient": -1, "fisher": -2}
             values = {name: getattr(part, name, None) for name in powers}
             return replace(part, **{name: scale ** powers[name] * v for name, v in values.items() if v is not None})
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
 from prunekit.layer import Per, ranked
 
-Activation = Literal["rms", "std", "absolute", "contrast"]
+Activation = Literal["rms", "std", "absolute", "relative", "contrast"]
 Reduce = Literal["sum", "mean", "max", "rms"]
 Scope = Literal["columns", "coupled"]
 
@@ -24,6 +24,7 @@ NEEDS: dict[Activation, frozenset[str]] = {
     "rms": frozenset({"gram"}),
     "std": frozenset({"variance"}),
     "absolute": frozenset({"absolute"}),
+    "relative": frozenset({"relative"}),
     "contrast": frozenset({"gram", "contrast"}),
 }
 
@@ -38,9 +39,9 @@ class Score(LocalPruner):
         s_ij = |W_ij|^q x_j^a                single weights, and n:m                                      (4)
 
     W (d_out, d_in) is the layer, x_j a statistic of its input j: `rms` √E[x_j²]; `std`, about the mean; `absolute`,
-    of the mean |x_j| of windows; `contrast` √max(0, E[x_j²] - E'[x_j²]), E' on the second data set. F (rows, d) are
-    the maps in front, whose rows go with a group, z_j the rms of their inputs. q = 0 leaves the weights out, a = 0
-    the inputs. On a tie the lower id stays.
+    of the mean |x_j| of windows; `relative` √E[x_j² / ‖y‖²], y the layer's output; `contrast`
+    √max(0, E[x_j²] - E'[x_j²]), E' on the second data set. F (rows, d) are the maps in front, whose rows go with a
+    group, z_j the rms of their inputs. q = 0 leaves the weights out, a = 0 the inputs. On a tie the lower id stays.
 
     Single weights compete within their row, their layer or their pattern; norms, reduce and scope are of groups only.
 
@@ -130,6 +131,9 @@ class Score(LocalPruner):
         if self.activation == "std":
             assert layer.variance is not None
             power = layer.variance.double()
+        if self.activation == "relative":
+            assert layer.relative is not None
+            power = layer.relative.double()
         if self.activation == "absolute":
             assert layer.absolute is not None
             return layer.absolute.double()
@@ -287,3 +291,17 @@ class ACE(Score):
     """
 
     activation: Activation = "std"
+
+
+@dataclass(frozen=True)
+class ACEDirection(Score):
+    """ACE's CosP: Wanda on tokens that count by their direction, so that loud outputs do not drown quiet ones.
+
+        s_ij = |W_ij| √E[x_j² / ‖y‖²],        u_g = Σ_{j ∈ g} Σ_i s_ij            y = W x, bias included
+
+    Source: ACE (arXiv 2505.21987), which starts from the cosine between y and what pruning makes of it. The term of
+    first order in the change Δ of y is zero; for a change of y_i alone the next is Δ² / 2‖y‖² · (1 - y_i² / ‖y‖²), and
+    without its last factor, which is near 1 when many outputs share the length of y, it is s_ij² / 2 on average.
+    """
+
+    activation: Activation = "relative"

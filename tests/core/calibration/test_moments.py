@@ -37,11 +37,14 @@ def test_what_is_asked_for_besides_adds_up_too():
         moments = filled(windows.flatten(0, 1))
         moments.add_absolute(windows)
         moments.add_fed("up", windows.flatten(0, 1)[:, :2])
+        moments.add_relative(windows.flatten(0, 1), 2 * windows.flatten(0, 1))
         return moments
 
     whole, shards = asked(x), asked(x[:2]).merged(asked(x[2:]))
     for moments in (whole, shards):
         torch.testing.assert_close(moments.absolute, x.abs().mean(1).square().mean(0).sqrt())
+        expected = (x.square() / (4 * x.square().sum(-1, keepdim=True))).mean((0, 1))
+        torch.testing.assert_close(moments.relative, expected)
         torch.testing.assert_close(moments.fed_power("up"), x[..., :2].square().mean((0, 1)))
 
 

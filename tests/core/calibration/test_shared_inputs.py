@@ -98,3 +98,16 @@ def test_moments_of_a_shared_input_are_collected_once(monkeypatch):
         stream.received(site)
         stream.carry(site, None)
     assert sum(added) == 4 * tokens.n_tokens  # q k v, o, gate up, down
+
+
+@pytest.mark.parametrize("family", list(ADAPTERS))
+def test_an_input_relative_to_the_output_is_of_every_map_its_own(family):
+    model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
+    expected, stream = inputs_of(model, adapter, tokens), BlockFlow(model, adapter, tokens, dense=False)
+    for index in range(len(adapter.blocks(model))):
+        for site in (site for site in adapter.linear_sites(model, WEIGHTS) if site.block == index):
+            x, linear = expected[site], adapter.linear(adapter.blocks(model)[index], site)
+            ratio = (x.square() / linear(x).square().sum(-1, keepdim=True)).mean(0)
+            torch.testing.assert_close(stream.received(site, frozenset({"relative"})).relative, ratio.detach())
+            stream.carry(site, None)
+        stream.advance(index)

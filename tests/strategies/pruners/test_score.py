@@ -11,6 +11,7 @@ from prunekit_strategies.pruners.score import (
     ACE,
     FASP,
     FLAP,
+    ACEDirection,
     Channel,
     FLAPNorm,
     FLAPVariance,
@@ -219,13 +220,29 @@ def test_ace_squared_is_the_exact_error_of_removing_a_weight_whose_mean_goes_int
         assert float(score[i, j] ** 2) == pytest.approx(float(lost.square().mean()), rel=1e-12)
 
 
+def test_ace_cosp_squared_is_twice_the_cosine_lost_with_a_small_weight() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(50, 6, generator=generator).double(), torch.randn(300, 6, generator=generator).double()
+    weight[0, 2] = 1e-3
+    y = x @ weight.T
+    lost = weight.clone()
+    lost[0, 2] = 0
+    cosine = torch.nn.functional.cosine_similarity(y, x @ lost.T, dim=1)
+    relative = (x.square() / y.square().sum(1, keepdim=True)).mean(0)
+    layer = LayerProblem(weight, x.T @ x / 50, relative=relative, structure="weights")
+    assert float(ACEDirection().cells(layer)[0, 2] ** 2) == pytest.approx(float(2 * (1 - cosine).mean()), rel=0.03)
+    alike = replace(layer, relative=layer.gram.diagonal() / 9)  # outputs of one size
+    for one, two in zip(ACEDirection().prune(alike, range(7)), Wanda().prune(alike, range(7)), strict=True):
+        assert torch.equal(one.weight, two.weight)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ({"weight_norm": 0}, "weight_norm > 0"),
         ({"activation_power": -1}, "activation_power ≥ 0"),
         ({"weight_power": 0, "activation_power": 0}, "all groups score alike"),
-        ({"activation": "l2"}, "no activation 'l2'; there are rms, std, absolute, contrast"),
+        ({"activation": "l2"}, "no activation 'l2'; there are rms, std, absolute, relative, contrast"),
         ({"reduce": "median"}, "no reduce 'median'"),
         ({"scope": "all"}, "no scope 'all'"),
         ({"per": "column"}, "no per 'column'; there are row, layer"),
