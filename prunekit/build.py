@@ -24,6 +24,7 @@ from prunekit.calibration.tokens import TokenBatch
 from prunekit.contracts import LocalPruner, Signal
 from prunekit.errors import PluginError, WrongInput
 from prunekit.layer import STATISTICS, Candidate, Feeder, LayerProblem, is_sparse
+from prunekit.memory import Room
 from prunekit.progress import Progress
 from prunekit.sites import Allocation, Site, Space
 from prunekit.store import CandidateStore
@@ -47,6 +48,7 @@ def build(
     dtype: torch.dtype = torch.float32,
     gradients: Gradients | None = None,
     contrast: TokenBatch | None = None,
+    room: Room | None = None,
     progress: Progress,
     label: str = "prune",
 ) -> tuple[tuple[float, ...], ...]:
@@ -56,7 +58,8 @@ def build(
     `centre`, or the expectation over the ladder. Candidates are rounded to `dtype` before they are
     judged: what is measured is what will be saved. Sites that are already stored are not pruned again.
     At every site the `signals` are measured, and what the pruner says its groups are worth if `scores` are asked.
-    `gradients` and `contrast`, a second data set, are there when any of them needs these.
+    `gradients` and `contrast`, a second data set, are there when any of them needs these; activations are kept in
+    `room`.
     """
     if all(site in store for site in space.sites):
         return tuple(tuple(store.errors(site)) for site in space.sites)
@@ -66,8 +69,11 @@ def build(
             them = ", ".join(sorted(unmet))
             raise PluginError(f"{type(plugin).__name__} needs {them}, which calibration cannot collect")
     needs = pruner.needs.union(*(signal.needs for signal in signals))
-    flow = BlockFlow(model, adapter, tokens, dense=bool({"cross", "drift"} & needs))
-    other = BlockFlow(model, adapter, contrast, dense=False) if contrast is not None and "contrast" in needs else None
+    room = room or Room()
+    flow = BlockFlow(model, adapter, tokens, dense=bool({"cross", "drift"} & needs), room=room)
+    other = None
+    if contrast is not None and "contrast" in needs:
+        other = BlockFlow(model, adapter, contrast, dense=False, room=room)
     flows = (flow,) if other is None else (flow, other)
     rungs_of = dict(zip(space.sites, space.ladders, strict=True))
     centre_of = dict(zip(space.sites, centre, strict=True))
@@ -120,7 +126,10 @@ def layer_problem(
         raise WrongInput(f"{site.name} receives values that are not finite; try --dtype float32 or other text")
     block = adapter.blocks(model)[site.block]
     order = _order(site, moments.outer.device)
-    gram, cross = moments.gram, moments.cross
+
+    def arranged(matrix: Tensor) -> Tensor:
+        return matrix if site.spread == 1 else matrix[order][:, order]  # wide ones are not copied for nothing
+
     joins = adapter.adds_up(block) and adapter.part(site) is not None  # its output is a term of the residual stream
     drift = moments.drift if "drift" in needs and joins else None
     absolute = moments.absolute if "absolute" in needs else None
@@ -144,12 +153,12 @@ def layer_problem(
     gradient, fisher = learnt(own, (slice(None), order))
     return LayerProblem(
         weight=adapter.linear(block, site).weight.detach()[:, order],
-        gram=gram[order][:, order],
+        gram=arranged(moments.gram),
         group_size=site.group_size,
         structure=site.structure,
         block=site.pattern,
         damping=damping,
-        cross=None if cross is None else cross[order][:, order],
+        cross=None if moments.cross is None else arranged(moments.cross),
         drift=None if drift is None else drift[:, order],
         energy=moments.energy,
         mean=moments.mean[order] if "mean" in needs else None,

@@ -16,8 +16,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from prunekit import paging
 from prunekit.adapters import ModelAdapter, adapter_for
 from prunekit.errors import WrongInput, first_line
+from prunekit.memory import SHARES, Shares
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -33,6 +35,8 @@ class Dense:
     adapter: ModelAdapter
     dtype: torch.dtype  # of the checkpoint: what is saved again
     name: str
+    fingerprint: str  # sha256 over its names, shapes and values
+    shares: Shares = SHARES  # of the memory, for whoever works on it
 
 
 def skeleton(source: str | PreTrainedModel, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, ModelAdapter]:
@@ -60,31 +64,42 @@ def opened(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    shares: Shares = SHARES,
 ) -> Dense:
     """Load a model from a folder or hub id, or take one in memory (which is copied if it must change).
+
+    Where `shares` bound its blocks, those of a folder or hub id are read when they are needed (`prunekit.paging`);
+    nothing else about the model differs.
 
     Raises:
         WrongInput: it cannot be opened, has no adapter, or holds weights that are not finite.
     """
     place = resolved_device(device)
+
+    def computed(stored: torch.dtype) -> torch.dtype:
+        if dtype != "auto" and DTYPES[dtype].itemsize < stored.itemsize:
+            raise WrongInput(f"--dtype {dtype} would round the weights, which are {str(stored)[6:]}; use that or auto")
+        narrow = stored.itemsize < 4 and place.type != "cuda"  # half precision is slow on a CPU
+        return (torch.float32 if narrow else stored) if dtype == "auto" else DTYPES[dtype]
+
     if isinstance(source, PreTrainedModel):
         model, name = source, str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
         tokenizer = tokenizer if tokenizer is not None else _no_tokenizer()
         model = copy.deepcopy(model)
     else:
         _, _ = skeleton(source, trust_remote_code=trust_remote_code)
-        name, model = source, loaded(source, trust_remote_code=trust_remote_code)
+        name = source
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(source, trust_remote_code)
-    stored = next(model.parameters()).dtype
-    for parameter, value in model.named_parameters():
-        if not bool(torch.isfinite(value).all()):
-            raise WrongInput(f"{name}: {parameter} holds values that are not finite; the checkpoint is damaged")
-    if dtype != "auto" and DTYPES[dtype].itemsize < stored.itemsize:
-        raise WrongInput(f"--dtype {dtype} would round the weights, which are {str(stored)[6:]}; use that or auto")
-    narrow = stored.itemsize < 4 and place.type != "cuda"  # half precision is slow on a CPU
-    computed = (torch.float32 if narrow else stored) if dtype == "auto" else DTYPES[dtype]
-    stored_as(model.to(place), computed).eval().requires_grad_(False)  # type: ignore[arg-type]
-    return Dense(model, tokenizer, adapter_for(model.config.model_type), stored, name)
+        model = None if shares.blocks is not None else loaded(source, trust_remote_code=trust_remote_code)
+    if model is None:
+        model, stored = paging.opened(
+            located(name), computed, place, shares.blocks or 0, trust_remote_code=trust_remote_code
+        )
+    else:
+        stored = next(model.parameters()).dtype
+        stored_as(model.to(place), computed(stored)).eval().requires_grad_(False)  # type: ignore[arg-type]
+    adapter, digest = adapter_for(model.config.model_type), _fingerprint(model, name)
+    return Dense(model, tokenizer, adapter, stored, name, digest, shares)
 
 
 def stored_as(model: M, dtype: torch.dtype) -> M:
@@ -130,10 +145,17 @@ def resolved_device(device: str) -> torch.device:
 
 def fingerprint(model: nn.Module) -> str:
     """sha256 over the names, shapes and values of all parameters and buffers."""
+    return _fingerprint(model)
+
+
+def _fingerprint(model: nn.Module, name: str | None = None) -> str:
+    """The same; parameters of a model that is named must be finite. One tensor of a paged model is read at a time."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    for key, value in paging.tensors(model):
+        if name is not None and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise WrongInput(f"{name}: {key} holds values that are not finite; the checkpoint is damaged")
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ from prunekit.errors import WrongInput
 from prunekit.recipe import Recipe, presets, read_yaml
 
 SPACES = "prunekit.spaces"  # group of entry points
-SETTLED = ("version", "model", "structure", "seed", "device", "dtype", "trust_remote_code", "code", "verify")
+SETTLED = ("version", "model", "structure", "seed", "device", "dtype", "memory", "trust_remote_code", "code", "verify")
 TEXT = ("data.dataset", "data.calibration_tokens", "data.calibration_draw")  # what may be tuned of `data`
 
 

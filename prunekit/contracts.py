@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prunekit.errors import WrongInput
 from prunekit.layer import Candidate, LayerProblem
+from prunekit.memory import Room
 from prunekit.progress import Progress
 from prunekit.sites import Allocation, Site, Space
 
@@ -212,6 +213,7 @@ class Workpiece:
     seed: int
     progress: Progress
     checkpoints: Checkpoints  # what must not be made twice when a run is interrupted
+    room: Room = field(default_factory=Room)  # for activations that memory may not hold
 
 
 class Finisher(ABC):

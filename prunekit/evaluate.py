@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +23,14 @@ from prunekit.calibration.tokens import TokenBatch, draw_evaluation
 from prunekit.checkpoint import DTYPES, load_tokenizer, resolved_device
 from prunekit.checkpoint import loaded as loaded_from
 from prunekit.errors import WrongInput
+from prunekit.memory import Room
+from prunekit.paging import pager_of
 from prunekit.progress import Progress
 from prunekit.recipe import DataSpec
 
 LOGITS_AT_ONCE = 2**26  # values of a forward pass; 256 MB in float32
 ROWS_AT_ONCE = 2**24  # of these in one float32 log-softmax
+HIDDEN_BYTES = 2**28  # of windows on their way through a paged model, in memory
 FEW_WINDOWS = 20  # below this the standard error itself is a guess
 
 
@@ -89,15 +92,15 @@ def perplexity(
     """
     if batch.seqlen < 2 or len(batch) == 0:
         raise ValueError(f"perplexity needs windows of at least 2 tokens, not {tuple(batch.ids.shape)}")
-    weight = next(model.parameters())
+    weight = next(model.parameters())  # of the embedding, which is always in memory
     if batch_size is None:
         vocabulary = getattr(model.config, "vocab_size", 2**15)
         batch_size = max(1, LOGITS_AT_ONCE // (batch.seqlen * vocabulary))
     losses = list[float]()
     with _evaluating(model), (progress or Progress()).stage(f"perplexity on {batch.source}", len(batch)) as stage:
-        for some in batch.ids.split(batch_size):
+        windows = batch.ids.split(batch_size)
+        for some, logits in zip(windows, _logits(model, windows), strict=True):
             ids = some.to(weight.device)
-            logits = model(input_ids=ids, use_cache=False).logits
             losses += [_loss(logits[i, :-1], ids[i, 1:]) for i in range(len(ids))]
             stage.advance(len(ids))
     # windows are of equal length, so the mean of their means weighs every target the same
@@ -217,6 +220,28 @@ def load(model: str, *, device: str = "auto", dtype: str = "auto", trust_remote_
     exact = place.type != "cuda" and dtype == "auto"
     wanted = torch.float32 if exact else DTYPES.get(dtype, "auto")
     return loaded_from(model, dtype=wanted, trust_remote_code=trust_remote_code).to(place)  # type: ignore[arg-type]
+
+
+def _logits(model: Any, windows: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Logits of some windows at a time. Through a paged model all go block by block: each is read once."""
+    if pager_of(model) is None:
+        device = next(model.parameters()).device
+        yield from (model(input_ids=some.to(device), use_cache=False).logits for some in windows)
+        return
+    from prunekit.adapters import adapter_for  # evaluating models that nobody will prune needs no adapter
+    from prunekit.calibration.flow import entered
+
+    adapter = adapter_for(model.config.model_type)
+    room, calls = Room(HIDDEN_BYTES), []
+    hidden = room.row()
+    for some in windows:
+        state, made = entered(model, adapter, some)
+        hidden.append(state)
+        calls.append(made)
+    for index, block in enumerate(adapter.blocks(model)):
+        for i, made in enumerate(calls):
+            hidden[i] = made[index](block, hidden[i])
+    yield from (adapter.logits(model, state) for state in hidden)
 
 
 @contextmanager

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from prunekit import paging
 from prunekit import report as reporting
 from prunekit.adapters import ModelAdapter
 from prunekit.build import build
 from prunekit.calibration.gradients import Gradients
 from prunekit.calibration.tokens import Draws, TokenBatch, draw
-from prunekit.checkpoint import Dense, fingerprint, opened, skeleton, stored_as
+from prunekit.checkpoint import Dense, opened, skeleton, stored_as
 from prunekit.contracts import Allocator, Finisher, Problem, Workpiece
 from prunekit.errors import CannotGoOn, PluginError, WrongInput
 from prunekit.evaluate import perplexity
@@ -31,6 +32,8 @@ from prunekit.export import hf
 from prunekit.export.verify import NotVerified, verify
 from prunekit.layer import is_sparse
 from prunekit.ledger import Ledger
+from prunekit.memory import Room, amount
+from prunekit.plan import planned
 from prunekit.progress import Progress
 from prunekit.recipe import Recipe
 from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, signals_of
@@ -114,23 +117,30 @@ def prune(
         files = [*recipe.data.names, *([source] if isinstance(source, str) else [])]
         check_output(output, overwrite=overwrite, sources=[f for f in files if Path(f).exists()])
     shape, adapter = skeleton(source, trust_remote_code=recipe.trust_remote_code)
-    whole_space(recipe, shape, adapter, next(shape.parameters()).dtype)  # can the budget be met?
+    space = whole_space(recipe, shape, adapter, next(shape.parameters()).dtype)  # can the budget be met?
+    plan_ = planned(recipe, shape, adapter, space, output)
+    plan_.check()
+    shares = plan_.shares
+    if plan_.paged:
+        progress.say(f"the model does not fit {amount(plan_.limit)} of memory: blocks are read when they are needed")
+        if output is None:
+            raise WrongInput("a model that does not fit memory needs a folder for the result; give output")
     if not (resume and output is not None and unfinished(output)):  # what goes on may have all it needs on record
         ALLOCATORS.build(recipe.allocator).ready()
     with clock("open"):
         dense = opened(
             source, tokenizer,
-            device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code,
+            device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, shares=shares,
         )  # fmt: skip
         whole = whole_space(recipe, dense.model, dense.adapter, dense.dtype)
         draws = draw(dense.tokenizer, recipe.data, progress, seed=recipe.seed, **limits(dense.model))
         OBJECTIVES.build(recipe.objective).check(draws.search)
         recipe = recipe.completed(model=dense.name, draws=draws)
-    identity = recipe.determining() | {"weights": fingerprint(dense.model), "versions": reporting.versions(recipe)}
+    identity = recipe.determining() | {"weights": dense.fingerprint, "versions": reporting.versions(recipe)}
     with workplace(output, identity, resume=resume, overwrite=overwrite) as place:
         run = Run(recipe, dense, whole, draws, Ledger(place / "ledger.jsonl"), place, progress, clock)
         net, plan = run.searched()
-        small = copy.deepcopy(net.assemble(plan))  # what was not cut is still shared with the dense model
+        small = assembled(net, plan, recipe)
         raw = perplexity(small, draws.evaluation) if recipe.finishers else None
         said = run.finish(small, net, plan)
         with clock("evaluate"):
@@ -143,15 +153,32 @@ def prune(
                 "rise": {"nll": rise, "standard_error": error},  # paired by window
                 "nll_by_source": reporting.by_source(draws.evaluation, before, after),
             } | ({} if raw is None else {"unfinished": raw.as_dict()})
-        probe = probed(stored_as(small.cpu(), dense.dtype), draws.evaluation)
-        exported = hf.to_transformers(stored_as(small, dense.dtype), dense.adapter)
+        if paging.pager_of(small) is None:
+            probe = probed(stored_as(small.cpu(), dense.dtype), draws.evaluation)
+            exported = hf.to_transformers(stored_as(small, dense.dtype), dense.adapter)
+        else:
+            cpu = torch.device("cpu")
+            probe = probed(hf.paged(net, plan, torch.float32, cpu), draws.evaluation)
+            exported = hf.paged(net, plan, dense.dtype, cpu)
         document = reporting.report(run, net, plan, exported, losses, said)
         result = Result(exported, dense.tokenizer, recipe, document, run.ledger.text(), output, probe)
         if output is not None:
             shutil.rmtree(place / "result", ignore_errors=True)
-            write_result(result, place / "result")
+            fits = 1.2 * 4 * reporting.count(exported) < plan_.limit
+            write_result(result, place / "result", None if fits else shares.blocks)
             publish(place / "result", output)
+    if output is not None and paging.pager_of(exported) is not None:  # what it was cut from is gone
+        saved, _ = paging.opened(str(output), lambda stored: stored, torch.device("cpu"), shares.blocks or 0)
+        result = replace(result, model=saved)
     return result
+
+
+def assembled(net: Supernet, plan: Allocation, recipe: Recipe) -> PreTrainedModel:
+    """The small model, its tensors its own. Over a paged model it is paged, unless finishers will change it."""
+    if paging.pager_of(net.model) is None or recipe.finishers:
+        return paging.whole(net.assemble(plan))
+    weight = next(net.model.parameters())
+    return hf.paged(net, plan, weight.dtype, weight.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +194,13 @@ class Run:
     progress: Progress
     clock: Clock
     shelf: Path | None = None  # walks, which other runs over the model may share; None: at `place` too
+
+    @cached_property
+    def room(self) -> Room:
+        """For activations; what an interrupted run has left there is of no use."""
+        folder = self.place / "activations"
+        shutil.rmtree(folder, ignore_errors=True)
+        return Room(self.dense.shares.activations, folder)
 
     def searched(self) -> tuple[Supernet, Allocation]:
         """Coarse to fine, as long as the allocator wants finer ladders; then once more around the answer."""
@@ -220,17 +254,17 @@ class Run:
             # of the dense model: every walk reads the same
             gradients = Gradients.collected(
                 dense.model, dense.adapter, draws.calibration,
-                shelf / f"gradients-{draws.calibration.digest[:16]}", self.progress,
+                shelf / f"gradients-{draws.calibration.digest[:16]}", self.progress, self.room,
             )  # fmt: skip
         errors = build(
             dense.model, dense.adapter, space, centre, pruner, draws.calibration, store,
             signals=signals, scores=scores, carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype,
-            gradients=gradients, contrast=draws.contrast, progress=self.progress, label=label,
+            gradients=gradients, contrast=draws.contrast, room=self.room, progress=self.progress, label=label,
         )  # fmt: skip
         if new or not (store.directory / SECONDS).exists():
             write_json(store.directory / SECONDS, time.perf_counter() - begun)
         self.clock.add("prune", json.loads((store.directory / SECONDS).read_text()))
-        return Supernet(dense.model, dense.adapter, space, errors, store)
+        return Supernet(dense.model, dense.adapter, space, errors, store, dense.shares)
 
     def finish(self, small: PreTrainedModel, net: Supernet, plan: Allocation) -> list[dict[str, Any]]:
         """Let every finisher in turn work on the small model, in place; what they report."""
@@ -243,7 +277,7 @@ class Run:
             before, finisher = shapes(small), FINISHERS.build(spec)
             piece = Workpiece(
                 small, dense.model, dense.adapter, net.space.sites, plan, kept, self.draws.calibration,
-                self.recipe.seed, self.progress, Checkpoints(self.place / f"finisher-{i}"),
+                self.recipe.seed, self.progress, Checkpoints(self.place / f"finisher-{i}"), self.room,
             )  # fmt: skip
             with self.clock("finish"):
                 said.append({"name": spec["name"]} | finisher.finish(piece))
@@ -293,10 +327,11 @@ def whole_space(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, dtype: 
     """
     structure, kept = Structure.parsed(recipe.structure), float(1 - Fraction(str(recipe.sparsity)))
     sites: tuple[Site, ...]
-    if structure.units == "groups":
-        sites = adapter.sites(model, heads=recipe.heads)
-    else:
-        sites = adapter.linear_sites(model, structure)
+    with paging.shapes_of(model):
+        if structure.units == "groups":
+            sites = adapter.sites(model, heads=recipe.heads)
+        else:
+            sites = adapter.linear_sites(model, structure)
     if not sites:
         raise WrongInput("the model has no site left to prune")
     base = model if recipe.of == "model" else adapter.blocks(model)
@@ -312,15 +347,20 @@ def whole_space(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, dtype: 
     return Space.whole(sites, budget)
 
 
-def write_result(result: Result, folder: Path) -> None:
-    """All files of a result; the export is verified in a fresh process before anyone can see it."""
+def write_result(result: Result, folder: Path, blocks: int | None = None) -> None:
+    """All files of a result; the export is verified in a fresh process before anyone can see it.
+
+    There it is opened whole, or where `blocks` is given block by block within as many bytes.
+    """
     hf.save(result.model, folder, result.tokenizer, code=result.recipe.code)
     (folder / "recipe.yaml").write_text(result.recipe.to_yaml())
     (folder / "ledger.jsonl").write_text(result.ledger)
     reporting.write(result.report, result.recipe, folder)
     if result.recipe.verify and result.probe is not None:
         try:
-            verify(folder, *result.probe, reporting.count(result.model))
+            if (pager := paging.pager_of(result.model)) is not None:
+                pager.clear()
+            verify(folder, *result.probe, reporting.count(result.model), blocks=blocks)
         except NotVerified as error:
             raise CannotGoOn(f"the result was not kept: {error}") from error
 
@@ -329,7 +369,9 @@ def write_result(result: Result, folder: Path) -> None:
 def probed(model: nn.Module, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """A few windows and the float32 logits of the model, whose parameters are float32 afterwards."""
     ids = tokens.first(PROBE).ids
-    return ids, stored_as(model, torch.float32)(ids, use_cache=False).logits
+    if paging.pager_of(model) is None:
+        stored_as(model, torch.float32)
+    return ids, model(ids, use_cache=False).logits
 
 
 def limits(model: Any) -> dict[str, int]:

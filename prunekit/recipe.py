@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from prunekit.contracts import Allocator, Finisher, LocalPruner, Signal
 
 PRESETS = "prunekit.recipes"  # group of entry points
-WITHOUT_EFFECT = frozenset({"version", "device", "code", "verify", "trust_remote_code"})  # on the weights that come out
+WITHOUT_EFFECT = frozenset(
+    {"version", "device", "memory", "code", "verify", "trust_remote_code"}
+)  # on the weights that come out
 
 
 class _Strict(BaseModel):
@@ -153,6 +155,7 @@ class Recipe(_Strict):
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of the computation
+    memory: str | int = "auto"  # bytes to get along with, as 8GiB; auto: what the machine has to spare
     trust_remote_code: bool = False
     code: Literal["import", "bundled"] = "import"  # how a result of uneven sizes finds its classes
     verify: bool = True  # load the result in a fresh process and compare

@@ -110,16 +110,20 @@ def report(
 def weights(small: nn.Module, net: Supernet, plan: Allocation, structure: str) -> dict[str, Any]:
     """What is zero in the linear maps of the blocks, counted in the tensors, and what the rest would take to store."""
     blocks, sites = net.adapter.blocks(small), net.space.sites
-    tensors = [net.adapter.linear(blocks[site.block], site).weight for site in sites]
-    total, kept = sum(w.numel() for w in tensors), sum(int(w.count_nonzero()) for w in tensors)
+    total = kept = size = packed = 0
+    for site in sites:  # one at a time: the model may be paged
+        weight = net.adapter.linear(blocks[site.block], site).weight
+        nonzero = int(weight.count_nonzero())
+        total, kept, size = total + weight.numel(), kept + nonzero, size + weight.nbytes
+        packed += -(-weight.numel() // 8) + nonzero * weight.itemsize
     patterns = [site.said(count) for site, count in zip(sites, plan, strict=True) if site.pattern]
     return {
         "structure": structure,
         "in_linear_maps": total,
         "not_zero": kept,
         "sparsity": 1 - kept / total,
-        "bytes": sum(w.nbytes for w in tensors),
-        "bytes_as_mask_and_values": sum(-(-w.numel() // 8) + int(w.count_nonzero()) * w.itemsize for w in tensors),
+        "bytes": size,
+        "bytes_as_mask_and_values": packed,
         **({"patterns": {pattern: patterns.count(pattern) for pattern in sorted(set(patterns))}} if patterns else {}),
     }
 

@@ -19,17 +19,16 @@ from transformers import PreTrainedModel
 
 from prunekit.adapters import ModelAdapter
 from prunekit.adapters.adapter import shallow
-from prunekit.calibration.flow import chunks, entered
+from prunekit.calibration.flow import TOKENS_AT_ONCE, chunks, entered
 from prunekit.calibration.tokens import TokenBatch
+from prunekit.memory import SHARES, Shares
+from prunekit.paging import pager_of
 from prunekit.sites import Allocation, Space
 from prunekit.store import CandidateStore
 
 if TYPE_CHECKING:
     from prunekit.contracts import Objective
 
-HIDDEN_BYTES = 2 << 30  # hidden states of allocations kept for the objective to read
-DENSE_BYTES = 2 << 30  # hidden states of the dense model kept; more are made anew for every question
-PARTS_BYTES = 4 << 30  # cut-out sub-layers kept ready
 LOGITS_AT_ONCE = 1 << 25  # values; logits are made window by window, never tokens x vocabulary
 
 
@@ -51,14 +50,17 @@ class Supernet:
         space: Space,
         errors: Sequence[Sequence[float]],
         store: CandidateStore,
+        shares: Shares = SHARES,
     ) -> None:
-        self.model, self.adapter, self.space, self.store = model, adapter, space, store
+        self.model, self.adapter, self.space, self.store, self.shares = model, adapter, space, store, shares
         self.errors = tuple(tuple(row) for row in errors)
         self.blocks = adapter.blocks(model)
         ends = [sum(s.block <= b for s in space.sites) for b in range(len(self.blocks))]
         self._spans = list(zip([0, *ends[:-1]], ends, strict=True))  # sites of a block: allocation[start:end]
         self._parts: OrderedDict[tuple[int, int], dict[str, nn.Module]] = OrderedDict()
         self._parts_bytes = 0
+        paged = pager_of(model) is not None  # then blocks are gone through one by one, not one allocation after another
+        self._least = max((end - start for start, end in self._spans), default=0) if paged else len(space.sites)
         self._hidden: dict[tuple[Allocation | None, str, int], list[Tensor]] = {}  # chunk by chunk
         self._dense_bytes = 0
         self._tops: dict[tuple[str, int], TopLogProbs] = {}
@@ -86,7 +88,7 @@ class Supernet:
         self._hidden = {key: value for key, value in self._hidden.items() if key[0] is None}
         depths = sorted({*depths, len(self.blocks)})
         each = sum(self._bytes_of(batch, depths) for batch in batches)
-        some = list(dict.fromkeys(allocations))[: max(1, HIDDEN_BYTES // max(1, each))]
+        some = list(dict.fromkeys(allocations))[: max(1, self.shares.hidden // max(1, each))]
         for batch in batches:
             for states in self._run(some, batch, depths):
                 for (allocation, depth), hidden in states.items():
@@ -127,7 +129,7 @@ class Supernet:
     ) -> Iterator[tuple[Float[Tensor, "windows length d"], ...]]:
         """As `hidden`, of the dense model, and in the same pieces; kept as far as memory is given to it."""
         missing = [depth for depth in depths if (None, batch.digest, depth) not in self._hidden]
-        if missing and self._dense_bytes + (more := self._bytes_of(batch, missing)) <= DENSE_BYTES:
+        if missing and self._dense_bytes + (more := self._bytes_of(batch, missing)) <= self.shares.dense:
             for states in self._run([None], batch, missing):
                 for (_, depth), hidden in states.items():
                     self._hidden.setdefault((None, batch.digest, depth), []).append(hidden)
@@ -139,7 +141,7 @@ class Supernet:
         if (objective, batch.digest) not in self._dense_losses:
             nothing = Space((), (), replace(self.space.budget, by_kind=()))
             # over no sites there is one allocation, and it is the dense model
-            dense = Supernet(self.model, self.adapter, nothing, (), self.store)
+            dense = Supernet(self.model, self.adapter, nothing, (), self.store, self.shares)
             dense._tops = self._tops
             self._dense_losses[objective, batch.digest] = objective.loss(dense, (), batch)
         return self._dense_losses[objective, batch.digest]
@@ -158,20 +160,38 @@ class Supernet:
         self, allocations: Sequence[Allocation | None], batch: TokenBatch, depths: Sequence[int]
     ) -> Iterator[dict[tuple[Allocation | None, int], Tensor]]:
         """Chunk by chunk of the batch, the hidden states by allocation (None: dense) and depth."""
-        for ids in chunks(batch):
-            hidden, calls = entered(self.model, self.adapter, ids)
-            states: dict[Allocation | None, Tensor] = {None if a is None else (): hidden for a in allocations}
-            found = {(a, 0): hidden for a in allocations if 0 in depths}
+        for some in self._together(batch, len(allocations) * (1 + len(depths))):
+            entries = [entered(self.model, self.adapter, ids) for ids in some]
+            states: list[dict[Allocation | None, Tensor]] = [
+                {None if a is None else (): hidden for a in allocations} for hidden, _ in entries
+            ]
+            found = [{(a, 0): hidden for a in allocations if 0 in depths} for hidden, _ in entries]
             for index, (start, end) in enumerate(self._spans[: max(depths)]):
-                behind: dict[Allocation | None, Tensor] = {}
-                for prefix in dict.fromkeys(None if a is None else a[:end] for a in allocations):
-                    block = self.blocks[index] if prefix is None else self._cut(index, start, prefix[start:])
-                    before = states[None if prefix is None else prefix[:start]]
-                    behind[prefix] = calls[index](block, before)
-                states = behind
-                if index + 1 in depths:
-                    found |= {(a, index + 1): states[None if a is None else a[:end]] for a in allocations}
-            yield found
+                prefixes = list(dict.fromkeys(None if a is None else a[:end] for a in allocations))
+                for i, (_, calls) in enumerate(entries):
+                    behind: dict[Allocation | None, Tensor] = {}
+                    for prefix in prefixes:
+                        block = self.blocks[index] if prefix is None else self._cut(index, start, prefix[start:])
+                        before = states[i][None if prefix is None else prefix[:start]]
+                        behind[prefix] = calls[index](block, before)
+                    states[i] = behind
+                    if index + 1 in depths:
+                        found[i] |= {(a, index + 1): behind[None if a is None else a[:end]] for a in allocations}
+            yield from found
+
+    def _together(self, batch: TokenBatch, states: int) -> Iterator[list[Tensor]]:
+        """Chunks that go through a block before the next block does: one, and of a paged model as many as may."""
+        some, many = list[Tensor](), 1
+        if pager_of(self.model) is not None:
+            each = states * self._bytes_of(batch, [0]) * TOKENS_AT_ONCE // batch.n_tokens
+            many = max(1, self.shares.dense // max(1, each))
+        for ids in chunks(batch):
+            some.append(ids)
+            if len(some) == many:
+                yield some
+                some = []
+        if some:
+            yield some
 
     def _states(
         self, allocation: Allocation | None, batch: TokenBatch, depths: Sequence[int]
@@ -213,7 +233,7 @@ class Supernet:
             candidate = self.store.get(site, kept, linear.weight.device)
             self._parts[i, kept] = self.adapter.pruned(self.blocks[site.block], site, candidate)
             self._parts_bytes += _bytes(self._parts[i, kept])
-            while self._parts_bytes > PARTS_BYTES and len(self._parts) > len(self.space.sites):
+            while self._parts_bytes > self.shares.parts and len(self._parts) > self._least:
                 self._parts_bytes -= _bytes(self._parts.popitem(last=False)[1])
         self._parts.move_to_end((i, kept))
         return self._parts[i, kept]

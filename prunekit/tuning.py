@@ -6,7 +6,6 @@ twice: the model is opened once, a walk lies on a shelf by what determines it, a
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -23,12 +22,13 @@ from transformers import PreTrainedModel
 
 from prunekit import report as reporting
 from prunekit.calibration.tokens import Draws, draw, overlap
-from prunekit.checkpoint import Dense, fingerprint, opened, skeleton
+from prunekit.checkpoint import Dense, opened, skeleton
 from prunekit.choices import Choices
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.evaluate import perplexity
 from prunekit.ledger import Ledger
-from prunekit.pipeline import Clock, Run, limits, whole_space
+from prunekit.pipeline import Clock, Run, assembled, limits, whole_space
+from prunekit.plan import planned
 from prunekit.progress import Progress, span
 from prunekit.recipe import Recipe
 from prunekit.registry import OBJECTIVES
@@ -129,11 +129,13 @@ def tune(
     source = base.model if model is None else model
     if source is None:
         raise WrongInput("no model was given; name a folder or a hub id, or pass a model in memory")
-    skeleton(source, trust_remote_code=base.trust_remote_code)
+    shape, adapter = skeleton(source, trust_remote_code=base.trust_remote_code)
+    space = whole_space(base, shape, adapter, next(shape.parameters()).dtype)  # can the budget be met?
+    (plan := planned(base, shape, adapter, space, output)).check()
     dense = opened(
-        source, tokenizer, device=base.device, dtype=base.dtype, trust_remote_code=base.trust_remote_code
+        source, tokenizer,
+        device=base.device, dtype=base.dtype, trust_remote_code=base.trust_remote_code, shares=plan.shares,
     )  # fmt: skip
-    whole_space(base, dense.model, dense.adapter, dense.dtype)  # can the budget be met?
     draws = draw(dense.tokenizer, base.data, progress, seed=base.seed, **limits(dense.model))
     base = base.completed(model=dense.name, draws=draws)
     _check_text(base, choices, draws, metrics)
@@ -141,7 +143,7 @@ def tune(
         **base.determining(),
         "space": choices.source,
         "metrics": list(metrics),
-        "weights": fingerprint(dense.model),
+        "weights": dense.fingerprint,
         "versions": reporting.versions(base) | {"optuna": optuna.__version__},
     }
     with claimed(output, identity, "a study", resume=resume, overwrite=overwrite) as place, _quiet():
@@ -192,7 +194,7 @@ class Bench:
         ledger = Ledger(folder / "ledger.jsonl")
         run = Run(recipe, self.dense, whole, draws, ledger, folder, self.progress, clock, shelf)
         net, plan = run.searched()
-        small = copy.deepcopy(net.assemble(plan))
+        small = assembled(net, plan, recipe)
         run.finish(small, net, plan)
         kept = reporting.count(small)
         if recipe.structure != "groups":

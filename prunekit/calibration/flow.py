@@ -6,7 +6,7 @@ arguments down. After that every block can be run alone, on any hidden states, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn import functional
 
 from prunekit.adapters import ModelAdapter
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.tokens import TokenBatch
+from prunekit.memory import Room, Row
 from prunekit.modeling import Part
 from prunekit.sites import Site
 
@@ -81,16 +83,21 @@ class BlockFlow:
     Every sub-layer runs once. Its run ends where the site's linear map begins; when the weight to carry
     is known, the map is applied to what was caught there, and the sub-layer is replayed from then on.
     Sites come in order of execution. Those with one input come one after the other and share what was caught:
-    no weight carried by one of them is in front of another.
+    no weight carried by one of them is in front of another. Activations are kept in `room`.
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, adapter: ModelAdapter, batch: TokenBatch, *, dense: bool) -> None:
+    def __init__(
+        self, model: nn.Module, adapter: ModelAdapter, batch: TokenBatch, *, dense: bool, room: Room | None = None
+    ) -> None:
+        room = room or Room()
         self.adapter, self.blocks, self.seqlen = adapter, adapter.blocks(model), batch.seqlen
-        entries = [entered(model, adapter, ids) for ids in chunks(batch)]
-        self.calls = [calls for _, calls in entries]
-        self.stream = _Stream([hidden for hidden, _ in entries])
-        self.dense = _Stream(list(self.stream.hidden)) if dense else None
+        self.stream, self.calls = _Stream(room), list[list[Call]]()
+        for ids in chunks(batch):
+            hidden, calls = entered(model, adapter, ids)
+            self.stream.hidden.append(hidden)
+            self.calls.append(calls)
+        self.dense = _Stream(room, self.stream.hidden) if dense else None
         self._shared: tuple[str, Moments] = "", Moments.empty(0, torch.device("cpu"))
 
     @torch.no_grad()
@@ -121,8 +128,8 @@ class BlockFlow:
             for cut in self.adapter.cuts(block, site)[:-1] if "power" in needs else ():
                 feeder = block.get_submodule(cut.path)
                 listening.enter_context(feeder.register_forward_pre_hook(partial(listen, cut.path)))
-            caught = [self._caught(self.stream, site, linear, i) for i in range(len(self.calls))]
-        for i, seen in enumerate(caught):
+            self.stream.inputs.extend(self._caught(self.stream, site, linear, i) for i in range(len(self.calls)))
+        for i, seen in enumerate(self.stream.inputs):
             moments.add(seen.flatten(0, -2))
             if "absolute" in needs:
                 moments.add_absolute(seen.reshape(-1, self.seqlen, site.d_in))
@@ -131,7 +138,7 @@ class BlockFlow:
             if "influence" in needs and part is not None:
                 moments.add_influence(self.stream.residual(i).flatten(0, -2), linear(seen).flatten(0, -2))
             if self.dense is not None:
-                dense = self._caught(self.dense, site, linear, i)
+                self.dense.inputs.append(dense := self._caught(self.dense, site, linear, i))
                 moments.add_dense(dense.flatten(0, -2), seen.flatten(0, -2))
                 moments.add_power(dense.flatten(0, -2), linear.weight)
                 if part is not None:
@@ -165,31 +172,31 @@ class BlockFlow:
 
     def _caught(self, stream: _Stream, site: Site, linear: nn.Linear, i: int) -> Float[Tensor, "windows length d_in"]:
         """What reaches the linear map in chunk i; the block runs as far as that and no further."""
-        block = self.blocks[site.block]
+        block, seen = self.blocks[site.block], list[Tensor]()
 
         def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            stream.inputs.append(args[0])
+            seen.append(args[0])
             raise Seen
 
         with stream.replaying(self.adapter, block, i), linear.register_forward_pre_hook(catch), suppress(Seen):
             self.calls[i][site.block](block, stream.hidden[i])
-        return stream.inputs[-1]
+        return seen[0]
 
 
 class _Stream:
     """Hidden states before the present block, chunk by chunk, and what its sub-layers have made of them."""
 
-    def __init__(self, hidden: list[Tensor]) -> None:
-        self.hidden = hidden
-        self.inputs: list[Tensor] = []  # of the site that is being pruned
+    def __init__(self, room: Room, hidden: Iterable[Tensor] = ()) -> None:
+        self.hidden = room.row(hidden)
+        self.inputs = room.row()  # of the site that is being pruned
         self.weights: dict[Site, Tensor | None] = {}
-        self.outputs: dict[Site, list[Tensor]] = {}
+        self.outputs: dict[Site, Row] = {}
 
     def pass_through(self, site: Site, linear: nn.Linear, weight: Tensor | None, *, feeds: bool) -> None:
         self.weights[site] = weight
         if self.inputs and not feeds:
             with installed(linear, site, weight):
-                self.outputs[site] = [linear(x) for x in self.inputs]
+                self.outputs[site] = self.inputs.room.row(linear(x) for x in self.inputs)
         if not site.shares:
             self.inputs.clear()
 
@@ -222,14 +229,14 @@ def installed(linear: nn.Linear, site: Site, weight: Tensor | None) -> Iterator[
     if weight is None:
         yield
         return
-    own, bias = linear.weight, linear.bias
-    linear.weight = nn.Parameter(weight.to(own), requires_grad=False)
+    other, bias = weight.to(linear.weight), linear.bias
     if bias is not None and site.kind != "linear" and not weight.any():  # the sub-layer is dropped
-        linear.bias = nn.Parameter(torch.zeros_like(bias), requires_grad=False)
+        bias = torch.zeros_like(bias)
+    linear.forward = partial(functional.linear, weight=other, bias=bias)  # shadows the method on this instance only
     try:
         yield
     finally:
-        linear.weight, linear.bias = own, bias
+        del linear.forward
 
 
 @contextmanager

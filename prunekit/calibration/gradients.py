@@ -25,6 +25,7 @@ from prunekit.calibration.flow import Call, chunks, entered
 from prunekit.calibration.moments import precise
 from prunekit.calibration.tokens import TokenBatch
 from prunekit.errors import CannotGoOn, WrongInput
+from prunekit.memory import Room
 from prunekit.progress import Progress
 
 
@@ -56,9 +57,17 @@ class Gradients:
 
     @classmethod
     def collected(
-        cls, model: nn.Module, adapter: ModelAdapter, tokens: TokenBatch, directory: Path, progress: Progress
+        cls,
+        model: nn.Module,
+        adapter: ModelAdapter,
+        tokens: TokenBatch,
+        directory: Path,
+        progress: Progress,
+        room: Room | None = None,
     ) -> Gradients:
         """Go through the model once forwards and once backwards, unless that was done before.
+
+        What enters every block is kept in `room`.
 
         Raises:
             WrongInput: the windows have no next token, or the loss is not finite.
@@ -74,28 +83,25 @@ class Gradients:
         for site in adapter.sites(model):
             paths[site.block] |= {cut.path for cut in adapter.cuts(blocks[site.block], site)}
 
-        device = next(model.parameters()).device
-        inputs: list[list[Tensor]] = []  # by chunk and block, in the host's memory
-        calls: list[list[Call]] = []
-        slopes: list[Tensor] = []  # ∂(length - 1)L/∂h by chunk, h what leaves the block that is next
-        with progress.stage("gradients", 2 * len(blocks)) as stage:
+        device, room = next(model.parameters()).device, room or Room()
+        calls, inputs = list[list[Call]](), [room.row()]  # by block, chunk by chunk, in the host's memory
+        with progress.stage("gradients", 2 * len(blocks)) as stage, torch.no_grad():
             for ids in chunks(tokens):
                 hidden, made = entered(model, adapter, ids)
-                seen = []
-                with torch.no_grad():
-                    for block, call in zip(blocks, made, strict=True):
-                        seen.append(hidden.cpu())
-                        hidden = call(block, hidden)
-                inputs.append(seen)
+                inputs[0].append(hidden.cpu())
                 calls.append(made)
-                slopes.append(_slope(model, adapter, hidden, ids.to(device)))
-            stage.advance(len(blocks))
+            for b, block in enumerate(blocks):
+                leaving = (made[b](block, h.to(device)).cpu() for made, h in zip(calls, inputs[b], strict=True))
+                inputs.append(room.row(leaving))
+                stage.advance()
+            slopes = room.row()  # ∂(length - 1)L/∂h by chunk, h what leaves the block that is next
+            for ids, hidden in zip(chunks(tokens), inputs.pop(), strict=True):
+                slopes.append(_slope(model, adapter, hidden.to(device), ids.to(device)))
             for b in reversed(range(len(blocks))):
                 sums: dict[str, tuple[Tensor, Tensor]] = {}
-                for i, slope in enumerate(slopes):
-                    hidden = inputs[i].pop().to(device)
+                for i, hidden in enumerate(inputs.pop()):
                     wanted = sorted(paths[b]) if not self._file(b).exists() else []
-                    slopes[i] = _backwards(blocks[b], calls[i][b], hidden, slope, wanted, sums)
+                    slopes[i] = _backwards(blocks[b], calls[i][b], hidden.to(device), slopes[i], wanted, sums)
                 if not self._file(b).exists():
                     self._write(b, sums, len(tokens))
                 stage.advance()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +17,7 @@ from prunekit.adapters import ModelAdapter
 from prunekit.calibration.flow import Call, Seen, chunks, entered, replayed
 from prunekit.calibration.tokens import TokenBatch
 from prunekit.contracts import Workpiece
+from prunekit.memory import Room, Row
 from prunekit.sites import Site
 
 Aim = Literal["own", "dense", "stream"]
@@ -29,7 +30,7 @@ class Twin:
             ...                      # change the weights of here.linear, or of all of here.maps
 
     What a sub-layer has become when the loop goes on is what the next one sees. Sub-layers that the small model has
-    lost are passed by. Held in memory: hidden states of both streams, the outputs of the present block's
+    lost are passed by. Kept in the workpiece's room: hidden states of both streams, the outputs of the present block's
     sub-layers in both, and the dense model's inputs of the present linear map.
     """
 
@@ -38,7 +39,7 @@ class Twin:
         """`tokens`: as many in one chunk; None: what suits a cache."""
         self.piece = piece
         self.dense, self.small = (
-            _Lane.entering(model, piece.adapter, batch, tokens) for model in (piece.dense, piece.model)
+            _Lane.entering(model, piece.adapter, batch, tokens, piece.room) for model in (piece.dense, piece.model)
         )
 
     def __iter__(self) -> Iterator[SubLayer]:
@@ -53,8 +54,8 @@ class Twin:
                 if groups:
                     yield here
                 with torch.no_grad():
-                    self.dense.add(site, [here.dense_linear(x) for x in self.dense.inputs])
-                    self.small.add(site, [here.made(i) for i in range(len(here))] if groups else None)
+                    self.dense.add(site, (here.dense_linear(x) for x in self.dense.inputs))
+                    self.small.add(site, (here.made(i) for i in range(len(here))) if groups else None)
             self.dense.advance(dense, index)
             self.small.advance(small, index)
 
@@ -127,15 +128,22 @@ class _Lane:
     """One model's hidden states before the present block, by chunk, and what its sub-layers have made of them."""
 
     adapter: ModelAdapter
-    hidden: list[Tensor]
-    calls: list[list[Call]]
-    inputs: list[Tensor] = field(default_factory=list)  # of the present site's linear map
-    outputs: dict[Site, list[Tensor]] = field(default_factory=dict)
+    room: Room
+    hidden: Row
+    inputs: Row  # of the present site's linear map
+    calls: list[list[Call]] = field(default_factory=list)
+    outputs: dict[Site, Row] = field(default_factory=dict)
 
     @classmethod
-    def entering(cls, model: nn.Module, adapter: ModelAdapter, batch: TokenBatch, tokens: int | None) -> _Lane:
-        entries = [entered(model, adapter, ids) for ids in chunks(batch, tokens)]
-        return cls(adapter, [hidden for hidden, _ in entries], [calls for _, calls in entries])
+    def entering(
+        cls, model: nn.Module, adapter: ModelAdapter, batch: TokenBatch, tokens: int | None, room: Room
+    ) -> _Lane:
+        self = cls(adapter, room, room.row(), room.row())
+        for ids in chunks(batch, tokens):
+            hidden, calls = entered(model, adapter, ids)
+            self.hidden.append(hidden)
+            self.calls.append(calls)
+        return self
 
     def inside(self, site: Site, block: nn.Module, i: int, of: _Lane | None = None) -> _Inside:
         """The site's linear map at work on chunk i; the block, of this model or of that lane's, runs no further."""
@@ -153,11 +161,12 @@ class _Lane:
 
     @torch.no_grad()
     def catch(self, site: Site, block: nn.Module) -> None:
-        self.inputs = [self.inside(site, block, i).inputs for i in range(len(self.calls))]
+        self.inputs.clear()
+        self.inputs.extend(self.inside(site, block, i).inputs for i in range(len(self.calls)))
 
-    def add(self, site: Site, outputs: list[Tensor] | None) -> None:
+    def add(self, site: Site, outputs: Iterable[Tensor] | None) -> None:
         """The present sub-layer is done; None: it was dropped."""
-        self.outputs[site] = [torch.zeros_like(h) for h in self.hidden] if outputs is None else outputs
+        self.outputs[site] = self.room.row((torch.zeros_like(h) for h in self.hidden) if outputs is None else outputs)
         self.inputs.clear()
 
     @property

@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from prunekit.adapters import ModelAdapter
+from prunekit.adapters.adapter import shallow
 from prunekit.checkpoint import without_bars
+from prunekit.layer import Candidate
 from prunekit.modeling import BUNDLED, FAMILIES, Family, Part, UnequalLayers, define
+from prunekit.paging import attach, pager_of, real, shapes_of
+from prunekit.shards import SHARD_BYTES, write
+from prunekit.sites import Allocation
+from prunekit.supernet import Supernet
 
 Code = Literal["import", "bundled"]
 
@@ -27,8 +35,7 @@ REWRITTEN = ("architectures", "auto_map", "dtype", "model_type", "per_layer_conf
 
 def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrainedModel:
     """The model that `adapter` has cut, as an object of the right class, sharing its tensors."""
-    blocks = adapter.blocks(model)
-    kept = [index for index, block in enumerate(blocks) if not _passes_through(adapter, block)] or [0]
+    blocks, kept = adapter.blocks(model), _kept(model, adapter)
     sizes = [adapter.layer_config(blocks[index]) for index in kept]
     values: dict[str, Any] = {key: value for key, value in model.config.to_dict().items() if key not in REWRITTEN}
     values |= {"num_hidden_layers": len(kept), "head_dim": adapter.head_dim(blocks[kept[0]])}
@@ -46,6 +53,62 @@ def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrained
         causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config._attn_implementation = model.config._attn_implementation
     return _filled(causal, config, model, adapter.layers, kept)
+
+
+def paged(net: Supernet, plan: Allocation, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model of an allocation over a paged one, itself paged: every block is cut when it is read.
+
+    What `to_transformers` makes of `net.assemble(plan)`, and no more than two blocks of it in memory.
+    """
+    adapter, dense = net.adapter, net.model
+    with shapes_of(dense):
+        shape = shallow(dense)
+        for site, count in zip(net.space.sites, plan, strict=True):
+            weight = torch.empty_like(adapter.linear(net.blocks[site.block], site).weight, device="meta")
+            # the shape is that of any groups, as many
+            adapter.remove(shape, site, Candidate(None if site.kind == "linear" else tuple(range(count)), weight))
+        small = to_transformers(shape, adapter)
+        kept = _kept(shape, adapter)
+    attach(small, adapter, _Cut(net, plan, kept, dtype, device).read, dtype, bound=0)
+    small.config.dtype = dtype
+    for module in small.modules():
+        for name, table in list(module.named_buffers(recurse=False)):
+            setattr(module, name, nn.Buffer(table.to(device), persistent=False))
+    return small.requires_grad_(False)
+
+
+@dataclass
+class _Cut:
+    """Parameters of an allocation's model by its names; those of one block are cut together."""
+
+    net: Supernet
+    plan: Allocation
+    kept: Sequence[int]  # the dense block of every block
+    dtype: torch.dtype
+    device: torch.device
+    block: str = ""
+    left: dict[str, Tensor] = field(default_factory=dict)  # of that block, not yet read
+
+    def read(self, name: str) -> Tensor:
+        inside = name.removeprefix(f"{self.net.adapter.layers}.")
+        number, _, rest = inside.partition(".")
+        if inside == name:
+            value = self.net.model.get_parameter(name)
+        else:
+            if number != self.block or rest not in self.left:
+                self.block, self.left = number, self._cut(self.kept[int(number)])
+            value = self.left.pop(rest)
+        return value.detach().to(self.device, self.dtype)
+
+    def _cut(self, index: int) -> dict[str, Tensor]:
+        dense, store = self.net.blocks[index], self.net.store
+        block = shallow(dense)
+        for site, count in zip(self.net.space.sites, self.plan, strict=True):
+            if site.block == index:
+                device = self.net.adapter.linear(dense, site).weight.device
+                for path, module in self.net.adapter.pruned(dense, site, store.get(site, count, device)).items():
+                    block.set_submodule(path, module)
+        return {name: block.get_parameter(name) for name, _ in block.named_parameters()}
 
 
 def save(model: PreTrainedModel, directory: str | Path, tokenizer: Any = None, code: Code = "import") -> None:
@@ -70,9 +133,29 @@ def save(model: PreTrainedModel, directory: str | Path, tokenizer: Any = None, c
         classes = (c.__name__ for c in define(model.family))
         model.config.auto_map = {auto: f"{BUNDLED}.{name}" for auto, name in zip(autos, classes, strict=True)}
     with without_bars():
-        model.save_pretrained(directory)
+        if pager_of(model) is None:
+            model.save_pretrained(directory, max_shard_size=SHARD_BYTES)
+        else:
+            model.save_pretrained(directory, state_dict={})  # all but the weights
+            _write_paged(model, directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+
+
+def _write_paged(model: PreTrainedModel, directory: Path) -> None:
+    """The weights as `save_pretrained` writes them, under the names that it gives them, one at a time."""
+    with shapes_of(model):
+        state = model.state_dict(keep_vars=True)
+    first = {id(value): name for name, value in reversed(state.items())}  # tied ones are written once
+    metas = {name: torch.empty_like(state[name], device="meta") for name in state if first[id(state[name])] == name}
+    ours = {id(meta): name for name, meta in metas.items()}
+    named = revert_weight_conversion(model, metas)
+    write(directory, named, lambda name: real(state[ours[id(named[name])]]))
+
+
+def _kept(model: PreTrainedModel, adapter: ModelAdapter) -> list[int]:
+    """The blocks that an export has; at least one."""
+    return [index for index, block in enumerate(adapter.blocks(model)) if not _passes_through(adapter, block)] or [0]
 
 
 def _passes_through(adapter: ModelAdapter, block: nn.Module) -> bool:

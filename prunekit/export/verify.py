@@ -41,11 +41,14 @@ def verify(
     expected_logits: Float[Tensor, "windows length vocabulary"],
     expected_parameters: int,
     tolerance: float = 1e-4,
+    *,
+    blocks: int | None = None,
 ) -> Verified:
     """Load `directory` in a fresh process; its logits on `probe_ids` must be within `tolerance` of the expected.
 
     It computes in the dtype of `expected_logits`. Take them from the model in float32, into which saved
     bfloat16 goes exactly: computing in bfloat16, the number of threads alone moves logits by 1/256.
+    With `blocks`, what does not fit memory is opened by `prunekit.paging`, within as many bytes of blocks.
 
     Raises:
         NotVerified: it does not load, the parameter count is not exact, or logits differ.
@@ -58,7 +61,14 @@ def verify(
         save_file({"ids": probe_ids.cpu().contiguous(), "logits": expected_logits.detach().cpu().contiguous()}, probe)
         # -P: the folder of this file is no place to import from; modules of remote code go to the scratch folder
         child = subprocess.run(
-            [sys.executable, "-P", __file__, str(directory.resolve()), str(probe)],
+            [
+                sys.executable,
+                "-P",
+                __file__,
+                str(directory.resolve()),
+                str(probe),
+                *([] if blocks is None else [str(blocks)]),
+            ],
             env=os.environ | OFFLINE | {"HF_MODULES_CACHE": str(Path(scratch, "modules"))},
             cwd=scratch,
             capture_output=True,
@@ -75,7 +85,7 @@ def verify(
     return found
 
 
-def _compare(directory: Path, probe: Path) -> Verified:
+def _compare(directory: Path, probe: Path, blocks: str | None = None) -> Verified:
     """Load and compare, in this process."""
     import torch
     from safetensors.torch import load_file
@@ -85,7 +95,13 @@ def _compare(directory: Path, probe: Path) -> Verified:
     bundled = "auto_map" in config
     if config["model_type"].startswith("prunekit_") and not bundled:
         import prunekit  # noqa: F401  registers the model type
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=bundled).eval()
+    if blocks is None:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=bundled).eval()
+    else:
+        from prunekit.paging import opened
+
+        float32, cpu = torch.float32, torch.device("cpu")
+        model, _ = opened(str(directory), lambda _: float32, cpu, int(blocks), trust_remote_code=bundled)
     tensors = load_file(probe)
     expected = tensors["logits"].double()
     with torch.no_grad():
@@ -100,4 +116,4 @@ def _compare(directory: Path, probe: Path) -> Verified:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(_compare(Path(sys.argv[1]), Path(sys.argv[2])))))
+    print(json.dumps(asdict(_compare(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]))))

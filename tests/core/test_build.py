@@ -35,7 +35,7 @@ def test_errors_are_the_relative_output_errors_by_hand(tmp_path):
     site, kept = net.space.sites[0], 1
     stream = BlockFlow(net.model, net.adapter, toy_tokens(), dense=False)
     stream.received(site)
-    x = torch.cat(stream.stream.inputs).flatten(0, 1)
+    x = torch.cat([*stream.stream.inputs]).flatten(0, 1)
     dense = net.adapter.linear(net.blocks[0], site).weight
     lost = x @ (dense - net.store.get(site, kept).weight).T
     by_hand = float(lost.square().sum() / (x @ dense.T).square().sum())

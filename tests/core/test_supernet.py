@@ -6,6 +6,7 @@ import torch
 from prunekit.adapters import adapter_for
 from prunekit.calibration import flow
 from prunekit.checkpoint import fingerprint
+from prunekit.memory import Shares
 from prunekit.supernet import Supernet
 from prunekit.testing import toy_supernet, toy_tokens
 
@@ -75,8 +76,8 @@ def test_assembling_leaves_the_dense_model_as_it_was():
 
 
 def test_parts_are_let_go_when_they_take_too_much_room(monkeypatch):
-    monkeypatch.setattr("prunekit.supernet.PARTS_BYTES", 1)
     net, batch = toy_supernet(), toy_tokens()
+    monkeypatch.setattr(net, "shares", Shares(parts=1))
     first = logits(net, net.space.uniform(), batch)
     for plan in net.space.exchanges(net.space.uniform()):
         logits(net, plan, batch)

@@ -11,12 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunekit
-from prunekit import Candidate, WrongInput, supernet
+from prunekit import Candidate, WrongInput
 from prunekit.build import build
 from prunekit.calibration.gradients import Gradients
 from prunekit.demo import MODEL
 from prunekit.evaluate import zeros
 from prunekit.ledger import Ledger
+from prunekit.memory import Shares
 from prunekit.pipeline import check_finished, shapes
 from prunekit.progress import Progress
 from prunekit.registry import PRUNERS, Entry
@@ -211,7 +212,7 @@ class Forgetful(prunekit.Finisher):
 @pytest.mark.parametrize("model_type", ["llama", "opt", "gpt_neox"])
 def test_the_supernet_answers_as_the_assembled_model_whatever_it_keeps_in_memory(model_type, monkeypatch):
     net, tokens = toy_supernet(model_type, structure="weights"), toy_tokens()
-    monkeypatch.setattr(supernet, "PARTS_BYTES", 0)
+    monkeypatch.setattr(net, "shares", Shares(parts=0))
     start = net.space.uniform()
     others = [net.space.nearest([k + (i % 3 - 1) for i, k in enumerate(start)]), start]
     net.prefetch([start, *others], [tokens])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from prunekit import supernet
 from prunekit.calibration import flow
+from prunekit.memory import Shares
 from prunekit.testing import toy_supernet, toy_tokens
 from prunekit_objectives.divergence import Divergence
 from prunekit_objectives.hidden_state import HiddenState
@@ -74,7 +74,7 @@ def test_after_a_prefetch_no_block_runs_for_an_allocation(net, monkeypatch):
 
 def test_dense_states_beyond_the_bound_are_made_anew_and_are_the_same(monkeypatch):
     net, batch, objective = toy_supernet(), toy_tokens(), HiddenState(beside=None)
-    monkeypatch.setattr(supernet, "DENSE_BYTES", 0)
+    monkeypatch.setattr(net, "shares", Shares(dense=0))
     first = objective.loss(net, net.space.uniform(), batch)
     assert not net._hidden
     monkeypatch.undo()

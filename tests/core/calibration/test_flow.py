@@ -129,7 +129,7 @@ def test_catching_and_resuming_end_in_the_same_bits():
             stream.carry(site, adapter.linear(adapter.blocks(model)[site.block], site).weight * 0.7)
             if site.kind == "mlp":
                 stream.advance(site.block)
-        ends.append(torch.cat(stream.stream.hidden))
+        ends.append(torch.cat([*stream.stream.hidden]))
     assert torch.equal(*ends)
 
 

@@ -84,7 +84,7 @@ def test_an_input_is_measured_behind_all_weights_that_are_carried(family, catch)
     with torch.no_grad():
         other = tiny(family)
         inputs_of(other, adapter, tokens, weights)
-        hidden = torch.cat(stream.stream.hidden)
+        hidden = torch.cat([*stream.stream.hidden])
         torch.testing.assert_close(adapter.logits(model, hidden), other(tokens.ids).logits)
 
 

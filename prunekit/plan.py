@@ -1,0 +1,502 @@
+"""What a run will take on this machine, before any work: memory, disk and time of every stage.
+
+Bytes and products are counted from shapes, ladders and tokens. Every formula stands alone, so that tests hold it to
+what is really taken. What nobody can know before, the time of a pruner or of a search that goes on until it is
+content, is said to be unknown.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunekit.adapters import ModelAdapter
+from prunekit.calibration.flow import TOKENS_AT_ONCE
+from prunekit.contracts import Allocator, Journal, Problem, Query
+from prunekit.errors import WrongInput
+from prunekit.evaluate import HIDDEN_BYTES, LOGITS_AT_ONCE
+from prunekit.memory import Shares, amount, available, parsed
+from prunekit.recipe import Recipe
+from prunekit.registry import ALLOCATORS, OBJECTIVES, PRUNERS, signals_of
+from prunekit.shards import file_bytes
+from prunekit.sites import Allocation, Site, Space
+
+FLOAT, DOUBLE = 4, 8  # bytes
+SPARE = 0.9  # of what is free on the machine; the rest is for others
+PATIENCE = 2.0  # seconds that a search is rehearsed
+CUSHION = 256 << 20  # bytes: what libraries hold, and tensors that come and go
+
+# -- formulas -----------------------------------------------------------------------------------------
+
+
+def moments_bytes(
+    d_in: int, d_out: int, needs: Iterable[str] = (), *, part: bool = True, fed: Sequence[int] = ()
+) -> int:
+    """Of `Moments` of one site in float64: means, second moments, and what `needs` adds.
+
+    `part`: its output is that of a sub-layer. `fed`: widths of the inputs of its feeders.
+    """
+    needs, values = set(needs), d_in + d_in**2
+    if {"cross", "drift"} & needs:
+        values += d_in**2 + (d_out * d_in if part else 0)
+    values += d_in * len({"absolute", "relative"} & needs) + (sum(fed) if "power" in needs else 0)
+    return DOUBLE * values
+
+
+def store_bytes(site: Site, d_out: int, ladder: Sequence[int], dtype: torch.dtype, *, scores: bool = False) -> int:
+    """Of a site's file of candidates; single weights: where no weight that was kept is zero by chance."""
+    tensors: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
+    for count in ladder:
+        if site.kind == "linear":
+            tensors[f"{count}.mask"] = torch.uint8, [-(-d_out * site.d_in // 8)]
+            tensors[f"{count}.values"] = dtype, [count * d_out]
+        else:
+            tensors[f"{count}.kept"] = torch.int32, [count]
+            tensors[f"{count}.weight"] = dtype, [d_out, count * site.group_size]
+    if scores:
+        tensors["scores"] = torch.float64, [site.n_groups]
+    return file_bytes(tensors)
+
+
+def activations_bytes(tokens: int, d: int, itemsize: int, block: Sequence[tuple[int, bool, bool]], streams: int) -> int:
+    """The most a `BlockFlow` keeps at once within one block.
+
+    `block`: of every site (d_in, its output is that of a sub-layer, the site before has the same input).
+    Hidden states are there all the time, outputs of sub-layers until the block is done, inputs until their site is.
+    """
+    most = outputs = 0
+    for d_in, part, _ in block:
+        outputs += d if part else 0
+        most = max(most, d_in + outputs)
+    return streams * tokens * itemsize * (d + most)
+
+
+def forward_flops(tokens: int, weights: int, attended: int, seqlen: int) -> int:
+    """Of one forward pass: two for every weight of a linear map and token, and scores and values of attention.
+
+    `attended`: query heads times head width, summed over blocks; kernels compute the whole square of a window.
+    """
+    return tokens * (2 * weights + 4 * seqlen * attended)
+
+
+def moments_flops(tokens: int, d_in: int, d_out: int, needs: Iterable[str] = (), *, part: bool = True) -> int:
+    """Of adding up the moments of one site."""
+    crossed = bool({"cross", "drift"} & set(needs))
+    return 2 * tokens * (d_in**2 * (2 if crossed else 1) + (d_in * d_out * (2 if part else 1) if crossed else 0))
+
+
+# -- what there is ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured on this machine in a second or two."""
+
+    flops: float  # of matrix products in the dtype of the computation, per second
+    read: float  # bytes per second from the disk that holds the output
+    write: float
+
+    @classmethod
+    def measured(cls, device: torch.device, dtype: torch.dtype, folder: Path) -> Rates:
+        """A square product, and a file written, dropped from the cache and read again."""
+        a = torch.randn(1024, 1024, device=device).to(dtype)
+        _ = a @ a  # the first time pays for what later ones find ready
+        done, begun = 0, time.perf_counter()
+        while (spent := time.perf_counter() - begun) < 0.5:
+            out = a @ a
+            done += 2 * 1024**3
+        float(out[0, 0])  # a device may still be busy
+        flops = done / (time.perf_counter() - begun if device.type == "cuda" else spent)
+        block, count = os.urandom(1 << 20), 64
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".prunekit-") as file:
+            begun = time.perf_counter()
+            for _ in range(count):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            write = count * len(block) / (time.perf_counter() - begun)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            file.seek(0)
+            begun = time.perf_counter()
+            while file.read(1 << 20):
+                pass
+            read = count * len(block) / (time.perf_counter() - begun)
+        return cls(flops, read, write)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one part of a run takes. Memory is beside what the process itself holds."""
+
+    name: str
+    memory: int  # bytes that it cannot do without
+    shared: int = 0  # bytes it makes use of beyond, of what bounds allow
+    disk: int = 0  # bytes that are written
+    read: int = 0  # bytes that are read
+    flops: int | None = 0  # None: nobody knows
+    unknown: str = ""  # what else takes time
+
+    def seconds(self, rates: Rates) -> float | None:
+        """How long that takes; None: nobody knows."""
+        if self.flops is None:
+            return None
+        return self.flops / rates.flops + self.disk / rates.write + self.read / rates.read
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a run on this machine, and how its memory is shared out."""
+
+    stages: tuple[Stage, ...]
+    limit: int  # bytes of memory that may be taken
+    free_disk: int | None  # bytes where the run works; None: there is no output
+    shares: Shares
+    resident: int  # bytes of embeddings, norms and head that are always there when blocks are paged
+    block: int  # bytes of the largest block
+
+    @property
+    def paged(self) -> bool:
+        """Whether blocks of the dense model are read when they are needed."""
+        return self.shares.blocks is not None
+
+    @property
+    def least(self) -> int:
+        """Bytes of memory that the hungriest stage cannot do without."""
+        return max(stage.memory for stage in self.stages)
+
+    @property
+    def disk(self) -> int:
+        """All that is written: nothing is removed before the end."""
+        return sum(stage.disk for stage in self.stages)
+
+    def check(self) -> None:
+        """Refuse what cannot fit.
+
+        Raises:
+            WrongInput: what is too large, what there is, and what would fit.
+        """
+        worst = max(self.stages, key=lambda stage: stage.memory)
+        if worst.memory > self.limit:
+            how = "block by block " if self.paged else ""
+            raise WrongInput(
+                f"{worst.name} takes at least {amount(worst.memory)} of memory {how}beside the process itself, and "
+                f"{amount(max(0, self.limit))} are there; give more, shorter windows, or an allocator with fewer rungs"
+            )
+        if self.free_disk is not None and self.disk > self.free_disk:
+            largest = max(self.stages, key=lambda stage: stage.disk)
+            raise WrongInput(
+                f"this run writes {amount(self.disk)}, {largest.name} alone {amount(largest.disk)}, and the disk has "
+                f"{amount(self.free_disk)} free; make room, choose another --output, or an allocator with fewer rungs"
+            )
+
+    def as_dict(self, rates: Rates) -> dict[str, Any]:
+        """For programs: bytes and seconds; None where nobody knows."""
+        rows = [asdict(stage) | {"seconds": stage.seconds(rates)} for stage in self.stages]
+        known = [row["seconds"] for row in rows if row["seconds"] is not None]
+        return {
+            "stages": rows,
+            "memory": max(stage.memory + stage.shared for stage in self.stages),
+            "disk": self.disk,
+            "seconds_known": sum(known),
+            "seconds_complete": len(known) == len(rows) and not any(stage.unknown for stage in self.stages),
+            "paged": self.paged,
+            "memory_limit": self.limit,
+            "disk_free": self.free_disk,
+            "resident": self.resident,
+            "block": self.block,
+            "shares": asdict(self.shares),
+            "rates": asdict(rates),
+        }
+
+
+# -- counting -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """A model in numbers: of its skeleton, nothing is read."""
+
+    model: nn.Module
+    adapter: ModelAdapter
+    whole: Space
+    stored: torch.dtype
+    computed: torch.dtype
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.adapter.blocks(self.model))
+
+    def parameters(self, module: nn.Module) -> int:
+        """Tied ones once."""
+        return sum(p.numel() for p in module.parameters())
+
+    @property
+    def width(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator, union-attr]
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+
+    @property
+    def weights(self) -> int:
+        """Of the linear maps of all blocks."""
+        return sum(m.weight.numel() for b in self.blocks for m in b.modules() if isinstance(m, nn.Linear))
+
+    def d_out(self, site: Site) -> int:
+        return self.adapter.linear(self.blocks[site.block], site).out_features
+
+    def fed(self, site: Site) -> list[int]:
+        block = self.blocks[site.block]
+        return [block.get_submodule(cut.path).in_features for cut in self.adapter.cuts(block, site)[:-1]]  # type: ignore[misc]
+
+    @property
+    def attended(self) -> int:
+        """Query heads times head width, over all blocks."""
+        return sum(
+            math.prod(self.adapter.heads(block)[i] for i in (0, 2))
+            for block in self.blocks
+            if "attention" not in self.adapter.dropped(block)
+        )
+
+    def forward(self, tokens: int, seqlen: int, *, head: bool, share: float = 1.0) -> int:
+        """FLOPs; `share`: what is kept of the blocks."""
+        inside = forward_flops(tokens, self.weights, self.attended, seqlen)
+        return round(share * inside) + (2 * tokens * self.width * self.vocabulary if head else 0)
+
+
+def walks(allocator: Allocator, whole: Space) -> list[Space]:
+    """The spaces of a search whose answers stay in the middle, and the one that is built in the end."""
+    spaces = [allocator.first_space(whole)]
+    while len(spaces) < 32:
+        centre = spaces[-1].nearest(whole.uniform())
+        if (finer := allocator.next_space(spaces[-1], centre)) is None:
+            break
+        spaces.append(finer)
+    return [*spaces, allocator.last_space(whole, spaces[-1].nearest(whole.uniform()))]
+
+
+class _Mute(Journal):
+    """What asks the outside world is not rehearsed."""
+
+    def once(self, question: Mapping[str, Any], answer: Any) -> Any:
+        raise NotImplementedError("nobody is asked before the run")
+
+
+def rehearsed(allocator: Allocator, space: Space, tokens: int, seqlen: int, limit: int | None = None) -> int | None:
+    """Token-forwards of a search, counted by holding it on a stand-in table; None: it would not be rehearsed.
+
+    Losses are additive in errors that fall with the square of what is removed. A search that goes on until it is
+    content may ask more or less of a real model.
+    """
+    errors = tuple(
+        tuple((1 + i % 3) * (1 - kept / site.n_groups) ** 2 for kept in ladder)
+        for i, (site, ladder) in enumerate(zip(space.sites, space.ladders, strict=True))
+    )
+    scores = tuple(tuple(float((7 * g) % 11) for g in range(site.n_groups)) for site in space.sites)
+    signals = tuple(tuple(1.0 + (i % 5) / 10 for i in range(len(space.sites))) for _ in allocator.signals)
+    start, judged, paid = space.nearest(space.uniform()), dict[tuple[Allocation, int], float](), 0
+    problem = Problem(space, errors, start, 0, tokens, signals, scores, _Mute())
+
+    def loss(query: Query) -> float:
+        return sum(
+            (1 + i % 3) * (1 - kept / site.n_groups) ** 2
+            for i, (site, kept) in enumerate(zip(space.sites, query.allocation, strict=True))
+        )
+
+    ends = time.monotonic() + PATIENCE
+    try:
+        search = allocator.search(problem)
+        queries = next(search)
+        while True:
+            asked = [
+                (q.allocation, tokens if q.tokens is None else min(tokens, max(1, q.tokens // seqlen) * seqlen))
+                for q in queries
+            ]
+            paid += sum(count for key, count in dict.fromkeys((k, k[1]) for k in asked) if key not in judged)
+            if limit is not None and paid > limit:
+                return limit
+            judged |= {key: loss(query) for key, query in zip(asked, queries, strict=True)}
+            if time.monotonic() > ends:
+                return None
+            queries = search.send([judged[key] for key in asked])
+    except StopIteration:
+        return paid
+    except Exception:
+        return None
+
+
+def planned(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, whole: Space, output: Path | None) -> Plan:
+    """What `recipe`, checked, will take for a model of which the skeleton is enough.
+
+    Raises:
+        WrongInput: the recipe's memory is no amount.
+    """
+    from prunekit.calibration.tokens import DEFAULTS, LONGEST_WINDOW
+    from prunekit.checkpoint import DTYPES, resolved_device
+
+    device = resolved_device(recipe.device)
+    stored = next(model.parameters()).dtype
+    narrow = stored.itemsize < FLOAT and device.type != "cuda"
+    computed = DTYPES[recipe.dtype] if recipe.dtype != "auto" else torch.float32 if narrow else stored
+    shape = Shape(model, adapter, whole, stored, computed)
+    seqlen = recipe.data.seqlen or min(
+        LONGEST_WINDOW, int(getattr(model.config, "max_position_embeddings", LONGEST_WINDOW))
+    )
+    tokens = {
+        part: max(1, (getattr(recipe.data, f"{part}_tokens") or most) // seqlen) * seqlen
+        for part, most in DEFAULTS.items()
+    }
+    asked = parsed(recipe.memory)
+    limit = round(available(device) * SPARE) if asked is None else asked - _taken(device)
+    free_disk = None
+    if output is not None:
+        place = next(p for p in (output.resolve(), *output.resolve().parents) if p.exists())
+        free_disk = shutil.disk_usage(place).free
+    blocks = [shape.parameters(block) * computed.itemsize for block in shape.blocks]
+    everything = shape.parameters(model) * computed.itemsize
+    head = 0
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:  # type: ignore[operator, union-attr]
+        head = shape.parameters(model.get_output_embeddings()) * computed.itemsize  # type: ignore[operator]
+    resident, page = everything - sum(blocks) - head, max(*blocks, head)
+
+    def of(shares: Shares) -> Plan:
+        stages = tuple(_stages(recipe, shape, tokens, seqlen, shares, resident, page, everything))
+        return Plan(stages, limit, free_disk, shares, resident, max(blocks))
+
+    plan = of(Shares())
+    paged = plan.least > limit and next(model.parameters()).is_meta  # else it is in memory already
+    if paged:
+        plan = of(Shares(blocks=0))
+    room_to_solve = 3 * DOUBLE * max(site.d_in for site in whole.sites) ** 2  # for pruners that factorise
+    return of(Shares.of(limit - plan.least - room_to_solve, paged=paged))
+
+
+def _stages(
+    recipe: Recipe,
+    shape: Shape,
+    tokens: Mapping[str, int],
+    seqlen: int,
+    shares: Shares,
+    resident: int,
+    page: int,
+    everything: int,
+) -> Iterable[Stage]:
+    """Every stage."""
+    pruner, allocator = PRUNERS.build(recipe.pruner), ALLOCATORS.build(recipe.allocator)
+    objective, model = OBJECTIVES.build(recipe.objective), shape.model
+    needs = pruner.needs.union(*(signal.needs for signal in signals_of(allocator)))
+    paged, size = shares.blocks is not None, shape.computed.itemsize
+    held = resident + page if paged else everything
+    checkpoint = shape.parameters(model) * shape.stored.itemsize
+    blocks = checkpoint - resident // size * shape.stored.itemsize
+    share = float(1 - recipe.sparsity)
+    small = round(checkpoint - blocks * (1 - share))
+    chunk = max(TOKENS_AT_ONCE, seqlen)
+    widest = max(site.d_in for site in shape.whole.sites)
+    working = chunk * size * (3 * widest + 6 * shape.width) + CUSHION
+    kept = shares.blocks or 0  # of blocks beside the one that is needed
+    yield Stage("open", held + CUSHION, kept, read=checkpoint)
+    if "gradient" in needs:
+        wide = sum(p.numel() for p in shape.blocks[0].parameters())
+        inside, spilled = _spilled(tokens["calibration"] * shape.width * size * (len(shape.blocks) + 2), shares)
+        yield Stage(
+            "gradients", held + working + 2 * FLOAT * wide, kept + inside, 2 * FLOAT * shape.weights + spilled,
+            read=2 * blocks if paged else 0, flops=3 * shape.forward(tokens["calibration"], seqlen, head=True),
+        )  # fmt: skip
+    spaces = walks(allocator, shape.whole)
+    for number, space in enumerate(spaces, 1):
+        last = number == len(spaces)
+        if last and (not recipe.rebuild or space.ladders == spaces[-2].ladders):
+            continue
+        yield _walk(recipe, shape, space, needs, tokens["calibration"], seqlen, shares, held + working,
+                    "rebuild" if last else f"prune {number}", blocks if paged else 0)  # fmt: skip
+        if last:
+            continue
+        forwards = rehearsed(allocator, space, tokens["search"], seqlen, recipe.search_budget)
+        if forwards is None:
+            forwards = recipe.search_budget
+        if not objective.reads_tokens:
+            forwards = 0
+        flops = None if forwards is None else shape.forward(forwards, seqlen, head=True, share=share)
+        why = "the allocator cannot say what it will ask" if forwards is None else ""
+        if recipe.search_budget is not None:
+            why = why or f"at most {recipe.search_budget:,} token-forwards"
+        bounds = kept + shares.hidden + shares.dense + shares.parts if objective.reads_tokens else 0
+        yield Stage(f"search {number}", held + working, bounds, flops=flops, unknown=why)
+    largest = max(p.numel() for p in model.parameters())
+    logits = 2 * FLOAT * LOGITS_AT_ONCE
+    both = held + page + HIDDEN_BYTES if paged else everything + round(everything * small / checkpoint)
+    if recipe.finishers:
+        own = shape.parameters(model) * max(size, FLOAT) * small // checkpoint
+        both = max(both, held + own)
+        names = ", ".join(spec["name"] for spec in recipe.finishers)
+        inside, spilled = _spilled(4 * tokens["calibration"] * shape.width * size, shares)
+        yield Stage("finish", held + own + working, kept + inside, spilled, flops=None, unknown=names)
+    yield Stage(
+        "evaluate", both + logits + CUSHION, kept, read=2 * checkpoint if paged else 0,
+        flops=shape.forward(tokens["evaluation"], seqlen, head=True) * 2,
+    )  # fmt: skip
+    exported = both if not paged else held + page + largest * (size + shape.stored.itemsize)
+    yield Stage("export", exported + CUSHION, kept, small, read=checkpoint + small if recipe.verify else checkpoint)
+
+
+def _walk(
+    recipe: Recipe,
+    shape: Shape,
+    space: Space,
+    needs: frozenset[str],
+    tokens: int,
+    seqlen: int,
+    shares: Shares,
+    held: int,
+    name: str,
+    paged: int,
+) -> Stage:
+    allocator = ALLOCATORS.build(recipe.allocator)
+    crossed, size = bool({"cross", "drift"} & needs), shape.computed.itemsize
+    streams = 1 + crossed
+    memory = disk = flops = spill = 0
+    scores = "scores" in allocator.needs and name != "rebuild"
+    for site, ladder in zip(space.sites, space.ladders, strict=True):
+        d_out, part = shape.d_out(site), shape.adapter.part(site) is not None
+        disk += store_bytes(site, d_out, ladder, shape.stored, scores=scores)
+        moments = moments_bytes(site.d_in, d_out, needs, part=part, fed=shape.fed(site))
+        # of a site: its moments, their means, the weight of every rung as proposed and as rounded, the mean of all
+        cells = site.d_in * d_out
+        candidates = len(ladder) * cells * (size + shape.stored.itemsize) + DOUBLE * cells + size * cells
+        memory = max(memory, 2 * moments + candidates)
+        flops += moments_flops(tokens, site.d_in, d_out, needs, part=part)
+    for _, members in groupby(space.sites, key=lambda site: site.block):
+        block = [(s.d_in, shape.adapter.part(s) is not None, bool(s.shares)) for s in members]
+        spill = max(spill, activations_bytes(tokens, shape.width, size, block, streams))
+    inside, spilled = _spilled(spill, shares)
+    flops += streams * shape.forward(tokens, seqlen, head=False)
+    unknown = f"the work of {recipe.pruner['name']} itself"
+    return Stage(name, held + memory, (shares.blocks or 0) + inside, disk + spilled, paged, flops, unknown)
+
+
+def _spilled(activations: int, shares: Shares) -> tuple[int, int]:
+    """(bytes in memory, bytes on disk)."""
+    inside = activations if shares.activations is None else min(activations, shares.activations)
+    return inside, activations - inside
+
+
+def _taken(device: torch.device) -> int:
+    """Bytes this process has already, on a machine that says so."""
+    statm = Path("/proc/self/statm")
+    if device.type == "cuda" or not statm.exists():
+        return 0
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

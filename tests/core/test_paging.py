@@ -1,0 +1,152 @@
+"""A model whose blocks are read when they are needed is the model, and everything made of it is the same."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import prunekit
+from prunekit import pipeline
+from prunekit.calibration.flow import entered
+from prunekit.checkpoint import opened
+from prunekit.demo import MODEL
+from prunekit.memory import Shares
+from prunekit.paging import pager_of, shapes_of, whole
+from prunekit.testing import tiny, toy_tokens
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox"]
+ONE_BLOCK = Shares(blocks=0, activations=0)
+RUN: dict[str, Any] = {
+    "pruner": "obs",
+    "allocator": {
+        "name": "tyr",
+        "inner": {"name": "evolution", "generations": 1, "offspring": 2},
+        "last_stride": 0.125,
+    },
+    "objective": "divergence",
+    "data__dataset": "python-docs",
+    "data__calibration_tokens": 256,
+    "data__search_tokens": 256,
+    "data__evaluation_tokens": 256,
+    "data__seqlen": 32,
+    "quiet": True,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """(family, dtype, how to save) -> a tiny model with a tokenizer, on disk."""
+
+    def made(family, dtype=torch.bfloat16, vocab_size=61, **saving):
+        path = tmp_path_factory.mktemp("tiny") / family
+        tiny(family, vocab_size=vocab_size).to(dtype).save_pretrained(path, **saving)
+        AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
+        return path
+
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_paged_model_is_the_model(family, folder):
+    path = str(folder(family, max_shard_size="10KB"))
+    one, two = opened(path), opened(path, shares=ONE_BLOCK)
+    assert (one.fingerprint, one.dtype) == (two.fingerprint, two.dtype)
+    assert str(one.model.config) == str(two.model.config)
+    assert str(one.model.generation_config) == str(two.model.generation_config)
+    tables = dict(one.model.named_buffers())
+    assert tables.keys() == dict(two.model.named_buffers()).keys()
+    assert all(torch.equal(table, tables[name]) for name, table in two.model.named_buffers())
+    ids = toy_tokens().ids
+    with torch.no_grad():
+        assert torch.equal(one.model(ids).logits, two.model(ids).logits)
+        assert torch.equal(whole(two.model)(ids).logits, one.model(ids).logits)
+    assert [type(m) for m in whole(two.model).modules()] == [type(m) for m in one.model.modules()]
+
+
+def test_a_block_is_read_when_a_parameter_is_asked_for_and_let_go_for_the_next(folder):
+    dense = opened(str(folder("llama")), shares=ONE_BLOCK)
+    blocks, pager = dense.adapter.blocks(dense.model), pager_of(dense.model)
+    one = sum(p.numel() * p.element_size() for p in blocks[0].parameters())
+    pager.clear()
+    before = pager.reads
+    with shapes_of(dense.model):
+        dense.adapter.sites(dense.model)
+    entered(dense.model, dense.adapter, toy_tokens().ids)
+    assert (pager.held, pager.reads) == (0, before)  # neither shapes nor entering reads a block
+    weight = blocks[0].mlp.down_proj.weight
+    assert (pager.held, pager.reads) == (one, before + 1)
+    assert blocks[0].self_attn.o_proj.weight is blocks[0].self_attn.o_proj.weight
+    assert blocks[1].mlp.down_proj.weight.shape == weight.shape
+    assert (pager.held, pager.reads) == (one, before + 2)
+    assert torch.equal(blocks[0].mlp.down_proj.weight, weight)  # what is held elsewhere stays as it was
+    pager.bound = 2 * one
+    for index in (0, 1, 0, 1, 2, 1):
+        assert blocks[index].mlp.down_proj.weight.device.type == "cpu"
+    assert pager.reads == before + 5  # 0 was there, 1 and 2 were read; 1 is still there
+    assert pager.held == 2 * one
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [("index", "has no model-0000"), ("tensor", "lacks model.layers.1"), ("nan", "not finite"), ("shape", "asks for")],
+)
+def test_what_cannot_be_paged_is_refused_in_a_sentence(damage, says, folder):
+    from safetensors.torch import load_file, save_file
+
+    path = folder("llama", **({"max_shard_size": "10KB"} if damage == "index" else {}))
+    file = sorted(path.glob("*.safetensors"))[0]
+    if damage == "index":
+        file.unlink()
+    else:
+        tensors, name = load_file(file), "model.layers.1.mlp.up_proj.weight"
+        if damage == "tensor":
+            del tensors[name]
+        elif damage == "shape":
+            tensors[name] = tensors[name][:-1].contiguous()
+        else:
+            tensors[name][0, 0] = torch.nan
+        save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(prunekit.WrongInput, match=says):
+        opened(str(path), shares=ONE_BLOCK)
+
+
+def made(path, output, monkeypatch, *, paged, **changes):
+    if paged:
+        plan = pipeline.planned
+
+        def tight(*args):
+            found = plan(*args)
+            return type(found)(**(vars(found) | {"shares": Shares(0, 0, 0, 0, 0)}))
+
+        monkeypatch.setattr(pipeline, "planned", tight)
+    result = prunekit.prune(path, output=output, **(RUN | changes))
+    monkeypatch.undo()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("qwen2", {"pruner": "llm-pruner", "sparsity": 0.8}),  # gradients, tied embeddings, dropped sub-layers
+        ("gpt_neox", {"structure": "weights", "pruner": "wanda", "allocator": "uniform"}),
+        ("opt", {"finishers": ["bias"], "allocator": "softmax", "objective": "expected-error"}),
+    ],
+)
+def test_a_paged_run_writes_what_an_unpaged_one_writes(family, changes, folder, tmp_path, monkeypatch):
+    path = folder(family, torch.float32 if family == "llama" else torch.bfloat16, vocab_size=2048)
+    one = made(path, tmp_path / "one", monkeypatch, paged=False, **changes)
+    two = made(path, tmp_path / "two", monkeypatch, paged=True, **changes)
+    names = sorted(p.name for p in (tmp_path / "one").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "two").iterdir())
+    for name in set(names) - {"report.json", "README.md"}:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    reports = [json.loads((tmp_path / which / "report.json").read_text()) for which in ("one", "two")]
+    assert [report.pop("seconds") for report in reports]
+    assert reports[0] == reports[1]
+    assert not list(tmp_path.glob("*.partial"))
+    ids = toy_tokens(vocabulary=61).ids
+    with torch.no_grad():
+        assert torch.equal(one.model.float()(ids).logits, whole(two.model).float()(ids).logits)
