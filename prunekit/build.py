@@ -188,7 +188,8 @@ def answers(
         raise PluginError(f"{who}: {len(keeps)} counts were asked, {len(proposed)} candidates came")
     order = _order(site, layer.weight.device)
     checked = []
-    for keep, candidate in zip(keeps, proposed, strict=True):
+    for keep in keeps:
+        candidate = proposed.pop(0)  # let go when it is rounded
         kept, weight = candidate.kept, candidate.weight
         if site.kind == "linear":
             if kept is not None or weight.shape != layer.weight.shape or not bool(torch.isfinite(weight).all()):

@@ -1,4 +1,4 @@
-"""The command line: prune, tune, evaluate, list, check, demo.
+"""The command line: prune, plan, tune, evaluate, list, check, demo.
 
 Nothing heavy is imported before it is needed, so help and wrong flags answer at once. Wrong input is one
 sentence on stderr and exit code 2.
@@ -7,6 +7,7 @@ sentence on stderr and exit code 2.
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ from prunekit.errors import CannotGoOn, WrongInput
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from prunekit.recipe import Recipe
     from prunekit.registry import Registry
     from prunekit.tuning import Tuned
 
@@ -138,38 +140,18 @@ def prune(
     seed: Annotated[int | None, typer.Option(help="The same seed, the same model.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the computation: auto, float32, bfloat16, ...")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="To get along with, as 8GiB; auto: what the machine has to spare.")
+    ] = None,
     set_: Set = None,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run of the same recipe.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what --output holds.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Make a smaller model. Every option but MODEL and --output has a default, from the recipe."""
-    from prunekit.recipe import Recipe, parsed
-
-    flags = {
-        "model": _model(model, model_option),
-        "sparsity": sparsity,
-        "pruner": pruner,
-        "allocator": allocator,
-        "objective": objective,
-        "finishers": finisher,
-        "carry": carry,
-        "structure": structure,
-        "data.dataset": _several(dataset),
-        "data.calibration_tokens": calibration_tokens,
-        "data.search_tokens": search_tokens,
-        "data.seqlen": seqlen,
-        "seed": seed,
-        "device": device,
-        "dtype": dtype,
-    }
-    given = {key: value for key, value in flags.items() if value not in (None, [])}
-    chosen = Recipe.load(recipe).with_overrides(given | dict(map(parsed, set_ or [])))
-    if (source := chosen.model) is None:
-        raise WrongInput("no model was given; name a folder or a hub id: prunekit prune MODEL --output DIR")
+    chosen, source = _chosen(locals(), "prune")
     if output is None:
         raise WrongInput("no --output was given; name a new folder for the pruned model")
-    chosen = chosen.checked()
 
     from prunekit import pipeline
     from prunekit.progress import progress_for
@@ -180,6 +162,64 @@ def prune(
     _print(comparison(str(output), *_from_report(result.report, source, output)))
     if "weights" in result.report:
         typer.echo(gained(result.report["weights"]))
+
+
+def _as_prune(body: Callable[[Mapping[str, Any], bool], None]) -> Callable[..., None]:
+    """A command with the options of `prune`, whatever they are, and --json."""
+
+    def command(**options: Any) -> None:
+        body(options, options.pop("as_json"))
+
+    as_prune = inspect.signature(prune, eval_str=True)
+    printed = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+    as_json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=printed)
+    signature = as_prune.replace(parameters=[*as_prune.parameters.values(), as_json])
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
+    command.__name__, command.__doc__ = body.__name__, body.__doc__
+    return command
+
+
+@app.command()
+@_as_prune
+def plan(options: Mapping[str, Any], as_json: bool) -> None:
+    """What `prune` with the same options will take on this machine: memory, disk and time of every stage."""
+    chosen, source = _chosen(options, "plan")
+    from prunekit.checkpoint import skeleton
+    from prunekit.memory import amount
+    from prunekit.pipeline import whole_space
+    from prunekit.plan import Rates, planned
+    from prunekit.progress import span
+
+    _calm()
+    model, adapter = skeleton(source, trust_remote_code=chosen.trust_remote_code)
+    space = whole_space(chosen, model, adapter, next(model.parameters()).dtype)
+    output = options["output"] or Path("prunekit-output")  # a run without --output is refused; its disk is this one's
+    found = planned(chosen, model, adapter, space, output)
+    rates = Rates.measured(found.device, found.dtype, found.place or Path())
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(rates), indent=2))
+        found.check()
+        return
+    table = _table(source, "memory", "disk", "time", "and")
+    for stage in found.stages:
+        seconds = stage.seconds(rates)
+        took = "unknown" if seconds is None else span(seconds)
+        table.add_row(stage.name, amount(stage.memory + stage.shared), amount(stage.disk), took, stage.unknown)
+    told = found.as_dict(rates)
+    least = "" if told["seconds_complete"] else "at least "
+    table.add_row("in all", amount(told["memory"]), amount(told["disk"]), least + span(told["seconds_known"]), "")
+    _print(table)
+    how = f"block by block, {amount(found.block)} each" if found.paged else "whole"
+    typer.echo(
+        f"the model is opened {how}; there are {amount(max(0, found.limit))} of memory beside the process itself"
+        f" and {amount(found.free_disk or 0)} of disk"
+    )
+    typer.echo(
+        f"counted at {rates.flops / 1e9:,.0f} GFLOP/s of products in {str(found.dtype)[6:]}, and "
+        f"{rates.write / 1e6:,.0f} MB/s written, {rates.read / 1e6:,.0f} MB/s read"
+    )
+    found.check()
 
 
 @app.command()
@@ -468,6 +508,27 @@ def _model(argument: str | None, option: str | None) -> str | None:
     if argument is not None and option is not None and argument != option:
         raise WrongInput(f"two models were given, {argument!r} and --model {option!r}; give one")
     return argument if argument is not None else option
+
+
+FLAGS: Mapping[str, str] = {  # of `prune` -> recipe key
+    **{key: key for key in ("sparsity", "pruner", "allocator", "objective", "carry", "structure", "seed", "device")},
+    **{key: key for key in ("dtype", "memory")},
+    **{key: f"data.{key}" for key in ("dataset", "calibration_tokens", "search_tokens", "seqlen")},
+    "finisher": "finishers",
+}
+
+
+def _chosen(options: Mapping[str, Any], command: str) -> tuple[Recipe, str]:
+    """(the recipe that options of `prune` ask for, its model)."""
+    from prunekit.recipe import Recipe, parsed
+
+    given = {FLAGS[name]: value for name, value in options.items() if name in FLAGS}
+    given |= {"model": _model(options["model"], options["model_option"]), "data.dataset": _several(options["dataset"])}
+    given = {key: value for key, value in given.items() if value not in (None, [])}
+    chosen = Recipe.load(options["recipe"]).with_overrides(given | dict(map(parsed, options["set_"] or [])))
+    if chosen.model is None:
+        raise WrongInput(f"no model was given; name a folder or a hub id: prunekit {command} MODEL --output DIR")
+    return chosen.checked(), chosen.model
 
 
 def _several(names: Sequence[str] | None) -> list[str] | None:

@@ -218,18 +218,29 @@ class LayerProblem:
 
     def error(self, weight: Float[Tensor, "d_out d_in"]) -> float:
         """E(Ŵ) / E‖W x‖²: relative output error, 0 lossless, 1 as bad as zeros."""
-        dense, pruned, gram = self.weight.double(), weight.double(), self.gram.double()
+        pruned, gram, power = weight.double(), self.gram.double(), self._power
         if self.cross is None:
-            power = float(((dense @ gram) * dense).sum()) if self.energy is None else self.energy
-            lost = dense - pruned
+            lost = self.weight.double() - pruned
             error = float(((lost @ gram) * lost).sum())
         else:
-            if self.energy is None:
-                raise ValueError(f"{self.name}: a problem with a cross moment needs the dense energy E‖W x‖²")
-            power = self.energy
-            reached = dense @ self.cross.double()
-            error = power - 2 * float((pruned * reached).sum()) + float(((pruned @ gram) * pruned).sum())
+            error = power - 2 * float((pruned * self._reached).sum()) + float(((pruned @ gram) * pruned).sum())
         return max(error, 0.0) / power if power > 0 else 0.0
+
+    @cached_property
+    def _power(self) -> float:
+        """E‖W x‖²."""
+        if self.energy is not None:
+            return self.energy
+        if self.cross is not None:
+            raise ValueError(f"{self.name}: a problem with a cross moment needs the dense energy E‖W x‖²")
+        dense = self.weight.double()
+        return float(((dense @ self.gram.double()) * dense).sum())
+
+    @cached_property
+    def _reached(self) -> Float[Tensor, "d_out d_in"]:
+        """W G, once for all candidates."""
+        assert self.cross is not None
+        return self.weight.double() @ self.cross.double()
 
 
 @dataclass(frozen=True, eq=False)

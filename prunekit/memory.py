@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, MutableSequence
@@ -102,7 +103,6 @@ class Room:
         self.bound, self.folder = bound, folder
         self.held = 0  # bytes in memory
         self.spilled = 0  # bytes in files
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._names = count()
 
     def row(self, tensors: Iterable[Tensor] = ()) -> Row:
@@ -116,8 +116,8 @@ class Room:
         if self.bound is None or self.held + tensor.nbytes <= self.bound:
             return Kept(self, tensor, None, tensor.nbytes)
         if self.folder is None:
-            self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="prunekit-")
-            self.folder = Path(self._temporary.name)
+            self.folder = Path(tempfile.mkdtemp(prefix="prunekit-"))
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{next(self._names)}.safetensors"
         save_file({"": tensor.detach().cpu().contiguous()}, file)

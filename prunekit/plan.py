@@ -7,7 +7,6 @@ content, is said to be unknown.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import tempfile
@@ -35,7 +34,7 @@ from prunekit.sites import Allocation, Site, Space
 FLOAT, DOUBLE = 4, 8  # bytes
 SPARE = 0.9  # of what is free on the machine; the rest is for others
 PATIENCE = 2.0  # seconds that a search is rehearsed
-CUSHION = 256 << 20  # bytes: what libraries hold, and tensors that come and go
+CUSHION = 64 << 20  # bytes: what libraries hold, and tensors that come and go
 
 # -- formulas -----------------------------------------------------------------------------------------
 
@@ -69,17 +68,18 @@ def store_bytes(site: Site, d_out: int, ladder: Sequence[int], dtype: torch.dtyp
     return file_bytes(tensors)
 
 
-def activations_bytes(tokens: int, d: int, itemsize: int, block: Sequence[tuple[int, bool, bool]], streams: int) -> int:
+def activations_bytes(tokens: int, d: int, itemsize: int, block: Sequence[tuple[int, bool]], streams: int) -> int:
     """The most a `BlockFlow` keeps at once within one block.
 
-    `block`: of every site (d_in, its output is that of a sub-layer, the site before has the same input).
-    Hidden states are there all the time, outputs of sub-layers until the block is done, inputs until their site is.
+    `block`: of every site (d_in, whether its output is that of a sub-layer). Hidden states are there all the time,
+    outputs of sub-layers until the block is done, inputs of a site until its outputs are, one stream after the other.
     """
-    most = outputs = 0
-    for d_in, part, _ in block:
-        outputs += d if part else 0
-        most = max(most, d_in + outputs)
-    return streams * tokens * itemsize * (d + most)
+    most = before = 0
+    for d_in, part in block:
+        own = d if part else 0
+        most = max(most, *(streams * before + j * own + (streams - j + 1) * d_in for j in (1, streams)))
+        before += own
+    return tokens * itemsize * (streams * d + most)
 
 
 def forward_flops(tokens: int, weights: int, attended: int, seqlen: int) -> int:
@@ -94,6 +94,11 @@ def moments_flops(tokens: int, d_in: int, d_out: int, needs: Iterable[str] = (),
     """Of adding up the moments of one site."""
     crossed = bool({"cross", "drift"} & set(needs))
     return 2 * tokens * (d_in**2 * (2 if crossed else 1) + (d_in * d_out * (2 if part else 1) if crossed else 0))
+
+
+def judging_flops(d_in: int, d_out: int, rungs: int) -> int:
+    """Of the relative errors of all candidates of one site, and the energy they are relative to."""
+    return 2 * d_out * d_in**2 * (rungs + 1)
 
 
 # -- what there is ------------------------------------------------------------------------------------
@@ -163,8 +168,11 @@ class Plan:
     limit: int  # bytes of memory that may be taken
     free_disk: int | None  # bytes where the run works; None: there is no output
     shares: Shares
-    resident: int  # bytes of embeddings, norms and head that are always there when blocks are paged
+    resident: int  # bytes of embeddings and norms, which are always there when blocks are paged
     block: int  # bytes of the largest block
+    device: torch.device
+    dtype: torch.dtype  # of the computation
+    place: Path | None  # where the run works, as far as it exists
 
     @property
     def paged(self) -> bool:
@@ -265,11 +273,10 @@ class Shape:
     @property
     def attended(self) -> int:
         """Query heads times head width, over all blocks."""
-        return sum(
-            math.prod(self.adapter.heads(block)[i] for i in (0, 2))
-            for block in self.blocks
-            if "attention" not in self.adapter.dropped(block)
-        )
+        if not hasattr(self.adapter, "heads"):  # a family without attention
+            return 0
+        blocks = (block for block in self.blocks if "attention" not in self.adapter.dropped(block))
+        return sum(query * width for query, _, width in map(self.adapter.heads, blocks))
 
     def forward(self, tokens: int, seqlen: int, *, head: bool, share: float = 1.0) -> int:
         """FLOPs; `share`: what is kept of the blocks."""
@@ -361,7 +368,7 @@ def planned(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, whole: Spac
     }
     asked = parsed(recipe.memory)
     limit = round(available(device) * SPARE) if asked is None else asked - _taken(device)
-    free_disk = None
+    free_disk = place = None
     if output is not None:
         place = next(p for p in (output.resolve(), *output.resolve().parents) if p.exists())
         free_disk = shutil.disk_usage(place).free
@@ -374,12 +381,12 @@ def planned(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, whole: Spac
 
     def of(shares: Shares) -> Plan:
         stages = tuple(_stages(recipe, shape, tokens, seqlen, shares, resident, page, everything))
-        return Plan(stages, limit, free_disk, shares, resident, max(blocks))
+        return Plan(stages, limit, free_disk, shares, resident, max(blocks), device, computed, place)
 
-    plan = of(Shares())
-    paged = plan.least > limit and next(model.parameters()).is_meta  # else it is in memory already
-    if paged:
-        plan = of(Shares(blocks=0))
+    plan, tight = of(Shares()), of(Shares(blocks=0))
+    can = next(model.parameters()).is_meta and tight.least < plan.least  # else it is in memory already, or very small
+    if paged := can and plan.least > limit:
+        plan = tight
     room_to_solve = 3 * DOUBLE * max(site.d_in for site in whole.sites) ** 2  # for pruners that factorise
     return of(Shares.of(limit - plan.least - room_to_solve, paged=paged))
 
@@ -404,7 +411,7 @@ def _stages(
     blocks = checkpoint - resident // size * shape.stored.itemsize
     share = float(1 - recipe.sparsity)
     small = round(checkpoint - blocks * (1 - share))
-    chunk = max(TOKENS_AT_ONCE, seqlen)
+    chunk = min(max(TOKENS_AT_ONCE, seqlen), max(tokens.values()))
     widest = max(site.d_in for site in shape.whole.sites)
     working = chunk * size * (3 * widest + 6 * shape.width) + CUSHION
     kept = shares.blocks or 0  # of blocks beside the one that is needed
@@ -437,8 +444,10 @@ def _stages(
         bounds = kept + shares.hidden + shares.dense + shares.parts if objective.reads_tokens else 0
         yield Stage(f"search {number}", held + working, bounds, flops=flops, unknown=why)
     largest = max(p.numel() for p in model.parameters())
-    logits = 2 * FLOAT * LOGITS_AT_ONCE
-    both = held + page + HIDDEN_BYTES if paged else everything + round(everything * small / checkpoint)
+    judged = tokens["evaluation"]
+    logits = 2 * FLOAT * min(judged, max(seqlen, LOGITS_AT_ONCE // shape.vocabulary)) * shape.vocabulary
+    hidden = min(HIDDEN_BYTES, judged * shape.width * size)
+    both = held + page + hidden if paged else everything + round(everything * small / checkpoint)
     if recipe.finishers:
         own = shape.parameters(model) * max(size, FLOAT) * small // checkpoint
         both = max(both, held + own)
@@ -479,8 +488,9 @@ def _walk(
         candidates = len(ladder) * cells * (size + shape.stored.itemsize) + DOUBLE * cells + size * cells
         memory = max(memory, 2 * moments + candidates)
         flops += moments_flops(tokens, site.d_in, d_out, needs, part=part)
+        flops += 2 * judging_flops(site.d_in, d_out, len(ladder))  # float64 takes twice as long
     for _, members in groupby(space.sites, key=lambda site: site.block):
-        block = [(s.d_in, shape.adapter.part(s) is not None, bool(s.shares)) for s in members]
+        block = [(s.d_in, shape.adapter.part(s) is not None) for s in members]
         spill = max(spill, activations_bytes(tokens, shape.width, size, block, streams))
     inside, spilled = _spilled(spill, shares)
     flops += streams * shape.forward(tokens, seqlen, head=False)

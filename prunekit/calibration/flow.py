@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn import functional
 
 from prunekit.adapters import ModelAdapter
 from prunekit.calibration.moments import Moments
@@ -229,14 +228,14 @@ def installed(linear: nn.Linear, site: Site, weight: Tensor | None) -> Iterator[
     if weight is None:
         yield
         return
-    other, bias = weight.to(linear.weight), linear.bias
-    if bias is not None and site.kind != "linear" and not weight.any():  # the sub-layer is dropped
-        bias = torch.zeros_like(bias)
-    linear.forward = partial(functional.linear, weight=other, bias=bias)  # shadows the method on this instance only
+    own = dict(linear._parameters)  # as they are: asked for, those of a paged model would be in memory for good
+    linear.weight = nn.Parameter(weight.to(linear.weight), requires_grad=False)
+    if linear.bias is not None and site.kind != "linear" and not weight.any():  # the sub-layer is dropped
+        linear.bias = nn.Parameter(torch.zeros_like(linear.bias), requires_grad=False)
     try:
         yield
     finally:
-        del linear.forward
+        linear._parameters.update(own)
 
 
 @contextmanager

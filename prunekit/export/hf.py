@@ -150,7 +150,7 @@ def _write_paged(model: PreTrainedModel, directory: Path) -> None:
     metas = {name: torch.empty_like(state[name], device="meta") for name in state if first[id(state[name])] == name}
     ours = {id(meta): name for name, meta in metas.items()}
     named = revert_weight_conversion(model, metas)
-    write(directory, named, lambda name: real(state[ours[id(named[name])]]))
+    write(directory, named, lambda name: real(state[ours[id(named[name])]]), shard_bytes=SHARD_BYTES)
 
 
 def _kept(model: PreTrainedModel, adapter: ModelAdapter) -> list[int]:
