@@ -195,7 +195,7 @@ def plan(options: Mapping[str, Any], as_json: bool) -> None:
     model, adapter = skeleton(source, trust_remote_code=chosen.trust_remote_code)
     space = whole_space(chosen, model, adapter, next(model.parameters()).dtype)
     output = options["output"] or Path("prunekit-output")  # a run without --output is refused; its disk is this one's
-    found = planned(chosen, model, adapter, space, output)
+    found = planned(chosen, model, adapter, space, output, rehearse=True)
     rates = Rates.measured(found.device, found.dtype, found.place or Path())
     if as_json:
         typer.echo(json.dumps(found.as_dict(rates), indent=2))

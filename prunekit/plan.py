@@ -11,8 +11,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from torch import nn
 
 from prunekit.adapters import ModelAdapter
 from prunekit.calibration.flow import TOKENS_AT_ONCE
+from prunekit.calibration.tokens import DEFAULTS, LONGEST_WINDOW
+from prunekit.checkpoint import DTYPES, resolved_device
 from prunekit.contracts import Allocator, Journal, Problem, Query
 from prunekit.errors import WrongInput
 from prunekit.evaluate import HIDDEN_BYTES, LOGITS_AT_ONCE
@@ -242,7 +245,7 @@ class Shape:
     stored: torch.dtype
     computed: torch.dtype
 
-    @property
+    @cached_property
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.adapter.blocks(self.model))
 
@@ -258,7 +261,7 @@ class Shape:
     def vocabulary(self) -> int:
         return int(self.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
 
-    @property
+    @cached_property
     def weights(self) -> int:
         """Of the linear maps of all blocks."""
         return sum(m.weight.numel() for b in self.blocks for m in b.modules() if isinstance(m, nn.Linear))
@@ -270,7 +273,7 @@ class Shape:
         block = self.blocks[site.block]
         return [block.get_submodule(cut.path).in_features for cut in self.adapter.cuts(block, site)[:-1]]  # type: ignore[misc]
 
-    @property
+    @cached_property
     def attended(self) -> int:
         """Query heads times head width, over all blocks."""
         if not hasattr(self.adapter, "heads"):  # a family without attention
@@ -345,43 +348,49 @@ def rehearsed(allocator: Allocator, space: Space, tokens: int, seqlen: int, limi
         return None
 
 
-def planned(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, whole: Space, output: Path | None) -> Plan:
+def planned(
+    recipe: Recipe,
+    model: nn.Module,
+    adapter: ModelAdapter,
+    whole: Space,
+    output: Path | None,
+    *,
+    rehearse: bool = False,
+) -> Plan:
     """What `recipe`, checked, will take for a model of which the skeleton is enough.
+
+    Only where it is asked for, searches are rehearsed to say how long they take.
 
     Raises:
         WrongInput: the recipe's memory is no amount.
     """
-    from prunekit.calibration.tokens import DEFAULTS, LONGEST_WINDOW
-    from prunekit.checkpoint import DTYPES, resolved_device
-
     device = resolved_device(recipe.device)
     stored = next(model.parameters()).dtype
     narrow = stored.itemsize < FLOAT and device.type != "cuda"
     computed = DTYPES[recipe.dtype] if recipe.dtype != "auto" else torch.float32 if narrow else stored
-    shape = Shape(model, adapter, whole, stored, computed)
-    seqlen = recipe.data.seqlen or min(
-        LONGEST_WINDOW, int(getattr(model.config, "max_position_embeddings", LONGEST_WINDOW))
-    )
-    tokens = {
-        part: max(1, (getattr(recipe.data, f"{part}_tokens") or most) // seqlen) * seqlen
-        for part, most in DEFAULTS.items()
-    }
+    longest = int(getattr(model.config, "max_position_embeddings", LONGEST_WINDOW))  # type: ignore[union-attr]
+    seqlen = recipe.data.seqlen or min(LONGEST_WINDOW, longest)
+    given = {part: getattr(recipe.data, f"{part}_tokens") or most for part, most in DEFAULTS.items()}
+    tokens = {part: max(1, count // seqlen) * seqlen for part, count in given.items()}
     asked = parsed(recipe.memory)
     limit = round(available(device) * SPARE) if asked is None else asked - _taken(device)
     free_disk = place = None
     if output is not None:
         place = next(p for p in (output.resolve(), *output.resolve().parents) if p.exists())
         free_disk = shutil.disk_usage(place).free
-    blocks = [shape.parameters(block) * computed.itemsize for block in shape.blocks]
-    everything = shape.parameters(model) * computed.itemsize
-    head = 0
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:  # type: ignore[operator, union-attr]
-        head = shape.parameters(model.get_output_embeddings()) * computed.itemsize  # type: ignore[operator]
-    resident, page = everything - sum(blocks) - head, max(*blocks, head)
+    allocator = ALLOCATORS.build(recipe.allocator)
+    spaces = walks(allocator, whole)
+    forwards: list[int | None] = [None] * (len(spaces) - 1)
+    if not OBJECTIVES.build(recipe.objective).reads_tokens:
+        forwards = [0] * (len(spaces) - 1)
+    elif rehearse:
+        forwards = [rehearsed(allocator, s, tokens["search"], seqlen, recipe.search_budget) for s in spaces[:-1]]
+    count = Count(recipe, Shape(model, adapter, whole, stored, computed), tokens, seqlen, spaces, forwards)
 
     def of(shares: Shares) -> Plan:
-        stages = tuple(_stages(recipe, shape, tokens, seqlen, shares, resident, page, everything))
-        return Plan(stages, limit, free_disk, shares, resident, max(blocks), device, computed, place)
+        return Plan(
+            tuple(count.stages(shares)), limit, free_disk, shares, count.resident, count.block, device, computed, place
+        )
 
     plan, tight = of(Shares()), of(Shares(blocks=0))
     can = next(model.parameters()).is_meta and tight.least < plan.least  # else it is in memory already, or very small
@@ -391,111 +400,123 @@ def planned(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, whole: Spac
     return of(Shares.of(limit - plan.least - room_to_solve, paged=paged))
 
 
-def _stages(
-    recipe: Recipe,
-    shape: Shape,
-    tokens: Mapping[str, int],
-    seqlen: int,
-    shares: Shares,
-    resident: int,
-    page: int,
-    everything: int,
-) -> Iterable[Stage]:
-    """Every stage."""
-    pruner, allocator = PRUNERS.build(recipe.pruner), ALLOCATORS.build(recipe.allocator)
-    objective, model = OBJECTIVES.build(recipe.objective), shape.model
-    needs = pruner.needs.union(*(signal.needs for signal in signals_of(allocator)))
-    paged, size = shares.blocks is not None, shape.computed.itemsize
-    held = resident + page if paged else everything
-    checkpoint = shape.parameters(model) * shape.stored.itemsize
-    blocks = checkpoint - resident // size * shape.stored.itemsize
-    share = float(1 - recipe.sparsity)
-    small = round(checkpoint - blocks * (1 - share))
-    chunk = min(max(TOKENS_AT_ONCE, seqlen), max(tokens.values()))
-    widest = max(site.d_in for site in shape.whole.sites)
-    working = chunk * size * (3 * widest + 6 * shape.width) + CUSHION
-    kept = shares.blocks or 0  # of blocks beside the one that is needed
-    yield Stage("open", held + CUSHION, kept, read=checkpoint)
-    if "gradient" in needs:
-        wide = sum(p.numel() for p in shape.blocks[0].parameters())
-        inside, spilled = _spilled(tokens["calibration"] * shape.width * size * (len(shape.blocks) + 2), shares)
+@dataclass(frozen=True, eq=False)
+class Count:
+    """A run in numbers."""
+
+    recipe: Recipe
+    shape: Shape
+    tokens: Mapping[str, int]  # by part
+    seqlen: int
+    spaces: Sequence[Space]  # of every walk; the last is what is built in the end
+    forwards: Sequence[int | None]  # token-forwards of every search
+
+    @cached_property
+    def everything(self) -> int:
+        """Bytes of the dense model in the dtype of the computation."""
+        return self.shape.parameters(self.shape.model) * self.shape.computed.itemsize
+
+    @cached_property
+    def block(self) -> int:
+        """Bytes of the largest block."""
+        return max(self._blocks)
+
+    @cached_property
+    def resident(self) -> int:
+        """Bytes of what is neither in blocks nor the head."""
+        return self.everything - sum(self._blocks) - self._head
+
+    @cached_property
+    def _blocks(self) -> list[int]:
+        return [self.shape.parameters(block) * self.shape.computed.itemsize for block in self.shape.blocks]
+
+    @cached_property
+    def _head(self) -> int:
+        model: Any = self.shape.model
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        return 0 if head.weight is embedding.weight else self.shape.parameters(head) * self.shape.computed.itemsize
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """Statistics that plug-ins ask for."""
+        signals = signals_of(ALLOCATORS.build(self.recipe.allocator))
+        return PRUNERS.build(self.recipe.pruner).needs.union(*(signal.needs for signal in signals))
+
+    def stages(self, shares: Shares) -> Iterator[Stage]:
+        """Every stage, in order, when memory is shared out so."""
+        recipe, shape, tokens, seqlen = self.recipe, self.shape, self.tokens, self.seqlen
+        paged, size = shares.blocks is not None, shape.computed.itemsize
+        page = max(self.block, self._head)
+        held = self.resident + page if paged else self.everything
+        kept = shares.blocks or 0  # of blocks beside the one that is needed
+        checkpoint = self.everything // size * shape.stored.itemsize
+        blocks = sum(self._blocks) // size * shape.stored.itemsize
+        share = float(1 - recipe.sparsity)
+        small = round(checkpoint - blocks * (1 - share))
+        chunk = min(max(TOKENS_AT_ONCE, seqlen), max(tokens.values()))
+        working = chunk * size * (3 * max(s.d_in for s in shape.whole.sites) + 6 * shape.width) + CUSHION
+        yield Stage("open", held + CUSHION, kept, read=checkpoint)
+        if "gradient" in self.needs:
+            streams = tokens["calibration"] * shape.width * size * (len(shape.blocks) + 2)
+            inside, spilled = _spilled(streams, shares)
+            learnt = 2 * FLOAT * shape.weights
+            yield Stage(
+                "gradients", held + working + learnt // len(shape.blocks), kept + inside, learnt + spilled,
+                read=2 * blocks if paged else 0, flops=3 * shape.forward(tokens["calibration"], seqlen, head=True),
+            )  # fmt: skip
+        for number, (space, forwards) in enumerate(zip(self.spaces[:-1], self.forwards, strict=True), 1):
+            yield self._walk(f"prune {number}", space, shares, held + working, blocks if paged else 0)
+            flops = None if forwards is None else shape.forward(forwards, seqlen, head=True, share=share)
+            most = "" if recipe.search_budget is None else f"at most {recipe.search_budget:,} token-forwards"
+            why = most if forwards != 0 else ""
+            if forwards is None:
+                why = most or "what the allocator will ask"
+            bounds = kept + shares.hidden + shares.dense + shares.parts if forwards != 0 else 0
+            yield Stage(f"search {number}", held + working, bounds, flops=flops, unknown=why)
+        if recipe.rebuild and self.spaces[-1].ladders != self.spaces[-2].ladders:
+            yield self._walk("rebuild", self.spaces[-1], shares, held + working, blocks if paged else 0)
+        judged = tokens["evaluation"]
+        logits = 2 * FLOAT * min(judged, max(seqlen, LOGITS_AT_ONCE // shape.vocabulary)) * shape.vocabulary
+        hidden = min(HIDDEN_BYTES, judged * shape.width * size)
+        both = held + page + hidden if paged else self.everything + round(self.everything * small / checkpoint)
+        if recipe.finishers:
+            own = self.everything // size * max(size, FLOAT) * small // checkpoint
+            both = max(both, held + own)
+            inside, spilled = _spilled(4 * tokens["calibration"] * shape.width * size, shares)
+            names = ", ".join(spec["name"] for spec in recipe.finishers)
+            yield Stage("finish", held + own + working, kept + inside, spilled, flops=None, unknown=names)
         yield Stage(
-            "gradients", held + working + 2 * FLOAT * wide, kept + inside, 2 * FLOAT * shape.weights + spilled,
-            read=2 * blocks if paged else 0, flops=3 * shape.forward(tokens["calibration"], seqlen, head=True),
+            "evaluate", both + logits + CUSHION, kept, read=2 * checkpoint if paged else 0,
+            flops=2 * shape.forward(judged, seqlen, head=True),
         )  # fmt: skip
-    spaces = walks(allocator, shape.whole)
-    for number, space in enumerate(spaces, 1):
-        last = number == len(spaces)
-        if last and (not recipe.rebuild or space.ladders == spaces[-2].ladders):
-            continue
-        yield _walk(recipe, shape, space, needs, tokens["calibration"], seqlen, shares, held + working,
-                    "rebuild" if last else f"prune {number}", blocks if paged else 0)  # fmt: skip
-        if last:
-            continue
-        forwards = rehearsed(allocator, space, tokens["search"], seqlen, recipe.search_budget)
-        if forwards is None:
-            forwards = recipe.search_budget
-        if not objective.reads_tokens:
-            forwards = 0
-        flops = None if forwards is None else shape.forward(forwards, seqlen, head=True, share=share)
-        why = "the allocator cannot say what it will ask" if forwards is None else ""
-        if recipe.search_budget is not None:
-            why = why or f"at most {recipe.search_budget:,} token-forwards"
-        bounds = kept + shares.hidden + shares.dense + shares.parts if objective.reads_tokens else 0
-        yield Stage(f"search {number}", held + working, bounds, flops=flops, unknown=why)
-    largest = max(p.numel() for p in model.parameters())
-    judged = tokens["evaluation"]
-    logits = 2 * FLOAT * min(judged, max(seqlen, LOGITS_AT_ONCE // shape.vocabulary)) * shape.vocabulary
-    hidden = min(HIDDEN_BYTES, judged * shape.width * size)
-    both = held + page + hidden if paged else everything + round(everything * small / checkpoint)
-    if recipe.finishers:
-        own = shape.parameters(model) * max(size, FLOAT) * small // checkpoint
-        both = max(both, held + own)
-        names = ", ".join(spec["name"] for spec in recipe.finishers)
-        inside, spilled = _spilled(4 * tokens["calibration"] * shape.width * size, shares)
-        yield Stage("finish", held + own + working, kept + inside, spilled, flops=None, unknown=names)
-    yield Stage(
-        "evaluate", both + logits + CUSHION, kept, read=2 * checkpoint if paged else 0,
-        flops=shape.forward(tokens["evaluation"], seqlen, head=True) * 2,
-    )  # fmt: skip
-    exported = both if not paged else held + page + largest * (size + shape.stored.itemsize)
-    yield Stage("export", exported + CUSHION, kept, small, read=checkpoint + small if recipe.verify else checkpoint)
+        largest = max(p.numel() for p in shape.model.parameters()) * (size + shape.stored.itemsize)
+        exported = held + page + largest if paged and not recipe.finishers else both
+        read = checkpoint + small if recipe.verify else checkpoint
+        yield Stage("export", exported + CUSHION, kept, small, read)
 
-
-def _walk(
-    recipe: Recipe,
-    shape: Shape,
-    space: Space,
-    needs: frozenset[str],
-    tokens: int,
-    seqlen: int,
-    shares: Shares,
-    held: int,
-    name: str,
-    paged: int,
-) -> Stage:
-    allocator = ALLOCATORS.build(recipe.allocator)
-    crossed, size = bool({"cross", "drift"} & needs), shape.computed.itemsize
-    streams = 1 + crossed
-    memory = disk = flops = spill = 0
-    scores = "scores" in allocator.needs and name != "rebuild"
-    for site, ladder in zip(space.sites, space.ladders, strict=True):
-        d_out, part = shape.d_out(site), shape.adapter.part(site) is not None
-        disk += store_bytes(site, d_out, ladder, shape.stored, scores=scores)
-        moments = moments_bytes(site.d_in, d_out, needs, part=part, fed=shape.fed(site))
-        # of a site: its moments, their means, the weight of every rung as proposed and as rounded, the mean of all
-        cells = site.d_in * d_out
-        candidates = len(ladder) * cells * (size + shape.stored.itemsize) + DOUBLE * cells + size * cells
-        memory = max(memory, 2 * moments + candidates)
-        flops += moments_flops(tokens, site.d_in, d_out, needs, part=part)
-        flops += 2 * judging_flops(site.d_in, d_out, len(ladder))  # float64 takes twice as long
-    for _, members in groupby(space.sites, key=lambda site: site.block):
-        block = [(s.d_in, shape.adapter.part(s) is not None) for s in members]
-        spill = max(spill, activations_bytes(tokens, shape.width, size, block, streams))
-    inside, spilled = _spilled(spill, shares)
-    flops += streams * shape.forward(tokens, seqlen, head=False)
-    unknown = f"the work of {recipe.pruner['name']} itself"
-    return Stage(name, held + memory, (shares.blocks or 0) + inside, disk + spilled, paged, flops, unknown)
+    def _walk(self, name: str, space: Space, shares: Shares, held: int, read: int) -> Stage:
+        """`held`: bytes in memory beside what a site takes; `read`: bytes of blocks, where they are paged."""
+        shape, needs, tokens = self.shape, self.needs, self.tokens["calibration"]
+        scores = name != "rebuild" and "scores" in ALLOCATORS.build(self.recipe.allocator).needs
+        size, streams = shape.computed.itemsize, 1 + bool({"cross", "drift"} & needs)
+        memory = disk = spill = 0
+        flops = streams * shape.forward(tokens, self.seqlen, head=False)
+        for _, members in groupby(space.sites, key=lambda site: site.block):
+            block = [(s.d_in, shape.adapter.part(s) is not None) for s in members]
+            spill = max(spill, activations_bytes(tokens, shape.width, size, block, streams))
+        for site, ladder in zip(space.sites, space.ladders, strict=True):
+            d_out, part = shape.d_out(site), shape.adapter.part(site) is not None
+            fed = shape.fed(site) if "power" in needs else ()
+            moments = moments_bytes(site.d_in, d_out, needs, part=part, fed=fed)
+            # the weight of every rung as proposed and as rounded, and two in float64 to judge them
+            weights = site.d_in * d_out * (len(ladder) * (size + shape.stored.itemsize) + 2 * DOUBLE)
+            memory = max(memory, 2 * moments + weights)
+            disk += store_bytes(site, d_out, ladder, shape.stored, scores=scores)
+            flops += moments_flops(tokens, site.d_in, d_out, needs, part=part)
+            flops += 2 * judging_flops(site.d_in, d_out, len(ladder))  # float64 takes twice as long
+        inside, spilled = _spilled(spill, shares)
+        unknown = f"the work of {self.recipe.pruner['name']} itself"
+        return Stage(name, held + memory, (shares.blocks or 0) + inside, disk + spilled, read, flops, unknown)
 
 
 def _spilled(activations: int, shares: Shares) -> tuple[int, int]:
