@@ -90,7 +90,7 @@ def test_every_flag_has_its_place_in_the_recipe(asked: list[Any]) -> None:
         --objective perplexity --carry dense --structure groups --dataset python-docs --calibration-tokens 64
         --search-tokens 32 --seqlen 8 --seed 7 --device cpu --dtype float64 --set pruner.refit=true
         --finisher least-squares --finisher bias --set data.evaluation_tokens=16 --set finishers.bias.inputs=pruned
-        --no-resume --overwrite --quiet"""
+        --memory 3GiB --no-resume --overwrite --quiet"""
     result = run("prune", *flags.split())
     assert result.exit_code == 0, result.output
     recipe, options = asked[0]
@@ -100,6 +100,7 @@ def test_every_flag_has_its_place_in_the_recipe(asked: list[Any]) -> None:
     assert recipe.finishers[1]["inputs"] == "pruned"
     assert (recipe.model, recipe.sparsity, recipe.carry, recipe.seed) == ("m", 0.3, "dense", 7)
     assert (recipe.device, recipe.dtype, recipe.data.dataset) == ("cpu", "float64", "python-docs")
+    assert recipe.memory == "3GiB"
     data = recipe.data
     assert (data.calibration_tokens, data.search_tokens, data.evaluation_tokens, data.seqlen) == (64, 32, 16, 8)
     assert (options["resume"], options["overwrite"]) == (False, True)
@@ -123,6 +124,34 @@ def test_a_recipe_can_name_the_model(asked: list[Any], tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("model: some/model\n")
     assert run("prune", "--recipe", "mine.yaml", "-o", "out").exit_code == 0
     assert asked[0][0].model == "some/model"
+
+
+# -- plan ---------------------------------------------------------------------------------------------
+
+
+def test_plan_has_every_option_of_prune_and_says_what_it_would_take(model: Path, asked: list[Any]) -> None:
+    flags = f"{model} -o out --recipe fast --pruner magnitude --calibration-tokens 64 --seqlen 8 --sparsity 0.3 --quiet"
+    result = run("plan", *flags.split())
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert {"open", "prune", "search", "rebuild", "evaluate", "export", "in"} <= {line[0] for line in lines}
+    assert "the work of magnitude itself" in result.stdout
+    assert "opened whole" in result.stdout
+    told = json.loads(run("plan", *flags.split(), "--json").stdout)
+    names = ["open", "prune 1", "search 1", "rebuild", "evaluate", "export"]
+    assert [stage["name"] for stage in told["stages"]] == names
+    assert told["rates"]["flops"] > 0
+    assert not asked
+    assert not Path("out").exists()
+
+
+def test_plan_and_prune_refuse_what_cannot_fit(model: Path) -> None:
+    assert "takes at least" in refused("prune", model, "-o", "out", "--memory", "1MB")
+    result = run("plan", model, "--memory", "1MB")
+    assert result.exit_code == 2
+    assert "takes at least" in result.stderr
+    assert "evaluate" in result.stdout  # the table all the same
+    assert "no amount of memory 'much'" in refused("prune", model, "-o", "out", "--memory", "much")
 
 
 def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +332,7 @@ def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "needs 'optuna'" in refused("prune", "m", "-o", "out")
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("prune", "--help"), ("--version",)])
+@pytest.mark.parametrize("arguments", [("--help",), ("prune", "--help"), ("plan", "--help"), ("--version",)])
 def test_help_and_version(arguments: tuple[str, ...]) -> None:
     assert run(*arguments).exit_code == 0
 
