@@ -119,7 +119,7 @@ class Rates:
     def measured(cls, device: torch.device, dtype: torch.dtype, folder: Path) -> Rates:
         """A square product, and a file written, dropped from the cache and read again."""
         a = torch.randn(1024, 1024, device=device).to(dtype)
-        _ = a @ a  # the first time pays for what later ones find ready
+        out = a @ a  # the first time pays for what later ones find ready
         done, begun = 0, time.perf_counter()
         while (spent := time.perf_counter() - begun) < 0.5:
             out = a @ a

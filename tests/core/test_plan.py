@@ -3,6 +3,7 @@
 import json
 from dataclasses import fields, replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_moments_take_what_was_counted(family, structure, needs):
             break
         moments = stream.received(site, needs)
         block = adapter.blocks(model)[0]
-        fed = [block.get_submodule(cut.path).in_features for cut in adapter.cuts(block, site)[:-1]]
+        fed = [block.get_parameter(f"{cut.path}.weight").shape[1] for cut in adapter.cuts(block, site)[:-1]]
         held = [getattr(moments, field.name) for field in fields(Moments)]
         taken = sum(v.nbytes for v in (*held, *moments.fed.values()) if isinstance(v, torch.Tensor))
         part = adapter.part(site) is not None
@@ -194,7 +195,12 @@ def folder(tmp_path_factory):
 def large(tmp_path_factory):
     """A model of a third of a billion parameters, of which there is the config alone."""
     path = tmp_path_factory.mktemp("large")
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 96, "vocab_size": 2000}
+    heads: dict[str, Any] = {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 96,
+        "vocab_size": 2000,
+    }
     LlamaConfig(hidden_size=512, intermediate_size=1536, dtype="bfloat16", **heads).save_pretrained(path)
     return path
 
