@@ -77,27 +77,35 @@ def build(
     flows = (flow,) if other is None else (flow, other)
     rungs_of = dict(zip(space.sites, space.ladders, strict=True))
     centre_of = dict(zip(space.sites, centre, strict=True))
+
+    def stated(site: Site) -> LayerProblem | None:  # moments of wide maps are large: they end with this scope
+        moments, against = flow.received(site, needs), None if other is None else other.received(site)
+        if site in store:
+            return None
+        return layer_problem(model, adapter, site, moments, needs, damping, gradients, against)
+
+    def fill(site: Site) -> None:
+        if (whole := stated(site)) is None:
+            return
+        layer, ladder = whole.knowing(pruner.needs), rungs_of[site]
+        candidates = answers(pruner, layer, site, ladder, dtype)
+        store.put(
+            site,
+            candidates,
+            [_error(layer, site, c) for c in candidates],
+            [measured(signal, whole, site) for signal in signals],
+            scored(pruner, layer, site) if scores else None,
+            keeps=ladder,
+        )
+
     with progress.stage(label, len(space.sites)) as stage:
         for index, sites in groupby(space.sites, key=lambda site: site.block):
             here = tuple(sites)
             unfinished = any(site not in store for site in here)  # then all are met again: each needs what was before
             for site in here:
-                ladder = rungs_of[site]
-                moments = flow.received(site, needs) if unfinished else None
-                against = other.received(site) if other is not None and unfinished else None
-                if moments is not None and site not in store:
-                    whole = layer_problem(model, adapter, site, moments, needs, damping, gradients, against)
-                    layer = whole.knowing(pruner.needs)
-                    candidates = answers(pruner, layer, site, ladder, dtype)
-                    store.put(
-                        site,
-                        candidates,
-                        [_error(layer, site, c) for c in candidates],
-                        [measured(signal, whole, site) for signal in signals],
-                        scored(pruner, layer, site) if scores else None,
-                        keeps=ladder,
-                    )
-                counts = ladder if carry == "expected" else (centre_of[site],)
+                if unfinished:
+                    fill(site)
+                counts = rungs_of[site] if carry == "expected" else (centre_of[site],)
                 weight = None if carry == "dense" else expected_weight(store, site, counts)
                 for each in flows:
                     each.carry(site, weight)
@@ -122,7 +130,7 @@ def layer_problem(
     Raises:
         WrongInput: what reaches the site is not finite, or it has no influence to measure.
     """
-    if not bool(torch.isfinite(moments.outer).all()):
+    if not bool(torch.isfinite(moments.outer.sum())):  # which it is only where all of it is
         raise WrongInput(f"{site.name} receives values that are not finite; try --dtype float32 or other text")
     block = adapter.blocks(model)[site.block]
     order = _order(site, moments.outer.device)

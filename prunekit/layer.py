@@ -19,6 +19,7 @@ from torch import Tensor
 Per = Literal["row", "layer"]
 """Among which weights single ones compete to stay."""
 
+ROWS_AT_ONCE = 2**21  # values of the rows that are judged at once: 16 MiB in float64
 CELLS_AT_ONCE = 2**24  # of the matrices that are solved side by side: 128 MiB in float64
 
 
@@ -218,12 +219,11 @@ class LayerProblem:
 
     def error(self, weight: Float[Tensor, "d_out d_in"]) -> float:
         """E(Ŵ) / E‖W x‖²: relative output error, 0 lossless, 1 as bad as zeros."""
-        pruned, gram, power = weight.double(), self.gram.double(), self._power
+        power = self._power
         if self.cross is None:
-            lost = self.weight.double() - pruned
-            error = float(((lost @ gram) * lost).sum())
+            error = _energy(self.weight, self.gram, weight)
         else:
-            error = power - 2 * float((pruned * self._reached).sum()) + float(((pruned @ gram) * pruned).sum())
+            error = power - 2 * float((weight.double() * self._reached).sum()) + _energy(weight, self.gram)
         return max(error, 0.0) / power if power > 0 else 0.0
 
     @cached_property
@@ -233,8 +233,7 @@ class LayerProblem:
             return self.energy
         if self.cross is not None:
             raise ValueError(f"{self.name}: a problem with a cross moment needs the dense energy E‖W x‖²")
-        dense = self.weight.double()
-        return float(((dense @ self.gram.double()) * dense).sum())
+        return _energy(self.weight, self.gram)
 
     @cached_property
     def _reached(self) -> Float[Tensor, "d_out d_in"]:
@@ -369,6 +368,16 @@ def _solved_rows(
         values = torch.where(real, right[rows].gather(1, ids), 0)
         found[rows[:, None], ids] = _solved(cells, values[..., None])[..., 0]
     return found
+
+
+def _energy(weight: Tensor, gram: Tensor, less: Tensor | None = None) -> float:
+    """tr V H Vᵀ in float64, V the weight, less another one; some rows at a time, for wide maps are large in float64."""
+    gram, total = gram.double(), 0.0
+    rows = max(1, ROWS_AT_ONCE // weight.shape[1])
+    for some, other in zip(weight.split(rows), (weight if less is None else less).split(rows), strict=True):
+        v = some.double() if less is None else some.double() - other.double()
+        total += float(((v @ gram) * v).sum())
+    return total
 
 
 def _solved(matrix: Tensor, right: Tensor) -> Tensor:

@@ -508,9 +508,10 @@ class Count:
             d_out, part = shape.d_out(site), shape.adapter.part(site) is not None
             fed = shape.fed(site) if "power" in needs else ()
             moments = moments_bytes(site.d_in, d_out, needs, part=part, fed=fed)
-            # the weight of every rung as proposed and as rounded, and two in float64 to judge them
-            weights = site.d_in * d_out * (len(ladder) * (size + shape.stored.itemsize) + 2 * DOUBLE)
-            memory = max(memory, 2 * moments + weights)
+            # the weight of every rung as proposed and as rounded, or rounded and twice to be written; mean in float64
+            each = max(size + shape.stored.itemsize, 3 * shape.stored.itemsize)
+            weights = site.d_in * d_out * (len(ladder) * each + 2 * DOUBLE + 2 * size)
+            memory = max(memory, 2 * moments, moments + weights)  # sums and means, then means alone
             disk += store_bytes(site, d_out, ladder, shape.stored, scores=scores)
             flops += moments_flops(tokens, site.d_in, d_out, needs, part=part)
             flops += 2 * judging_flops(site.d_in, d_out, len(ladder))  # float64 takes twice as long

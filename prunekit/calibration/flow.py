@@ -143,7 +143,8 @@ class BlockFlow:
                 if part is not None:
                     drift = self.dense.residual(i) - self.stream.residual(i)
                     moments.add_drift(drift.flatten(0, -2), seen.flatten(0, -2))
-        self._shared = site.shares, moments
+        # where nobody will ask again they are not kept: of wide maps they are large
+        self._shared = (site.shares, moments) if site.shares else self._shared
         return moments
 
     @torch.no_grad()
