@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import prunekit
@@ -13,6 +14,7 @@ from prunekit import pipeline
 from prunekit.calibration.flow import entered
 from prunekit.checkpoint import opened
 from prunekit.demo import MODEL
+from prunekit.export.verify import _compare
 from prunekit.memory import Shares
 from prunekit.paging import pager_of, shapes_of, whole
 from prunekit.testing import tiny, toy_tokens
@@ -27,12 +29,12 @@ RUN: dict[str, Any] = {
         "last_stride": 0.125,
     },
     "objective": "divergence",
-    "data__dataset": "python-docs",
     "data__calibration_tokens": 256,
     "data__search_tokens": 256,
     "data__evaluation_tokens": 256,
     "data__seqlen": 32,
     "quiet": True,
+    "verify": False,
 }
 
 
@@ -96,8 +98,6 @@ def test_a_block_is_read_when_a_parameter_is_asked_for_and_let_go_for_the_next(f
     [("index", "has no model-0000"), ("tensor", "lacks model.layers.1"), ("nan", "not finite"), ("shape", "asks for")],
 )
 def test_what_cannot_be_paged_is_refused_in_a_sentence(damage, says, folder):
-    from safetensors.torch import load_file, save_file
-
     path = folder("llama", **({"max_shard_size": "10KB"} if damage == "index" else {}))
     file = sorted(path.glob("*.safetensors"))[0]
     if damage == "index":
@@ -131,14 +131,17 @@ def made(path, output, monkeypatch, *, paged, **changes):
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("llama", {}),
-        ("qwen2", {"pruner": "llm-pruner", "sparsity": 0.8}),  # gradients, tied embeddings, dropped sub-layers
+        ("llama", {"verify": True}),
+        # gradients, tied embeddings, dropped sub-layers
+        ("qwen2", {"pruner": "llm-pruner", "sparsity": 0.8, "allocator": "softmax", "objective": "expected-error"}),
         ("gpt_neox", {"structure": "weights", "pruner": "wanda", "allocator": "uniform"}),
         ("opt", {"finishers": ["bias"], "allocator": "softmax", "objective": "expected-error"}),
     ],
 )
 def test_a_paged_run_writes_what_an_unpaged_one_writes(family, changes, folder, tmp_path, monkeypatch):
     path = folder(family, torch.float32 if family == "llama" else torch.bfloat16, vocab_size=2048)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog, 17 times a day. " * 200)
+    changes |= {"data__dataset": str(tmp_path / "text.txt")}
     one = made(path, tmp_path / "one", monkeypatch, paged=False, **changes)
     two = made(path, tmp_path / "two", monkeypatch, paged=True, **changes)
     names = sorted(p.name for p in (tmp_path / "one").iterdir())
@@ -149,6 +152,24 @@ def test_a_paged_run_writes_what_an_unpaged_one_writes(family, changes, folder, 
     assert [report.pop("seconds") for report in reports]
     assert reports[0] == reports[1]
     assert not list(tmp_path.glob("*.partial"))
+    if not changes.get("verify"):
+        two.save(tmp_path / "again")
+        saved = [(tmp_path / where / "model.safetensors").read_bytes() for where in ("two", "again")]
+        assert saved[0] == saved[1]
     ids = toy_tokens(vocabulary=61).ids
     with torch.no_grad():
         assert torch.equal(one.model.float()(ids).logits, whole(two.model).float()(ids).logits)
+
+
+def test_what_does_not_fit_is_verified_block_by_block(folder, tmp_path):
+    path, ids = folder("qwen3"), toy_tokens().ids
+    with torch.no_grad():
+        logits = opened(str(path)).model(ids).logits
+    save_file({"ids": ids, "logits": logits}, tmp_path / "probe")
+    found = _compare(path, tmp_path / "probe", "0")
+    assert (found.difference, found.parameters) == (0, sum(p.numel() for p in tiny("qwen3").parameters()))
+
+
+def test_a_model_that_does_not_fit_needs_a_folder_for_the_result(folder, monkeypatch):
+    with pytest.raises(prunekit.WrongInput, match="needs a folder for the result"):
+        made(folder("llama"), None, monkeypatch, paged=True)
