@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -11,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
+from prunekit import LayerProblem
 from prunekit.layer import Per
+from prunekit_strategies.pruners.ranking import Ranking
 
 Shape = Literal["identity", "sqrt", "square", "exp", "log", "sigmoid", "softmax", "one"]
 Share = Literal["one", "row", "column", "row+column", "sum", "mean", "frobenius"]
@@ -38,24 +38,10 @@ SHARES: Mapping[Share, Callable[[Tensor], Tensor]] = {
 }
 
 
-class WeightScore(LocalPruner):
-    """Keep the single weights of largest score, per row or per layer, or per pattern for n:m.
-
-    On a tie the lower column stays.
-    """
+class WeightScore(Ranking):
+    """A score of single weights; groups have none."""
 
     structures: ClassVar[frozenset[str]] = frozenset({"weights", "n:m"})
-
-    per: Per
-    refit: bool
-
-    def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
-        masks = best_weights(self.cells(layer), keeps, self.per, layer.block)
-        return [layer.refitted_rows(mask) if self.refit else layer.sparse(mask) for mask in masks]
-
-    @abstractmethod
-    def cells(self, layer: LayerProblem) -> Float[Tensor, "d_out d_in"]:
-        """A score for every weight, in float64."""
 
 
 @dataclass(frozen=True)
