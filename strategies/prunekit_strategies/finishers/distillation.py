@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import nn
 
-from prunekit import Finisher, Workpiece
+from prunekit import Finisher, Workpiece, check_choices
 from prunekit.calibration.flow import chunks
 from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out, holding_zeros
 
@@ -43,8 +43,7 @@ class Distillation(Finisher):
     held_out: float = 0.125  # share of the windows, the last ones
 
     def __post_init__(self) -> None:
-        if self.scope not in get_args(Scope):
-            raise ValueError(f"scope is one of {', '.join(get_args(Scope))}, not {self.scope!r}")
+        check_choices(self)
         if not (self.temperature > 0 and self.truth >= 0 and self.batch_tokens >= 1 and 0 < self.held_out < 1):
             raise ValueError(
                 "temperature > 0, truth ≥ 0, batch_tokens ≥ 1 and 0 < held_out < 1 are needed, not "

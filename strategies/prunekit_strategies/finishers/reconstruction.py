@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunekit import Finisher, Workpiece
+from prunekit import Finisher, Workpiece, check_choices
 from prunekit.calibration.twin import Aim, SubLayer, Twin
 from prunekit_strategies.finishers.training import Training, held_out
 
@@ -41,8 +41,7 @@ class Reconstruction(Finisher):
     held_out: float = 0.125  # share of the windows, the last ones
 
     def __post_init__(self) -> None:
-        if self.aim not in get_args(Aim):
-            raise ValueError(f"aim is one of {', '.join(get_args(Aim))}, not {self.aim!r}")
+        check_choices(self)
         if self.batch_tokens < 1 or not 0 < self.held_out < 1:
             raise ValueError(
                 f"batch_tokens ≥ 1 and 0 < held_out < 1 are needed, not {self.batch_tokens} and {self.held_out}"

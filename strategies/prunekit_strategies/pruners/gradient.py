@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunekit import LayerProblem
+from prunekit import LayerProblem, check_choices
 from prunekit.layer import Per
 from prunekit_strategies.pruners.ranking import Ranking
 
@@ -45,9 +45,7 @@ class Gradient(Ranking):
     refit: bool = False  # least-squares weights on what is kept; False: as they are
 
     def __post_init__(self) -> None:
-        for option, known in (("order", Order), ("grain", Grain), ("reduce", Reduce), ("per", Per)):
-            if getattr(self, option) not in get_args(known):
-                raise ValueError(f"no {option} {getattr(self, option)!r}; there are {', '.join(get_args(known))}")
+        check_choices(self)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -6,13 +6,13 @@ One general pruner; every paper below it is the same formula with other exponent
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunekit import LayerProblem
+from prunekit import LayerProblem, check_choices
 from prunekit.layer import Per
 from prunekit_strategies.pruners.ranking import Ranking
 
@@ -61,6 +61,7 @@ class Score(Ranking):
     refit: bool = False  # least-squares weights on what is kept; False: as they are
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.weight_norm <= 0 or self.weight_power < 0 or self.activation_power < 0:
             raise ValueError(
                 "weight_norm > 0, weight_power ≥ 0 and activation_power ≥ 0 are needed, not "
@@ -68,9 +69,6 @@ class Score(Ranking):
             )
         if not (self.weight_power or self.activation_power):
             raise ValueError("with weight_power = 0 and activation_power = 0 all groups score alike; raise one of them")
-        for option, known in (("activation", Activation), ("reduce", Reduce), ("scope", Scope), ("per", Per)):
-            if getattr(self, option) not in get_args(known):
-                raise ValueError(f"no {option} {getattr(self, option)!r}; there are {', '.join(get_args(known))}")
         if self.scope == "coupled" and not (self.weight_power and (self._quiet or self.activation == "rms")):
             raise ValueError(
                 "scope coupled scores rows by their weights and the rms of their inputs; "

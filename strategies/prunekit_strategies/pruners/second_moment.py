@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunekit import LayerProblem
+from prunekit import LayerProblem, check_choices
 from prunekit_strategies.pruners.ranking import Ranking
 
 
@@ -31,8 +31,7 @@ class SecondMoment(Ranking):
     refit: bool = True  # False: weights as they are
 
     def __post_init__(self) -> None:
-        if self.heads not in ("energy", "likeness"):
-            raise ValueError(f"no heads {self.heads!r}; there are energy, likeness")
+        check_choices(self)
 
     def ranking(self, layer: LayerProblem) -> list[int]:
         if self.heads == "likeness" and layer.group_size > 1:

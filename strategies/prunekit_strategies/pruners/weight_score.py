@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunekit import LayerProblem
+from prunekit import LayerProblem, check_choices
 from prunekit.layer import Per
 from prunekit_strategies.pruners.ranking import Ranking
 
@@ -58,7 +58,7 @@ class RIA(WeightScore):
     refit: bool = False  # least-squares weights on what is kept; False: as they are
 
     def __post_init__(self) -> None:
-        _check(self, {"per": Per})
+        check_choices(self)
         if self.activation_power < 0:
             raise ValueError(f"activation_power ≥ 0 is needed, not {self.activation_power}")
 
@@ -83,7 +83,7 @@ class ZPruner(WeightScore):
     refit: bool = False  # least-squares weights on what is kept; False: as they are
 
     def __post_init__(self) -> None:
-        _check(self, {"per": Per})
+        check_choices(self)
 
     def cells(self, layer: LayerProblem) -> Float[Tensor, "d_out d_in"]:
         w = layer.weight.double()
@@ -118,7 +118,7 @@ class OptiShear(WeightScore):
     refit: bool = False  # least-squares weights on what is kept; False: as they are
 
     def __post_init__(self) -> None:
-        _check(self, {"weights": Shape, "weight_share": Share, "inputs": Shape, "input_share": Share, "per": Per})
+        check_choices(self)
         if self.weights == self.inputs == "one":
             raise ValueError("with weights and inputs one, all weights score alike; choose a function of either")
 
@@ -128,12 +128,6 @@ class OptiShear(WeightScore):
         v = _over(v, v.mean())
         scored = _over(SHAPES[self.weights](u), SHARES[self.weight_share](u))
         return scored * _over(SHAPES[self.inputs](v), SHARES[self.input_share](v))
-
-
-def _check(pruner: object, options: Mapping[str, object]) -> None:
-    for option, known in options.items():
-        if getattr(pruner, option) not in get_args(known):
-            raise ValueError(f"no {option} {getattr(pruner, option)!r}; there are {', '.join(get_args(known))}")
 
 
 def _rms(layer: LayerProblem) -> Float[Tensor, " d_in"]:

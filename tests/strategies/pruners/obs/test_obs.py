@@ -125,7 +125,7 @@ def test_on_dense_inputs_both_aims_are_one() -> None:
 def test_the_aim_says_what_calibration_must_collect():
     needs = {aim: OBS(aim=aim).needs for aim in ("own", "dense", "stream")}
     assert needs == {"own": {"gram"}, "dense": {"gram", "cross"}, "stream": {"gram", "cross", "drift"}}
-    with pytest.raises(ValueError, match="aim is one of own, dense, stream"):
+    with pytest.raises(ValueError, match="no aim 'maybe'; there are own, dense, stream"):
         OBS(aim="maybe")  # type: ignore[arg-type]
 
 
@@ -245,8 +245,8 @@ def test_scores_are_the_rises_of_the_error_on_the_way_down(size: int) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"search": "random"}, "search is one of greedy, score, swap, penalty"),
-        ({"score": "best"}, "score is one of exact"),
+        ({"search": "random"}, "no search 'random'; there are greedy, score, swap, penalty"),
+        ({"score": "best"}, "no score 'best'; there are exact"),
         ({"step": (8, 4)}, "step"),
         ({"step": (0, 4)}, "step"),
         ({"head_step": 0}, "head_step"),
