@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunekit
-from prunekit.calibration.tokens import draw
+from prunekit.calibration.draws import draw
 from prunekit.demo import MODEL
 from prunekit.evaluate import perplexity
 from prunekit.progress import Progress
