@@ -19,7 +19,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from prunekit.calibration.tokens import TokenBatch, draw_evaluation
+from prunekit.calibration.draws import draw_evaluation
+from prunekit.calibration.tokens import TokenBatch
 from prunekit.checkpoint import DTYPES, load_tokenizer, resolved_device
 from prunekit.checkpoint import loaded as loaded_from
 from prunekit.errors import WrongInput

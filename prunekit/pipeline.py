@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from prunekit import report as reporting
 from prunekit.adapters import ModelAdapter
 from prunekit.build import build
+from prunekit.calibration.draws import Draws, draw
 from prunekit.calibration.gradients import Gradients
-from prunekit.calibration.tokens import Draws, TokenBatch, draw
+from prunekit.calibration.tokens import TokenBatch
 from prunekit.checkpoint import Dense, fingerprint, opened, skeleton, stored_as
 from prunekit.contracts import Allocator, Finisher, Problem, Workpiece
 from prunekit.errors import CannotGoOn, PluginError, WrongInput

@@ -21,7 +21,7 @@ from prunekit.errors import WrongInput
 from prunekit.sites import Metric, Structure
 
 if TYPE_CHECKING:
-    from prunekit.calibration.tokens import Draws
+    from prunekit.calibration.draws import Draws
     from prunekit.contracts import Allocator, Finisher, LocalPruner, Signal
 
 PRESETS = "prunekit.recipes"  # group of entry points
@@ -223,7 +223,7 @@ class Recipe(_Strict):
         Raises:
             WrongInput: a name, option or value that does not exist, or a file that is not there.
         """
-        from prunekit.calibration.tokens import is_file
+        from prunekit.calibration.sources import is_file
         from prunekit.contracts import LocalPruner
         from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, SIGNALS, signals_of
 

@@ -22,7 +22,8 @@ from warnings import catch_warnings, simplefilter
 from transformers import PreTrainedModel
 
 from prunekit import report as reporting
-from prunekit.calibration.tokens import Draws, draw, overlap
+from prunekit.calibration.draws import Draws, draw
+from prunekit.calibration.tokens import overlap
 from prunekit.checkpoint import Dense, fingerprint, opened, skeleton
 from prunekit.choices import Choices
 from prunekit.errors import CannotGoOn, WrongInput

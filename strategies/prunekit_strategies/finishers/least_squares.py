@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prunekit import Finisher, LayerProblem, Workpiece
+from prunekit import Finisher, LayerProblem, Workpiece, check_choices
 from prunekit.calibration.twin import Aim, SubLayer, Twin
 
 
@@ -45,8 +45,7 @@ class LeastSquares(Finisher):
     damping: float = 0.01  # ridge towards the present weights, as a share of the mean of diag H
 
     def __post_init__(self) -> None:
-        if self.aim not in get_args(Aim):
-            raise ValueError(f"aim is one of {', '.join(get_args(Aim))}, not {self.aim!r}")
+        check_choices(self)
         if not self.damping >= 0:
             raise ValueError(f"damping is a share, 0 or more, not {self.damping}")
 

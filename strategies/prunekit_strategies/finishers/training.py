@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
-from prunekit import TokenBatch, Workpiece, WrongInput
+from prunekit import TokenBatch, Workpiece, WrongInput, check_choices
 from prunekit.progress import Stage
 from prunekit.store import Checkpoints
 
@@ -24,18 +24,26 @@ LOGITS_AT_ONCE = 1 << 24  # values; logits are made and forgotten slice by slice
 
 @dataclass(frozen=True)
 class Training:
-    """How long and how boldly. The parameters end where the held-out loss was lowest: never above where it began."""
+    """How long and how boldly. The parameters end where the held-out loss was lowest: never above where it began.
+
+    Finishers that train have these options, with rates and epochs of their own.
+    """
 
     rate: float  # of AdamW, at its height
     epochs: int
-    patience: int = 2  # epochs without a better held-out loss before it ends
-    weight_decay: float = 0.0
+    patience: int = 2  # epochs without a lower held-out loss before it ends
+    batch_tokens: int = 2048  # per step; whole windows, at least one
+    held_out: float = 0.125  # share of the windows, the last ones
 
     def __post_init__(self) -> None:
-        if not (self.rate > 0 and self.epochs >= 1 and self.patience >= 1 and self.weight_decay >= 0):
+        check_choices(self)
+        if not (self.rate > 0 and self.epochs >= 1 and self.patience >= 1):
             raise ValueError(
-                "rate > 0, epochs ≥ 1, patience ≥ 1 and weight_decay ≥ 0 are needed, not "
-                f"{self.rate}, {self.epochs}, {self.patience} and {self.weight_decay}"
+                f"rate > 0, epochs ≥ 1 and patience ≥ 1 are needed, not {self.rate}, {self.epochs} and {self.patience}"
+            )
+        if self.batch_tokens < 1 or not 0 < self.held_out < 1:
+            raise ValueError(
+                f"batch_tokens ≥ 1 and 0 < held_out < 1 are needed, not {self.batch_tokens} and {self.held_out}"
             )
 
     def fit(
@@ -55,7 +63,7 @@ class Training:
         Batches come in a new order every epoch, drawn from the seed. The state is saved after every epoch under
         `name`, exactly, so that a killed run ends in the same bytes: four times the parameters, once in the end.
         """
-        adam = torch.optim.AdamW(parameters, lr=self.rate, betas=(0.9, 0.95), weight_decay=self.weight_decay)
+        adam = torch.optim.AdamW(parameters, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0)
         state = _State(parameters, adam, checkpoints, name)
         history = state.load()
         if not history:
