@@ -30,25 +30,28 @@ class Elsa(Finisher):
     """Train the model on its next-token loss, with every linear map pulled towards a sparse one.
 
     Of a map, x (d_out, d_in) learns, z has k d_out non-zeros, k as the allocator said, or n of every m, and u adds up
-    what has kept them apart. x begins dense, z as the pruner left it, u = 0. With f the mean loss per token:
+    what keeps them apart. z and x begin as the pruner left them, or x dense (`start`), and u = 0. With f the mean loss
+    per token of the calibration text:
 
-        learn      x ← Adam(x, g + λ (x - z + u)),   g = ∇f, all of it of norm 1 at most       (1)
-        or         x ← Adam(x, g),   x ← x - λ (x - z + u)             with `coupled: false`    (1')
-        project    z ← x + u where F (x + u)² is largest, 0 elsewhere                           (2)
-        dual       u ← x + u - z                                                                (3)
-        penalty    u ← u λ / λ', λ ← λ'                                                         (4)
+        learn      x ← Adam(x, g),   x ← x - λ (x - z + u),   g = ∇f, all of it of norm 1 at most      (1)
+        or         x ← Adam(x, g + λ (x - z + u))                         with `coupled`               (1')
+        project    z ← x + u where F (x + u)² is largest, 0 elsewhere                                  (2)
+        dual       u ← x + u - z                                                                       (3)
+        penalty    u ← u λ / λ', λ ← λ'                                                                (4)
 
-    (1) every step, (2)-(4) every `interval` steps. F is Adam's second moment, the diagonal of the empirical Fisher
-    matrix, so that (2) gives up what the loss misses least; 1 unless `aware`. (4) keeps λu, which in the limit is -∇f
-    on what was removed; there, on a fixed support, f is least for every λ.
-    At the end x is projected, once more by (2) with u = 0. For the last `settle` of the steps, ours, it then goes on
-    learning with its zeros held: a long run ends with x = z, a short one does not, and what the projection cuts off
-    has to be made up for. Where `settle` is 0 it is the paper's.
+    (1) every step, (2)-(4) every `interval` steps. F is Adam's second moment, nearly the diagonal of the empirical
+    Fisher matrix, so that (2) gives up what the loss misses least; without `aware` it is 1. On a fixed support f is
+    least in the limit, whatever λ, and with (1') λu is -∇f on what was removed; (4) keeps it.
 
-    Source: ELSA (arXiv 2510.01650), 4096 steps of 8 windows of 2048 tokens. The number of kept weights is exact, also
-    where scores tie: the lower column stays. f may include the divergence from the dense model (`teacher`).
+    In the end x is projected by (2), u = 0. For the last `settle` of the steps it then learns on with its zeros held:
+    a long run ends with x = z, a short one does not, and what the projection takes has to be made up for.
 
-    Memory: 20 bytes a parameter of a linear map (x, z, u and Adam's two moments), 16 of others, gradients and
+    Source: ELSA (arXiv 2510.01650), there with (1) or (1'), from the dense weights, in 4096 steps of 8 windows of 2048
+    tokens, `settle: 0`. Ours: the start and the end, for few steps; F in (2) of single tensors with an exact count, on
+    a tie the lower column stays; (4) as soon as λ changes; f with the divergence from the dense model if asked
+    (`teacher`).
+
+    Memory: 20 bytes a weight of a linear map (x, z, u and Adam's two moments), 12 of others, gradients and
     activations of `micro_tokens` tokens. What it reports is measured on windows that were held out; nothing ends it
     early. A step whose gradient is no number is left out. It saves its state ten times and goes on from there.
     """
@@ -58,14 +61,14 @@ class Elsa(Finisher):
     steps: int = 256
     batch_tokens: int = 2048  # per step; whole windows, at least one
     micro_tokens: int = 2048  # at once, of these
-    rate: float = 2e-3  # of Adam at the first step; falls in a line to 0
-    penalty: float = 0.05  # λ, in the end
-    schedule: Schedule = "constant"  # of λ, from a hundredth of it on
+    rate: float = 2e-3  # of Adam at the first step, then in a line to 0; for small models, larger ones bear less
+    penalty: float = 0.01  # λ, in the end; with `coupled` it competes with gradients, else it is a share of the way
+    schedule: Schedule = "constant"  # or how λ rises, from a hundredth
     interval: int = 8  # steps between two projections
     settle: float = 0.5  # share of the steps, the last ones, on a fixed support
-    start: Start = "dense"  # where x begins
+    start: Start = "pruned"  # where x begins; dense is the paper's, and wants many steps
     aware: bool = True  # of the objective: F in (2)
-    coupled: bool = False  # (1), else (1')
+    coupled: bool = False  # (1') instead of (1)
     per: Per = "layer"  # rows keep as many as (2) says, or k each
     others: bool = True  # embeddings, norms and biases learn too
     teacher: float = 0.0  # weight of the divergence from the dense model

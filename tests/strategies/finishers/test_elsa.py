@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from prunekit_strategies.finishers.elsa import LARGEST, SMALLEST, Elsa, ElsaL, M
 from prunekit_strategies.finishers.training import LanguageLoss, held_out
 
 MANY = toy_tokens(windows=16)
-QUICK = {"steps": 16, "batch_tokens": 48, "interval": 4, "rate": 3e-3}
+QUICK: dict[str, Any] = {"steps": 16, "batch_tokens": 48, "interval": 4, "rate": 3e-3}
 DICE = torch.Generator()
 
 
@@ -47,7 +48,7 @@ class Quadratic:
     def map(self, keep, **options):
         x = nn.Parameter(self.w.clone())
         z = torch.where(best_weights(self.w.abs(), [keep], "layer")[0], self.w, 0)
-        return Map(x, z, keep, 0, Elsa(**{"aware": False, "coupled": True} | options))
+        return Map(x, z, keep, 0, Elsa(**dict[str, Any]({"aware": False, "coupled": True} | options)))
 
 
 def admm(problem, part, penalty, rounds):
