@@ -142,7 +142,7 @@ class ElsaL(Elsa):
     z has one scale, so a relative error of 2⁻⁴ at most but for its smallest weights, and zeros stay zero; only the
     pull of (1) sees it rounded, (3) does not, or x would be drawn to numbers of FP8. Moments have one scale per row
     and are rounded up or down by chance, in proportion: √v moves by less than half a unit in a step, and would never
-    fall. √v is what is stored, above zero wherever its row is not all zero, since it divides.
+    fall. √v is what is stored, and read as no less than the smallest number of its row, since it divides.
 
     Source: ELSA-L of the same paper (arXiv 2510.01650), which takes 8-bit Adam from elsewhere; moments are ours.
     """
@@ -153,7 +153,7 @@ class ElsaL(Elsa):
 class Weights:
     """One parameter x, and what Adam knows of it."""
 
-    def __init__(self, x: nn.Parameter, quantised: bool = False) -> None:
+    def __init__(self, x: Tensor, quantised: bool = False) -> None:
         self.x, self.quantised, self.kept = x, quantised, dict[str, Tensor]()
         for name in ("m", "v"):
             self.put(name, torch.zeros_like(x))
@@ -193,7 +193,7 @@ class Weights:
 class Map(Weights):
     """The weight of a linear map: x learns, z has the zeros that x shall have, u adds up x - z."""
 
-    def __init__(self, x: nn.Parameter, z: Tensor, keep: int, block: int, options: Elsa) -> None:
+    def __init__(self, x: Tensor, z: Tensor, keep: int, block: int, options: Elsa) -> None:
         super().__init__(x, options.quantised)
         self.keep, self.block, self.options = keep, block, options
         self.put("z", z)

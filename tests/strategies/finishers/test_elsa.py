@@ -53,6 +53,7 @@ class Quadratic:
 
 def admm(problem, part, penalty, rounds):
     """With (1) solved exactly; the last change of z and of x - z."""
+    still = float("inf")
     for _ in range(rounds):
         before = part.get("z")
         part.x.data = problem.closest(penalty, before - part.get("u"))
@@ -311,7 +312,7 @@ def test_a_whole_model_is_trained_as_adam_does():
 def test_micro_batches_change_nothing():
     one, two = _piece(), _piece()
     for piece, micro in ((one, 1000), (two, 12)):
-        Elsa(**QUICK | {"steps": 6}, micro_tokens=micro).finish(piece)
+        dataclasses.replace(Elsa(**QUICK), steps=6, micro_tokens=micro).finish(piece)
     for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
 
@@ -327,7 +328,7 @@ def test_a_killed_run_ends_in_the_same_bits(plugin, saves, tmp_path):
             if not self.left:
                 raise KeyboardInterrupt
 
-    finisher = plugin(**QUICK | {"steps": 10}, schedule="cosine")
+    finisher = dataclasses.replace(plugin(**QUICK), steps=10, schedule="cosine")
     whole, killed = _piece(), _piece()
     said = finisher.finish(whole)
     with pytest.raises(KeyboardInterrupt):
