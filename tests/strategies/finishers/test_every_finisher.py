@@ -10,8 +10,10 @@ SHORT: dict[str, Any] = {"epochs": 2, "batch_tokens": 12}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "bias": [{}, {"inputs": "pruned"}],
     "distillation": [SHORT, SHORT | {"scope": "cut", "truth": 0.5, "temperature": 2.0}],
+    "dsnot": [{}, {"skip_mlp": False, "guard": False, "threshold": 0.0}],
     "least-squares": [{}, {"aim": "own", "bias": True}],
     "lora": [SHORT | {"rank": 2, "teacher": 0.5}],
+    "sparsellm": [{"rounds": 2, "newton": 3}, {"pruner": "wanda", "aim": "stream"}],
     "reconstruction": [SHORT, SHORT | {"aim": "own"}],
 }
 
