@@ -44,7 +44,7 @@ class DSnoT(Finisher):
     structures = frozenset({"weights", "n:m"})
 
     swaps: int = 50  # most per row
-    threshold: float = 0.01  # |e| that is small enough, as a share of the row's output
+    threshold: float = 0.1  # |e| that is small enough, as a share of the row's output
     skip_mlp: bool = True
     guard: bool = True  # False: as the paper, whatever the whole error of the row
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from prunekit import Recipe, WrongInput
 from prunekit.calibration.twin import Twin
 from prunekit.layer import LayerProblem
 from prunekit.testing import toy_supernet, toy_tokens, toy_workpiece
@@ -141,3 +142,9 @@ def test_few_tokens_and_dead_inputs_are_survived():
 def test_nonsense_is_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         LeastSquares(**options)
+
+
+def test_biases_are_refused_where_single_weights_go():
+    single = {"structure": "weights", "pruner": "wanda", "finishers": [{"name": "least-squares", "bias": True}]}
+    with pytest.raises(WrongInput, match="adds biases"):
+        Recipe.load().with_overrides(single).checked()
