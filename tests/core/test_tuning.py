@@ -118,7 +118,7 @@ def test_an_interrupted_study_goes_on_to_the_same_study(quick, tmp_path: Path, m
 
 @pytest.mark.parametrize("sampler", ["nsga-ii", "nsga-iii"])
 def test_generations_are_bred_and_survive_an_interruption(quick, tmp_path: Path, monkeypatch, sampler: str) -> None:
-    few = type(tuning.SAMPLERS[sampler](0))
+    few = {"nsga-ii": tuning.optuna.samplers.NSGAIISampler, "nsga-iii": tuning.optuna.samplers.NSGAIIISampler}[sampler]
     monkeypatch.setitem(tuning.SAMPLERS, sampler, lambda seed: few(population_size=4, seed=seed))
     options = {"space": SPACE, "sampler": sampler, "metric": ["perplexity", "seconds"]}
     monkeypatch.setattr(tuning.Clock, "add", lambda *_: None)  # seconds of this machine are no function of a recipe
