@@ -221,7 +221,7 @@ def downhill(m: Tensor, p: Tensor, c: Tensor, start: Tensor, phi: Activation, ra
     """
     many = max(1, AT_ONCE // m.shape[1])
     parts = zip(*(tensor.split(many) for tensor in (m, p, c, start)), strict=True)
-    return torch.cat([_downhill(*part, phi, ratio, steps) for part in parts])
+    return torch.cat([_downhill(a, b, d, e, phi, ratio, steps) for a, b, d, e in parts])
 
 
 def _downhill(m: Tensor, p: Tensor, c: Tensor, start: Tensor, phi: Activation, ratio: float, steps: int) -> Tensor:
