@@ -273,6 +273,9 @@ class Recipe(_Strict):
                 raise WrongInput(f"{kind} {spec['name']!r} does not know structure {structure.units}; it knows {there}")
         if structure.units == "groups":
             return
+        for spec, finisher in zip(self.finishers, finishers, strict=True):
+            if finisher.adds_biases:
+                raise WrongInput(f"finisher {spec['name']!r} adds biases, paid for with groups; leave them away here")
         if self.apart:
             raise WrongInput("apart gives attention and MLP each their share of groups; it goes with structure groups")
         if "scores" in allocator.needs:

@@ -90,6 +90,18 @@ def test_an_interrupted_study_goes_on_to_the_same_study(quick, tmp_path: Path, k
     assert points(prunekit.tune(**quick, space=SPACE, trials=3)) == points(whole)
 
 
+@pytest.mark.parametrize("sampler", ["nsga-ii", "nsga-iii"])
+def test_generations_are_bred_and_survive_an_interruption(quick, tmp_path: Path, monkeypatch, sampler: str) -> None:
+    few = {"nsga-ii": tuning.optuna.samplers.NSGAIISampler, "nsga-iii": tuning.optuna.samplers.NSGAIIISampler}[sampler]
+    monkeypatch.setitem(tuning.SAMPLERS, sampler, lambda seed: few(population_size=4, seed=seed))
+    options = {"space": SPACE, "sampler": sampler, "metric": ["perplexity", "seconds"]}
+    monkeypatch.setattr(tuning.Clock, "add", lambda *_: None)  # seconds of this machine are no function of a recipe
+    whole = prunekit.tune(**quick | {"output": tmp_path / "whole"}, **options, trials=10)
+    prunekit.tune(**quick, **options, trials=6)
+    assert points(prunekit.tune(**quick, **options, trials=10)) == points(whole)
+    assert any("generation" in key for trial in whole.study.trials for key in trial.system_attrs)
+
+
 def test_walks_are_shared_where_only_the_search_differs(quick, walks: list[str]) -> None:
     space = {
         "allocator": [
@@ -238,6 +250,7 @@ def test_sqlite_holds_the_study_too(quick, tmp_path: Path) -> None:
     [
         ({"metric": "speed"}, "no metric 'speed'; there are perplexity, loss"),
         ({"metric": ["loss", "loss"]}, "each metric once"),
+        ({"sampler": "dice"}, "no sampler 'dice'; there are tpe, nsga-ii, nsga-iii"),
         ({"trials": 0}, "trials are counted from 1"),
         ({"metric": "objective", "space": {"objective": ["divergence", "perplexity"]}}, "where the objective is tuned"),
         ({"space": {"pruner": ["obz", "obs"]}}, "no pruner 'obz'"),
