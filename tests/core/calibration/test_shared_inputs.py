@@ -1,5 +1,6 @@
 """Linear maps as sites: moments are taken once for an input that several share, behind all that is in front of it."""
 
+from contextlib import ExitStack
 from itertools import pairwise
 
 import pytest
@@ -34,7 +35,10 @@ def inputs_of(model, adapter, tokens, weights=None):
                 lambda _, x, site=site: caught.__setitem__(site, x[0].reshape(-1, site.d_in))
             )
         )
-    model(tokens.ids)
+    with ExitStack() as stack:
+        for block in adapter.blocks(model):
+            stack.enter_context(adapter.exposed(block))
+        model(tokens.ids)
     for handle in handles:
         handle.remove()
     return caught
