@@ -116,6 +116,8 @@ def prune(
         check_output(output, overwrite=overwrite, sources=[f for f in files if Path(f).exists()])
     shape, adapter = skeleton(source, trust_remote_code=recipe.trust_remote_code)
     whole_space(recipe, shape, adapter, next(shape.parameters()).dtype)  # can the budget be met?
+    for spec in recipe.finishers:
+        FINISHERS.build(spec).check(adapter)
     if not (resume and output is not None and unfinished(output)):  # what goes on may have all it needs on record
         ALLOCATORS.build(recipe.allocator).ready()
     with clock("open"):

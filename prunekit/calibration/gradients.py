@@ -70,10 +70,6 @@ class Gradients:
             return self
         if tokens.seqlen < 2:
             raise WrongInput("gradients need windows of two tokens or more; raise --seqlen")
-        paths: list[set[str]] = [set() for _ in blocks]
-        for site in adapter.sites(model):
-            paths[site.block] |= {cut.path for cut in adapter.cuts(blocks[site.block], site)}
-
         device = next(model.parameters()).device
         inputs: list[list[Tensor]] = []  # by chunk and block, in the host's memory
         calls: list[list[Call]] = []
@@ -94,7 +90,7 @@ class Gradients:
                 sums: dict[str, tuple[Tensor, Tensor]] = {}
                 for i, slope in enumerate(slopes):
                     hidden = inputs[i].pop().to(device)
-                    wanted = sorted(paths[b]) if not self._file(b).exists() else []
+                    wanted = sorted(sum(adapter.stages(blocks[b]), ())) if not self._file(b).exists() else []
                     slopes[i] = _backwards(blocks[b], calls[i][b], hidden, slope, wanted, sums)
                 if not self._file(b).exists():
                     self._write(b, sums, len(tokens))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from prunekit.adapters import ModelAdapter
+from prunekit.adapters import ModelAdapter, Transformer
 from prunekit.checkpoint import without_bars
 from prunekit.modeling import BUNDLED, FAMILIES, Family, Part, UnequalLayers, define
 
@@ -28,6 +28,8 @@ REWRITTEN = ("architectures", "auto_map", "dtype", "model_type", "per_layer_conf
 def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrainedModel:
     """The model that `adapter` has cut, as an object of the right class, sharing its tensors."""
     blocks = adapter.blocks(model)
+    if not isinstance(adapter, Transformer):  # nothing but single weights can be removed
+        return _filled(type(model), copy.deepcopy(model.config), model, adapter.layers, range(len(blocks)))
     kept = [index for index, block in enumerate(blocks) if not _passes_through(adapter, block)] or [0]
     sizes = [adapter.layer_config(blocks[index]) for index in kept]
     values: dict[str, Any] = {key: value for key, value in model.config.to_dict().items() if key not in REWRITTEN}
@@ -75,7 +77,7 @@ def save(model: PreTrainedModel, directory: str | Path, tokenizer: Any = None, c
         tokenizer.save_pretrained(directory)
 
 
-def _passes_through(adapter: ModelAdapter, block: nn.Module) -> bool:
+def _passes_through(adapter: Transformer, block: nn.Module) -> bool:
     """Whether a block hands on what it gets: both parts dropped and no norm after the sum."""
     return len(adapter.dropped(block)) == 2 and adapter.family.has_norms_first(block)
 

@@ -188,7 +188,7 @@ class Forgetful(prunekit.Finisher):
         return {}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt_neox", "mamba", "mamba2"])
 def test_the_supernet_answers_as_the_assembled_model_whatever_it_keeps_in_memory(model_type, monkeypatch):
     net, tokens = toy_supernet(model_type, structure="weights"), toy_tokens()
     monkeypatch.setattr(supernet, "PARTS_BYTES", 0)

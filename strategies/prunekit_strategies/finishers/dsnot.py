@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunekit import Finisher, Workpiece
+from prunekit.adapters import Transformer
 from prunekit.calibration.twin import Twin
 
 
@@ -55,11 +56,12 @@ class DSnoT(Finisher):
     @torch.no_grad()
     def finish(self, piece: Workpiece) -> dict[str, Any]:
         errors, swaps, means = dict[str, Any](), 0, torch.zeros(2, dtype=torch.float64)
-        twin, attention = Twin(piece, piece.tokens), f"{piece.adapter.family.attention}."
+        twin, adapter = Twin(piece, piece.tokens), piece.adapter
+        skips = self.skip_mlp and isinstance(adapter, Transformer)  # a mixer is all there is
         with piece.progress.stage("swap", len(twin)) as stage:
             for here in twin:
                 stage.advance(note=here.site.name)
-                if self.skip_mlp and not piece.adapter.path(here.site).startswith(attention):
+                if skips and not adapter.path(here.site).startswith(f"{adapter.family.attention}."):
                     continue
                 inputs = [here.inputs(i).flatten(0, -2) for i in range(len(here))]
                 seen = Spread.of(inputs)

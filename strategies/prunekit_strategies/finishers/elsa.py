@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from prunekit import Finisher, Workpiece, best_weights
+from prunekit import Finisher, Workpiece, best_weights, check_choices
 from prunekit.calibration.flow import chunks
 from prunekit.layer import Per
 from prunekit_strategies.finishers.training import CLIP, LanguageLoss, held_out, holding_zeros
@@ -76,9 +76,7 @@ class Elsa(Finisher):
     quantised: bool = False  # z and Adam's moments of linear maps in FP8, u in bfloat16
 
     def __post_init__(self) -> None:
-        for name, kind in {"schedule": Schedule, "start": Start, "per": Per}.items():
-            if (value := getattr(self, name)) not in get_args(kind):
-                raise ValueError(f"{name} is one of {', '.join(get_args(kind))}, not {value!r}")
+        check_choices(self)
         if min(self.steps, self.batch_tokens, self.micro_tokens, self.interval) < 1:
             raise ValueError(
                 "steps, batch_tokens, micro_tokens and interval are 1 at least, not "

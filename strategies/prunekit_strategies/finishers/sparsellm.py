@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prunekit import Finisher, LayerProblem, LocalPruner, Site, Workpiece, WrongInput
+from prunekit import Finisher, LayerProblem, LocalPruner, Site, Workpiece, WrongInput, check_choices
+from prunekit.adapters import ModelAdapter, Transformer
 from prunekit.calibration.twin import Aim, SubLayer, Twin, whole_parts
 from prunekit_strategies.pruners.compensation import SINGLE
 from prunekit_strategies.pruners.sparsegpt import SparseGPT
@@ -63,14 +64,17 @@ class SparseLLM(Finisher):
     tokens: int = 16_384  # of calibration, the first so many
 
     def __post_init__(self) -> None:
-        if self.aim not in get_args(Aim):
-            raise ValueError(f"aim is one of {', '.join(get_args(Aim))}, not {self.aim!r}")
+        check_choices(self)
         if min(self.rounds, self.newton, self.tokens) < 1 or not self.damping >= 0:
             raise ValueError("rounds, newton and tokens are at least 1, damping is 0 or more")
         if not min(self.alpha, self.beta, self.gamma) > 0:
             raise ValueError(f"alpha, beta, gamma > 0, not {self.alpha}, {self.beta}, {self.gamma}")
         if not self.pruner.structures >= SINGLE or not self.pruner.needs <= {"gram"}:
             raise ValueError(f"pruner: {type(self.pruner).__name__} prunes no single weights by the gram alone")
+
+    def check(self, adapter: ModelAdapter) -> None:
+        if not isinstance(adapter, Transformer):
+            raise WrongInput("sparsellm works on the MLPs of a model, and this family has none; take least-squares")
 
     @torch.no_grad()
     def finish(self, piece: Workpiece) -> dict[str, Any]:

@@ -189,13 +189,13 @@ class LanguageLoss:
         return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
 
     def _slice(self, hidden: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
-        logits = _precise(self.model.get_output_embeddings()(hidden))
+        logits = _headed(self.model, hidden)
         loss = logits.new_zeros(())
         if self.truth:
             loss = loss + self.truth * cross_entropy(logits, targets, reduction="sum")
         if self.teacher:
             with torch.no_grad():
-                wanted = _precise(self.dense.get_output_embeddings()(teacher)).to(logits)
+                wanted = _headed(self.dense, teacher).to(logits)
             small, dense = ((z / self.temperature).log_softmax(-1) for z in (logits, wanted))
             kl = kl_div(small, dense, log_target=True, reduction="sum")
             loss = loss + self.teacher * self.temperature**2 * kl
@@ -218,6 +218,12 @@ def _height(share: float) -> float:
 
 def _number(loss: float) -> float:
     return loss if math.isfinite(loss) else math.inf
+
+
+def _headed(model: Any, hidden: Tensor) -> Tensor:
+    """Logits, float32 or better; hidden states may be wider than the weights, as in Mamba."""
+    head = model.get_output_embeddings()
+    return _precise(head(hidden.to(head.weight.dtype)))
 
 
 def _precise(x: Tensor) -> Tensor:

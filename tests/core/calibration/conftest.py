@@ -1,5 +1,7 @@
 """What a plain forward says, for tests of those that go block by block."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
@@ -20,7 +22,10 @@ def inputs_of():
                     lambda _, x, site=site: caught.__setitem__(site, x[0].reshape(-1, site.d_in))
                 )
             )
-        model(tokens.ids)
+        with ExitStack() as stack:
+            for block in adapter.blocks(model):
+                stack.enter_context(adapter.exposed(block))
+            model(tokens.ids)
         for handle in handles:
             handle.remove()
         return caught
