@@ -161,7 +161,7 @@ def test_gradient_scores_are_there_for_every_map(folder: Path, tmp_path: Path) -
     ("changes", "sentence"),
     [
         ({"structure": "groups"}, "have no groups that can be cut out; remove single weights with structure weights"),
-        ({"structure": "weights", "finishers": ["sparsellm"]}, "sparsellm works on the MLPs of a model, and this family"),
+        ({"structure": "weights", "finishers": ["sparsellm"]}, "sparsellm works on the MLPs of a model"),
         ({"structure": "2:8"}, "has rows of .* weights, which are no whole blocks of 8"),
     ],
     ids=["groups", "finisher", "pattern"],
