@@ -57,11 +57,13 @@ class DSnoT(Finisher):
     def finish(self, piece: Workpiece) -> dict[str, Any]:
         errors, swaps, means = dict[str, Any](), 0, torch.zeros(2, dtype=torch.float64)
         twin, adapter = Twin(piece, piece.tokens), piece.adapter
-        skips = self.skip_mlp and isinstance(adapter, Transformer)  # a mixer is all there is
+        attention = ""  # where a mixer is all there is, nothing is skipped
+        if self.skip_mlp and isinstance(adapter, Transformer):
+            attention = f"{adapter.family.attention}."
         with piece.progress.stage("swap", len(twin)) as stage:
             for here in twin:
                 stage.advance(note=here.site.name)
-                if skips and not adapter.path(here.site).startswith(f"{adapter.family.attention}."):
+                if not adapter.path(here.site).startswith(attention):
                     continue
                 inputs = [here.inputs(i).flatten(0, -2) for i in range(len(here))]
                 seen = Spread.of(inputs)

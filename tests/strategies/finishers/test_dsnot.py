@@ -49,8 +49,8 @@ def test_a_swap_is_the_one_of_the_equations(block, seed):
     seen = Spread.of([x])
     new, made = swapped(weight, dense, seen, 1, 0.0, block)
     for i in range(len(dense)):
-        rows = (part.tolist() for part in (weight[i], dense[i], seen.mean, seen.variance))
-        swap = by_hand(*rows, block or 16)
+        w, old, mean, variance = (part.tolist() for part in (weight[i], dense[i], seen.mean, seen.variance))
+        swap = by_hand(w, old, mean, variance, block or 16)
         expected = weight[i].clone()
         if swap is not None:
             expected[swap[0]], expected[swap[1]] = dense[i, swap[0]], 0
