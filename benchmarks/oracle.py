@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from prunekit.build import build
-from prunekit.calibration.tokens import draw
+from prunekit.calibration.draws import draw
 from prunekit.checkpoint import opened
 from prunekit.contracts import LocalPruner, Problem
 from prunekit.pipeline import whole_space

@@ -17,6 +17,7 @@ from prunekit.contracts import (
 )
 from prunekit.errors import PluginError, WrongInput
 from prunekit.layer import Candidate, LayerProblem, best_groups, best_weights, ranked
+from prunekit.options import check_choices
 from prunekit.pipeline import Result
 from prunekit.recipe import Recipe
 from prunekit.sites import Allocation, Budget, Site, Space
@@ -47,6 +48,7 @@ __all__ = [
     "WrongInput",
     "best_groups",
     "best_weights",
+    "check_choices",
     "prune",
     "ranked",
     "tune",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedModel
 
@@ -62,6 +62,7 @@ def tune(
     trials: int = 50,
     output: str | Path,
     metric: str | Sequence[str] = "perplexity",
+    sampler: Literal["tpe", "nsga-ii", "nsga-iii"] = "tpe",
     recipe: str | Path | Recipe = "default",
     storage: str | None = None,
     study_name: str | None = None,
@@ -93,6 +94,7 @@ def tune(
         trials=trials,
         output=Path(output),
         metrics=(metric,) if isinstance(metric, str) else tuple(metric),
+        sampler=sampler,
         storage=storage,
         study_name=study_name,
         model=in_memory,

@@ -235,6 +235,7 @@ def tune(
         list[str] | None,
         typer.Option(help="perplexity, loss, objective, parameters, seconds; repeatable, then there is a front."),
     ] = None,
+    sampler: Annotated[str, typer.Option(help="Who proposes trials: tpe, nsga-ii, nsga-iii.")] = "tpe",
     storage: Annotated[str | None, typer.Option(help="Of Optuna, as sqlite:///my.db; study.log in the folder.")] = None,
     study_name: Annotated[str | None, typer.Option(help="In that storage; the name of the folder.")] = None,
     disk: Annotated[float, typer.Option(min=0, help="GB of candidates to keep for later trials.")] = 20,
@@ -268,6 +269,7 @@ def tune(
         trials=trials,
         output=output,
         metrics=[name for text in metric or ["perplexity"] for name in text.split(",")],
+        sampler=sampler,  # type: ignore[arg-type]  # checked there
         storage=storage,
         study_name=study_name,
         progress=progress_for(quiet),

@@ -230,6 +230,14 @@ class Finisher(ABC):
         """Whether linear maps of sites may get a bias they did not have; then the budget makes room for all of them."""
         return False
 
+    def check(self, adapter: ModelAdapter) -> None:
+        """Refuse, before any long work, a family of models it cannot work on.
+
+        Raises:
+            WrongInput: says what the finisher needs.
+        """
+        return  # most work on all
+
     @abstractmethod
     def finish(self, piece: Workpiece) -> dict[str, Any]:
         """Change the weights of `piece.model` in place; returns what it has to report, as JSON, in few words."""

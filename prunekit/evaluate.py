@@ -19,7 +19,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from prunekit.calibration.tokens import TokenBatch, draw_evaluation
+from prunekit.calibration.draws import draw_evaluation
+from prunekit.calibration.tokens import TokenBatch
 from prunekit.checkpoint import DTYPES, load_tokenizer, resolved_device
 from prunekit.checkpoint import loaded as loaded_from
 from prunekit.errors import WrongInput
@@ -31,6 +32,7 @@ from prunekit.recipe import DataSpec
 LOGITS_AT_ONCE = 2**26  # values of a forward pass; 256 MB in float32
 ROWS_AT_ONCE = 2**24  # of these in one float32 log-softmax
 HIDDEN_BYTES = 2**28  # of windows on their way through a paged model, in memory
+CACHES = ("past_key_values", "cache_params")  # of attention, of state spaces
 FEW_WINDOWS = 20  # below this the standard error itself is a guess
 
 
@@ -120,16 +122,21 @@ def speed(model: Any, *, prompt: int = 256, new: int = 32, repeats: int = 3) -> 
     ids = (
         torch.arange(prompt, device=device)[None] % model.config.vocab_size
     )  # the text does not matter, its length does
-    caches = list[Any]()
+    caches = list[dict[str, Any]]()
+
+    def run(token: Tensor, cache: dict[str, Any]) -> Tensor:
+        output = model(input_ids=token, use_cache=True, **cache)
+        caches.append({name: output[name] for name in CACHES if name in output})
+        return output.logits[:, -1:].argmax(-1)
 
     def read() -> None:
-        caches.append(model(input_ids=ids, use_cache=True).past_key_values)
+        run(ids, {})
 
     def write() -> None:
-        cache, token = caches.pop(), ids[:, -1:]
+        token = ids[:, -1:]
         for _ in range(new):
-            output = model(input_ids=token, past_key_values=cache, use_cache=True)
-            cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+            token = run(token, caches.pop())
+        caches.pop()
 
     with _evaluating(model):
         _ = read(), write()  # the first time pays for what later ones find ready

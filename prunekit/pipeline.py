@@ -22,8 +22,9 @@ from prunekit import paging
 from prunekit import report as reporting
 from prunekit.adapters import ModelAdapter
 from prunekit.build import build
+from prunekit.calibration.draws import Draws, draw
 from prunekit.calibration.gradients import Gradients
-from prunekit.calibration.tokens import Draws, TokenBatch, draw
+from prunekit.calibration.tokens import TokenBatch
 from prunekit.checkpoint import Dense, opened, skeleton, stored_as
 from prunekit.contracts import Allocator, Finisher, Problem, Workpiece
 from prunekit.errors import CannotGoOn, PluginError, WrongInput
@@ -118,6 +119,8 @@ def prune(
         check_output(output, overwrite=overwrite, sources=[f for f in files if Path(f).exists()])
     shape, adapter = skeleton(source, trust_remote_code=recipe.trust_remote_code)
     space = whole_space(recipe, shape, adapter, next(shape.parameters()).dtype)  # can the budget be met?
+    for spec in recipe.finishers:
+        FINISHERS.build(spec).check(adapter)
     plan_ = planned(recipe, shape, adapter, space, output)
     plan_.check()
     shares = plan_.shares

@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from prunekit.adapters import ModelAdapter
+from prunekit.calibration.draws import LONGEST_WINDOW
 from prunekit.calibration.flow import TOKENS_AT_ONCE
-from prunekit.calibration.tokens import DEFAULTS, LONGEST_WINDOW
+from prunekit.calibration.windows import DEFAULTS
 from prunekit.checkpoint import DTYPES, resolved_device
 from prunekit.contracts import Allocator, Journal, Problem, Query
 from prunekit.errors import WrongInput

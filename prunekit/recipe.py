@@ -21,7 +21,7 @@ from prunekit.errors import WrongInput
 from prunekit.sites import Metric, Structure
 
 if TYPE_CHECKING:
-    from prunekit.calibration.tokens import Draws
+    from prunekit.calibration.draws import Draws
     from prunekit.contracts import Allocator, Finisher, LocalPruner, Signal
 
 PRESETS = "prunekit.recipes"  # group of entry points
@@ -226,7 +226,7 @@ class Recipe(_Strict):
         Raises:
             WrongInput: a name, option or value that does not exist, or a file that is not there.
         """
-        from prunekit.calibration.tokens import is_file
+        from prunekit.calibration.sources import is_file
         from prunekit.contracts import LocalPruner
         from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, SIGNALS, signals_of
 
@@ -276,6 +276,9 @@ class Recipe(_Strict):
                 raise WrongInput(f"{kind} {spec['name']!r} does not know structure {structure.units}; it knows {there}")
         if structure.units == "groups":
             return
+        for spec, finisher in zip(self.finishers, finishers, strict=True):
+            if finisher.adds_biases:
+                raise WrongInput(f"finisher {spec['name']!r} adds biases, paid for with groups; leave them away here")
         if self.apart:
             raise WrongInput("apart gives attention and MLP each their share of groups; it goes with structure groups")
         if "scores" in allocator.needs:

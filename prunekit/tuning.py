@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,7 +21,8 @@ from warnings import catch_warnings, simplefilter
 from transformers import PreTrainedModel
 
 from prunekit import report as reporting
-from prunekit.calibration.tokens import Draws, draw, overlap
+from prunekit.calibration.draws import Draws, draw
+from prunekit.calibration.tokens import overlap
 from prunekit.checkpoint import Dense, opened, skeleton
 from prunekit.choices import Choices
 from prunekit.errors import CannotGoOn, WrongInput
@@ -45,7 +46,15 @@ except ImportError as error:
 Metric = Literal["perplexity", "loss", "objective", "parameters", "seconds"]
 """All are better when lower: of the small model on the search text, of the allocation, of its size, of the run."""
 
+Sampler = Literal["tpe", "nsga-ii", "nsga-iii"]
+"""Optuna's, who proposes trials; an NSGA draws its first 50 at random and breeds generations of 50 from then on."""
+
 SHELF_BYTES = 20 << 30  # of candidates that are kept for later trials
+SAMPLERS: Mapping[Sampler, Callable[[int], optuna.samplers.BaseSampler]] = {  # by seed; what else they know is kept
+    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True),
+    "nsga-ii": lambda seed: optuna.samplers.NSGAIISampler(seed=seed),
+    "nsga-iii": lambda seed: optuna.samplers.NSGAIIISampler(seed=seed),
+}
 OURS = "prunekit"  # key of what a trial notes of itself
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -101,6 +110,7 @@ def tune(
     trials: int,
     output: Path,
     metrics: Sequence[str] = ("perplexity",),
+    sampler: Sampler = "tpe",
     storage: str | None = None,
     study_name: str | None = None,
     model: PreTrainedModel | None = None,
@@ -121,7 +131,7 @@ def tune(
         CannotGoOn: not one trial ended well; says what the last said.
     """
     progress = progress or Progress()
-    _check(metrics, choices, trials, study_name)
+    _check(metrics, choices, trials, study_name, sampler)
     most = choices.nodes.get("data.calibration_tokens")
     text = {"data.calibration_tokens": max(most.examples())} if most is not None else {}
     base = recipe.with_overrides(choices.fixed | text).checked()
@@ -143,6 +153,7 @@ def tune(
         **base.determining(),
         "space": choices.source,
         "metrics": list(metrics),
+        "sampler": sampler,
         "weights": dense.fingerprint,
         "versions": reporting.versions(base) | {"optuna": optuna.__version__},
     }
@@ -153,7 +164,7 @@ def tune(
         _note(Tuned(study, base, [*rows, *_rows(study, metrics)], metrics), place)
         with progress.stage("tune", trials) as stage:
             stage.advance(min(trials, len(_rows(study, metrics))), f"base: {_values(rows[0].values) or rows[0].reason}")
-            for trial, overrides in _asked(study, choices, trials, base.seed, place, ours=storage is None):
+            for trial, overrides in _asked(study, choices, trials, base.seed, place, sampler, ours=storage is None):
                 _run(study, trial, overrides, bench)
                 tuned = Tuned(study, base, [*rows, *_rows(study, metrics)], metrics)
                 _note(tuned, place)
@@ -299,7 +310,7 @@ def _study(
 
 
 def _asked(
-    study: optuna.Study, choices: Choices, trials: int, seed: int, place: Path, *, ours: bool
+    study: optuna.Study, choices: Choices, trials: int, seed: int, place: Path, sampler: Sampler, *, ours: bool
 ) -> Iterator[tuple[FrozenTrial, Mapping[str, Any]]]:
     """Trials to run: first those that an earlier run of this folder has left unfinished.
 
@@ -315,7 +326,7 @@ def _asked(
     while len(study.get_trials(deepcopy=False, states=ENDED)) < trials:
         number = len(study.get_trials(deepcopy=False))
         mixed = int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4])
-        study.sampler = optuna.samplers.TPESampler(seed=mixed, multivariate=True, group=True)
+        study.sampler = SAMPLERS[sampler](mixed)
         trial = study.ask()
         overrides = choices.suggested(trial)
         trial.set_user_attr(OURS, {"overrides": overrides, "place": str(place.resolve())})
@@ -349,8 +360,10 @@ def _note(tuned: Tuned, place: Path) -> None:
 # -- checks and words ---------------------------------------------------------------------------------
 
 
-def _check(metrics: Sequence[str], choices: Choices, trials: int, study_name: str | None) -> None:
+def _check(metrics: Sequence[str], choices: Choices, trials: int, study_name: str | None, sampler: str) -> None:
     known = get_args(Metric)
+    if sampler not in SAMPLERS:
+        raise WrongInput(f"no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
     if unknown := [metric for metric in metrics if metric not in known]:
         raise WrongInput(f"no metric {unknown[0]!r}; there are {', '.join(known)}")
     if not metrics or len(set(metrics)) != len(metrics):

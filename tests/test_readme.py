@@ -102,8 +102,9 @@ def test_commands_are_understood(document: Path, tmp_path: Path, monkeypatch: py
     for name in ("my.jsonl", "my.txt", "questions.jsonl"):
         Path(name).touch()
     Path("my.yaml").write_text("pruner: {name: obs}\n")
-    Path("half").mkdir()
-    Path("half/recipe.yaml").write_text("model: some/model\n")
+    for recipe in ("half/recipe.yaml", "study/best.yaml"):
+        Path(recipe).parent.mkdir()
+        Path(recipe).write_text("model: some/model\n")
     side = {"parameters": 100, "block_parameters": 80}
     report = {"dense": side, "pruned": side, "losses": {"dense": {"perplexity": 9.0}, "pruned": {"perplexity": 9.0}}}
     monkeypatch.setattr(pipeline, "prune", lambda *_, **__: SimpleNamespace(report=report))

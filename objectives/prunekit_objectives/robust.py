@@ -36,6 +36,7 @@ class Robust(pk.Objective):
     reference: bool = True  # False: x_d = ℓ_d, so that what is hard for the dense model too weighs more
 
     def __post_init__(self) -> None:
+        pk.check_choices(self)
         if not self.temperature > 0 or not self.radius >= 0:
             raise ValueError(f"temperature is more than 0 and radius not below, not {self.temperature}, {self.radius}")
         if not self.inner.reads_tokens:

@@ -34,6 +34,9 @@ class Task(pk.Objective):
     measure: Literal["cross-entropy", "margin", "likelihood", "accuracy"] = "cross-entropy"
     normalised: bool = True  # by tokens, so that long choices are not the worse for it
 
+    def __post_init__(self) -> None:
+        pk.check_choices(self)
+
     def loss(self, net: pk.Supernet, allocation: pk.Allocation, batch: pk.TokenBatch) -> float:
         asked = batch.answers
         assert asked is not None, "check refuses other batches"

@@ -1,13 +1,15 @@
 """Where a model can be cut, what goes with each cut, and how it is made.
 
-A family is data: `modeling.Family` names its parts. Sites, prices, slices and dropped sub-layers
-follow from the names and from the shapes of the modules.
+A family of transformers is data: `modeling.Family` names its parts. Sites, prices, slices and dropped
+sub-layers follow from the names and from the shapes of the modules.
 """
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -39,16 +41,14 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class ModelAdapter:
-    """Cuts the models of one family. `block` below is a decoder block of `model`.
+class ModelAdapter(ABC):
+    """What the road asks of a model: its blocks, and their linear maps in order of execution.
 
-    A family sets the three class variables; it overrides `cuts` when its rows are laid out in a way
-    `Family.rows` cannot say.
+    `block` below is one of `model`. Single weights can be removed in every family; groups, and with them whole
+    sub-layers, where the family says how.
     """
 
-    family: ClassVar[Family]
     layers: ClassVar[str]  # path of the list of blocks
-    final: ClassVar[tuple[str, ...]]  # modules after the last block, in order; absent ones are passed over
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """The decoder blocks, in order of execution."""
@@ -57,18 +57,17 @@ class ModelAdapter:
         return found
 
     def sites(self, model: nn.Module, heads: Heads = "kv") -> tuple[Site, ...]:
-        """All sites in order of execution. Heads go by whole KV groups, or evenly from every KV group.
-
-        Where every KV head has one query head, the two are the same.
+        """All sites where groups are removed, in order of execution. Heads go by whole KV groups, or evenly from every
+        KV group; where every KV head has one query head, the two are the same.
 
         Raises:
-            UnsupportedModel: a linear map is not a plain one, say because the model is quantized.
+            UnsupportedModel: the family has no groups, or a linear map is not a plain one, say because the model is
+                quantized.
         """
-        return tuple(
-            self._site(block, index, part, heads)
-            for index, block in enumerate(self.blocks(model))
-            for part in PARTS
-            if part not in self.dropped(block)
+        name = getattr(model.config, "model_type", type(model).__name__)
+        raise UnsupportedModel(
+            f"models of type {name!r} have no groups that can be cut out; "
+            "remove single weights with structure weights or a pattern N:M, such as 2:4"
         )
 
     def linear_sites(self, model: nn.Module, structure: Structure) -> tuple[Site, ...]:
@@ -84,50 +83,45 @@ class ModelAdapter:
             for path in shared
         )
 
+    @abstractmethod
     def stages(self, block: nn.Module) -> list[tuple[str, ...]]:
         """Paths of all linear maps of a block in order of execution; those that receive the same input together."""
-        stages: list[tuple[str, ...]] = []
-        for part in PARTS:
-            if part not in self.dropped(block):
-                stages += [self._fed(part), (self.family.columns[part],)]
-        return stages
 
+    @abstractmethod
+    def part(self, site: Site) -> str | None:
+        """The sub-layer of the block whose output is that of the site's linear map; None: it feeds another map."""
+
+    @abstractmethod
     def holder(self, site: Site) -> str | None:
         """Path in a block of the module whose output is that of the site's linear map; None: there is none."""
-        part = self.part(site)
-        return None if part is None else self.family.attention if part == "attention" else self.family.mlp
 
-    def part(self, site: Site) -> Part | None:
-        """The part of the block whose output is that of the site's linear map; None: it feeds another map."""
-        path = self.path(site)
-        return next((part for part in PARTS if self.family.columns[part] == path), None)
+    @abstractmethod
+    def adds_up(self, block: nn.Module) -> bool:
+        """Whether a block is its input plus its sub-layers' outputs; not where a norm comes after the sum."""
+
+    @abstractmethod
+    def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """What the model makes of the last block's output: (..., d) -> (..., vocabulary)."""
+
+    def exposed(self, block: nn.Module) -> AbstractContextManager[None]:
+        """Within, a run of `block` calls every linear map, so that hooks see what each receives."""
+        return nullcontext()
 
     def path(self, site: Site) -> str:
         """Path in a block of the linear map that `site` cuts."""
-        if site.kind == "linear":
-            return site.name.removeprefix(f"{self.layers}.{site.block}.")
-        return self.family.columns[site.kind]
+        return site.name.removeprefix(f"{self.layers}.{site.block}.")
 
     def linear(self, block: nn.Module, site: Site) -> nn.Linear:
         """The linear map whose input columns `site` cuts."""
         return _linear(block, self.path(site))
 
     def maps(self, block: nn.Module, site: Site) -> list[nn.Linear]:
-        """All linear maps of the site's sub-layer; the last is the one whose columns it cuts."""
-        part = _part(site)
-        return [_linear(block, path) for path in (*self._fed(part), self.family.columns[part])]
+        """The linear maps a group goes through, the one whose columns it cuts last; of single weights, their own."""
+        return [self.linear(block, site)]
 
-    def adds_up(self, block: nn.Module) -> bool:
-        """Whether a block is its input plus its sub-layers' outputs; not where a norm comes after the sum."""
-        return self.family.has_norms_first(block)
-
-    def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
-        """What the model makes of the last block's output: (..., d) -> (..., vocabulary)."""
-        for path in self.final:
-            parent, _, name = path.rpartition(".")
-            if (module := getattr(model.get_submodule(parent), name)) is not None:
-                hidden = module(hidden)
-        return hidden
+    def cuts(self, block: nn.Module, site: Site) -> Sequence[Cut]:
+        """Everything a group of `site` takes along; the last one cuts the columns of the site's own linear map."""
+        return (Cut(self.path(site), 1, torch.arange(site.d_in)[:, None]),)
 
     def pruned(self, block: nn.Module, site: Site, candidate: Candidate) -> dict[str, nn.Module]:
         """The modules of `block` that change, by path, cut to the candidate; `block` itself stays as it is.
@@ -135,8 +129,97 @@ class ModelAdapter:
         What is not cut is shared with `block`: norms, activations, rotary tables. Where single weights were removed,
         the linear map keeps its shape and has zeros.
         """
+        return {self.path(site): reweighted(self.linear(block, site), candidate.weight)}
+
+    def remove(self, model: nn.Module, site: Site, candidate: Candidate) -> None:
+        """Cut a candidate out of the model, in place."""
+        block = self.blocks(model)[site.block]
+        for path, module in self.pruned(block, site, candidate).items():
+            block.set_submodule(path, module)
+
+    def with_bias(self, model: nn.Module, site: Site) -> Site:
+        """The site when its linear map has a bias, which goes with the sub-layer; the same where it has one."""
+        linear = self.linear(self.blocks(model)[site.block], site)
+        return site if linear.bias is not None else replace(site, params_fixed=site.params_fixed + linear.out_features)
+
+    def _linear_site(
+        self, block: nn.Module, index: int, path: str, shared: tuple[str, ...], structure: Structure
+    ) -> Site:
+        prefix = f"{self.layers}.{index}"
+        name = f"{prefix}.{path}"
+        _check_plain(block, path, name)
+        linear = _linear(block, path)
+        d_in, d_out = linear.in_features, linear.out_features
+        if structure.block and d_in % structure.block:
+            raise UnsupportedModel(
+                f"{name} has rows of {d_in} weights, which are no whole blocks of {structure.block}; "
+                "choose a pattern N:M whose M divides them, or structure weights"
+            )
+        step = structure.step(d_in)
+        least = step if structure.block else 0  # a pattern keeps something of every block
+        return Site(
+            name, index, "linear", d_in, 1, d_out,
+            least=least, step=step, pattern=structure.block, shares=f"{prefix}.{shared[0]}" if len(shared) > 1 else "",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Transformer(ModelAdapter):
+    """A family whose blocks are attention and an MLP: heads and neurons are groups, sub-layers can be dropped.
+
+    A family sets the class variables; it overrides `cuts` when its rows are laid out in a way `Family.rows` cannot say.
+    """
+
+    family: ClassVar[Family]
+    final: ClassVar[tuple[str, ...]]  # modules after the last block, in order; absent ones are passed over
+
+    def sites(self, model: nn.Module, heads: Heads = "kv") -> tuple[Site, ...]:
+        return tuple(
+            self._site(block, index, part, heads)
+            for index, block in enumerate(self.blocks(model))
+            for part in PARTS
+            if part not in self.dropped(block)
+        )
+
+    def stages(self, block: nn.Module) -> list[tuple[str, ...]]:
+        stages: list[tuple[str, ...]] = []
+        for part in PARTS:
+            if part not in self.dropped(block):
+                stages += [self._fed(part), (self.family.columns[part],)]
+        return stages
+
+    def part(self, site: Site) -> Part | None:
+        path = self.path(site)
+        return next((part for part in PARTS if self.family.columns[part] == path), None)
+
+    def holder(self, site: Site) -> str | None:
+        part = self.part(site)
+        return None if part is None else self.family.attention if part == "attention" else self.family.mlp
+
+    def adds_up(self, block: nn.Module) -> bool:
+        return self.family.has_norms_first(block)
+
+    def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        for path in self.final:
+            parent, _, name = path.rpartition(".")
+            if (module := getattr(model.get_submodule(parent), name)) is not None:
+                hidden = module(hidden)
+        return hidden
+
+    def path(self, site: Site) -> str:
         if site.kind == "linear":
-            return {self.path(site): reweighted(self.linear(block, site), candidate.weight)}
+            return super().path(site)
+        return self.family.columns[site.kind]
+
+    def maps(self, block: nn.Module, site: Site) -> list[nn.Linear]:
+        if site.kind == "linear":
+            return super().maps(block, site)
+        part = _part(site)
+        return [_linear(block, path) for path in (*self._fed(part), self.family.columns[part])]
+
+    def pruned(self, block: nn.Module, site: Site, candidate: Candidate) -> dict[str, nn.Module]:
+        if site.kind == "linear":
+            return super().pruned(block, site, candidate)
         if candidate.kept is None:
             raise ValueError(f"{site.name}: only candidates with groups can be cut out")
         if not candidate.kept:
@@ -158,24 +241,12 @@ class ModelAdapter:
             recount(whole, *((count * kv, kv) if _by_query(site, kv) else (count * (query // kv), count)))
         return {holder: whole}
 
-    def remove(self, model: nn.Module, site: Site, candidate: Candidate) -> None:
-        """Cut a candidate out of the model, in place."""
-        block = self.blocks(model)[site.block]
-        for path, module in self.pruned(block, site, candidate).items():
-            block.set_submodule(path, module)
-
-    def with_bias(self, model: nn.Module, site: Site) -> Site:
-        """The site when its linear map has a bias, which goes with the sub-layer; the same where it has one."""
-        linear = self.linear(self.blocks(model)[site.block], site)
-        return site if linear.bias is not None else replace(site, params_fixed=site.params_fixed + linear.out_features)
-
     # -- how a block is made ---------------------------------------------------------------------------
 
     def cuts(self, block: nn.Module, site: Site) -> Sequence[Cut]:
-        """Everything a group of `site` takes along; the last one cuts the columns of the site's own linear map."""
-        own = torch.tensor(site.columns(range(site.n_groups))).reshape(site.n_groups, -1)
         if site.kind == "linear":
-            return (Cut(self.path(site), 1, own),)
+            return super().cuts(block, site)
+        own = torch.tensor(site.columns(range(site.n_groups))).reshape(site.n_groups, -1)
         if site.kind == "mlp":
             index = {"width": own}
         else:
@@ -248,26 +319,6 @@ class ModelAdapter:
         """The linear maps in front of the one whose columns are cut."""
         inside = f"{self.family.attention}."
         return tuple(path for path in self.family.rows if path.startswith(inside) == (part == "attention"))
-
-    def _linear_site(
-        self, block: nn.Module, index: int, path: str, shared: tuple[str, ...], structure: Structure
-    ) -> Site:
-        prefix = f"{self.layers}.{index}"
-        name = f"{prefix}.{path}"
-        _check_plain(block, path, name)
-        linear = _linear(block, path)
-        d_in, d_out = linear.in_features, linear.out_features
-        if structure.block and d_in % structure.block:
-            raise UnsupportedModel(
-                f"{name} has rows of {d_in} weights, which are no whole blocks of {structure.block}; "
-                "choose a pattern N:M whose M divides them, or structure weights"
-            )
-        step = structure.step(d_in)
-        least = step if structure.block else 0  # a pattern keeps something of every block
-        return Site(
-            name, index, "linear", d_in, 1, d_out,
-            least=least, step=step, pattern=structure.block, shares=f"{prefix}.{shared[0]}" if len(shared) > 1 else "",
-        )  # fmt: skip
 
     def _stubs(self, block: nn.Module, site: Site) -> dict[str, nn.Module]:
         return self.family.skipped(block, _part(site), site.block, self.head_dim(block))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prunekit.adapters.adapter import ModelAdapter
+from prunekit.adapters.adapter import Transformer
 from prunekit.modeling import FAMILIES
 
 
 @dataclass(frozen=True)
-class GPTNeoX(ModelAdapter):
+class GPTNeoX(Transformer):
     """Queries, keys and values are rows of one linear map, side by side in every head."""
 
     family = FAMILIES["gpt_neox"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prunekit.adapters.adapter import ModelAdapter
+from prunekit.adapters.adapter import Transformer
 from prunekit.modeling import FAMILIES
 
 
 @dataclass(frozen=True)
-class Llama(ModelAdapter):
+class Llama(Transformer):
     """Separate q, k, v and o with grouped KV heads; a gated MLP."""
 
     family = FAMILIES["llama"]

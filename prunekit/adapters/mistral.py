@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prunekit.adapters.adapter import ModelAdapter
+from prunekit.adapters.adapter import Transformer
 from prunekit.modeling import FAMILIES
 
 
 @dataclass(frozen=True)
-class Mistral(ModelAdapter):
+class Mistral(Transformer):
     """As Llama; head width need not be hidden size / heads."""
 
     family = FAMILIES["mistral"]

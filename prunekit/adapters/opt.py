@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prunekit.adapters.adapter import ModelAdapter
+from prunekit.adapters.adapter import Transformer
 from prunekit.modeling import FAMILIES
 
 
 @dataclass(frozen=True)
-class OPT(ModelAdapter):
+class OPT(Transformer):
     """Every head has its own keys and values; embeddings may be narrower than the model."""
 
     family = FAMILIES["opt"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prunekit.adapters.adapter import ModelAdapter
+from prunekit.adapters.adapter import Transformer
 from prunekit.modeling import FAMILIES
 
 
 @dataclass(frozen=True)
-class Qwen2(ModelAdapter):
+class Qwen2(Transformer):
     """As Llama, with biases on q, k and v."""
 
     family = FAMILIES["qwen2"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prunekit.adapters.adapter import ModelAdapter
+from prunekit.adapters.adapter import Transformer
 from prunekit.modeling import FAMILIES
 
 
 @dataclass(frozen=True)
-class Qwen3(ModelAdapter):
+class Qwen3(Transformer):
     """As Llama, with a norm of one head's width on queries and keys, which all heads share."""
 
     family = FAMILIES["qwen3"]

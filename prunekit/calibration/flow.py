@@ -16,11 +16,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from prunekit.adapters import ModelAdapter
+from prunekit.adapters import ModelAdapter, UnsupportedModel
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.tokens import TokenBatch
 from prunekit.memory import Room, Row
-from prunekit.modeling import Part
 from prunekit.sites import Site
 
 TOKENS_AT_ONCE = 2048  # per forward of one block: what stays in a cache, and bounds the activations held
@@ -32,9 +31,11 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    adapter: ModelAdapter
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        out = block(hidden, *self.args, **self.kwargs)
+        with self.adapter.exposed(block):
+            out = block(hidden, *self.args, **self.kwargs)
         return out if isinstance(out, Tensor) else out[0]
 
 
@@ -54,7 +55,7 @@ def entered(
     def recorder(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not calls:
             first.append(hidden_states)
-        calls.append(Call(args, kwargs))
+        calls.append(Call(args, kwargs, adapter))
         if len(calls) == len(blocks):
             raise Seen
         return hidden_states
@@ -180,6 +181,7 @@ class BlockFlow:
 
         with stream.replaying(self.adapter, block, i), linear.register_forward_pre_hook(catch), suppress(Seen):
             self.calls[i][site.block](block, stream.hidden[i])
+            raise UnsupportedModel(f"{site.name} is never called: other code, say a fused kernel, reads its weight")
         return seen[0]
 
 
@@ -240,7 +242,7 @@ def installed(linear: nn.Linear, site: Site, weight: Tensor | None) -> Iterator[
 
 
 @contextmanager
-def replayed(module: nn.Module, output: Tensor, part: Part | None) -> Iterator[None]:
+def replayed(module: nn.Module, output: Tensor, part: str | None) -> Iterator[None]:
     """Within: the module of a part gives `output`, whatever it is called with."""
 
     def replay(*_: Any, **__: Any) -> Any:

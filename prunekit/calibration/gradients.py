@@ -79,10 +79,6 @@ class Gradients:
             return self
         if tokens.seqlen < 2:
             raise WrongInput("gradients need windows of two tokens or more; raise --seqlen")
-        paths: list[set[str]] = [set() for _ in blocks]
-        for site in adapter.sites(model):
-            paths[site.block] |= {cut.path for cut in adapter.cuts(blocks[site.block], site)}
-
         device, room = next(model.parameters()).device, room or Room()
         calls, inputs = list[list[Call]](), [room.row()]  # by block, chunk by chunk, in the host's memory
         with progress.stage("gradients", 2 * len(blocks)) as stage, torch.no_grad():
@@ -99,8 +95,8 @@ class Gradients:
                 slopes.append(_slope(model, adapter, hidden.to(device), ids.to(device)))
             for b in reversed(range(len(blocks))):
                 sums: dict[str, tuple[Tensor, Tensor]] = {}
+                wanted = sorted(sum(adapter.stages(blocks[b]), ())) if not self._file(b).exists() else []
                 for i, hidden in enumerate(inputs.pop()):
-                    wanted = sorted(paths[b]) if not self._file(b).exists() else []
                     slopes[i] = _backwards(blocks[b], calls[i][b], hidden.to(device), slopes[i], wanted, sums)
                 if not self._file(b).exists():
                     self._write(b, sums, len(tokens))

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from prunekit.calibration.tokens import Answers, Blend, Source, TokenBatch, in_shares, json_rows
+from prunekit.calibration.blends import Blend, in_shares
+from prunekit.calibration.sources import Source, json_rows
+from prunekit.calibration.tokens import Answers, TokenBatch
 from prunekit.errors import WrongInput
 
 

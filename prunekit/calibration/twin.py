@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Literal
@@ -23,6 +23,13 @@ from prunekit.sites import Site
 Aim = Literal["own", "dense", "stream"]
 
 
+def whole_parts(piece: Workpiece) -> Workpiece:
+    """The same work seen by attention and MLP of every block, all groups of them, in place of single linear maps."""
+    sites = piece.adapter.sites(piece.dense)
+    counts = tuple(site.n_groups for site in sites)
+    return replace(piece, sites=sites, plan=counts, kept=tuple(tuple(range(count)) for count in counts))
+
+
 class Twin:
     """Calibration tokens on their way through a workpiece.
 
@@ -32,6 +39,9 @@ class Twin:
     What a sub-layer has become when the loop goes on is what the next one sees. Sub-layers that the small model has
     lost are passed by. Kept in the workpiece's room: hidden states of both streams, the outputs of the present block's
     sub-layers in both, and the dense model's inputs of the present linear map.
+
+    Where single weights were removed, every linear map comes alone, `SubLayer.linear`; the inputs of both models are
+    held, and are the same for maps that share one. `whole_parts` makes attention and MLP of them.
     """
 
     @torch.no_grad()
@@ -42,30 +52,46 @@ class Twin:
             _Lane.entering(model, piece.adapter, batch, tokens, piece.room) for model in (piece.dense, piece.model)
         )
 
+    def __len__(self) -> int:
+        """How many sub-layers it will yield."""
+        return sum(map(bool, self._groups))
+
+    @property
+    def _groups(self) -> list[Sequence[int]]:
+        """By site, those that are left; of a linear map, all its columns."""
+        pairs = zip(self.piece.sites, self.piece.kept, strict=True)
+        return [range(site.n_groups) if site.kind == "linear" else groups for site, groups in pairs]
+
     def __iter__(self) -> Iterator[SubLayer]:
         """Every sub-layer that is left in the small model, in order of execution; once."""
-        piece, sites = self.piece, zip(self.piece.sites, self.piece.kept, strict=True)
+        piece, sites = self.piece, zip(self.piece.sites, self._groups, strict=True)
         blocks = (piece.adapter.blocks(piece.dense), piece.adapter.blocks(piece.model))
         for index, members in groupby(sites, key=lambda member: member[0].block):
             dense, small = (those[index] for those in blocks)
             for site, groups in members:
                 here = SubLayer(site, groups, dense, small, self)
                 self.dense.catch(site, dense)
+                if site.kind == "linear":
+                    self.small.catch(site, small)
                 if groups:
                     yield here
-                with torch.no_grad():
-                    self.dense.add(site, (here.dense_linear(x) for x in self.dense.inputs))
-                    self.small.add(site, (here.made(i) for i in range(len(here))) if groups else None)
+                if piece.adapter.part(site) is not None:  # else its output goes to a map that is still to come
+                    with torch.no_grad():
+                        self.dense.add(site, (here.dense_linear(x) for x in self.dense.inputs))
+                        self.small.add(site, (here.made(i) for i in range(len(here))) if groups else None)
             self.dense.advance(dense, index)
             self.small.advance(small, index)
 
 
 @dataclass(frozen=True, eq=False)
 class SubLayer:
-    """Attention or MLP of one block, in both models, on the tokens of a twin; chunk i of them at a time."""
+    """Attention or MLP of one block, or a single linear map, in both models, on the tokens of a twin.
+
+    Tokens come chunk by chunk.
+    """
 
     site: Site
-    groups: tuple[int, ...]  # kept ones
+    groups: Sequence[int]  # kept ones
     dense_block: nn.Module
     block: nn.Module  # of the small model
     twin: Twin
@@ -86,7 +112,7 @@ class SubLayer:
     @property
     def maps(self) -> list[nn.Linear]:
         """All linear maps of the small sub-layer, `linear` last."""
-        return self.twin.piece.adapter.maps(self.block, self.site)
+        return [self.linear] if self.site.kind == "linear" else self.twin.piece.adapter.maps(self.block, self.site)
 
     @cached_property
     def columns(self) -> Tensor:
@@ -96,7 +122,14 @@ class SubLayer:
     @torch.no_grad()
     def inputs(self, i: int) -> Float[Tensor, "windows length kept"]:
         """x̂: what reaches the small linear map."""
-        return self.twin.small.inside(self.site, self.block, i).inputs
+        if self.site.kind == "linear":
+            return self.twin.small.inputs[i]
+        return self.twin.small.inside(self.linear, self.site.block, self.block, i).inputs
+
+    @torch.no_grad()
+    def entering(self, i: int) -> Float[Tensor, "windows length d"]:
+        """What reaches the first of `maps`: the hidden states behind the norm."""
+        return self.twin.small.inside(self.maps[0], self.site.block, self.block, i).inputs
 
     def dense_inputs(self, i: int) -> Float[Tensor, "windows length d_in"]:
         """x: what reaches the dense linear map in the dense model."""
@@ -104,21 +137,27 @@ class SubLayer:
 
     def made(self, i: int) -> Float[Tensor, "windows length d"]:
         """What the small sub-layer makes of what it sees, with its weights of now; weights that train get gradients."""
-        return self.twin.small.inside(self.site, self.block, i).output
+        if self.site.kind == "linear":
+            return self.linear(self.inputs(i))
+        return self.twin.small.inside(self.linear, self.site.block, self.block, i).output
 
     @torch.no_grad()
     def wanted(self, i: int, aim: Aim) -> Float[Tensor, "windows length d"]:
         """What the small sub-layer should make, in its dtype.
 
-        own       f(h̃)        the dense sub-layer on the hidden states h̃ of the small model
+        own       f(h̃)        the dense sub-layer on the hidden states h̃ of the small model; of a map, on its inputs
         dense     f(h)        the dense sub-layer in the dense model
         stream    f(h) + δ    and what the residual stream has lost before it, where a block is a sum; else f(h)
         """
         twin, dtype = self.twin, self.linear.weight.dtype
+        if aim == "own" and self.site.kind == "linear":
+            return self.dense_linear(self.inputs(i).to(twin.dense.dtype)).to(dtype)
         if aim == "own":
-            return twin.small.inside(self.site, self.dense_block, i, of=twin.dense).output.to(dtype)
+            inside = twin.small.inside(self.dense_linear, self.site.block, self.dense_block, i, of=twin.dense)
+            return inside.output.to(dtype)
         output = self.dense_linear(twin.dense.inputs[i]).to(dtype)
-        if aim == "stream" and twin.piece.adapter.adds_up(self.block):
+        joins = twin.piece.adapter.part(self.site) is not None  # its output is a term of the sum
+        if aim == "stream" and joins and twin.piece.adapter.adds_up(self.block):
             output = output + twin.dense.residual(i).to(dtype) - twin.small.residual(i)
         return output
 
@@ -131,6 +170,7 @@ class _Lane:
     room: Room
     hidden: Row
     inputs: Row  # of the present site's linear map
+    shared: str = ""  # `Site.shares` of what `inputs` are
     calls: list[list[Call]] = field(default_factory=list)
     outputs: dict[Site, Row] = field(default_factory=dict)
 
@@ -145,8 +185,8 @@ class _Lane:
             self.calls.append(calls)
         return self
 
-    def inside(self, site: Site, block: nn.Module, i: int, of: _Lane | None = None) -> _Inside:
-        """The site's linear map at work on chunk i; the block, of this model or of that lane's, runs no further."""
+    def inside(self, linear: nn.Linear, index: int, block: nn.Module, i: int, of: _Lane | None = None) -> _Inside:
+        """A linear map at work on chunk i; its block, of this model or of that lane's, runs no further."""
         of, seen = of or self, list[_Inside]()
 
         def watch(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -154,15 +194,17 @@ class _Lane:
             seen.append(_Inside(args[0].reshape(shape), output.reshape(shape)))
             raise Seen
 
-        hook = self.adapter.linear(block, site).register_forward_hook(watch)
-        with hook, self._replaying(block, i, of), suppress(Seen):
-            of.calls[i][site.block](block, self.hidden[i].to(of.dtype))
+        with linear.register_forward_hook(watch), self._replaying(block, i, of), suppress(Seen):
+            of.calls[i][index](block, self.hidden[i].to(of.dtype))
         return seen[0]
 
     @torch.no_grad()
     def catch(self, site: Site, block: nn.Module) -> None:
-        self.inputs.clear()
-        self.inputs.extend(self.inside(site, block, i).inputs for i in range(len(self.calls)))
+        if not self.inputs or not site.shares or site.shares != self.shared:
+            linear = self.adapter.linear(block, site)
+            self.inputs.clear()
+            self.inputs.extend(self.inside(linear, site.block, block, i).inputs for i in range(len(self.calls)))
+        self.shared = site.shares
 
     def add(self, site: Site, outputs: Iterable[Tensor] | None) -> None:
         """The present sub-layer is done; None: it was dropped."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from prunekit.adapters import ModelAdapter
+from prunekit.adapters import ModelAdapter, Transformer
 from prunekit.adapters.adapter import shallow
 from prunekit.checkpoint import without_bars
 from prunekit.layer import Candidate
@@ -36,6 +36,8 @@ REWRITTEN = ("architectures", "auto_map", "dtype", "model_type", "per_layer_conf
 def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrainedModel:
     """The model that `adapter` has cut, as an object of the right class, sharing its tensors."""
     blocks, kept = adapter.blocks(model), _kept(model, adapter)
+    if not isinstance(adapter, Transformer):  # nothing but single weights can be removed
+        return _filled(type(model), copy.deepcopy(model.config), model, adapter.layers, kept)
     sizes = [adapter.layer_config(blocks[index]) for index in kept]
     values: dict[str, Any] = {key: value for key, value in model.config.to_dict().items() if key not in REWRITTEN}
     values |= {"num_hidden_layers": len(kept), "head_dim": adapter.head_dim(blocks[kept[0]])}
@@ -155,10 +157,13 @@ def _write_paged(model: PreTrainedModel, directory: Path) -> None:
 
 def _kept(model: PreTrainedModel, adapter: ModelAdapter) -> list[int]:
     """The blocks that an export has; at least one."""
-    return [index for index, block in enumerate(adapter.blocks(model)) if not _passes_through(adapter, block)] or [0]
+    blocks = list(enumerate(adapter.blocks(model)))
+    if not isinstance(adapter, Transformer):
+        return [index for index, _ in blocks]
+    return [index for index, block in blocks if not _passes_through(adapter, block)] or [0]
 
 
-def _passes_through(adapter: ModelAdapter, block: nn.Module) -> bool:
+def _passes_through(adapter: Transformer, block: nn.Module) -> bool:
     """Whether a block hands on what it gets: both parts dropped and no norm after the sum."""
     return len(adapter.dropped(block)) == 2 and adapter.family.has_norms_first(block)
 

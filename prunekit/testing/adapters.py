@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunekit.adapters import ModelAdapter
+from prunekit.adapters import ModelAdapter, UnsupportedModel
+from prunekit.adapters.adapter import Heads
 from prunekit.calibration.flow import entered
 from prunekit.export.hf import to_transformers
 from prunekit.layer import Candidate
+from prunekit.registry import ADAPTERS
 from prunekit.sites import Site, Structure
 from prunekit.testing.models import tiny
 from prunekit.testing.supernets import toy_tokens
@@ -26,7 +28,10 @@ WEIGHTS = Structure("weights")
 
 
 class AdapterSuite:
-    """A cut model computes what the masked dense model computes, at exactly the price that was named."""
+    """A cut model computes what the masked dense model computes, at exactly the price that was named.
+
+    What is asked of groups is skipped for a family that says it has none.
+    """
 
     plugin: ClassVar[ModelAdapter]
 
@@ -40,10 +45,10 @@ class AdapterSuite:
 
     @pytest.mark.parametrize("seed", range(3))
     @pytest.mark.parametrize("heads", ["kv", "query"])
-    def test_cut_equals_masked(self, seed: int, heads: str) -> None:
+    def test_cut_equals_masked(self, seed: int, heads: Heads) -> None:
         model, rng = self._model(), random.Random(seed)
         plan: Plan = {}
-        for site in self.plugin.sites(model, heads=heads):  # type: ignore[arg-type]
+        for site in self._groups(model, heads):
             groups = rng.sample(range(site.n_groups), rng.randint(0, site.n_groups))
             plan[site] = self._candidate(model, site, groups)
         small = self._cut(model, plan)
@@ -53,13 +58,13 @@ class AdapterSuite:
 
     def test_keeping_everything_changes_nothing(self) -> None:
         model = self._model()
-        plan = {s: self._candidate(model, s, range(s.n_groups)) for s in self.plugin.sites(model)}
+        plan = {s: self._candidate(model, s, range(s.n_groups)) for s in self._groups(model)}
         torch.testing.assert_close(_logits(self._cut(model, plan)), _logits(model), rtol=0, atol=1e-10)
 
     @pytest.mark.parametrize("heads", ["kv", "query"])
-    def test_prices_are_parameter_counts(self, heads: str) -> None:
+    def test_prices_are_parameter_counts(self, heads: Heads) -> None:
         model = self._model()
-        for site in self.plugin.sites(model, heads=heads):  # type: ignore[arg-type]
+        for site in self._groups(model, heads):
             for kept in {0, 1, site.n_groups // 2, site.n_groups}:
                 small = self._cut(model, {site: self._candidate(model, site, range(kept))})
                 freed = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in small.parameters())
@@ -67,9 +72,17 @@ class AdapterSuite:
 
     def test_a_cut_model_generates_with_a_cache_what_it_generates_without(self) -> None:
         model = self._model()
-        sites = self.plugin.sites(model)
+        sites = self._groups(model)
         plan = {s: self._candidate(model, s, range(0 if i == 0 else 1)) for i, s in enumerate(sites)}
-        small, ids = to_transformers(self._cut(model, plan), self.plugin), toy_tokens(windows=2).ids
+        self._assert_generates(self._cut(model, plan))
+
+    def test_a_model_with_zeros_generates_with_a_cache_what_it_generates_without(self) -> None:
+        model = self._model()
+        sites = self.plugin.linear_sites(model, WEIGHTS)
+        self._assert_generates(self._cut(model, {s: Candidate(None, _halved(model, s)) for s in sites}))
+
+    def _assert_generates(self, model: PreTrainedModel) -> None:
+        small, ids = to_transformers(model, self.plugin), toy_tokens(windows=2).ids
         options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
         cached, plain = (small.generate(ids, use_cache=use, **options) for use in (True, False))  # type: ignore[operator]
         assert torch.equal(cached, plain)
@@ -99,6 +112,8 @@ class AdapterSuite:
                     seen.append((name, args[0].flatten(0, -2)))
 
                 stack.enter_context(model.get_submodule(site.name).register_forward_pre_hook(listen))
+            for block in self.plugin.blocks(model):
+                stack.enter_context(self.plugin.exposed(block))
             _logits(model)
         shared = {site.name: site.shares or site.name for site in sites}
         stages = [name for name, _ in groupby(shared[name] for name, _ in seen)]
@@ -106,6 +121,16 @@ class AdapterSuite:
         inputs = dict(seen)
         for site in sites:
             assert torch.equal(inputs[site.name], inputs[shared[site.name]])
+
+    def test_linear_maps_are_exposed_for_a_while_and_nothing_else_changes(self) -> None:
+        model = self._model().train()
+        modules, logits = dict(model.named_modules()), _logits(model)
+        with ExitStack() as stack:
+            for block in self.plugin.blocks(model):
+                stack.enter_context(self.plugin.exposed(block))
+            assert torch.equal(_logits(model), logits)
+        assert dict(model.named_modules()) == modules
+        assert all(module.training and "forward" not in vars(module) for module in modules.values())
 
     @pytest.mark.parametrize("seed", range(2))
     def test_zeros_in_linear_maps_are_zeros_in_the_model(self, seed: int) -> None:
@@ -125,7 +150,11 @@ class AdapterSuite:
     def test_the_dense_model_is_left_alone(self) -> None:
         model = self._model()
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        for site in self.plugin.sites(model):
+        try:
+            groups = self.plugin.sites(model)
+        except UnsupportedModel:
+            groups = ()
+        for site in groups:
             self.plugin.pruned(self.plugin.blocks(model)[site.block], site, self._candidate(model, site, [0]))
         for site in self.plugin.linear_sites(model, WEIGHTS):
             block = self.plugin.blocks(model)[site.block]
@@ -134,7 +163,13 @@ class AdapterSuite:
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
     def _model(self) -> PreTrainedModel:
-        return tiny(self.plugin.family.model_type).requires_grad_(False)
+        return tiny(ADAPTERS.name_of(self.plugin) or "").requires_grad_(False)
+
+    def _groups(self, model: PreTrainedModel, heads: Heads = "kv") -> tuple[Site, ...]:
+        try:
+            return self.plugin.sites(model, heads=heads)
+        except UnsupportedModel as error:
+            pytest.skip(str(error))
 
     def _candidate(self, model: PreTrainedModel, site: Site, groups: range | list[int]) -> Candidate:
         own = self.plugin.linear(self.plugin.blocks(model)[site.block], site).weight.detach()
@@ -156,6 +191,13 @@ class AdapterSuite:
             if not candidate.kept and linear.bias is not None:
                 linear.bias.data.zero_()
         return _logits(twin)
+
+
+def _halved(model: PreTrainedModel, site: Site) -> Tensor:
+    """The weight of the site's linear map with every other column zero."""
+    weight = model.get_submodule(site.name).get_parameter("weight").detach().clone()
+    weight[:, 1::2] = 0
+    return weight
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import suppress
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +26,11 @@ PLANS: dict[str, Allocation] = {  # groups of attention, of the MLP, of attentio
     "sub-layers lost": (0, 9, 2, 0, 0, 0),
     "whole": (3, 17, 3, 17, 3, 17),
 }
+SHARES: dict[str, tuple[float, ...]] = {  # of single weights, map by map and over again
+    "half": (0.5, 0.4, 0.6),
+    "sub-layers lost": (0.5, 0.0, 0.8, 1.0, 0.0),
+    "whole": (1.0,),
+}
 
 
 class FinisherSuite:
@@ -38,12 +44,15 @@ class FinisherSuite:
 
     @pytest.mark.parametrize("plan", PLANS)
     def test_every_site_keeps_its_groups_and_every_weight_is_a_number(self, plan: str) -> None:
-        self._finished(_piece(plan=PLANS[plan]))
+        sites, counts = _net("llama", self._structure).space.sites, PLANS[plan]
+        if self._structure != "groups":
+            counts = tuple(int(share * site.n_groups) for site, share in zip(sites, cycle(SHARES[plan]), strict=False))
+        self._finished(self._piece(plan=counts))
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Single weights for the finishers that know them."""
+        """Single weights for the finishers that know them; biases are paid for with groups."""
         if "pattern" in metafunc.fixturenames:
-            known = {"weights": "weights", "n:m": "2:4"}
+            known = {} if self.plugin.adds_biases else {"weights": "weights", "n:m": "2:4"}
             metafunc.parametrize("pattern", [text for units, text in known.items() if units in self.plugin.structures])
 
     def test_no_linear_map_gets_more_weights_than_its_count(self, pattern: str) -> None:
@@ -51,10 +60,10 @@ class FinisherSuite:
 
     @pytest.mark.parametrize("model_type", ["opt", "gpt_neox"])
     def test_families_with_biases_and_other_blocks_too(self, model_type: str) -> None:
-        self._finished(_piece(model_type))
+        self._finished(self._piece(model_type))
 
     def test_the_same_work_has_the_same_result(self) -> None:
-        first, second = (self._finished(_piece()) for _ in range(2))
+        first, second = (self._finished(self._piece()) for _ in range(2))
         _assert_same(first, second)
 
     def test_an_interrupted_work_ends_in_the_same_bits(self, tmp_path: Path) -> None:
@@ -70,15 +79,15 @@ class FinisherSuite:
                 if self.saved == 3:
                     raise Killed
 
-        whole = self._finished(_piece())
+        whole = self._finished(self._piece())
         with suppress(Killed):  # finishers that save less are not interrupted
-            self._finished(_piece(checkpoints=Dying(tmp_path)))
-        resumed = self._finished(_piece(checkpoints=Checkpoints(tmp_path)))
+            self._finished(self._piece(checkpoints=Dying(tmp_path)))
+        resumed = self._finished(self._piece(checkpoints=Checkpoints(tmp_path)))
         _assert_same(whole, resumed)
-        _assert_same(whole, self._finished(_piece(checkpoints=Checkpoints(tmp_path))))
+        _assert_same(whole, self._finished(self._piece(checkpoints=Checkpoints(tmp_path))))
 
     def test_all_it_needs_is_in_the_piece_and_the_rest_is_left_alone(self) -> None:
-        piece = toy_workpiece(toy_supernet())
+        piece = toy_workpiece(toy_supernet(structure=self._structure))
         dense, state = _content(piece), torch.get_rng_state()
         self._finished(piece)
         assert torch.equal(state, torch.get_rng_state()), "the global random state is the caller's"
@@ -90,16 +99,24 @@ class FinisherSuite:
             assert not any((module.training, module._forward_hooks, module._forward_pre_hooks))
 
     def test_a_dense_model_in_half_precision_teaches_one_in_float32(self) -> None:
-        piece = toy_workpiece(toy_supernet())
+        piece = toy_workpiece(toy_supernet(structure=self._structure))
         for model, dtype in ((piece.dense, torch.bfloat16), (piece.model, torch.float32)):
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
         assert all(value.dtype == torch.float32 for name, value in self._finished(piece).items() if "weight" in name)
 
     def test_one_window_is_enough_or_refused_with_a_sentence(self) -> None:
-        piece = _piece()
+        piece = self._piece()
         with suppress(WrongInput):
             self._finished(dataclasses.replace(piece, tokens=piece.tokens.first(1)))
+
+    @property
+    def _structure(self) -> str:
+        """Groups, or single weights for those that know nothing else."""
+        return "groups" if "groups" in self.plugin.structures else "weights"
+
+    def _piece(self, model_type: str = "llama", **changes: Any) -> Workpiece:
+        return toy_workpiece(_net(model_type, self._structure), **changes)
 
     def _finished(self, piece: Workpiece) -> dict[str, Tensor]:
         """All tensors of the small model when it is done, checked as a run checks them."""
@@ -121,9 +138,5 @@ def _assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
 
 
 @cache
-def _net(model_type: str) -> Supernet:
-    return toy_supernet(model_type)
-
-
-def _piece(model_type: str = "llama", **changes: Any) -> Workpiece:
-    return toy_workpiece(_net(model_type), **changes)
+def _net(model_type: str, structure: str) -> Supernet:
+    return toy_supernet(model_type, structure=structure)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -83,6 +83,26 @@ def toy_layer(
         influence=float(normal(1).square()),
         name=f"{quirk} toy",
     )
+
+
+def sparse_layer(d_in: int = 12, d_out: int = 7, block: int = 0, seed: int = 0, **options: Any) -> LayerProblem:
+    """A toy layer of single weights, all of it in float64, for what holds exactly."""
+    return toy_layer(d_in, 1, d_out, block=block, seed=seed, dtype=torch.float64, moments=torch.float64, **options)
+
+
+def correlated_layer(seed: int = 0, block: int = 0) -> LayerProblem:
+    """Single weights on 96 inputs of very different size, of which 24 would nearly do: compensation pays."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(500, 24, generator=generator) @ torch.randn(24, 96, generator=generator)
+    x = (x + torch.randn(500, 96, generator=generator)) * torch.randn(96, generator=generator).exp()
+    weight = torch.randn(32, 96, generator=generator)
+    return LayerProblem(weight, x.T @ x / 500, structure="n:m" if block else "weights", block=block)
+
+
+def damped_loss(layer: LayerProblem, weight: torch.Tensor) -> float:
+    """tr (W* - Ŵ) (H + λI) (W* - Ŵ)ᵀ, of which the least-squares weights on a support are the minimum."""
+    lost = layer.target - weight.double()
+    return float(((lost @ layer.hessian) * lost).sum())
 
 
 def permuted(layer: LayerProblem, order: Sequence[int]) -> LayerProblem:

@@ -11,21 +11,25 @@ COMMON: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 24,
     "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "max_position_embeddings": 64,
     "bos_token_id": 1,
     "eos_token_id": None,
     "pad_token_id": 0,
 }
-GROUPED: dict[str, Any] = {"num_key_value_heads": 3, "intermediate_size": 17, "initializer_range": 0.3}
+HEADS: dict[str, Any] = {"num_attention_heads": 6, "max_position_embeddings": 64}
+GROUPED: dict[str, Any] = HEADS | {"num_key_value_heads": 3, "intermediate_size": 17, "initializer_range": 0.3}
 
 SIZES: dict[str, dict[str, Any]] = {  # by config.model_type; head_dim is not hidden_size / heads where it may differ
     "llama": GROUPED,
     "mistral": GROUPED | {"head_dim": 6, "sliding_window": None},
     "qwen2": GROUPED | {"tie_word_embeddings": True},
     "qwen3": GROUPED | {"head_dim": 8},
-    "opt": {"ffn_dim": 17, "init_std": 0.3, "dropout": 0.0},
-    "gpt_neox": {"intermediate_size": 17, "initializer_range": 0.3, "rotary_pct": 0.5},
+    "opt": HEADS | {"ffn_dim": 17, "init_std": 0.3, "dropout": 0.0},
+    "gpt_neox": HEADS | {"intermediate_size": 17, "initializer_range": 0.3, "rotary_pct": 0.5},
+}
+STATES: dict[str, Any] = {"state_size": 5, "use_bias": True, "initializer_range": 0.3}
+MIXERS: dict[str, dict[str, Any]] = {  # families without groups
+    "mamba": STATES | {"time_step_rank": 4},  # tied
+    "mamba2": STATES | {"num_heads": 4, "head_dim": 12, "n_groups": 2, "chunk_size": 8},
 }
 
 
@@ -35,7 +39,8 @@ def tiny(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     Families without an entry in `SIZES` get the sizes of a Llama.
     """
     set_seed(seed)
-    config = AutoConfig.for_model(model_type, **(COMMON | SIZES.get(model_type, GROUPED) | overrides))
+    sizes = (SIZES | MIXERS).get(model_type, GROUPED)
+    config = AutoConfig.for_model(model_type, **(COMMON | sizes | overrides))
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

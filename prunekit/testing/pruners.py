@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from prunekit.contracts import LocalPruner
 from prunekit.layer import STATISTICS, Candidate, LayerProblem, is_sparse
-from prunekit.testing.layers import QUIRKS, STRUCTURES, Quirk, counts_of, permuted, toy_layer
+from prunekit.testing.layers import STRUCTURES, Quirk, counts_of, permuted, toy_layer
+from prunekit.testing.shapes import on_any_shape
 
 
 def supplied(layer: LayerProblem, pruner: LocalPruner) -> LayerProblem:
@@ -186,22 +185,7 @@ class PrunerSuite:
             assert torch.equal(one.weight != 0, two.weight != 0)
             torch.testing.assert_close(two.weight, scale * one.weight, rtol=1e-3, atol=1e-5 * scale)
 
-    # one class serves many subclasses, and the same examples for all of them are what we want
-    @settings(
-        max_examples=30,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
-    )
-    @given(
-        n_groups=st.integers(1, 7),
-        group_size=st.integers(1, 4),
-        d_out=st.integers(1, 6),
-        quirk=st.sampled_from(QUIRKS),
-        seed=st.integers(0, 2**31),
-        damping=st.sampled_from([0.0, 1e-4, 0.01, 1.0]),
-    )
+    @on_any_shape
     def test_holds_its_promises_on_any_shape(
         self, *, n_groups: int, group_size: int, d_out: int, quirk: Quirk, seed: int, damping: float
     ) -> None:

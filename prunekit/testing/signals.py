@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from prunekit.contracts import Signal
 from prunekit.layer import STATISTICS, LayerProblem
-from prunekit.testing.layers import LAYERS, QUIRKS, Quirk, permuted, toy_layer
+from prunekit.testing.layers import LAYERS, Quirk, permuted, toy_layer
+from prunekit.testing.shapes import on_any_shape
 
 
 def measured(signal: Signal, layer: LayerProblem) -> float:
@@ -64,22 +63,7 @@ class SignalSuite:
         if self.plugin.unitless:
             assert measured(self.plugin, louder) == pytest.approx(measured(self.plugin, plain), rel=1e-5, abs=1e-7)
 
-    # one class serves many subclasses, and the same examples for all of them are what we want
-    @settings(
-        max_examples=30,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
-    )
-    @given(
-        n_groups=st.integers(1, 7),
-        group_size=st.integers(1, 4),
-        d_out=st.integers(1, 6),
-        quirk=st.sampled_from(QUIRKS),
-        seed=st.integers(0, 2**31),
-        damping=st.sampled_from([0.0, 1e-4, 0.01, 1.0]),
-    )
+    @on_any_shape
     def test_is_finite_on_any_shape(
         self, *, n_groups: int, group_size: int, d_out: int, quirk: Quirk, seed: int, damping: float
     ) -> None:

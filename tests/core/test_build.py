@@ -61,18 +61,11 @@ def test_the_carry_decides_what_later_sites_see(tmp_path, carry):
     assert (errors[1] == dense[1]) == (carry == "dense")  # inside the block already
 
 
-def test_a_resumed_walk_ends_in_the_same_bytes(tmp_path):
+def test_a_resumed_walk_ends_in_the_same_bytes(tmp_path, killed_at):
     net = toy_supernet()
     errors, store = walk(net, Refit(), tmp_path / "whole")
-
-    class Killed(KeepFirst):
-        def prune(self, layer, keeps):
-            if "1.mlp" in layer.name:
-                raise KeyboardInterrupt
-            return Refit().prune(layer, keeps)
-
-    with pytest.raises(KeyboardInterrupt):
-        walk(net, Killed(), tmp_path / "killed")
+    with killed_at(Refit, "prune", 4):  # at the second MLP
+        walk(net, Refit(), tmp_path / "killed")
     again, resumed = walk(net, Refit(), tmp_path / "killed")
     assert again == errors
     for site in net.space.sites:

@@ -89,9 +89,9 @@ def test_lists_and_none_can_be_chosen() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(presets(SPACES)))
-def test_every_preset_is_a_space_of_the_default_recipe(name: str) -> None:
-    choices = Choices.load(name)
-    choices.check(Recipe.load().with_overrides(choices.fixed))
+def test_every_preset_is_a_space_of_the_recipe_of_its_name_or_of_the_default(name: str) -> None:
+    choices, base = Choices.load(name), name if name in presets() else "default"
+    choices.check(Recipe.load(base).with_overrides(choices.fixed))
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from prunekit import pipeline
@@ -17,18 +17,8 @@ from prunekit.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two blocks and a tokenizer of one token per letter."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(0)
-    vocabulary = {letter: i for i, letter in enumerate(" abcdefghijklmnopqrstuvwxyz.")}
-    letters = Tokenizer(models.WordLevel(vocabulary, unk_token="."))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(folder)
-    sizes = {"vocab_size": 28, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(folder)  # type: ignore[arg-type]
-    return folder
+def model(saved_letters: Callable[..., Path]) -> Path:
+    return saved_letters()
 
 
 @pytest.fixture(scope="module")

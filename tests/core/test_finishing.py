@@ -9,13 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunekit
-from prunekit.calibration.tokens import draw
-from prunekit.demo import MODEL
+from prunekit.calibration.draws import draw
 from prunekit.evaluate import perplexity
 from prunekit.progress import Progress
 from prunekit.registry import FINISHERS
 from prunekit.store import Checkpoints
-from prunekit.testing import tiny
 
 TRAINED = [{"name": "reconstruction", "epochs": 2}, {"name": "distillation", "epochs": 2}]
 QUICK: dict[str, Any] = {
@@ -33,12 +31,8 @@ QUICK: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny bfloat16 model with a tokenizer, on disk."""
-    path = tmp_path_factory.mktemp("tiny") / "model"
-    tiny("llama", vocab_size=2048).bfloat16().save_pretrained(path)
-    AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
-    return path
+def folder(saved_tiny):
+    return saved_tiny(torch.bfloat16)
 
 
 def in_blocks(model):
@@ -111,23 +105,10 @@ def whole(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("saves", [5, 13], ids=["between sub-layers", "in the second"])
-def test_a_run_killed_while_it_trains_goes_on_to_the_same_bytes(folder, whole, tmp_path, monkeypatch, saves):
-    class Killed(BaseException):
-        pass
-
-    out, left = tmp_path / "out", [saves]
-    save = Checkpoints.save
-
-    def dying(self, name, tensors):
-        save(self, name, tensors)
-        left[0] -= 1
-        if not left[0]:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", dying)
-        with pytest.raises(Killed):
-            prunekit.prune(folder, output=out, finishers=TRAINED, **QUICK)
+def test_a_run_killed_while_it_trains_goes_on_to_the_same_bytes(folder, whole, tmp_path, killed_at, saves):
+    out = tmp_path / "out"
+    with killed_at(Checkpoints, "save", saves, after=True):
+        prunekit.prune(folder, output=out, finishers=TRAINED, **QUICK)
     assert any(out.with_name("out.partial").glob("finisher-*/*.safetensors"))
     prunekit.prune(folder, output=out, finishers=TRAINED, **QUICK)
     for name in ("model.safetensors", "recipe.yaml", "config.json"):

@@ -12,12 +12,7 @@ from torch import Tensor
 import prunekit.layer
 from prunekit import LayerProblem, best_weights
 from prunekit.testing import toy_layer
-from prunekit.testing.layers import QUIRKS
-
-
-def exact(d_in: int = 12, d_out: int = 7, **options: object) -> LayerProblem:
-    layer = toy_layer(d_in, 1, d_out, dtype=torch.float64, moments=torch.float64, **options)  # type: ignore[arg-type]
-    return replace(layer, structure="weights")
+from prunekit.testing.layers import QUIRKS, sparse_layer
 
 
 def draw(d_out: int, d_in: int, share: float, seed: int = 0) -> Tensor:
@@ -34,7 +29,7 @@ def by_hand(layer: LayerProblem, mask: Tensor) -> Tensor:
 
 
 def test_sparse_is_the_weight_under_the_mask() -> None:
-    layer, mask = exact(), draw(7, 12, 0.5)
+    layer, mask = sparse_layer(), draw(7, 12, 0.5)
     candidate = layer.sparse(mask)
     assert candidate.kept is None
     assert torch.equal(candidate.weight, layer.weight * mask)
@@ -47,7 +42,7 @@ def test_every_row_is_the_least_squares_on_its_own_support(
     share: float, cells: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prunekit.layer, "CELLS_AT_ONCE", cells)
-    layer, mask = exact(), draw(7, 12, share)
+    layer, mask = sparse_layer(), draw(7, 12, share)
     candidate = layer.refitted_rows(mask)
     assert candidate.kept is None
     assert not candidate.weight[~mask].any()
@@ -57,20 +52,20 @@ def test_every_row_is_the_least_squares_on_its_own_support(
 @pytest.mark.parametrize("quirk", QUIRKS)
 @pytest.mark.parametrize("share", [0.3, 0.7])
 def test_rows_satisfy_their_normal_equations_on_awkward_inputs(quirk: str, share: float) -> None:
-    layer, mask = exact(quirk=quirk), draw(7, 12, share)
+    layer, mask = sparse_layer(quirk=quirk), draw(7, 12, share)
     slope = (layer.refitted_rows(mask).weight - layer.target) @ layer.hessian
     scale = float((layer.target @ layer.hessian).abs().max())
     assert float(slope[mask].abs().max()) < 1e-8 * scale
 
 
 def test_on_one_support_for_all_rows_it_is_the_refit_of_the_groups() -> None:
-    layer, kept = exact(), [0, 3, 4, 9]
+    layer, kept = sparse_layer(), [0, 3, 4, 9]
     mask = torch.zeros(7, 12, dtype=torch.bool).index_fill(1, torch.tensor(kept), True)
     torch.testing.assert_close(layer.refitted_rows(mask).weight, layer.refitted(kept).weight)
 
 
 def test_its_loss_is_that_of_the_removed_weights() -> None:
-    layer, mask = exact(), draw(7, 12, 0.6)
+    layer, mask = sparse_layer(), draw(7, 12, 0.6)
     lost = layer.target - layer.refitted_rows(mask).weight
     inverse = torch.linalg.inv(layer.hessian)
     loss = 0.0
@@ -80,7 +75,7 @@ def test_its_loss_is_that_of_the_removed_weights() -> None:
 
 
 def test_all_of_a_row_is_its_best_weight_and_none_of_it_zero() -> None:
-    layer = exact()
+    layer = sparse_layer()
     seen = layer.gram + 0.1 * torch.eye(12)
     moved = replace(layer, gram=seen, cross=layer.gram, energy=1.0)
     everything = torch.ones(7, 12, dtype=torch.bool)

@@ -19,7 +19,7 @@ from prunekit.memory import Shares
 from prunekit.paging import pager_of, shapes_of, whole
 from prunekit.testing import tiny, toy_tokens
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox", "mamba", "mamba2"]
 ONE_BLOCK = Shares(blocks=0, activations=0)
 RUN: dict[str, Any] = {
     "pruner": "obs",
@@ -135,6 +135,7 @@ def made(path, output, monkeypatch, *, paged, **changes):
         # gradients, tied embeddings, dropped sub-layers
         ("qwen2", {"pruner": "llm-pruner", "sparsity": 0.8, "allocator": "softmax", "objective": "expected-error"}),
         ("gpt_neox", {"structure": "weights", "pruner": "wanda", "allocator": "uniform"}),
+        ("mamba", {"structure": "weights", "pruner": "wanda", "allocator": "uniform"}),
         ("opt", {"finishers": ["bias"], "allocator": "softmax", "objective": "expected-error"}),
     ],
 )

@@ -12,11 +12,9 @@ import prunekit
 from prunekit import pipeline
 from prunekit.calibration.gradients import Gradients
 from prunekit.checkpoint import fingerprint
-from prunekit.demo import MODEL
 from prunekit.ledger import Ledger
 from prunekit.recipe import Recipe
 from prunekit.store import CandidateStore
-from prunekit.testing import tiny
 
 FILES = ("model.safetensors", "config.json", "recipe.yaml", "ledger.jsonl", "tokenizer.json")
 QUICK: dict[str, Any] = {
@@ -41,12 +39,8 @@ def quick(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny model with a tokenizer, on disk."""
-    path = tmp_path_factory.mktemp("tiny") / "model"
-    tiny("llama", vocab_size=2048).float().save_pretrained(path)
-    AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
-    return path
+def folder(saved_tiny):
+    return saved_tiny()
 
 
 def content(directory):
@@ -87,31 +81,15 @@ def test_the_recipe_beside_a_result_runs_again_to_the_same_bytes(whole, tmp_path
 
 
 @pytest.mark.parametrize("when", ["walk", "search", "rebuild", "save"])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, whole, tmp_path, monkeypatch, when):
-    class Killed(BaseException):
-        pass
-
-    def killing(method, last):
-        calls = []
-
-        def call(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == last:
-                raise Killed
-            return method(*args, **kwargs)
-
-        return call
-
+def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, whole, tmp_path, killed_at, when):
     place, name, last = {
         "walk": (CandidateStore, "put", 4),
         "search": (Ledger, "answer", 5),
         "rebuild": (CandidateStore, "put", 9),
         "save": (pipeline, "verify", 1),
     }[when]
-    with monkeypatch.context() as patch:
-        patch.setattr(place, name, killing(getattr(place, name), last))
-        with pytest.raises(Killed):
-            prunekit.prune(folder, output=tmp_path / "out", **QUICK)
+    with killed_at(place, name, last):
+        prunekit.prune(folder, output=tmp_path / "out", **QUICK)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial").exists()
     prunekit.prune(folder, output=tmp_path / "out", **QUICK)
@@ -119,20 +97,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, whole, tmp_path, m
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_gradient_pass_that_is_interrupted_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch):
+def test_a_gradient_pass_that_is_interrupted_goes_on_to_the_same_bytes(folder, tmp_path, killed_at):
     settings = quick(pruner="gradient", allocator="uniform", objective="expected-error", verify=False)
     prunekit.prune(folder, output=tmp_path / "whole", **settings)
-    with monkeypatch.context() as patch:
-        write = Gradients._write
-
-        def killing(self, block, *rest):
-            if block == 1:
-                raise KeyboardInterrupt
-            write(self, block, *rest)
-
-        patch.setattr(Gradients, "_write", killing)
-        with pytest.raises(KeyboardInterrupt):
-            prunekit.prune(folder, output=tmp_path / "out", **settings)
+    with killed_at(Gradients, "_write", 2):
+        prunekit.prune(folder, output=tmp_path / "out", **settings)
     assert [p.name for p in (tmp_path / "out.partial").glob("gradients-*/*")] == ["block-2.safetensors"]
     prunekit.prune(folder, output=tmp_path / "out", **settings)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
@@ -156,11 +125,9 @@ def test_a_second_data_set_reaches_the_pruner_and_the_report(folder, tmp_path):
     assert any(not torch.equal(state[name], other[name]) for name in state)
 
 
-def test_another_recipe_does_not_go_on_with_an_unfinished_run(folder, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "answer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            prunekit.prune(folder, output=tmp_path / "out", **QUICK)
+def test_another_recipe_does_not_go_on_with_an_unfinished_run(folder, tmp_path, killed_at):
+    with killed_at(Ledger, "answer", 1):
+        prunekit.prune(folder, output=tmp_path / "out", **QUICK)
     with pytest.raises(prunekit.WrongInput, match=r"unfinished run \(another seed\)"):
         prunekit.prune(folder, output=tmp_path / "out", **quick(seed=1))
     prunekit.prune(folder, output=tmp_path / "out", overwrite=True, **quick(seed=1))

@@ -3,13 +3,11 @@
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import prunekit
@@ -33,16 +31,8 @@ QUICK: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(0)
-    letters = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token=" "))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(folder)
-    sizes = {"vocab_size": 28, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.5)).save_pretrained(folder)  # type: ignore[arg-type]
-    return folder
+def model(saved_letters: Callable[..., Path]) -> Path:
+    return saved_letters(initializer_range=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -91,29 +81,25 @@ def test_the_best_recipe_is_the_best_row_and_prunes_to_what_was_measured(quick, 
     assert points(again) == points(tuned)
 
 
-class Killed(KeyboardInterrupt):
-    pass
-
-
 @pytest.mark.parametrize("after", [1, 9])
-def test_an_interrupted_study_goes_on_to_the_same_study(quick, tmp_path: Path, monkeypatch, after: int) -> None:
+def test_an_interrupted_study_goes_on_to_the_same_study(quick, tmp_path: Path, killed_at, after: int) -> None:
     whole = prunekit.tune(**quick | {"output": tmp_path / "whole"}, space=SPACE, trials=3)
-    count = 0
-    put = pipeline.CandidateStore.put
-
-    def killing(self, *arguments: Any, **more: Any) -> None:
-        nonlocal count
-        count += 1
-        if count > after:
-            raise Killed
-        put(self, *arguments, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline.CandidateStore, "put", killing)
-        with pytest.raises(Killed):
-            prunekit.tune(**quick, space=SPACE, trials=3)
+    with killed_at(pipeline.CandidateStore, "put", after + 1):
+        prunekit.tune(**quick, space=SPACE, trials=3)
     assert points(prunekit.tune(**quick, space=SPACE, trials=2))[:3] == points(whole)[:3]
     assert points(prunekit.tune(**quick, space=SPACE, trials=3)) == points(whole)
+
+
+@pytest.mark.parametrize("sampler", ["nsga-ii", "nsga-iii"])
+def test_generations_are_bred_and_survive_an_interruption(quick, tmp_path: Path, monkeypatch, sampler: str) -> None:
+    few = {"nsga-ii": tuning.optuna.samplers.NSGAIISampler, "nsga-iii": tuning.optuna.samplers.NSGAIIISampler}[sampler]
+    monkeypatch.setitem(tuning.SAMPLERS, sampler, lambda seed: few(population_size=4, seed=seed))
+    options = {"space": SPACE, "sampler": sampler, "metric": ["perplexity", "seconds"]}
+    monkeypatch.setattr(tuning.Clock, "add", lambda *_: None)  # seconds of this machine are no function of a recipe
+    whole = prunekit.tune(**quick | {"output": tmp_path / "whole"}, **options, trials=10)
+    prunekit.tune(**quick, **options, trials=6)
+    assert points(prunekit.tune(**quick, **options, trials=10)) == points(whole)
+    assert any("generation" in key for trial in whole.study.trials for key in trial.system_attrs)
 
 
 def test_walks_are_shared_where_only_the_search_differs(quick, walks: list[str]) -> None:
@@ -264,6 +250,7 @@ def test_sqlite_holds_the_study_too(quick, tmp_path: Path) -> None:
     [
         ({"metric": "speed"}, "no metric 'speed'; there are perplexity, loss"),
         ({"metric": ["loss", "loss"]}, "each metric once"),
+        ({"sampler": "dice"}, "no sampler 'dice'; there are tpe, nsga-ii, nsga-iii"),
         ({"trials": 0}, "trials are counted from 1"),
         ({"metric": "objective", "space": {"objective": ["divergence", "perplexity"]}}, "where the objective is tuned"),
         ({"space": {"pruner": ["obz", "obs"]}}, "no pruner 'obz'"),

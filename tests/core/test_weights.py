@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import prunekit
 from prunekit import Candidate, WrongInput
 from prunekit.build import build
 from prunekit.calibration.gradients import Gradients
-from prunekit.demo import MODEL
 from prunekit.evaluate import zeros
 from prunekit.ledger import Ledger
 from prunekit.memory import Shares
@@ -22,7 +21,7 @@ from prunekit.pipeline import check_finished, shapes
 from prunekit.progress import Progress
 from prunekit.registry import PRUNERS, Entry
 from prunekit.store import CandidateStore
-from prunekit.testing import KeepLargest, tiny, toy_supernet, toy_tokens, toy_workpiece
+from prunekit.testing import KeepLargest, toy_supernet, toy_tokens, toy_workpiece
 
 FILES = ("model.safetensors", "config.json", "recipe.yaml", "ledger.jsonl")
 QUICK: dict[str, Any] = {
@@ -53,11 +52,8 @@ def registered(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny model with a tokenizer, on disk."""
-    path = tmp_path_factory.mktemp("tiny") / "model"
-    tiny("llama", vocab_size=2048, intermediate_size=32).float().save_pretrained(path)
-    AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
+def folder(saved_tiny):
+    path = saved_tiny(intermediate_size=32)
     rng = random.Random(0)
     words = [f"{rng.randrange(10 ** rng.randint(1, 6))}" for _ in range(4000)]
     (path / "text.txt").write_text(" ".join(words))
@@ -130,31 +126,15 @@ def test_counts_are_exact_and_what_is_saved_is_a_stock_model(folder, searched, s
 
 @pytest.mark.parametrize("structure", ["weights", "2:4"])
 @pytest.mark.parametrize("when", ["walk", "search", "rebuild"])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, searched, tmp_path, monkeypatch, structure, when):
-    class Killed(BaseException):
-        pass
-
-    def killing(method, last):
-        calls = []
-
-        def call(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == last:
-                raise Killed
-            return method(*args, **kwargs)
-
-        return call
-
+def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, searched, tmp_path, killed_at, structure, when):
     # between two maps with one input, on a question, in the second walk
     place, name, last = {
         "walk": (CandidateStore, "put", 9),
         "search": (Ledger, "answer", 5),
         "rebuild": (CandidateStore, "put", 30),
     }[when]
-    with monkeypatch.context() as patch:
-        patch.setattr(place, name, killing(getattr(place, name), last))
-        with pytest.raises(Killed):
-            pruned(folder, tmp_path / "out", structure, verify=False)
+    with killed_at(place, name, last):
+        pruned(folder, tmp_path / "out", structure, verify=False)
     pruned(folder, tmp_path / "out", structure, verify=False)
     for file in FILES:
         mine, theirs = ((where / file).read_bytes() for where in (tmp_path / "out", searched[structure]))
@@ -209,7 +189,7 @@ class Forgetful(prunekit.Finisher):
         return {}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt_neox", "mamba", "mamba2"])
 def test_the_supernet_answers_as_the_assembled_model_whatever_it_keeps_in_memory(model_type, monkeypatch):
     net, tokens = toy_supernet(model_type, structure="weights"), toy_tokens()
     monkeypatch.setattr(net, "shares", Shares(parts=0))

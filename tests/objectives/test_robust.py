@@ -42,7 +42,7 @@ def test_both_lie_between_mean_and_worst_and_rise_on_the_way(p, x):
     ways = [[soft(p, x, t) for t in (10.0, 1.0, 0.1, 0.01)], [ball(p, x, r) for r in (0.01, 0.1, 1.0, 3.0)]]
     for way in ways:
         assert sorted(way) == pytest.approx(way, abs=1e-9)
-        assert mean(p, x) - 1e-9 <= way[0] <= way[-1] <= max(x) + 1e-9
+        assert mean(p, x) <= way[0] + 1e-9 <= way[-1] + 2e-9 <= max(x) + 3e-9
 
 
 def test_no_weights_are_worse():

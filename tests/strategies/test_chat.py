@@ -9,8 +9,6 @@ import torch
 from transformers import AutoTokenizer
 
 from prunekit import WrongInput
-from prunekit.demo import MODEL
-from prunekit.testing import tiny
 from prunekit_strategies.chat import Endpoint, LocalModel, Unanswered, check_address
 
 KEY = "sk-test-0123456789abcdef"
@@ -137,12 +135,9 @@ def test_an_address_is_one_and_holds_no_secret(url):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A random language model with a real tokenizer, and room for a prompt."""
-    path = tmp_path_factory.mktemp("local") / "model"
-    tiny("llama", vocab_size=2048, max_position_embeddings=4096).float().save_pretrained(path)
-    AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
-    return path
+def folder(saved_tiny):
+    """With room for a prompt."""
+    return saved_tiny(max_position_embeddings=4096)
 
 
 def test_a_local_model_says_the_same_for_the_same_seed(folder):
@@ -161,12 +156,12 @@ def test_it_leaves_the_global_random_state_alone(folder):
     assert random.getstate() == before[1]
 
 
-def test_it_is_spoken_to_in_its_own_template(folder, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def test_it_is_spoken_to_in_its_own_template(folder, saved_tiny):
+    other = saved_tiny(max_position_embeddings=4096)
+    tokenizer = AutoTokenizer.from_pretrained(other)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-    tokenizer.save_pretrained(tmp_path)
-    tiny("llama", vocab_size=2048, max_position_embeddings=4096).float().save_pretrained(tmp_path)
-    plain, templated = LocalModel(str(folder), 0.0, 12), LocalModel(str(tmp_path), 0.0, 12)
+    tokenizer.save_pretrained(other)
+    plain, templated = LocalModel(str(folder), 0.0, 12), LocalModel(str(other), 0.0, 12)
     assert templated.complete("hi", 0) == plain.complete("<user>hi<assistant>", 0) != plain.complete("hi", 0)
 
 

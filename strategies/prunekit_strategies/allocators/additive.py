@@ -4,10 +4,10 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from prunekit import Allocation, Allocator, Problem, Query, Search, Space
-from prunekit_strategies.allocators.probes import Probes, Source, Table, check_source
+from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
+from prunekit_strategies.allocators.probes import Probes, Source, Table
 
 __all__ = ["Additive", "Table"]
 
@@ -29,9 +29,7 @@ class Additive(Allocator):
     stride: float = 1 / 16  # distance of rungs, share of a site's groups; 1: drop or keep
 
     def __post_init__(self) -> None:
-        check_source(self.table)
-        if self.around not in get_args(Around):
-            raise ValueError(f"no centre {self.around!r}; there are {', '.join(get_args(Around))}")
+        check_choices(self)
         if min(self.rounds, self.candidates, self.tokens) < 1 or not 0 < self.stride <= 1:
             raise ValueError("rounds, candidates and tokens are at least 1, stride is in 0..1")
         Probes(self.reach, self.points, self.probe_tokens)  # refuses what it cannot use

@@ -4,9 +4,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal, get_args
+from typing import Literal
 
-from prunekit import Allocation, Allocator, Problem, Query, Search, Space
+from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
 from prunekit_strategies.allocators.probes import started
 
 WarmStart = Literal["none", "errors", "probes"]
@@ -41,8 +41,7 @@ class Evolution(Allocator):
     warm_start: WarmStart = "probes"  # the table whose lowest allocation competes with the start (see Probes)
 
     def __post_init__(self) -> None:
-        if self.warm_start not in get_args(WarmStart):
-            raise ValueError(f"no warm start {self.warm_start!r}; there are {', '.join(get_args(WarmStart))}")
+        check_choices(self)
         if min(self.offspring, self.exchanges, self.patience) < 1 or self.generations < 0:
             raise ValueError("offspring, exchanges and patience are at least 1, generations at least 0")
         survivors, tokens = [s for s, _ in self.selections], [t for _, t in self.selections]

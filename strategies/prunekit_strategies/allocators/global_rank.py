@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Literal
 
-from prunekit import Allocation, Allocator, Problem, Query, Search, Space
+from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
 
 FINE = 1 / 128  # stride of the second walk, share of a site's groups
 Normalise = Literal["z-score", "l2", "none"]
@@ -37,8 +37,7 @@ class GlobalRank(Allocator):
     compete: bool = True  # let the start win where the objective prefers it
 
     def __post_init__(self) -> None:
-        if self.normalise not in get_args(Normalise):
-            raise ValueError(f"no normalise {self.normalise!r}; there are {', '.join(get_args(Normalise))}")
+        check_choices(self)
         if self.per_price and self.normalise == "z-score":
             raise ValueError("a z-score is below 0 for half of the units, so it has no price; normalise by l2 or none")
         if not 0 < self.most <= 1:

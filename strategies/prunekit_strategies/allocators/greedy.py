@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
-from typing import Literal, get_args
+from typing import Literal
 
-from prunekit import Allocation, Allocator, Problem, Query, Search, Space
-from prunekit_strategies.allocators.probes import Source, Table, check_source, started
+from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
+from prunekit_strategies.allocators.probes import Source, Table, started
 
 By = Literal["table", "questions"]
 
@@ -32,9 +32,7 @@ class Greedy(Allocator):
     probe_tokens: int = 1_024  # to judge a probe on
 
     def __post_init__(self) -> None:
-        if self.by not in get_args(By):
-            raise ValueError(f"no way {self.by!r}; there are {', '.join(get_args(By))}")
-        check_source(self.table)
+        check_choices(self)
         if min(self.steps, self.tokens, self.probe_tokens, 1 if self.width is None else self.width) < 1:
             raise ValueError("width, steps, tokens and probe_tokens are at least 1")
 

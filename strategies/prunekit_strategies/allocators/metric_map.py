@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
-from prunekit import Allocator, Problem, Query, Search, Signal, Space
+from prunekit import Allocator, Problem, Query, Search, Signal, Space, check_choices
 from prunekit_strategies.signals.influence import Influence
 from prunekit_strategies.signals.outliers import Outliers
 from prunekit_strategies.signals.tail_exponent import TailExponent
@@ -47,14 +47,7 @@ class MetricMap(Allocator):
     compete: bool = True  # let the start win where the objective prefers it
 
     def __post_init__(self) -> None:
-        for what, value, known in (
-            ("per", self.per, Per),
-            ("keep", self.keep, Keep),
-            ("scale", self.scale, Scale),
-            ("combine", self.combine, Combine),
-        ):
-            if value not in get_args(known):
-                raise ValueError(f"no {what} {value!r}; there are {', '.join(get_args(known))}")
+        check_choices(self)
         if self.spread is not None and not 0 < self.spread < 2:
             raise ValueError(f"0 < spread < 2, not {self.spread}")
 

@@ -10,8 +10,8 @@ import nevergrad as ng
 import numpy as np
 from nevergrad.common.errors import NevergradWarning
 
-from prunekit import Allocator, Problem, Query, Search
-from prunekit_strategies.allocators.probes import Source, check_source, started
+from prunekit import Allocator, Problem, Query, Search, check_choices
+from prunekit_strategies.allocators.probes import Source, started
 from prunekit_strategies.allocators.unknowns import Unknowns
 
 
@@ -36,13 +36,13 @@ class NevergradSearch(Allocator):
     warm_start: Source = "probes"  # the table whose optimum the search begins from
 
     def __post_init__(self) -> None:
+        check_choices(self)
         known = ng.optimizers.registry
         if self.optimizer not in known:
             near = get_close_matches(self.optimizer, known, n=5) or sorted(known)[:5]
             raise ValueError(f"no optimizer {self.optimizer!r}; {len(known)} there are, such as {', '.join(near)}")
         if min(self.trials, self.batch, self.tokens, self.finalists) < 1 or not 0 < self.reach <= 1:
             raise ValueError("trials, batch, tokens and finalists are at least 1, reach is in 0..1")
-        check_source(self.warm_start)
         if self.waves is not None and self.waves < 0:
             raise ValueError(f"waves are counted from 0, not {self.waves}")
 

@@ -4,10 +4,10 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from prunekit import Allocation, Allocator, Problem, Query, Search, Space
-from prunekit_strategies.allocators.probes import Source, check_source, started
+from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
+from prunekit_strategies.allocators.probes import Source, started
 
 Against = Literal["price", "error"]
 Aims = Mapping[Allocation, tuple[float, float]]
@@ -43,9 +43,7 @@ class NSGA(Allocator):
     warm_start: Source = "probes"  # the table whose optimum is in the first generation, with the start
 
     def __post_init__(self) -> None:
-        if self.against not in get_args(Against):
-            raise ValueError(f"no second aim {self.against!r}; there are {', '.join(get_args(Against))}")
-        check_source(self.warm_start)
+        check_choices(self)
         if self.population < 4 or min(self.generations, self.tokens, self.finalists) < 1:
             raise ValueError("a population has at least 4 members; generations, tokens and finalists are at least 1")
         if not 0 < self.window < 1 or (self.mutation is not None and not 0 <= self.mutation <= 1):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prunekit import Allocation, Allocator, Problem, Query, Search, Space
-from prunekit_strategies.allocators.probes import Source, check_source, started
+from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
+from prunekit_strategies.allocators.probes import Source, started
 
 Rows = list[np.ndarray]  # one array per site, one number per rung
 
@@ -41,11 +41,11 @@ class PolicyGradient(Allocator):
     warm_start: Source = "probes"  # the table whose optimum is the centre of the first distribution
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if min(self.steps, self.tokens, self.finalists) < 1 or self.draws < 2:
             raise ValueError(
                 "steps, tokens and finalists are at least 1, draws at least 2: one is the other's baseline"
             )
-        check_source(self.warm_start)
         if not (self.rate > 0 and self.width > 0 and self.entropy >= 0):
             raise ValueError("rate and width are above 0, entropy is at least 0")
 

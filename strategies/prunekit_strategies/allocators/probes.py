@@ -4,7 +4,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from prunekit import Allocation, Problem, Query
 
@@ -66,12 +66,6 @@ def started(problem: Problem, source: Source, tokens: int = 1_024) -> Asking:
     if source == "errors":
         return problem.errors
     return (yield from Probes(tokens=tokens).table(problem, problem.start))
-
-
-def check_source(source: str) -> None:
-    """Refuse what is no table."""
-    if source not in get_args(Source):
-        raise ValueError(f"no table {source!r}; there are {', '.join(get_args(Source))}")
 
 
 def _along(problem: Problem, i: int, known: dict[int, float]) -> tuple[float, ...]:

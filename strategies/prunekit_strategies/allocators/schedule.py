@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from prunekit import Allocator, Problem, Query, Search
+from prunekit import Allocator, Problem, Query, Search, check_choices
 
 Shape = Literal["log-increase", "linear-increase", "uniform", "linear-decrease", "log-decrease"]
 Bends = Literal["all", "attention", "mlp"]
@@ -47,9 +47,7 @@ class Schedule(Allocator):
     compete: bool = True  # let the start win where the objective prefers it
 
     def __post_init__(self) -> None:
-        for name, value, known in (("shape", self.shape, Shape), ("kind to bend", self.bends, Bends)):
-            if value not in get_args(known):
-                raise ValueError(f"no {name} {value!r}; there are {', '.join(get_args(known))}")
+        check_choices(self)
         if not 0 <= self.lowest < self.highest <= 1:
             raise ValueError(f"0 ≤ lowest < highest ≤ 1, not {self.lowest} and {self.highest}")
         if self.grid < 1 or (self.tokens is not None and self.tokens < 1):

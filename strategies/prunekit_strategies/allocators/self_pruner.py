@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
-from prunekit import Allocation, Allocator, Problem, Query, Search, Space, WrongInput
+from prunekit import Allocation, Allocator, Problem, Query, Search, Space, WrongInput, check_choices
 from prunekit_strategies.chat import Chat, Endpoint, LocalModel, Unanswered, check_address
 
 TRIES = 16  # for a child that is new
@@ -63,6 +63,7 @@ class SelfPruner(Allocator):
     warm_start: bool = True  # let the lowest allocation on the error table be in the first population
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if min(self.population, self.offspring, self.reply_tokens) < 1 or min(self.iterations, self.retries) < 0:
             raise ValueError("population, offspring and reply_tokens are at least 1, iterations and retries at least 0")
         if self.tokens is not None and self.tokens < 1:

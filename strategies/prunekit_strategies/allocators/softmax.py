@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Literal, get_args
+from typing import Literal
 
-from prunekit import Allocator, Problem, Query, Search
+from prunekit import Allocator, Problem, Query, Search, check_choices
 
 Rule = Literal["fermi", "softmax", "threshold", "compliance", "water-filling"]
 Energy = Literal["curve", "scores"]
@@ -47,10 +47,7 @@ class ClosedForm(Allocator):
     temperature: float | None = None  # T of (1) and (2), in standard deviations of the energy; None: best on the table
 
     def __post_init__(self) -> None:
-        if self.rule not in get_args(Rule):
-            raise ValueError(f"no rule {self.rule!r}; there are {', '.join(get_args(Rule))}")
-        if self.energy not in get_args(Energy):
-            raise ValueError(f"no energy {self.energy!r}; there are {', '.join(get_args(Energy))}")
+        check_choices(self)
         if not 0 < self.most <= 1:
             raise ValueError(f"0 < most ≤ 1, not {self.most}")
         if self.temperature is not None and not self.temperature > 0:

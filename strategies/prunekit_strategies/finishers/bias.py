@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from prunekit import Finisher, Workpiece
+from prunekit import Finisher, Workpiece, check_choices
 from prunekit.calibration.twin import Twin
 
 Inputs = Literal["dense", "pruned"]
@@ -38,8 +38,7 @@ class Bias(Finisher):
     inputs: Inputs = "dense"  # whose means stand for what the small layer receives: as FLAP, or as it will really be
 
     def __post_init__(self) -> None:
-        if self.inputs not in get_args(Inputs):
-            raise ValueError(f"inputs are dense or pruned, not {self.inputs!r}")
+        check_choices(self)
 
     @property
     def adds_biases(self) -> bool:

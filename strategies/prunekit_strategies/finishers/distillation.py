@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,7 +15,7 @@ Scope = Literal["model", "blocks", "cut"]
 
 
 @dataclass(frozen=True)
-class Distillation(Finisher):
+class Distillation(Training, Finisher):
     """Train the small model on the calibration tokens to predict what the dense model predicts.
 
         min over θ   τ² KL(softmax(z / τ) ‖ softmax(ẑ / τ)) + truth · CE(ẑ, next token)      (1)
@@ -35,26 +35,14 @@ class Distillation(Finisher):
 
     rate: float = 3e-4  # of AdamW, at its height; small models bear 1e-3, large ones less
     epochs: int = 4
-    patience: int = 2  # epochs without a lower held-out loss before it ends
     scope: Scope = "model"  # what is trained: all, the blocks, or only the linear maps whose columns were cut
     temperature: float = 1.0  # τ
     truth: float = 0.0  # weight of the next-token loss
-    batch_tokens: int = 2048  # per step; whole windows, at least one
-    held_out: float = 0.125  # share of the windows, the last ones
 
     def __post_init__(self) -> None:
-        if self.scope not in get_args(Scope):
-            raise ValueError(f"scope is one of {', '.join(get_args(Scope))}, not {self.scope!r}")
-        if not (self.temperature > 0 and self.truth >= 0 and self.batch_tokens >= 1 and 0 < self.held_out < 1):
-            raise ValueError(
-                "temperature > 0, truth ≥ 0, batch_tokens ≥ 1 and 0 < held_out < 1 are needed, not "
-                f"{self.temperature}, {self.truth}, {self.batch_tokens} and {self.held_out}"
-            )
-        _ = self._training
-
-    @property
-    def _training(self) -> Training:
-        return Training(self.rate, self.epochs, self.patience)
+        super().__post_init__()
+        if not (self.temperature > 0 and self.truth >= 0):
+            raise ValueError(f"temperature > 0 and truth ≥ 0 are needed, not {self.temperature} and {self.truth}")
 
     def finish(self, piece: Workpiece) -> dict[str, Any]:
         train, judge = (list(chunks(some, self.batch_tokens)) for some in held_out(piece.tokens, self.held_out))
@@ -63,7 +51,7 @@ class Distillation(Finisher):
         for parameter in theta:
             parameter.requires_grad_(True)
         with piece.progress.stage("distill", self.epochs) as stage, holding_zeros(piece):
-            history = self._training.fit(
+            history = self.fit(
                 theta, lambda i: loss(train[i]), len(train), lambda: loss.mean(judge),
                 seed=piece.seed, checkpoints=piece.checkpoints, name="model", stage=stage,
             )  # fmt: skip

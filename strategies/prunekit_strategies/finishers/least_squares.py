@@ -1,17 +1,18 @@
-"""The linear maps whose columns were cut, solved anew behind the layers that are finished already."""
+"""The linear maps that were pruned, solved anew behind the layers that are finished already."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prunekit import Finisher, LayerProblem, Workpiece
+from prunekit import Finisher, LayerProblem, Workpiece, check_choices
 from prunekit.calibration.twin import Aim, SubLayer, Twin
+from prunekit_strategies.pruners.compensation import best
 
 
 @dataclass(frozen=True)
@@ -32,23 +33,36 @@ class LeastSquares(Finisher):
         dense     the dense model's sub-layer
         stream    that, and what the residual stream has lost before it: a norm after the sum makes it `dense`
 
+    Where single weights were removed, all linear maps are refitted, and those that feed another are no sub-layers: y
+    is the dense map's output. What is zero stays zero, and (2) is solved for every row on its own support,
+
+        Δ_K = Δ* H_:K (H_KK)⁻¹          Δ* of (1),   K the weights that the row has                (5)
+
+    exactly up to `exact` inputs, by conjugate gradients on all rows at once beyond. It is the compensation of any mask.
+
     Source: the refit every correct compensation of a mask comes to (OBS, Hassibi & Stork 1993), here for all
     columns that are left. Ours: a pruner refits one site for the layers it expects in front of it, often a mixture of
     candidates; this one sees those that were chosen. Behind dense layers and at damping 0 the two are the same.
 
-    Memory: float64 (kept)² and (d_out, kept) of one site, and the streams of a `Twin`. One solve per site; it is
-    deterministic, so nothing is kept for a resumed run. With `bias`, see the finisher `bias` on the budget.
+    Memory: float64 (kept)² and (d_out, kept) of one site, and the streams of a `Twin`. One solve per site, or by (5) a
+    row; it is deterministic, so nothing is kept for a resumed run. `bias` goes with groups; see the finisher of that
+    name on the budget.
     """
+
+    structures = frozenset({"groups", "weights", "n:m"})
 
     aim: Aim = "stream"
     bias: bool = False  # free biases too; families that have none get them, at the cost of d_out parameters each
     damping: float = 0.01  # ridge towards the present weights, as a share of the mean of diag H
+    exact: int = 1024  # inputs up to which (5) is solved row by row
+    steps: int = 100  # conjugate gradients beyond
 
     def __post_init__(self) -> None:
-        if self.aim not in get_args(Aim):
-            raise ValueError(f"aim is one of {', '.join(get_args(Aim))}, not {self.aim!r}")
+        check_choices(self)
         if not self.damping >= 0:
             raise ValueError(f"damping is a share, 0 or more, not {self.damping}")
+        if self.exact < 0 or self.steps < 1:
+            raise ValueError(f"exact ≥ 0 and steps ≥ 1 are needed, not {self.exact} and {self.steps}")
 
     @property
     def adds_biases(self) -> bool:
@@ -57,8 +71,9 @@ class LeastSquares(Finisher):
     @torch.no_grad()
     def finish(self, piece: Workpiece) -> dict[str, Any]:
         errors, added = dict[str, Any](), 0
-        with piece.progress.stage("least squares", sum(map(bool, piece.kept))) as stage:
-            for here in Twin(piece, piece.tokens):
+        twin = Twin(piece, piece.tokens)
+        with piece.progress.stage("least squares", len(twin)) as stage:
+            for here in twin:
                 linear, sums = here.linear, Sums.of(here, self.aim)
                 gram, reached = sums.gram, sums.reached
                 if self.bias:
@@ -66,6 +81,9 @@ class LeastSquares(Finisher):
                     reached = reached - sums.missing[:, None] * sums.mean
                 problem = LayerProblem(linear.weight, gram, damping=self.damping, name=here.site.name)
                 change = torch.cholesky_solve(reached.T, torch.linalg.cholesky(problem.hessian)).T  # (1)
+                if here.site.kind == "linear":
+                    alone = replace(problem, weight=change)
+                    change = best(alone, linear.weight != 0, exact=self.exact, steps=self.steps).weight  # (5)
                 gain = 2 * float((change * reached).sum()) - float(((change @ gram) * change).sum())
                 linear.weight += change.to(linear.weight.dtype)  # (3)
                 if self.bias:

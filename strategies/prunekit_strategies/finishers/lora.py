@@ -18,7 +18,7 @@ from prunekit_strategies.finishers.training import LanguageLoss, Training, held_
 
 
 @dataclass(frozen=True)
-class LoRA(Finisher):
+class LoRA(Training, Finisher):
     """Train Ŵ + (α / r) B A on the calibration tokens, A (r, d_in), B (d_out, r) for every linear map, then merge.
 
         min over A, B   CE(ẑ, next token) + teacher · KL(softmax(z) ‖ softmax(ẑ))      (1)
@@ -38,30 +38,20 @@ class LoRA(Finisher):
     alpha: float = 32.0
     rate: float = 1e-3
     epochs: int = 3
-    patience: int = 2  # epochs without a lower held-out loss before it ends
     teacher: float = 0.0  # weight of the divergence from the dense model
-    batch_tokens: int = 2048  # per step; whole windows, at least one
-    held_out: float = 0.125  # share of the windows, the last ones
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not self.alpha > 0:
-            raise ValueError(f"rank ≥ 1 and alpha > 0 are needed, not {self.rank} and {self.alpha}")
-        if not (self.teacher >= 0 and self.batch_tokens >= 1 and 0 < self.held_out < 1):
+        super().__post_init__()
+        if self.rank < 1 or not (self.alpha > 0 and self.teacher >= 0):
             raise ValueError(
-                "teacher ≥ 0, batch_tokens ≥ 1 and 0 < held_out < 1 are needed, not "
-                f"{self.teacher}, {self.batch_tokens} and {self.held_out}"
+                f"rank ≥ 1, alpha > 0 and teacher ≥ 0 are needed, not {self.rank}, {self.alpha} and {self.teacher}"
             )
-        _ = self._training
-
-    @property
-    def _training(self) -> Training:
-        return Training(self.rate, self.epochs, self.patience)
 
     def finish(self, piece: Workpiece) -> dict[str, Any]:
         train, judge = (list(chunks(some, self.batch_tokens)) for some in held_out(piece.tokens, self.held_out))
         loss = LanguageLoss(piece.model, piece.dense, 1.0, self.teacher)
         with self._adapted(piece) as theta, piece.progress.stage("lora", self.epochs) as stage:
-            history = self._training.fit(
+            history = self.fit(
                 theta, lambda i: loss(train[i]), len(train), lambda: loss.mean(judge),
                 seed=piece.seed, checkpoints=piece.checkpoints, name="lora", stage=stage,
             )  # fmt: skip

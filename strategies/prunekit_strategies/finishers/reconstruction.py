@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from prunekit_strategies.finishers.training import Training, held_out
 
 
 @dataclass(frozen=True)
-class Reconstruction(Finisher):
+class Reconstruction(Training, Finisher):
     """Train all linear maps of attention, then of the MLP, block by block, to the dense sub-layer's output.
 
     With θ the weights and biases of q, k, v, o or of gate, up, down, h̃ the hidden states behind what is finished,
@@ -36,22 +36,6 @@ class Reconstruction(Finisher):
     aim: Aim = "stream"
     rate: float = 2e-3  # of AdamW, at its height; tried on models of a few million parameters, try less on large ones
     epochs: int = 4
-    patience: int = 2  # epochs without a lower held-out error before a sub-layer is left
-    batch_tokens: int = 2048  # per step; whole windows, at least one
-    held_out: float = 0.125  # share of the windows, the last ones
-
-    def __post_init__(self) -> None:
-        if self.aim not in get_args(Aim):
-            raise ValueError(f"aim is one of {', '.join(get_args(Aim))}, not {self.aim!r}")
-        if self.batch_tokens < 1 or not 0 < self.held_out < 1:
-            raise ValueError(
-                f"batch_tokens ≥ 1 and 0 < held_out < 1 are needed, not {self.batch_tokens} and {self.held_out}"
-            )
-        _ = self._training
-
-    @property
-    def _training(self) -> Training:
-        return Training(self.rate, self.epochs, self.patience)
 
     def finish(self, piece: Workpiece) -> dict[str, Any]:
         errors = dict[str, Any]()
@@ -62,7 +46,7 @@ class Reconstruction(Finisher):
                 theta = [p for linear in here.maps for p in linear.parameters()]
                 for parameter in theta:
                     parameter.requires_grad_(True)
-                history = self._training.fit(
+                history = self.fit(
                     theta,
                     lambda i, here=here, wanted=wanted, power=power: _error(here, wanted, i) / power * len(here),
                     len(here),

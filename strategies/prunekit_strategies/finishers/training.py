@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
-from prunekit import TokenBatch, Workpiece, WrongInput
+from prunekit import TokenBatch, Workpiece, WrongInput, check_choices
 from prunekit.progress import Stage
 from prunekit.store import Checkpoints
 
@@ -24,18 +24,26 @@ LOGITS_AT_ONCE = 1 << 24  # values; logits are made and forgotten slice by slice
 
 @dataclass(frozen=True)
 class Training:
-    """How long and how boldly. The parameters end where the held-out loss was lowest: never above where it began."""
+    """How long and how boldly. The parameters end where the held-out loss was lowest: never above where it began.
+
+    Finishers that train have these options, with rates and epochs of their own.
+    """
 
     rate: float  # of AdamW, at its height
     epochs: int
-    patience: int = 2  # epochs without a better held-out loss before it ends
-    weight_decay: float = 0.0
+    patience: int = 2  # epochs without a lower held-out loss before it ends
+    batch_tokens: int = 2048  # per step; whole windows, at least one
+    held_out: float = 0.125  # share of the windows, the last ones
 
     def __post_init__(self) -> None:
-        if not (self.rate > 0 and self.epochs >= 1 and self.patience >= 1 and self.weight_decay >= 0):
+        check_choices(self)
+        if not (self.rate > 0 and self.epochs >= 1 and self.patience >= 1):
             raise ValueError(
-                "rate > 0, epochs ≥ 1, patience ≥ 1 and weight_decay ≥ 0 are needed, not "
-                f"{self.rate}, {self.epochs}, {self.patience} and {self.weight_decay}"
+                f"rate > 0, epochs ≥ 1 and patience ≥ 1 are needed, not {self.rate}, {self.epochs} and {self.patience}"
+            )
+        if self.batch_tokens < 1 or not 0 < self.held_out < 1:
+            raise ValueError(
+                f"batch_tokens ≥ 1 and 0 < held_out < 1 are needed, not {self.batch_tokens} and {self.held_out}"
             )
 
     def fit(
@@ -55,7 +63,7 @@ class Training:
         Batches come in a new order every epoch, drawn from the seed. The state is saved after every epoch under
         `name`, exactly, so that a killed run ends in the same bytes: four times the parameters, once in the end.
         """
-        adam = torch.optim.AdamW(parameters, lr=self.rate, betas=(0.9, 0.95), weight_decay=self.weight_decay)
+        adam = torch.optim.AdamW(parameters, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0)
         state = _State(parameters, adam, checkpoints, name)
         history = state.load()
         if not history:
@@ -181,13 +189,13 @@ class LanguageLoss:
         return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
 
     def _slice(self, hidden: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
-        logits = _precise(self.model.get_output_embeddings()(hidden))
+        logits = _headed(self.model, hidden)
         loss = logits.new_zeros(())
         if self.truth:
             loss = loss + self.truth * cross_entropy(logits, targets, reduction="sum")
         if self.teacher:
             with torch.no_grad():
-                wanted = _precise(self.dense.get_output_embeddings()(teacher)).to(logits)
+                wanted = _headed(self.dense, teacher).to(logits)
             small, dense = ((z / self.temperature).log_softmax(-1) for z in (logits, wanted))
             kl = kl_div(small, dense, log_target=True, reduction="sum")
             loss = loss + self.teacher * self.temperature**2 * kl
@@ -210,6 +218,12 @@ def _height(share: float) -> float:
 
 def _number(loss: float) -> float:
     return loss if math.isfinite(loss) else math.inf
+
+
+def _headed(model: Any, hidden: Tensor) -> Tensor:
+    """Logits, float32 or better; hidden states may be wider than the weights, as in Mamba."""
+    head = model.get_output_embeddings()
+    return _precise(head(hidden.to(head.weight.dtype)))
 
 
 def _precise(x: Tensor) -> Tensor:

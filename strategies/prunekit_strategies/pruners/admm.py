@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prunekit import Candidate, LayerProblem, LocalPruner
+from prunekit import Candidate, LayerProblem, LocalPruner, check_choices
 
 Start = Literal["compensated", "output", "relaxed"]
 
@@ -48,13 +48,12 @@ class ADMM(LocalPruner):
     start: Start = "compensated"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.iterations < 0 or not 0 < self.first_rho <= self.rho:
             raise ValueError(
                 "iterations ≥ 0 and 0 < first_rho ≤ rho are needed, not "
                 f"{self.iterations}, {self.first_rho} and {self.rho}"
             )
-        if self.start not in get_args(Start):
-            raise ValueError(f"no start {self.start!r}; there are {', '.join(get_args(Start))}")
 
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
         scale = layer.hessian.diagonal().sqrt()  # D

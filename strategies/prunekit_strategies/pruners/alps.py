@@ -49,7 +49,7 @@ class ALPS(LocalPruner):
     steps: int = 100  # conjugate gradients beyond
 
     def __post_init__(self) -> None:
-        check({"aim": (self.aim, Aim), "per": (self.per, Per)}, None)
+        check(self, None)
         if self.rho <= 0 or self.rounds < 0 or self.exact < 0 or self.steps < 1:
             raise ValueError(
                 "rho > 0, rounds ≥ 0, exact ≥ 0 and steps ≥ 1 are needed, not "

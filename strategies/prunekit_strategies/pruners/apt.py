@@ -67,7 +67,7 @@ class APT(LocalPruner):
     steps: int = 100  # conjugate gradients beyond
 
     def __post_init__(self) -> None:
-        check({"variant": (self.variant, Variant), "aim": (self.aim, Aim)}, self.mask)
+        check(self, self.mask)
         if self.width < 1 or self.exact < 0 or self.steps < 1:
             raise ValueError(
                 f"width ≥ 1, exact ≥ 0 and steps ≥ 1 are needed, not {self.width}, {self.exact} and {self.steps}"

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prunekit import Candidate, LayerProblem, LocalPruner
+from prunekit import Candidate, LayerProblem, LocalPruner, check_choices
 
 Aim = Literal["own", "dense", "stream"]
 NEEDS: Mapping[Aim, Sequence[str]] = {"own": (), "dense": ("cross",), "stream": ("cross", "drift")}
@@ -41,11 +41,9 @@ def reached(layer: LayerProblem) -> Float[Tensor, " d_in"]:
     return (layer.gram.diagonal() > 0).double()
 
 
-def check(options: Mapping[str, tuple[object, object]], mask: LocalPruner | None) -> None:
-    """Refuse a value that is not among those of its type, and a pruner that knows no single weights."""
-    for option, (value, known) in options.items():
-        if value not in get_args(known):
-            raise ValueError(f"no {option} {value!r}; there are {', '.join(get_args(known))}")
+def check(solver: LocalPruner, mask: LocalPruner | None) -> None:
+    """Refuse an option that is not among its choices, and a pruner of masks that knows no single weights."""
+    check_choices(solver)
     if mask is not None and not mask.structures >= SINGLE:
         raise ValueError(f"{type(mask).__name__} chooses no single weights; it knows {', '.join(mask.structures)}")
 

@@ -55,7 +55,7 @@ class FISTA(LocalPruner):
     steps: int = 100  # conjugate gradients beyond
 
     def __post_init__(self) -> None:
-        check({"aim": (self.aim, Aim), "per": (self.per, Per)}, self.start)
+        check(self, self.start)
         if self.rounds < 1 or self.steps < 1 or min(self.trials, self.polish, self.exact) < 0:
             raise ValueError(
                 "rounds, steps ≥ 1 and trials, polish, exact ≥ 0 are needed, not "

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
-from prunekit.layer import Per, ranked
+from prunekit import LayerProblem, check_choices
+from prunekit.layer import Per
+from prunekit_strategies.pruners.ranking import Ranking
 
 Order = Literal["first", "second", "mix"]
 Grain = Literal["fine", "coarse", "mixed"]
@@ -19,7 +19,7 @@ Reduce = Literal["sum", "mean", "max", "prod", "first"]
 
 
 @dataclass(frozen=True)
-class Gradient(LocalPruner):
+class Gradient(Ranking):
     """Keep the groups whose weights the dense model's loss L leans on, by a Taylor expansion at w = 0 from w.
 
         e     first  w g      second  w² F      mix  w g - ½ w² F        g = E[∂L/∂w], F = E[(∂L/∂w)²] over windows  (1)
@@ -45,23 +45,11 @@ class Gradient(LocalPruner):
     refit: bool = False  # least-squares weights on what is kept; False: as they are
 
     def __post_init__(self) -> None:
-        for option, known in (("order", Order), ("grain", Grain), ("reduce", Reduce), ("per", Per)):
-            if getattr(self, option) not in get_args(known):
-                raise ValueError(f"no {option} {getattr(self, option)!r}; there are {', '.join(get_args(known))}")
+        check_choices(self)
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"gradient", "feeders", *(("gram",) if self.refit else ())})
-
-    def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
-        if layer.structure != "groups":
-            score = self._expanded(layer.weight, layer.gradient, layer.fisher).abs()
-            masks = best_weights(score, keeps, self.per, layer.block)
-            return [layer.refitted_rows(mask) if self.refit else layer.sparse(mask) for mask in masks]
-        ranking = ranked(self.scores(layer))
-        if self.refit:
-            return layer.nested(ranking).candidates(keeps)
-        return [layer.masked(ranking[:keep]) for keep in keeps]
 
     def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"]:
         """u_g in float64: the change of L, in nats per token, as far as (1) sees it; for `mixed` without unit."""
@@ -76,6 +64,9 @@ class Gradient(LocalPruner):
         f, c = (u / u.mean().clamp_min(torch.finfo(u.dtype).tiny) for u in (f, c))
         alpha = torch.sigmoid(f - c)
         return alpha * f + (1 - alpha) * c  # (4)
+
+    def cells(self, layer: LayerProblem) -> Float[Tensor, "d_out d_in"]:
+        return self._expanded(layer.weight, layer.gradient, layer.fisher).abs()
 
     def _tensors(self, layer: LayerProblem) -> list[Float[Tensor, "fibres _"]]:
         """(1) for every tensor, its rows in blocks by group."""

@@ -5,16 +5,16 @@ One general pruner; every paper below it is the same formula with other exponent
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
-from prunekit.layer import Per, ranked
+from prunekit import LayerProblem, check_choices
+from prunekit.layer import Per
+from prunekit_strategies.pruners.ranking import Ranking
 
 Activation = Literal["rms", "std", "absolute", "relative", "contrast"]
 Reduce = Literal["sum", "mean", "max", "rms"]
@@ -30,7 +30,7 @@ NEEDS: dict[Activation, frozenset[str]] = {
 
 
 @dataclass(frozen=True)
-class Score(LocalPruner):
+class Score(Ranking):
     """Keep the groups, or the single weights, of largest score: a norm of weights times a power of their inputs.
 
         s_j = (Σ_i |W_ij|^p)^(q/p) x_j^a           p, q, a: weight_norm, weight_power, activation_power   (1)
@@ -61,6 +61,7 @@ class Score(LocalPruner):
     refit: bool = False  # least-squares weights on what is kept; False: as they are
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.weight_norm <= 0 or self.weight_power < 0 or self.activation_power < 0:
             raise ValueError(
                 "weight_norm > 0, weight_power ≥ 0 and activation_power ≥ 0 are needed, not "
@@ -68,9 +69,6 @@ class Score(LocalPruner):
             )
         if not (self.weight_power or self.activation_power):
             raise ValueError("with weight_power = 0 and activation_power = 0 all groups score alike; raise one of them")
-        for option, known in (("activation", Activation), ("reduce", Reduce), ("scope", Scope), ("per", Per)):
-            if getattr(self, option) not in get_args(known):
-                raise ValueError(f"no {option} {getattr(self, option)!r}; there are {', '.join(get_args(known))}")
         if self.scope == "coupled" and not (self.weight_power and (self._quiet or self.activation == "rms")):
             raise ValueError(
                 "scope coupled scores rows by their weights and the rms of their inputs; "
@@ -90,15 +88,6 @@ class Score(LocalPruner):
         if self.scope == "coupled":
             needs |= {"feeders"} if self._quiet else {"feeders", "power"}
         return needs
-
-    def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
-        if layer.structure != "groups":
-            masks = best_weights(self.cells(layer), keeps, self.per, layer.block)
-            return [layer.refitted_rows(mask) if self.refit else layer.sparse(mask) for mask in masks]
-        ranking = ranked(self.scores(layer))
-        if self.refit:
-            return layer.nested(ranking).candidates(keeps)
-        return [layer.masked(ranking[:keep]) for keep in keeps]
 
     def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"]:
         """u_g in float64."""

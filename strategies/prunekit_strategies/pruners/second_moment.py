@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunekit import Candidate, LayerProblem, LocalPruner
-from prunekit.layer import ranked
+from prunekit import LayerProblem, check_choices
+from prunekit_strategies.pruners.ranking import Ranking
 
 
 @dataclass(frozen=True)
-class SecondMoment(LocalPruner):
+class SecondMoment(Ranking):
     """Keep the groups whose outputs are large, or unlike the others'; least-squares weights on what stays.
 
         E_ab  = E⟨W_:a x_a, W_:b x_b⟩ = tr(W_:a H_ab W_:bᵀ)     (n_groups, n_groups)                (1)
@@ -32,17 +31,12 @@ class SecondMoment(LocalPruner):
     refit: bool = True  # False: weights as they are
 
     def __post_init__(self) -> None:
-        if self.heads not in ("energy", "likeness"):
-            raise ValueError(f"no heads {self.heads!r}; there are energy, likeness")
+        check_choices(self)
 
-    def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
+    def ranking(self, layer: LayerProblem) -> list[int]:
         if self.heads == "likeness" and layer.group_size > 1:
-            ranking = least_alike(_products(layer))
-        else:
-            ranking = ranked(self.scores(layer))
-        if self.refit:
-            return layer.nested(ranking).candidates(keeps)
-        return [layer.masked(ranking[:keep]) for keep in keeps]
+            return least_alike(_products(layer))
+        return super().ranking(layer)
 
     def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"]:
         """Mean squared output of each group alone, E_gg."""

@@ -55,7 +55,7 @@ class SparseGPT(LocalPruner):
     width: int = 128  # columns whose mask is chosen at once
 
     def __post_init__(self) -> None:
-        check({"aim": (self.aim, Aim), "per": (self.per, Per)}, self.mask)
+        check(self, self.mask)
         if self.width < 1:
             raise ValueError(f"width is at least one column, not {self.width}")
 

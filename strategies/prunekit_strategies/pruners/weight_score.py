@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
+from prunekit import LayerProblem, check_choices
 from prunekit.layer import Per
+from prunekit_strategies.pruners.ranking import Ranking
 
 Shape = Literal["identity", "sqrt", "square", "exp", "log", "sigmoid", "softmax", "one"]
 Share = Literal["one", "row", "column", "row+column", "sum", "mean", "frobenius"]
@@ -38,24 +38,10 @@ SHARES: Mapping[Share, Callable[[Tensor], Tensor]] = {
 }
 
 
-class WeightScore(LocalPruner):
-    """Keep the single weights of largest score, per row or per layer, or per pattern for n:m.
-
-    On a tie the lower column stays.
-    """
+class WeightScore(Ranking):
+    """A score of single weights; groups have none."""
 
     structures: ClassVar[frozenset[str]] = frozenset({"weights", "n:m"})
-
-    per: Per
-    refit: bool
-
-    def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
-        masks = best_weights(self.cells(layer), keeps, self.per, layer.block)
-        return [layer.refitted_rows(mask) if self.refit else layer.sparse(mask) for mask in masks]
-
-    @abstractmethod
-    def cells(self, layer: LayerProblem) -> Float[Tensor, "d_out d_in"]:
-        """A score for every weight, in float64."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +58,7 @@ class RIA(WeightScore):
     refit: bool = False  # least-squares weights on what is kept; False: as they are
 
     def __post_init__(self) -> None:
-        _check(self, {"per": Per})
+        check_choices(self)
         if self.activation_power < 0:
             raise ValueError(f"activation_power ≥ 0 is needed, not {self.activation_power}")
 
@@ -97,7 +83,7 @@ class ZPruner(WeightScore):
     refit: bool = False  # least-squares weights on what is kept; False: as they are
 
     def __post_init__(self) -> None:
-        _check(self, {"per": Per})
+        check_choices(self)
 
     def cells(self, layer: LayerProblem) -> Float[Tensor, "d_out d_in"]:
         w = layer.weight.double()
@@ -132,7 +118,7 @@ class OptiShear(WeightScore):
     refit: bool = False  # least-squares weights on what is kept; False: as they are
 
     def __post_init__(self) -> None:
-        _check(self, {"weights": Shape, "weight_share": Share, "inputs": Shape, "input_share": Share, "per": Per})
+        check_choices(self)
         if self.weights == self.inputs == "one":
             raise ValueError("with weights and inputs one, all weights score alike; choose a function of either")
 
@@ -142,12 +128,6 @@ class OptiShear(WeightScore):
         v = _over(v, v.mean())
         scored = _over(SHAPES[self.weights](u), SHARES[self.weight_share](u))
         return scored * _over(SHAPES[self.inputs](v), SHARES[self.input_share](v))
-
-
-def _check(pruner: object, options: Mapping[str, object]) -> None:
-    for option, known in options.items():
-        if getattr(pruner, option) not in get_args(known):
-            raise ValueError(f"no {option} {getattr(pruner, option)!r}; there are {', '.join(get_args(known))}")
 
 
 def _rms(layer: LayerProblem) -> Float[Tensor, " d_in"]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunekit.adapters import ModelAdapter, UnsupportedModel, adapter_for
+from prunekit.adapters import ModelAdapter, Transformer, UnsupportedModel, adapter_for
 from prunekit.adapters.adapter import Heads
 from prunekit.layer import Candidate
 from prunekit.sites import Site
@@ -233,6 +233,7 @@ def test_sites_need_no_weights(model_type: str) -> None:
 
 def test_query_heads_go_evenly_from_every_kv_group() -> None:
     model, adapter = tiny("llama"), adapter_for("llama")
+    assert isinstance(adapter, Transformer)
     site = adapter.sites(model, "query")[0]
     assert (site.n_groups, site.spread) == (2, 3)
     adapter.remove(model, site, candidate(model, adapter, site, [1]))
@@ -245,6 +246,7 @@ def test_query_heads_go_evenly_from_every_kv_group() -> None:
 
 def test_layer_config_lists_dropped_parts() -> None:
     model, adapter = tiny("opt"), adapter_for("opt")
+    assert isinstance(adapter, Transformer)
     small = sliced(model, adapter, dropping(model, adapter, (0, "attention"), (1, "mlp")))
     entries = [adapter.layer_config(block) for block in adapter.blocks(small)]
     assert entries == [
@@ -274,6 +276,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "opt", "gpt_neox"])
 def test_a_bias_goes_with_its_sub_layer_and_is_priced_where_there_was_none(model_type: str) -> None:
     adapter, model = adapter_for(model_type), tiny(model_type)
+    assert isinstance(adapter, Transformer)
     for site in adapter.sites(model):
         linear = adapter.linear(adapter.blocks(model)[site.block], site)
         priced, was = adapter.with_bias(model, site), linear.bias

@@ -19,25 +19,6 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(flow, "TOKENS_AT_ONCE", 24)  # two windows: several chunks per batch
 
 
-@torch.no_grad()
-def inputs_of(model, adapter, tokens, weights=None):
-    """What every site's linear map receives in a plain forward, with other weights in place."""
-    caught, handles = {}, []
-    for site in adapter.sites(model):
-        linear = adapter.linear(adapter.blocks(model)[site.block], site)
-        if weights is not None:
-            linear.weight.copy_(weights[site])
-        handles.append(
-            linear.register_forward_pre_hook(
-                lambda _, x, site=site: caught.__setitem__(site, x[0].reshape(-1, site.d_in))
-            )
-        )
-    model(tokens.ids)
-    for handle in handles:
-        handle.remove()
-    return caught
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_one_by_one_are_the_model(family):
     model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
@@ -56,9 +37,9 @@ def test_entering_leaves_the_model_as_it_was(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_moments_of_the_dense_stream_are_those_of_one_forward(family):
+def test_moments_of_the_dense_stream_are_those_of_one_forward(family, inputs_of):
     model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
-    expected = inputs_of(model, adapter, tokens)
+    expected = inputs_of(model, adapter, adapter.sites(model), tokens)
     stream = BlockFlow(model, adapter, tokens, dense=False)
     for site in adapter.sites(model):
         moments = stream.received(site)
@@ -73,7 +54,7 @@ def test_moments_of_the_dense_stream_are_those_of_one_forward(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_costs_more_is_added_up_where_it_is_needed(family):
+def test_what_costs_more_is_added_up_where_it_is_needed(family, inputs_of):
     model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
     fed, handles = {}, []
     for site in adapter.sites(model):
@@ -81,7 +62,7 @@ def test_what_costs_more_is_added_up_where_it_is_needed(family):
         for cut in adapter.cuts(block, site)[:-1]:
             hook = partial(lambda key, _, x: fed.__setitem__(key, x[0].flatten(0, -2)), (site, cut.path))
             handles.append(block.get_submodule(cut.path).register_forward_pre_hook(hook))
-    own = inputs_of(model, adapter, tokens)
+    own = inputs_of(model, adapter, adapter.sites(model), tokens)
     for handle in handles:
         handle.remove()
     stream = BlockFlow(model, adapter, tokens, dense=False)
@@ -99,12 +80,12 @@ def test_what_costs_more_is_added_up_where_it_is_needed(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("catch", [True, False], ids=["caught", "resumed"])
-def test_carried_weights_reach_everything_behind_them(family, catch):
+def test_carried_weights_reach_everything_behind_them(family, catch, inputs_of):
     model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
     sites = adapter.sites(model)
     weights = {s: adapter.linear(adapter.blocks(model)[s.block], s).weight.detach() * 0.5 for s in sites}
-    expected = inputs_of(tiny(family), adapter, tokens, weights)
-    dense = inputs_of(model, adapter, tokens)
+    expected = inputs_of(tiny(family), adapter, sites, tokens, weights)
+    dense = inputs_of(model, adapter, sites, tokens)
     stream = BlockFlow(model, adapter, tokens, dense=True)
     for site in sites:
         if catch or site is sites[-1]:  # a site that was pruned by an earlier run is not caught again
@@ -133,7 +114,7 @@ def test_catching_and_resuming_end_in_the_same_bits():
     assert torch.equal(*ends)
 
 
-def test_the_drift_is_what_the_residual_stream_has_lost():
+def test_the_drift_is_what_the_residual_stream_has_lost(inputs_of):
     model, adapter, tokens = tiny("llama"), adapter_for("llama"), toy_tokens()
     stream = BlockFlow(model, adapter, tokens, dense=True)
 
@@ -149,7 +130,7 @@ def test_the_drift_is_what_the_residual_stream_has_lost():
 
     carried, sites = tiny("llama"), adapter.sites(model)
     halves = {s: adapter.linear(adapter.blocks(model)[s.block], s).weight.detach() * 0.5 for s in sites}
-    inputs = inputs_of(carried, adapter, tokens, halves)
+    inputs = inputs_of(carried, adapter, sites, tokens, halves)
     sums = list(zip(adapter.sites(model), residuals(tiny("llama")), residuals(carried), strict=True))
     for site, dense, pruned in sums:
         moments = stream.received(site)

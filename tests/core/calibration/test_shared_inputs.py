@@ -21,34 +21,15 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(flow, "TOKENS_AT_ONCE", 24)  # two windows: several chunks per batch
 
 
-@torch.no_grad()
-def inputs_of(model, adapter, tokens, weights=None):
-    """What every linear map receives in a plain forward, with other weights in place."""
-    caught, handles = {}, []
-    for site in adapter.linear_sites(model, WEIGHTS):
-        linear = adapter.linear(adapter.blocks(model)[site.block], site)
-        if weights is not None:
-            linear.weight.copy_(weights[site])
-        handles.append(
-            linear.register_forward_pre_hook(
-                lambda _, x, site=site: caught.__setitem__(site, x[0].reshape(-1, site.d_in))
-            )
-        )
-    model(tokens.ids)
-    for handle in handles:
-        handle.remove()
-    return caught
-
-
 @pytest.mark.parametrize("family", list(ADAPTERS))
-def test_sites_are_all_linear_maps_of_the_blocks_in_order_of_execution(family):
+def test_sites_are_all_linear_maps_of_the_blocks_in_order_of_execution(family, inputs_of):
     model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
     sites = adapter.linear_sites(model, WEIGHTS)
     linears = {
         f"{adapter.layers}.{n}" for n, m in adapter.blocks(model).named_modules() if isinstance(m, torch.nn.Linear)
     }
     assert {site.name for site in sites} == linears
-    caught = inputs_of(model, adapter, tokens)
+    caught = inputs_of(model, adapter, sites, tokens)
     assert [s.block for s in sites] == sorted(s.block for s in sites)
     for one, two in pairwise(sites):
         if one.block == two.block:
@@ -58,7 +39,7 @@ def test_sites_are_all_linear_maps_of_the_blocks_in_order_of_execution(family):
 
 @pytest.mark.parametrize("family", list(ADAPTERS))
 @pytest.mark.parametrize("catch", [True, False], ids=["caught", "resumed"])
-def test_an_input_is_measured_behind_all_weights_that_are_carried(family, catch):
+def test_an_input_is_measured_behind_all_weights_that_are_carried(family, catch, inputs_of):
     model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
     sites = adapter.linear_sites(model, WEIGHTS)
     generator = torch.Generator().manual_seed(1)
@@ -67,7 +48,7 @@ def test_an_input_is_measured_behind_all_weights_that_are_carried(family, catch)
         own = adapter.linear(adapter.blocks(model)[site.block], site).weight.detach()
         weights[site] = own * (torch.rand(own.shape, generator=generator) < 0.5)
     weights[sites[1]] = torch.zeros_like(weights[sites[1]])  # a map of zeros keeps its bias
-    expected, dense = inputs_of(tiny(family), adapter, tokens, weights), inputs_of(model, adapter, tokens)
+    expected, dense = inputs_of(tiny(family), adapter, sites, tokens, weights), inputs_of(model, adapter, sites, tokens)
     stream = BlockFlow(model, adapter, tokens, dense=True)
     for index in range(len(adapter.blocks(model))):
         for site in (site for site in sites if site.block == index):
@@ -83,7 +64,7 @@ def test_an_input_is_measured_behind_all_weights_that_are_carried(family, catch)
         stream.advance(index)
     with torch.no_grad():
         other = tiny(family)
-        inputs_of(other, adapter, tokens, weights)
+        inputs_of(other, adapter, sites, tokens, weights)
         hidden = torch.cat([*stream.stream.hidden])
         torch.testing.assert_close(adapter.logits(model, hidden), other(tokens.ids).logits)
 
@@ -101,11 +82,12 @@ def test_moments_of_a_shared_input_are_collected_once(monkeypatch):
 
 
 @pytest.mark.parametrize("family", list(ADAPTERS))
-def test_an_input_relative_to_the_output_is_of_every_map_its_own(family):
+def test_an_input_relative_to_the_output_is_of_every_map_its_own(family, inputs_of):
     model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
-    expected, stream = inputs_of(model, adapter, tokens), BlockFlow(model, adapter, tokens, dense=False)
+    sites, stream = adapter.linear_sites(model, WEIGHTS), BlockFlow(model, adapter, tokens, dense=False)
+    expected = inputs_of(model, adapter, sites, tokens)
     for index in range(len(adapter.blocks(model))):
-        for site in (site for site in adapter.linear_sites(model, WEIGHTS) if site.block == index):
+        for site in (site for site in sites if site.block == index):
             x, linear = expected[site], adapter.linear(adapter.blocks(model)[index], site)
             ratio = (x.square() / linear(x).square().sum(-1, keepdim=True)).mean(0)
             torch.testing.assert_close(stream.received(site, frozenset({"relative"})).relative, ratio.detach())

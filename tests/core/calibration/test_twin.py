@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from prunekit.calibration.twin import Twin
+from prunekit.calibration.twin import Twin, whole_parts
 from prunekit.testing import toy_supernet, toy_tokens, toy_workpiece
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox"]
@@ -99,6 +99,47 @@ def test_the_stream_wants_back_what_was_lost_before():
         torch.testing.assert_close(wanted - lost, here.wanted(0, "dense"))
         if here.site is piece.sites[-1]:
             torch.testing.assert_close(here.twin.small.residual(0) + wanted, dense[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_single_weights_have_every_map_alone(family):
+    tokens = toy_tokens()
+    piece = toy_workpiece(toy_supernet(family, structure="weights"), tokens=tokens)
+    dense = watched(piece.dense, piece.adapter, piece.sites, tokens)
+    changed = copy.deepcopy(piece.model)
+    for site in piece.sites:
+        piece.adapter.linear(piece.adapter.blocks(changed)[site.block], site).weight.data *= 0.5
+    expected = watched(changed, piece.adapter, piece.sites, tokens)
+    twin, met = Twin(piece, tokens, tokens=24), []
+    assert len(twin) == len(piece.sites)
+    for here in twin:
+        met.append(here.site)
+        assert here.maps == [here.linear]
+        here.linear.weight.data *= 0.5
+        x, y = expected[here.site]
+        torch.testing.assert_close(whole(here, here.inputs), x)
+        torch.testing.assert_close(whole(here, here.entering), x)
+        torch.testing.assert_close(whole(here, here.made), y)
+        torch.testing.assert_close(whole(here, here.dense_inputs), dense[here.site][0])
+        own = whole(here, lambda i, here=here: here.wanted(i, "own"))
+        torch.testing.assert_close(own, here.dense_linear(x))
+        aimed = whole(here, lambda i, here=here: here.wanted(i, "dense"))
+        torch.testing.assert_close(aimed, dense[here.site][1])
+        if piece.adapter.part(here.site) is None:
+            assert torch.equal(aimed, whole(here, lambda i, here=here: here.wanted(i, "stream")))
+    assert tuple(met) == piece.sites
+
+
+def test_whole_parts_of_single_weights_are_attention_and_mlp():
+    piece = toy_workpiece(toy_supernet(structure="weights"))
+    parts = whole_parts(piece)
+    expected = watched(piece.model, piece.adapter, parts.sites, piece.tokens)
+    for here in Twin(parts, piece.tokens):
+        torch.testing.assert_close(whole(here, here.made), expected[here.site][1])
+        if here.site.kind == "mlp":
+            gate, up, _ = here.maps
+            x = here.entering(0)
+            torch.testing.assert_close(torch.nn.functional.silu(gate(x)) * up(x), here.inputs(0))
 
 
 def test_where_a_norm_comes_after_the_sum_the_stream_is_no_sum():

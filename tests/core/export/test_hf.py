@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from prunekit import modeling
-from prunekit.adapters import ModelAdapter, adapter_for
+from prunekit.adapters import ModelAdapter, Transformer, adapter_for
 from prunekit.export import save, to_transformers
 from prunekit.layer import Candidate
 from prunekit.sites import Site
@@ -305,7 +305,7 @@ def test_one_layer_remains_when_all_are_dropped() -> None:
 # -- a family of a third party ---------------------------------------------------------------------------------
 
 
-class Granite(ModelAdapter):
+class Granite(Transformer):
     """What a plug-in writes for one more family."""
 
     family = modeling.llama_like("granite", "Granite")

@@ -111,7 +111,7 @@ def test_trades_a_dear_group_for_many_cheap_ones_and_back() -> None:
     ],
 )
 def test_refuses_what_makes_no_tournament(wrong: dict) -> None:
-    with pytest.raises(ValueError, match=r"survivors|tokens|offspring|warm start"):
+    with pytest.raises(ValueError, match=r"survivors|tokens|offspring|no warm_start"):
         Evolution(**wrong)
 
 

@@ -61,5 +61,5 @@ def test_the_start_wins_where_the_last_word_is_against_the_end():
 
 @pytest.mark.parametrize("wrong", [{"by": "luck"}, {"table": "x"}, {"width": 0}, {"steps": 0}])
 def test_refuses_nonsense(wrong):
-    with pytest.raises(ValueError, match=r"no way|no table|width"):
+    with pytest.raises(ValueError, match=r"no by|no table|width"):
         Greedy(**wrong)

@@ -91,5 +91,5 @@ def test_the_optimum_of_an_additive_table_is_among_its_seeds():
 
 @pytest.mark.parametrize("wrong", [{"against": "luck"}, {"population": 3}, {"window": 0.0}, {"mutation": 2.0}])
 def test_refuses_nonsense(wrong):
-    with pytest.raises(ValueError, match=r"no second aim|population|window"):
+    with pytest.raises(ValueError, match=r"no against|population|window"):
         NSGA(**wrong)

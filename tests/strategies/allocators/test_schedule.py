@@ -113,5 +113,5 @@ def test_the_start_wins_where_the_objective_prefers_it_unless_it_may_not_compete
 
 @pytest.mark.parametrize("wrong", [{"shape": "zigzag"}, {"bends": "none"}, {"lowest": 0.9}, {"grid": 0}])
 def test_refuses_nonsense(wrong):
-    with pytest.raises(ValueError, match=r"no shape|no kind|lowest|grid"):
+    with pytest.raises(ValueError, match=r"no shape|no bends|lowest|grid"):
         Schedule(**wrong)

@@ -10,16 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from prunekit import Budget, Journal, Space, WrongInput
 from prunekit.cli import app
-from prunekit.demo import MODEL
 from prunekit.ledger import Ledger
 from prunekit.progress import Progress
 from prunekit.search import Recorded
-from prunekit.testing import best_allocation, converse, tiny
+from prunekit.testing import best_allocation, converse
 from prunekit.testing.spaces import ZOO, additive, convex_table, problem, sites_of, small_llama
 from prunekit_strategies.allocators.self_pruner import GIVE_UP, Rates, SelfPruner, _items
 from prunekit_strategies.allocators.tyr import CoarseToFine
@@ -311,10 +309,9 @@ def test_an_endpoint_that_never_answered_is_for_the_user_to_mend(server):
     SelfPruner().ready()
 
 
-def test_a_local_model_that_babbles_is_its_twin(tmp_path):
-    tiny("llama", vocab_size=2048, max_position_embeddings=4096).float().save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path)
-    local = SelfPruner(backend="transformers", model=str(tmp_path), reply_tokens=8, retries=1, **SMALL)
+def test_a_local_model_that_babbles_is_its_twin(saved_tiny):
+    folder = saved_tiny(max_position_embeddings=4096)
+    local = SelfPruner(backend="transformers", model=str(folder), reply_tokens=8, retries=1, **SMALL)
     local.ready()
     world = toy()
     assert converse(local, world) == converse(SelfPruner(**SMALL), toy())
@@ -325,10 +322,6 @@ def test_a_local_model_that_babbles_is_its_twin(tmp_path):
 
 
 # -- resuming -------------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Like SIGKILL, as far as one process can tell."""
 
 
 def held(plugin, path, die_after=None):
@@ -343,7 +336,7 @@ def held(plugin, path, die_after=None):
             question = {"kind": "question", "allocation": list(query.allocation), "tokens": 0}
             if (known := ledger.recall(question)) is None:
                 if count == die_after:
-                    raise Killed
+                    raise KeyboardInterrupt
                 known, count = loss(query.allocation), count + 1
                 ledger.answer(question, known)
             losses.append(known)
@@ -365,7 +358,7 @@ def test_a_resumed_run_asks_nothing_twice_and_ends_in_the_same_bytes(server, bre
         try:
             assert held(advised(server), tmp_path / "killed", die_after=4) == whole
             break
-        except Killed:
+        except KeyboardInterrupt:
             continue
     assert server.prompts == asked
     assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
@@ -376,12 +369,8 @@ def test_a_resumed_run_asks_nothing_twice_and_ends_in_the_same_bytes(server, bre
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny model with a tokenizer, on disk."""
-    path = tmp_path_factory.mktemp("tiny") / "model"
-    tiny("llama", vocab_size=2048).float().save_pretrained(path)
-    AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
-    return path
+def folder(saved_tiny):
+    return saved_tiny()
 
 
 @pytest.fixture(scope="module")
@@ -407,7 +396,7 @@ def pruned(folder, text, server):
 
 
 def test_a_killed_run_asks_no_more_than_a_whole_one_and_neither_tells_the_key(
-    pruned, server, breeder, tmp_path, monkeypatch
+    pruned, server, breeder, tmp_path, killed_at
 ):
     server.script = lambda prompt, n: breeder(prompt, len(prompt)) if "plan" in prompt else "here"
     done = pruned(tmp_path / "whole")
@@ -417,17 +406,9 @@ def test_a_killed_run_asks_no_more_than_a_whole_one_and_neither_tells_the_key(
     assert [r["prompt"] for r in told] == server.prompts[1:]  # the first was whether it is there
     assert all(r["kind"] == "note" and r["answer"]["reply"] for r in told)
 
-    count, answer = len(server.requests), Ledger.answer
-
-    def dying(self, question, loss):
-        if self.questions == 9:
-            raise Killed
-        answer(self, question, loss)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "answer", dying)
-        with pytest.raises(Killed):
-            pruned(tmp_path / "killed")
+    count = len(server.requests)
+    with killed_at(Ledger, "answer", 10):
+        pruned(tmp_path / "killed")
     again = pruned(tmp_path / "killed")
     assert again.exit_code == 0, again.output
     assert len(server.requests) == 2 * count

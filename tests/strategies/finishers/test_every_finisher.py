@@ -7,12 +7,17 @@ from prunekit.registry import FINISHERS
 from prunekit.testing import FinisherSuite
 
 SHORT: dict[str, Any] = {"epochs": 2, "batch_tokens": 12}
+LITTLE: dict[str, Any] = {"steps": 10, "interval": 2, "batch_tokens": 12}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "bias": [{}, {"inputs": "pruned"}],
     "distillation": [SHORT, SHORT | {"scope": "cut", "truth": 0.5, "temperature": 2.0}],
+    "dsnot": [{}, {"skip_mlp": False, "guard": False, "threshold": 0.0}],
+    "elsa": [LITTLE, LITTLE | {"start": "dense", "coupled": True, "settle": 0.0}],
+    "elsa-l": [LITTLE],
     "least-squares": [{}, {"aim": "own", "bias": True}],
     "lora": [SHORT | {"rank": 2, "teacher": 0.5}],
     "reconstruction": [SHORT, SHORT | {"aim": "own"}],
+    "sparsellm": [{"rounds": 2, "newton": 3}, {"pruner": "wanda", "aim": "stream"}],
 }
 
 

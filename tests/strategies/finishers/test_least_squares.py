@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from prunekit import Recipe, WrongInput
 from prunekit.calibration.twin import Twin
 from prunekit.layer import LayerProblem
 from prunekit.testing import toy_supernet, toy_tokens, toy_workpiece
@@ -68,6 +69,34 @@ def test_reported_errors_are_the_errors_and_never_rise(damping, bias):
         assert left == pytest.approx(after[here.site] / float(here.wanted(0, "dense").square().sum()), rel=1e-6)
 
 
+@pytest.mark.parametrize("structure", ["weights", "2:4"])
+@pytest.mark.parametrize("aim", ["own", "dense", "stream"])
+@pytest.mark.parametrize("exact", [1024, 0])
+def test_every_row_has_the_solution_of_lstsq_on_its_support(structure, aim, exact):
+    piece = toy_workpiece(toy_supernet(structure=structure, intermediate_size=16), tokens=MANY)
+    masks = {s: piece.adapter.linear(piece.adapter.blocks(piece.model)[s.block], s).weight != 0 for s in piece.sites}
+    said = LeastSquares(aim=aim, damping=0.0, exact=exact, steps=500).finish(piece)
+    for here in Twin(piece, MANY, tokens=999):
+        x, y, weight, mask = flat(here.inputs(0)), flat(here.wanted(0, aim)), here.linear.weight, masks[here.site]
+        assert not bool(weight[~mask].any())
+        for row in range(0, len(mask), 5):
+            ours = x @ weight[row]
+            theirs = x[:, mask[row]] @ torch.linalg.lstsq(x[:, mask[row]], y[:, row], driver="gelsd").solution
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        before, after = said["errors"][here.site.name]
+        assert after <= before * (1 + 1e-9)
+        assert after == pytest.approx(float((y - x @ weight.T).square().sum() / y.square().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_whole_model_of_single_weights_stays_what_it_is(family):
+    net = toy_supernet(family, structure="weights")
+    piece = toy_workpiece(net, plan=tuple(s.n_groups for s in net.space.sites))
+    LeastSquares().finish(piece)
+    for one, two in zip(piece.dense.parameters(), piece.model.parameters(), strict=True):
+        torch.testing.assert_close(two, one, rtol=0, atol=1e-9)
+
+
 def test_with_a_bias_it_beats_either_alone():
     net, left = toy_supernet(), {}
     plan = tuple(s.n_groups if i != 1 else 8 for i, s in enumerate(net.space.sites))
@@ -113,3 +142,9 @@ def test_few_tokens_and_dead_inputs_are_survived():
 def test_nonsense_is_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         LeastSquares(**options)
+
+
+def test_biases_are_refused_where_single_weights_go():
+    single = {"structure": "weights", "pruner": "wanda", "finishers": [{"name": "least-squares", "bias": True}]}
+    with pytest.raises(WrongInput, match="adds biases"):
+        Recipe.load().with_overrides(single).checked()

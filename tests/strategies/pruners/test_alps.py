@@ -1,19 +1,19 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from prunekit import LayerProblem, best_weights
-from prunekit.testing import toy_layer
+from prunekit.testing.layers import sparse_layer
 from prunekit_strategies.pruners.alps import ALPS, alternate
 from prunekit_strategies.pruners.score import Wanda
 from prunekit_strategies.pruners.sparsegpt import SparseGPT
 
 
-def layer(d_in: int = 12, d_out: int = 7, block: int = 0, seed: int = 0, quirk: str = "plain") -> LayerProblem:
-    toy = toy_layer(d_in, 1, d_out, seed=seed, quirk=quirk, dtype=torch.float64, moments=torch.float64)  # type: ignore[arg-type]
-    return replace(toy, structure="n:m" if block else "weights", block=block, damping=0.1)
+def layer(*shape: int, **options: Any) -> LayerProblem:
+    return replace(sparse_layer(*shape, **options), damping=0.1)
 
 
 def scaled(problem: LayerProblem) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:

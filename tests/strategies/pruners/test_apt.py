@@ -1,5 +1,4 @@
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -7,31 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prunekit import LayerProblem
-from prunekit.testing import toy_layer
-from prunekit.testing.layers import QUIRKS
+from prunekit.testing.layers import QUIRKS, correlated_layer, damped_loss, sparse_layer
 from prunekit_strategies.pruners.apt import APT, patterns
 from prunekit_strategies.pruners.score import Wanda
 from prunekit_strategies.pruners.sparsegpt import SparseGPT
-
-
-def layer(d_in: int = 12, d_out: int = 7, block: int = 0, **options: object) -> LayerProblem:
-    toy = toy_layer(d_in, 1, d_out, dtype=torch.float64, moments=torch.float64, **options)  # type: ignore[arg-type]
-    return replace(toy, structure="n:m" if block else "weights", block=block)
-
-
-def correlated(seed: int, block: int = 0) -> LayerProblem:
-    """96 input columns of very different size, of which 24 would nearly do."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(500, 24, generator=generator) @ torch.randn(24, 96, generator=generator)
-    x = (x + torch.randn(500, 96, generator=generator)) * torch.randn(96, generator=generator).exp()
-    weight = torch.randn(32, 96, generator=generator)
-    return LayerProblem(weight, x.T @ x / 500, structure="n:m" if block else "weights", block=block)
-
-
-def loss(problem: LayerProblem, weight: Tensor) -> float:
-    lost = problem.target - weight.double()
-    return float(((lost @ problem.hessian) * lost).sum())
 
 
 def removed(w: Tensor, v: Tensor, gone: list[int]) -> Tensor:
@@ -47,7 +25,7 @@ def price(w: Tensor, v: Tensor, gone: tuple[int, ...]) -> float:
 @pytest.mark.parametrize("keep", [2, 6, 10])
 @pytest.mark.parametrize("exact", [1024, 0])
 def test_weights_are_the_constrained_least_squares_of_the_mask(keep: int, exact: int) -> None:
-    problem = layer()
+    problem = sparse_layer()
     (found,) = APT(exact=exact).prune(problem, [keep])
     root = torch.linalg.cholesky(problem.hessian).T  # ‖root (w* - ŵ)‖² is the loss
     for row, target in zip(found.weight, problem.target, strict=True):
@@ -58,7 +36,7 @@ def test_weights_are_the_constrained_least_squares_of_the_mask(keep: int, exact:
 
 
 def test_loss_and_weights_are_those_of_the_equations() -> None:
-    problem = layer()
+    problem = sparse_layer()
     v = torch.linalg.inv(problem.hessian)
     (found,) = APT().prune(problem, [5])
     total = 0.0
@@ -66,11 +44,11 @@ def test_loss_and_weights_are_those_of_the_equations() -> None:
         gone = (row == 0).nonzero().flatten().tolist()
         torch.testing.assert_close(row, removed(w, v, gone), rtol=1e-8, atol=1e-10)
         total += price(w, v, tuple(gone))
-    assert loss(problem, found.weight) == pytest.approx(total, rel=1e-9)
+    assert damped_loss(problem, found.weight) == pytest.approx(total, rel=1e-9)
 
 
 def test_removing_in_two_goes_needs_all_that_is_removed() -> None:
-    problem = layer()
+    problem = sparse_layer()
     v, w = torch.linalg.inv(problem.hessian), problem.target[0]
     first, second = [1, 4, 7], [0, 8]
     at_once = removed(w, v, first + second)
@@ -80,7 +58,7 @@ def test_removing_in_two_goes_needs_all_that_is_removed() -> None:
 
 
 def test_masks_block_by_block_see_what_all_earlier_blocks_removed() -> None:
-    problem = layer()
+    problem = sparse_layer()
     v = torch.linalg.inv(problem.hessian)
     (found,) = APT(width=4).prune(problem, [6])
     for row, target in zip(found.weight, problem.target, strict=True):
@@ -94,7 +72,7 @@ def test_masks_block_by_block_see_what_all_earlier_blocks_removed() -> None:
 
 @pytest.mark.parametrize(("block", "keep"), [(2, 1), (4, 2), (4, 1), (6, 3)])
 def test_patterns_are_the_best_of_all(block: int, keep: int) -> None:
-    problem = layer(12, block=block)
+    problem = sparse_layer(12, block=block)
     v = torch.linalg.inv(problem.hessian)
     mask = patterns(problem.target, v, block, keep)
     for w, kept in zip(problem.target, mask, strict=True):
@@ -106,7 +84,7 @@ def test_patterns_are_the_best_of_all(block: int, keep: int) -> None:
 
 
 def test_two_of_four_is_its_closed_form() -> None:
-    problem = layer(4)
+    problem = sparse_layer(4)
     v = torch.linalg.inv(problem.hessian)
     for w in problem.target:
         for i, j in itertools.combinations(range(4), 2):
@@ -121,19 +99,19 @@ def test_of_equal_patterns_the_lower_columns_stay() -> None:
 
 
 def test_the_price_of_a_single_weight_is_the_loss_of_removing_it() -> None:
-    problem = layer()
+    problem = sparse_layer()
     v = torch.linalg.inv(problem.hessian)
     mask = torch.ones(7, 12, dtype=torch.bool)
     for i, j in ((0, 0), (3, 7), (6, 11)):
         alone = mask.clone()
         alone[i, j] = False
         expected = float(problem.target[i, j] ** 2 / v[j, j])
-        assert loss(problem, problem.refitted_rows(alone).weight) == pytest.approx(expected, rel=1e-9)
+        assert damped_loss(problem, problem.refitted_rows(alone).weight) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("block", [0, 4])
 def test_ss_is_sparsegpt_row_by_row(block: int) -> None:
-    problem = layer(block=block)
+    problem = sparse_layer(block=block)
     ours = APT(variant="SS", width=4).prune(problem, [3, 6])
     theirs = SparseGPT(per="row", width=4).prune(problem, [3, 6])
     for one, two in zip(ours, theirs, strict=True):
@@ -149,25 +127,25 @@ def test_ss_is_sparsegpt_row_by_row(block: int) -> None:
     n=st.integers(0, 4),
 )
 def test_under_one_mask_m_is_never_worse_than_s(blocks: int, d_out: int, quirk: str, seed: int, n: int) -> None:
-    problem = layer(4 * blocks, d_out, 4, quirk=quirk, seed=seed)
+    problem = sparse_layer(4 * blocks, d_out, 4, quirk=quirk, seed=seed)
     for mask in (Wanda(), SparseGPT(), APT()):
         (m,), (s,) = (APT(variant=v, mask=mask).prune(problem, [n * blocks]) for v in ("MM", "MS"))  # type: ignore[arg-type]
-        nothing = loss(problem, torch.zeros_like(problem.weight))
-        assert loss(problem, m.weight) <= loss(problem, s.weight) * (1 + 1e-8) + 1e-9 * nothing
+        nothing = damped_loss(problem, torch.zeros_like(problem.weight))
+        assert damped_loss(problem, m.weight) <= damped_loss(problem, s.weight) * (1 + 1e-8) + 1e-9 * nothing
 
 
 @pytest.mark.parametrize("n", [2, 4, 6])
 def test_with_one_pattern_per_row_mm_is_the_best_of_all_masks(n: int) -> None:
-    problem = layer(8, 5, 8)
+    problem = sparse_layer(8, 5, 8)
     v = torch.linalg.inv(problem.hessian)
     (found,) = APT().prune(problem, [n])
     least = sum(min(price(w, v, p) for p in itertools.combinations(range(8), 8 - n)) for w in problem.target)
-    assert loss(problem, found.weight) == pytest.approx(least, rel=1e-9)
+    assert damped_loss(problem, found.weight) == pytest.approx(least, rel=1e-9)
 
 
 @pytest.mark.parametrize("block", [0, 4])
 def test_moving_every_weight_helps(block: int) -> None:
-    problems = [correlated(seed, block) for seed in range(4)]
+    problems = [correlated_layer(seed, block) for seed in range(4)]
     total = {
         variant: sum(p.error(APT(variant=variant).prune(p, [48])[0].weight) for p in problems)  # type: ignore[arg-type]
         for variant in ("SS", "SM", "MS", "MM")
@@ -179,7 +157,7 @@ def test_moving_every_weight_helps(block: int) -> None:
 @pytest.mark.parametrize("variant", ["SS", "SM", "MS", "MM"])
 @pytest.mark.parametrize("block", [0, 4])
 def test_counts_are_exact_all_is_lossless_and_dead_columns_go_first(variant: str, block: int) -> None:
-    problem = layer(block=block)
+    problem = sparse_layer(block=block)
     every = APT(variant=variant).prune(problem, [0, 3, 6, 9, 12])  # type: ignore[arg-type]
     for keep, found in zip([0, 3, 6, 9, 12], every, strict=True):
         assert bool(((found.weight != 0).sum(1) == keep).all())
@@ -187,8 +165,8 @@ def test_counts_are_exact_all_is_lossless_and_dead_columns_go_first(variant: str
             assert bool(((found.weight != 0).unflatten(1, (-1, 4)).sum(2) == keep // 3).all())
     assert torch.equal(every[-1].weight, problem.weight)
     if not block:
-        (found,) = APT(variant=variant).prune(layer(quirk="dead"), [11])  # type: ignore[arg-type]
-        assert layer(quirk="dead").error(found.weight) < 1e-12
+        (found,) = APT(variant=variant).prune(sparse_layer(quirk="dead"), [11])  # type: ignore[arg-type]
+        assert sparse_layer(quirk="dead").error(found.weight) < 1e-12
 
 
 @pytest.mark.parametrize(

@@ -9,26 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prunekit import LayerProblem
-from prunekit.testing import toy_layer
-from prunekit.testing.layers import QUIRKS, Quirk
+from prunekit.testing.layers import QUIRKS, Quirk, damped_loss, sparse_layer
 from prunekit_strategies.pruners.compensation import aimed, best, conjugate, factor, swept
 from prunekit_strategies.pruners.compensation import given as masks_of
 from prunekit_strategies.pruners.gradient import Gradient
 from prunekit_strategies.pruners.score import Wanda
 
 
-def exact(d_in: int = 12, d_out: int = 7, quirk: Quirk = "plain", seed: int = 0, damping: float = 0.01) -> LayerProblem:
-    layer = toy_layer(d_in, 1, d_out, quirk=quirk, seed=seed, dtype=torch.float64, moments=torch.float64)
-    return replace(layer, structure="weights", damping=damping)
-
-
 def draw(layer: LayerProblem, share: float = 0.5, seed: int = 0) -> Tensor:
     return torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(seed)) < share
-
-
-def loss(layer: LayerProblem, weight: Tensor) -> float:
-    lost = layer.target - weight.double()
-    return float(((lost @ layer.hessian) * lost).sum())
 
 
 def sweep(layer: LayerProblem, mask: Tensor, width: int = 128) -> Tensor:
@@ -50,7 +39,7 @@ def obs_by_hand(layer: LayerProblem, mask: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("quirk", QUIRKS)
 def test_the_factor_is_upper_and_its_square_the_inverse(quirk: Quirk) -> None:
-    layer = exact(quirk=quirk)
+    layer = sparse_layer(quirk=quirk)
     u = factor(layer)
     assert torch.equal(u, u.triu())
     identity = u @ layer.hessian @ u.T
@@ -62,25 +51,25 @@ def test_the_factor_is_upper_and_its_square_the_inverse(quirk: Quirk) -> None:
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
 def test_the_sweep_is_obs_row_by_row(share: float) -> None:
-    layer = exact()
+    layer = sparse_layer()
     mask = draw(layer, share)
     torch.testing.assert_close(sweep(layer, mask), obs_by_hand(layer, mask), rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("width", [1, 5, 12, 128])
 def test_the_width_of_a_block_changes_nothing_under_a_given_mask(width: int) -> None:
-    layer = exact()
+    layer = sparse_layer()
     mask = draw(layer)
     torch.testing.assert_close(sweep(layer, mask, width), sweep(layer, mask, 3), rtol=1e-9, atol=1e-11)
 
 
 def test_a_sweep_pays_for_removed_weights_only() -> None:
-    layer = exact()
+    layer = sparse_layer()
     mask = draw(layer)
     u = factor(layer)
     paid = torch.linalg.solve(u.T, (layer.target - sweep(layer, mask)).T).T  # e of every column
     assert float(paid[mask].abs().max()) < 1e-9
-    assert float(paid.square().sum()) == pytest.approx(loss(layer, sweep(layer, mask)), rel=1e-9)
+    assert float(paid.square().sum()) == pytest.approx(damped_loss(layer, sweep(layer, mask)), rel=1e-9)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -95,25 +84,25 @@ def test_a_sweep_pays_for_removed_weights_only() -> None:
 def test_solving_for_all_that_stays_is_never_worse_than_the_sweep(
     *, d_in: int, d_out: int, quirk: Quirk, share: float, seed: int, damping: float
 ) -> None:
-    layer = exact(d_in, d_out, quirk, seed, damping)
+    layer = replace(sparse_layer(d_in, d_out, seed=seed, quirk=quirk), damping=damping)
     mask = draw(layer, share, seed)
-    solved, one_way = loss(layer, layer.refitted_rows(mask).weight), loss(layer, sweep(layer, mask))
-    assert solved <= one_way * (1 + 1e-8) + 1e-9 * loss(layer, torch.zeros_like(layer.weight))
+    solved, one_way = damped_loss(layer, layer.refitted_rows(mask).weight), damped_loss(layer, sweep(layer, mask))
+    assert solved <= one_way * (1 + 1e-8) + 1e-9 * damped_loss(layer, torch.zeros_like(layer.weight))
 
 
 def test_the_two_are_one_where_what_goes_stands_in_front() -> None:
-    layer = exact()
+    layer = sparse_layer()
     mask = torch.arange(12) >= torch.arange(7)[:, None]  # row i loses its first i
     torch.testing.assert_close(sweep(layer, mask), layer.refitted_rows(mask).weight, rtol=1e-8, atol=1e-10)
     behind = mask.flip(1)  # and nothing can make up for the last ones
     torch.testing.assert_close(sweep(layer, behind), layer.sparse(behind).weight, rtol=1e-8, atol=1e-10)
-    assert loss(layer, layer.refitted_rows(behind).weight) < 0.9 * loss(layer, sweep(layer, behind))
+    assert damped_loss(layer, layer.refitted_rows(behind).weight) < 0.9 * damped_loss(layer, sweep(layer, behind))
 
 
 @pytest.mark.parametrize("quirk", QUIRKS)
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
 def test_conjugate_gradients_end_at_the_least_squares(quirk: Quirk, share: float) -> None:
-    layer = exact(quirk=quirk)
+    layer = sparse_layer(quirk=quirk)
     mask = draw(layer, share)
     found = conjugate(layer.hessian, layer.target, mask)
     assert not found[~mask].any()
@@ -121,18 +110,18 @@ def test_conjugate_gradients_end_at_the_least_squares(quirk: Quirk, share: float
 
 
 def test_conjugate_gradients_end_there_from_anywhere_and_every_step_helps() -> None:
-    layer = exact()
+    layer = sparse_layer()
     mask = draw(layer)
     start = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(1)).double()
     steps = [conjugate(layer.hessian, layer.target, mask, steps=n, start=start) for n in (0, 1, 2, 4, 8, 40)]
-    losses = [loss(layer, weight) for weight in steps]
+    losses = [damped_loss(layer, weight) for weight in steps]
     assert losses == sorted(losses, reverse=True)
     assert torch.equal(steps[0], torch.where(mask, start, 0))
     torch.testing.assert_close(steps[-1], layer.refitted_rows(mask).weight, rtol=1e-7, atol=1e-8)
 
 
 def test_rows_that_keep_all_or_nothing_need_no_gradients() -> None:
-    layer = exact()
+    layer = sparse_layer()
     mask = draw(layer)
     mask[0], mask[1] = True, False
     found = conjugate(layer.hessian, layer.target, mask)
@@ -141,7 +130,7 @@ def test_rows_that_keep_all_or_nothing_need_no_gradients() -> None:
 
 
 def test_wide_layers_are_solved_by_gradients_and_a_full_mask_by_nothing() -> None:
-    layer = exact()
+    layer = sparse_layer()
     mask = draw(layer)
     torch.testing.assert_close(
         best(layer, mask, exact=11, steps=100).weight, best(layer, mask, exact=12, steps=1).weight, rtol=1e-6, atol=1e-7
@@ -150,7 +139,7 @@ def test_wide_layers_are_solved_by_gradients_and_a_full_mask_by_nothing() -> Non
 
 
 def test_another_pruner_is_shown_what_it_needs_and_no_more() -> None:
-    layer = exact()
+    layer = sparse_layer()
     (wanda,) = masks_of(layer, Wanda(), [5])
     assert torch.equal(wanda, Wanda().prune(layer, [5])[0].weight != 0)
     masks_of(layer, Gradient(), [5])
@@ -159,7 +148,7 @@ def test_another_pruner_is_shown_what_it_needs_and_no_more() -> None:
 
 
 def test_an_aim_hides_what_it_does_not_ask_for() -> None:
-    layer = replace(exact(), energy=1.0)
+    layer = replace(sparse_layer(), energy=1.0)
     layer = replace(layer, cross=2 * layer.gram, drift=layer.weight)
     assert aimed(layer, "own").cross is None
     assert aimed(layer, "dense").drift is None

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from prunekit import LayerProblem, LocalPruner
-from prunekit.testing import toy_layer
+from prunekit.testing.layers import damped_loss, sparse_layer
 from prunekit_strategies.pruners.alps import ALPS
 from prunekit_strategies.pruners.apt import APT
 from prunekit_strategies.pruners.fista import FISTA, lasso
@@ -15,23 +15,13 @@ from prunekit_strategies.pruners.sparsegpt import SparseGPT
 STARTS: list[LocalPruner] = [Wanda(), Magnitude(per="row"), SparseGPT(), APT(), ALPS()]
 
 
-def layer(d_in: int = 12, d_out: int = 7, block: int = 0, seed: int = 0, quirk: str = "plain") -> LayerProblem:
-    toy = toy_layer(d_in, 1, d_out, seed=seed, quirk=quirk, dtype=torch.float64, moments=torch.float64)  # type: ignore[arg-type]
-    return replace(toy, structure="n:m" if block else "weights", block=block)
-
-
-def loss(problem: LayerProblem, weight: Tensor) -> float:
-    lost = problem.target - weight
-    return float(((lost @ problem.hessian) * lost).sum())
-
-
 def solved(problem: LayerProblem, penalty: float, rounds: int = 5000) -> Tensor:
     largest = float(torch.linalg.eigvalsh(problem.hessian)[-1])
     return lasso(problem.hessian, problem.target, torch.zeros_like(problem.target), penalty, largest, rounds)
 
 
 def test_the_lasso_meets_its_conditions() -> None:
-    problem = replace(layer(), damping=0.1)
+    problem = replace(sparse_layer(), damping=0.1)
     penalty = 0.2 * float((problem.target @ problem.hessian).abs().max())
     found = solved(problem, penalty)
     slope = (found - problem.target) @ problem.hessian
@@ -42,7 +32,7 @@ def test_the_lasso_meets_its_conditions() -> None:
 
 
 def test_without_penalty_it_is_the_best_weight_and_with_the_largest_nothing() -> None:
-    problem = replace(layer(), damping=0.1)
+    problem = replace(sparse_layer(), damping=0.1)
     torch.testing.assert_close(solved(problem, 0.0), problem.target, rtol=1e-6, atol=1e-7)
     most = float((problem.target @ problem.hessian).abs().max())
     assert not solved(problem, 1.0001 * most).any()
@@ -55,15 +45,15 @@ def test_without_penalty_it_is_the_best_weight_and_with_the_largest_nothing() ->
 @pytest.mark.parametrize("block", [0, 4])
 def test_no_answer_is_worse_than_its_start(start: LocalPruner, block: int) -> None:
     for seed in range(4):
-        problem = layer(block=block, seed=seed)
+        problem = sparse_layer(block=block, seed=seed)
         for keep in (3, 6, 9):
             (before,), (after,) = start.prune(problem, [keep]), FISTA(start=start).prune(problem, [keep])
-            assert loss(problem, after.weight) <= loss(problem, before.weight) * (1 + 1e-5)
+            assert damped_loss(problem, after.weight) <= damped_loss(problem, before.weight) * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("block", [0, 4])
 def test_it_refines_masks(block: int) -> None:
-    problems = [layer(48, 24, block, seed) for seed in range(4)]
+    problems = [sparse_layer(48, 24, block, seed) for seed in range(4)]
 
     def total(pruner: LocalPruner) -> float:
         return sum(p.error(pruner.prune(p, [24])[0].weight) for p in problems)
@@ -74,7 +64,7 @@ def test_it_refines_masks(block: int) -> None:
 
 
 def test_weights_are_the_least_squares_of_the_support() -> None:
-    problem = layer()
+    problem = sparse_layer()
     for exact in (1024, 0):
         for found in FISTA(exact=exact).prune(problem, [3, 6, 9]):
             best = problem.refitted_rows(found.weight != 0).weight
@@ -84,7 +74,7 @@ def test_weights_are_the_least_squares_of_the_support() -> None:
 @pytest.mark.parametrize("per", ["row", "layer"])
 @pytest.mark.parametrize("block", [0, 4])
 def test_counts_are_exact_and_all_is_lossless(per: str, block: int) -> None:
-    problem = layer(block=block)
+    problem = sparse_layer(block=block)
     every = FISTA(per=per).prune(problem, range(0, 13, 3))  # type: ignore[arg-type]
     for keep, found in zip(range(0, 13, 3), every, strict=True):
         kept = found.weight != 0
@@ -95,7 +85,7 @@ def test_counts_are_exact_and_all_is_lossless(per: str, block: int) -> None:
 
 
 def test_scaled_it_does_not_depend_on_the_units_of_inputs() -> None:
-    problem = replace(layer(), damping=0.0)
+    problem = replace(sparse_layer(), damping=0.0)
     units = torch.tensor([2.0**j for j in range(-6, 6)], dtype=torch.float64)
     louder = replace(problem, weight=problem.weight / units, gram=problem.gram * units * units[:, None])
     (one,), (two,) = FISTA().prune(problem, [6]), FISTA().prune(louder, [6])
@@ -103,7 +93,7 @@ def test_scaled_it_does_not_depend_on_the_units_of_inputs() -> None:
 
 
 def test_dead_columns_cost_nothing_and_go_first() -> None:
-    problem = layer(quirk="dead")
+    problem = sparse_layer(quirk="dead")
     (found,) = FISTA().prune(problem, [11])
     assert not found.weight[:, 0].any()
     assert problem.error(found.weight) < 1e-12

@@ -1,28 +1,12 @@
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
 from prunekit import LayerProblem
-from prunekit.testing import toy_layer
+from prunekit.testing.layers import correlated_layer, sparse_layer
 from prunekit_strategies.pruners.admm import ADMM
 from prunekit_strategies.pruners.score import Magnitude, Wanda
 from prunekit_strategies.pruners.sparsegpt import SparseGPT
-
-
-def layer(d_in: int = 12, d_out: int = 7, block: int = 0, **options: object) -> LayerProblem:
-    toy = toy_layer(d_in, 1, d_out, dtype=torch.float64, moments=torch.float64, **options)  # type: ignore[arg-type]
-    return replace(toy, structure="n:m" if block else "weights", block=block)
-
-
-def correlated(seed: int, block: int = 0) -> LayerProblem:
-    """96 input columns of very different size, of which 24 would nearly do."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(500, 24, generator=generator) @ torch.randn(24, 96, generator=generator)
-    x = (x + torch.randn(500, 96, generator=generator)) * torch.randn(96, generator=generator).exp()
-    weight = torch.randn(32, 96, generator=generator)
-    return LayerProblem(weight, x.T @ x / 500, structure="n:m" if block else "weights", block=block)
 
 
 def by_hand(problem: LayerProblem, shares: list[tuple[int, int]], *, rows: bool) -> Tensor:
@@ -46,7 +30,7 @@ def by_hand(problem: LayerProblem, shares: list[tuple[int, int]], *, rows: bool)
 
 @pytest.mark.parametrize("per", ["row", "layer"])
 def test_masks_and_weights_follow_the_algorithm(per: str) -> None:
-    problem = layer()
+    problem = sparse_layer()
     (half,) = SparseGPT(width=4, per=per).prune(problem, [6])  # type: ignore[arg-type]
     torch.testing.assert_close(half.weight, by_hand(problem, [(0, 2), (4, 2), (8, 2)], rows=per == "row"))
     (whole,) = SparseGPT(per=per).prune(problem, [5])  # type: ignore[arg-type]
@@ -54,27 +38,27 @@ def test_masks_and_weights_follow_the_algorithm(per: str) -> None:
 
 
 def test_blocks_share_a_count_that_does_not_divide() -> None:
-    problem = layer()
+    problem = sparse_layer()
     (found,) = SparseGPT(width=4, per="row").prune(problem, [7])  # 7 · 4 / 12 = 2.33, 7 · 8 / 12 = 4.67
     torch.testing.assert_close(found.weight, by_hand(problem, [(0, 2), (4, 2), (8, 3)], rows=True))
 
 
 def test_patterns_are_chosen_when_the_sweep_reaches_them() -> None:
     for width in (1, 6, 128):
-        (found,) = SparseGPT(width=width).prune(layer(block=4), [6])
-        torch.testing.assert_close(found.weight, by_hand(layer(), [(0, 2), (4, 2), (8, 2)], rows=True))
+        (found,) = SparseGPT(width=width).prune(sparse_layer(block=4), [6])
+        torch.testing.assert_close(found.weight, by_hand(sparse_layer(), [(0, 2), (4, 2), (8, 2)], rows=True))
 
 
 @pytest.mark.parametrize("quirk", ["plain", "dead", "duplicate", "low rank", "silent"])
 @pytest.mark.parametrize("block", [2, 4, 6])
 def test_n_of_m_is_exact_in_every_block(quirk: str, block: int) -> None:
-    problem = layer(block=block, quirk=quirk)
+    problem = sparse_layer(block=block, quirk=quirk)
     for n, found in enumerate(SparseGPT().prune(problem, range(0, 13, 12 // block))):
         assert int((found.weight != 0).unflatten(1, (-1, block)).sum(2).max()) == n
 
 
 def test_its_own_mask_beats_others_and_compensation_beats_none() -> None:
-    problems = [correlated(seed) for seed in range(4)]
+    problems = [correlated_layer(seed) for seed in range(4)]
     own, wanda, magnitude, bare = (
         sum(p.error(pruner.prune(p, [48])[0].weight) for p in problems)
         for pruner in (SparseGPT(), SparseGPT(mask=Wanda()), SparseGPT(mask=Magnitude()), Wanda())
@@ -84,7 +68,7 @@ def test_its_own_mask_beats_others_and_compensation_beats_none() -> None:
 
 
 def test_a_given_mask_stays() -> None:
-    problem = layer()
+    problem = sparse_layer()
     for keep in range(13):
         (mask,), (found,) = Wanda().prune(problem, [keep]), SparseGPT(mask=Wanda()).prune(problem, [keep])
         assert torch.equal(found.weight != 0, mask.weight != 0)
@@ -93,9 +77,9 @@ def test_a_given_mask_stays() -> None:
 
 
 def test_dead_columns_cost_nothing_and_go_first() -> None:
-    (found,) = SparseGPT(per="row").prune(layer(quirk="dead"), [11])
+    (found,) = SparseGPT(per="row").prune(sparse_layer(quirk="dead"), [11])
     assert not found.weight[:, 0].any()
-    assert layer(quirk="dead").error(found.weight) < 1e-12
+    assert sparse_layer(quirk="dead").error(found.weight) < 1e-12
 
 
 def test_it_asks_for_what_its_aim_and_its_mask_read() -> None:

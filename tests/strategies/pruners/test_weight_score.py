@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prunekit import LayerProblem
-from prunekit.testing import toy_layer
+from prunekit.testing.layers import sparse_layer
 from prunekit_strategies.pruners.score import Magnitude, Wanda
 from prunekit_strategies.pruners.weight_score import RIA, OptiShear, Shape, Share, ZPruner
 
@@ -14,11 +14,6 @@ WEIGHT = torch.tensor([[3.0, -1.0, 0.0, 2.0], [0.0, 2.0, 1.0, -2.0]])  # rows 6 
 GRAM = torch.diag(torch.tensor([4.0, 1.0, 49.0, 0.25]))  # rms: 2, 1, 7, 0.5
 HAND = LayerProblem(WEIGHT, GRAM, structure="weights")
 ALL: list[Any] = [RIA(), ZPruner(), OptiShear(), OptiShear(weights="exp", weight_share="row", inputs="log")]
-
-
-def layer(**options: Any) -> LayerProblem:
-    toy = toy_layer(12, 1, 7, dtype=torch.float64, moments=torch.float64, **options)
-    return replace(toy, structure="weights")
 
 
 def test_ria_by_hand() -> None:
@@ -48,7 +43,7 @@ def test_optishear_by_hand() -> None:
 
 @pytest.mark.parametrize("per", ["row", "layer"])
 def test_optishear_begins_as_wanda_and_holds_magnitude(per: Any) -> None:
-    problem = layer()
+    problem = sparse_layer()
     for ours, known in ((OptiShear(per=per), Wanda(per=per)), (OptiShear(inputs="one", per=per), Magnitude(per=per))):
         for one, two in zip(ours.prune(problem, range(13)), known.prune(problem, range(13)), strict=True):
             assert torch.equal(one.weight, two.weight)
@@ -59,7 +54,7 @@ def test_optishear_begins_as_wanda_and_holds_magnitude(per: Any) -> None:
 def test_every_metric_is_a_number_and_does_not_depend_on_units(function: Any, share: Any, quirk: Any) -> None:
     other = "identity" if function == "one" else function
     for pruner in (OptiShear(function, share, other, "one"), OptiShear(other, "one", function, share)):
-        problem = layer(quirk=quirk)
+        problem = sparse_layer(quirk=quirk)
         score = pruner.cells(problem)
         assert bool(torch.isfinite(score).all())
         assert float(score.min()) >= 0
@@ -71,7 +66,7 @@ def test_every_metric_is_a_number_and_does_not_depend_on_units(function: Any, sh
 
 @pytest.mark.parametrize("pruner", ALL, ids=str)
 def test_scores_move_with_rows_and_columns(pruner: Any) -> None:
-    problem, score = layer(), pruner.cells(layer())
+    problem, score = sparse_layer(), pruner.cells(sparse_layer())
     generator = torch.Generator().manual_seed(0)
     rows, columns = torch.randperm(7, generator=generator), torch.randperm(12, generator=generator)
     moved = replace(problem, weight=problem.weight[rows][:, columns], gram=problem.gram[columns][:, columns])
@@ -80,7 +75,7 @@ def test_scores_move_with_rows_and_columns(pruner: Any) -> None:
 
 @pytest.mark.parametrize("pruner", [RIA(), ZPruner()], ids=str)
 def test_louder_weights_score_alike(pruner: Any) -> None:
-    problem = layer()
+    problem = sparse_layer()
     louder = replace(problem, weight=-3 * problem.weight)
     torch.testing.assert_close(pruner.cells(louder), pruner.cells(problem))
 
@@ -96,7 +91,7 @@ def test_counts_are_exact_on_ties_the_lower_column_stays_and_refit_keeps_the_mas
     tied = LayerProblem(torch.ones(3, 4), torch.eye(4), structure="weights")
     for keep, found in enumerate(pruner.prune(tied, range(5))):
         assert torch.equal(found.weight, (torch.arange(4) < keep).expand(3, 4).float())
-    problem = layer()
+    problem = sparse_layer()
     for plain, fitted in zip(
         pruner.prune(problem, [3, 8]),
         replace(pruner, refit=True).prune(problem, [3, 8]),
@@ -108,7 +103,7 @@ def test_counts_are_exact_on_ties_the_lower_column_stays_and_refit_keeps_the_mas
 
 @pytest.mark.parametrize("pruner", ALL, ids=str)
 def test_n_of_m_is_exact(pruner: Any) -> None:
-    problem = replace(layer(), structure="n:m", block=4)
+    problem = replace(sparse_layer(), structure="n:m", block=4)
     for n, found in enumerate(pruner.prune(problem, range(0, 13, 3))):
         assert bool(((found.weight != 0).unflatten(1, (3, 4)).sum(2) == n).all())
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunekit import Candidate, LayerProblem, LocalPruner
+from prunekit import Candidate, LayerProblem, LocalPruner, check_choices
 from prunekit_strategies.pruners.obs import removal
 from prunekit_strategies.pruners.obs.exchange import exchanged
 from prunekit_strategies.pruners.obs.penalty import vanishing
@@ -80,9 +80,7 @@ class OBS(LocalPruner):
     refit: bool = True  # least-squares weights on the kept groups; False: as they are
 
     def __post_init__(self) -> None:
-        for option, known in (("aim", Aim), ("search", Search), ("score", Score), ("first_order", Slope)):
-            if getattr(self, option) not in get_args(known):
-                raise ValueError(f"{option} is one of {', '.join(get_args(known))}, not {getattr(self, option)!r}")
+        check_choices(self)
         if not 1 <= self.step[0] <= self.step[1] or min(self.head_step, self.exchange) < 1 or self.tries < 0:
             raise ValueError(
                 "1 ≤ step[0] ≤ step[1], head_step ≥ 1, exchange ≥ 1 and tries ≥ 0 are needed, not "

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from prunekit import LayerProblem
 from prunekit.testing import toy_layer
+from prunekit.testing.layers import damped_loss
 from prunekit_strategies.pruners.obs import removal
 from prunekit_strategies.pruners.obs.removal import (
     COMPENSATED,
@@ -22,11 +23,6 @@ SIZES = [pytest.param(1, id="columns"), pytest.param(3, id="blocks")]
 
 def exact(n_groups: int, size: int = 1, seed: int = 0) -> LayerProblem:
     return toy_layer(n_groups, size, seed=seed, dtype=torch.float64, moments=torch.float64)
-
-
-def loss(layer: LayerProblem, weight: Tensor) -> float:
-    lost = layer.weight - weight
-    return float(((lost @ layer.hessian) * lost).sum())
 
 
 def price(name: str, size: int) -> removal.Price:
@@ -47,7 +43,7 @@ def test_the_exact_price_is_the_error_of_the_refit_without_the_group(size: int, 
     prices = removal.exact(layer.weight, removal.inverse(layer.hessian), size)
     for g in range(6):
         without = layer.refitted([k for k in range(6) if k != g])
-        assert float(prices[g]) == pytest.approx(loss(layer, without.weight), rel=1e-9)
+        assert float(prices[g]) == pytest.approx(damped_loss(layer, without.weight), rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -171,8 +167,8 @@ def test_the_error_of_masking_is_a_quadratic_form_and_above_that_of_the_refit(si
     for gone in itertools.chain(*(itertools.combinations(range(6), k) for k in range(7))):
         kept = [g for g in range(6) if g not in gone]
         masked = float(q[list(gone)][:, list(gone)].sum())
-        assert masked == pytest.approx(loss(layer, layer.masked(kept).weight), rel=1e-9, abs=1e-12)
-        assert loss(layer, layer.refitted(kept).weight) <= masked + 1e-9
+        assert masked == pytest.approx(damped_loss(layer, layer.masked(kept).weight), rel=1e-9, abs=1e-12)
+        assert damped_loss(layer, layer.refitted(kept).weight) <= masked + 1e-9
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -181,5 +177,5 @@ def test_without_compensation_every_removal_is_the_cheapest_by_brute_force(size:
     order = remove_masked(layer.hessian, layer.weight, size, 7)
     for k, taken in enumerate(order):
         left = set(range(7)) - set(order[:k])
-        tries = {g: loss(layer, layer.masked(sorted(left - {g})).weight) for g in left}
+        tries = {g: damped_loss(layer, layer.masked(sorted(left - {g})).weight) for g in left}
         assert taken == min(tries, key=tries.__getitem__)

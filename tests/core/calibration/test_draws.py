@@ -10,8 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunekit.calibration import tokens
-from prunekit.calibration.tokens import TokenBatch, draw, draw_evaluation
+from prunekit.calibration import sources
+from prunekit.calibration.blends import in_shares
+from prunekit.calibration.draws import draw, draw_evaluation
+from prunekit.calibration.tokens import TokenBatch, overlap
+from prunekit.calibration.windows import LEAST
 from prunekit.errors import WrongInput
 from prunekit.progress import Progress
 from prunekit.recipe import DataSpec
@@ -22,7 +25,7 @@ class Letters:
 
     def encode(self, text: str, *, add_special_tokens: bool, verbose: bool) -> list[int]:
         assert not add_special_tokens
-        assert len(text) <= tokens.SLICE
+        assert len(text) <= sources.SLICE
         return [ord(letter) for letter in text]
 
 
@@ -156,7 +159,7 @@ def test_defaults_shrink_to_the_text_and_say_so(text: Path) -> None:
     draws = draw(Letters(), DataSpec(dataset=str(text)), heard, max_seqlen=16)
     sizes = [b.n_tokens for b in (draws.calibration, draws.search, draws.evaluation)]
     assert sizes[0] == sizes[1] == pytest.approx(2 * sizes[2], rel=0.3)
-    assert min(sizes) >= tokens.LEAST
+    assert min(sizes) >= LEAST
     assert 19_900 < sum(sizes) <= 20_000
     assert any("20,000 tokens" in line for line in heard.lines)
 
@@ -190,9 +193,9 @@ def test_a_foreign_tokenizer_is_refused(text: Path) -> None:
 
 def test_slices_make_the_same_stream(monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
     whole = draw(Letters(), spec(text)).calibration.digest
-    monkeypatch.setattr(tokens, "SLICE", 7)
+    monkeypatch.setattr(sources, "SLICE", 7)
     assert draw(Letters(), spec(text)).calibration.digest == whole
-    assert list(tokens._slices(["abcde", "", "fghijklmnopqrstu", "v"])) == ["abcdefg", "hijklmn", "opqrstu", "v"]
+    assert list(sources.slices(["abcde", "", "fghijklmnopqrstu", "v"])) == ["abcdefg", "hijklmn", "opqrstu", "v"]
 
 
 def test_evaluation_is_the_first_tokens(text: Path) -> None:
@@ -351,9 +354,9 @@ def test_every_prefix_holds_the_sources_in_their_shares(mixed: list[Any]) -> Non
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=4), st.integers(1, 60))
 def test_turns_are_fair_after_every_turn(weights: list[int], n: int) -> None:
-    sources = [tokens.Source(f"{i}", None, None, "text") for i in range(len(weights))]
-    shares = {source: Fraction(w, sum(weights)) for source, w in zip(sources, weights, strict=True)}
-    order = tokens.in_shares(shares, n + sum(weights))  # enough for the smallest
+    streams = [sources.Source(f"{i}", None, None, "text") for i in range(len(weights))]
+    shares = {source: Fraction(w, sum(weights)) for source, w in zip(streams, weights, strict=True)}
+    order = in_shares(shares, n + sum(weights))  # enough for the smallest
     for turn in range(1, len(order) + 1):
         assert all(abs(order[:turn].count(source) - turn * share) < 1.5 for source, share in shares.items())
 
@@ -437,8 +440,8 @@ def test_a_draw_beyond_the_text_is_refused(text: Path) -> None:
 
 def test_overlap_is_a_common_window() -> None:
     one, two = TokenBatch(torch.arange(80).reshape(10, 8), "one"), TokenBatch(torch.arange(72, 96).reshape(3, 8), "two")
-    assert tokens.overlap(one, two)
-    assert not tokens.overlap(one.first(72), two)
+    assert overlap(one, two)
+    assert not overlap(one.first(72), two)
 
 
 # -- questions ----------------------------------------------------------------------------------------

@@ -1,0 +1,40 @@
+"""What pruners share that score once and keep the best; no method of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
+from prunekit.layer import Per, ranked
+
+
+class Ranking(LocalPruner):
+    """Keep the groups, or the single weights, of largest score. On a tie the lower id stays.
+
+    A subclass has `scores` where it knows groups, and `cells` where it knows single weights.
+    """
+
+    per: Per  # among which single weights compete
+    refit: bool  # least-squares weights on what is kept; False: as they are
+
+    def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
+        if layer.structure != "groups":
+            masks = best_weights(self.cells(layer), keeps, self.per, layer.block)
+            return [layer.refitted_rows(mask) if self.refit else layer.sparse(mask) for mask in masks]
+        ranking = self.ranking(layer)
+        if self.refit:
+            return layer.nested(ranking).candidates(keeps)
+        return [layer.masked(ranking[:keep]) for keep in keeps]
+
+    def ranking(self, layer: LayerProblem) -> list[int]:
+        """Group ids, the best first."""
+        score = self.scores(layer)
+        assert score is not None
+        return ranked(score)
+
+    def cells(self, layer: LayerProblem) -> Float[Tensor, "d_out d_in"]:
+        """A score for every weight, in float64."""
+        raise NotImplementedError(f"{type(self).__name__} scores no single weights")
