@@ -28,6 +28,7 @@ from prunekit.sites import Site
 
 PROMPT = 256  # tokens, where nothing else is asked and the model takes as many
 ROUNDS, FEWEST = 15, 3  # times every model has its turn; no fewer, however long it takes
+OFTEN = 8  # a further turn of the first model for each so many others
 SECONDS = 120.0  # after which no further round begins
 TURN = 100_000_000  # nanoseconds of a turn, filled with repeats of a fast model
 MISS = 0.05  # of the promise, from which on it is not kept
@@ -81,19 +82,19 @@ def sampled(
 ) -> dict[K, list[int]]:
     """Nanoseconds of the workload on each of the models, which are made when it is their turn.
 
-    In every round each has one turn, in an order of its own, so that a machine that slows down does so for all. A turn
-    begins with a run that does not count.
+    In every round each has one turn, in an order of its own, so that a machine that slows down does so for all; the
+    first, against which the others are held, has more of them. A turn begins with a run that does not count.
     """
     samples: dict[K, list[int]] = {key: [] for key in models}
-    first = next(iter(models.values()))()
-    repeats = max(1, min(10, TURN // max(1, min(nanoseconds(first, work) for _ in range(2)))))
-    del first
+    first = next(iter(models))
+    turns = [*models, *[first] * (len(models) // OFTEN)]
+    repeats = max(1, min(10, TURN // max(1, min(nanoseconds(models[first](), work) for _ in range(2)))))
     begun = time.monotonic()
-    with progress.stage(label, rounds * len(models)) as stage:
+    with progress.stage(label, rounds * len(turns)) as stage:
         for turn in range(rounds):
             if turn >= FEWEST and time.monotonic() - begun > SECONDS:
                 break
-            for key in random.Random(turn).sample(list(models), len(models)):
+            for key in random.Random(turn).sample(turns, len(turns)):
                 model = models[key]()
                 samples[key] += [nanoseconds(model, work) for _ in range(repeats + 1)][1:]
                 stage.advance()

@@ -266,11 +266,7 @@ class Recipe(_Strict):
             WrongInput: no such key, with the nearest; or no such value.
         """
         values, overrides = self.model_dump(mode="python"), _targeted(overrides)
-        if "latency.prices" not in overrides and any(
-            key.partition(".")[0] in ("model", "heads", "device", "dtype", "latency")
-            and value != values.get(key, self.latency.model_dump().get(key.partition(".")[2]))
-            for key, value in overrides.items()
-        ):
+        if "latency.prices" not in overrides and self._is_other_to_time(overrides):
             values["latency"]["prices"] = None
         if _as_texts(overrides.get("data.dataset", before := values["data"]["dataset"])) != before:
             forgotten = ["config", "split"]  # they are of the other data set
@@ -291,6 +287,14 @@ class Recipe(_Strict):
             if key.split(".")[0] in ("data", "model", "seed") and isinstance(values["data"], dict):
                 values["data"]["digests"] = None
         return type(self).of_mapping(values)
+
+    def _is_other_to_time(self, overrides: Mapping[str, Any]) -> bool:
+        """Whether overrides change what a price table was measured on, where that was said."""
+        keys = ("model", "heads", "device", "dtype")
+        now = {key: getattr(self, key) for key in keys} | {f"latency.{k}": v for k, v in self.latency}
+        return any(now.get(key) not in (None, value) for key, value in overrides.items() if key in now) or (
+            "latency" in overrides
+        )
 
     def checked(self) -> Self:
         """This recipe with every option of every plug-in written out.
@@ -485,8 +489,8 @@ def _place(values: dict[str, Any], key: str, value: Any) -> None:
             values[slot] = registry.spec(registry.build(values[slot]))  # so that every option is there to be set
         elif isinstance(value, registry.contract):
             value = registry.spec(value)
-    if key == "data" and isinstance(value, Mapping):
-        value = {**values["data"], **value}
+    if key in ("data", "latency") and isinstance(value, Mapping):
+        value = {**values[key], **value}
     _put(values, [slot, *path], value)
 
 
