@@ -14,6 +14,7 @@ from prunekit import Budget, Space, latency
 from prunekit.adapters import adapter_for
 from prunekit.checkpoint import Dense
 from prunekit.demo import MODEL
+from prunekit.errors import CannotGoOn
 from prunekit.latency import cut, hardware, nanoseconds, priced, prices, realised, sampled, typical, workload
 from prunekit.prices import Prices, Workload
 from prunekit.progress import Progress
@@ -136,7 +137,7 @@ def test_times_that_contradict_each_other_are_refused(dense: Dense, monkeypatch:
         return 1 if any(dense.adapter.dropped(block) for block in dense.adapter.blocks(net)) else made_up(net, work)
 
     monkeypatch.setattr(latency, "nanoseconds", ask)
-    with pytest.raises(prunekit.errors.CannotGoOn, match="the machine is too busy"):
+    with pytest.raises(CannotGoOn, match="the machine is too busy"):
         prices(dense, dense.adapter.sites(dense.model), WORK, Progress())
 
 
@@ -261,7 +262,7 @@ def test_a_target_out_of_reach_leaves_nothing_behind(folder: Path, tmp_path: Pat
     with pytest.raises(
         prunekit.WrongInput, match=r"latency=0.1 cannot be met: reachable is 0\.3572 to 1, because 0\.5 of"
     ):
-        prunekit.prune(folder, output=tmp_path / "out", **QUICK | {"target": "latency=0.1"})
+        prunekit.prune(folder, output=tmp_path / "out", **{**QUICK, "target": "latency=0.1"})
     assert list(tmp_path.iterdir()) == []
 
 

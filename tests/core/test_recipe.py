@@ -383,13 +383,7 @@ def test_a_price_table_goes_with_its_model_workload_and_device(table: Prices) ->
     )
     for stays in ({"model": "a"}, {"target": "latency=0.7"}, {"pruner": "wanda"}, {"latency.prompt": 8}):
         assert recipe.with_overrides(stays).latency.table == table
-    for goes in (
-        {"model": "b"},
-        {"latency.batch": 2},
-        {"device": "cuda"},
-        {"heads": "query"},
-        {"latency": {"batch": 2}},
-    ):
+    for key, value in {"model": "b", "latency.batch": 2, "device": "cuda", "heads": "query", "latency": {}}.items():
         assert recipe.with_overrides({key: value}).latency.table is None
     with pytest.raises(WrongInput, match=r"of batch 1, and latency\.batch is 2"):
         recipe.with_overrides({"latency": {"batch": 2, "prices": table.as_dict()}}).checked()
