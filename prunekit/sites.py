@@ -211,12 +211,13 @@ class Budget:
     def _curve(self, site: Site) -> Curve:
         if self.table is None:
             raise WrongInput("latency has no prices but those of a table; measure one first: prunekit prune --target")
-        if site.shape not in self.table.curves:
+        curve = self.table.curves.get(site.shape)
+        if curve is None or curve.counts[-1] != site.n_groups:
             raise WrongInput(
                 f"the price table has no {site.shape}, as {site.name} is; it is of another model: measure anew with "
                 "--set latency.prices=null"
             )
-        return self.table.curves[site.shape]
+        return curve
 
     def _outside(self, sites: Sequence[Site]) -> int:
         """Of the table, which must be of as many sites of every shape."""

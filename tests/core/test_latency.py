@@ -266,6 +266,18 @@ def test_a_target_out_of_reach_leaves_nothing_behind(folder: Path, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_study_measures_once_and_its_recipes_have_the_table(folder: Path, tmp_path: Path, clock: Any) -> None:
+    study = {**QUICK, "allocator": "uniform"}
+    space = {"pruner": ["magnitude", "wanda"]}
+    prunekit.tune(folder, space=space, trials=1, output=tmp_path / "study", **study)
+    asked = len(clock)
+    table = Prices.load(tmp_path / "study")
+    assert prunekit.Recipe.load(tmp_path / "study" / "best.yaml").latency.table == table
+    tuned = prunekit.tune(folder, space=space, trials=2, output=tmp_path / "study", **study)
+    assert len(clock) == asked
+    assert tuned.best.latency.table == table
+
+
 @pytest.mark.usefixtures("clock")
 def test_attention_and_mlp_may_be_kept_apart(folder: Path) -> None:
     told = prunekit.prune(folder, apart=True, **QUICK).report
