@@ -104,6 +104,14 @@ Dataset = Annotated[
     list[str] | None,
     typer.Option(help="python-docs, a text/jsonl/parquet file, or on the hub. Repeatable, or several by comma."),
 ]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METRIC=SHARE",
+        help="What stays, instead of --sparsity: latency=0.6, measured here; parameters=0.5; bytes, flops, kv-cache.",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results and errors.")]
 
 
@@ -118,6 +126,7 @@ def prune(
             help="Share of the blocks' parameters (of structure weights: of their linear maps' weights) to remove."
         ),
     ] = None,
+    target: Target = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the result.")] = None,
     recipe: Annotated[str, typer.Option(help="A YAML file, the folder of a pruned model, or a preset.")] = "default",
     pruner: Annotated[str | None, typer.Option(help="Decides what to keep in one layer.")] = None,
@@ -149,6 +158,7 @@ def prune(
     flags = {
         "model": _model(model, model_option),
         "sparsity": sparsity,
+        "target": target,
         "pruner": pruner,
         "allocator": allocator,
         "objective": objective,
@@ -173,13 +183,15 @@ def prune(
 
     from prunekit import pipeline
     from prunekit.progress import progress_for
-    from prunekit.report import gained
+    from prunekit.report import gained, kept_promise
 
     _calm()
     result = pipeline.prune(chosen, output=output, progress=progress_for(quiet), resume=resume, overwrite=overwrite)
     _print(comparison(str(output), *_from_report(result.report, source, output)))
     if "weights" in result.report:
         typer.echo(gained(result.report["weights"]))
+    if "latency" in result.report:
+        typer.echo(kept_promise(result.report["latency"]))
 
 
 @app.command()
@@ -380,6 +392,7 @@ ROWS: Mapping[str, Callable[[float], str]] = {
     "size on disk": _bytes,
     "prefill tokens/s": "{:,.0f}".format,
     "decode tokens/s": "{:,.1f}".format,
+    "milliseconds": "{:,.4g}".format,
 }
 
 
@@ -430,6 +443,8 @@ def _from_report(report: Mapping[str, Any], model: str, output: Path) -> tuple[d
         }
         if (weights := report.get("weights")) is not None:
             found["not zero in linear maps"] = weights["in_linear_maps" if which == "dense" else "not_zero"]
+        if (pace := report.get("latency")) is not None:
+            found["milliseconds"] = pace["milliseconds"][which]
         stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         return {**found, "size on disk": stored} if stored else found
 

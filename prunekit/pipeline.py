@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from prunekit import latency
 from prunekit import report as reporting
 from prunekit.adapters import ModelAdapter
 from prunekit.build import build
@@ -32,6 +33,7 @@ from prunekit.export import hf
 from prunekit.export.verify import NotVerified, verify
 from prunekit.layer import is_sparse
 from prunekit.ledger import Ledger
+from prunekit.prices import FILE
 from prunekit.progress import Progress
 from prunekit.recipe import Recipe
 from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, signals_of
@@ -39,7 +41,7 @@ from prunekit.search import converse
 from prunekit.sites import Allocation, Budget, Site, Space, Structure
 from prunekit.store import CandidateStore, Checkpoints, write_json
 from prunekit.supernet import Supernet
-from prunekit.workplace import check_output, publish, unfinished, workplace
+from prunekit.workplace import check_output, left, publish, unfinished, workplace
 
 PROBE = 1024  # tokens an export is verified on
 SECONDS = "seconds.json"  # beside the candidates: what their walk took
@@ -115,7 +117,8 @@ def prune(
         files = [*recipe.data.names, *([source] if isinstance(source, str) else [])]
         check_output(output, overwrite=overwrite, sources=[f for f in files if Path(f).exists()])
     shape, adapter = skeleton(source, trust_remote_code=recipe.trust_remote_code)
-    whole_space(recipe, shape, adapter, next(shape.parameters()).dtype)  # can the budget be met?
+    if recipe.metric != "latency" or recipe.latency.prices is not None:
+        whole_space(recipe, shape, adapter, next(shape.parameters()).dtype)  # can the budget be met?
     for spec in recipe.finishers:
         FINISHERS.build(spec).check(adapter)
     if not (resume and output is not None and unfinished(output)):  # what goes on may have all it needs on record
@@ -125,12 +128,16 @@ def prune(
             source, tokenizer,
             device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code,
         )  # fmt: skip
-        whole = whole_space(recipe, dense.model, dense.adapter, dense.dtype)
         draws = draw(dense.tokenizer, recipe.data, progress, seed=recipe.seed, **limits(dense.model))
         OBJECTIVES.build(recipe.objective).check(draws.search)
         recipe = recipe.completed(model=dense.name, draws=draws)
     identity = recipe.determining() | {"weights": fingerprint(dense.model), "versions": reporting.versions(recipe)}
+    with clock("time"):
+        past = left(output, identity) if resume and output is not None else None
+        recipe = priced(recipe, dense, None if past is None else past / FILE, progress)
+    whole = whole_space(recipe, dense.model, dense.adapter, dense.dtype)
     with workplace(output, identity, resume=resume, overwrite=overwrite) as place:
+        write_prices(recipe, place)
         run = Run(recipe, dense, whole, draws, Ledger(place / "ledger.jsonl"), place, progress, clock)
         net, plan = run.searched()
         small = copy.deepcopy(net.assemble(plan))  # what was not cut is still shared with the dense model
@@ -146,9 +153,10 @@ def prune(
                 "rise": {"nll": rise, "standard_error": error},  # paired by window
                 "nll_by_source": reporting.by_source(draws.evaluation, before, after),
             } | ({} if raw is None else {"unfinished": raw.as_dict()})
+        pace = run.paced(small, plan)
         probe = probed(stored_as(small.cpu(), dense.dtype), draws.evaluation)
         exported = hf.to_transformers(stored_as(small, dense.dtype), dense.adapter)
-        document = reporting.report(run, net, plan, exported, losses, said)
+        document = reporting.report(run, net, plan, exported, losses, said, pace)
         result = Result(exported, dense.tokenizer, recipe, document, run.ledger.text(), output, probe)
         if output is not None:
             shutil.rmtree(place / "result", ignore_errors=True)
@@ -254,6 +262,20 @@ class Run:
         stored_as(stored_as(small, dense.dtype), computed)  # what is measured is what will be saved
         return said
 
+    def paced(self, small: PreTrainedModel, plan: Allocation) -> dict[str, Any] | None:
+        """What was promised of the time, and what the model takes as it will be exported; None: nothing was."""
+        if (table := self.whole.budget.table) is None:
+            return None
+        with self.clock("time"):
+            found = latency.realised(
+                self.dense.model, hf.to_transformers(small, self.dense.adapter), table,
+                target=float(1 - Fraction(str(self.recipe.sparsity))), promised=table.outside + self.whole.cost(plan),
+                progress=self.progress,
+            )  # fmt: skip
+        if not found["kept"]:
+            self.progress.say(f"warning: {reporting.kept_promise(found)}")
+        return found
+
 
 def shapes(model: nn.Module) -> dict[str, torch.Size]:
     """Of all parameters, by name, tied ones under each."""
@@ -306,18 +328,35 @@ def whole_space(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, dtype: 
     freed = sum(site.parameters(site.n_groups) for site in sites)
     counts = recipe.of == "model" or structure.units == "groups"
     outside = sum(p.numel() for p in base.parameters()) - freed if counts else 0
+    table = recipe.latency.table if recipe.metric == "latency" else None
     budget = Budget.keeping(
         kept if structure.units != "n:m" else Fraction(structure.kept, structure.block), sites,
-        metric=recipe.metric, bytes_per_parameter=dtype.itemsize, outside=outside, apart=recipe.apart,
+        metric=recipe.metric, bytes_per_parameter=dtype.itemsize, outside=outside, apart=recipe.apart, table=table,
     )  # fmt: skip
     if any(FINISHERS.build(spec).adds_biases for spec in recipe.finishers):
         sites = tuple(adapter.with_bias(model, site) for site in sites)  # what is pruned pays for them
     return Space.whole(sites, budget)
 
 
+def priced(recipe: Recipe, dense: Dense, past: Path | None, progress: Progress) -> Recipe:
+    """The recipe with the price table its metric needs: its own, or that at `past`, or one measured now."""
+    if recipe.metric != "latency":
+        return recipe
+    sites = dense.adapter.sites(dense.model, heads=recipe.heads)
+    table = latency.priced(recipe.latency, dense, sites, past, progress)
+    return recipe.model_copy(update={"latency": recipe.latency.measured(table)})
+
+
+def write_prices(recipe: Recipe, folder: Path) -> None:
+    """The price table beside the recipe that names it."""
+    if isinstance(recipe.latency.prices, dict):
+        write_json(folder / FILE, recipe.latency.prices)
+
+
 def write_result(result: Result, folder: Path) -> None:
     """All files of a result; the export is verified in a fresh process before anyone can see it."""
     hf.save(result.model, folder, result.tokenizer, code=result.recipe.code)
+    write_prices(result.recipe, folder)
     (folder / "recipe.yaml").write_text(result.recipe.to_yaml())
     (folder / "ledger.jsonl").write_text(result.ledger)
     reporting.write(result.report, result.recipe, folder)

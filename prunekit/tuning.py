@@ -29,7 +29,8 @@ from prunekit.choices import Choices
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.evaluate import perplexity
 from prunekit.ledger import Ledger
-from prunekit.pipeline import Clock, Run, limits, whole_space
+from prunekit.pipeline import Clock, Run, limits, priced, whole_space, write_prices
+from prunekit.prices import FILE
 from prunekit.progress import Progress, span
 from prunekit.recipe import Recipe
 from prunekit.registry import OBJECTIVES
@@ -143,6 +144,7 @@ def tune(
     dense = opened(
         source, tokenizer, device=base.device, dtype=base.dtype, trust_remote_code=base.trust_remote_code
     )  # fmt: skip
+    base = priced(base, dense, output / FILE if resume and not overwrite else None, progress)
     whole_space(base, dense.model, dense.adapter, dense.dtype)  # can the budget be met?
     draws = draw(dense.tokenizer, base.data, progress, seed=base.seed, **limits(dense.model))
     base = base.completed(model=dense.name, draws=draws)
@@ -156,6 +158,7 @@ def tune(
         "versions": reporting.versions(base) | {"optuna": optuna.__version__},
     }
     with claimed(output, identity, "a study", resume=resume, overwrite=overwrite) as place, _quiet():
+        write_prices(base, place)  # beside the recipes that name it
         study = _study(place, storage, study_name or output.name, identity, len(metrics), resume and not overwrite)
         bench = Bench(base, dense, draws, place, tuple(metrics), progress, disk)
         rows = [_base_row(bench)]
