@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import prunekit
 from prunekit import Budget, Space, latency
-from prunekit.adapters import adapter_for
+from prunekit.adapters import Transformer, adapter_for
 from prunekit.checkpoint import Dense
 from prunekit.demo import MODEL
 from prunekit.errors import CannotGoOn
@@ -26,9 +26,15 @@ ATTENTION, MLP, PART, OUTSIDE = 30_000, 25_000, 40_000, 500_000  # ns: a head, a
 WORK = Workload(1, 16, 0)
 
 
+def family_of(model: PreTrainedModel) -> Transformer:
+    adapter = adapter_for(model.config.model_type)
+    assert isinstance(adapter, Transformer)
+    return adapter
+
+
 def made_up(model: PreTrainedModel, work: Workload) -> int:
     """An additive time in tiles, as long as the prompt asks."""
-    adapter, total = adapter_for(model.config.model_type), OUTSIDE
+    adapter, total = family_of(model), OUTSIDE
     for block in adapter.blocks(model):
         dropped = adapter.dropped(block)
         if "attention" not in dropped:
@@ -116,7 +122,7 @@ def test_what_is_saved_together_but_not_alone_is_in_the_prices(dense: Dense, mon
 
     def shy(net: PreTrainedModel, work: Workload) -> int:
         """Attention and MLP that are cut at once save a tenth less than one by one."""
-        sizes = [dense.adapter.layer_config(block) for block in dense.adapter.blocks(net)]
+        sizes = [family_of(net).layer_config(block) for block in dense.adapter.blocks(net)]
         both = sizes[0]["num_key_value_heads"] < KV_HEADS and sizes[0].get("intermediate_size", 0) < WIDTH
         saved = whole - made_up(net, work)
         return whole - (saved * 9 // 10 if both and "skip" not in sizes[0] else saved)
@@ -134,7 +140,7 @@ def test_what_is_saved_together_but_not_alone_is_in_the_prices(dense: Dense, mon
 def test_times_that_contradict_each_other_are_refused(dense: Dense, monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(net: PreTrainedModel, work: Workload) -> int:
         """Whichever kind is dropped, nothing is left of the time."""
-        return 1 if any(dense.adapter.dropped(block) for block in dense.adapter.blocks(net)) else made_up(net, work)
+        return 1 if any(family_of(net).dropped(block) for block in dense.adapter.blocks(net)) else made_up(net, work)
 
     monkeypatch.setattr(latency, "nanoseconds", ask)
     with pytest.raises(CannotGoOn, match="the machine is too busy"):
@@ -175,7 +181,7 @@ def test_the_workload_runs_on_whole_and_cut_models(family: str) -> None:
     sites = dense.adapter.sites(net)
     for keeps in ({}, dict.fromkeys(sites, 1), dict.fromkeys(sites[::2], 0)):
         assert nanoseconds(cut(dense, keeps), Workload(2, 8, 3)) > 0
-    assert not any(dense.adapter.dropped(block) for block in dense.adapter.blocks(net))  # as it was
+    assert not any(family_of(net).dropped(block) for block in dense.adapter.blocks(net))  # as it was
 
 
 def test_the_prompt_is_as_long_as_the_model_takes(dense: Dense) -> None:
