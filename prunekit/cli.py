@@ -92,6 +92,12 @@ def _options(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a fork after use would warn
 
 
+def _shares(text: str) -> float | list[float]:
+    """One number, or several by comma."""
+    shares = [float(share) for share in text.split(",")]
+    return shares if len(shares) > 1 else shares[0]
+
+
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder, or id on the hub.", show_default=False)]
 ModelOption = Annotated[str | None, typer.Option("--model", help="The same as MODEL.", show_default=False)]
 Set = Annotated[
@@ -108,7 +114,8 @@ Target = Annotated[
     str | None,
     typer.Option(
         metavar="METRIC=SHARE",
-        help="What stays, instead of --sparsity: latency=0.6, measured here; parameters=0.5; bytes, flops, kv-cache.",
+        help="What stays, instead of --sparsity: latency=0.6, measured here; parameters=0.5; bytes, flops, kv-cache. "
+        "Several shares by comma make a family.",
         show_default=False,
     ),
 ]
@@ -121,9 +128,13 @@ def prune(
     *,
     model_option: ModelOption = None,
     sparsity: Annotated[
-        float | None,
+        Any,
         typer.Option(
-            help="Share of the blocks' parameters (of structure weights: of their linear maps' weights) to remove."
+            parser=_shares,
+            metavar="SHARE[,SHARE...]",
+            help="Of the blocks' parameters (of structure weights: of their linear maps' weights) to remove; "
+            "several make a family of models.",
+            show_default=False,
         ),
     ] = None,
     target: Target = None,
@@ -174,7 +185,9 @@ def prune(
         "dtype": dtype,
     }
     given = {key: value for key, value in flags.items() if value not in (None, [])}
-    chosen = Recipe.load(recipe).with_overrides(given | dict(map(parsed, set_ or [])))
+    base, overrides = Recipe.load(recipe), given | dict(map(parsed, set_ or []))
+    several = base.spread(overrides)
+    chosen = several or base.with_overrides(overrides)
     if (source := chosen.model) is None:
         raise WrongInput("no model was given; name a folder or a hub id: prunekit prune MODEL --output DIR")
     if output is None:
@@ -186,6 +199,13 @@ def prune(
     from prunekit.report import gained, kept_promise
 
     _calm()
+    if several is not None:
+        from prunekit.family import FILE, family
+
+        found = family(chosen, output=output, progress=progress_for(quiet), resume=resume, overwrite=overwrite)
+        _print(members(str(output), found.document))
+        typer.echo(f"in numbers: {output / FILE}")
+        return
     result = pipeline.prune(chosen, output=output, progress=progress_for(quiet), resume=resume, overwrite=overwrite)
     _print(comparison(str(output), *_from_report(result.report, source, output)))
     if "weights" in result.report:
@@ -403,6 +423,20 @@ def comparison(title: str, dense: Mapping[str, float], pruned: Mapping[str, floa
         if row in dense and row in pruned:
             ratio = f"{pruned[row] / dense[row]:.3f}" if dense[row] else ""
             table.add_row(row, text(dense[row]), text(pruned[row]), ratio)
+    return table
+
+
+def members(title: str, document: Mapping[str, Any]) -> Table:
+    """A family, by ascending sparsity; * is on the front."""
+    table = _table(title, "", "sparsity", "parameters", "perplexity", "token-forwards", "seconds")
+    dense = document["dense"]
+    table.add_row("dense", "", "", f"{dense['parameters']:,}", f"{dense['perplexity']:,.2f}")
+    for row in document["members"]:
+        numbers = f"{row['parameters']:,}", f"{row['perplexity']:,.2f}", f"{row['token_forwards']:,}"
+        table.add_row(
+            row["folder"], "*" if row["front"] else "", f"{row['realised']:.4f}", *numbers, f"{row['seconds']:,.0f}"
+        )
+    table.add_row("in all", *[""] * 4, f"{document['token_forwards']:,}", f"{document['seconds']:,.0f}")
     return table
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,10 +25,10 @@ from prunekit.build import build
 from prunekit.calibration.draws import Draws, draw
 from prunekit.calibration.gradients import Gradients
 from prunekit.calibration.tokens import TokenBatch
-from prunekit.checkpoint import Dense, fingerprint, opened, skeleton, stored_as
+from prunekit.checkpoint import Dense, fingerprint, load_tokenizer, loaded, opened, skeleton, stored_as
 from prunekit.contracts import Allocator, Finisher, Problem, Workpiece
 from prunekit.errors import CannotGoOn, PluginError, WrongInput
-from prunekit.evaluate import perplexity
+from prunekit.evaluate import Perplexity, perplexity
 from prunekit.export import hf
 from prunekit.export.verify import NotVerified, verify
 from prunekit.layer import is_sparse
@@ -37,7 +37,7 @@ from prunekit.prices import FILE
 from prunekit.progress import Progress
 from prunekit.recipe import Recipe
 from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, signals_of
-from prunekit.search import converse
+from prunekit.search import Known, converse
 from prunekit.sites import Allocation, Budget, Site, Space, Structure
 from prunekit.store import CandidateStore, Checkpoints, write_json
 from prunekit.supernet import Supernet
@@ -59,6 +59,17 @@ class Result:
     directory: Path | None = None
     probe: tuple[torch.Tensor, torch.Tensor] | None = None  # (ids, float32 logits) that an export must reproduce
 
+    @classmethod
+    def load(cls, directory: str | Path) -> Result:
+        """A result that was saved, its model in the dtype of its file."""
+        folder = Path(directory)
+        recipe, report = Recipe.load(folder), json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        trusted = recipe.trust_remote_code or recipe.code == "bundled"
+        model = loaded(str(folder), dtype="auto", trust_remote_code=trusted)
+        tokenizer = load_tokenizer(str(folder), recipe.trust_remote_code)
+        ledger = (folder / "ledger.jsonl").read_text(encoding="utf-8")
+        return cls(model, tokenizer, recipe, report, ledger, folder)
+
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Write weights, config, tokenizer, recipe, report, ledger and card; verified in a fresh process, then renamed.
 
@@ -76,10 +87,17 @@ class Result:
 
 
 class Clock:
-    """Seconds by stage."""
+    """Seconds by stage: its own, and those of a clock that it shares with others."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, shared: Clock | None = None) -> None:
+        self.own: dict[str, float] = {}
+        self.shared = shared or self
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What it takes to come so far alone: shared ones are included."""
+        both = dict(self.shared.own) if self.shared is not self else {}
+        return both | {stage: spent + both.get(stage, 0.0) for stage, spent in self.own.items()}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -89,7 +107,7 @@ class Clock:
 
     def add(self, stage: str, seconds: float) -> None:
         """What a stage has cost; a walk that is only read counts as when it was walked."""
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        self.own[stage] = self.own.get(stage, 0.0) + seconds
 
 
 def prune(
@@ -104,10 +122,38 @@ def prune(
 ) -> Result:
     """Prune after a recipe. The model is `recipe.model`, or one in memory with its tokenizer.
 
-    Everything the user may have got wrong is refused before any long work.
+    Everything the user may have got wrong is refused before any long work. A recipe that names its family is searched
+    together with all of it, so that it comes out as it did there.
 
     Raises:
         WrongInput: says what was asked, what there is and what to do.
+    """
+    with begun(recipe, model, tokenizer, output, progress, resume=resume, overwrite=overwrite) as (place, runs):
+        found = dict(zip(runs, searched(runs), strict=True))
+        run = next(run for run in runs if run.recipe.sparsity == recipe.sparsity)
+        result = run.result(*found[run], run.dense_perplexity(), output)
+        if output is not None:
+            shutil.rmtree(place / "result", ignore_errors=True)
+            write_result(result, place / "result")
+            publish(place / "result", output)
+    return result
+
+
+@contextmanager
+def begun(
+    recipe: Recipe,
+    model: PreTrainedModel | None,
+    tokenizer: Any,
+    output: Path | None,
+    progress: Progress | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    **identity: Any,
+) -> Iterator[tuple[Path, list[Run]]]:
+    """A folder to work in and a run for the recipe, or for every one of its family: checked, opened, text drawn.
+
+    `identity` is what else must agree for an unfinished run to be gone on with.
     """
     recipe, progress, clock = recipe.checked(), progress or Progress(), Clock()
     source = recipe.model if model is None else model
@@ -118,7 +164,8 @@ def prune(
         check_output(output, overwrite=overwrite, sources=[f for f in files if Path(f).exists()])
     shape, adapter = skeleton(source, trust_remote_code=recipe.trust_remote_code)
     if recipe.metric != "latency" or recipe.latency.prices is not None:
-        whole_space(recipe, shape, adapter, next(shape.parameters()).dtype)  # can the budget be met?
+        for member in recipe.members:
+            whole_space(member, shape, adapter, next(shape.parameters()).dtype)  # can the budget be met?
     for spec in recipe.finishers:
         FINISHERS.build(spec).check(adapter)
     if not (resume and output is not None and unfinished(output)):  # what goes on may have all it needs on record
@@ -131,38 +178,48 @@ def prune(
         draws = draw(dense.tokenizer, recipe.data, progress, seed=recipe.seed, **limits(dense.model))
         OBJECTIVES.build(recipe.objective).check(draws.search)
         recipe = recipe.completed(model=dense.name, draws=draws)
-    identity = recipe.determining() | {"weights": fingerprint(dense.model), "versions": reporting.versions(recipe)}
+    identity = recipe.determining() | {
+        "weights": fingerprint(dense.model), "versions": reporting.versions(recipe), **identity
+    }  # fmt: skip
     with clock("time"):
         past = left(output, identity) if resume and output is not None else None
         recipe = priced(recipe, dense, None if past is None else past / FILE, progress)
-    whole = whole_space(recipe, dense.model, dense.adapter, dense.dtype)
+    spaces = [whole_space(member, dense.model, dense.adapter, dense.dtype) for member in recipe.members]
     with workplace(output, identity, resume=resume, overwrite=overwrite) as place:
         write_prices(recipe, place)
-        run = Run(recipe, dense, whole, draws, Ledger(place / "ledger.jsonl"), place, progress, clock)
-        net, plan = run.searched()
-        small = copy.deepcopy(net.assemble(plan))  # what was not cut is still shared with the dense model
-        raw = perplexity(small, draws.evaluation) if recipe.finishers else None
-        said = run.finish(small, net, plan)
-        with clock("evaluate"):
-            before, after = (perplexity(model_, draws.evaluation) for model_ in (dense.model, small))
-            rise, error = after.above(before)
-            losses = {
-                "objective": OBJECTIVES.build(recipe.objective).loss(net, plan, draws.search),
-                "dense": before.as_dict(),
-                "pruned": after.as_dict(),
-                "rise": {"nll": rise, "standard_error": error},  # paired by window
-                "nll_by_source": reporting.by_source(draws.evaluation, before, after),
-            } | ({} if raw is None else {"unfinished": raw.as_dict()})
-        pace = run.paced(small, plan)
-        probe = probed(stored_as(small.cpu(), dense.dtype), draws.evaluation)
-        exported = hf.to_transformers(stored_as(small, dense.dtype), dense.adapter)
-        document = reporting.report(run, net, plan, exported, losses, said, pace)
-        result = Result(exported, dense.tokenizer, recipe, document, run.ledger.text(), output, probe)
-        if output is not None:
-            shutil.rmtree(place / "result", ignore_errors=True)
-            write_result(result, place / "result")
-            publish(place / "result", output)
-    return result
+        runs = list[Run]()
+        for member, whole in zip(recipe.members, spaces, strict=True):
+            own = place / str(member.sparsity) if recipe.family else place
+            own.mkdir(exist_ok=True)
+            ledger = Ledger(own / "ledger.jsonl")
+            runs.append(Run(member, dense, whole, draws, ledger, own, progress, Clock(clock), place))
+        yield place, runs
+
+
+def searched(runs: Sequence[Run]) -> list[tuple[Supernet, Allocation]]:
+    """What each run's allocator answered, and the network it was asked about.
+
+    Coarse to fine, as long as an allocator wants finer ladders. The runs differ in their budgets alone: a walk along
+    the rungs of all costs little more than along those of one, so every round is walked once; then each holds its own
+    conversation on its own ladders, and what is known from another's is not judged again.
+    """
+    first, walk, found = runs[0], 0, dict[Run, tuple[Supernet, Allocation]]()
+    allocator = ALLOCATORS.build(first.recipe.allocator)
+    spaces = {run: allocator.first_space(run.whole) for run in runs}  # of those that still search
+    centres = {run: run.whole.uniform() for run in runs}
+    while spaces:
+        starts = {run: space.nearest(centres[run]) for run, space in spaces.items()}
+        every = next(iter(spaces.values())).joined(*spaces.values())
+        middle = tuple(sorted(counts)[len(counts) // 2] for counts in zip(*starts.values(), strict=True))
+        net = first.walked(every, middle, f"prune {walk + 1}", first.clock.shared, allocator)
+        known: Known = {}
+        centres = {run: run.asked(allocator, net, space, starts[run], walk, known) for run, space in spaces.items()}
+        finer = {run: allocator.next_space(space, centres[run]) for run, space in spaces.items()}
+        found |= {run: (net, centres[run]) for run, space in finer.items() if space is None}
+        spaces = {run: space for run, space in finer.items() if space is not None}
+        walk += 1
+        del net  # its cut-out parts, before the next walk needs the room
+    return [found[run] for run in runs]
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,35 +236,65 @@ class Run:
     clock: Clock
     shelf: Path | None = None  # walks, which other runs over the model may share; None: at `place` too
 
-    def searched(self) -> tuple[Supernet, Allocation]:
-        """Coarse to fine, as long as the allocator wants finer ladders; then once more around the answer."""
-        allocator, objective = ALLOCATORS.build(self.recipe.allocator), OBJECTIVES.build(self.recipe.objective)
-        space, centre, walk = allocator.first_space(self.whole), self.whole.uniform(), 0
-        while True:
-            start = space.nearest(centre)
-            net = self.walked(space, start, f"prune {walk + 1}", allocator)
-            signals, scores = net.store.measured(space.sites, scores="scores" in allocator.needs)
-            problem = Problem(
-                space, net.errors, start, self.recipe.seed, self.draws.search.n_tokens, signals, scores,
-            )  # fmt: skip
-            self.ledger.note(reporting.space_record(walk, problem))
-            with self.clock("search"):
-                centre = converse(
-                    allocator, problem, net, objective, self.draws.search, self.ledger,
-                    walk=walk, limit=self.recipe.search_budget, progress=self.progress, label=f"search {walk + 1}",
-                ).answer  # fmt: skip
-            self.ledger.note({"kind": "choice", "walk": walk, "allocation": list(centre)})
-            if (finer := allocator.next_space(space, centre)) is None:
-                break
-            space, walk = finer, walk + 1
-            del net  # its cut-out parts, before the next walk needs the room
-        if not self.recipe.rebuild:
-            return net, centre
-        final = allocator.last_space(self.whole, centre)
-        plan = tuple(kept for (kept,) in final.ladders)
-        return (net if final.ladders == space.ladders else self.walked(final, plan, "rebuild")), plan
+    def dense_perplexity(self) -> Perplexity:
+        """Of the model as it was, on the evaluation text."""
+        with self.clock.shared("evaluate"):
+            return perplexity(self.dense.model, self.draws.evaluation)
 
-    def walked(self, space: Space, centre: Allocation, label: str, allocator: Allocator | None = None) -> Supernet:
+    def asked(
+        self, allocator: Allocator, net: Supernet, space: Space, start: Allocation, walk: int, known: Known
+    ) -> Allocation:
+        """The allocator's answer on some of the rungs of a walk; its whole conversation goes on record."""
+        signals, scores = net.store.measured(space.sites, scores="scores" in allocator.needs)
+        problem = Problem(
+            space, net.table(space), start, self.recipe.seed, self.draws.search.n_tokens, signals, scores,
+        )  # fmt: skip
+        self.ledger.note(reporting.space_record(walk, problem))
+        with self.clock("search"):
+            answer = converse(
+                allocator, problem, net, OBJECTIVES.build(self.recipe.objective), self.draws.search, self.ledger,
+                walk=walk, limit=self.recipe.search_budget, known=known, progress=self.progress,
+                label=self._called(f"search {walk + 1}"),
+            ).answer  # fmt: skip
+        self.ledger.note({"kind": "choice", "walk": walk, "allocation": list(answer)})
+        return answer
+
+    def rebuilt(self, net: Supernet, answer: Allocation) -> tuple[Supernet, Allocation]:
+        """Pruned once more, around the answer."""
+        if not self.recipe.rebuild:
+            return net, answer
+        final = ALLOCATORS.build(self.recipe.allocator).last_space(self.whole, answer)
+        plan = tuple(kept for (kept,) in final.ladders)
+        if final.ladders == net.space.ladders:
+            return net, plan
+        return self.walked(final, plan, self._called("rebuild"), self.clock), plan
+
+    def result(self, net: Supernet, answer: Allocation, before: Perplexity, output: Path | None) -> Result:
+        """The small model that the search has come to: rebuilt, finished, measured, as it will be exported."""
+        recipe, dense, draws = self.recipe, self.dense, self.draws
+        net, plan = self.rebuilt(net, answer)
+        small = copy.deepcopy(net.assemble(plan))  # what was not cut is still shared with the dense model
+        raw = perplexity(small, draws.evaluation) if recipe.finishers else None
+        said = self.finish(small, net, plan)
+        with self.clock("evaluate"):
+            after = perplexity(small, draws.evaluation)
+            rise, error = after.above(before)
+            losses = {
+                "objective": OBJECTIVES.build(recipe.objective).loss(net, plan, draws.search),
+                "dense": before.as_dict(),
+                "pruned": after.as_dict(),
+                "rise": {"nll": rise, "standard_error": error},  # paired by window
+                "nll_by_source": reporting.by_source(draws.evaluation, before, after),
+            } | ({} if raw is None else {"unfinished": raw.as_dict()})
+        pace = self.paced(small, plan)
+        probe = probed(stored_as(small.cpu(), dense.dtype), draws.evaluation)
+        exported = hf.to_transformers(stored_as(small, dense.dtype), dense.adapter)
+        document = reporting.report(self, net, plan, exported, losses, said, pace)
+        return Result(exported, dense.tokenizer, recipe, document, self.ledger.text(), output, probe)
+
+    def walked(
+        self, space: Space, centre: Allocation, label: str, clock: Clock, allocator: Allocator | None = None
+    ) -> Supernet:
         """Walk the blocks, or go on with a walk that was interrupted, or read one that was finished.
 
         What the allocator asks for is measured on the way.
@@ -240,7 +327,7 @@ class Run:
         )  # fmt: skip
         if new or not (store.directory / SECONDS).exists():
             write_json(store.directory / SECONDS, time.perf_counter() - begun)
-        self.clock.add("prune", json.loads((store.directory / SECONDS).read_text()))
+        clock.add("prune", json.loads((store.directory / SECONDS).read_text()))
         return Supernet(dense.model, dense.adapter, space, errors, store)
 
     def finish(self, small: PreTrainedModel, net: Supernet, plan: Allocation) -> list[dict[str, Any]]:
@@ -275,6 +362,10 @@ class Run:
         if not found["kept"]:
             self.progress.say(f"warning: {reporting.kept_promise(found)}")
         return found
+
+    def _called(self, stage: str) -> str:
+        """A stage that every member of a family has."""
+        return f"{stage} for {self.recipe.sparsity}" if self.recipe.family else stage
 
 
 def shapes(model: nn.Module) -> dict[str, torch.Size]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import cache
 from importlib import metadata, resources
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
@@ -200,6 +201,7 @@ class Recipe(_Strict):
     version: Literal[1] = 1
     model: str | None = None  # folder or hub id; None in presets
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.5  # share of `of` that is removed
+    family: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()  # sparsities it was searched with; (): alone
     of: Literal["blocks", "model"] = "blocks"
     metric: Metric = "parameters"  # `target: METRIC=SHARE` says it together with a sparsity of 1 - SHARE
     latency: LatencySpec = LatencySpec()  # of metric latency
@@ -282,11 +284,44 @@ class Recipe(_Strict):
             and (_pattern(structure) or _pattern(self.structure))
         ):
             values.pop("sparsity")  # a pattern has its own; what follows one has the default
+            values["family"] = ()
+        if "sparsity" in overrides:
+            values["family"] = ()  # it was of the other
         for key in sorted(overrides, key=lambda key: key.count(".")):  # a plug-in before its options
             _place(values, key, overrides[key])
             if key.split(".")[0] in ("data", "model", "seed") and isinstance(values["data"], dict):
                 values["data"]["digests"] = None
         return type(self).of_mapping(values)
+
+    def spread(self, overrides: Mapping[str, Any]) -> Self | None:
+        """As `with_overrides`, of a list of sparsities or a target of several shares: the first recipe of the family.
+
+        None: they give one value.
+
+        Raises:
+            WrongInput: as `with_overrides`, of any value; or one is given twice.
+        """
+        key = "target" if "target" in overrides else "sparsity"
+        metric, equals, shares = str(overrides.get(key)).partition("=")
+        if key == "target" and "," in shares:
+            values = [f"{metric}{equals}{share}" for share in shares.split(",")]
+        elif isinstance(overrides.get("sparsity"), (list, tuple)):
+            values = overrides["sparsity"]
+        else:
+            return None
+        recipes = [self.with_overrides({**overrides, key: value}) for value in values]
+        family = sorted(recipe.sparsity for recipe in recipes)
+        if not family:
+            raise WrongInput("sparsity has no value; give one, or several of a family")
+        if twice := [one for one, other in pairwise(family) if one == other]:
+            raise WrongInput(f"sparsity {twice[0]} is given twice; every member of a family has its own")
+        first = next(recipe for recipe in recipes if recipe.sparsity == family[0])
+        return first.model_copy(update={"family": tuple(family) if len(family) > 1 else ()})
+
+    @property
+    def members(self) -> list[Self]:
+        """The recipes of the family, by ascending sparsity; this one where it has none."""
+        return [self.model_copy(update={"sparsity": sparsity}) for sparsity in self.family] or [self]
 
     def _is_other_to_time(self, overrides: Mapping[str, Any]) -> bool:
         """Whether overrides change what a price table was measured on, where that was said."""
@@ -309,6 +344,11 @@ class Recipe(_Strict):
         if self.apart and self.of == "model":
             raise WrongInput(
                 "apart gives attention and MLP each their share of the blocks; it does not go with of=model"
+            )
+        if self.family and (list(self.family) != sorted({*self.family, self.sparsity}) or len(self.family) < 2):
+            raise WrongInput(
+                f"family names all sparsities that were searched together, this recipe's {self.sparsity} too, "
+                f"ascending, not {list(self.family)}"
             )
         pruner = PRUNERS.build(self.pruner)
         finishers = [FINISHERS.build(spec) for spec in self.finishers]
@@ -347,6 +387,11 @@ class Recipe(_Strict):
         from prunekit.registry import SIGNALS
 
         structure = Structure.parsed(self.structure)
+        if structure.block and self.family:
+            raise WrongInput(
+                f"structure {self.structure} says its own sparsity, so there is no family of several; "
+                "take structure groups or weights"
+            )
         named = [("pruner", self.pruner, pruner)]
         named += [("finisher", spec, each) for spec, each in zip(self.finishers, finishers, strict=True)]
         for kind, spec, plugin in named:
@@ -376,6 +421,11 @@ class Recipe(_Strict):
                 "blocks; leave sparsity and of away, or take structure weights"
             )
 
+    @property
+    def _unsaid(self) -> set[str]:
+        """What a recipe need not say."""
+        return set() if self.family else {"family"}
+
     def completed(self, *, model: str, draws: Draws) -> Self:
         """This recipe with the model's name and every choice about the tokens written in."""
         return self.model_copy(update={"model": model, "data": draws.spec})
@@ -386,7 +436,7 @@ class Recipe(_Strict):
         A price table is a file beside the recipe.
         """
         used = ", ".join(f"{name} {metadata.version(name)}" for name in ("prunekit", "torch", "transformers"))
-        values = self.checked().model_dump(mode="json")
+        values = self.checked().model_dump(mode="json", exclude=self._unsaid)
         if values["latency"]["prices"] is not None:
             values["latency"]["prices"] = FILE
         body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
@@ -399,7 +449,7 @@ class Recipe(_Strict):
 
     def determining(self) -> dict[str, Any]:
         """The values that determine the weights, every option of every plug-in among them."""
-        unread = {*WITHOUT_EFFECT} if self.metric == "latency" else {*WITHOUT_EFFECT, "latency"}
+        unread = self._unsaid | WITHOUT_EFFECT | (set() if self.metric == "latency" else {"latency"})
         return self.checked().model_dump(mode="json", exclude=unread)
 
 

@@ -104,7 +104,8 @@ def report(
         },
         "search": {"questions": run.ledger.questions, "token_forwards": run.ledger.tokens},
         "finishers": [dict(said) for said in finishers],
-        "seconds": {stage: round(spent, 3) for stage, spent in run.clock.seconds.items()},
+        "seconds": _rounded(run.clock.seconds),
+        **({"seconds_shared": _rounded(run.clock.shared.own)} if recipe.family else {}),  # of these, for all of it
         "seed": recipe.seed,
         "versions": versions(recipe),
     }
@@ -246,6 +247,10 @@ def count(module: nn.Module) -> int:
 def _parts(recipe: Recipe) -> list[tuple[str, Mapping[str, Any]]]:
     fixed = [("pruner", recipe.pruner), ("allocator", recipe.allocator), ("objective", recipe.objective)]
     return [*fixed, *(("finisher", spec) for spec in recipe.finishers)]
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {stage: round(spent, 3) for stage, spent in seconds.items()}
 
 
 def _tokens(batch: TokenBatch) -> dict[str, Any]:

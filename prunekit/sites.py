@@ -506,6 +506,11 @@ class Space:
 
     # -- ladders ------------------------------------------------------------------------------------
 
+    def joined(self, *others: Space) -> Space:
+        """With the rungs of other spaces over the same sites; budget and stride stay its own."""
+        all_ = zip(*(space.ladders for space in (self, *others)), strict=True)
+        return replace(self, ladders=tuple(tuple(sorted(set().union(*ladders))) for ladders in all_))
+
     def zoomed(self, centre: Allocation, stride: float | None = None, reach: int = 4) -> Space:
         """Ladders of `reach` rungs on both sides of a centre; half the present stride unless told.
 

@@ -73,6 +73,13 @@ class Supernet:
             for row, ladder, kept in zip(self.errors, self.space.ladders, allocation, strict=True)
         ]
 
+    def table(self, space: Space) -> tuple[tuple[float, ...], ...]:
+        """Relative output errors by site and rung of a space whose rungs are all here."""
+        return tuple(
+            tuple(row[ladder.index(kept)] for kept in some)
+            for row, ladder, some in zip(self.errors, self.space.ladders, space.ladders, strict=True)
+        )
+
     # -- tokens through the network ------------------------------------------------------------------
 
     def prefetch(

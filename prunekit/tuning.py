@@ -29,7 +29,7 @@ from prunekit.choices import Choices
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.evaluate import perplexity
 from prunekit.ledger import Ledger
-from prunekit.pipeline import Clock, Run, limits, priced, whole_space, write_prices
+from prunekit.pipeline import Clock, Run, limits, priced, searched, whole_space, write_prices
 from prunekit.prices import FILE
 from prunekit.progress import Progress, span
 from prunekit.recipe import Recipe
@@ -135,7 +135,7 @@ def tune(
     _check(metrics, choices, trials, study_name, sampler)
     most = choices.nodes.get("data.calibration_tokens")
     text = {"data.calibration_tokens": max(most.examples())} if most is not None else {}
-    base = recipe.with_overrides(choices.fixed | text).checked()
+    base = recipe.with_overrides({"family": ()} | choices.fixed | text).checked()  # trials are made one by one
     choices.check(base)
     source = base.model if model is None else model
     if source is None:
@@ -205,7 +205,7 @@ class Bench:
         OBJECTIVES.build(recipe.objective).check(draws.search)
         ledger = Ledger(folder / "ledger.jsonl")
         run = Run(recipe, self.dense, whole, draws, ledger, folder, self.progress, clock, shelf)
-        net, plan = run.searched()
+        net, plan = run.rebuilt(*searched([run])[0])
         small = copy.deepcopy(net.assemble(plan))
         run.finish(small, net, plan)
         kept = reporting.count(small)

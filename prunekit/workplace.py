@@ -124,8 +124,9 @@ def _beside(output: Path, suffix: str) -> Path:
 
 
 def _is_result(folder: Path) -> bool:
+    file = next((file for name in ("report.json", "pareto.json") if (file := folder / name).exists()), None)
     try:
-        return "schema" in json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        return file is not None and "schema" in json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
 
