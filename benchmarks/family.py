@@ -63,7 +63,7 @@ def main(
         rise, error = ours.above(theirs)
         same = f"{one.report['pruned']['parameters']:,} / {other.report['pruned']['parameters']:,}"
         print(f"| {one.recipe.sparsity} | {same} | {ours.value:.2f} | {theirs.value:.2f} | {rise:+.4f} ± {error:.4f} |")
-    print(f"\n{ours.label}; dense {made.document['dense']['perplexity']:.2f}")
+    print(f"\n{made.document['label']}; dense {made.document['dense']['perplexity']:.2f}")
 
 
 if __name__ == "__main__":
