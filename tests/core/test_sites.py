@@ -37,7 +37,8 @@ def spaces(draw: st.DrawFn, apart: bool | None = None) -> Space:
     apart = draw(st.booleans()) if apart is None else apart
     ruler, limits = Budget(0), []
     if draw(st.booleans()):
-        curves = {site.shape: draw(curves_of(site)) for site in sites}
+        shapes = sorted({site.shape for site in sites})
+        curves = {shape: draw(curves_of([s for s in sites if s.shape == shape])) for shape in shapes}
         ruler = Budget(0, "latency", table=Prices(Workload(1, 8, 0), {}, 10**6, 0.0, curves))
     for kind in sorted({s.kind for s in sites}):
         some = [s for s in sites if s.kind == kind]
@@ -50,15 +51,16 @@ def spaces(draw: st.DrawFn, apart: bool | None = None) -> Space:
     return space
 
 
-def curves_of(site: Site) -> st.SearchStrategy[Curve]:
-    """Prices that rise as they like, of some counts with all groups among them."""
-    inner = st.sets(st.integers(0, site.n_groups // site.step).map(lambda k: k * site.step), max_size=6)
+def curves_of(sites: list[Site]) -> st.SearchStrategy[Curve]:
+    """Prices of one shape that rise as they like, of some counts that all its sites have, all groups among them."""
+    full, step = sites[0].n_groups, max(site.step for site in sites)
+    inner = st.sets(st.integers(0, full // step).map(lambda k: k * step), max_size=6)
 
     def priced(counts: set[int]) -> st.SearchStrategy[Curve]:
         rises = st.lists(st.integers(1, 40), min_size=len(counts), max_size=len(counts))
         return rises.map(lambda up: Curve(tuple(sorted(counts)), tuple(accumulate(up)), 1))
 
-    return inner.map(lambda counts: counts | {site.n_groups}).flatmap(priced)
+    return inner.map(lambda counts: counts | {full}).flatmap(priced)
 
 
 def _ends(sites: list[Site]) -> tuple[list[int], list[int]]:
