@@ -98,8 +98,7 @@ def _normal(shape: torch.Size, draw: torch.Generator) -> torch.Tensor:
 def pruned(dense: Path, small: Path, memory: str, tokens: int, seqlen: int, settings: list[str]) -> dict[str, Any]:
     """Prune in this process; what it took."""
     from prunekit.checkpoint import skeleton
-    from prunekit.pipeline import whole_space
-    from prunekit.plan import planned
+    from prunekit.pipeline import foreseen
 
     recipe = Recipe.load().with_overrides(
         {
@@ -119,8 +118,7 @@ def pruned(dense: Path, small: Path, memory: str, tokens: int, seqlen: int, sett
         }
     )
     model, adapter = skeleton(str(dense))
-    space = whole_space(recipe, model, adapter, next(model.parameters()).dtype)
-    plan = planned(recipe.checked(), model, adapter, space, small)
+    plan = foreseen(recipe.checked(), model, adapter, small)
     before = _peak()
     report = prunekit.prune(recipe=recipe, output=small, overwrite=True).report
     return {

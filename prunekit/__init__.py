@@ -16,6 +16,7 @@ from prunekit.contracts import (
     Workpiece,
 )
 from prunekit.errors import PluginError, WrongInput
+from prunekit.family import Family
 from prunekit.layer import Candidate, LayerProblem, best_groups, best_weights, ranked
 from prunekit.options import check_choices
 from prunekit.pipeline import Result
@@ -28,6 +29,7 @@ __all__ = [
     "Allocator",
     "Budget",
     "Candidate",
+    "Family",
     "Finisher",
     "Journal",
     "LayerProblem",

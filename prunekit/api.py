@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from transformers import PreTrainedModel
 
 from prunekit.choices import Choices
+from prunekit.family import Family
+from prunekit.family import family as run_all
 from prunekit.pipeline import Result
 from prunekit.pipeline import prune as run
 from prunekit.progress import Progress, progress_for
@@ -18,6 +20,22 @@ if TYPE_CHECKING:
     from prunekit.tuning import Tuned
 
 
+@overload
+def prune(
+    model: str | Path | PreTrainedModel | None = None,
+    tokenizer: Any = None,
+    *,
+    sparsity: list[float] | tuple[float, ...],
+    **settings: Any,
+) -> Family: ...
+@overload
+def prune(
+    model: str | Path | PreTrainedModel | None = None,
+    tokenizer: Any = None,
+    *,
+    sparsity: float = ...,
+    **settings: Any,
+) -> Result: ...
 def prune(
     model: str | Path | PreTrainedModel | None = None,
     tokenizer: Any = None,
@@ -29,11 +47,12 @@ def prune(
     resume: bool = True,
     overwrite: bool = False,
     **settings: Any,
-) -> Result:
+) -> Result | Family:
     """Prune a model: a folder, a hub id, or one in memory with its tokenizer (which stays as it is).
 
     `settings` are recipe keys: sparsity=0.5, pruner="obs", allocator={"name": "tyr", ...}, data={...}; a key
-    of a nested part is written with two underscores, data__seqlen=256.
+    of a nested part is written with two underscores, data__seqlen=256. A list of sparsities makes a family, for little
+    more than the price of one.
 
     Raises:
         WrongInput: says what was asked, what there is and what to do.
@@ -41,17 +60,19 @@ def prune(
     Example:
         >>> small = prunekit.prune("my-model", sparsity=0.5)  # doctest: +SKIP
         >>> small.save("my-model-half")  # doctest: +SKIP
+        >>> prunekit.prune("my-model", sparsity=[0.2, 0.3, 0.4, 0.5]).save("my-models")  # doctest: +SKIP
     """
-    chosen, in_memory = _chosen(model, recipe, settings)
-    return run(
-        chosen,
-        model=in_memory,
-        tokenizer=tokenizer,
-        output=None if output is None else Path(output),
-        progress=progress or progress_for(quiet),
-        resume=resume,
-        overwrite=overwrite,
-    )
+    base, overrides, in_memory = _chosen(model, recipe, settings)
+    several = base.spread(overrides)
+    options: dict[str, Any] = {
+        "model": in_memory,
+        "tokenizer": tokenizer,
+        "output": None if output is None else Path(output),
+        "progress": progress or progress_for(quiet),
+        "resume": resume,
+        "overwrite": overwrite,
+    }
+    return run(base.with_overrides(overrides), **options) if several is None else run_all(several, **options)
 
 
 def tune(
@@ -87,9 +108,9 @@ def tune(
     """
     from prunekit import tuning  # it needs an extra
 
-    chosen, in_memory = _chosen(model, recipe, settings)
+    base, overrides, in_memory = _chosen(model, recipe, settings)
     return tuning.tune(
-        chosen,
+        base.with_overrides(overrides),
         Choices.of_mapping(space) if isinstance(space, Mapping) else Choices.load(space),
         trials=trials,
         output=Path(output),
@@ -107,13 +128,13 @@ def tune(
 
 def _chosen(
     model: str | Path | PreTrainedModel | None, recipe: str | Path | Recipe, settings: dict[str, Any]
-) -> tuple[Recipe, PreTrainedModel | None]:
-    """The recipe with the settings and the model's name in it, and the model where it is in memory."""
-    chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+) -> tuple[Recipe, dict[str, Any], PreTrainedModel | None]:
+    """The recipe, what of it is to be replaced, the model's name too, and the model where it is in memory."""
+    base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     if isinstance(data := settings.pop("data", None), dict):
         settings |= {f"data__{key}": value for key, value in data.items()}
-    chosen = chosen.with_overrides({key.replace("__", "."): value for key, value in settings.items()})
+    overrides = {key.replace("__", "."): value for key, value in settings.items()}
     in_memory = model if isinstance(model, PreTrainedModel) else None
     if model is not None and in_memory is None:
-        chosen = chosen.with_overrides({"model": str(model)})
-    return chosen, in_memory
+        overrides["model"] = str(model)
+    return base, overrides, in_memory

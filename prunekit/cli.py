@@ -94,6 +94,12 @@ def _options(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a fork after use would warn
 
 
+def _shares(text: str) -> float | list[float]:
+    """One number, or several by comma."""
+    shares = [float(share) for share in text.split(",")]
+    return shares if len(shares) > 1 else shares[0]
+
+
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder, or id on the hub.", show_default=False)]
 ModelOption = Annotated[str | None, typer.Option("--model", help="The same as MODEL.", show_default=False)]
 Set = Annotated[
@@ -106,6 +112,15 @@ Dataset = Annotated[
     list[str] | None,
     typer.Option(help="python-docs, a text/jsonl/parquet file, or on the hub. Repeatable, or several by comma."),
 ]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METRIC=SHARE",
+        help="What stays, instead of --sparsity: latency=0.6, measured here; parameters=0.5; bytes, flops, kv-cache. "
+        "Several shares by comma make a family.",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results and errors.")]
 
 
@@ -115,11 +130,16 @@ def prune(
     *,
     model_option: ModelOption = None,
     sparsity: Annotated[
-        float | None,
+        Any,
         typer.Option(
-            help="Share of the blocks' parameters (of structure weights: of their linear maps' weights) to remove."
+            parser=_shares,
+            metavar="SHARE[,SHARE...]",
+            help="Of the blocks' parameters (of structure weights: of their linear maps' weights) to remove; "
+            "several make a family of models.",
+            show_default=False,
         ),
     ] = None,
+    target: Target = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the result.")] = None,
     recipe: Annotated[str, typer.Option(help="A YAML file, the folder of a pruned model, or a preset.")] = "default",
     pruner: Annotated[str | None, typer.Option(help="Decides what to keep in one layer.")] = None,
@@ -149,19 +169,28 @@ def prune(
     quiet: Quiet = False,
 ) -> None:
     """Make a smaller model. Every option but MODEL and --output has a default, from the recipe."""
-    chosen, source = _chosen(locals(), "prune")
+    chosen, source, several = _chosen(locals(), "prune")
     if output is None:
         raise WrongInput("no --output was given; name a new folder for the pruned model")
 
     from prunekit import pipeline
     from prunekit.progress import progress_for
-    from prunekit.report import gained
+    from prunekit.report import gained, kept_promise
 
     _calm()
+    if several:
+        from prunekit.family import FILE, family
+
+        found = family(chosen, output=output, progress=progress_for(quiet), resume=resume, overwrite=overwrite)
+        _print(members(str(output), found.document))
+        typer.echo(f"in numbers: {output / FILE}")
+        return
     result = pipeline.prune(chosen, output=output, progress=progress_for(quiet), resume=resume, overwrite=overwrite)
     _print(comparison(str(output), *_from_report(result.report, source, output)))
     if "weights" in result.report:
         typer.echo(gained(result.report["weights"]))
+    if "latency" in result.report:
+        typer.echo(kept_promise(result.report["latency"]))
 
 
 def _as_prune(body: Callable[[Mapping[str, Any], bool], None]) -> Callable[..., None]:
@@ -184,18 +213,18 @@ def _as_prune(body: Callable[[Mapping[str, Any], bool], None]) -> Callable[..., 
 @_as_prune
 def plan(options: Mapping[str, Any], as_json: bool) -> None:
     """What `prune` with the same options will take on this machine: memory, disk and time of every stage."""
-    chosen, source = _chosen(options, "plan")
+    chosen, source, several = _chosen(options, "plan")
     from prunekit.checkpoint import skeleton
     from prunekit.memory import amount
-    from prunekit.pipeline import whole_space
-    from prunekit.plan import Rates, planned
+    from prunekit.pipeline import foreseen
+    from prunekit.plan import Rates
     from prunekit.progress import span
 
     _calm()
-    model, adapter = skeleton(source, trust_remote_code=chosen.trust_remote_code)
-    space = whole_space(chosen, model, adapter, next(model.parameters()).dtype)
     output = options["output"] or Path("prunekit-output")  # a run without --output is refused; its disk is this one's
-    found = planned(chosen, model, adapter, space, output, rehearse=True)
+    asked = [member.sparsity for member in chosen.members] if several else None
+    shape = skeleton(source, trust_remote_code=chosen.trust_remote_code)
+    found = foreseen(chosen, *shape, output, asked, rehearse=True)
     rates = Rates.measured(found.device, found.dtype, found.place or Path())
     if as_json:
         typer.echo(json.dumps(found.as_dict(rates), indent=2))
@@ -208,6 +237,8 @@ def plan(options: Mapping[str, Any], as_json: bool) -> None:
         table.add_row(stage.name, amount(stage.memory + stage.shared), amount(stage.disk), took, stage.unknown)
     told = found.as_dict(rates)
     least = "" if told["seconds_complete"] else "at least "
+    for own in told["members"]:
+        table.add_row(f"{own['sparsity']} alone", "", amount(own["disk"]), least + span(own["seconds_known"]), "")
     table.add_row("in all", amount(told["memory"]), amount(told["disk"]), least + span(told["seconds_known"]), "")
     _print(table)
     how = f"block by block, {amount(found.block)} each" if found.paged else "whole"
@@ -420,6 +451,7 @@ ROWS: Mapping[str, Callable[[float], str]] = {
     "size on disk": _bytes,
     "prefill tokens/s": "{:,.0f}".format,
     "decode tokens/s": "{:,.1f}".format,
+    "milliseconds": "{:,.4g}".format,
 }
 
 
@@ -430,6 +462,20 @@ def comparison(title: str, dense: Mapping[str, float], pruned: Mapping[str, floa
         if row in dense and row in pruned:
             ratio = f"{pruned[row] / dense[row]:.3f}" if dense[row] else ""
             table.add_row(row, text(dense[row]), text(pruned[row]), ratio)
+    return table
+
+
+def members(title: str, document: Mapping[str, Any]) -> Table:
+    """A family, by ascending sparsity; * is on the front."""
+    table = _table(title, "", "sparsity", "parameters", "perplexity", "token-forwards", "seconds")
+    dense = document["dense"]
+    table.add_row("dense", "", "", f"{dense['parameters']:,}", f"{dense['perplexity']:,.2f}")
+    for row in document["members"]:
+        numbers = f"{row['parameters']:,}", f"{row['perplexity']:,.2f}", f"{row['token_forwards']:,}"
+        table.add_row(
+            row["folder"], "*" if row["front"] else "", f"{row['realised']:.4f}", *numbers, f"{row['seconds']:,.0f}"
+        )
+    table.add_row("in all", *[""] * 4, f"{document['token_forwards']:,}", f"{document['seconds']:,.0f}")
     return table
 
 
@@ -470,6 +516,8 @@ def _from_report(report: Mapping[str, Any], model: str, output: Path) -> tuple[d
         }
         if (weights := report.get("weights")) is not None:
             found["not zero in linear maps"] = weights["in_linear_maps" if which == "dense" else "not_zero"]
+        if (pace := report.get("latency")) is not None:
+            found["milliseconds"] = pace["milliseconds"][which]
         stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         return {**found, "size on disk": stored} if stored else found
 
@@ -513,24 +561,26 @@ def _model(argument: str | None, option: str | None) -> str | None:
 
 
 FLAGS: Mapping[str, str] = {  # of `prune` -> recipe key
-    **{key: key for key in ("sparsity", "pruner", "allocator", "objective", "carry", "structure", "seed", "device")},
-    **{key: key for key in ("dtype", "memory")},
+    **{key: key for key in ("sparsity", "target", "pruner", "allocator", "objective", "carry", "structure")},
+    **{key: key for key in ("seed", "device", "dtype", "memory")},
     **{key: f"data.{key}" for key in ("dataset", "calibration_tokens", "search_tokens", "seqlen")},
     "finisher": "finishers",
 }
 
 
-def _chosen(options: Mapping[str, Any], command: str) -> tuple[Recipe, str]:
-    """(the recipe that options of `prune` ask for, its model)."""
+def _chosen(options: Mapping[str, Any], command: str) -> tuple[Recipe, str, bool]:
+    """(the recipe that options of `prune` ask for, its model, whether it is the first of a family to be made)."""
     from prunekit.recipe import Recipe, parsed
 
     given = {FLAGS[name]: value for name, value in options.items() if name in FLAGS}
     given |= {"model": _model(options["model"], options["model_option"]), "data.dataset": _several(options["dataset"])}
     given = {key: value for key, value in given.items() if value not in (None, [])}
-    chosen = Recipe.load(options["recipe"]).with_overrides(given | dict(map(parsed, options["set_"] or [])))
+    base, overrides = Recipe.load(options["recipe"]), given | dict(map(parsed, options["set_"] or []))
+    several = base.spread(overrides)
+    chosen = several or base.with_overrides(overrides)
     if chosen.model is None:
         raise WrongInput(f"no model was given; name a folder or a hub id: prunekit {command} MODEL --output DIR")
-    return chosen.checked(), chosen.model
+    return chosen.checked(), chosen.model, several is not None
 
 
 def _several(names: Sequence[str] | None) -> list[str] | None:

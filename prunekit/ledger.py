@@ -26,7 +26,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tokens = 0  # token-forwards paid, replayed ones included
+        self.tokens = 0  # token-forwards paid, replayed ones included; what is shared was paid elsewhere
         self.questions = 0
         text = path.read_bytes() if path.exists() else b""
         whole = text[: text.rfind(b"\n") + 1]  # a killed writer leaves half a line
@@ -72,7 +72,7 @@ class Ledger:
         return self._met < len(self._past)
 
     def _account(self, record: Mapping[str, Any]) -> float:
-        self.tokens += record["tokens"]
+        self.tokens += 0 if "shared" in record else record["tokens"]
         self.questions += 1
         return math.inf if record["loss"] is None else float(record["loss"])
 

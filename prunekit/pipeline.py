@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -18,31 +18,32 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prunekit import paging
+from prunekit import latency, paging
 from prunekit import report as reporting
 from prunekit.adapters import ModelAdapter
 from prunekit.build import build
 from prunekit.calibration.draws import Draws, draw
 from prunekit.calibration.gradients import Gradients
 from prunekit.calibration.tokens import TokenBatch
-from prunekit.checkpoint import Dense, opened, skeleton, stored_as
+from prunekit.checkpoint import Dense, load_tokenizer, loaded, opened, skeleton, stored_as
 from prunekit.contracts import Allocator, Finisher, Problem, Workpiece
 from prunekit.errors import CannotGoOn, PluginError, WrongInput
-from prunekit.evaluate import perplexity
+from prunekit.evaluate import Perplexity, perplexity
 from prunekit.export import hf
 from prunekit.export.verify import NotVerified, verify
 from prunekit.layer import is_sparse
 from prunekit.ledger import Ledger
 from prunekit.memory import Room, amount
-from prunekit.plan import planned
+from prunekit.plan import Plan, planned
+from prunekit.prices import FILE
 from prunekit.progress import Progress
 from prunekit.recipe import Recipe
 from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, signals_of
-from prunekit.search import converse
+from prunekit.search import Known, converse
 from prunekit.sites import Allocation, Budget, Site, Space, Structure
 from prunekit.store import CandidateStore, Checkpoints, write_json
 from prunekit.supernet import Supernet
-from prunekit.workplace import check_output, publish, unfinished, workplace
+from prunekit.workplace import check_output, left, publish, unfinished, workplace
 
 PROBE = 1024  # tokens an export is verified on
 SECONDS = "seconds.json"  # beside the candidates: what their walk took
@@ -59,6 +60,16 @@ class Result:
     ledger: str  # JSON lines
     directory: Path | None = None
     probe: tuple[torch.Tensor, torch.Tensor] | None = None  # (ids, float32 logits) that an export must reproduce
+    blocks: int | None = None  # bytes of blocks to hold at once, of a model that does not fit memory; None: it does
+
+    @classmethod
+    def load(cls, directory: str | Path, *, blocks: int | None = None) -> Result:
+        """A result that was saved, its model in the dtype of its file; paged where `blocks` are given."""
+        folder = Path(directory)
+        recipe, report = Recipe.load(folder), json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        tokenizer = load_tokenizer(str(folder), recipe.trust_remote_code)
+        ledger = (folder / "ledger.jsonl").read_text(encoding="utf-8")
+        return cls(saved_model(folder, recipe, blocks), tokenizer, recipe, report, ledger, folder, None, blocks)
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Write weights, config, tokenizer, recipe, report, ledger and card; verified in a fresh process, then renamed.
@@ -77,10 +88,17 @@ class Result:
 
 
 class Clock:
-    """Seconds by stage."""
+    """Seconds by stage: its own, and those of a clock that it shares with others."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, shared: Clock | None = None) -> None:
+        self.own: dict[str, float] = {}
+        self.shared = shared or self
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What it takes to come so far alone: shared ones are included."""
+        both = dict(self.shared.own) if self.shared is not self else {}
+        return both | {stage: spent + both.get(stage, 0.0) for stage, spent in self.own.items()}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -90,7 +108,7 @@ class Clock:
 
     def add(self, stage: str, seconds: float) -> None:
         """What a stage has cost; a walk that is only read counts as when it was walked."""
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        self.own[stage] = self.own.get(stage, 0.0) + seconds
 
 
 def prune(
@@ -105,10 +123,40 @@ def prune(
 ) -> Result:
     """Prune after a recipe. The model is `recipe.model`, or one in memory with its tokenizer.
 
-    Everything the user may have got wrong is refused before any long work.
+    Everything the user may have got wrong is refused before any long work. A recipe that names its family is searched
+    together with all of it, so that it comes out as it did there.
 
     Raises:
         WrongInput: says what was asked, what there is and what to do.
+    """
+    with begun(recipe, model, tokenizer, output, progress, resume=resume, overwrite=overwrite) as (place, runs):
+        found = dict(zip(runs, searched(runs), strict=True))
+        run = next(run for run in runs if run.recipe.sparsity == recipe.sparsity)
+        result = run.result(*found[run], run.dense_perplexity(), output)
+        if output is not None:
+            shutil.rmtree(place / "result", ignore_errors=True)
+            write_result(result, place / "result")
+            publish(place / "result", output)
+    if output is not None and paging.pager_of(result.model) is not None:  # what it was cut from is gone
+        return replace(result, model=saved_model(output, result.recipe, result.blocks))
+    return result
+
+
+@contextmanager
+def begun(
+    recipe: Recipe,
+    model: PreTrainedModel | None,
+    tokenizer: Any,
+    output: Path | None,
+    progress: Progress | None,
+    asked: Sequence[float] | None = None,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Iterator[tuple[Path, list[Run]]]:
+    """A folder to work in and a run for the recipe, or for every one of its family: checked, opened, text drawn.
+
+    `asked` are the sparsities that a family makes results of; None: of the recipe's own, and no family is made.
     """
     recipe, progress, clock = recipe.checked(), progress or Progress(), Clock()
     source = recipe.model if model is None else model
@@ -117,15 +165,10 @@ def prune(
     if output is not None:
         files = [*recipe.data.names, *([source] if isinstance(source, str) else [])]
         check_output(output, overwrite=overwrite, sources=[f for f in files if Path(f).exists()])
-    shape, adapter = skeleton(source, trust_remote_code=recipe.trust_remote_code)
-    space = whole_space(recipe, shape, adapter, next(shape.parameters()).dtype)  # can the budget be met?
-    for spec in recipe.finishers:
-        FINISHERS.build(spec).check(adapter)
-    plan_ = planned(recipe, shape, adapter, space, output)
-    plan_.check()
-    shares = plan_.shares
-    if plan_.paged:
-        progress.say(f"the model does not fit {amount(plan_.limit)} of memory: blocks are read when they are needed")
+    plan = foreseen(recipe, *skeleton(source, trust_remote_code=recipe.trust_remote_code), output, asked)
+    plan.check()
+    if plan.paged:
+        progress.say(f"the model does not fit {amount(plan.limit)} of memory: blocks are read when they are needed")
         if output is None:
             raise WrongInput("a model that does not fit memory needs a folder for the result; give output")
     if not (resume and output is not None and unfinished(output)):  # what goes on may have all it needs on record
@@ -133,47 +176,78 @@ def prune(
     with clock("open"):
         dense = opened(
             source, tokenizer,
-            device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, shares=shares,
+            device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, shares=plan.shares,
         )  # fmt: skip
-        whole = whole_space(recipe, dense.model, dense.adapter, dense.dtype)
         draws = draw(dense.tokenizer, recipe.data, progress, seed=recipe.seed, **limits(dense.model))
         OBJECTIVES.build(recipe.objective).check(draws.search)
         recipe = recipe.completed(model=dense.name, draws=draws)
     identity = recipe.determining() | {"weights": dense.fingerprint, "versions": reporting.versions(recipe)}
+    if asked is not None:
+        identity["sparsity"] = list(asked)
+    with clock("time"):
+        past = left(output, identity) if resume and output is not None else None
+        recipe = priced(recipe, dense, None if past is None else past / FILE, progress)
+    spaces = [whole_space(member, dense.model, dense.adapter, dense.dtype) for member in recipe.members]
     with workplace(output, identity, resume=resume, overwrite=overwrite) as place:
-        run = Run(recipe, dense, whole, draws, Ledger(place / "ledger.jsonl"), place, progress, clock)
-        net, plan = run.searched()
-        small = assembled(net, plan, recipe)
-        raw = perplexity(small, draws.evaluation) if recipe.finishers else None
-        said = run.finish(small, net, plan)
-        with clock("evaluate"):
-            before, after = (perplexity(model_, draws.evaluation) for model_ in (dense.model, small))
-            rise, error = after.above(before)
-            losses = {
-                "objective": OBJECTIVES.build(recipe.objective).loss(net, plan, draws.search),
-                "dense": before.as_dict(),
-                "pruned": after.as_dict(),
-                "rise": {"nll": rise, "standard_error": error},  # paired by window
-                "nll_by_source": reporting.by_source(draws.evaluation, before, after),
-            } | ({} if raw is None else {"unfinished": raw.as_dict()})
-        if paging.pager_of(small) is None:
-            probe = probed(stored_as(small.cpu(), dense.dtype), draws.evaluation)
-            exported = hf.to_transformers(stored_as(small, dense.dtype), dense.adapter)
-        else:
-            cpu = torch.device("cpu")
-            probe = probed(hf.paged(net, plan, torch.float32, cpu), draws.evaluation)
-            exported = hf.paged(net, plan, dense.dtype, cpu)
-        document = reporting.report(run, net, plan, exported, losses, said)
-        result = Result(exported, dense.tokenizer, recipe, document, run.ledger.text(), output, probe)
-        if output is not None:
-            shutil.rmtree(place / "result", ignore_errors=True)
-            fits = 1.2 * 4 * reporting.count(exported) < plan_.limit
-            write_result(result, place / "result", None if fits else shares.blocks)
-            publish(place / "result", output)
-    if output is not None and paging.pager_of(exported) is not None:  # what it was cut from is gone
-        saved, _ = paging.opened(str(output), lambda stored: stored, torch.device("cpu"), shares.blocks or 0)
-        result = replace(result, model=saved)
-    return result
+        write_prices(recipe, place)
+        runs = list[Run]()
+        for member, whole in zip(recipe.members, spaces, strict=True):
+            own = place / str(member.sparsity) if recipe.family else place
+            own.mkdir(exist_ok=True)
+            ledger = Ledger(own / "ledger.jsonl")
+            runs.append(Run(member, dense, whole, draws, ledger, own, progress, Clock(clock), place, plan.limit))
+        yield place, runs
+
+
+def foreseen(
+    recipe: Recipe,
+    shape: PreTrainedModel,
+    adapter: ModelAdapter,
+    output: Path | None,
+    asked: Sequence[float] | None = None,
+    *,
+    rehearse: bool = False,
+) -> Plan:
+    """What a checked recipe will take, from the model's shapes alone; `asked` as of `begun`.
+
+    As long as sub-layers are not timed, their products stand for their time.
+
+    Raises:
+        WrongInput: the budget cannot be met, a finisher does not know the family, or memory is no amount.
+    """
+    counted = recipe
+    if recipe.metric == "latency" and recipe.latency.prices is None:
+        counted = recipe.model_copy(update={"metric": "flops", "of": "blocks"})
+    spaces = [whole_space(member, shape, adapter, next(shape.parameters()).dtype) for member in counted.members]
+    for spec in recipe.finishers:
+        FINISHERS.build(spec).check(adapter)
+    return planned(recipe, shape, adapter, spaces, output, asked, rehearse=rehearse)
+
+
+def searched(runs: Sequence[Run]) -> list[tuple[Supernet, Allocation]]:
+    """What each run's allocator answered, and the network it was asked about.
+
+    Coarse to fine, as long as an allocator wants finer ladders. The runs differ in their budgets alone: a walk along
+    the rungs of all costs little more than along those of one, so every round is walked once; then each holds its own
+    conversation on its own ladders, and what is known from another's is not judged again.
+    """
+    first, walk, found = runs[0], 0, dict[Run, tuple[Supernet, Allocation]]()
+    allocator = ALLOCATORS.build(first.recipe.allocator)
+    spaces = {run: allocator.first_space(run.whole) for run in runs}  # of those that still search
+    centres = {run: run.whole.uniform() for run in runs}
+    while spaces:
+        starts = {run: space.nearest(centres[run]) for run, space in spaces.items()}
+        every = next(iter(spaces.values())).joined(*spaces.values())
+        middle = tuple(sorted(counts)[len(counts) // 2] for counts in zip(*starts.values(), strict=True))
+        net = first.walked(every, middle, f"prune {walk + 1}", first.clock.shared, allocator)
+        known: Known = {}
+        centres = {run: run.asked(allocator, net, space, starts[run], walk, known) for run, space in spaces.items()}
+        finer = {run: allocator.next_space(space, centres[run]) for run, space in spaces.items()}
+        found |= {run: (net, centres[run]) for run, space in finer.items() if space is None}
+        spaces = {run: space for run, space in finer.items() if space is not None}
+        walk += 1
+        net.rest()  # the next walk needs the room
+    return [found[run] for run in runs]
 
 
 def assembled(net: Supernet, plan: Allocation, recipe: Recipe) -> PreTrainedModel:
@@ -197,6 +271,7 @@ class Run:
     progress: Progress
     clock: Clock
     shelf: Path | None = None  # walks, which other runs over the model may share; None: at `place` too
+    limit: int | None = None  # bytes of memory that it may take; None: any
 
     @cached_property
     def room(self) -> Room:
@@ -205,35 +280,75 @@ class Run:
         shutil.rmtree(folder, ignore_errors=True)
         return Room(self.dense.shares.activations, folder)
 
-    def searched(self) -> tuple[Supernet, Allocation]:
-        """Coarse to fine, as long as the allocator wants finer ladders; then once more around the answer."""
-        allocator, objective = ALLOCATORS.build(self.recipe.allocator), OBJECTIVES.build(self.recipe.objective)
-        space, centre, walk = allocator.first_space(self.whole), self.whole.uniform(), 0
-        while True:
-            start = space.nearest(centre)
-            net = self.walked(space, start, f"prune {walk + 1}", allocator)
-            signals, scores = net.store.measured(space.sites, scores="scores" in allocator.needs)
-            problem = Problem(
-                space, net.errors, start, self.recipe.seed, self.draws.search.n_tokens, signals, scores,
-            )  # fmt: skip
-            self.ledger.note(reporting.space_record(walk, problem))
-            with self.clock("search"):
-                centre = converse(
-                    allocator, problem, net, objective, self.draws.search, self.ledger,
-                    walk=walk, limit=self.recipe.search_budget, progress=self.progress, label=f"search {walk + 1}",
-                ).answer  # fmt: skip
-            self.ledger.note({"kind": "choice", "walk": walk, "allocation": list(centre)})
-            if (finer := allocator.next_space(space, centre)) is None:
-                break
-            space, walk = finer, walk + 1
-            del net  # its cut-out parts, before the next walk needs the room
-        if not self.recipe.rebuild:
-            return net, centre
-        final = allocator.last_space(self.whole, centre)
-        plan = tuple(kept for (kept,) in final.ladders)
-        return (net if final.ladders == space.ladders else self.walked(final, plan, "rebuild")), plan
+    def blocks(self, parameters: int) -> int | None:
+        """Bytes of blocks to hold at once, of a model of so many parameters; None: it fits whole, in float32."""
+        return None if self.limit is None or 1.2 * 4 * parameters < self.limit else self.dense.shares.blocks
 
-    def walked(self, space: Space, centre: Allocation, label: str, allocator: Allocator | None = None) -> Supernet:
+    def dense_perplexity(self) -> Perplexity:
+        """Of the model as it was, on the evaluation text."""
+        with self.clock.shared("evaluate"):
+            return perplexity(self.dense.model, self.draws.evaluation)
+
+    def asked(
+        self, allocator: Allocator, net: Supernet, space: Space, start: Allocation, walk: int, known: Known
+    ) -> Allocation:
+        """The allocator's answer on some of the rungs of a walk; its whole conversation goes on record."""
+        signals, scores = net.store.measured(space.sites, scores="scores" in allocator.needs)
+        problem = Problem(
+            space, net.table(space), start, self.recipe.seed, self.draws.search.n_tokens, signals, scores,
+        )  # fmt: skip
+        self.ledger.note(reporting.space_record(walk, problem))
+        with self.clock("search"):
+            answer = converse(
+                allocator, problem, net, OBJECTIVES.build(self.recipe.objective), self.draws.search, self.ledger,
+                walk=walk, limit=self.recipe.search_budget, known=known, progress=self.progress,
+                label=self._called(f"search {walk + 1}"),
+            ).answer  # fmt: skip
+        self.ledger.note({"kind": "choice", "walk": walk, "allocation": list(answer)})
+        return answer
+
+    def rebuilt(self, net: Supernet, answer: Allocation) -> tuple[Supernet, Allocation]:
+        """Pruned once more, around the answer."""
+        if not self.recipe.rebuild:
+            return net, answer
+        final = ALLOCATORS.build(self.recipe.allocator).last_space(self.whole, answer)
+        plan = tuple(kept for (kept,) in final.ladders)
+        if final.ladders == net.space.ladders:
+            return net, plan
+        return self.walked(final, plan, self._called("rebuild"), self.clock), plan
+
+    def result(self, net: Supernet, answer: Allocation, before: Perplexity, output: Path | None) -> Result:
+        """The small model that the search has come to: rebuilt, finished, measured, as it will be exported."""
+        recipe, dense, draws = self.recipe, self.dense, self.draws
+        net, plan = self.rebuilt(net, answer)
+        small = assembled(net, plan, recipe)
+        raw = perplexity(small, draws.evaluation) if recipe.finishers else None
+        said = self.finish(small, net, plan)
+        with self.clock("evaluate"):
+            after = perplexity(small, draws.evaluation)
+            rise, error = after.above(before)
+            losses = {
+                "objective": OBJECTIVES.build(recipe.objective).loss(net, plan, draws.search),
+                "dense": before.as_dict(),
+                "pruned": after.as_dict(),
+                "rise": {"nll": rise, "standard_error": error},  # paired by window
+                "nll_by_source": reporting.by_source(draws.evaluation, before, after),
+            } | ({} if raw is None else {"unfinished": raw.as_dict()})
+        pace = self.paced(small, plan)
+        if paging.pager_of(small) is None:
+            probe = probed(stored_as(small.cpu(), dense.dtype), draws.evaluation)
+            exported = hf.to_transformers(stored_as(small, dense.dtype), dense.adapter)
+        else:
+            cpu = torch.device("cpu")
+            probe = probed(hf.paged(net, plan, torch.float32, cpu), draws.evaluation)
+            exported = hf.paged(net, plan, dense.dtype, cpu)
+        document = reporting.report(self, net, plan, exported, losses, said, pace)
+        blocks = self.blocks(reporting.count(exported))
+        return Result(exported, dense.tokenizer, recipe, document, self.ledger.text(), output, probe, blocks)
+
+    def walked(
+        self, space: Space, centre: Allocation, label: str, clock: Clock, allocator: Allocator | None = None
+    ) -> Supernet:
         """Walk the blocks, or go on with a walk that was interrupted, or read one that was finished.
 
         What the allocator asks for is measured on the way.
@@ -266,7 +381,7 @@ class Run:
         )  # fmt: skip
         if new or not (store.directory / SECONDS).exists():
             write_json(store.directory / SECONDS, time.perf_counter() - begun)
-        self.clock.add("prune", json.loads((store.directory / SECONDS).read_text()))
+        clock.add("prune", json.loads((store.directory / SECONDS).read_text()))
         return Supernet(dense.model, dense.adapter, space, errors, store, dense.shares)
 
     def finish(self, small: PreTrainedModel, net: Supernet, plan: Allocation) -> list[dict[str, Any]]:
@@ -287,6 +402,24 @@ class Run:
             check_finished(piece, finisher, before)
         stored_as(stored_as(small, dense.dtype), computed)  # what is measured is what will be saved
         return said
+
+    def paced(self, small: PreTrainedModel, plan: Allocation) -> dict[str, Any] | None:
+        """What was promised of the time, and what the model takes as it will be exported; None: nothing was."""
+        if (table := self.whole.budget.table) is None:
+            return None
+        with self.clock("time"):
+            found = latency.realised(
+                self.dense.model, hf.to_transformers(small, self.dense.adapter), table,
+                target=float(1 - Fraction(str(self.recipe.sparsity))), promised=table.outside + self.whole.cost(plan),
+                progress=self.progress,
+            )  # fmt: skip
+        if not found["kept"]:
+            self.progress.say(f"warning: {reporting.kept_promise(found)}")
+        return found
+
+    def _called(self, stage: str) -> str:
+        """A stage that every member of a family has."""
+        return f"{stage} for {self.recipe.sparsity}" if self.recipe.family else stage
 
 
 def shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -341,21 +474,44 @@ def whole_space(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, dtype: 
     freed = sum(site.parameters(site.n_groups) for site in sites)
     counts = recipe.of == "model" or structure.units == "groups"
     outside = sum(p.numel() for p in base.parameters()) - freed if counts else 0
+    table = recipe.latency.table if recipe.metric == "latency" else None
     budget = Budget.keeping(
         kept if structure.units != "n:m" else Fraction(structure.kept, structure.block), sites,
-        metric=recipe.metric, bytes_per_parameter=dtype.itemsize, outside=outside, apart=recipe.apart,
+        metric=recipe.metric, bytes_per_parameter=dtype.itemsize, outside=outside, apart=recipe.apart, table=table,
     )  # fmt: skip
     if any(FINISHERS.build(spec).adds_biases for spec in recipe.finishers):
         sites = tuple(adapter.with_bias(model, site) for site in sites)  # what is pruned pays for them
     return Space.whole(sites, budget)
 
 
-def write_result(result: Result, folder: Path, blocks: int | None = None) -> None:
-    """All files of a result; the export is verified in a fresh process before anyone can see it.
+def priced(recipe: Recipe, dense: Dense, past: Path | None, progress: Progress) -> Recipe:
+    """The recipe with the price table its metric needs: its own, or that at `past`, or one measured now."""
+    if recipe.metric != "latency":
+        return recipe
+    sites = dense.adapter.sites(dense.model, heads=recipe.heads)
+    table = latency.priced(recipe.latency, dense, sites, past, progress)
+    return recipe.model_copy(update={"latency": recipe.latency.measured(table)})
 
-    There it is opened whole, or where `blocks` is given block by block within as many bytes.
-    """
+
+def write_prices(recipe: Recipe, folder: Path) -> None:
+    """The price table beside the recipe that names it."""
+    if isinstance(recipe.latency.prices, dict):
+        write_json(folder / FILE, recipe.latency.prices)
+
+
+def saved_model(folder: Path, recipe: Recipe, blocks: int | None) -> PreTrainedModel:
+    """The model of a result in the dtype of its file; paged where `blocks` are given, in bytes to hold at once."""
+    trusted = recipe.trust_remote_code or recipe.code == "bundled"
+    if blocks is None:
+        return loaded(str(folder), dtype="auto", trust_remote_code=trusted)
+    cpu = torch.device("cpu")
+    return paging.opened(str(folder), lambda stored: stored, cpu, blocks, trust_remote_code=trusted)[0]
+
+
+def write_result(result: Result, folder: Path) -> None:
+    """All files of a result; the export is verified in a fresh process before anyone can see it."""
     hf.save(result.model, folder, result.tokenizer, code=result.recipe.code)
+    write_prices(result.recipe, folder)
     (folder / "recipe.yaml").write_text(result.recipe.to_yaml())
     (folder / "ledger.jsonl").write_text(result.ledger)
     reporting.write(result.report, result.recipe, folder)
@@ -363,7 +519,7 @@ def write_result(result: Result, folder: Path, blocks: int | None = None) -> Non
         try:
             if (pager := paging.pager_of(result.model)) is not None:
                 pager.clear()
-            verify(folder, *result.probe, reporting.count(result.model), blocks=blocks)
+            verify(folder, *result.probe, reporting.count(result.model), blocks=result.blocks)
         except NotVerified as error:
             raise CannotGoOn(f"the result was not kept: {error}") from error
 

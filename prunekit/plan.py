@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunekit.adapters import ModelAdapter
+from prunekit import latency
+from prunekit.adapters import ModelAdapter, Transformer
 from prunekit.calibration.draws import LONGEST_WINDOW
 from prunekit.calibration.flow import TOKENS_AT_ONCE
 from prunekit.calibration.windows import DEFAULTS
@@ -30,15 +31,18 @@ from prunekit.contracts import Allocator, Journal, Problem, Query
 from prunekit.errors import WrongInput
 from prunekit.evaluate import HIDDEN_BYTES, LOGITS_AT_ONCE
 from prunekit.memory import Shares, amount, available, parsed
+from prunekit.prices import Workload
 from prunekit.recipe import Recipe
 from prunekit.registry import ALLOCATORS, OBJECTIVES, PRUNERS, signals_of
+from prunekit.search import Known
 from prunekit.shards import file_bytes
-from prunekit.sites import Allocation, Site, Space
+from prunekit.sites import Site, Space
 
 FLOAT, DOUBLE = 4, 8  # bytes
 SPARE = 0.9  # of what is free on the machine; the rest is for others
 PATIENCE = 2.0  # seconds that a search is rehearsed
 CUSHION = 64 << 20  # bytes: what libraries hold, and tensors that come and go
+MORE_ROUNDS = f"more rounds, as long as {latency.SECONDS:.0f} s are not over"
 
 # -- formulas -----------------------------------------------------------------------------------------
 
@@ -156,6 +160,7 @@ class Stage:
     read: int = 0  # bytes that are read
     flops: int | None = 0  # None: nobody knows
     unknown: str = ""  # what else takes time
+    member: str = ""  # of a family, by its sparsity, that has this stage to itself
 
     def seconds(self, rates: Rates) -> float | None:
         """How long that takes; None: nobody knows."""
@@ -177,6 +182,7 @@ class Plan:
     device: torch.device
     dtype: torch.dtype  # of the computation
     place: Path | None  # where the run works, as far as it exists
+    timed: bool = False  # latency is: a whole model is
 
     @property
     def paged(self) -> bool:
@@ -193,6 +199,11 @@ class Plan:
         """All that is written: nothing is removed before the end."""
         return sum(stage.disk for stage in self.stages)
 
+    @property
+    def members(self) -> list[str]:
+        """Of a family, those that have stages to themselves."""
+        return list(dict.fromkeys(stage.member for stage in self.stages if stage.member))
+
     def check(self) -> None:
         """Refuse what cannot fit.
 
@@ -202,9 +213,12 @@ class Plan:
         worst = max(self.stages, key=lambda stage: stage.memory)
         if worst.memory > self.limit:
             how = "block by block " if self.paged else ""
+            less = "shorter windows, or an allocator with fewer rungs"
+            if self.timed:
+                less = "or another metric: latency is timed on whole models, never block by block"
             raise WrongInput(
                 f"{worst.name} takes at least {amount(worst.memory)} of memory {how}beside the process itself, and "
-                f"{amount(max(0, self.limit))} are there; give more, shorter windows, or an allocator with fewer rungs"
+                f"{amount(max(0, self.limit))} are there; give more, {less}"
             )
         if self.free_disk is not None and self.disk > self.free_disk:
             largest = max(self.stages, key=lambda stage: stage.disk)
@@ -217,10 +231,19 @@ class Plan:
         """For programs: bytes and seconds; None where nobody knows."""
         rows = [asdict(stage) | {"seconds": stage.seconds(rates)} for stage in self.stages]
         known = [row["seconds"] for row in rows if row["seconds"] is not None]
+        of = {name: [row for row in rows if row["member"] == name] for name in self.members}
         return {
             "stages": rows,
             "memory": max(stage.memory + stage.shared for stage in self.stages),
             "disk": self.disk,
+            "members": [
+                {
+                    "sparsity": float(name),
+                    "disk": sum(row["disk"] for row in own),
+                    "seconds_known": sum(float(row["seconds"] or 0) for row in own),
+                }
+                for name, own in of.items()
+            ],
             "seconds_known": sum(known),
             "seconds_complete": len(known) == len(rows) and not any(stage.unknown for stage in self.stages),
             "paged": self.paged,
@@ -242,7 +265,7 @@ class Shape:
 
     model: nn.Module
     adapter: ModelAdapter
-    whole: Space
+    sites: Sequence[Site]
     stored: torch.dtype
     computed: torch.dtype
 
@@ -277,7 +300,7 @@ class Shape:
     @cached_property
     def attended(self) -> int:
         """Query heads times head width, over all blocks."""
-        if not hasattr(self.adapter, "heads"):  # a family without attention
+        if not isinstance(self.adapter, Transformer):
             return 0
         blocks = (block for block in self.blocks if "attention" not in self.adapter.dropped(block))
         return sum(query * width for query, _, width in map(self.adapter.heads, blocks))
@@ -306,11 +329,18 @@ class _Mute(Journal):
         raise NotImplementedError("nobody is asked before the run")
 
 
-def rehearsed(allocator: Allocator, space: Space, tokens: int, seqlen: int, limit: int | None = None) -> int | None:
+def rehearsed(
+    allocator: Allocator,
+    space: Space,
+    tokens: int,
+    seqlen: int,
+    limit: int | None = None,
+    known: Known | None = None,
+) -> int | None:
     """Token-forwards of a search, counted by holding it on a stand-in table; None: it would not be rehearsed.
 
     Losses are additive in errors that fall with the square of what is removed. A search that goes on until it is
-    content may ask more or less of a real model.
+    content may ask more or less of a real model. What is `known` from another's is free; what is learnt is added.
     """
     errors = tuple(
         tuple((1 + i % 3) * (1 - kept / site.n_groups) ** 2 for kept in ladder)
@@ -318,7 +348,7 @@ def rehearsed(allocator: Allocator, space: Space, tokens: int, seqlen: int, limi
     )
     scores = tuple(tuple(float((7 * g) % 11) for g in range(site.n_groups)) for site in space.sites)
     signals = tuple(tuple(1.0 + (i % 5) / 10 for i in range(len(space.sites))) for _ in allocator.signals)
-    start, judged, paid = space.nearest(space.uniform()), dict[tuple[Allocation, int], float](), 0
+    start, judged, paid = space.nearest(space.uniform()), {} if known is None else known, 0
     problem = Problem(space, errors, start, 0, tokens, signals, scores, _Mute())
 
     def loss(query: Query) -> float:
@@ -353,17 +383,19 @@ def planned(
     recipe: Recipe,
     model: nn.Module,
     adapter: ModelAdapter,
-    whole: Space,
+    wholes: Sequence[Space],
     output: Path | None,
+    asked: Sequence[float] | None = None,
     *,
     rehearse: bool = False,
 ) -> Plan:
     """What `recipe`, checked, will take for a model of which the skeleton is enough.
 
-    Only where it is asked for, searches are rehearsed to say how long they take.
+    `wholes`: the space of the recipe, or of every member of its family; `asked`: the sparsities of those that results
+    are made of, None: of the recipe's. Only where it is asked for, searches are rehearsed to say how long they take.
 
     Raises:
-        WrongInput: the recipe's memory is no amount.
+        WrongInput: the recipe's memory is no amount, or latency is asked of more tokens than the model takes.
     """
     device = resolved_device(recipe.device)
     stored = next(model.parameters()).dtype
@@ -373,44 +405,77 @@ def planned(
     seqlen = recipe.data.seqlen or min(LONGEST_WINDOW, longest)
     given = {part: getattr(recipe.data, f"{part}_tokens") or most for part, most in DEFAULTS.items()}
     tokens = {part: max(1, count // seqlen) * seqlen for part, count in given.items()}
-    asked = parsed(recipe.memory)
-    limit = round(available(device) * SPARE) if asked is None else asked - _taken(device)
+    limit_asked = parsed(recipe.memory)
+    limit = round(available(device) * SPARE) if limit_asked is None else limit_asked - _taken(device)
     free_disk = place = None
     if output is not None:
         place = next(p for p in (output.resolve(), *output.resolve().parents) if p.exists())
         free_disk = shutil.disk_usage(place).free
-    allocator = ALLOCATORS.build(recipe.allocator)
-    spaces = walks(allocator, whole)
-    forwards: list[int | None] = [None] * (len(spaces) - 1)
-    if not OBJECTIVES.build(recipe.objective).reads_tokens:
-        forwards = [0] * (len(spaces) - 1)
-    elif rehearse:
-        forwards = [rehearsed(allocator, s, tokens["search"], seqlen, recipe.search_budget) for s in spaces[:-1]]
-    count = Count(recipe, Shape(model, adapter, whole, stored, computed), tokens, seqlen, spaces, forwards)
+    allocator, known = ALLOCATORS.build(recipe.allocator), dict[int, Known]()
+    free = not OBJECTIVES.build(recipe.objective).reads_tokens
+
+    def forwards(number: int, space: Space) -> int | None:
+        if free or not rehearse:
+            return 0 if free else None
+        learnt = known.setdefault(number, {})
+        return rehearsed(allocator, space, tokens["search"], seqlen, recipe.search_budget, learnt)
+
+    members = []
+    for each, whole in zip(recipe.members, wholes, strict=True):
+        *spaces, last = walks(allocator, whole)
+        counted = [forwards(number, space) for number, space in enumerate(spaces)]
+        wanted = each.sparsity in (asked or [recipe.sparsity])
+        members.append(Member(str(each.sparsity) if recipe.family else "", whole, spaces, counted, last, wanted))
+    timed = recipe.metric == "latency"
+    work = latency.workload(recipe.latency, model) if timed else None  # type: ignore[arg-type]
+    shape = Shape(model, adapter, wholes[0].sites, stored, computed)
+    count = Count(recipe, shape, tokens, seqlen, members, work)
 
     def of(shares: Shares) -> Plan:
-        return Plan(
-            tuple(count.stages(shares)), limit, free_disk, shares, count.resident, count.block, device, computed, place
-        )
+        stages = tuple(count.stages(shares))
+        return Plan(stages, limit, free_disk, shares, count.resident, count.block, device, computed, place, timed)
 
     plan, tight = of(Shares()), of(Shares(blocks=0))
     can = next(model.parameters()).is_meta and tight.least < plan.least  # else it is in memory already, or very small
-    if paged := can and plan.least > limit:
+    if paged := can and not timed and plan.least > limit:
         plan = tight
-    room_to_solve = 3 * DOUBLE * max(site.d_in for site in whole.sites) ** 2  # for pruners that factorise
+    room_to_solve = 3 * DOUBLE * max(site.d_in for site in shape.sites) ** 2  # for pruners that factorise
     return of(Shares.of(limit - plan.least - room_to_solve, paged=paged))
 
 
 @dataclass(frozen=True, eq=False)
+class Member:
+    """A run under one budget, in numbers."""
+
+    name: str  # its sparsity; "" alone
+    whole: Space
+    spaces: Sequence[Space]  # of every round
+    forwards: Sequence[int | None]  # token-forwards of every search
+    last: Space  # what is built in the end
+    wanted: bool  # there is to be a result
+
+    @cached_property
+    def freed(self) -> int:
+        """Parameters that a uniform allocation removes; zeros are none."""
+        sites, plan = self.whole.sites, self.whole.uniform()
+        groups = [(site, kept) for site, kept in zip(sites, plan, strict=True) if site.kind != "linear"]
+        return sum(site.parameters(site.n_groups) - site.parameters(kept) for site, kept in groups)
+
+    def called(self, stage: str) -> str:
+        """A stage that every member has."""
+        return f"{stage} for {self.name}" if self.name else stage
+
+
+@dataclass(frozen=True, eq=False)
 class Count:
-    """A run in numbers."""
+    """A recipe in numbers."""
 
     recipe: Recipe
     shape: Shape
     tokens: Mapping[str, int]  # by part
     seqlen: int
-    spaces: Sequence[Space]  # of every walk; the last is what is built in the end
-    forwards: Sequence[int | None]  # token-forwards of every search
+    members: Sequence[Member]
+    work: Workload | None  # that is timed
 
     @cached_property
     def everything(self) -> int:
@@ -445,60 +510,132 @@ class Count:
 
     def stages(self, shares: Shares) -> Iterator[Stage]:
         """Every stage, in order, when memory is shared out so."""
-        recipe, shape, tokens, seqlen = self.recipe, self.shape, self.tokens, self.seqlen
-        paged, size = shares.blocks is not None, shape.computed.itemsize
-        page = max(self.block, self._head)
-        held = self.resident + page if paged else self.everything
-        kept = shares.blocks or 0  # of blocks beside the one that is needed
-        checkpoint = self.everything // size * shape.stored.itemsize
-        blocks = sum(self._blocks) // size * shape.stored.itemsize
-        share = float(1 - recipe.sparsity)
-        small = round(checkpoint - blocks * (1 - share))
-        chunk = min(max(TOKENS_AT_ONCE, seqlen), max(tokens.values()))
-        working = chunk * size * (3 * max(s.d_in for s in shape.whole.sites) + 6 * shape.width) + CUSHION
-        yield Stage("open", held + CUSHION, kept, read=checkpoint)
+        paged, size = shares.blocks is not None, self.shape.computed.itemsize
+        held = self.resident + self._page if paged else self.everything
+        chunk = min(max(TOKENS_AT_ONCE, self.seqlen), max(self.tokens.values()))
+        widest = max(site.d_in for site in self.shape.sites)
+        working = chunk * size * (3 * widest + 6 * self.shape.width) + CUSHION
+        yield Stage("open", held + CUSHION, shares.blocks or 0, read=self._stored)
+        if self.work is not None and self.recipe.latency.prices is None:
+            yield self._timed(self.work)
         if "gradient" in self.needs:
-            streams = tokens["calibration"] * shape.width * size * (len(shape.blocks) + 2)
-            inside, spilled = _spilled(streams, shares)
-            learnt = 2 * FLOAT * shape.weights
-            yield Stage(
-                "gradients", held + working + learnt // len(shape.blocks), kept + inside, learnt + spilled,
-                read=2 * blocks if paged else 0, flops=3 * shape.forward(tokens["calibration"], seqlen, head=True),
-            )  # fmt: skip
-        for number, (space, forwards) in enumerate(zip(self.spaces[:-1], self.forwards, strict=True), 1):
-            yield self._walk(f"prune {number}", space, shares, held + working, blocks if paged else 0)
-            flops = None if forwards is None else shape.forward(forwards, seqlen, head=True, share=share)
-            most = "" if recipe.search_budget is None else f"at most {recipe.search_budget:,} token-forwards"
-            why = most if forwards != 0 else ""
-            if forwards is None:
-                why = most or "what the allocator will ask"
-            bounds = kept + shares.hidden + shares.dense + shares.parts if forwards != 0 else 0
-            yield Stage(f"search {number}", held + working, bounds, flops=flops, unknown=why)
-        if recipe.rebuild and self.spaces[-1].ladders != self.spaces[-2].ladders:
-            yield self._walk("rebuild", self.spaces[-1], shares, held + working, blocks if paged else 0)
-        judged = tokens["evaluation"]
-        logits = 2 * FLOAT * min(judged, max(seqlen, LOGITS_AT_ONCE // shape.vocabulary)) * shape.vocabulary
-        hidden = min(HIDDEN_BYTES, judged * shape.width * size)
-        both = held + page + hidden if paged else self.everything + round(self.everything * small / checkpoint)
-        if recipe.finishers:
-            own = self.everything // size * max(size, FLOAT) * small // checkpoint
-            both = max(both, held + own)
-            inside, spilled = _spilled(4 * tokens["calibration"] * shape.width * size, shares)
-            names = ", ".join(spec["name"] for spec in recipe.finishers)
-            yield Stage("finish", held + own + working, kept + inside, spilled, flops=None, unknown=names)
-        yield Stage(
-            "evaluate", both + logits + CUSHION, kept, read=2 * checkpoint if paged else 0,
-            flops=2 * shape.forward(judged, seqlen, head=True),
-        )  # fmt: skip
-        largest = max(p.numel() for p in shape.model.parameters()) * (size + shape.stored.itemsize)
-        exported = held + page + largest if paged and not recipe.finishers else both
-        read = checkpoint + small if recipe.verify else checkpoint
-        yield Stage("export", exported + CUSHION, kept, small, read)
+            yield self._gradients(shares, held + working)
+        yield from self._rounds(shares, held + working)
+        for number, member in enumerate(each for each in self.members if each.wanted):
+            yield from self._result(member, shares, held, working, first=number == 0)
 
-    def _walk(self, name: str, space: Space, shares: Shares, held: int, read: int) -> Stage:
-        """`held`: bytes in memory beside what a site takes; `read`: bytes of blocks, where they are paged."""
+    def _timed(self, work: Workload) -> Stage:
+        """A table of prices: the dense model, and one at a time those cut from it."""
+        size, keeps = self.shape.computed.itemsize, latency.trials(self.shape.sites).values()
+        cut = max(sum(s.parameters(k) for s, k in some.items() if k < s.n_groups) for some in keeps)
+        return Stage(
+            "time sub-layers", self.everything + cut * size + CUSHION,
+            flops=self._turns(work, len(keeps) + len(keeps) // latency.OFTEN), unknown=MORE_ROUNDS,
+        )  # fmt: skip
+
+    def _turns(self, work: Workload, models: int) -> int:
+        """FLOPs of the rounds that there are at least; a turn is a run that does not count and one that does."""
+        run = self.shape.forward(work.batch * (work.prompt + work.new_tokens), work.prompt, head=False)
+        return latency.FEWEST * models * 2 * run
+
+    def _gradients(self, shares: Shares, held: int) -> Stage:
+        shape, tokens = self.shape, self.tokens["calibration"]
+        streams = tokens * shape.width * shape.computed.itemsize * (len(shape.blocks) + 2)
+        inside, spilled = _spilled(streams, shares)
+        learnt = 2 * FLOAT * shape.weights
+        return Stage(
+            "gradients", held + learnt // len(shape.blocks), (shares.blocks or 0) + inside, learnt + spilled,
+            read=0 if shares.blocks is None else 2 * self._stored_blocks,
+            flops=3 * shape.forward(tokens, self.seqlen, head=True),
+        )  # fmt: skip
+
+    def _rounds(self, shares: Shares, held: int) -> Iterator[Stage]:
+        """A walk along the rungs of all, then the search of each."""
+        recipe, shape = self.recipe, self.shape
+        for number, every in enumerate(self._walked):
+            yield self._walk(f"prune {number + 1}", every, shares, held)
+            for member in self.members:
+                if number >= len(member.spaces):
+                    continue
+                forwards, share = member.forwards[number], self._share(member)
+                flops = None if forwards is None else shape.forward(forwards, self.seqlen, head=True, share=share)
+                most = "" if recipe.search_budget is None else f"at most {recipe.search_budget:,} token-forwards"
+                why = most if forwards != 0 else ""
+                if forwards is None:
+                    why = most or "what the allocator will ask"
+                ready = shares.hidden + shares.dense + shares.parts if forwards != 0 else 0
+                yield Stage(
+                    member.called(f"search {number + 1}"), held, (shares.blocks or 0) + ready,
+                    flops=flops, unknown=why, member=member.name,
+                )  # fmt: skip
+
+    def _result(self, member: Member, shares: Shares, held: int, working: int, *, first: bool) -> Iterator[Stage]:
+        """Rebuilt, finished, measured, saved; the first measures the dense model too."""
+        recipe, shape, judged = self.recipe, self.shape, self.tokens["evaluation"]
+        paged, size, kept = shares.blocks is not None, shape.computed.itemsize, shares.blocks or 0
+        if recipe.rebuild and member.last.ladders != self._walked[len(member.spaces) - 1].ladders:
+            yield self._walk(member.called("rebuild"), member.last, shares, held + working, member.name)
+        stays = self.everything // size - member.freed  # parameters
+        logits = 2 * FLOAT * min(judged, max(self.seqlen, LOGITS_AT_ONCE // shape.vocabulary)) * shape.vocabulary
+        hidden = min(HIDDEN_BYTES, judged * shape.width * size)
+        both = held + self._page + hidden if paged else self.everything + stays * size
+        if recipe.finishers:
+            own = stays * max(size, FLOAT)
+            both = max(both, held + own)
+            inside, spilled = _spilled(4 * self.tokens["calibration"] * shape.width * size, shares)
+            names = ", ".join(spec["name"] for spec in recipe.finishers)
+            yield Stage(
+                member.called("finish"), held + own + working, kept + inside, spilled,
+                flops=None, unknown=names, member=member.name,
+            )  # fmt: skip
+        models = 1 + first
+        small = shape.forward(judged, self.seqlen, head=True, share=self._share(member))
+        yield Stage(
+            member.called("evaluate"), both + logits + CUSHION, kept, read=models * self._stored if paged else 0,
+            flops=small + first * shape.forward(judged, self.seqlen, head=True), member=member.name,
+        )  # fmt: skip
+        if self.work is not None:
+            yield Stage(
+                member.called("time the result"), both + CUSHION,
+                flops=self._turns(self.work, 2), unknown=MORE_ROUNDS, member=member.name,
+            )  # fmt: skip
+        largest = max(p.numel() for p in shape.model.parameters()) * (size + shape.stored.itemsize)
+        streamed, written = paged and not recipe.finishers, stays * shape.stored.itemsize
+        exported = held + self._page + largest if streamed else both
+        read = (2 * self._stored if streamed else 0) + (written if recipe.verify else 0)  # for the probe, and to write
+        yield Stage(member.called("export"), exported + CUSHION, kept, written, read, member=member.name)
+
+    @cached_property
+    def _walked(self) -> list[Space]:
+        """Of every round, the rungs of all that still search."""
+        rounds = []
+        for number in range(max(len(member.spaces) for member in self.members)):
+            first, *others = [m.spaces[number] for m in self.members if number < len(m.spaces)]
+            rounds.append(first.joined(*others))
+        return rounds
+
+    @property
+    def _page(self) -> int:
+        """Bytes of the largest part of the model that is read at once."""
+        return max(self.block, self._head)
+
+    @property
+    def _stored(self) -> int:
+        """Bytes of the checkpoint."""
+        return self.everything // self.shape.computed.itemsize * self.shape.stored.itemsize
+
+    @property
+    def _stored_blocks(self) -> int:
+        return sum(self._blocks) // self.shape.computed.itemsize * self.shape.stored.itemsize
+
+    def _share(self, member: Member) -> float:
+        """What a uniform allocation keeps of the blocks."""
+        return 1 - member.freed * self.shape.computed.itemsize / sum(self._blocks)
+
+    def _walk(self, name: str, space: Space, shares: Shares, held: int, member: str = "") -> Stage:
+        """`held`: bytes in memory beside what a site takes."""
         shape, needs, tokens = self.shape, self.needs, self.tokens["calibration"]
-        scores = name != "rebuild" and "scores" in ALLOCATORS.build(self.recipe.allocator).needs
+        scores = not name.startswith("rebuild") and "scores" in ALLOCATORS.build(self.recipe.allocator).needs
         size, streams = shape.computed.itemsize, 1 + bool({"cross", "drift"} & needs)
         memory = disk = spill = 0
         flops = streams * shape.forward(tokens, self.seqlen, head=False)
@@ -517,8 +654,9 @@ class Count:
             flops += moments_flops(tokens, site.d_in, d_out, needs, part=part)
             flops += 2 * judging_flops(site.d_in, d_out, len(ladder))  # float64 takes twice as long
         inside, spilled = _spilled(spill, shares)
+        read = 0 if shares.blocks is None else self._stored_blocks
         unknown = f"the work of {self.recipe.pruner['name']} itself"
-        return Stage(name, held + memory, (shares.blocks or 0) + inside, disk + spilled, read, flops, unknown)
+        return Stage(name, held + memory, (shares.blocks or 0) + inside, disk + spilled, read, flops, unknown, member)
 
 
 def _spilled(activations: int, shares: Shares) -> tuple[int, int]:

@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from functools import cache
 from importlib import metadata, resources
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from prunekit.errors import WrongInput
+from prunekit.prices import FILE, Prices
 from prunekit.sites import Metric, Structure
 
 if TYPE_CHECKING:
@@ -132,14 +135,78 @@ class DataSpec(_Strict):
         return [name for part in parts for name in _names(part)]
 
 
+class LatencySpec(_Strict):
+    """Whose time is meant by metric latency, and the table of what was measured. None: chosen, measured by a run."""
+
+    batch: Annotated[int, Field(ge=1)] = 1  # prompts
+    prompt: Annotated[int, Field(ge=1)] | None = None  # tokens each, read in one pass; None: 256, or what fits
+    new_tokens: Annotated[int, Field(ge=0)] = 0  # made one by one from the cache
+    prices: dict[str, Any] | str | None = None  # a table, or its file, or the folder of a result
+
+    @property
+    def table(self) -> Prices | None:
+        """The table that is given.
+
+        Raises:
+            WrongInput: it cannot be read, or is of another workload.
+        """
+        if self.prices is None:
+            return None
+        found = Prices.load(self.prices) if isinstance(self.prices, str) else Prices.of(self.prices)
+        for name in ("batch", "prompt", "new_tokens"):
+            asked, there = getattr(self, name), getattr(found.workload, name)
+            if asked not in (None, there):
+                raise WrongInput(
+                    f"the price table is of {name} {there}, and latency.{name} is {asked}; measure anew with "
+                    "--set latency.prices=null"
+                )
+        return found
+
+    def measured(self, table: Prices) -> LatencySpec:
+        """With the table and its workload written in."""
+        return LatencySpec(**vars(table.workload), prices=table.as_dict())
+
+
+def _targeted(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A target as what it is short for: a metric, and the sparsity that keeps its share.
+
+    Raises:
+        WrongInput: it is no target, or stands beside what it says.
+    """
+    rest = dict(values)
+    target = rest.pop("target", None)
+    if target is None:
+        return rest
+    if beside := [key for key in ("sparsity", "metric") if key in rest]:
+        raise WrongInput(
+            f"target says which metric keeps how much, so {' and '.join(beside)} cannot be given too; "
+            "--sparsity 0.4 is the same as --target parameters=0.6"
+        )
+    pairs = target.items() if isinstance(target, Mapping) else [str(target).partition("=")[::2]]
+    if len(pairs) != 1:
+        raise WrongInput(f"a target is one METRIC=SHARE, as in latency=0.6, not {target!r}")
+    ((metric, text),) = pairs
+    if metric not in get_args(Metric):
+        raise WrongInput(_unknown("metric", str(metric), get_args(Metric)) + "; a target is as in latency=0.6")
+    try:
+        share = Fraction(str(text))
+    except (ValueError, ZeroDivisionError):
+        share = Fraction(0)
+    if not 0 < share < 1:
+        raise WrongInput(f"target {metric} is the share that stays, more than 0 and less than 1, not {text!r}")
+    return rest | {"metric": metric, "sparsity": float(1 - share)}
+
+
 class Recipe(_Strict):
     """What to prune, how far, with which parts and on which text."""
 
     version: Literal[1] = 1
     model: str | None = None  # folder or hub id; None in presets
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.5  # share of `of` that is removed
+    family: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()  # sparsities it was searched with; (): alone
     of: Literal["blocks", "model"] = "blocks"
-    metric: Metric = "parameters"
+    metric: Metric = "parameters"  # `target: METRIC=SHARE` says it together with a sparsity of 1 - SHARE
+    latency: LatencySpec = LatencySpec()  # of metric latency
     apart: bool = False  # attention and MLP get `sparsity` each and do not trade
     structure: Annotated[str, BeforeValidator(_as_pattern)] = "groups"  # or weights, or N:M, which says the sparsity
     heads: Literal["kv", "query"] = "kv"  # a group: a KV head with its query heads, or query heads of every KV head
@@ -177,29 +244,35 @@ class Recipe(_Strict):
         """
         found = read_yaml(name, presets(), "recipe")
         default = yaml.safe_load(presets()["default"])
+        if str(name) not in presets() and isinstance(found.get("latency"), dict):
+            path = Path(name).expanduser()
+            found["latency"] = _beside(found["latency"], path if path.is_dir() else path.parent)
         return cls.of_mapping(found if name == "default" else _over(default, found))
 
     @classmethod
     def of_mapping(cls, values: Mapping[str, Any]) -> Self:
-        """A recipe from plain values.
+        """A recipe from plain values; `target` among them stands for metric and sparsity.
 
         Raises:
             WrongInput: one sentence for the first value that cannot be.
         """
         try:
-            return cls.model_validate(dict(values))
+            return cls.model_validate(_targeted(values))
         except ValidationError as error:
             raise WrongInput(_sentence(error)) from None
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Self:
         """Replace values by dotted key: sparsity, pruner, data.seqlen, allocator.inner.generations.
 
-        Naming the plug-in that is there already keeps its options. Digests of tokens go with the data they are of.
+        Naming the plug-in that is there already keeps its options. Digests of tokens go with the data they are of,
+        a table of prices goes with its model, workload and device.
 
         Raises:
             WrongInput: no such key, with the nearest; or no such value.
         """
-        values = self.model_dump(mode="python")
+        values, overrides = self.model_dump(mode="python"), _targeted(overrides)
+        if "latency.prices" not in overrides and self._is_other_to_time(overrides):
+            values["latency"]["prices"] = None
         if _as_texts(overrides.get("data.dataset", before := values["data"]["dataset"])) != before:
             forgotten = ["config", "split"]  # they are of the other data set
             if self.data.evaluation_dataset is None or _names(self.data.evaluation_dataset) == _names(
@@ -214,11 +287,52 @@ class Recipe(_Strict):
             and (_pattern(structure) or _pattern(self.structure))
         ):
             values.pop("sparsity")  # a pattern has its own; what follows one has the default
+            values["family"] = ()
+        if "sparsity" in overrides:
+            values["family"] = ()  # it was of the other
         for key in sorted(overrides, key=lambda key: key.count(".")):  # a plug-in before its options
             _place(values, key, overrides[key])
             if key.split(".")[0] in ("data", "model", "seed") and isinstance(values["data"], dict):
                 values["data"]["digests"] = None
         return type(self).of_mapping(values)
+
+    def spread(self, overrides: Mapping[str, Any]) -> Self | None:
+        """As `with_overrides`, of a list of sparsities or a target of several shares: the first recipe of the family.
+
+        None: they give one value.
+
+        Raises:
+            WrongInput: as `with_overrides`, of any value; or one is given twice.
+        """
+        key = "target" if "target" in overrides else "sparsity"
+        metric, equals, shares = str(overrides.get(key)).partition("=")
+        if key == "target" and "," in shares:
+            values = [f"{metric}{equals}{share}" for share in shares.split(",")]
+        elif isinstance(overrides.get("sparsity"), (list, tuple)):
+            values = overrides["sparsity"]
+        else:
+            return None
+        recipes = [self.with_overrides({**overrides, key: value}) for value in values]
+        family = sorted(recipe.sparsity for recipe in recipes)
+        if not family:
+            raise WrongInput("sparsity has no value; give one, or several of a family")
+        if twice := [one for one, other in pairwise(family) if one == other]:
+            raise WrongInput(f"sparsity {twice[0]} is given twice; every member of a family has its own")
+        first = next(recipe for recipe in recipes if recipe.sparsity == family[0])
+        return first.model_copy(update={"family": tuple(family) if len(family) > 1 else ()})
+
+    @property
+    def members(self) -> list[Self]:
+        """The recipes of the family, by ascending sparsity; this one where it has none."""
+        return [self.model_copy(update={"sparsity": sparsity}) for sparsity in self.family] or [self]
+
+    def _is_other_to_time(self, overrides: Mapping[str, Any]) -> bool:
+        """Whether overrides change what a price table was measured on, where that was said."""
+        keys = ("model", "heads", "device", "dtype")
+        now = {key: getattr(self, key) for key in keys} | {f"latency.{k}": v for k, v in self.latency}
+        return any(now.get(key) not in (None, value) for key, value in overrides.items() if key in now) or (
+            "latency" in overrides
+        )
 
     def checked(self) -> Self:
         """This recipe with every option of every plug-in written out.
@@ -233,6 +347,11 @@ class Recipe(_Strict):
         if self.apart and self.of == "model":
             raise WrongInput(
                 "apart gives attention and MLP each their share of the blocks; it does not go with of=model"
+            )
+        if self.family and (list(self.family) != sorted({*self.family, self.sparsity}) or len(self.family) < 2):
+            raise WrongInput(
+                f"family names all sparsities that were searched together, this recipe's {self.sparsity} too, "
+                f"ascending, not {list(self.family)}"
             )
         pruner = PRUNERS.build(self.pruner)
         finishers = [FINISHERS.build(spec) for spec in self.finishers]
@@ -252,8 +371,11 @@ class Recipe(_Strict):
                 )
         for dataset in self.data.names:
             is_file(dataset)
+        table = self.latency.table if self.metric == "latency" else None
+        unpriced = self.latency.model_copy(update={"prices": None})
         return self.model_copy(
             update={
+                "latency": unpriced if table is None else self.latency.measured(table),
                 "pruner": PRUNERS.spec(pruner),
                 "allocator": ALLOCATORS.spec(allocator),
                 "objective": OBJECTIVES.spec(OBJECTIVES.build(self.objective)),
@@ -268,6 +390,11 @@ class Recipe(_Strict):
         from prunekit.registry import SIGNALS
 
         structure = Structure.parsed(self.structure)
+        if structure.block and self.family:
+            raise WrongInput(
+                f"structure {self.structure} says its own sparsity, so there is no family of several; "
+                "take structure groups or weights"
+            )
         named = [("pruner", self.pruner, pruner)]
         named += [("finisher", spec, each) for spec, each in zip(self.finishers, finishers, strict=True)]
         for kind, spec, plugin in named:
@@ -276,6 +403,10 @@ class Recipe(_Strict):
                 raise WrongInput(f"{kind} {spec['name']!r} does not know structure {structure.units}; it knows {there}")
         if structure.units == "groups":
             return
+        if self.metric == "latency":
+            raise WrongInput(
+                "zeros are multiplied like other numbers and save no time; latency goes with structure groups"
+            )
         for spec, finisher in zip(self.finishers, finishers, strict=True):
             if finisher.adds_biases:
                 raise WrongInput(f"finisher {spec['name']!r} adds biases, paid for with groups; leave them away here")
@@ -293,14 +424,25 @@ class Recipe(_Strict):
                 "blocks; leave sparsity and of away, or take structure weights"
             )
 
+    @property
+    def _unsaid(self) -> set[str]:
+        """What a recipe need not say."""
+        return set() if self.family else {"family"}
+
     def completed(self, *, model: str, draws: Draws) -> Self:
         """This recipe with the model's name and every choice about the tokens written in."""
         return self.model_copy(update={"model": model, "data": draws.spec})
 
     def to_yaml(self) -> str:
-        """All values in the order of the class, below a comment with the versions that were used."""
+        """All values in the order of the class, below a comment with the versions that were used.
+
+        A price table is a file beside the recipe.
+        """
         used = ", ".join(f"{name} {metadata.version(name)}" for name in ("prunekit", "torch", "transformers"))
-        body = yaml.safe_dump(self.checked().model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        values = self.checked().model_dump(mode="json", exclude=self._unsaid)
+        if values["latency"]["prices"] is not None:
+            values["latency"]["prices"] = FILE
+        body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
         return f"# {used}\n{body}"
 
     @property
@@ -310,7 +452,8 @@ class Recipe(_Strict):
 
     def determining(self) -> dict[str, Any]:
         """The values that determine the weights, every option of every plug-in among them."""
-        return self.checked().model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
+        unread = self._unsaid | WITHOUT_EFFECT | (set() if self.metric == "latency" else {"latency"})
+        return self.checked().model_dump(mode="json", exclude=unread)
 
 
 @cache
@@ -381,6 +524,12 @@ def _over(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return both
 
 
+def _beside(latency: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A price table that is named in a recipe file lies beside it."""
+    prices = latency.get("prices")
+    return {**latency, "prices": str(folder / prices)} if isinstance(prices, str) else dict(latency)
+
+
 # -- overriding ---------------------------------------------------------------------------------------
 
 
@@ -396,8 +545,8 @@ def _place(values: dict[str, Any], key: str, value: Any) -> None:
             values[slot] = registry.spec(registry.build(values[slot]))  # so that every option is there to be set
         elif isinstance(value, registry.contract):
             value = registry.spec(value)
-    if key == "data" and isinstance(value, Mapping):
-        value = {**values["data"], **value}
+    if key in ("data", "latency") and isinstance(value, Mapping):
+        value = {**values[key], **value}
     _put(values, [slot, *path], value)
 
 
@@ -446,7 +595,8 @@ def _sentence(error: ValidationError) -> str:
     *path, last = [str(part) for part in first["loc"] if part not in _TAGS] or ["recipe"]
     key, kind, context = ".".join([*path, last]), first["type"], first.get("ctx", {})
     if kind == "extra_forbidden":
-        fields = (TextSpec if path[2:] else DataSpec if path[:1] == ["data"] else Recipe).model_fields
+        parts = {"data": TextSpec if path[2:] else DataSpec, "latency": LatencySpec}
+        fields = (parts.get(path[0], Recipe) if path else Recipe).model_fields
         return _unknown("recipe key", key, [".".join([*path, name]) for name in fields])
     if kind == "missing":
         return f"the recipe has no {key}; take it from a preset or add it"

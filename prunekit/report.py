@@ -14,6 +14,7 @@ from torch import nn
 
 from prunekit.calibration.tokens import TokenBatch
 from prunekit.contracts import Problem
+from prunekit.prices import Workload
 from prunekit.recipe import Recipe
 from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, SIGNALS, signals_of
 from prunekit.sites import Allocation
@@ -54,6 +55,7 @@ def report(
     small: nn.Module,
     losses: Mapping[str, Any],
     finishers: Sequence[Mapping[str, Any]] = (),
+    pace: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of report.json. Parameters are counted in the tensors, never taken from the request."""
     recipe, dense, whole, draws = run.recipe, run.dense, run.whole, run.draws
@@ -78,6 +80,7 @@ def report(
             "spent": whole.cost(plan),
         },
         **({} if recipe.structure == "groups" else {"weights": weights(small, net, plan, recipe.structure)}),
+        **({} if pace is None else {"latency": dict(pace)}),
         "losses": dict(losses),
         "sites": [
             {
@@ -101,7 +104,8 @@ def report(
         },
         "search": {"questions": run.ledger.questions, "token_forwards": run.ledger.tokens},
         "finishers": [dict(said) for said in finishers],
-        "seconds": {stage: round(spent, 3) for stage, spent in run.clock.seconds.items()},
+        "seconds": _rounded(run.clock.seconds),
+        **({"seconds_shared": _rounded(run.clock.shared.own)} if recipe.family else {}),  # of these, for all of it
         "seed": recipe.seed,
         "versions": versions(recipe),
     }
@@ -144,6 +148,18 @@ def gained(found: Mapping[str, Any]) -> str:
     )
 
 
+def kept_promise(found: Mapping[str, Any]) -> str:
+    """Promised and realised time in words; `found` is of `prunekit.latency.realised`."""
+    said = (
+        f"{Workload(**found['workload'])}: {found['promised']:.3f} of the dense model's time was promised "
+        f"({found['target']:g} asked), {found['realised']:.3f} was measured, {found['miss']:+.1%}; times of one model "
+        f"vary by {found['noise']['result']:.1%}"
+    )
+    if found["kept"]:
+        return said
+    return f"{said}. The promise is not kept: measure anew when the machine does nothing else, or ask for less"
+
+
 def by_source(batch: TokenBatch, dense: Perplexity, pruned: Perplexity) -> dict[str, dict[str, float]]:
     """Mean loss of each data set's windows, in nats per token; nothing where there is one."""
     found: dict[str, dict[str, float]] = {}
@@ -179,6 +195,10 @@ def card(document: Mapping[str, Any], recipe: Recipe) -> str:
         title, unit = f"{found['sparsity']:.1%} of the weights in the blocks' linear maps are zero", "weights per row"
         more = f"\n| not zero in linear maps | {found['in_linear_maps']:,} | {found['not_zero']:,} |"
         note = f"\n{gained(found)}\n"
+    if (pace := document.get("latency")) is not None:
+        ms = pace["milliseconds"]
+        more += f"\n| milliseconds | {ms['dense']:.4g} | {ms['pruned']:.4g} |"
+        note += f"\nTime on {pace['hardware']['device']}: {kept_promise(pace)}.\n"
     return f"""---
 base_model: {document["model"]}
 tags: [prunekit, pruned]
@@ -231,6 +251,10 @@ def count(module: nn.Module) -> int:
 def _parts(recipe: Recipe) -> list[tuple[str, Mapping[str, Any]]]:
     fixed = [("pruner", recipe.pruner), ("allocator", recipe.allocator), ("objective", recipe.objective)]
     return [*fixed, *(("finisher", spec) for spec in recipe.finishers)]
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {stage: round(spent, 3) for stage, spent in seconds.items()}
 
 
 def _tokens(batch: TokenBatch) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Carries an allocator's questions to the objective and the losses back.
 
-Checks every question, judges none twice, counts tokens, stops at the limit, and replays a ledger.
+Checks every question, judges none twice, counts tokens, stops at the limit, and replays a ledger. Conversations about
+one network may share what they learn.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from prunekit.contracts import Allocator, Journal, Objective, Problem, Query
 from prunekit.errors import PluginError
 from prunekit.ledger import Ledger
 from prunekit.progress import Progress
-from prunekit.sites import Allocation
+from prunekit.sites import Allocation, Space
 from prunekit.supernet import Supernet
+
+Known = dict[tuple[Allocation, int], float]
+"""Losses by allocation and tokens; whether an allocation was a probe is no part of the question."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +67,23 @@ def converse(
     *,
     walk: int,
     limit: int | None = None,
+    known: Known | None = None,
     progress: Progress,
     label: str = "search",
 ) -> Outcome:
     """Hold the conversation; return the allocator's answer.
 
-    Token-forwards are counted per new question. When the next ask would take the ledger past `limit`
-    (token-forwards of the whole run) the search ends with the best allocation judged so far, or the start.
+    What another conversation about `net` has learnt from the same tokens is in `known` and not judged again; what this
+    one learns is added. Token-forwards are counted per new question. When the next ask would take the ledger past
+    `limit` (token-forwards of the whole run) the search ends with the best allocation judged so far, or the start.
 
     Raises:
         PluginError: a question or the answer breaks the space, or nothing was asked.
     """
     who = type(allocator).__name__
-    judged: dict[tuple[Allocation, int], float] = {}
-    able: dict[tuple[Allocation, int], float] = {}  # those that can win: not probes
+    known = {} if known is None else known
+    judged: Known = {}
+    able: Known = {}  # those that can win: not probes
     search = allocator.search(replace(problem, journal=Recorded(ledger, walk, progress)))
     losses: list[float] | None = None
     with progress.stage(label, 0) as stage:
@@ -92,23 +99,24 @@ def converse(
             if not asked:
                 raise PluginError(f"{who} asked without a question")
             new = [key for key in dict.fromkeys(asked) if key not in judged]
-            price = sum(paid for _, paid in new)
+            price = sum(key[1] for key in new if key not in known)
             if limit is not None and ledger.tokens + price > limit:
                 progress.say(f"search stops at {ledger.tokens:,} token-forwards; the limit is {limit:,}")
                 answer = best(able).allocation if able else problem.start
                 break
-            _judge(new, judged, net, objective, tokens, ledger, walk)
+            _judge(new, known, problem.space, net, objective, tokens, ledger, walk)
+            judged |= {key: known[key] for key in new}
             losses = [judged[key] for key in asked]
             able |= {key: judged[key] for key in new if problem.space.is_feasible(key[0])}
             so_far = f"loss {(found := best(able)).loss:.4g} on {found.tokens:,} tokens; " if able else ""
             stage.advance(len(new), f"{so_far}{ledger.tokens:,} token-forwards")
     if not (isinstance(answer, tuple) and problem.space.is_feasible(answer)):
         raise PluginError(f"{who} answered {answer!r}, which is not a feasible allocation of this space")
-    known = [Judgement(a, t, loss) for (a, t), loss in judged.items() if a == answer]
-    return Outcome(answer, max(known, key=lambda j: j.tokens, default=None), len(judged))
+    of_answer = [Judgement(a, t, loss) for (a, t), loss in judged.items() if a == answer]
+    return Outcome(answer, max(of_answer, key=lambda j: j.tokens, default=None), len(judged))
 
 
-def best(judged: dict[tuple[Allocation, int], float]) -> Judgement:
+def best(judged: Known) -> Judgement:
     """The lowest loss among those judged on the most tokens; the earlier on a tie."""
     most = max(tokens for _, tokens in judged)
     (allocation, tokens), loss = min((item for item in judged.items() if item[0][1] == most), key=lambda item: item[1])
@@ -127,27 +135,33 @@ def _asked(
 
 def _judge(
     new: list[tuple[Allocation, int]],
-    judged: dict[tuple[Allocation, int], float],
+    known: Known,
+    space: Space,
     net: Supernet,
     objective: Objective,
     tokens: TokenBatch,
     ledger: Ledger,
     walk: int,
 ) -> None:
-    """Answer new questions from the ledger, then from the network, all of one fidelity together."""
+    """Answer new questions from the ledger, then from what is known, then from the network, one fidelity together."""
     fetched: set[tuple[Allocation, int]] = set()
     for i, (allocation, count) in enumerate(new):
         question = {"kind": "question", "walk": walk, "allocation": list(allocation), "tokens": count}
-        if not net.space.is_feasible(allocation):
+        if not space.is_feasible(allocation):
             question["probe"] = True
+        if shared := (allocation, count) in known:
+            question["shared"] = True
         loss = ledger.recall(question)
-        if loss is None:
+        if loss is None and shared:
+            loss = known[allocation, count]
+            ledger.answer(question, loss)
+        elif loss is None:
             batch = tokens.first(count) if count else tokens
             if count and (allocation, count) not in fetched:
-                ahead = [a for a, c in new[i:] if c == count]
+                ahead = [a for a, c in new[i:] if c == count and (a, c) not in known]
                 depths = objective.depths(len(net.blocks))
                 fetched = {(a, count) for a in net.prefetch(ahead, objective.parts(batch), depths)}
             loss = objective.loss(net, allocation, batch)
             loss = math.inf if math.isnan(loss) else float(loss)
             ledger.answer(question, loss)
-        judged[allocation, count] = loss
+        known[allocation, count] = loss

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -15,13 +16,14 @@ from itertools import cycle, pairwise, permutations
 from typing import Literal
 
 from prunekit.errors import WrongInput
+from prunekit.prices import Curve, Prices
 
 Allocation = tuple[int, ...]
 """Kept groups per site, in order of execution."""
 
 Kind = Literal["attention", "mlp", "linear"]
 Units = Literal["groups", "weights", "n:m"]
-Metric = Literal["parameters", "bytes", "flops", "kv-cache"]
+Metric = Literal["parameters", "bytes", "flops", "kv-cache", "latency"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,13 @@ class Site:
         """What is removed here."""
         return "groups" if self.kind != "linear" else "n:m" if self.pattern else "weights"
 
+    @property
+    def shape(self) -> str:
+        """Sub-layers that say the same take the same time."""
+        return (
+            f"{self.kind}: {self.n_groups} groups of {self.group_size} columns and {self.params_per_group} parameters"
+        )
+
     def said(self, kept: int) -> str:
         """A count in words: 12 of 32, or as a pattern, 2:4."""
         if self.pattern:
@@ -117,15 +126,27 @@ class Site:
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `limit` units of one metric over all sites, or over the sites of each kind apart."""
+    """At most `limit` units of one metric over all sites, or over the sites of each kind apart.
+
+    Prices follow from a site's numbers; those of latency, in nanoseconds, are in a table that was measured.
+    """
 
     limit: int
     metric: Metric = "parameters"
     bytes_per_parameter: int = 2
     by_kind: tuple[tuple[Kind, int], ...] = ()  # (kind, limit): kinds do not trade; the limits sum to `limit`
+    table: Prices | None = None  # of metric latency
+
+    def counts(self, site: Site) -> Sequence[int]:
+        """The counts worth keeping, ascending: every one, or those of the table; others are raised to the next."""
+        if self.metric == "latency":
+            return [k for k in self._curve(site).counts if k >= site.least]
+        return range(site.least, site.n_groups + 1, site.step)
 
     def price(self, site: Site, kept: int) -> int:
         """What `kept` groups of `site` cost."""
+        if self.metric == "latency":
+            return self._curve(site).price(kept)
         if self.metric == "kv-cache":
             return kept * site.cached_per_group
         unit = {"parameters": 1, "bytes": self.bytes_per_parameter, "flops": 2}[self.metric]
@@ -141,21 +162,32 @@ class Budget:
         bytes_per_parameter: int = 2,
         outside: int = 0,
         apart: bool = False,
+        table: Prices | None = None,
     ) -> Budget:
         """The budget that keeps `share` of the sites and of `outside` parameters no site can free.
 
-        Raises:
-            WrongInput: the share cannot be reached; says which sparsities can.
-        """
-        ruler = cls(0, metric, bytes_per_parameter)
-        fixed = outside * ruler.price(Site("", 0, "linear", 1, 1, 1), 1) if metric != "kv-cache" else 0
-        exact = Fraction(str(share))
+        Of latency it keeps `share` of the dense model's; with `apart`, every kind the same share of its own.
 
-        def limit(some: Sequence[Site], fixed: int) -> int:
+        Raises:
+            WrongInput: the share cannot be reached; says which can. The table is of another model.
+        """
+        ruler, exact = cls(0, metric, bytes_per_parameter, table=table), Fraction(str(share))
+        if table is not None:
+            fixed = ruler._outside(sites)
+        else:
+            fixed = outside * ruler.price(Site("", 0, "linear", 1, 1, 1), 1) if metric != "kv-cache" else 0
+
+        def limit(some: Sequence[Site], exact: Fraction, fixed: int) -> int:
             full = sum(ruler.price(s, s.n_groups) for s in some) + fixed
             least = sum(ruler.price(s, s.least) for s in some) + fixed
             if full == 0:
                 raise WrongInput(f"no site has a price in {metric}; choose another metric")
+            if full * exact < least and metric == "latency":
+                lowest = math.ceil(10_000 * least / full) / 10_000
+                raise WrongInput(
+                    f"latency={float(exact):.4g} cannot be met: reachable is {lowest} to 1, because "
+                    f"{least / 1e6:.4g} of {full / 1e6:.4g} ms are spent where nothing can be removed"
+                )
             if full * exact < least:
                 raise WrongInput(
                     f"sparsity {float(1 - exact):.4g} of {metric} cannot be met: "
@@ -163,11 +195,41 @@ class Budget:
                 )
             return math.floor(full * exact) - fixed
 
+        def budget(limit: int, by_kind: tuple[tuple[Kind, int], ...] = ()) -> Budget:
+            return replace(ruler, limit=limit, by_kind=by_kind)
+
         if not apart:
-            return cls(limit(sites, fixed), metric, bytes_per_parameter)
+            return budget(limit(sites, exact, fixed))
+        if table is not None:  # what the sites may take of what they take
+            exact = Fraction(limit(sites, exact, fixed), max(1, table.dense - fixed))
         kinds: list[Kind] = sorted({s.kind for s in sites})
-        limits: tuple[tuple[Kind, int], ...] = tuple((k, limit([s for s in sites if s.kind == k], 0)) for k in kinds)
-        return cls(sum(n for _, n in limits), metric, bytes_per_parameter, limits)
+        limits: tuple[tuple[Kind, int], ...] = tuple(
+            (k, limit([s for s in sites if s.kind == k], exact, 0)) for k in kinds
+        )
+        return budget(sum(n for _, n in limits), limits)
+
+    def _curve(self, site: Site) -> Curve:
+        if self.table is None:
+            raise WrongInput("latency has no prices but those of a table; measure one first: prunekit prune --target")
+        curve = self.table.curves.get(site.shape)
+        if curve is None or curve.counts[-1] != site.n_groups:
+            raise WrongInput(
+                f"the price table has no {site.shape}, as {site.name} is; it is of another model: measure anew with "
+                "--set latency.prices=null"
+            )
+        return curve
+
+    def _outside(self, sites: Sequence[Site]) -> int:
+        """Of the table, which must be of as many sites of every shape."""
+        assert self.table is not None
+        if Counter(site.shape for site in sites) != {shape: curve.sites for shape, curve in self.table.curves.items()}:
+            for site in sites:
+                self._curve(site)
+            raise WrongInput(
+                "the price table is of a model with another number of sub-layers; measure anew with "
+                "--set latency.prices=null"
+            )
+        return self.table.outside
 
 
 @dataclass(frozen=True)
@@ -190,8 +252,8 @@ class Space:
 
     @classmethod
     def whole(cls, sites: Sequence[Site], budget: Budget) -> Space:
-        """Every count of every site."""
-        return cls(tuple(sites), tuple(tuple(range(s.least, s.n_groups + 1, s.step)) for s in sites), budget)
+        """Every count of every site that is worth keeping."""
+        return cls(tuple(sites), tuple(tuple(budget.counts(s)) for s in sites), budget)
 
     # -- prices ---------------------------------------------------------------------------------
 
@@ -444,16 +506,23 @@ class Space:
 
     # -- ladders ------------------------------------------------------------------------------------
 
+    def joined(self, *others: Space) -> Space:
+        """With the rungs of other spaces over the same sites; budget and stride stay its own."""
+        all_ = zip(*(space.ladders for space in (self, *others)), strict=True)
+        return replace(self, ladders=tuple(tuple(sorted(set().union(*ladders))) for ladders in all_))
+
     def zoomed(self, centre: Allocation, stride: float | None = None, reach: int = 4) -> Space:
         """Ladders of `reach` rungs on both sides of a centre; half the present stride unless told.
 
-        A stride is a share of a site's groups, never less than one group, or `Site.step`. Rungs beyond the
+        A stride is a share of a site's counts that are worth keeping, never less than one of them. Rungs beyond the
         ends are cut at the ends, so the smallest and the largest count stay reachable from near them.
         """
         stride = self.stride / 2 if stride is None else stride
         ladders = []
         for site, middle in zip(self.sites, centre, strict=True):
-            step = max(1, round(stride * site.n_groups / site.step)) * site.step
-            rungs = {min(max(middle + j * step, site.least), site.n_groups) for j in range(-reach, reach + 1)}
+            counts = self.budget.counts(site)
+            top, here = len(counts) - 1, bisect_left(counts, middle)
+            step = max(1, round(stride * (site.n_groups // site.step if self.budget.table is None else top)))
+            rungs = {counts[min(max(here + j * step, 0), top)] for j in range(-reach, reach + 1)}
             ladders.append(tuple(sorted(rungs)))
         return replace(self, ladders=tuple(ladders), stride=stride)

@@ -75,6 +75,13 @@ class Supernet:
             for row, ladder, kept in zip(self.errors, self.space.ladders, allocation, strict=True)
         ]
 
+    def table(self, space: Space) -> tuple[tuple[float, ...], ...]:
+        """Relative output errors by site and rung of a space whose rungs are all here."""
+        return tuple(
+            tuple(row[ladder.index(kept)] for kept in some)
+            for row, ladder, some in zip(self.errors, self.space.ladders, space.ladders, strict=True)
+        )
+
     # -- tokens through the network ------------------------------------------------------------------
 
     def prefetch(
@@ -152,6 +159,12 @@ class Supernet:
         for site, kept in zip(self.space.sites, plan, strict=True):
             self.adapter.remove(small, site, self.store.get(site, kept))
         return small
+
+    def rest(self) -> None:
+        """Let go of what is kept ready; whoever asks again waits for it."""
+        self._hidden, self._dense_bytes = {}, 0
+        self._parts.clear()
+        self._parts_bytes = 0
 
     # -- inside -----------------------------------------------------------------------------------------
 

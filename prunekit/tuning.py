@@ -28,8 +28,8 @@ from prunekit.choices import Choices
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.evaluate import perplexity
 from prunekit.ledger import Ledger
-from prunekit.pipeline import Clock, Run, assembled, limits, whole_space
-from prunekit.plan import planned
+from prunekit.pipeline import Clock, Run, assembled, foreseen, limits, priced, searched, whole_space, write_prices
+from prunekit.prices import FILE
 from prunekit.progress import Progress, span
 from prunekit.recipe import Recipe
 from prunekit.registry import OBJECTIVES
@@ -134,18 +134,19 @@ def tune(
     _check(metrics, choices, trials, study_name, sampler)
     most = choices.nodes.get("data.calibration_tokens")
     text = {"data.calibration_tokens": max(most.examples())} if most is not None else {}
-    base = recipe.with_overrides(choices.fixed | text).checked()
+    base = recipe.with_overrides({"family": ()} | choices.fixed | text).checked()  # trials are made one by one
     choices.check(base)
     source = base.model if model is None else model
     if source is None:
         raise WrongInput("no model was given; name a folder or a hub id, or pass a model in memory")
-    shape, adapter = skeleton(source, trust_remote_code=base.trust_remote_code)
-    space = whole_space(base, shape, adapter, next(shape.parameters()).dtype)  # can the budget be met?
-    (plan := planned(base, shape, adapter, space, output)).check()
+    plan = foreseen(base, *skeleton(source, trust_remote_code=base.trust_remote_code), output)
+    plan.check()
     dense = opened(
         source, tokenizer,
         device=base.device, dtype=base.dtype, trust_remote_code=base.trust_remote_code, shares=plan.shares,
     )  # fmt: skip
+    base = priced(base, dense, output / FILE if resume and not overwrite else None, progress)
+    whole_space(base, dense.model, dense.adapter, dense.dtype)  # can the budget be met, at these prices?
     draws = draw(dense.tokenizer, base.data, progress, seed=base.seed, **limits(dense.model))
     base = base.completed(model=dense.name, draws=draws)
     _check_text(base, choices, draws, metrics)
@@ -158,6 +159,7 @@ def tune(
         "versions": reporting.versions(base) | {"optuna": optuna.__version__},
     }
     with claimed(output, identity, "a study", resume=resume, overwrite=overwrite) as place, _quiet():
+        write_prices(base, place)  # beside the recipes that name it
         study = _study(place, storage, study_name or output.name, identity, len(metrics), resume and not overwrite)
         bench = Bench(base, dense, draws, place, tuple(metrics), progress, disk)
         rows = [_base_row(bench)]
@@ -204,7 +206,7 @@ class Bench:
         OBJECTIVES.build(recipe.objective).check(draws.search)
         ledger = Ledger(folder / "ledger.jsonl")
         run = Run(recipe, self.dense, whole, draws, ledger, folder, self.progress, clock, shelf)
-        net, plan = run.searched()
+        net, plan = run.rebuilt(*searched([run])[0])
         small = assembled(net, plan, recipe)
         run.finish(small, net, plan)
         kept = reporting.count(small)

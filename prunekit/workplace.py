@@ -98,6 +98,16 @@ def unfinished(output: Path) -> bool:
     return (_beside(output, "partial") / "run.json").exists()
 
 
+def left(output: Path, identity: Mapping[str, Any]) -> Path | None:
+    """The folder of an unfinished run of the same identity; None: there is none."""
+    place = _beside(output, "partial")
+    try:
+        found = json.loads((place / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return place if found == json.loads(json.dumps(identity)) else None
+
+
 def publish(folder: Path, output: Path) -> None:
     """Put a finished folder in the place of `output`, by rename; what was there goes when that is done."""
     output, old = output.resolve(), _beside(output, "old")
@@ -114,8 +124,9 @@ def _beside(output: Path, suffix: str) -> Path:
 
 
 def _is_result(folder: Path) -> bool:
+    file = next((file for name in ("report.json", "pareto.json") if (file := folder / name).exists()), None)
     try:
-        return "schema" in json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        return file is not None and "schema" in json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
 

@@ -17,7 +17,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from prunekit import pipeline
+from prunekit import family, pipeline
 from prunekit.cli import app
 from prunekit.registry import KINDS
 
@@ -102,12 +102,14 @@ def test_commands_are_understood(document: Path, tmp_path: Path, monkeypatch: py
     for name in ("my.jsonl", "my.txt", "questions.jsonl"):
         Path(name).touch()
     Path("my.yaml").write_text("pruner: {name: obs}\n")
-    for recipe in ("half/recipe.yaml", "study/best.yaml"):
-        Path(recipe).parent.mkdir()
+    for recipe in ("half/recipe.yaml", "family/0.3/recipe.yaml", "study/best.yaml"):
+        Path(recipe).parent.mkdir(parents=True)
         Path(recipe).write_text("model: some/model\n")
     side = {"parameters": 100, "block_parameters": 80}
     report = {"dense": side, "pruned": side, "losses": {"dense": {"perplexity": 9.0}, "pruned": {"perplexity": 9.0}}}
     monkeypatch.setattr(pipeline, "prune", lambda *_, **__: SimpleNamespace(report=report))
+    curve = {"dense": report["losses"]["dense"] | side, "members": [], "token_forwards": 0, "seconds": 0.0}
+    monkeypatch.setattr(family, "family", lambda *_, **__: SimpleNamespace(document=curve))
     known: Any = get_command(app)
     for command, *arguments in commands(document, "prunekit"):
         assert command in known.commands

@@ -1,10 +1,12 @@
 """Small allocation problems with known answers: additive tables over uneven prices, kinds and ends."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from prunekit.contracts import Problem
+from prunekit.prices import Curve, Prices, Workload
 from prunekit.sites import Allocation, Budget, Kind, Site, Space
 
 Table = tuple[tuple[float, ...], ...]
@@ -31,6 +33,21 @@ def small_llama(share: float = 0.5) -> Space:
     """Every count of 16 sites: 8 blocks of 4 KV groups and 768 neurons, one group as dear as 64 neurons."""
     sites = sites_of(8, attention=(4, 49_152), mlp=(768, 768))
     return Space.whole(sites, Budget.keeping(share, sites))
+
+
+def timed(sites: Sequence[Site], tile: int = 4) -> Prices:
+    """Times in steps of a tile, as hardware has them: 30 for any, 10 a group of attention, 20 for each further tile.
+
+    80 are spent outside of the sub-layers.
+    """
+    curves: dict[str, Curve] = {}
+    for shape, many in Counter(site.shape for site in sites).items():
+        site = next(site for site in sites if site.shape == shape)
+        step, rise = (1, 10) if site.kind == "attention" else (tile, 20)
+        counts = (0, *range(step, site.n_groups, step), site.n_groups)
+        curves[shape] = Curve(counts, (0, *(30 + rise * i for i in range(len(counts) - 1))), many)
+    dense = 80 + sum(curve.sites * curve.prices[-1] for curve in curves.values())
+    return Prices(Workload(1, 8, 0), {}, dense, 0.0, curves)
 
 
 def convex_table(space: Space, seed: int = 0) -> Table:
@@ -85,6 +102,12 @@ def _cached() -> Problem:
     return problem(Space.whole(sites, Budget.keeping(0.5, sites, metric="kv-cache")))
 
 
+def _timed() -> Problem:
+    """Prices from a table: most counts are not worth keeping, and the first group is dearer than the next."""
+    sites = sites_of(3, attention=(4, 10), mlp=(16, 3))
+    return problem(Space.whole(sites, Budget.keeping(0.6, sites, metric="latency", table=timed(sites))))
+
+
 def _nearly_all() -> Problem:
     sites = sites_of(2, attention=(4, 10), mlp=(16, 3))
     return problem(Space.whole(sites, Budget.keeping(0.95, sites)))
@@ -115,6 +138,7 @@ ZOO: Mapping[str, Callable[[], Problem]] = {
     "uneven": _uneven,
     "apart": _apart,
     "cached": _cached,
+    "timed": _timed,
     "nearly all": _nearly_all,
     "nearly none": _nearly_none,
     "one site": _one_site,

@@ -96,6 +96,32 @@ def test_every_flag_has_its_place_in_the_recipe(asked: list[Any]) -> None:
     assert (options["resume"], options["overwrite"]) == (False, True)
 
 
+def test_a_target_is_given_in_place_of_sparsity(asked: list[Any]) -> None:
+    assert run("prune", "m", "-o", "out", "--target", "latency=0.6", "--set", "latency.batch=2").exit_code == 0
+    recipe = asked[0][0]
+    assert (recipe.metric, recipe.sparsity, recipe.latency.batch) == ("latency", 0.4, 2)
+    both = refused("prune", "m", "-o", "out", "--target", "latency=0.6", "--sparsity", "0.5")
+    assert "sparsity cannot be given too" in both
+    assert "more than 0 and less than 1" in refused("prune", "m", "-o", "out", "--target", "latency=60")
+    assert "no metric 'speed'; there are bytes, flops" in refused("prune", "m", "-o", "out", "--target", "speed=0.6")
+
+
+def test_what_was_promised_of_the_time_stands_below_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    side = {"parameters": 100, "block_parameters": 80}
+    pace = {
+        "workload": {"batch": 1, "prompt": 256, "new_tokens": 0},
+        "target": 0.6, "promised": 0.59, "realised": 0.65, "miss": 0.65 / 0.59 - 1, "kept": False,
+        "milliseconds": {"dense": 20.0, "pruned": 13.0}, "noise": {"table": 0.01, "result": 0.02},
+    }  # fmt: skip
+    losses = {k: {"perplexity": 9.0} for k in ("dense", "pruned")}
+    report = {"dense": side, "pruned": side, "losses": losses, "latency": pace}
+    monkeypatch.setattr(pipeline, "prune", lambda recipe, **options: SimpleNamespace(report=report))
+    said = run("prune", "m", "-o", "out", "--target", "latency=0.6").stdout
+    assert re.search(r"milliseconds +20 +13 +0\.650", said)
+    assert "0.590 of the dense model's time was promised (0.6 asked), 0.650 was measured, +10.2%" in said
+    assert "The promise is not kept" in said
+
+
 @pytest.mark.parametrize("given", [("--dataset", "TEXT", "--dataset", "c4"), ("--dataset", "TEXT,c4")])
 def test_several_data_sets_are_given_one_by_one_or_by_comma(
     asked: list[Any], text: Path, given: tuple[str, ...]

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 import prunekit
 from prunekit import pipeline
 from prunekit.calibration.flow import entered
-from prunekit.checkpoint import opened
+from prunekit.checkpoint import opened, stored_as
 from prunekit.demo import MODEL
 from prunekit.export.verify import _compare
 from prunekit.memory import Shares
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
     def made(family, dtype=torch.bfloat16, vocab_size=61, **saving):
         path = tmp_path_factory.mktemp("tiny") / family
-        tiny(family, vocab_size=vocab_size).to(dtype=dtype).save_pretrained(path, **saving)
+        stored_as(tiny(family, vocab_size=vocab_size), dtype).save_pretrained(path, **saving)
         AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
         return path
 
@@ -119,8 +119,8 @@ def made(path, output, monkeypatch, *, paged, **changes):
     if paged:
         plan = pipeline.planned
 
-        def tight(*args):
-            return replace(plan(*args), shares=Shares(0, 0, 0, 0, 0))
+        def tight(*args, **options):
+            return replace(plan(*args, **options), shares=Shares(0, 0, 0, 0, 0))
 
         monkeypatch.setattr(pipeline, "planned", tight)
     result = prunekit.prune(path, output=output, **(RUN | changes))

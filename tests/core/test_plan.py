@@ -21,7 +21,7 @@ from prunekit.checkpoint import skeleton
 from prunekit.contracts import Objective, Problem
 from prunekit.ledger import Ledger
 from prunekit.memory import GIB, Room, Shares
-from prunekit.pipeline import whole_space
+from prunekit.pipeline import foreseen, whole_space
 from prunekit.plan import (
     Rates,
     activations_bytes,
@@ -29,7 +29,6 @@ from prunekit.plan import (
     judging_flops,
     moments_bytes,
     moments_flops,
-    planned,
     rehearsed,
     store_bytes,
     walks,
@@ -206,10 +205,11 @@ def large(tmp_path_factory):
 
 
 def plan_of(folder, output=None, **changes):
-    recipe = Recipe.load("fast").with_overrides({"model": str(folder), **changes}).checked()
-    model, adapter = skeleton(str(folder))
-    space = whole_space(recipe, model, adapter, next(model.parameters()).dtype)
-    return planned(recipe, model, adapter, space, output)
+    base, overrides = Recipe.load("fast"), {"model": str(folder), **changes}
+    several = base.spread(overrides)
+    asked = None if several is None else list(several.family)
+    recipe = (several or base.with_overrides(overrides)).checked()
+    return foreseen(recipe, *skeleton(str(folder)), output, asked)
 
 
 def test_what_fits_is_opened_whole_and_what_does_not_block_by_block(folder, large):
@@ -271,7 +271,7 @@ def test_what_cannot_fit_is_refused(folder, large, tmp_path):
 def test_a_model_in_memory_is_never_paged(folder):
     recipe = Recipe.load("fast").with_overrides({"memory": "1MB"}).checked()
     model, adapter = tiny("llama"), adapter_for("llama")
-    plan = planned(recipe, model, adapter, whole_space(recipe, model, adapter, torch.float64), None)
+    plan = foreseen(recipe, model, adapter, None)
     assert not plan.paged
     assert plan.shares == Shares(None, 0, 0, 0, 0)
 

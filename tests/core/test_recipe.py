@@ -1,3 +1,4 @@
+import json
 import re
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -8,8 +9,12 @@ import yaml
 from prunekit import recipe as module
 from prunekit.contracts import LocalPruner
 from prunekit.errors import WrongInput
+from prunekit.prices import Prices
 from prunekit.recipe import DataSpec, Recipe, parsed, presets
 from prunekit.registry import FINISHERS, PRUNERS, Entry
+from prunekit.testing.spaces import sites_of, timed
+
+MINIMAL = {"pruner": "wanda", "allocator": "uniform", "objective": "expected-error"}
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def test_yaml_round_trip(name: str, tmp_path: Path) -> None:
 def test_yaml_has_every_option_and_the_versions(recipe: Recipe) -> None:
     text = recipe.to_yaml()
     assert text.startswith("# prunekit ")
-    assert list(yaml.safe_load(text)) == list(Recipe.model_fields)
+    assert list(yaml.safe_load(text)) == [name for name in Recipe.model_fields if name != "family"]  # it has none
     assert yaml.safe_load(text)["pruner"].keys() > {"name"}
 
 
@@ -310,3 +315,89 @@ def test_finishers_are_a_list_one_of_them_or_plugins_and_have_options_by_name(re
 def test_wrong_finishers_are_one_sentence(recipe: Recipe, overrides: dict[str, object], sentence: str) -> None:
     with pytest.raises(WrongInput, match=re.escape(sentence)):
         recipe.with_overrides(overrides).checked()
+
+
+# -- targets and the price table ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["latency=0.6", {"latency": 0.6}, {"latency": "3/5"}])
+def test_a_target_is_short_for_metric_and_sparsity(target: object) -> None:
+    for recipe in (Recipe.load().with_overrides({"target": target}), Recipe.of_mapping(MINIMAL | {"target": target})):
+        assert (recipe.metric, recipe.sparsity) == ("latency", 0.4)
+    same = Recipe.load().with_overrides({"sparsity": 0.4})
+    assert Recipe.load().with_overrides({"target": "parameters=0.6"}) == same
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("latency=0", "more than 0 and less than 1, not '0'"),
+        ("latency=1", "more than 0 and less than 1"),
+        ("latency=1.2", "more than 0 and less than 1"),
+        ("latency=half", "more than 0 and less than 1, not 'half'"),
+        ("latency", "more than 0 and less than 1, not ''"),
+        ("latancy=0.6", "no metric 'latancy'; did you mean 'latency'"),
+        ({"latency": 0.6, "flops": 0.5}, "one METRIC=SHARE"),
+    ],
+)
+def test_what_is_no_target_is_refused(target: object, says: str) -> None:
+    with pytest.raises(WrongInput, match=says):
+        Recipe.load().with_overrides({"target": target})
+
+
+@pytest.mark.parametrize("beside", [{"sparsity": 0.4}, {"metric": "flops"}])
+def test_a_target_stands_alone(beside: dict[str, object]) -> None:
+    with pytest.raises(WrongInput, match=rf"so {next(iter(beside))} cannot be given too; --sparsity 0\.4 is the same"):
+        Recipe.load().with_overrides({"target": "parameters=0.6"} | beside)
+    with pytest.raises(WrongInput, match="cannot be given too"):
+        Recipe.of_mapping(MINIMAL | {"target": "parameters=0.6"} | beside)
+
+
+def test_zeros_save_no_time() -> None:
+    with pytest.raises(WrongInput, match="latency goes with structure groups"):
+        Recipe.load().with_overrides({"target": "latency=0.6", "structure": "weights", "pruner": "sparsegpt"}).checked()
+
+
+@pytest.fixture
+def table() -> Prices:
+    return timed(sites_of(2, attention=(4, 10), mlp=(16, 3)))
+
+
+def test_a_price_table_lies_beside_the_recipe(tmp_path: Path, table: Prices) -> None:
+    timed_recipe = Recipe.load().with_overrides({"target": "latency=0.6", "latency.prices": table.as_dict()})
+    (tmp_path / "recipe.yaml").write_text(timed_recipe.to_yaml())
+    assert "prices: prices.json" in timed_recipe.to_yaml()
+    with pytest.raises(WrongInput, match=r"no price table .*prices\.json"):
+        Recipe.load(tmp_path).checked()
+    (tmp_path / "prices.json").write_text(json.dumps(table.as_dict()))
+    for name in (tmp_path, tmp_path / "recipe.yaml"):
+        found = Recipe.load(name).checked()
+        assert found.latency.table == table
+        assert found == timed_recipe.checked()
+        assert found.digest == timed_recipe.digest
+
+
+def test_a_price_table_goes_with_its_model_workload_and_device(table: Prices) -> None:
+    recipe = Recipe.load().with_overrides(
+        {"model": "a", "target": "latency=0.6", "latency.prices": table.as_dict(), "latency.prompt": 8}
+    )
+    for stays in ({"model": "a"}, {"target": "latency=0.7"}, {"pruner": "wanda"}, {"latency.prompt": 8}):
+        assert recipe.with_overrides(stays).latency.table == table
+    for key, value in {"model": "b", "latency.batch": 2, "device": "cuda", "heads": "query", "latency": {}}.items():
+        assert recipe.with_overrides({key: value}).latency.table is None
+    with pytest.raises(WrongInput, match=r"of batch 1, and latency\.batch is 2"):
+        recipe.with_overrides({"latency": {"batch": 2, "prices": table.as_dict()}}).checked()
+
+
+def test_the_workload_has_no_say_where_nothing_is_timed() -> None:
+    plain = Recipe.load()
+    assert plain.with_overrides({"latency.prompt": 8}).digest == plain.digest
+    timed_recipe = plain.with_overrides({"target": "latency=0.5"})
+    assert timed_recipe.digest != timed_recipe.with_overrides({"latency.prompt": 8}).digest
+
+
+def test_a_wrong_latency_key_is_met_with_the_nearest() -> None:
+    with pytest.raises(WrongInput, match=r"no recipe key 'latency\.promt'; did you mean 'latency\.prompt'"):
+        Recipe.of_mapping(MINIMAL | {"latency": {"promt": 8}})
+    with pytest.raises(WrongInput, match=r"latency\.batch"):
+        Recipe.load().with_overrides({"latency.batch": 0})

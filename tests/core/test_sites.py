@@ -1,15 +1,18 @@
 """Space and Budget: integers, exactly."""
 
+from dataclasses import replace
 from fractions import Fraction
+from itertools import accumulate
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunekit.errors import WrongInput
+from prunekit.prices import Curve, Prices, Workload
 from prunekit.sites import Budget, Kind, Metric, Site, Space, Structure
 from prunekit.testing.oracle import best_allocation
-from prunekit.testing.spaces import convex_table, rough_table, sites_of, small_llama
+from prunekit.testing.spaces import convex_table, rough_table, sites_of, small_llama, timed
 
 KINDS: tuple[Kind, ...] = ("attention", "mlp")
 
@@ -33,14 +36,31 @@ def spaces(draw: st.DrawFn, apart: bool | None = None) -> Space:
     )
     apart = draw(st.booleans()) if apart is None else apart
     ruler, limits = Budget(0), []
+    if draw(st.booleans()):
+        shapes = sorted({site.shape for site in sites})
+        curves = {shape: draw(curves_of([s for s in sites if s.shape == shape])) for shape in shapes}
+        ruler = Budget(0, "latency", table=Prices(Workload(1, 8, 0), {}, 10**6, 0.0, curves))
     for kind in sorted({s.kind for s in sites}):
         some = [s for s in sites if s.kind == kind]
         least, full = (sum(ruler.price(s, k) for s, k in zip(some, ks, strict=True)) for ks in _ends(some))
         limits.append((kind, draw(st.integers(least, full + 5))))
-    space = Space.whole(sites, Budget(sum(n for _, n in limits), by_kind=tuple(limits) if apart else ()))
+    by_kind = tuple(limits) if apart else ()
+    space = Space.whole(sites, replace(ruler, limit=sum(n for _, n in limits), by_kind=by_kind))
     if draw(st.booleans()):
         space = space.zoomed(space.uniform(), draw(st.sampled_from([1 / 2, 1 / 4, 1 / 8])), draw(st.integers(0, 8)))
     return space
+
+
+def curves_of(sites: list[Site]) -> st.SearchStrategy[Curve]:
+    """Prices of one shape that rise as they like, of some counts that all its sites have, all groups among them."""
+    full, step = sites[0].n_groups, max(site.step for site in sites)
+    inner = st.sets(st.integers(0, full // step).map(lambda k: k * step), max_size=6)
+
+    def priced(counts: set[int]) -> st.SearchStrategy[Curve]:
+        rises = st.lists(st.integers(1, 40), min_size=len(counts), max_size=len(counts))
+        return rises.map(lambda up: Curve(tuple(sorted(counts)), tuple(accumulate(up)), 1))
+
+    return inner.map(lambda counts: counts | {full}).flatmap(priced)
 
 
 def _ends(sites: list[Site]) -> tuple[list[int], list[int]]:
@@ -129,6 +149,8 @@ def test_zoomed_ladders_contain_the_centre(data: st.DataObject) -> None:
     centre = space.uniform()
     finer = space.zoomed(centre, data.draw(st.sampled_from([0.0, 1 / 64, 1 / 8, 1.0])), data.draw(st.integers(0, 20)))
     assert finer.is_feasible(centre)
+    worth = [set(space.budget.counts(site)) for site in space.sites]
+    assert all(set(ladder) <= counts for ladder, counts in zip(finer.ladders, worth, strict=True))
     assert all(s.least <= k <= s.n_groups for s, ladder in zip(finer.sites, finer.ladders, strict=True) for k in ladder)
 
 
@@ -288,3 +310,43 @@ def test_a_count_between_patterns_is_no_rung():
     site = Site("s", 0, "linear", 8, 1, 3, step=2, pattern=4)
     with pytest.raises(ValueError, match="multiples of 2"):
         Space((site,), ((2, 3),), Budget(100))
+
+
+# -- prices from a table ------------------------------------------------------------------------------
+
+
+def test_a_table_is_a_budget_in_whole_nanoseconds() -> None:
+    sites = sites_of(2, attention=(4, 10), mlp=(16, 3))
+    table = timed(sites)  # attention 0, 30, 40, 50, 60; MLP in tiles of 4: 0, 30, 50, 70, 90; 80 outside
+    assert table.dense == 2 * 60 + 2 * 90 + 80 == 380
+    budget = Budget.keeping(0.7, sites, metric="latency", table=table)
+    assert budget.limit == 266 - 80
+    space = Space.whole(sites, budget)
+    assert space.ladders[:2] == ((0, 1, 2, 3, 4), (0, 4, 8, 12, 16))
+    assert [budget.price(sites[1], k) for k in (0, 1, 4, 5, 16)] == [0, 30, 30, 50, 90]  # 1 costs as much as 4
+    assert space.cost(space.nearest((2, 8, 2, 8))) <= 186
+
+
+def test_a_table_does_not_trade_between_kinds_where_these_are_apart() -> None:
+    sites = sites_of(2, attention=(4, 10), mlp=(16, 3))
+    budget = Budget.keeping(0.7, sites, metric="latency", table=timed(sites), apart=True)
+    assert budget.by_kind == (("attention", 74), ("mlp", 111))  # 186 of 300, of 120 and 180
+
+
+def test_a_table_says_which_targets_can_be_reached() -> None:
+    sites = sites_of(2, attention=(4, 10), mlp=(16, 3))
+    lowest = Budget.keeping(0.2106, sites, metric="latency", table=timed(sites))  # 80 of 380: all dropped
+    assert lowest.limit == 0
+    with pytest.raises(WrongInput, match=r"latency=0\.2105 cannot be met: reachable is 0\.2106 to 1"):
+        Budget.keeping(0.2105, sites, metric="latency", table=timed(sites))
+
+
+def test_a_table_of_another_model_is_refused() -> None:
+    sites = sites_of(2, attention=(4, 10), mlp=(16, 3))
+    other = sites_of(2, attention=(4, 10), mlp=(16, 4))
+    with pytest.raises(WrongInput, match=r"no mlp: 16 groups of 1 columns and 3 parameters, as 0\.mlp is"):
+        Budget.keeping(0.7, sites, metric="latency", table=timed(other))
+    with pytest.raises(WrongInput, match="another number of sub-layers"):
+        Budget.keeping(0.7, sites[:2], metric="latency", table=timed(sites))
+    with pytest.raises(WrongInput, match="no prices but those of a table"):
+        Budget.keeping(0.7, sites, metric="latency")

@@ -43,6 +43,10 @@ class MixedInteger(Additive):
             raise ValueError(f"candidates differ in at least 1 site, not {self.differ}")
         if not all(0 < share <= 1 for _, share in self.limits):
             raise ValueError(f"limits are shares in 0..1, not {self.limits}")
+        if any(metric == "latency" for metric, _ in self.limits):
+            raise ValueError(
+                "latency is measured for the budget alone; ask for it as the target, other metrics as limits"
+            )
 
     def last_space(self, whole: Space, best: Allocation) -> Space:
         # what the budget has left might be spent on what a limit forbids

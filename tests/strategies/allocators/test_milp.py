@@ -88,7 +88,9 @@ def test_large_prices_are_kept_in_whole_numbers():
     assert [loss(a) for a in found] == pytest.approx(every[:5])
 
 
-@pytest.mark.parametrize("wrong", [{"limits": (("flops", 0.0),)}, {"differ": 0}, {"table": "x"}])
+@pytest.mark.parametrize(
+    "wrong", [{"limits": (("flops", 0.0),)}, {"limits": (("latency", 0.5),)}, {"differ": 0}, {"table": "x"}]
+)
 def test_refuses_nonsense(wrong):
-    with pytest.raises(ValueError, match=r"shares|differ|no table"):
+    with pytest.raises(ValueError, match=r"shares|measured for the budget|differ|no table"):
         MixedInteger(**wrong)

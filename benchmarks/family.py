@@ -1,0 +1,70 @@
+"""Once for all: a family of models against its largest member alone and against a run for every member, in one process.
+
+    python benchmarks/family.py MODEL --dataset calibration.txt --evaluation test.txt --sparsity 0.2,0.3,0.4,0.5
+
+Ratios of seconds are of this run. Perplexities are on one text, their difference is paired by window.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from prunekit.calibration.draws import draw
+from prunekit.evaluate import perplexity
+from prunekit.family import family
+from prunekit.pipeline import Result, limits, prune
+from prunekit.progress import progress_for
+from prunekit.recipe import Recipe, parsed
+
+
+def main(
+    model: str,
+    dataset: str = "python-docs",
+    evaluation: str | None = None,
+    sparsity: Annotated[str, typer.Option(help="of the members, by comma")] = "0.2,0.3,0.4,0.5",
+    recipe: str = "default",
+    seqlen: int = 256,
+    tokens: Annotated[int, typer.Option(help="of calibration, of search and of evaluation, each")] = 16_384,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="key.path=value")] = None,
+) -> None:
+    """Print two Markdown tables."""
+    shared = {"model": model, "verify": False, "data.dataset": dataset, "data.seqlen": seqlen}
+    shared |= {"data.evaluation_dataset": evaluation} | dict(map(parsed, setting or []))
+    shared |= {f"data.{part}_tokens": tokens for part in ("calibration", "search", "evaluation")}
+    base, progress = Recipe.load(recipe).with_overrides(shared), progress_for()
+    together = base.spread({"sparsity": [float(share) for share in sparsity.split(",")]})
+    assert together is not None
+    begun = time.perf_counter()
+    made = family(together, progress=progress)
+    took, alone, seconds = time.perf_counter() - begun, list[Result](), list[float]()
+    for share in together.family or (together.sparsity,):
+        begun = time.perf_counter()
+        alone.append(prune(base.with_overrides({"sparsity": share}), progress=progress))
+        seconds.append(time.perf_counter() - begun)
+
+    paid = [result.report["search"]["token_forwards"] for result in alone]
+    rows = {
+        f"family of {len(alone)}": (took, made.document["token_forwards"]),
+        f"one, {alone[-1].recipe.sparsity}": (seconds[-1], paid[-1]),
+        f"{len(alone)} runs": (sum(seconds), sum(paid)),
+    }
+    print("\n| | seconds | of one | token-forwards | of one |\n|---|---|---|---|---|")
+    for name, (spent, forwards) in rows.items():
+        ratio = f"{forwards / paid[-1]:.2f}" if paid[-1] else ""
+        print(f"| {name} | {spent:.1f} | {spent / seconds[-1]:.2f} | {forwards:,} | {ratio} |")
+
+    print("\n| sparsity | parameters | perplexity in the family | alone | rise of nll, paired |\n|---|---|---|---|---|")
+    text = draw(alone[0].tokenizer, base.data, progress, seed=base.seed, **limits(alone[0].model)).evaluation
+    for one, other in zip(made.members, alone, strict=True):
+        ours, theirs = perplexity(one.model, text), perplexity(other.model, text)
+        rise, error = ours.above(theirs)
+        same = f"{one.report['pruned']['parameters']:,} / {other.report['pruned']['parameters']:,}"
+        print(f"| {one.recipe.sparsity} | {same} | {ours.value:.2f} | {theirs.value:.2f} | {rise:+.4f} ± {error:.4f} |")
+    print(f"\n{made.document['label']}; dense {made.document['dense']['perplexity']:.2f}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
