@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunekit.adapters import ModelAdapter
-from prunekit.adapters.adapter import shallow
+from prunekit.adapters.adapter import grafted, shallow
 from prunekit.calibration.flow import TOKENS_AT_ONCE, chunks, entered
 from prunekit.calibration.tokens import TokenBatch
 from prunekit.memory import SHARES, Shares
@@ -231,13 +231,11 @@ class Supernet:
 
     def _cut(self, index: int, start: int, kept: Sequence[int]) -> nn.Module:
         """A block with its sites cut to `kept`; sub-layers are shared between all who keep the same."""
-        block = shallow(self.blocks[index])
+        changed: dict[str, nn.Module] = {}
         for i, count in enumerate(kept, start):
-            if count not in self.space.ladders[i]:
-                continue  # a probe's dense sub-layer
-            for path, module in self._part(i, count).items():
-                block.set_submodule(path, module)
-        return block
+            if count in self.space.ladders[i]:  # else a probe's dense sub-layer
+                changed |= self._part(i, count)
+        return grafted(self.blocks[index], changed)
 
     def _part(self, i: int, kept: int) -> dict[str, nn.Module]:
         if (i, kept) not in self._parts:

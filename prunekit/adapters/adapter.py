@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar, get_args
@@ -232,9 +232,8 @@ class Transformer(ModelAdapter):
         changed[own.path] = sliced(_linear(block, own.path), 1, columns, source=candidate.weight)
         if (holder := self.holder(site)) is None:
             return dict(changed)
-        whole = shallow(block.get_submodule(holder))
-        for path, module in changed.items():
-            whole.set_submodule(path.removeprefix(f"{holder}."), module)
+        inside = {path.removeprefix(f"{holder}."): module for path, module in changed.items()}
+        whole = grafted(block.get_submodule(holder), inside)
         if site.kind == "attention":
             query, kv, _ = self.heads(block)
             count = len(candidate.kept)
@@ -363,6 +362,22 @@ def shallow(module: M) -> M:
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     memo |= {id(config): config for part in module.modules() if (config := getattr(part, "config", None)) is not None}
     return copy.deepcopy(module, memo)
+
+
+def grafted(module: M, changed: Mapping[str, nn.Module]) -> M:
+    """The module with other modules at some paths, itself as it was: whatever is not on the way to them is shared."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    inside: dict[str, dict[str, nn.Module]] = {}
+    for path, other in changed.items():
+        name, _, rest = path.partition(".")
+        if rest:
+            inside.setdefault(name, {})[rest] = other
+        else:
+            twin._modules[name] = other
+    for name, below in inside.items():
+        twin._modules[name] = grafted(module.get_submodule(name), below)
+    return twin
 
 
 def _linear(block: nn.Module, path: str) -> nn.Linear:

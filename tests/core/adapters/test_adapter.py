@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunekit.adapters import ModelAdapter, Transformer, UnsupportedModel, adapter_for
-from prunekit.adapters.adapter import Heads
+from prunekit.adapters.adapter import Heads, grafted
 from prunekit.layer import Candidate
 from prunekit.sites import Site
 from prunekit.testing.models import SIZES, tiny
@@ -286,3 +286,13 @@ def test_a_bias_goes_with_its_sub_layer_and_is_priced_where_there_was_none(model
         assert (priced == site) == (was is not None)
         assert adapter.maps(adapter.blocks(model)[site.block], site)[-1] is linear
     assert adapter.biased(adapter.blocks(model)[0]) == ("attention", "mlp")
+
+
+def test_grafted_shares_whatever_is_not_on_the_way() -> None:
+    block = nn.ModuleDict({"a": nn.ModuleDict({"x": nn.Linear(2, 2), "y": nn.Linear(2, 2)}), "b": nn.Linear(2, 2)})
+    other, before = nn.Linear(2, 2), dict(block.named_modules())
+    twin = grafted(block, {"a.x": other})
+    assert dict(block.named_modules()) == before
+    assert dict(twin.named_modules()) == before | {"": twin, "a": twin.get_submodule("a"), "a.x": other}
+    assert twin.get_submodule("a") is not before["a"]
+    assert grafted(block, {"a": other, "b": other}).get_submodule("b") is other

@@ -1,0 +1,152 @@
+"""What a walk costs beside what it cannot do without: one forward pass, and one Gram product per site.
+
+    python benchmarks/build.py MODEL --dataset calibration.txt --tokens 65536
+
+Forward pass, products and walks take turns in one process; the best of `--rounds` counts. A walk fills all rungs of a
+ladder, judged and stored. Seconds by stage are of that walk, and the rest is what no stage claims.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from prunekit import build as walking
+from prunekit.calibration.draws import draw
+from prunekit.calibration.flow import BlockFlow, chunks, entered
+from prunekit.calibration.moments import Moments, precise
+from prunekit.calibration.tokens import TokenBatch
+from prunekit.checkpoint import Dense, opened
+from prunekit.pipeline import whole_space
+from prunekit.progress import Progress
+from prunekit.recipe import Recipe
+from prunekit.registry import PRUNERS
+from prunekit.store import CandidateStore
+
+STAGES: dict[str, list[tuple[Any, str]]] = {
+    "forward": [(BlockFlow, "__init__"), (BlockFlow, "_caught"), (BlockFlow, "carry"), (BlockFlow, "advance")],
+    "moments": [(Moments, "add"), (Moments, "add_dense"), (Moments, "add_power"), (Moments, "add_drift")],
+    "pruner": [(walking, "answers")],
+    "errors": [(walking, "_error")],
+    "store": [(CandidateStore, "put"), (walking, "expected_weight")],
+}
+PRUNER = ("wanda", "obs", "obs dense", "obs stream")
+
+
+def main(
+    model: str,
+    dataset: str = "python-docs",
+    seqlen: int = 256,
+    tokens: int = 65_536,
+    rungs: Annotated[int, typer.Option(help="of a ladder, from dense to empty")] = 9,
+    pruners: Annotated[str, typer.Option(help="by comma; a second word is the aim")] = ",".join(PRUNER),
+    rounds: int = 3,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> None:
+    """Print a Markdown table."""
+    data = {"data.dataset": dataset, "data.seqlen": seqlen, "data.calibration_tokens": tokens}
+    recipe = Recipe.load().with_overrides({"data.search_tokens": seqlen, **data})
+    dense = opened(model, device=device, dtype=dtype)
+    batch = draw(dense.tokenizer, recipe.data).calibration
+    jobs: dict[str, Callable[[], dict[str, float]]] = {
+        "forward": lambda: forward(dense, batch),
+        "products": lambda: products(dense, recipe, batch),
+    }
+    jobs |= {name: (lambda name=name: walk(dense, recipe, batch, name, rungs)) for name in pruners.split(",")}
+    best: dict[str, dict[str, float]] = {}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            spent = job()
+            if name not in best or spent["all"] < best[name]["all"]:
+                best[name] = spent
+    computed = str(dense.model.dtype).removeprefix("torch.")
+    machine = f"{dense.model.device}, {computed}, {torch.get_num_threads()} threads"
+    rate, pair = best["products"]["rate"] / 1e9, (best["forward"]["all"], best["products"]["all"])
+    print(f"{batch.n_tokens:,} tokens, {rungs} rungs; {machine}, products at {rate:,.0f} GFLOP/s")
+    print("one forward pass {:.1f} s, one Gram product per site {:.1f} s\n".format(*pair))
+    print(f"| walk | seconds | of both | {' | '.join(STAGES)} | rest |\n|---|---|---|{'---|' * (len(STAGES) + 1)}")
+    for name in pruners.split(","):
+        spent = best[name]
+        rest = spent["all"] - sum(spent[stage] for stage in STAGES)
+        parts = " | ".join(f"{spent[stage]:.1f}" for stage in STAGES)
+        print(f"| {name} | {spent['all']:.1f} | {spent['all'] / sum(pair):.2f} | {parts} | {rest:.1f} |")
+
+
+def forward(dense: Dense, batch: TokenBatch) -> dict[str, float]:
+    """All tokens through all blocks, as the model has them."""
+    blocks, begun = dense.adapter.blocks(dense.model), now()
+    with torch.no_grad():
+        for ids in chunks(batch):
+            hidden, calls = entered(dense.model, dense.adapter, ids)
+            for call, block in zip(calls, blocks, strict=True):
+                hidden = call(block, hidden)
+    return {"all": now() - begun}
+
+
+def products(dense: Dense, recipe: Recipe, batch: TokenBatch) -> dict[str, float]:
+    """x̂ᵀx̂ in float32 for every site, in the pieces of a walk."""
+    widths = [site.d_in for site in whole_space(recipe, dense.model, dense.adapter, dense.dtype).sites]
+    pieces = [ids.numel() for ids in chunks(batch)]
+    seen = {width: precise(torch.randn(pieces[0], width, device=dense.model.device)) for width in set(widths)}
+    begun = now()
+    for width in widths:
+        total = torch.zeros(width, width, device=dense.model.device)
+        for piece in pieces:
+            total += seen[width][:piece].T @ seen[width][:piece]
+    spent = now() - begun
+    return {"all": spent, "rate": sum(2 * width**2 for width in widths) * batch.n_tokens / spent}
+
+
+def walk(dense: Dense, recipe: Recipe, batch: TokenBatch, name: str, rungs: int) -> dict[str, float]:
+    """Seconds of a walk, in all and by stage."""
+    plugin, _, aim = name.partition(" ")
+    pruner = PRUNERS.build({"name": plugin, "aim": aim} if aim else plugin)
+    whole = whole_space(recipe, dense.model, dense.adapter, dense.dtype)
+    space = whole.zoomed(whole.uniform(), stride=1 / (rungs - 1), reach=rungs)
+    spent = dict.fromkeys(STAGES, 0.0)
+    originals = [(owner, method, getattr(owner, method)) for part in STAGES.values() for owner, method in part]
+    try:
+        for stage, part in STAGES.items():
+            for owner, method in part:
+                setattr(owner, method, timed(getattr(owner, method), spent, stage))
+        with tempfile.TemporaryDirectory() as folder:
+            store, begun = CandidateStore(Path(folder), {}), now()
+            walking.build(
+                dense.model, dense.adapter, space, space.nearest(whole.uniform()), pruner, batch, store,
+                dtype=dense.dtype, progress=Progress(),
+            )  # fmt: skip
+            return spent | {"all": now() - begun}
+    finally:
+        for owner, method, original in originals:
+            setattr(owner, method, original)
+
+
+def timed(function: Callable[..., Any], spent: dict[str, float], stage: str) -> Callable[..., Any]:
+    """The same function, on the clock. Stages do not call one another."""
+
+    def on_the_clock(*args: Any, **kwargs: Any) -> Any:
+        begun = now()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            spent[stage] += now() - begun
+
+    return on_the_clock
+
+
+def now() -> float:
+    """Seconds, when the device has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    typer.run(main)
