@@ -31,7 +31,7 @@ from prunekit.store import CandidateStore
 
 STAGES: dict[str, list[tuple[Any, str]]] = {
     "forward": [(BlockFlow, "__init__"), (BlockFlow, "_caught"), (BlockFlow, "carry"), (BlockFlow, "advance")],
-    "moments": [(Moments, "add"), (Moments, "add_dense"), (Moments, "add_power"), (Moments, "add_drift")],
+    "moments": [(Moments, "add"), (Moments, "add_made"), (Moments, "add_paired"), (Moments, "add_drift")],
     "pruner": [(walking, "answers")],
     "errors": [(walking, "_error")],
     "store": [(CandidateStore, "put"), (walking, "expected_weight")],

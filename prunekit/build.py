@@ -134,10 +134,6 @@ def layer_problem(
         raise WrongInput(f"{site.name} receives values that are not finite; try --dtype float32 or other text")
     block = adapter.blocks(model)[site.block]
     order = _order(site, moments.outer.device)
-
-    def arranged(matrix: Tensor) -> Tensor:
-        return matrix if site.spread == 1 else matrix[order][:, order]  # wide ones are not copied for nothing
-
     joins = adapter.adds_up(block) and adapter.part(site) is not None  # its output is a term of the residual stream
     drift = moments.drift if "drift" in needs and joins else None
     absolute = moments.absolute if "absolute" in needs else None
@@ -161,12 +157,12 @@ def layer_problem(
     gradient, fisher = learnt(own, (slice(None), order))
     return LayerProblem(
         weight=adapter.linear(block, site).weight.detach()[:, order],
-        gram=arranged(moments.gram),
+        gram=moments.gram if site.spread == 1 else moments.gram[order][:, order],  # no copy of wide ones for nothing
         group_size=site.group_size,
         structure=site.structure,
         block=site.pattern,
         damping=damping,
-        cross=None if moments.cross is None else arranged(moments.cross),
+        cross=None if moments.cross is None else moments.cross[:, order],
         drift=None if drift is None else drift[:, order],
         energy=moments.energy,
         mean=moments.mean[order] if "mean" in needs else None,

@@ -1,6 +1,6 @@
 """One linear map, the moments of its inputs, and answers to the question which groups to keep.
 
-    y = W x,   x̂ what the layer will see,   H = E[x̂ x̂ᵀ],   G = E[x x̂ᵀ],   E(Ŵ) = E‖W x - Ŵ x̂‖²
+    y = W x,   x̂ what the layer will see,   H = E[x̂ x̂ᵀ],   R = E[y x̂ᵀ],   E(Ŵ) = E‖y - Ŵ x̂‖²
 
 A pruner reads a `LayerProblem` and returns `Candidate`s; it never sees a model.
 """
@@ -68,7 +68,7 @@ class LayerProblem:
     structure: str = "groups"  # or weights, n:m: a group is a column, a count the weights kept per row
     block: int = 0  # m of n:m
     damping: float = 0.01  # ridge, as a share of the mean of diag H
-    cross: Float[Tensor, "d_in d_in"] | None = None  # G = E[x x̂ᵀ], x the dense model's input
+    cross: Float[Tensor, "d_out d_in"] | None = None  # R = E[y x̂ᵀ], y = W x with the dense model's input x
     drift: Float[Tensor, "d_out d_in"] | None = None  # D = E[δ x̂ᵀ], δ what earlier layers lost in the residual stream
     energy: float | None = None  # E‖W x‖² on dense inputs; from the gram when there is no cross
     mean: Float[Tensor, " d_in"] | None = None
@@ -88,6 +88,11 @@ class LayerProblem:
             raise ValueError(
                 f"{self.name}: {d_in} input columns need a ({d_in}, {d_in}) gram and a group size that divides "
                 f"{d_in}, not {tuple(self.gram.shape)} and {self.group_size}"
+            )
+        if self.cross is not None and self.cross.shape != self.weight.shape:
+            raise ValueError(
+                f"{self.name}: its cross moment E[y x̂ᵀ] is {tuple(self.weight.shape)}, as its weight is, "
+                f"not {tuple(self.cross.shape)}"
             )
         for feeder in self.feeders:
             if len(feeder.weight) % self.n_groups:
@@ -148,7 +153,7 @@ class LayerProblem:
 
     @cached_property
     def target(self) -> Float[Tensor, "d_out d_in"]:
-        """W* = (W (G + λI) + D) (H + λI)⁻¹ in float64, the best weight when nothing is removed.
+        """W* = (R + λW + D) (H + λI)⁻¹ in float64, the best weight when nothing is removed.
 
         Any symmetric method run on W* solves the asymmetric problem. W itself when there is no cross. With
         the drift D the layer aims at W x + δ: it brings the sum it is added to back to the dense model's.
@@ -156,7 +161,7 @@ class LayerProblem:
         weight = self.weight.double()
         if self.cross is None:
             return weight
-        reached = weight @ _with_diagonal(self.cross.double(), self.ridge)  # R = W G
+        reached = self.cross.double() + self.ridge * weight
         if self.drift is not None:
             reached = reached + self.drift.double()
         return _solved(self.hessian, reached.T).T
@@ -223,7 +228,7 @@ class LayerProblem:
         if self.cross is None:
             error = _energy(self.weight, self.gram, weight)
         else:
-            error = power - 2 * float((weight.double() * self._reached).sum()) + _energy(weight, self.gram)
+            error = power - 2 * float((weight.double() * self.cross).sum()) + _energy(weight, self.gram)
         return max(error, 0.0) / power if power > 0 else 0.0
 
     @cached_property
@@ -234,12 +239,6 @@ class LayerProblem:
         if self.cross is not None:
             raise ValueError(f"{self.name}: a problem with a cross moment needs the dense energy E‖W x‖²")
         return _energy(self.weight, self.gram)
-
-    @cached_property
-    def _reached(self) -> Float[Tensor, "d_out d_in"]:
-        """W G, once for all candidates."""
-        assert self.cross is not None
-        return self.weight.double() @ self.cross.double()
 
 
 @dataclass(frozen=True, eq=False)

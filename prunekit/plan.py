@@ -24,7 +24,7 @@ from torch import nn
 from prunekit import latency
 from prunekit.adapters import ModelAdapter, Transformer
 from prunekit.calibration.draws import LONGEST_WINDOW
-from prunekit.calibration.flow import TOKENS_AT_ONCE
+from prunekit.calibration.flow import TOKENS_AT_ONCE, by_pairs
 from prunekit.calibration.windows import DEFAULTS
 from prunekit.checkpoint import DTYPES, resolved_device
 from prunekit.contracts import Allocator, Journal, Problem, Query
@@ -48,15 +48,22 @@ MORE_ROUNDS = f"more rounds, as long as {latency.SECONDS:.0f} s are not over"
 
 
 def moments_bytes(
-    d_in: int, d_out: int, needs: Iterable[str] = (), *, part: bool = True, fed: Sequence[int] = ()
+    d_in: int,
+    d_out: int,
+    needs: Iterable[str] = (),
+    *,
+    part: bool = True,
+    paired: bool = False,
+    fed: Sequence[int] = (),
 ) -> int:
     """Of `Moments` of one site in float64: means, second moments, and what `needs` adds.
 
-    `part`: its output is that of a sub-layer. `fed`: widths of the inputs of its feeders.
+    `part`: its output is that of a sub-layer. `paired`: its input is paired with the dense model's. `fed`: widths of
+    the inputs of its feeders.
     """
     needs, values = set(needs), d_in + d_in**2
     if {"cross", "drift"} & needs:
-        values += d_in**2 + (d_out * d_in if part else 0)
+        values += d_out * d_in * (2 if part else 1) + (d_in**2 if paired else 0)
     values += d_in * len({"absolute", "relative"} & needs) + (sum(fed) if "power" in needs else 0)
     return DOUBLE * values
 
@@ -76,17 +83,17 @@ def store_bytes(site: Site, d_out: int, ladder: Sequence[int], dtype: torch.dtyp
     return file_bytes(tensors)
 
 
-def activations_bytes(tokens: int, d: int, itemsize: int, block: Sequence[tuple[int, bool]], streams: int) -> int:
+def activations_bytes(tokens: int, d: int, itemsize: int, block: Sequence[tuple[int, bool, bool]], streams: int) -> int:
     """The most a `BlockFlow` keeps at once within one block.
 
-    `block`: of every site (d_in, whether its output is that of a sub-layer). Hidden states are there all the time,
-    outputs of sub-layers until the block is done, inputs of a site until its outputs are, one stream after the other.
+    `block`: of every site (d_in, whether its output is that of a sub-layer, whether others have its input too). Hidden
+    states are there all the time, outputs of sub-layers until the block is done, inputs of a site until its outputs
+    are; those of the dense stream only where others have them too.
     """
     most = before = 0
-    for d_in, part in block:
-        own = d if part else 0
-        most = max(most, *(streams * before + j * own + (streams - j + 1) * d_in for j in (1, streams)))
-        before += own
+    for d_in, part, shared in block:
+        before += d if part else 0
+        most = max(most, streams * before + d_in * (streams if shared else 1))
     return tokens * itemsize * (streams * d + most)
 
 
@@ -98,10 +105,15 @@ def forward_flops(tokens: int, weights: int, attended: int, seqlen: int) -> int:
     return tokens * (2 * weights + 4 * seqlen * attended)
 
 
-def moments_flops(tokens: int, d_in: int, d_out: int, needs: Iterable[str] = (), *, part: bool = True) -> int:
+def moments_flops(
+    tokens: int, d_in: int, d_out: int, needs: Iterable[str] = (), *, part: bool = True, paired: bool = False
+) -> int:
     """Of adding up the moments of one site."""
-    crossed = bool({"cross", "drift"} & set(needs))
-    return 2 * tokens * (d_in**2 * (2 if crossed else 1) + (d_in * d_out * (2 if part else 1) if crossed else 0))
+    own = d_in**2
+    if {"cross", "drift"} & set(needs):
+        own += d_in**2 if paired else d_in * d_out
+        own += d_in * d_out if part else 0
+    return 2 * tokens * own
 
 
 def judging_flops(d_in: int, d_out: int, rungs: int) -> int:
@@ -640,18 +652,18 @@ class Count:
         memory = disk = spill = 0
         flops = streams * shape.forward(tokens, self.seqlen, head=False)
         for _, members in groupby(space.sites, key=lambda site: site.block):
-            block = [(s.d_in, shape.adapter.part(s) is not None) for s in members]
+            block = [(s.d_in, shape.adapter.part(s) is not None, bool(s.shares)) for s in members]
             spill = max(spill, activations_bytes(tokens, shape.width, size, block, streams))
         for site, ladder in zip(space.sites, space.ladders, strict=True):
             d_out, part = shape.d_out(site), shape.adapter.part(site) is not None
-            fed = shape.fed(site) if "power" in needs else ()
-            moments = moments_bytes(site.d_in, d_out, needs, part=part, fed=fed)
+            fed, paired = shape.fed(site) if "power" in needs else (), by_pairs(site, d_out)
+            moments = moments_bytes(site.d_in, d_out, needs, part=part, paired=paired, fed=fed)
             # the weight of every rung as proposed and as rounded, or rounded and twice to be written; mean in float64
             each = max(size + shape.stored.itemsize, 3 * shape.stored.itemsize)
             weights = site.d_in * d_out * (len(ladder) * each + 2 * DOUBLE + 2 * size)
             memory = max(memory, 2 * moments, moments + weights)  # sums and means, then means alone
             disk += store_bytes(site, d_out, ladder, shape.stored, scores=scores)
-            flops += moments_flops(tokens, site.d_in, d_out, needs, part=part)
+            flops += moments_flops(tokens, site.d_in, d_out, needs, part=part, paired=paired)
             flops += 2 * judging_flops(site.d_in, d_out, len(ladder))  # float64 takes twice as long
         inside, spilled = _spilled(spill, shares)
         read = 0 if shares.blocks is None else self._stored_blocks

@@ -114,12 +114,12 @@ class BlockFlow:
             for seen in self.stream.inputs if "relative" in needs else ():
                 moments.add_relative(seen.flatten(0, -2), linear(seen).flatten(0, -2))
             for dense in self.dense.inputs if self.dense is not None else ():
-                moments.add_power(dense.flatten(0, -2), linear.weight)
-            return moments
+                moments.add_power(less_bias(linear(dense), linear).flatten(0, -2))
+            return moments.made(linear.weight)
         for stream in (self.stream, self.dense):
             if stream is not None:
                 stream.inputs.clear()  # of an input that was shared
-        moments = Moments.empty(site.d_in, linear.weight.device, cross=self.dense is not None)
+        moments = Moments.empty(site.d_in, linear.weight.device)
 
         def listen(feeder: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
             moments.add_fed(feeder, args[0].flatten(0, -2))
@@ -138,15 +138,10 @@ class BlockFlow:
             if "influence" in needs and part is not None:
                 moments.add_influence(self.stream.residual(i).flatten(0, -2), linear(seen).flatten(0, -2))
             if self.dense is not None:
-                self.dense.inputs.append(dense := self._caught(self.dense, site, linear, i))
-                moments.add_dense(dense.flatten(0, -2), seen.flatten(0, -2))
-                moments.add_power(dense.flatten(0, -2), linear.weight)
-                if part is not None:
-                    drift = self.dense.residual(i) - self.stream.residual(i)
-                    moments.add_drift(drift.flatten(0, -2), seen.flatten(0, -2))
+                self._compare(moments, site, linear, i, self.dense)
         # where nobody will ask again they are not kept: of wide maps they are large
         self._shared = (site.shares, moments) if site.shares else self._shared
-        return moments
+        return moments.made(linear.weight)
 
     @torch.no_grad()
     def carry(self, site: Site, weight: Float[Tensor, "d_out d_in"] | None) -> None:
@@ -171,6 +166,21 @@ class BlockFlow:
                     stream.hidden[i] = calls[block](self.blocks[block], stream.hidden[i])
             stream.leave()
 
+    def _compare(self, moments: Moments, site: Site, linear: nn.Linear, i: int, dense: _Stream) -> None:
+        """Add what the dense stream has in chunk i of what the site has received; keep what is used again."""
+        seen, own = self.stream.inputs[i].flatten(0, -2), self._caught(dense, site, linear, i)
+        made = linear(own)
+        if by_pairs(site, linear.out_features):
+            moments.add_paired(own.flatten(0, -2), seen)
+            moments.add_power(less_bias(made, linear).flatten(0, -2))
+        else:
+            moments.add_made(less_bias(made, linear).flatten(0, -2), seen)
+        if site.shares:
+            dense.inputs.append(own)
+        if self.adapter.part(site) is not None:
+            moments.add_drift((dense.residual(i) - self.stream.residual(i)).flatten(0, -2), seen)
+            dense.made.append(made)
+
     def _caught(self, stream: _Stream, site: Site, linear: nn.Linear, i: int) -> Float[Tensor, "windows length d_in"]:
         """What reaches the linear map in chunk i; the block runs as far as that and no further."""
         block, seen = self.blocks[site.block], list[Tensor]()
@@ -191,12 +201,15 @@ class _Stream:
     def __init__(self, room: Room, hidden: Iterable[Tensor] = ()) -> None:
         self.hidden = room.row(hidden)
         self.inputs = room.row()  # of the site that is being pruned
+        self.made = room.row()  # what its own weight makes of them, where that is known already
         self.weights: dict[Site, Tensor | None] = {}
         self.outputs: dict[Site, Row] = {}
 
     def pass_through(self, site: Site, linear: nn.Linear, weight: Tensor | None, *, feeds: bool) -> None:
         self.weights[site] = weight
-        if self.inputs and not feeds:
+        if weight is None and self.made:
+            self.outputs[site], self.made = self.made, self.inputs.room.row()
+        elif self.inputs and not feeds:
             with installed(linear, site, weight):
                 self.outputs[site] = self.inputs.room.row(linear(x) for x in self.inputs)
         if not site.shares:
@@ -223,6 +236,16 @@ class _Stream:
                 else:
                     stack.enter_context(installed(adapter.linear(block, site), site, weight))
             yield
+
+
+def by_pairs(site: Site, d_out: int) -> bool:
+    """Whether Σ y x̂ᵀ comes of Σ x x̂ᵀ, which maps of one input share, because it is the larger product."""
+    return bool(site.shares) or d_out > site.d_in
+
+
+def less_bias(made: Tensor, linear: nn.Linear) -> Tensor:
+    """W x of what a linear map has made of x."""
+    return made if linear.bias is None else made - linear.bias
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Moments are additive over batches, devices and machines: add shards, then read m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -19,8 +19,9 @@ class Moments:
     tokens: int
     total: Float[Tensor, " d"]  # Σ x̂
     outer: Float[Tensor, "d d"]  # Σ x̂ x̂ᵀ
-    crossed: Float[Tensor, "d d"] | None = None  # Σ x x̂ᵀ, x the dense model's input
-    power: float = 0.0  # Σ ‖W x‖²
+    crossed: Float[Tensor, "d_out d"] | None = None  # Σ y x̂ᵀ, y = W x what the dense model's map makes of its input x
+    paired: Float[Tensor, "d d"] | None = None  # Σ x x̂ᵀ: where several maps have one input it is cheaper
+    power: float = 0.0  # Σ ‖y‖²
     drifted: Float[Tensor, "d_out d"] | None = None  # Σ δ x̂ᵀ, δ the dense residual stream less the carried one
     windows: int = 0
     loudness: Float[Tensor, " d"] | None = None  # Σ over windows of (mean |x̂| over tokens)²
@@ -29,13 +30,13 @@ class Moments:
     fed: dict[str, Tensor] = field(default_factory=dict)  # Σ x̂² of what every feeder receives, by its name
 
     @classmethod
-    def empty(cls, width: int, device: torch.device, *, cross: bool = False) -> Moments:
+    def empty(cls, width: int, device: torch.device) -> Moments:
         """Nothing received yet."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
-        return cls(0, zeros(width), zeros(width, width), zeros(width, width) if cross else None)
+        return cls(0, zeros(width), zeros(width, width))
 
     def add(self, seen: Float[Tensor, "tokens d"]) -> None:
         """Receive a batch."""
@@ -44,20 +45,26 @@ class Moments:
         self.total += x.sum(0, dtype=torch.float64)
         self.outer += x.T @ x
 
-    def add_dense(self, dense: Float[Tensor, "tokens d"], seen: Float[Tensor, "tokens d"]) -> None:
-        """What the dense model's site received for the tokens of the last `add`."""
-        assert self.crossed is not None
-        self.crossed += precise(dense).T @ precise(seen)
+    def add_made(self, made: Float[Tensor, "tokens d_out"], seen: Float[Tensor, "tokens d"]) -> None:
+        """What the dense model's linear map made of its input, bias left out, for the tokens of the last `add`."""
+        self.crossed = _with_product(self.crossed, made, seen)
+        self.add_power(made)
 
-    def add_power(self, dense: Float[Tensor, "tokens d"], weight: Float[Tensor, "d_out d"]) -> None:
-        """What the dense model's linear map made of what it received."""
-        x = precise(dense)
-        self.power += float((x @ weight.to(x).T).square().sum(dtype=torch.float64))
+    def add_paired(self, dense: Float[Tensor, "tokens d"], seen: Float[Tensor, "tokens d"]) -> None:
+        """What the dense model's site received for the tokens of the last `add`; for all maps that receive it."""
+        self.paired = _with_product(self.paired, dense, seen)
+
+    def add_power(self, made: Float[Tensor, "tokens d_out"]) -> None:
+        """What the dense model's linear map made of its input, bias left out."""
+        self.power += float(precise(made).square().sum(dtype=torch.float64))
+
+    def made(self, weight: Float[Tensor, "d_out d"]) -> Moments:
+        """Of the linear map with this weight, when what its input is paired with is known: Σ y x̂ᵀ = W Σ x x̂ᵀ."""
+        return self if self.paired is None else replace(self, crossed=weight.double() @ self.paired, paired=None)
 
     def add_drift(self, drift: Float[Tensor, "tokens d_out"], seen: Float[Tensor, "tokens d"]) -> None:
         """How far the residual stream is from the dense model's, for the tokens of the last `add`."""
-        product = (precise(drift).T @ precise(seen)).double()
-        self.drifted = product if self.drifted is None else self.drifted + product
+        self.drifted = _with_product(self.drifted, drift, seen)
 
     def add_absolute(self, seen: Float[Tensor, "windows length d"]) -> None:
         """The windows of the last `add`, one by one."""
@@ -93,6 +100,7 @@ class Moments:
             self.total + other.total,
             self.outer + other.outer,
             both(self.crossed, other.crossed),
+            both(self.paired, other.paired),
             self.power + other.power,
             both(self.drifted, other.drifted),
             self.windows + other.windows,
@@ -112,8 +120,8 @@ class Moments:
         return self.outer / self.tokens
 
     @property
-    def cross(self) -> Float[Tensor, "d d"] | None:
-        """G = E[x x̂ᵀ]."""
+    def cross(self) -> Float[Tensor, "d_out d"] | None:
+        """R = E[y x̂ᵀ]."""
         return None if self.crossed is None else self.crossed / self.tokens
 
     @property
@@ -146,8 +154,14 @@ class Moments:
 
     @property
     def energy(self) -> float | None:
-        """E‖W x‖² on dense inputs."""
+        """E‖y‖²."""
         return None if self.crossed is None else self.power / self.tokens
+
+
+def _with_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """The total and leftᵀ right; the first product is the total."""
+    product = (precise(left).T @ precise(right)).double()
+    return product if total is None else total.add_(product)
 
 
 def precise(x: Tensor) -> Tensor:

@@ -119,12 +119,11 @@ def permuted(layer: LayerProblem, order: Sequence[int]) -> LayerProblem:
         learnt = {name: None if (v := getattr(feeder, name)) is None else blocks(v) for name in ("gradient", "fisher")}
         return replace(feeder, weight=blocks(feeder.weight), **learnt)
 
-    vectors = ("mean", "variance", "absolute", "relative", "contrast", "gradient", "fisher", "drift")
+    vectors = ("mean", "variance", "absolute", "relative", "contrast", "gradient", "fisher", "cross", "drift")
     return replace(
         layer,
         weight=layer.weight[:, columns],
         gram=layer.gram[columns][:, columns],
-        cross=None if layer.cross is None else layer.cross[columns][:, columns],
         feeders=tuple(fed(feeder) for feeder in layer.feeders),
         **{name: moved(getattr(layer, name)) for name in vectors},
     )

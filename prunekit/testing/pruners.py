@@ -21,7 +21,7 @@ def supplied(layer: LayerProblem, pruner: LocalPruner) -> LayerProblem:
     if "cross" not in pruner.needs:
         return layer
     weight, gram = layer.weight.double(), layer.gram.double()
-    return replace(layer, cross=layer.gram.clone(), energy=float(((weight @ gram) * weight).sum()))
+    return replace(layer, cross=(weight @ gram).to(layer.gram), energy=float(((weight @ gram) * weight).sum()))
 
 
 def checked(pruner: LocalPruner, layer: LayerProblem, keeps: Sequence[int]) -> list[Candidate]:

@@ -32,7 +32,7 @@ def shifted(n_groups: int = 6, size: int = 1, damping: float = 0.01) -> tuple[La
         seen.T @ seen / 200,
         group_size=size,
         damping=damping,
-        cross=x.T @ seen / 200,
+        cross=weight @ x.T @ seen / 200,
         energy=float((x @ weight.T).square().sum() / 200),
     )
     return layer, x, seen
@@ -159,7 +159,7 @@ def test_asymmetric_loss_is_symmetric_loss_on_the_target_and_a_constant() -> Non
 def test_damping_draws_towards_the_weight_not_towards_zero() -> None:
     layer = exact(damping=1e6)
     torch.testing.assert_close(layer.refitted([0, 3]).weight, layer.masked([0, 3]).weight, rtol=1e-4, atol=1e-4)
-    same = replace(layer, cross=layer.gram, energy=1.0)
+    same = replace(layer, cross=layer.weight @ layer.gram, energy=1.0)
     torch.testing.assert_close(same.target, layer.weight, rtol=1e-9, atol=1e-9)
 
 
@@ -198,7 +198,7 @@ def test_gram_that_is_no_second_moment_is_refused_by_name() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_refused_by_name(part: str, value: float) -> None:
     layer = toy_layer()
-    bad = torch.ones_like(layer.gram if part == "cross" else getattr(layer, part))
+    bad = torch.ones_like(layer.weight if part == "cross" else getattr(layer, part))
     bad.view(-1)[0] = value
     with pytest.raises(ValueError, match=f"plain toy: its {part} is not finite"):
         replace(layer, **{part: bad})
@@ -255,7 +255,7 @@ def test_with_a_drift_the_target_is_the_least_squares_answer_to_the_whole_sum():
     layer = LayerProblem(
         weight=weight,
         gram=seen.T @ seen / 400,
-        cross=x.T @ seen / 400,
+        cross=weight @ x.T @ seen / 400,
         drift=lost.T @ seen / 400,
         energy=float((x @ weight.T).square().sum() / 400),
         damping=0.0,

@@ -77,7 +77,7 @@ def test_its_loss_is_that_of_the_removed_weights() -> None:
 def test_all_of_a_row_is_its_best_weight_and_none_of_it_zero() -> None:
     layer = sparse_layer()
     seen = layer.gram + 0.1 * torch.eye(12)
-    moved = replace(layer, gram=seen, cross=layer.gram, energy=1.0)
+    moved = replace(layer, gram=seen, cross=layer.weight @ layer.gram, energy=1.0)
     everything = torch.ones(7, 12, dtype=torch.bool)
     assert torch.equal(layer.refitted_rows(everything).weight, layer.weight)
     assert torch.equal(moved.refitted_rows(everything).weight, moved.target)

@@ -110,7 +110,7 @@ def test_activations_take_what_was_counted(structure, dense, monkeypatch):
         stream.received(site)
         stream.carry(site, None)
     stream.advance(0)
-    block = [(site.d_in, adapter.part(site) is not None) for site in sites]
+    block = [(site.d_in, adapter.part(site) is not None, bool(site.shares)) for site in sites]
     assert max(most) == activations_bytes(tokens.n_tokens, 24, 8, block, 1 + dense)
 
 
@@ -123,14 +123,17 @@ def test_products_are_those_that_torch_counts():
         model(tokens.ids)
     head = 2 * tokens.n_tokens * model.lm_head.weight.numel()
     assert counter.get_total_flops() == head + forward_flops(tokens.n_tokens, weights, 3 * 24, tokens.seqlen)
-    moments = Moments.empty(17, torch.device("cpu"), cross=True)
+    moments = Moments.empty(17, torch.device("cpu"))
     x, w = torch.randn(40, 17), torch.randn(24, 17)
     with FlopCounterMode(display=False) as counter:
         moments.add(x)
-        moments.add_dense(x, x)
-        moments.add_power(x, w)
+        moments.add_made(torch.randn(40, 24), x)
         moments.add_drift(torch.randn(40, 24), x)
     assert counter.get_total_flops() == moments_flops(40, 17, 24, {"cross"})
+    with FlopCounterMode(display=False) as counter:
+        moments.add(x)
+        moments.add_paired(x, x)
+    assert counter.get_total_flops() == moments_flops(40, 17, 24, {"cross"}, part=False, paired=True)
     layer = LayerProblem(w, torch.eye(17))
     with FlopCounterMode(display=False) as counter:
         for _ in range(3):

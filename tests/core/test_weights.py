@@ -234,8 +234,9 @@ def test_statistics_are_those_of_the_map(tmp_path):
     )  # fmt: skip
     assert list(seen) == [site.name for site in space.sites]
     q, k, o = (seen[f"model.layers.1.self_attn.{name}_proj"] for name in "qko")
-    for one, two in ((q.gram, k.gram), (q.cross, k.cross), (q.absolute, k.absolute), (q.contrast, k.contrast)):
+    for one, two in ((q.gram, k.gram), (q.absolute, k.absolute), (q.contrast, k.contrast)):
         assert torch.equal(one, two)
+    assert q.cross.shape == q.weight.shape
     assert q.energy != k.energy
     for site in space.sites:
         layer, linear = seen[site.name], net.adapter.linear(net.blocks[site.block], site)

@@ -9,12 +9,11 @@ from prunekit.calibration.moments import Moments
 
 
 def filled(x, dense=None, weight: Any = None):
-    moments = Moments.empty(x.shape[1], x.device, cross=dense is not None)
+    moments = Moments.empty(x.shape[1], x.device)
     moments.add(x)
     moments.add_influence(x, x.flip(1))
     if dense is not None:
-        moments.add_dense(dense, x)
-        moments.add_power(dense, weight)
+        moments.add_made(dense @ weight.T, x)
     return moments
 
 

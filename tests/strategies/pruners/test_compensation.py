@@ -149,7 +149,7 @@ def test_another_pruner_is_shown_what_it_needs_and_no_more() -> None:
 
 def test_an_aim_hides_what_it_does_not_ask_for() -> None:
     layer = replace(sparse_layer(), energy=1.0)
-    layer = replace(layer, cross=2 * layer.gram, drift=layer.weight)
+    layer = replace(layer, cross=2 * layer.weight @ layer.gram, drift=layer.weight)
     assert aimed(layer, "own").cross is None
     assert aimed(layer, "dense").drift is None
     assert aimed(layer, "stream") is layer

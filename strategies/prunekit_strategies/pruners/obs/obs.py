@@ -46,8 +46,9 @@ class OBS(LocalPruner):
         dense     W x        W* = W (G + λI) (H + λI)⁻¹              (4)
         stream    W x + δ    W* = (W (G + λI) + D) (H + λI)⁻¹        (5)
 
-    with G = E[x x̂ᵀ] and D = E[δ x̂ᵀ]. (4) is error correction as in OSSCAR (arXiv 2403.12983); (5) is ours: every
-    layer also makes up for what earlier ones could not, as far as a linear map of its inputs can.
+    with G = E[x x̂ᵀ], of which only W G = E[(W x) x̂ᵀ] is ever formed, and D = E[δ x̂ᵀ]. (4) is error correction as in
+    OSSCAR (arXiv 2403.12983); (5) is ours: every layer also makes up for what earlier ones could not, as far as a
+    linear map of its inputs can.
 
     The search is for the groups to remove:
 

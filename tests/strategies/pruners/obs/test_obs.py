@@ -101,7 +101,7 @@ def test_it_aims_at_the_dense_output_and_is_better_there() -> None:
     layer = LayerProblem(
         weight,
         seen.T @ seen / 300,
-        cross=x.T @ seen / 300,
+        cross=weight @ x.T @ seen / 300,
         energy=float((x @ weight.T).square().sum() / 300),
     )
     keeps = [3, 6, 9, 12]
@@ -113,7 +113,7 @@ def test_it_aims_at_the_dense_output_and_is_better_there() -> None:
 
 def test_on_dense_inputs_both_aims_are_one() -> None:
     layer = exact(7)
-    dense = replace(layer, cross=layer.gram, energy=1.0)
+    dense = replace(layer, cross=layer.weight @ layer.gram, energy=1.0)
     for one, two in zip(OBS().prune(layer, range(8)), OBS(aim="dense").prune(dense, range(8)), strict=True):
         assert one.kept == two.kept
         torch.testing.assert_close(one.weight, two.weight, rtol=1e-8, atol=1e-9)
