@@ -2,9 +2,12 @@
 
 from prunekit import modeling
 from prunekit.api import prune, tune
+from prunekit.calibration.moments import Moments
 from prunekit.calibration.tokens import TokenBatch
+from prunekit.checkpoint import Dense
 from prunekit.contracts import (
     Allocator,
+    Engine,
     Finisher,
     Journal,
     LocalPruner,
@@ -22,19 +25,26 @@ from prunekit.options import check_choices
 from prunekit.pipeline import Result
 from prunekit.recipe import Recipe
 from prunekit.sites import Allocation, Budget, Site, Space
+from prunekit.store import CandidateStore
 from prunekit.supernet import Supernet
+from prunekit.team import Opening, Team, Worker
 
 __all__ = [
     "Allocation",
     "Allocator",
     "Budget",
     "Candidate",
+    "CandidateStore",
+    "Dense",
+    "Engine",
     "Family",
     "Finisher",
     "Journal",
     "LayerProblem",
     "LocalPruner",
+    "Moments",
     "Objective",
+    "Opening",
     "PluginError",
     "Problem",
     "Query",
@@ -45,7 +55,9 @@ __all__ = [
     "Site",
     "Space",
     "Supernet",
+    "Team",
     "TokenBatch",
+    "Worker",
     "Workpiece",
     "WrongInput",
     "best_groups",

@@ -28,6 +28,7 @@ from prunekit.memory import Room
 from prunekit.progress import Progress
 from prunekit.sites import Allocation, Site, Space
 from prunekit.store import CandidateStore
+from prunekit.team import SharedFlow, Team
 
 Carry = Literal["dense", "centre", "expected"]
 
@@ -49,6 +50,7 @@ def build(
     gradients: Gradients | None = None,
     contrast: TokenBatch | None = None,
     room: Room | None = None,
+    team: Team | None = None,
     progress: Progress,
     label: str = "prune",
 ) -> tuple[tuple[float, ...], ...]:
@@ -59,7 +61,7 @@ def build(
     judged: what is measured is what will be saved. Sites that are already stored are not pruned again.
     At every site the `signals` are measured, and what the pruner says its groups are worth if `scores` are asked.
     `gradients` and `contrast`, a second data set, are there when any of them needs these; activations are kept in
-    `room`.
+    `room`. A `team` streams the calibration tokens side by side.
     """
     if all(site in store for site in space.sites):
         return tuple(tuple(store.errors(site)) for site in space.sites)
@@ -70,8 +72,12 @@ def build(
             raise PluginError(f"{type(plugin).__name__} needs {them}, which calibration cannot collect")
     needs = pruner.needs.union(*(signal.needs for signal in signals))
     room = room or Room()
-    flow = BlockFlow(model, adapter, tokens, dense=bool({"cross", "drift"} & needs), room=room)
-    other = None
+    two, other = bool({"cross", "drift"} & needs), None
+    flow: BlockFlow | SharedFlow = (
+        BlockFlow(model, adapter, tokens, dense=two, room=room)
+        if team is None
+        else SharedFlow(team, tokens, next(model.parameters()).device, dense=two)
+    )
     if contrast is not None and "contrast" in needs:
         other = BlockFlow(model, adapter, contrast, dense=False, room=room)
     flows = (flow,) if other is None else (flow, other)

@@ -122,6 +122,15 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
         raise WrongInput(f"{source!r} has no tokenizer that can be opened: {first_line(error)}") from error
 
 
+def resolved_devices(devices: str) -> list[torch.device]:
+    """Of a run that may use several, by comma; the first holds what is not shared out.
+
+    Raises:
+        WrongInput: one of them is not here.
+    """
+    return [resolved_device(device.strip()) for device in devices.split(",")]
+
+
 def resolved_device(device: str) -> torch.device:
     """`auto` is CUDA where there is one.
 

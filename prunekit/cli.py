@@ -158,7 +158,8 @@ def prune(
     search_tokens: Annotated[int | None, typer.Option(help="Tokens to judge allocations on.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed, the same model.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Where the work is done: local, ray, ray://host:port.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1; several by comma.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the computation: auto, float32, bfloat16, ...")] = None,
     memory: Annotated[
         str | None, typer.Option(help="To get along with, as 8GiB; auto: what the machine has to spare.")
@@ -562,7 +563,7 @@ def _model(argument: str | None, option: str | None) -> str | None:
 
 FLAGS: Mapping[str, str] = {  # of `prune` -> recipe key
     **{key: key for key in ("sparsity", "target", "pruner", "allocator", "objective", "carry", "structure")},
-    **{key: key for key in ("seed", "device", "dtype", "memory")},
+    **{key: key for key in ("seed", "engine", "device", "dtype", "memory")},
     **{key: f"data.{key}" for key in ("dataset", "calibration_tokens", "search_tokens", "seqlen")},
     "finisher": "finishers",
 }

@@ -1,4 +1,4 @@
-"""What a plug-in promises: pruner, signal, allocator, objective, finisher.
+"""What a plug-in promises: pruner, signal, allocator, objective, finisher, engine.
 
 The core judges, plug-ins propose: errors are computed by build, losses by search, prices by Space.
 Plug-ins are frozen dataclasses; their fields are the hyper-parameters, a recipe sets them by name.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,8 +27,10 @@ if TYPE_CHECKING:
 
     from prunekit.adapters import ModelAdapter
     from prunekit.calibration.tokens import TokenBatch
+    from prunekit.checkpoint import Dense
     from prunekit.store import Checkpoints
     from prunekit.supernet import Supernet
+    from prunekit.team import Opening, Team
 
 
 class LocalPruner(ABC):
@@ -241,3 +245,19 @@ class Finisher(ABC):
     @abstractmethod
     def finish(self, piece: Workpiece) -> dict[str, Any]:
         """Change the weights of `piece.model` in place; returns what it has to report, as JSON, in few words."""
+
+
+class Engine(ABC):
+    """Where the work of a run is done."""
+
+    @abstractmethod
+    def team(
+        self, dense: Dense, opening: Opening, devices: Sequence[torch.device]
+    ) -> AbstractContextManager[Team | None]:
+        """Workers until the run is over; None: the run needs nobody else.
+
+        `dense` is on the first of the devices the run may use; `opening` says how others open it.
+
+        Raises:
+            WrongInput: there are no such workers; says what to do.
+        """

@@ -25,7 +25,7 @@ from prunekit.build import build
 from prunekit.calibration.draws import Draws, draw
 from prunekit.calibration.gradients import Gradients
 from prunekit.calibration.tokens import TokenBatch
-from prunekit.checkpoint import Dense, load_tokenizer, loaded, opened, skeleton, stored_as
+from prunekit.checkpoint import Dense, load_tokenizer, loaded, opened, resolved_devices, skeleton, stored_as
 from prunekit.contracts import Allocator, Finisher, Problem, Workpiece
 from prunekit.errors import CannotGoOn, PluginError, WrongInput
 from prunekit.evaluate import Perplexity, perplexity
@@ -38,11 +38,12 @@ from prunekit.plan import Plan, planned
 from prunekit.prices import FILE
 from prunekit.progress import Progress
 from prunekit.recipe import Recipe
-from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, signals_of
+from prunekit.registry import ALLOCATORS, ENGINES, FINISHERS, OBJECTIVES, PRUNERS, signals_of
 from prunekit.search import Known, converse
 from prunekit.sites import Allocation, Budget, Site, Space, Structure
 from prunekit.store import CandidateStore, Checkpoints, write_json
 from prunekit.supernet import Supernet
+from prunekit.team import Opening, SharedSupernet, Team
 from prunekit.workplace import check_output, left, publish, unfinished, workplace
 
 PROBE = 1024  # tokens an export is verified on
@@ -167,6 +168,7 @@ def begun(
         check_output(output, overwrite=overwrite, sources=[f for f in files if Path(f).exists()])
     plan = foreseen(recipe, *skeleton(source, trust_remote_code=recipe.trust_remote_code), output, asked)
     plan.check()
+    devices = devices_of(recipe, plan)
     if plan.paged:
         progress.say(f"the model does not fit {amount(plan.limit)} of memory: blocks are read when they are needed")
         if output is None:
@@ -176,7 +178,7 @@ def begun(
     with clock("open"):
         dense = opened(
             source, tokenizer,
-            device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, shares=plan.shares,
+            device=str(devices[0]), dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, shares=plan.shares,
         )  # fmt: skip
         draws = draw(dense.tokenizer, recipe.data, progress, seed=recipe.seed, **limits(dense.model))
         OBJECTIVES.build(recipe.objective).check(draws.search)
@@ -188,15 +190,34 @@ def begun(
         past = left(output, identity) if resume and output is not None else None
         recipe = priced(recipe, dense, None if past is None else past / FILE, progress)
     spaces = [whole_space(member, dense.model, dense.adapter, dense.dtype) for member in recipe.members]
-    with workplace(output, identity, resume=resume, overwrite=overwrite) as place:
+    engine, opening = ENGINES.build(recipe.engine), Opening(source, recipe.dtype, recipe.trust_remote_code)
+    with (
+        workplace(output, identity, resume=resume, overwrite=overwrite) as place,
+        engine.team(dense, opening, devices) as team,
+    ):
         write_prices(recipe, place)
         runs = list[Run]()
         for member, whole in zip(recipe.members, spaces, strict=True):
             own = place / str(member.sparsity) if recipe.family else place
             own.mkdir(exist_ok=True)
             ledger = Ledger(own / "ledger.jsonl")
-            runs.append(Run(member, dense, whole, draws, ledger, own, progress, Clock(clock), place, plan.limit))
+            runs.append(Run(member, dense, whole, draws, ledger, own, progress, Clock(clock), place, plan.limit, team))
         yield place, runs
+
+
+def devices_of(recipe: Recipe, plan: Plan) -> list[torch.device]:
+    """That a run may use; the dense model is opened on the first.
+
+    Raises:
+        WrongInput: there is no such device, or work is to be shared out on a model that is read block by block.
+    """
+    devices = resolved_devices(recipe.device)
+    if plan.paged and (len(devices) > 1 or recipe.engine["name"] != "local"):
+        raise WrongInput(
+            f"device {recipe.device} and engine {recipe.engine['name']} share the work among copies of the model, and "
+            f"it does not fit {amount(plan.limit)} of memory; give one device and engine local, or more --memory"
+        )
+    return devices
 
 
 def foreseen(
@@ -272,6 +293,7 @@ class Run:
     clock: Clock
     shelf: Path | None = None  # walks, which other runs over the model may share; None: at `place` too
     limit: int | None = None  # bytes of memory that it may take; None: any
+    team: Team | None = None  # who shares the work; None: nobody
 
     @cached_property
     def room(self) -> Room:
@@ -377,12 +399,14 @@ class Run:
         errors = build(
             dense.model, dense.adapter, space, centre, pruner, draws.calibration, store,
             signals=signals, scores=scores, carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype,
-            gradients=gradients, contrast=draws.contrast, room=self.room, progress=self.progress, label=label,
+            gradients=gradients, contrast=draws.contrast, room=self.room, team=self.team, progress=self.progress,
+            label=label,
         )  # fmt: skip
         if new or not (store.directory / SECONDS).exists():
             write_json(store.directory / SECONDS, time.perf_counter() - begun)
         clock.add("prune", json.loads((store.directory / SECONDS).read_text()))
-        return Supernet(dense.model, dense.adapter, space, errors, store, dense.shares)
+        net = Supernet(dense.model, dense.adapter, space, errors, store, dense.shares)
+        return net if self.team is None else SharedSupernet(net, self.team)
 
     def finish(self, small: PreTrainedModel, net: Supernet, plan: Allocation) -> list[dict[str, Any]]:
         """Let every finisher in turn work on the small model, in place; what they report."""

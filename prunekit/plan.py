@@ -26,7 +26,7 @@ from prunekit.adapters import ModelAdapter, Transformer
 from prunekit.calibration.draws import LONGEST_WINDOW
 from prunekit.calibration.flow import TOKENS_AT_ONCE, by_pairs
 from prunekit.calibration.windows import DEFAULTS
-from prunekit.checkpoint import DTYPES, resolved_device
+from prunekit.checkpoint import DTYPES, resolved_devices
 from prunekit.contracts import Allocator, Journal, Problem, Query
 from prunekit.errors import WrongInput
 from prunekit.evaluate import HIDDEN_BYTES, LOGITS_AT_ONCE
@@ -409,7 +409,7 @@ def planned(
     Raises:
         WrongInput: the recipe's memory is no amount, or latency is asked of more tokens than the model takes.
     """
-    device = resolved_device(recipe.device)
+    device = resolved_devices(recipe.device)[0]
     stored = next(model.parameters()).dtype
     narrow = stored.itemsize < FLOAT and device.type != "cuda"
     computed = DTYPES[recipe.dtype] if recipe.dtype != "auto" else torch.float32 if narrow else stored

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PRESETS = "prunekit.recipes"  # group of entry points
 WITHOUT_EFFECT = frozenset(
-    {"version", "device", "memory", "code", "verify", "trust_remote_code"}
+    {"version", "engine", "device", "memory", "code", "verify", "trust_remote_code"}
 )  # on the weights that come out
 
 
@@ -39,6 +39,12 @@ class _Strict(BaseModel):
 
 def _as_spec(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
+
+
+def _as_engine(value: Any) -> Any:
+    """ray://head:10001 is short for {name: ray, address: ray://head:10001}."""
+    name, there, _ = value.partition("://") if isinstance(value, str) else ("", "", "")
+    return {"name": name, "address": value} if there else value
 
 
 Spec = Annotated[dict[str, Any], BeforeValidator(_as_spec)]
@@ -220,7 +226,8 @@ class Recipe(_Strict):
     search_budget: Annotated[int, Field(gt=0)] | None = None  # token-forwards
     data: DataSpec = DataSpec()
     seed: Annotated[int, Field(ge=0)] = 0
-    device: str = "auto"
+    engine: Annotated[Spec, BeforeValidator(_as_engine)] = {"name": "local"}  # where the work is done
+    device: str = "auto"  # several by comma: the work that can be shared out is
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of the computation
     memory: str | int = "auto"  # bytes to get along with, as 8GiB; auto: what the machine has to spare
     trust_remote_code: bool = False
@@ -342,7 +349,7 @@ class Recipe(_Strict):
         """
         from prunekit.calibration.sources import is_file
         from prunekit.contracts import LocalPruner
-        from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, SIGNALS, signals_of
+        from prunekit.registry import ALLOCATORS, ENGINES, FINISHERS, OBJECTIVES, PRUNERS, SIGNALS, signals_of
 
         if self.apart and self.of == "model":
             raise WrongInput(
@@ -380,6 +387,7 @@ class Recipe(_Strict):
                 "allocator": ALLOCATORS.spec(allocator),
                 "objective": OBJECTIVES.spec(OBJECTIVES.build(self.objective)),
                 "finishers": tuple(map(FINISHERS.spec, finishers)),
+                "engine": ENGINES.spec(ENGINES.build(self.engine)),
             }
         )
 
@@ -582,9 +590,9 @@ def _finishers(now: Iterable[Any], path: list[str], value: Any) -> list[Any]:
 
 
 def _registries() -> dict[str, Any]:
-    from prunekit.registry import ALLOCATORS, OBJECTIVES, PRUNERS
+    from prunekit.registry import ALLOCATORS, ENGINES, OBJECTIVES, PRUNERS
 
-    return {"pruner": PRUNERS, "allocator": ALLOCATORS, "objective": OBJECTIVES}
+    return {"pruner": PRUNERS, "allocator": ALLOCATORS, "objective": OBJECTIVES, "engine": ENGINES}
 
 
 # -- saying what is wrong -----------------------------------------------------------------------------

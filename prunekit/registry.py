@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar, cast, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
-from prunekit.contracts import Allocator, Finisher, LocalPruner, Objective, Signal
+from prunekit.contracts import Allocator, Engine, Finisher, LocalPruner, Objective, Signal
 from prunekit.errors import WrongInput
 
 T = TypeVar("T")
@@ -155,7 +155,8 @@ ALLOCATORS = Registry("allocator", "prunekit.allocators", Allocator)
 OBJECTIVES = Registry("objective", "prunekit.objectives", Objective)
 FINISHERS = Registry("finisher", "prunekit.finishers", Finisher)
 ADAPTERS: Registry[Any] = Registry("adapter", "prunekit.adapters")  # key = config.model_type
-KINDS: tuple[Registry[Any], ...] = (PRUNERS, SIGNALS, ALLOCATORS, OBJECTIVES, FINISHERS, ADAPTERS)
+ENGINES = Registry("engine", "prunekit.engines", Engine)
+KINDS: tuple[Registry[Any], ...] = (PRUNERS, SIGNALS, ALLOCATORS, OBJECTIVES, FINISHERS, ENGINES, ADAPTERS)
 
 
 def signals_of(allocator: Allocator) -> tuple[Signal, ...]:

@@ -7,7 +7,7 @@ one network may share what they learn.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -144,7 +144,7 @@ def _judge(
     walk: int,
 ) -> None:
     """Answer new questions from the ledger, then from what is known, then from the network, one fidelity together."""
-    fetched: set[tuple[Allocation, int]] = set()
+    answers: dict[int, Iterator[tuple[Allocation, float]]] = {}  # by fidelity
     for i, (allocation, count) in enumerate(new):
         question = {"kind": "question", "walk": walk, "allocation": list(allocation), "tokens": count}
         if not space.is_feasible(allocation):
@@ -156,12 +156,14 @@ def _judge(
             loss = known[allocation, count]
             ledger.answer(question, loss)
         elif loss is None:
-            batch = tokens.first(count) if count else tokens
-            if count and (allocation, count) not in fetched:
-                ahead = [a for a, c in new[i:] if c == count and (a, c) not in known]
-                depths = objective.depths(len(net.blocks))
-                fetched = {(a, count) for a in net.prefetch(ahead, objective.parts(batch), depths)}
-            loss = objective.loss(net, allocation, batch)
+            if not count:
+                loss = objective.loss(net, allocation, tokens)
+            else:
+                if count not in answers:  # what is on record comes first: from here on the network is asked
+                    ahead = [a for a, c in new[i:] if c == count and (a, c) not in known]
+                    answers[count] = net.judged(objective, ahead, tokens.first(count))
+                found, loss = next(answers[count])
+                assert found == allocation
             loss = math.inf if math.isnan(loss) else float(loss)
             ledger.answer(question, loss)
         known[allocation, count] = loss

@@ -51,6 +51,10 @@ class CandidateStore:
         else:
             self._entries = {"version": 1, "key": key, "sites": {}}
 
+    def at(self, directory: Path) -> CandidateStore:
+        """A copy of its files."""
+        return CandidateStore(directory, self._entries["key"])
+
     def __contains__(self, site: Site) -> bool:
         return site.name in self._entries["sites"]
 

@@ -102,6 +102,17 @@ class Supernet:
                     self._hidden.setdefault((allocation, batch.digest, depth), []).append(hidden)
         return some
 
+    def judged(
+        self, objective: Objective, allocations: Sequence[Allocation], batch: TokenBatch
+    ) -> Iterator[tuple[Allocation, float]]:
+        """Every allocation once, in order, and what the objective says of it; as many as fit are run together."""
+        rest = list(dict.fromkeys(allocations))
+        while rest:
+            ready = self.prefetch(rest, objective.parts(batch), objective.depths(len(self.blocks)))
+            for allocation in ready:
+                yield allocation, objective.loss(self, allocation, batch)
+            rest = rest[len(ready) :]
+
     def logits(
         self, allocation: Allocation, batch: TokenBatch
     ) -> Iterator[tuple[Int64[Tensor, "windows length"], Float[Tensor, "windows length vocabulary"]]]:

@@ -28,12 +28,24 @@ from prunekit.choices import Choices
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.evaluate import perplexity
 from prunekit.ledger import Ledger
-from prunekit.pipeline import Clock, Run, assembled, foreseen, limits, priced, searched, whole_space, write_prices
+from prunekit.pipeline import (
+    Clock,
+    Run,
+    assembled,
+    devices_of,
+    foreseen,
+    limits,
+    priced,
+    searched,
+    whole_space,
+    write_prices,
+)
 from prunekit.prices import FILE
 from prunekit.progress import Progress, span
 from prunekit.recipe import Recipe
-from prunekit.registry import OBJECTIVES
+from prunekit.registry import ENGINES, OBJECTIVES
 from prunekit.store import write_json
+from prunekit.team import Opening, Team
 from prunekit.workplace import claimed
 
 try:
@@ -141,9 +153,10 @@ def tune(
         raise WrongInput("no model was given; name a folder or a hub id, or pass a model in memory")
     plan = foreseen(base, *skeleton(source, trust_remote_code=base.trust_remote_code), output)
     plan.check()
+    devices = devices_of(base, plan)
     dense = opened(
         source, tokenizer,
-        device=base.device, dtype=base.dtype, trust_remote_code=base.trust_remote_code, shares=plan.shares,
+        device=str(devices[0]), dtype=base.dtype, trust_remote_code=base.trust_remote_code, shares=plan.shares,
     )  # fmt: skip
     base = priced(base, dense, output / FILE if resume and not overwrite else None, progress)
     whole_space(base, dense.model, dense.adapter, dense.dtype)  # can the budget be met, at these prices?
@@ -158,10 +171,15 @@ def tune(
         "weights": dense.fingerprint,
         "versions": reporting.versions(base) | {"optuna": optuna.__version__},
     }
-    with claimed(output, identity, "a study", resume=resume, overwrite=overwrite) as place, _quiet():
+    engine, opening = ENGINES.build(base.engine), Opening(source, base.dtype, base.trust_remote_code)
+    with (
+        claimed(output, identity, "a study", resume=resume, overwrite=overwrite) as place,
+        engine.team(dense, opening, devices) as team,
+        _quiet(),
+    ):
         write_prices(base, place)  # beside the recipes that name it
         study = _study(place, storage, study_name or output.name, identity, len(metrics), resume and not overwrite)
-        bench = Bench(base, dense, draws, place, tuple(metrics), progress, disk)
+        bench = Bench(base, dense, draws, place, tuple(metrics), progress, disk, team)
         rows = [_base_row(bench)]
         _note(Tuned(study, base, [*rows, *_rows(study, metrics)], metrics), place)
         with progress.stage("tune", trials) as stage:
@@ -191,6 +209,7 @@ class Bench:
     metrics: tuple[str, ...]
     progress: Progress
     disk: int
+    team: Team | None = None
 
     def judged(self, recipe: Recipe) -> dict[str, float]:
         """The recipe's metrics.
@@ -205,7 +224,7 @@ class Bench:
         whole, draws = whole_space(recipe, self.dense.model, self.dense.adapter, self.dense.dtype), self._drawn(recipe)
         OBJECTIVES.build(recipe.objective).check(draws.search)
         ledger = Ledger(folder / "ledger.jsonl")
-        run = Run(recipe, self.dense, whole, draws, ledger, folder, self.progress, clock, shelf)
+        run = Run(recipe, self.dense, whole, draws, ledger, folder, self.progress, clock, shelf, team=self.team)
         net, plan = run.rebuilt(*searched([run])[0])
         small = assembled(net, plan, recipe)
         run.finish(small, net, plan)

@@ -5,7 +5,7 @@ Moments are additive over batches, devices and machines: add shards, then read m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from jaxtyping import Float
@@ -109,6 +109,11 @@ class Moments:
             None if self.turned is None or other.turned is None else self.turned + other.turned,
             {feeder: power + other.fed[feeder] for feeder, power in self.fed.items()},
         )
+
+    def to(self, device: torch.device) -> Moments:
+        """The same sums on a device."""
+        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **moved, fed={feeder: power.to(device) for feeder, power in self.fed.items()})
 
     @property
     def mean(self) -> Float[Tensor, " d"]:
