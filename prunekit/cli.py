@@ -36,6 +36,7 @@ SUITES = {
     "allocator": "AllocatorSuite",
     "objective": "ObjectiveSuite",
     "finisher": "FinisherSuite",
+    "engine": "EngineSuite",
     "adapter": "AdapterSuite",
 }  # in prunekit.testing
 
@@ -395,7 +396,7 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] =
 
 @app.command()
 def check(
-    name: Annotated[str, typer.Argument(help="A pruner, signal, allocator, objective, finisher or adapter.")],
+    name: Annotated[str, typer.Argument(help="A pruner, signal, allocator, objective, finisher, engine or adapter.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="OPTION=VALUE", help="An option of the plug-in. Repeatable.")
     ] = None,

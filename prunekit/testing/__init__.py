@@ -2,6 +2,7 @@
 
 from prunekit.testing.adapters import AdapterSuite
 from prunekit.testing.allocators import AllocatorSuite, converse
+from prunekit.testing.engines import EngineSuite
 from prunekit.testing.finishers import FinisherSuite
 from prunekit.testing.layers import LAYERS, permuted, toy_layer
 from prunekit.testing.models import tiny
@@ -15,6 +16,7 @@ __all__ = [
     "LAYERS",
     "AdapterSuite",
     "AllocatorSuite",
+    "EngineSuite",
     "FinisherSuite",
     "KeepFirst",
     "KeepLargest",

@@ -50,10 +50,12 @@ class Ray(Engine):
                     f"no Ray cluster at {self.address!r}: {error}; leave the address for one here"
                 ) from error
         try:
-            have = ray.cluster_resources()
-            gpus, nodes = int(have.get("GPU", 0)), sum(node["Alive"] for node in ray.nodes())
-            count = self.workers or gpus or nodes
-            share = {"num_gpus": gpus / count} if gpus else {"num_cpus": have.get("CPU", 1) / count}
+            free = ray.available_resources()
+            gpus, cpus = int(free.get("GPU", 0)), free.get("CPU", 0.0)
+            count = self.workers or gpus or sum(node["Alive"] for node in ray.nodes())
+            if not gpus and cpus < count:
+                raise WrongInput(f"{count} workers were asked, and the cluster has {cpus:g} CPUs and no GPU to spare")
+            share = {"num_gpus": gpus / count} if gpus else {"num_cpus": cpus // count}
             team = Actors(opening, count, share)
             yield team
             team.dismiss()

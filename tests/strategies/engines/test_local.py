@@ -1,0 +1,46 @@
+"""Threads of one process."""
+
+import pytest
+import torch
+
+from prunekit.checkpoint import Dense
+from prunekit.registry import ENGINES
+from prunekit.team import Opening, SharedFlow
+from prunekit.testing import EngineSuite, toy_supernet, toy_tokens
+
+CPU = torch.device("cpu")
+
+
+class TestLocal(EngineSuite):
+    plugin = ENGINES.build("local")
+
+
+class TestLocalMany(EngineSuite):
+    plugin = ENGINES.build("local")
+    devices = ("cpu",) * 7  # more than there are windows
+
+
+def opened(count: int):
+    net = toy_supernet()
+    dense = Dense(net.model, None, net.adapter, torch.float64, "toy", "")
+    return ENGINES.build("local").team(dense, Opening(net.model), [CPU] * count)
+
+
+def test_one_device_needs_nobody() -> None:
+    with opened(1) as team:
+        assert team is None
+
+
+def test_the_first_worker_has_the_model_itself_and_the_others_copies() -> None:
+    with opened(3) as team:
+        models = [worker.dense.model for worker in team.workers]
+        assert models[0] is toy_supernet().model or models[0] is not models[1]
+        pointers = {next(model.parameters()).data_ptr() for model in models}
+        assert len(pointers) == 3
+
+
+def test_threads_end_with_the_run() -> None:
+    with opened(2) as team:
+        SharedFlow(team, toy_tokens(), CPU, dense=False)
+    with pytest.raises(RuntimeError, match="shutdown"):
+        team.ask("advance", [(0,), (0,)])
