@@ -37,6 +37,7 @@ from prunekit.registry import ALLOCATORS, OBJECTIVES, PRUNERS, signals_of
 from prunekit.search import Known
 from prunekit.shards import file_bytes
 from prunekit.sites import Site, Space
+from prunekit.workplace import written
 
 FLOAT, DOUBLE = 4, 8  # bytes
 SPARE = 0.9  # of what is free on the machine; the rest is for others
@@ -175,7 +176,7 @@ class Plan:
 
     stages: tuple[Stage, ...]
     limit: int  # bytes of memory that may be taken
-    free_disk: int | None  # bytes where the run works; None: there is no output
+    free_disk: int | None  # bytes where the run works, those of an unfinished one too; None: there is no output
     shares: Shares
     resident: int  # bytes of embeddings and norms, which are always there when blocks are paged
     block: int  # bytes of the largest block
@@ -409,8 +410,8 @@ def planned(
     limit = round(available(device) * SPARE) if limit_asked is None else limit_asked - _taken(device)
     free_disk = place = None
     if output is not None:
-        place = next(p for p in (output.resolve(), *output.resolve().parents) if p.exists())
-        free_disk = shutil.disk_usage(place).free
+        place = next(p for p in (output.resolve(), *output.resolve().parents) if p.is_dir())
+        free_disk = shutil.disk_usage(place).free + written(output)  # which is gone on with, or discarded
     allocator, known = ALLOCATORS.build(recipe.allocator), dict[int, Known]()
     free = not OBJECTIVES.build(recipe.objective).reads_tokens
 
@@ -527,7 +528,7 @@ class Count:
     def _timed(self, work: Workload) -> Stage:
         """A table of prices: the dense model, and one at a time those cut from it."""
         size, keeps = self.shape.computed.itemsize, latency.trials(self.shape.sites).values()
-        cut = max(sum(s.parameters(k) for s, k in some.items() if k < s.n_groups) for some in keeps)
+        cut = max(sum(s.params_per_group * k for s, k in some.items() if k < s.n_groups) for some in keeps)
         return Stage(
             "time sub-layers", self.everything + cut * size + CUSHION,
             flops=self._turns(work, len(keeps) + len(keeps) // latency.OFTEN), unknown=MORE_ROUNDS,
@@ -600,10 +601,10 @@ class Count:
                 flops=self._turns(self.work, 2), unknown=MORE_ROUNDS, member=member.name,
             )  # fmt: skip
         largest = max(p.numel() for p in shape.model.parameters()) * (size + shape.stored.itemsize)
-        streamed, written = paged and not recipe.finishers, stays * shape.stored.itemsize
+        streamed, saved = paged and not recipe.finishers, stays * shape.stored.itemsize
         exported = held + self._page + largest if streamed else both
-        read = (2 * self._stored if streamed else 0) + (written if recipe.verify else 0)  # for the probe, and to write
-        yield Stage(member.called("export"), exported + CUSHION, kept, written, read, member=member.name)
+        read = (2 * self._stored if streamed else 0) + (saved if recipe.verify else 0)  # for the probe, and to write
+        yield Stage(member.called("export"), exported + CUSHION, kept, saved, read, member=member.name)
 
     @cached_property
     def _walked(self) -> list[Space]:
@@ -649,7 +650,9 @@ class Count:
             # the weight of every rung as proposed and as rounded, or rounded and twice to be written; mean in float64
             each = max(size + shape.stored.itemsize, 3 * shape.stored.itemsize)
             weights = site.d_in * d_out * (len(ladder) * each + 2 * DOUBLE + 2 * size)
-            memory = max(memory, 2 * moments, moments + weights)  # sums and means, then means alone
+            # sums and what is added to them, or their means where they are shared; then means alone
+            beside = moments if site.shares else FLOAT * site.d_in**2
+            memory = max(memory, moments + beside, moments + weights)
             disk += store_bytes(site, d_out, ladder, shape.stored, scores=scores)
             flops += moments_flops(tokens, site.d_in, d_out, needs, part=part)
             flops += 2 * judging_flops(site.d_in, d_out, len(ladder))  # float64 takes twice as long
