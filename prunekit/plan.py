@@ -230,7 +230,7 @@ class Plan:
 
     def as_dict(self, rates: Rates) -> dict[str, Any]:
         """For programs: bytes and seconds; None where nobody knows."""
-        rows = [asdict(stage) | {"seconds": stage.seconds(rates)} for stage in self.stages]
+        rows: list[dict[str, Any]] = [asdict(stage) | {"seconds": stage.seconds(rates)} for stage in self.stages]
         known = [row["seconds"] for row in rows if row["seconds"] is not None]
         of = {name: [row for row in rows if row["member"] == name] for name in self.members}
         return {
@@ -241,7 +241,7 @@ class Plan:
                 {
                     "sparsity": float(name),
                     "disk": sum(row["disk"] for row in own),
-                    "seconds_known": sum(float(row["seconds"] or 0) for row in own),
+                    "seconds_known": sum(row["seconds"] or 0.0 for row in own),
                 }
                 for name, own in of.items()
             ],
