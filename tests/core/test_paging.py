@@ -199,7 +199,7 @@ def test_a_model_that_does_not_fit_needs_a_folder_for_the_result(folder):
 @pytest.mark.parametrize("limit", [1, GIB])
 def test_a_paged_family_is_the_unpaged_one_member_by_member(limit, folder, tmp_path):
     path, names = folder("qwen2", vocab_size=2048), ["0.2", "0.4"]
-    changes = text_in(tmp_path) | {"sparsity": [0.4, 0.2], "pruner": "magnitude"}
+    changes: dict[str, Any] = text_in(tmp_path) | {"sparsity": [0.4, 0.2], "pruner": "magnitude"}
     made(path, tmp_path / "one", paged=False, **changes)
     two = made(path, tmp_path / "two", paged=True, limit=limit, **changes)
     for name in names:
@@ -221,7 +221,8 @@ def test_a_paged_family_is_the_unpaged_one_member_by_member(limit, folder, tmp_p
 
 
 def test_a_paged_run_that_was_killed_goes_on_to_the_same_bytes(folder, tmp_path, killed_at):
-    path, changes = folder("llama", vocab_size=2048), text_in(tmp_path) | {"pruner": "magnitude"}
+    path = folder("llama", vocab_size=2048)
+    changes: dict[str, Any] = text_in(tmp_path) | {"pruner": "magnitude"}
     made(path, tmp_path / "whole", paged=False, **changes)
     partial = tmp_path / "out.partial"
     # in a walk, in a search, in the middle of the weights, before the rename
