@@ -1,6 +1,6 @@
 """Peak memory of pruning a checkpoint that is larger: random weights of Llama's architecture, 4 GB and more.
 
-    python benchmarks/large.py --folder /somewhere/with/20/GB --memory 1.7GB
+    python benchmarks/large.py /somewhere/with/20/GB --memory 1.7GB
 
 The checkpoint is made tensor by tensor and pruned in a process of its own, which says how much memory it had at most.
 """
