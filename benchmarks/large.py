@@ -1,6 +1,6 @@
 """Peak memory of pruning a checkpoint that is larger: random weights of Llama's architecture, 4 GB and more.
 
-    python benchmarks/large.py --folder /somewhere/with/20/GB --memory 2.5GB
+    python benchmarks/large.py /somewhere/with/20/GB --memory 1.7GB
 
 The checkpoint is made tensor by tensor and pruned in a process of its own, which says how much memory it had at most.
 """
@@ -31,13 +31,13 @@ ALLOWED = 1.5e9  # bytes beside one block and the activations
 
 def main(
     folder: Path,
-    memory: Annotated[str, typer.Option(help="what the run may take, as prunekit prune --memory")] = "2.5GB",
+    memory: Annotated[str, typer.Option(help="what the run may take, as prunekit prune --memory")] = "1.7GB",
     layers: int = 46,
     hidden: int = 2048,
     d_ff: int = 5632,
     heads: int = 32,
     kv_heads: int = 4,
-    tokens: Annotated[int, typer.Option(help="of calibration; half as many to evaluate")] = 256,
+    tokens: Annotated[int, typer.Option(help="of calibration; half as many to evaluate")] = 128,
     seqlen: int = 64,
     setting: Annotated[list[str] | None, typer.Option("--set", help="key.path=value of the recipe")] = None,
     child: Annotated[bool, typer.Option(hidden=True)] = False,

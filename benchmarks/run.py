@@ -53,7 +53,8 @@ def main(
                         "data.search_tokens": tokens,
                         "data.evaluation_tokens": tokens,
                     }
-                    recipe = Recipe.load().with_overrides(shared).with_overrides(changes)
+                    own = {key: value for key, value in changes.items() if key != "recipe"}
+                    recipe = Recipe.load(changes.get("recipe", "default")).with_overrides(shared).with_overrides(own)
                     allocator = recipe.checked().allocator["name"]
                     kept = dict(parsed(s) for s in setting or [])
                     recipe = recipe.with_overrides(

@@ -88,7 +88,7 @@ def build(
         moments, against = flow.received(site, needs), None if other is None else other.received(site)
         if site in store:
             return None
-        return layer_problem(model, adapter, site, moments, needs, damping, gradients, against)
+        return layer_problem(model, adapter, site, moments, needs, damping, gradients, against, last=not site.shares)
 
     def fill(site: Site) -> None:
         if (whole := stated(site)) is None:
@@ -130,8 +130,12 @@ def layer_problem(
     damping: float,
     gradients: Gradients | None = None,
     contrast: Moments | None = None,
+    *,
+    last: bool = False,
 ) -> LayerProblem:
     """What plug-ins with these needs are told of a site; groups made contiguous.
+
+    What need not be arranged is not copied: of wide maps it is large. `last`: nobody reads the moments afterwards.
 
     Raises:
         WrongInput: what reaches the site is not finite, or it has no influence to measure.
@@ -140,6 +144,7 @@ def layer_problem(
         raise WrongInput(f"{site.name} receives values that are not finite; try --dtype float32 or other text")
     block = adapter.blocks(model)[site.block]
     order = _order(site, moments.outer.device)
+    variance = moments.variance[order] if "variance" in needs else None
     joins = adapter.adds_up(block) and adapter.part(site) is not None  # its output is a term of the residual stream
     drift = moments.drift if "drift" in needs and joins else None
     absolute = moments.absolute if "absolute" in needs else None
@@ -158,12 +163,16 @@ def layer_problem(
     def feeder(cut: Cut) -> Feeder:
         rows = cut.index.flatten().to(order.device)
         weight: Tensor = block.get_parameter(f"{cut.path}.weight").detach()
-        return Feeder(cut.path, weight[rows], moments.fed_power(cut.path), *learnt(cut, (rows,)))
+        whole = torch.equal(rows, torch.arange(len(weight), device=rows.device))
+        return Feeder(cut.path, weight if whole else weight[rows], moments.fed_power(cut.path), *learnt(cut, (rows,)))
 
     gradient, fisher = learnt(own, (slice(None), order))
+    straight = site.spread == 1  # wide matrices are not copied for nothing
+    gram = moments.settled() if last else moments.gram
+    weight = adapter.linear(block, site).weight.detach()
     return LayerProblem(
-        weight=adapter.linear(block, site).weight.detach()[:, order],
-        gram=moments.gram if site.spread == 1 else moments.gram[order][:, order],  # no copy of wide ones for nothing
+        weight=weight if straight else weight[:, order],
+        gram=gram if straight else gram[order][:, order],
         group_size=site.group_size,
         structure=site.structure,
         block=site.pattern,
@@ -172,10 +181,10 @@ def layer_problem(
         drift=None if drift is None else drift[:, order],
         energy=moments.energy,
         mean=moments.mean[order] if "mean" in needs else None,
-        variance=moments.variance[order] if "variance" in needs else None,
+        variance=variance,
         absolute=None if absolute is None else absolute[order],
         relative=None if relative is None else relative[order],
-        contrast=None if contrast is None else contrast.gram.diagonal()[order],
+        contrast=None if contrast is None else (contrast.outer.diagonal() / contrast.tokens)[order],
         gradient=gradient,
         fisher=fisher,
         feeders=tuple(feeder(cut) for cut in fed) if {"feeders", "power"} & needs else (),

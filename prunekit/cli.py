@@ -53,14 +53,13 @@ class _Sentences(TyperGroup):
             raise _ended(f"{error.filename}: permission denied; choose another place", WRONG) from error
         except CannotGoOn as error:
             raise _ended(str(error), BROKEN) from error
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise _ended("the disk is full; make room, and the same command goes on from here", BROKEN) from error
         except KeyboardInterrupt as error:
             again = "; the same command goes on from here" if ctx.invoked_subcommand in ("prune", "tune") else ""
             raise _ended(f"interrupted{again}", INTERRUPTED) from error
         except Exception as error:
+            # safetensors says so in words alone
+            if getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error):
+                raise _ended("the disk is full; make room, and the same command goes on from here", BROKEN) from error
             if hasattr(error, "format_message"):  # a wrong flag: the parser's own errors are not public
                 raise _ended(error.format_message(), WRONG) from error  # type: ignore[attr-defined]
             raise

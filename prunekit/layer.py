@@ -100,8 +100,7 @@ class LayerProblem:
         for whose, owner in (("its", self), *((f"{feeder.name}'s", feeder) for feeder in self.feeders)):
             for field in fields(owner):
                 value = getattr(owner, field.name)
-                # a sum is finite only when all terms are; float64 because half precision overflows
-                if isinstance(value, Tensor) and not bool(torch.isfinite(value.sum(dtype=torch.float64))):
+                if isinstance(value, Tensor) and not _finite(value):
                     raise ValueError(
                         f"{self.name}: {whose} {field.name} is not finite; look at the model and the calibration tokens"
                     )
@@ -367,6 +366,12 @@ def _solved_rows(
         values = torch.where(real, right[rows].gather(1, ids), 0)
         found[rows[:, None], ids] = _solved(cells, values[..., None])[..., 0]
     return found
+
+
+def _finite(value: Tensor) -> bool:
+    """A sum is finite only when all terms are; float64 because half precision overflows, some rows at a time."""
+    rows = max(1, ROWS_AT_ONCE // max(1, value[:1].numel()))
+    return all(bool(torch.isfinite(some.sum(dtype=torch.float64))) for some in value.split(rows))
 
 
 def _energy(weight: Tensor, gram: Tensor, less: Tensor | None = None) -> float:

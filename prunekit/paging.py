@@ -103,6 +103,12 @@ def pager_of(model: nn.Module) -> Pager | None:
     return vars(model).get("pager")
 
 
+def rest(model: nn.Module) -> None:
+    """Let a paged model go of what it holds: pages know their pager, so that nobody does when the model is gone."""
+    if (pager := pager_of(model)) is not None:
+        pager.clear()
+
+
 @contextmanager
 def shapes_of(model: nn.Module) -> Iterator[None]:
     """Within: parameters of a paged model are placeholders, so that asking for shapes reads nothing."""
@@ -179,7 +185,7 @@ class Checkpoint:
         self.shards = Shards.of(source)
         there, state = self.shards.tensors, model.state_dict()
         dtype = getattr(config, "dtype", None)
-        self.dtype = dtype if isinstance(dtype, torch.dtype) else next(t.dtype for t in there.values())
+        self.dtype = dtype if isinstance(dtype, torch.dtype) else self._dtype_there()
         self.origin = _origins(list(there), model, state)
         missing = sorted(state.keys() - self.origin.keys() - set(getattr(model, "all_tied_weights_keys", {})))
         if missing:
@@ -190,6 +196,10 @@ class Checkpoint:
                 raise WrongInput(
                     f"{source!r}: {name} is {there[origin].shape}, and its config asks for {tuple(state[name].shape)}"
                 )
+
+    def _dtype_there(self) -> torch.dtype:
+        """That of the first parameter, which is what transformers takes where a config says none."""
+        return next((t.dtype for t in self.shards.tensors.values() if t.dtype.is_floating_point), torch.float32)
 
     def read(self, name: str, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A parameter in another dtype, rounded to the checkpoint's before, as a model opened whole is."""

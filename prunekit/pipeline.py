@@ -361,6 +361,7 @@ class Run:
             probe = probed(stored_as(small.cpu(), dense.dtype), draws.evaluation)
             exported = hf.to_transformers(stored_as(small, dense.dtype), dense.adapter)
         else:
+            paging.rest(small)
             cpu = torch.device("cpu")
             probe = probed(hf.paged(net, plan, torch.float32, cpu), draws.evaluation)
             exported = hf.paged(net, plan, dense.dtype, cpu)
@@ -541,8 +542,7 @@ def write_result(result: Result, folder: Path) -> None:
     reporting.write(result.report, result.recipe, folder)
     if result.recipe.verify and result.probe is not None:
         try:
-            if (pager := paging.pager_of(result.model)) is not None:
-                pager.clear()
+            paging.rest(result.model)
             verify(folder, *result.probe, reporting.count(result.model), blocks=result.blocks)
         except NotVerified as error:
             raise CannotGoOn(f"the result was not kept: {error}") from error
@@ -550,11 +550,13 @@ def write_result(result: Result, folder: Path) -> None:
 
 @torch.no_grad()
 def probed(model: nn.Module, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """A few windows and the float32 logits of the model, whose parameters are float32 afterwards."""
+    """A few windows and the float32 logits of the model, whose parameters are float32 afterwards; paged, at rest."""
     ids = tokens.first(PROBE).ids
     if paging.pager_of(model) is None:
         stored_as(model, torch.float32)
-    return ids, model(ids, use_cache=False).logits
+    logits = model(ids, use_cache=False).logits
+    paging.rest(model)
+    return ids, logits
 
 
 def limits(model: Any) -> dict[str, int]:

@@ -37,6 +37,7 @@ from prunekit.registry import ALLOCATORS, OBJECTIVES, PRUNERS, signals_of
 from prunekit.search import Known
 from prunekit.shards import file_bytes
 from prunekit.sites import Site, Space
+from prunekit.workplace import written
 
 FLOAT, DOUBLE = 4, 8  # bytes
 SPARE = 0.9  # of what is free on the machine; the rest is for others
@@ -187,7 +188,7 @@ class Plan:
 
     stages: tuple[Stage, ...]
     limit: int  # bytes of memory that may be taken
-    free_disk: int | None  # bytes where the run works; None: there is no output
+    free_disk: int | None  # bytes where the run works, those of an unfinished one too; None: there is no output
     shares: Shares
     resident: int  # bytes of embeddings and norms, which are always there when blocks are paged
     block: int  # bytes of the largest block
@@ -241,7 +242,7 @@ class Plan:
 
     def as_dict(self, rates: Rates) -> dict[str, Any]:
         """For programs: bytes and seconds; None where nobody knows."""
-        rows = [asdict(stage) | {"seconds": stage.seconds(rates)} for stage in self.stages]
+        rows: list[dict[str, Any]] = [asdict(stage) | {"seconds": stage.seconds(rates)} for stage in self.stages]
         known = [row["seconds"] for row in rows if row["seconds"] is not None]
         of = {name: [row for row in rows if row["member"] == name] for name in self.members}
         return {
@@ -252,7 +253,7 @@ class Plan:
                 {
                     "sparsity": float(name),
                     "disk": sum(row["disk"] for row in own),
-                    "seconds_known": sum(float(row["seconds"] or 0) for row in own),
+                    "seconds_known": sum(row["seconds"] or 0.0 for row in own),
                 }
                 for name, own in of.items()
             ],
@@ -421,8 +422,8 @@ def planned(
     limit = round(available(device) * SPARE) if limit_asked is None else limit_asked - _taken(device)
     free_disk = place = None
     if output is not None:
-        place = next(p for p in (output.resolve(), *output.resolve().parents) if p.exists())
-        free_disk = shutil.disk_usage(place).free
+        place = next(p for p in (output.resolve(), *output.resolve().parents) if p.is_dir())
+        free_disk = shutil.disk_usage(place).free + written(output)  # which is gone on with, or discarded
     allocator, known = ALLOCATORS.build(recipe.allocator), dict[int, Known]()
     free = not OBJECTIVES.build(recipe.objective).reads_tokens
 
@@ -539,7 +540,7 @@ class Count:
     def _timed(self, work: Workload) -> Stage:
         """A table of prices: the dense model, and one at a time those cut from it."""
         size, keeps = self.shape.computed.itemsize, latency.trials(self.shape.sites).values()
-        cut = max(sum(s.parameters(k) for s, k in some.items() if k < s.n_groups) for some in keeps)
+        cut = max(sum(s.params_per_group * k for s, k in some.items() if k < s.n_groups) for some in keeps)
         return Stage(
             "time sub-layers", self.everything + cut * size + CUSHION,
             flops=self._turns(work, len(keeps) + len(keeps) // latency.OFTEN), unknown=MORE_ROUNDS,
@@ -612,10 +613,10 @@ class Count:
                 flops=self._turns(self.work, 2), unknown=MORE_ROUNDS, member=member.name,
             )  # fmt: skip
         largest = max(p.numel() for p in shape.model.parameters()) * (size + shape.stored.itemsize)
-        streamed, written = paged and not recipe.finishers, stays * shape.stored.itemsize
+        streamed, saved = paged and not recipe.finishers, stays * shape.stored.itemsize
         exported = held + self._page + largest if streamed else both
-        read = (2 * self._stored if streamed else 0) + (written if recipe.verify else 0)  # for the probe, and to write
-        yield Stage(member.called("export"), exported + CUSHION, kept, written, read, member=member.name)
+        read = (2 * self._stored if streamed else 0) + (saved if recipe.verify else 0)  # for the probe, and to write
+        yield Stage(member.called("export"), exported + CUSHION, kept, saved, read, member=member.name)
 
     @cached_property
     def _walked(self) -> list[Space]:
@@ -661,7 +662,9 @@ class Count:
             # the weight of every rung as proposed and as rounded, or rounded and twice to be written; mean in float64
             each = max(size + shape.stored.itemsize, 3 * shape.stored.itemsize)
             weights = site.d_in * d_out * (len(ladder) * each + 2 * DOUBLE + 2 * size)
-            memory = max(memory, 2 * moments, moments + weights)  # sums and means, then means alone
+            # sums and what is added to them, or their means where they are shared; then means alone
+            beside = moments if site.shares else FLOAT * site.d_in**2
+            memory = max(memory, moments + beside, moments + weights)
             disk += store_bytes(site, d_out, ladder, shape.stored, scores=scores)
             flops += moments_flops(tokens, site.d_in, d_out, needs, part=part, paired=paired)
             flops += 2 * judging_flops(site.d_in, d_out, len(ladder))  # float64 takes twice as long

@@ -68,7 +68,10 @@ class Shards:
                 raise WrongInput(f"{source!r} is not a model that can be opened: {first_line(error)}") from error
         names = [WEIGHTS]
         if (index := folder / INDEX).exists():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise WrongInput(f"{index} does not say which tensor is in which file; it is damaged") from error
         files = tuple(folder / name for name in names)
         if gone := [file.name for file in files if not file.exists()]:
             raise WrongInput(

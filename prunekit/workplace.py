@@ -98,6 +98,11 @@ def unfinished(output: Path) -> bool:
     return (_beside(output, "partial") / "run.json").exists()
 
 
+def written(output: Path) -> int:
+    """Bytes that an unfinished run towards `output` has on disk."""
+    return sum(file.stat().st_size for file in _beside(output, "partial").rglob("*") if file.is_file())
+
+
 def left(output: Path, identity: Mapping[str, Any]) -> Path | None:
     """The folder of an unfinished run of the same identity; None: there is none."""
     place = _beside(output, "partial")

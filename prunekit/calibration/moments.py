@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+ROWS_AT_ONCE = 2**21  # values that are made wide at once, to be added: 16 MiB in float64
+
 
 @dataclass(eq=False)
 class Moments:
@@ -43,7 +45,9 @@ class Moments:
         x = precise(seen)
         self.tokens += len(x)
         self.total += x.sum(0, dtype=torch.float64)
-        self.outer += x.T @ x
+        product, rows = x.T @ x, max(1, ROWS_AT_ONCE // x.shape[1])
+        for some, other in zip(self.outer.split(rows), product.split(rows), strict=True):
+            some.add_(other)  # same as outer += product, which makes all of it wide first
 
     def add_made(self, made: Float[Tensor, "tokens d_out"], seen: Float[Tensor, "tokens d"]) -> None:
         """What the dense model's linear map made of its input, bias left out, for the tokens of the last `add`."""
@@ -123,6 +127,10 @@ class Moments:
     def gram(self) -> Float[Tensor, "d d"]:
         """H = E[x̂ x̂ᵀ]."""
         return self.outer / self.tokens
+
+    def settled(self) -> Float[Tensor, "d d"]:
+        """H in the place of the sums, for the last who asks: of wide maps both are large."""
+        return self.outer.div_(self.tokens)
 
     @property
     def cross(self) -> Float[Tensor, "d_out d"] | None:

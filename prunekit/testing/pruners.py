@@ -141,7 +141,7 @@ class PrunerSuite:
 
     def test_follows_its_rows_when_they_change_places(self, single: LayerProblem) -> None:
         order = torch.randperm(len(single.weight), generator=torch.Generator().manual_seed(1))
-        names = ("weight", "gradient", "fisher", "drift")
+        names = ("weight", "gradient", "fisher", "cross", "drift")
         rows = {name: values[order] for name in names if (values := getattr(single, name)) is not None}
         here = checked(self.plugin, single, counts_of(single))
         there = checked(self.plugin, replace(single, **rows), counts_of(single))
@@ -175,7 +175,7 @@ class PrunerSuite:
         counts = counts_of(plain)
 
         def scaled(part: Any) -> Any:
-            powers = {"weight": 1, "energy": 2, "relative": -2, "gradient": -1, "fisher": -2}
+            powers = {"weight": 1, "cross": 1, "drift": 1, "energy": 2, "relative": -2, "gradient": -1, "fisher": -2}
             values = {name: getattr(part, name, None) for name in powers}
             return replace(part, **{name: scale ** powers[name] * v for name, v in values.items() if v is not None})
 

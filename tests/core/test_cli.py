@@ -1,3 +1,4 @@
+import errno
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -159,6 +161,34 @@ def test_plan_has_every_option_of_prune_and_says_what_it_would_take(model: Path,
     assert told["rates"]["flops"] > 0
     assert not asked
     assert not Path("out").exists()
+
+
+def test_plan_counts_families_and_targets(model: Path) -> None:
+    flags = f"{model} --recipe fast --pruner magnitude --calibration-tokens 64 --seqlen 8".split()
+    said = run("plan", *flags, "--sparsity", "0.2,0.4").stdout
+    for name in ("search 1 for 0.2", "export for 0.2", "export for 0.4", "0.2 alone", "0.4 alone"):
+        assert name in said
+    told = json.loads(run("plan", *flags, "--target", "parameters=0.8,0.6", "--json").stdout)
+    assert [row["sparsity"] for row in told["members"]] == [0.2, 0.4]
+    assert told["members"][0]["disk"] > told["members"][1]["disk"] > 0
+    said = run("plan", *flags, "--target", "latency=0.6").stdout
+    assert re.search(r"time sub-layers .* at least|more rounds, as long as 120 s are not over", said)
+    assert "sparsity 0.2 is given twice" in refused("plan", *flags, "--sparsity", "0.2,0.2")
+
+
+def test_a_full_disk_is_one_sentence_whoever_met_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ):
+
+        def full(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(pipeline, "prune", full)
+        result = run("prune", "m", "-o", "out")
+        assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+        assert "the disk is full; make room, and the same command goes on" in result.stderr
 
 
 def test_plan_and_prune_refuse_what_cannot_fit(model: Path) -> None:

@@ -10,14 +10,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import prunekit
-from prunekit import pipeline
+from prunekit import pipeline, shards
 from prunekit.calibration.flow import entered
 from prunekit.checkpoint import opened, stored_as
 from prunekit.demo import MODEL
 from prunekit.export.verify import _compare
-from prunekit.memory import Shares
+from prunekit.ledger import Ledger
+from prunekit.memory import GIB, Shares
 from prunekit.paging import pager_of, shapes_of, whole
+from prunekit.plan import Stage
+from prunekit.store import CandidateStore
 from prunekit.testing import tiny, toy_tokens
+from prunekit.workplace import written
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox", "mamba", "mamba2"]
 ONE_BLOCK = Shares(blocks=0, activations=0)
@@ -95,13 +99,24 @@ def test_a_block_is_read_when_a_parameter_is_asked_for_and_let_go_for_the_next(f
 
 @pytest.mark.parametrize(
     ("damage", "says"),
-    [("index", "has no model-0000"), ("tensor", "lacks model.layers.1"), ("nan", "not finite"), ("shape", "asks for")],
+    [
+        ("index", "has no model-0000"),
+        ("map", "it is damaged"),
+        ("cut", "cannot be read"),
+        ("tensor", "lacks model.layers.1"),
+        ("nan", "not finite"),
+        ("shape", "asks for"),
+    ],
 )
 def test_what_cannot_be_paged_is_refused_in_a_sentence(damage, says, folder):
-    path = folder("llama", **({"max_shard_size": "10KB"} if damage == "index" else {}))
+    path = folder("llama", **({"max_shard_size": "10KB"} if damage in ("index", "map") else {}))
     file = sorted(path.glob("*.safetensors"))[0]
     if damage == "index":
         file.unlink()
+    elif damage == "map":
+        (path / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
     else:
         tensors, name = load_file(file), "model.layers.1.mlp.up_proj.weight"
         if damage == "tensor":
@@ -115,17 +130,22 @@ def test_what_cannot_be_paged_is_refused_in_a_sentence(damage, says, folder):
         opened(str(path), shares=ONE_BLOCK)
 
 
-def made(path, output, monkeypatch, *, paged, **changes):
-    if paged:
-        plan = pipeline.planned
+def made(path, output, *, paged, limit=GIB, **changes: Any):
+    """A run; paged, it holds one block and no activation, and may take `limit` bytes."""
+    plan = pipeline.planned
 
-        def tight(*args, **options):
-            return replace(plan(*args, **options), shares=Shares(0, 0, 0, 0, 0))
+    def tight(*args, **options):
+        return replace(plan(*args, **options), stages=(Stage("open", 0),), shares=Shares(0, 0, 0, 0, 0), limit=limit)
 
-        monkeypatch.setattr(pipeline, "planned", tight)
-    result = prunekit.prune(path, output=output, **(RUN | changes))
-    monkeypatch.undo()
-    return result
+    with pytest.MonkeyPatch.context() as patch:
+        if paged:
+            patch.setattr(pipeline, "planned", tight)
+        return prunekit.prune(path, output=output, **(RUN | changes))
+
+
+def text_in(folder) -> dict[str, Any]:
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog, 17 times a day. " * 200)
+    return {"data__dataset": str(folder / "text.txt")}
 
 
 @pytest.mark.parametrize(
@@ -139,12 +159,12 @@ def made(path, output, monkeypatch, *, paged, **changes):
         ("opt", {"finishers": ["bias"], "allocator": "softmax", "objective": "expected-error"}),
     ],
 )
-def test_a_paged_run_writes_what_an_unpaged_one_writes(family, changes, folder, tmp_path, monkeypatch):
+def test_a_paged_run_writes_what_an_unpaged_one_writes(family, changes, folder, tmp_path):
     path = folder(family, torch.float32 if family == "llama" else torch.bfloat16, vocab_size=2048)
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog, 17 times a day. " * 200)
-    changes |= {"data__dataset": str(tmp_path / "text.txt")}
-    one = made(path, tmp_path / "one", monkeypatch, paged=False, **changes)
-    two = made(path, tmp_path / "two", monkeypatch, paged=True, **changes)
+    changes = changes | text_in(tmp_path)
+    one = made(path, tmp_path / "one", paged=False, **changes)
+    two = made(path, tmp_path / "two", paged=True, limit=1, **changes)
+    assert (pager_of(two.model) is None) == ("finishers" in changes)  # those have the small model whole
     names = sorted(p.name for p in (tmp_path / "one").iterdir())
     assert names == sorted(p.name for p in (tmp_path / "two").iterdir())
     for name in set(names) - {"report.json", "README.md"}:
@@ -171,6 +191,50 @@ def test_what_does_not_fit_is_verified_block_by_block(folder, tmp_path):
     assert (found.difference, found.parameters) == (0, sum(p.numel() for p in tiny("qwen3").parameters()))
 
 
-def test_a_model_that_does_not_fit_needs_a_folder_for_the_result(folder, monkeypatch):
+def test_a_model_that_does_not_fit_needs_a_folder_for_the_result(folder):
     with pytest.raises(prunekit.WrongInput, match="needs a folder for the result"):
-        made(folder("llama"), None, monkeypatch, paged=True)
+        made(folder("llama"), None, paged=True)
+
+
+@pytest.mark.parametrize("limit", [1, GIB])
+def test_a_paged_family_is_the_unpaged_one_member_by_member(limit, folder, tmp_path):
+    path, names = folder("qwen2", vocab_size=2048), ["0.2", "0.4"]
+    changes: dict[str, Any] = text_in(tmp_path) | {"sparsity": [0.4, 0.2], "pruner": "magnitude"}
+    made(path, tmp_path / "one", paged=False, **changes)
+    two = made(path, tmp_path / "two", paged=True, limit=limit, **changes)
+    for name in names:
+        for file in ("model.safetensors", "config.json", "recipe.yaml", "ledger.jsonl"):
+            assert (tmp_path / "one" / name / file).read_bytes() == (tmp_path / "two" / name / file).read_bytes(), file
+    told = [json.loads((tmp_path / which / "pareto.json").read_text()) for which in ("one", "two")]
+    for document in told:
+        for row in (document, *document["members"]):
+            assert row.pop("seconds") > 0
+    assert told[0] == told[1]
+    models = [member.model for member in two.members]
+    assert [pager_of(model) is None for model in models] == [limit > 1] * 2  # whole where there is room for all of them
+    ids = toy_tokens(vocabulary=61).ids
+    with torch.no_grad():
+        for name, model in zip(names, models, strict=True):
+            assert torch.equal(
+                model(ids).logits, opened(str(tmp_path / "one" / name), dtype="bfloat16").model(ids).logits
+            )
+
+
+def test_a_paged_run_that_was_killed_goes_on_to_the_same_bytes(folder, tmp_path, killed_at):
+    path = folder("llama", vocab_size=2048)
+    changes: dict[str, Any] = text_in(tmp_path) | {"pruner": "magnitude"}
+    made(path, tmp_path / "whole", paged=False, **changes)
+    partial = tmp_path / "out.partial"
+    # in a walk, in a search, in the middle of the weights, before the rename
+    for place, name, last in (
+        (CandidateStore, "put", 3), (Ledger, "answer", 2), (shards, "_written", 1), (pipeline, "publish", 1)
+    ):  # fmt: skip
+        with killed_at(place, name, last):
+            made(path, tmp_path / "out", paged=True, **changes)
+        assert not (tmp_path / "out").exists()
+        assert written(tmp_path / "out") == sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()) > 0
+    made(path, tmp_path / "out", paged=True, **changes)
+    for file in ("model.safetensors", "config.json", "recipe.yaml", "ledger.jsonl"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    assert not partial.exists()
+    assert written(tmp_path / "out") == 0

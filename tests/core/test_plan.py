@@ -1,8 +1,10 @@
 """What is promised of bytes is what is taken; what cannot fit is refused before any work."""
 
 import json
+import shutil
 from dataclasses import fields, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,18 +13,20 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from prunekit import LayerProblem, WrongInput
+import prunekit
+from prunekit import LayerProblem, WrongInput, family, latency, pipeline
 from prunekit.adapters import adapter_for
 from prunekit.build import build
 from prunekit.calibration import flow
 from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.moments import Moments
-from prunekit.checkpoint import skeleton
+from prunekit.checkpoint import opened, skeleton
 from prunekit.contracts import Objective, Problem
 from prunekit.ledger import Ledger
 from prunekit.memory import GIB, Room, Shares
 from prunekit.pipeline import foreseen, whole_space
 from prunekit.plan import (
+    CUSHION,
     Rates,
     activations_bytes,
     forward_flops,
@@ -33,6 +37,7 @@ from prunekit.plan import (
     store_bytes,
     walks,
 )
+from prunekit.prices import Curve, Prices, Workload
 from prunekit.progress import Progress
 from prunekit.recipe import Recipe
 from prunekit.registry import ALLOCATORS, PRUNERS
@@ -258,6 +263,98 @@ def test_the_candidates_of_a_plan_are_those_of_the_run(folder, tmp_path):
     written = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     (walk,) = [stage for stage in plan.stages if stage.name == "prune 1"]
     assert walk.disk == written
+
+
+SMALL = {"data.calibration_tokens": 64, "data.search_tokens": 64, "data.evaluation_tokens": 64, "data.seqlen": 32}
+
+
+def test_the_disk_of_a_family_is_counted_walk_by_walk(saved_tiny, tmp_path, killed_at, monkeypatch):
+    path, output = saved_tiny(), tmp_path / "out"
+    changes: dict[str, Any] = {"allocator": "uniform", "pruner": "magnitude", "sparsity": [0.4, 0.2]}
+    plan = plan_of(path, output, **changes, **SMALL)
+    assert [stage.name for stage in plan.stages] == [
+        "open", "prune 1", "search 1 for 0.2", "search 1 for 0.4",
+        *(f"{name} for {share}" for share in (0.2, 0.4) for name in ("rebuild", "evaluate", "export")),
+    ]  # fmt: skip
+    settings = {key.replace(".", "__"): value for key, value in SMALL.items()}
+    with killed_at(family, "publish", 1):
+        prunekit.prune(path, output=output, recipe="fast", quiet=True, verify=False, **changes, **settings)
+    place = tmp_path / "out.partial"
+    walks_ = sum(file.stat().st_size for file in place.glob("walk-*/*.safetensors"))
+    assert walks_ == sum(stage.disk for stage in plan.stages if stage.name.split()[0] in ("prune", "rebuild"))
+    told = {row["sparsity"]: row["disk"] for row in plan.as_dict(Rates(1e9, 1e8, 1e8))["members"]}
+    for share, disk in told.items():
+        (export,) = [stage.disk for stage in plan.stages if stage.name == f"export for {share}"]
+        header = (place / "result" / str(share) / "model.safetensors").stat().st_size - export
+        assert 0 < header < 8192
+        assert disk == sum(stage.disk for stage in plan.stages if stage.member == str(share))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    there = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+    assert there > walks_
+    assert plan_of(path, output, **changes, **SMALL).free_disk == 1000 + there  # need not be written again
+
+
+def test_of_a_family_that_is_searched_for_one_member_one_is_made(folder):
+    recipe = Recipe.load("fast").with_overrides({"model": str(folder), "sparsity": 0.4, "family": [0.2, 0.4]}).checked()
+    plan = foreseen(recipe, *skeleton(str(folder)), None)
+    assert [stage.name for stage in plan.stages] == [
+        "open", "prune 1", "search 1 for 0.2", "search 1 for 0.4", "rebuild for 0.4", "evaluate for 0.4",
+        "export for 0.4",
+    ]  # fmt: skip
+
+
+def test_zeros_are_written_like_other_numbers(folder, tmp_path):
+    changes = {"structure": "weights", "pruner": "magnitude", "allocator": "uniform"}
+    (export,) = [stage for stage in plan_of(folder, tmp_path / "out", **changes).stages if stage.name == "export"]
+    assert export.disk == sum(p.nbytes for p in tiny("llama").bfloat16().parameters())
+
+
+def test_what_one_search_knows_no_other_pays_for():
+    allocator, space = ALLOCATORS.build({"name": "table", "around": "dense", "stride": 0.25, "candidates": 2}), whole()
+    known: dict[Any, float] = {}
+    first = rehearsed(allocator, space, 128, 64, known=known)
+    assert first == sum(tokens for _, tokens in known)
+    assert rehearsed(allocator, space, 128, 64, known=known) == 0
+
+
+def test_latency_is_timed_before_and_after_and_only_whole(folder, large, monkeypatch):
+    plan = plan_of(folder, target="latency=0.6")
+    names = [stage.name for stage in plan.stages]
+    assert names[:3] == ["open", "time sub-layers", "prune 1"]
+    assert names[-2:] == ["time the result", "export"]
+    assert not plan.as_dict(Rates(1e9, 1e8, 1e8))["seconds_complete"]
+    assert not plan_of(large, memory="900GiB", target="latency=0.6").paged
+    monkeypatch.setattr(pipeline, "opened", None)
+    with pytest.raises(WrongInput, match=r"takes at least .* give more, or another metric: latency is timed on whole"):
+        prunekit.prune(large, target="latency=0.6", memory="1GB", recipe="fast", quiet=True)
+    with pytest.raises(WrongInput, match=r"latency\.prompt \+ latency\.new_tokens"):
+        plan_of(folder, target="latency=0.6", **{"latency.prompt": 10_000})
+
+
+def test_a_table_that_is_given_is_not_timed_again(folder):
+    model, adapter = skeleton(str(folder))
+    sites = adapter.sites(model)
+    curves = {
+        site.shape: Curve((0, site.n_groups), (0, 1000), sum(other.shape == site.shape for other in sites))
+        for site in sites
+    }
+    table = Prices(Workload(1, 8, 0), {}, 2000 * len(sites), 0.0, curves).as_dict()
+    plan = plan_of(folder, target="latency=0.8", **{"latency.prices": table})
+    assert [stage.name for stage in plan.stages if "time" in stage.name] == ["time the result"]
+
+
+def test_the_models_to_be_timed_are_counted_by_what_they_keep(folder):
+    model, adapter = skeleton(str(folder))
+    sites = adapter.sites(model)
+    most = 0
+    for keeps in latency.trials(sites).values():
+        dense = opened(str(folder), tokenizer=object(), dtype="float32", device="cpu")
+        shared = {p.data_ptr() for p in dense.model.parameters()}
+        small = latency.cut(dense, keeps)
+        most = max(most, sum(p.nbytes for p in small.parameters() if p.data_ptr() not in shared))
+    (timed,) = [s for s in plan_of(folder, target="latency=0.6", device="cpu").stages if s.name == "time sub-layers"]
+    everything = sum(p.numel() for p in model.parameters()) * 4
+    assert timed.memory == everything + most + CUSHION
 
 
 def test_what_cannot_fit_is_refused(folder, large, tmp_path):

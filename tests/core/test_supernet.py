@@ -83,3 +83,19 @@ def test_parts_are_let_go_when_they_take_too_much_room(monkeypatch):
         logits(net, plan, batch)
     assert len(net._parts) <= len(net.space.sites)
     assert torch.equal(logits(net, net.space.uniform(), batch), first)
+
+
+def test_a_net_at_rest_keeps_nothing_and_says_the_same():
+    net, batch = toy_supernet(), toy_tokens()
+    plan = net.space.uniform()
+    first, dense = (
+        logits(net, plan, batch),
+        [torch.cat(row) for row in zip(*net.dense_hidden(batch, [1, 2]), strict=True)],
+    )
+    assert net._parts
+    assert net._hidden
+    net.rest()
+    assert (len(net._parts), net._parts_bytes, len(net._hidden), net._dense_bytes) == (0, 0, 0, 0)
+    assert torch.equal(logits(net, plan, batch), first)
+    again = [torch.cat(row) for row in zip(*net.dense_hidden(batch, [1, 2]), strict=True)]
+    assert all(map(torch.equal, again, dense))

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from prunekit.calibration import moments as sums
 from prunekit.calibration.moments import Moments
 
 
@@ -27,6 +28,17 @@ def test_shards_give_the_moments_of_the_whole():
         assert abs(getattr(whole, name) - getattr(shards, name)) < 1e-9
     for name in ("gram", "cross", "mean", "variance"):
         torch.testing.assert_close(getattr(whole, name), getattr(shards, name))
+
+
+def test_products_are_added_some_rows_at_a_time_and_means_take_the_place_of_sums(monkeypatch):
+    x = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(sums, "ROWS_AT_ONCE", 21)  # three rows
+    moments = filled(x)
+    assert torch.equal(moments.outer, torch.zeros(7, 7, dtype=torch.float64) + x.T @ x)
+    gram = moments.gram
+    settled = moments.settled()
+    assert torch.equal(settled, gram)
+    assert settled.data_ptr() == moments.outer.data_ptr()
 
 
 def test_what_is_asked_for_besides_adds_up_too():
