@@ -55,10 +55,11 @@ class EngineSuite:
     devices: ClassVar[Sequence[str]] = ("cpu", "cpu")
 
     @pytest.fixture(scope="class")
-    def team(self) -> Iterator[Team]:
+    @classmethod
+    def team(cls) -> Iterator[Team]:
         model = toy_supernet().model
         dense = Dense(model, None, toy_supernet().adapter, torch.float64, "toy", "")
-        with self.plugin.team(dense, Opening(model), [torch.device(device) for device in self.devices]) as team:
+        with cls.plugin.team(dense, Opening(model), [torch.device(device) for device in cls.devices]) as team:
             if team is None:
                 pytest.skip("this engine needs nobody else here")
             yield team

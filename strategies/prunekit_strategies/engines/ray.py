@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from prunekit.errors import CannotGoOn, WrongInput
 
 EVERYTHING = ("stream", "received", "carry", "advance", "meet")  # what changes a worker
 OVER = {"stream": EVERYTHING, "meet": EVERYTHING, "advance": ("received",)}  # what need not be told any more after it
+PATIENCE = 10.0  # seconds for a cluster to answer
 LIVES = 5  # of a worker's place within one question
 
 
@@ -44,24 +46,35 @@ class Ray(Engine):
         own = not ray.is_initialized()
         if own:
             try:
+                _reachable(self.address)  # Ray itself would try for minutes
                 ray.init(self.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise WrongInput(
-                    f"no Ray cluster at {self.address!r}: {error}; leave the address for one here"
-                ) from error
+            except (OSError, ValueError, RuntimeError) as error:
+                why = f"no Ray cluster at {self.address!r}: {error}; leave the address away for one on this machine"
+                raise WrongInput(why) from error
         try:
             free = ray.available_resources()
             gpus, cpus = int(free.get("GPU", 0)), free.get("CPU", 0.0)
             count = self.workers or gpus or sum(node["Alive"] for node in ray.nodes())
             if not gpus and cpus < count:
                 raise WrongInput(f"{count} workers were asked, and the cluster has {cpus:g} CPUs and no GPU to spare")
-            share = {"num_gpus": gpus / count} if gpus else {"num_cpus": cpus // count}
+            share: dict[str, Any] = {"num_gpus": gpus / count} if gpus else {"num_cpus": cpus // count}
             team = Actors(opening, count, share)
             yield team
             team.dismiss()
         finally:
             if own:
                 ray.shutdown()
+
+
+def _reachable(address: str | None) -> None:
+    """Somebody listens at host:port.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, there, port = (address or "").removeprefix("ray://").rpartition(":")
+    if there and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
 
 
 @dataclass
@@ -75,7 +88,7 @@ class Place:
 class Actors(Team):
     """Workers that are Ray actors."""
 
-    def __init__(self, opening: Opening, count: int, share: dict[str, float]) -> None:
+    def __init__(self, opening: Opening, count: int, share: dict[str, Any]) -> None:
         import ray
 
         self.size, self.opening = count, ray.put(opening)
@@ -110,11 +123,12 @@ class Actors(Team):
 
     def _answer(self, place: Place, method: str, args: Sequence[Any], ref: Any) -> Any:
         import ray
+        from ray.exceptions import RayActorError
 
         for _ in range(LIVES):
             try:
                 return ray.get(ref)
-            except ray.exceptions.RayActorError:
+            except RayActorError:
                 place.actor = self.hire(self.opening)
                 for before, these in place.told:
                     place.actor.do.remote(before, *these)  # in order; who fails here fails below

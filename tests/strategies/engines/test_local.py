@@ -1,10 +1,13 @@
 """Threads of one process."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from prunekit.checkpoint import Dense
 from prunekit.registry import ENGINES
+from prunekit.supernet import Supernet
 from prunekit.team import Opening, SharedFlow
 from prunekit.testing import EngineSuite, toy_supernet, toy_tokens
 
@@ -20,27 +23,27 @@ class TestLocalMany(EngineSuite):
     devices = ("cpu",) * 7  # more than there are windows
 
 
-def opened(count: int):
-    net = toy_supernet()
+def opened(count: int, net: Supernet) -> Any:
     dense = Dense(net.model, None, net.adapter, torch.float64, "toy", "")
     return ENGINES.build("local").team(dense, Opening(net.model), [CPU] * count)
 
 
 def test_one_device_needs_nobody() -> None:
-    with opened(1) as team:
+    with opened(1, toy_supernet()) as team:
         assert team is None
 
 
 def test_the_first_worker_has_the_model_itself_and_the_others_copies() -> None:
-    with opened(3) as team:
+    net = toy_supernet()
+    with opened(3, net) as team:
         models = [worker.dense.model for worker in team.workers]
-        assert models[0] is toy_supernet().model or models[0] is not models[1]
+        assert models[0] is net.model
         pointers = {next(model.parameters()).data_ptr() for model in models}
         assert len(pointers) == 3
 
 
 def test_threads_end_with_the_run() -> None:
-    with opened(2) as team:
+    with opened(2, toy_supernet()) as team:
         SharedFlow(team, toy_tokens(), CPU, dense=False)
     with pytest.raises(RuntimeError, match="shutdown"):
         team.ask("advance", [(0,), (0,)])

@@ -102,10 +102,9 @@ def test_a_run_on_a_cluster_ends_where_one_here_does(tmp_path: Path) -> None:
 
 
 def test_a_cluster_that_is_not_there_is_said() -> None:
+    nothing: Any = None
     with (
         pytest.raises(WrongInput, match=r"no Ray cluster at '127\.0\.0\.1:1'"),
-        Ray("127.0.0.1:1").team(
-            *[None] * 3  # type: ignore[arg-type]
-        ),
+        Ray("127.0.0.1:1").team(*[nothing] * 3),
     ):
         raise AssertionError("there is one")
