@@ -6,6 +6,7 @@ what the old one owes.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -47,7 +48,7 @@ class Ray(Engine):
         if own:
             try:
                 _reachable(self.address)  # Ray itself would try for minutes
-                ray.init(self.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+                ray.init(self.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             except (OSError, ValueError, RuntimeError) as error:
                 why = f"no Ray cluster at {self.address!r}: {error}; leave the address away for one on this machine"
                 raise WrongInput(why) from error
