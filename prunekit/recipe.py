@@ -553,6 +553,8 @@ def _place(values: dict[str, Any], key: str, value: Any) -> None:
             values[slot] = registry.spec(registry.build(values[slot]))  # so that every option is there to be set
         elif isinstance(value, registry.contract):
             value = registry.spec(value)
+        elif slot == "engine":
+            value = _as_engine(value)
     if key in ("data", "latency") and isinstance(value, Mapping):
         value = {**values[key], **value}
     _put(values, [slot, *path], value)

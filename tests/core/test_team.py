@@ -31,6 +31,15 @@ def recipe(tmp_path: Path) -> Recipe:
     return Recipe.load().with_overrides({"model": str(MODEL), "allocator": search, "verify": False, **small})
 
 
+def test_an_address_says_the_engine():
+    recipe = Recipe.load().with_overrides({"engine": "ray://head:10001", "engine.workers": 8}).checked()
+    assert recipe.engine == {"name": "ray", "address": "ray://head:10001", "workers": 8}
+    assert Recipe.load().with_overrides({"engine": "ray"}).checked().engine["address"] is None
+    assert recipe.digest == Recipe.load().checked().digest  # what comes out is the same
+    with pytest.raises(WrongInput, match="there are local, ray"):
+        Recipe.load().with_overrides({"engine": "rey"}).checked()
+
+
 def test_nothing_is_lost_and_nobody_is_idle():
     assert dealt(range(7), 3) == [[0, 1], [2, 3], [4, 5, 6]]
     assert dealt(range(2), 5) == [[0], [1]]
