@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunekit.adapters import ModelAdapter
 from prunekit.calibration.flow import Call, chunks, entered
-from prunekit.calibration.moments import precise
+from prunekit.calibration.moments import multiplied, precise
 from prunekit.calibration.tokens import TokenBatch
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.memory import Room
@@ -157,7 +157,7 @@ def _backwards(
         into, *outof = torch.autograd.grad(out, [hidden, *(y for _, y in caught.values())], slope)
     for path, (x, _), dy in zip(caught, caught.values(), outof, strict=True):
         for own_x, own_dy in zip(_by_window(x.detach(), hidden), _by_window(dy, hidden), strict=True):
-            gradient = precise(own_dy).T @ precise(own_x) / (hidden.shape[1] - 1)
+            gradient = multiplied(own_dy, own_x) / (hidden.shape[1] - 1)
             if path not in sums:
                 sums[path] = torch.zeros_like(gradient), torch.zeros_like(gradient)
             sums[path][0].add_(gradient)

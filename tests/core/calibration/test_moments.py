@@ -77,3 +77,30 @@ def test_what_is_not_turned_has_no_influence():
 
 def test_the_variance_of_a_constant_is_zero():
     assert not filled(torch.full((10, 3), 0.1)).variance.gt(1e-12).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_of_two_half_floats_is_exact_in_float32(dtype):
+    # why matrix units may take them as they are: only sums round, as they do in float32
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(4096, generator=generator).to(dtype) for _ in range(2))
+    assert torch.equal((x.float() * y.float()).double(), x.double() * y.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_moments_of_half_floats_are_those_of_the_same_numbers(dtype):
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    half, same = filled(x), filled(x.double())
+    torch.testing.assert_close(half.gram, same.gram, rtol=1e-6, atol=1e-7)
+    assert torch.equal(half.mean, same.mean)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_floats_are_multiplied_as_they_are_on_cuda(dtype):
+    x = torch.randn(4096, 384, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = torch.randn(4096, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
+    made = sums.multiplied(x.cuda(), y.cuda())
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made.cpu().double(), x.double().T @ y.double(), rtol=1e-4, atol=1e-2)
