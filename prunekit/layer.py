@@ -19,7 +19,7 @@ from torch import Tensor
 Per = Literal["row", "layer"]
 """Among which weights single ones compete to stay."""
 
-ROWS_AT_ONCE = 2**21  # values of the rows that are judged at once: 16 MiB in float64
+VALUES_AT_ONCE = 2**22  # of what is judged at once: 32 MiB in float64
 CELLS_AT_ONCE = 2**24  # of the matrices that are solved side by side: 128 MiB in float64
 
 
@@ -370,18 +370,27 @@ def _solved_rows(
 
 def _finite(value: Tensor) -> bool:
     """A sum is finite only when all terms are; float64 because half precision overflows, some rows at a time."""
-    rows = max(1, ROWS_AT_ONCE // max(1, value[:1].numel()))
+    rows = max(1, VALUES_AT_ONCE // max(1, value[:1].numel()))
     return all(bool(torch.isfinite(some.sum(dtype=torch.float64))) for some in value.split(rows))
 
 
 def _energy(weight: Tensor, gram: Tensor, less: Tensor | None = None) -> float:
-    """tr V H Vᵀ in float64, V the weight, less another one; some rows at a time, for wide maps are large in float64."""
-    gram, total = gram.double(), 0.0
-    rows = max(1, ROWS_AT_ONCE // weight.shape[1])
-    for some, other in zip(weight.split(rows), (weight if less is None else less).split(rows), strict=True):
-        v = some.double() if less is None else some.double() - other.double()
-        total += float(((v @ gram) * v).sum())
-    return total
+    """tr V H Vᵀ in float64, V the weight, less another one; columns of V that are zero cost nothing.
+
+    Some rows and columns at a time, for wide maps are large in float64.
+    """
+    there = (weight != (0 if less is None else less)).any(0).nonzero().flatten()
+    whole = len(there) == weight.shape[1]
+    if not whole:
+        weight, less = weight[:, there], None if less is None else less[:, there]
+    at_once, total = max(1, VALUES_AT_ONCE // max(1, len(there))), gram.new_zeros((), dtype=torch.float64)
+    for start in range(0, len(there), at_once):
+        some = slice(start, start + at_once)
+        columns = (gram[:, some] if whole else gram[there[:, None], there[some]]).double()
+        for one, other in zip(weight.split(at_once), (weight if less is None else less).split(at_once), strict=True):
+            v = one.double() if less is None else one.double() - other.double()
+            total += ((v @ columns) * v[:, some]).sum()
+    return float(total)
 
 
 def _solved(matrix: Tensor, right: Tensor) -> Tensor:

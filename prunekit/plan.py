@@ -117,9 +117,12 @@ def moments_flops(
     return 2 * tokens * own
 
 
-def judging_flops(d_in: int, d_out: int, rungs: int) -> int:
-    """Of the relative errors of all candidates of one site, and the energy they are relative to."""
-    return 2 * d_out * d_in**2 * (rungs + 1)
+def judging_flops(d_in: int, d_out: int, widths: Iterable[int], *, cross: bool) -> int:
+    """Of the relative errors of candidates with so many columns, in float64, and the energy they are relative to.
+
+    With the dense model beside them that is known, and columns that are gone cost nothing; else most may differ.
+    """
+    return 2 * d_out * (sum(width**2 for width in widths) if cross else d_in**2 * (1 + len(list(widths))))
 
 
 # -- what there is ------------------------------------------------------------------------------------
@@ -130,20 +133,14 @@ class Rates:
     """Measured on this machine in a second or two."""
 
     flops: float  # of matrix products in the dtype of the computation, per second
+    doubles: float  # of those in float64
     read: float  # bytes per second from the disk that holds the output
     write: float
 
     @classmethod
     def measured(cls, device: torch.device, dtype: torch.dtype, folder: Path) -> Rates:
         """A square product, and a file written, dropped from the cache and read again."""
-        a = torch.randn(1024, 1024, device=device).to(dtype)
-        out = a @ a  # the first time pays for what later ones find ready
-        done, begun = 0, time.perf_counter()
-        while (spent := time.perf_counter() - begun) < 0.5:
-            out = a @ a
-            done += 2 * 1024**3
-        float(out[0, 0])  # a device may still be busy
-        flops = done / (time.perf_counter() - begun if device.type == "cuda" else spent)
+        flops, doubles = (_rate(torch.randn(1024, 1024, device=device).to(kind)) for kind in (dtype, torch.float64))
         block, count = os.urandom(1 << 20), 64
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".prunekit-") as file:
             begun = time.perf_counter()
@@ -159,7 +156,7 @@ class Rates:
             while file.read(1 << 20):
                 pass
             read = count * len(block) / (time.perf_counter() - begun)
-        return cls(flops, read, write)
+        return cls(flops, doubles, read, write)
 
 
 @dataclass(frozen=True)
@@ -171,7 +168,8 @@ class Stage:
     shared: int = 0  # bytes it makes use of beyond, of what bounds allow
     disk: int = 0  # bytes that are written
     read: int = 0  # bytes that are read
-    flops: int | None = 0  # None: nobody knows
+    flops: int | None = 0  # in the dtype of the computation; None: nobody knows
+    doubles: int = 0  # in float64
     unknown: str = ""  # what else takes time
     member: str = ""  # of a family, by its sparsity, that has this stage to itself
 
@@ -179,7 +177,8 @@ class Stage:
         """How long that takes; None: nobody knows."""
         if self.flops is None:
             return None
-        return self.flops / rates.flops + self.disk / rates.write + self.read / rates.read
+        products = self.flops / rates.flops + self.doubles / rates.doubles
+        return products + self.disk / rates.write + self.read / rates.read
 
 
 @dataclass(frozen=True)
@@ -349,6 +348,7 @@ def rehearsed(
     seqlen: int,
     limit: int | None = None,
     known: Known | None = None,
+    patience: float = PATIENCE,
 ) -> int | None:
     """Token-forwards of a search, counted by holding it on a stand-in table; None: it would not be rehearsed.
 
@@ -370,7 +370,7 @@ def rehearsed(
             for i, (site, kept) in enumerate(zip(space.sites, query.allocation, strict=True))
         )
 
-    ends = time.monotonic() + PATIENCE
+    ends = time.monotonic() + patience
     try:
         search = allocator.search(problem)
         queries = next(search)
@@ -650,7 +650,7 @@ class Count:
         shape, needs, tokens = self.shape, self.needs, self.tokens["calibration"]
         scores = not name.startswith("rebuild") and "scores" in ALLOCATORS.build(self.recipe.allocator).needs
         size, streams = shape.computed.itemsize, 1 + bool({"cross", "drift"} & needs)
-        memory = disk = spill = 0
+        memory = disk = spill = doubles = 0
         flops = streams * shape.forward(tokens, self.seqlen, head=False)
         for _, members in groupby(space.sites, key=lambda site: site.block):
             block = [(s.d_in, shape.adapter.part(s) is not None, bool(s.shares)) for s in members]
@@ -667,11 +667,33 @@ class Count:
             memory = max(memory, moments + beside, moments + weights)
             disk += store_bytes(site, d_out, ladder, shape.stored, scores=scores)
             flops += moments_flops(tokens, site.d_in, d_out, needs, part=part, paired=paired)
-            flops += 2 * judging_flops(site.d_in, d_out, len(ladder))  # float64 takes twice as long
+            cross = "cross" in needs and site.kind != "linear"
+            widths = [count * site.group_size if cross else site.d_in for count in ladder]
+            doubles += judging_flops(site.d_in, d_out, widths, cross=cross)
         inside, spilled = _spilled(spill, shares)
         read = 0 if shares.blocks is None else self._stored_blocks
         unknown = f"the work of {self.recipe.pruner['name']} itself"
-        return Stage(name, held + memory, (shares.blocks or 0) + inside, disk + spilled, read, flops, unknown, member)
+        return Stage(
+            name, held + memory, (shares.blocks or 0) + inside, disk + spilled, read, flops, doubles, unknown, member
+        )  # fmt: skip
+
+
+def _rate(a: torch.Tensor) -> float:
+    """FLOP/s of products of a square matrix with itself, over half a second."""
+    out = torch.mm(a, a)  # the first time pays for what later ones find ready
+    _finished(a)
+    done, begun = 0, time.perf_counter()
+    while time.perf_counter() - begun < 0.5:
+        torch.mm(a, a, out=out)
+        done += 2 * len(a) ** 3
+        _finished(a)
+    return done / (time.perf_counter() - begun)
+
+
+def _finished(a: torch.Tensor) -> None:
+    """Its device may still be busy."""
+    if a.is_cuda:
+        torch.cuda.synchronize(a.device)
 
 
 def _spilled(activations: int, shares: Shares) -> tuple[int, int]:

@@ -143,7 +143,13 @@ def test_products_are_those_that_torch_counts():
     with FlopCounterMode(display=False) as counter:
         for _ in range(3):
             layer.error(w * 0.5)
-    assert counter.get_total_flops() == judging_flops(17, 24, 3)
+    assert counter.get_total_flops() == judging_flops(17, 24, [17] * 3, cross=False)
+    beside = replace(layer, cross=w, energy=1.0)
+    cut = w * (torch.arange(17) < 5)
+    with FlopCounterMode(display=False) as counter:
+        for weight in (w, cut, w * 0):
+            beside.error(weight)
+    assert counter.get_total_flops() == judging_flops(17, 24, [17, 5, 0], cross=True)
 
 
 # -- searches -----------------------------------------------------------------------------------------
@@ -239,7 +245,7 @@ def test_a_plan_says_which_stages_there_are_and_what_nobody_knows(folder, tmp_pa
     assert [stage.name for stage in plan.stages] == [
         "open", "prune 1", "search 1", "rebuild", "finish", "evaluate", "export",
     ]  # fmt: skip
-    rates = Rates(1e9, 1e8, 1e8)
+    rates = Rates(1e9, 1e9, 1e8, 1e8)
     told = json.loads(json.dumps(plan.as_dict(rates)))
     assert not told["seconds_complete"]
     assert [row["name"] for row in told["stages"] if row["seconds"] is None] == ["finish"]
@@ -282,7 +288,7 @@ def test_the_disk_of_a_family_is_counted_walk_by_walk(saved_tiny, tmp_path, kill
     place = tmp_path / "out.partial"
     walks_ = sum(file.stat().st_size for file in place.glob("walk-*/*.safetensors"))
     assert walks_ == sum(stage.disk for stage in plan.stages if stage.name.split()[0] in ("prune", "rebuild"))
-    told = {row["sparsity"]: row["disk"] for row in plan.as_dict(Rates(1e9, 1e8, 1e8))["members"]}
+    told = {row["sparsity"]: row["disk"] for row in plan.as_dict(Rates(1e9, 1e9, 1e8, 1e8))["members"]}
     for share, disk in told.items():
         (export,) = [stage.disk for stage in plan.stages if stage.name == f"export for {share}"]
         header = (place / "result" / str(share) / "model.safetensors").stat().st_size - export
@@ -322,7 +328,7 @@ def test_latency_is_timed_before_and_after_and_only_whole(folder, large, monkeyp
     names = [stage.name for stage in plan.stages]
     assert names[:3] == ["open", "time sub-layers", "prune 1"]
     assert names[-2:] == ["time the result", "export"]
-    assert not plan.as_dict(Rates(1e9, 1e8, 1e8))["seconds_complete"]
+    assert not plan.as_dict(Rates(1e9, 1e9, 1e8, 1e8))["seconds_complete"]
     assert not plan_of(large, memory="900GiB", target="latency=0.6").paged
     monkeypatch.setattr(pipeline, "opened", None)
     with pytest.raises(WrongInput, match=r"takes at least .* give more, or another metric: latency is timed on whole"):

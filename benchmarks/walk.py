@@ -1,6 +1,6 @@
 """What a walk costs beside what it cannot do without: one forward pass, and one Gram product per site.
 
-    python benchmarks/build.py MODEL --dataset calibration.txt --tokens 65536
+    python benchmarks/walk.py MODEL --dataset calibration.txt --tokens 65536
 
 Forward pass, products and walks take turns in one process; the best of `--rounds` counts. A walk fills all rungs of a
 ladder, judged and stored. Seconds by stage are of that walk, and the rest is what no stage claims.

@@ -1,0 +1,230 @@
+"""What a run costs on paper: bytes, products and seconds of every stage, on machines that are not at hand.
+
+    python benchmarks/costs.py                                    # Llama-3.1-8B and 70B on one H200 and on eight
+    python benchmarks/costs.py --check MODEL --dataset calibration.txt
+
+The paper counts from shapes, as `prunekit plan` does, and knows beside that what `obs` itself takes:
+
+    4 d_in³ + 6 d_in² d_out   in float64: inverse, removal, factor, weights                 (1)
+
+and one round trip to the device per launch, of which a removed group needs `LAUNCHES`. Rates are peaks times a share
+that is reached. `--check` holds the same paper, with rates measured here, to a walk and a search measured here.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from walk import forward, now, products, walk
+
+from prunekit.adapters import ModelAdapter, adapter_for
+from prunekit.build import build
+from prunekit.calibration.draws import draw
+from prunekit.calibration.flow import by_pairs
+from prunekit.checkpoint import opened
+from prunekit.pipeline import whole_space
+from prunekit.plan import Shape, judging_flops, moments_bytes, moments_flops, rehearsed, store_bytes, walks
+from prunekit.progress import Progress
+from prunekit.recipe import Recipe
+from prunekit.registry import ALLOCATORS, OBJECTIVES, PRUNERS
+from prunekit.sites import Space
+from prunekit.store import CandidateStore
+from prunekit.supernet import Supernet
+
+MODELS = {  # hidden size, neurons, blocks, query heads, KV heads
+    "Llama-3.1-8B": (4096, 14_336, 32, 32, 8),
+    "Llama-3.1-70B": (8192, 28_672, 80, 64, 8),
+}
+LAUNCHES = 20  # kernels for a group that is removed
+QUESTIONS = 40  # times that a search asks, each a pass over the blocks of a model that does not fit
+GB, TERA = 1e9, 1e12
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates that are reached; the defaults are 0.6 of an H200's peaks."""
+
+    name: str = "H200"
+    forward: float = 0.6 * 989 * TERA  # FLOP/s of a forward pass, in the dtype of the computation
+    products: float = 0.6 * 989 * TERA  # of tokens by tokens
+    doubles: float = 0.6 * 67 * TERA  # of matrix products in float64
+    bandwidth: float = 0.6 * 4.8 * TERA  # bytes/s of its memory
+    disk: float = 4 * GB  # bytes/s
+    launch: float = 5e-6  # seconds
+    memory: float = 141 * GB
+    devices: int = 1
+
+
+@dataclass(frozen=True)
+class Line:
+    """One stage."""
+
+    name: str
+    seconds: float
+    flops: float = 0.0
+    moved: float = 0.0  # bytes from or to disk
+    held: float = 0.0  # bytes on a device
+    note: str = ""
+
+
+def main(
+    models: Annotated[str, typer.Option(help="by comma")] = ",".join(MODELS),
+    devices: Annotated[str, typer.Option(help="how many, by comma")] = "1,8",
+    seqlen: int = 2048,
+    tokens: Annotated[int, typer.Option(help="of calibration, and to search on")] = 131_072,
+    check: Annotated[str | None, typer.Option(help="a model to measure here")] = None,
+    dataset: str = "python-docs",
+) -> None:
+    """Print Markdown tables."""
+    if check is not None:
+        checked(check, dataset)
+        return
+    for name in models.split(","):
+        shape, whole = llama(*MODELS[name], seqlen=seqlen)
+        for count in map(int, devices.split(",")):
+            machine = Machine(devices=count)
+            print(f"\n{name}, {count} x {machine.name}, {tokens:,} tokens\n")
+            print(
+                "| stage | TFLOP | from or to disk, GB | held per device, GB | seconds | |\n|---|---|---|---|---|---|"
+            )
+            lines = list(paper(shape, whole, machine, tokens, seqlen))
+            for line in [*lines, Line("all", sum(line.seconds for line in lines))]:
+                numbers = f"{line.flops / TERA:,.0f} | {line.moved / GB:,.0f} | {line.held / GB:,.0f}"
+                print(f"| {line.name} | {numbers} | {line.seconds:,.0f} | {line.note} |")
+
+
+def llama(width: int, neurons: int, blocks: int, heads: int, kv: int, *, seqlen: int) -> tuple[Shape, Space]:
+    """A skeleton in numbers, and the space of the preset `default`."""
+    config = LlamaConfig(
+        vocab_size=128_256, hidden_size=width, intermediate_size=neurons, num_hidden_layers=blocks,
+        num_attention_heads=heads, num_key_value_heads=kv, max_position_embeddings=seqlen, tie_word_embeddings=False,
+    )  # fmt: skip
+    config.dtype = torch.bfloat16
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return shaped(model, adapter_for("llama"), torch.bfloat16)
+
+
+def shaped(model: PreTrainedModel, adapter: ModelAdapter, computed: torch.dtype) -> tuple[Shape, Space]:
+    stored = next(model.parameters()).dtype
+    whole = whole_space(Recipe.load().with_overrides({"sparsity": 0.5}), model, adapter, stored)
+    return Shape(model, adapter, whole.sites, stored, computed), whole
+
+
+def paper(shape: Shape, whole: Space, machine: Machine, tokens: int, seqlen: int) -> Iterator[Line]:
+    """The stages of the preset `default`: every round walks and searches, and the answer is built."""
+    size, allocator = shape.computed.itemsize, ALLOCATORS.build(Recipe.load().allocator)
+    weights, block = shape.parameters(shape.model) * size, max(shape.parameters(b) for b in shape.blocks) * size
+    fits = weights < 0.9 * machine.memory
+    held, again = (weights, 0) if fits else (4 * block, weights)  # bytes read whenever all blocks are gone through
+    yield Line("read the checkpoint", weights / machine.disk, moved=weights, held=held)
+    *spaces, last = walks(allocator, whole)
+    parts = [list(walked(shape, space, machine, tokens, seqlen)) for space in (*spaces, last)]
+    for rounds in zip(*parts, strict=True):
+        read = again * len(rounds) if rounds[0].name == "forward" else 0
+        yield Line(
+            f"{len(rounds)} walks: {rounds[0].name}", sum(line.seconds for line in rounds) + read / machine.disk,
+            sum(line.flops for line in rounds), sum(line.moved for line in rounds) + read,
+            held + max(line.held for line in rounds), rounds[0].note,
+        )  # fmt: skip
+    asked = [rehearsed(allocator, space, tokens, seqlen, patience=math.inf) for space in spaces]
+    forwards = sum(count for count in asked if count is not None)
+    flops, read = shape.forward(forwards, seqlen, head=True, share=0.5), again * QUESTIONS * len(spaces)
+    yield Line(
+        f"{len(spaces)} searches", flops / machine.forward / machine.devices + read / machine.disk, flops, read, held,
+        f"{forwards:,} token-forwards",
+    )  # fmt: skip
+    yield Line("write the result", weights / 2 / machine.disk, moved=weights / 2, held=held)
+
+
+def walked(shape: Shape, space: Space, machine: Machine, tokens: int, seqlen: int) -> Iterator[Line]:
+    """The parts of a walk by the preset's `obs`, which has the dense model beside it."""
+    double, needs = torch.float64.itemsize, PRUNERS.build(Recipe.load().pruner).needs
+    passes = 2 * shape.forward(tokens, seqlen, head=False)
+    hidden = 2 * tokens * shape.width * shape.computed.itemsize / machine.devices
+    moments = judged = pruned = stored = most = launches = 0.0
+    for site, ladder in zip(space.sites, space.ladders, strict=True):
+        d_in, d_out = site.d_in, shape.d_out(site)
+        moments += moments_flops(tokens, d_in, d_out, needs, paired=by_pairs(site, d_out))
+        judged += judging_flops(d_in, d_out, [count * site.group_size for count in ladder], cross=True)
+        pruned += 4 * d_in**3 + 6 * d_in**2 * d_out  # (1)
+        launches += LAUNCHES * site.n_groups * machine.launch
+        stored += store_bytes(site, d_out, ladder, shape.stored)
+        most = max(most, moments_bytes(d_in, d_out, needs) + 3 * double * d_in**2)
+    yield Line("forward", passes / machine.forward / machine.devices, passes, held=hidden)
+    yield Line("moments", moments / machine.products / machine.devices, moments)
+    note = f"of one walk, {launches:,.0f} s are launches; on one device"
+    yield Line("obs", pruned / machine.doubles + launches, pruned, held=most, note=note)
+    yield Line("errors", judged / machine.doubles, judged, note="on one device")
+    yield Line("store", stored / machine.disk, moved=stored)
+
+
+# -- here ----------------------------------------------------------------------------------------------
+
+
+def checked(source: str, dataset: str, *, rungs: int = 9, seqlen: int = 256, tokens: int = 32_768) -> None:
+    """The paper beside the clock, with the rates of this machine."""
+    dense = opened(source)
+    recipe = Recipe.load().with_overrides(
+        {"sparsity": 0.5, "data.dataset": dataset.split(","), "data.seqlen": seqlen, "data.search_tokens": 8192}
+        | {"data.calibration_tokens": tokens}
+    )
+    draws = draw(dense.tokenizer, recipe.data)
+    shape, whole = shaped(dense.model, dense.adapter, dense.model.dtype)  # type: ignore[arg-type]
+    once = shape.forward(tokens, seqlen, head=False)
+    machine = Machine(
+        "this machine", forward=once / forward(dense, draws.calibration)["all"],
+        products=products(dense, recipe, draws.calibration)["rate"], doubles=rate(), launch=launch(),
+    )  # fmt: skip
+    space = whole.zoomed(whole.uniform(), stride=1 / (rungs - 1), reach=rungs)
+    told = {line.name: line.seconds for line in walked(shape, space, machine, tokens, seqlen)}
+    spent = walk(dense, recipe, draws.calibration, "obs stream", rungs)
+    print("| stage | seconds on paper | measured | measured / paper |\n|---|---|---|---|")
+    for name, there in {"forward": "forward", "moments": "moments", "obs": "pruner", "errors": "errors"}.items():
+        print(f"| walk: {name} | {told[name]:.2f} | {spent[there]:.2f} | {spent[there] / told[name]:.2f} |")
+    paper_all = told["forward"] + told["moments"] + told["obs"] + told["errors"]
+    print(f"| walk: all | {paper_all:.2f} | {spent['all']:.2f} | {spent['all'] / paper_all:.2f} |")
+    objective = OBJECTIVES.build("divergence")
+    with tempfile.TemporaryDirectory() as folder:
+        store, centre = CandidateStore(Path(folder), {}), space.nearest(whole.uniform())
+        pruner = PRUNERS.build("magnitude")
+        errors = build(dense.model, dense.adapter, space, centre, pruner, draws.calibration, store, progress=Progress())
+        net = Supernet(dense.model, dense.adapter, space, errors, store)
+        objective.loss(net, centre, draws.search)  # the dense model's side is not on the clock
+        begun = now()
+        objective.loss(net, centre, draws.search)
+        seconds = now() - begun
+    flops = shape.forward(draws.search.n_tokens, seqlen, head=True, share=0.5)
+    told_one = flops / machine.forward
+    print(f"| search: a question | {told_one:.2f} | {seconds:.2f} | {seconds / told_one:.2f} |")
+
+
+def rate(size: int = 1024) -> float:
+    """FLOP/s of products in float64."""
+    a = torch.randn(size, size, dtype=torch.float64)
+    out = torch.mm(a, a)
+    begun = now()
+    for _ in range(5):
+        torch.mm(a, a, out=out)
+    return 5 * 2 * size**3 / (now() - begun)
+
+
+def launch() -> float:
+    """Seconds of an operation on next to nothing."""
+    a = torch.zeros(8)
+    begun = now()
+    for _ in range(10_000):
+        a.add_(1)
+    return (now() - begun) / 10_000
+
+
+if __name__ == "__main__":
+    typer.run(main)
