@@ -104,11 +104,9 @@ def ours(recipe: Recipe, settings: str) -> Found:
     return Found(f"prunekit, {settings}", spent, forwards, value)
 
 
-def tyr(
-    model: str, released: Path, dense: torch.nn.Module, draws: Draws, share: float, generations: int, offspring: int
-) -> Found:
+def tyr(model: str, released: Path, dense: Any, draws: Draws, share: float, generations: int, offspring: int) -> Found:
     """Both scripts, one round."""
-    config: Any = dense.config
+    config = dense.config
     heads = config.hidden_size * config.hidden_size // config.num_attention_heads
     neurons = config.hidden_size * config.intermediate_size // 8
     stages, survivors = (512, 2048, 8192), (4, 2, 1)
@@ -145,7 +143,7 @@ def tyr(
         judged = sum(count * each for count, each in zip((offspring, *survivors[:-1]), stages, strict=True))
         forwards = generations * (judged + stages[-1])  # the parent joins the last stage
         name = f"released Týr ({built:.0f} s supernet, {searched:.0f} s search)"
-        return Found(name, built + searched, forwards, perplexity(dense, draws.evaluation).value)  # type: ignore[arg-type]
+        return Found(name, built + searched, forwards, perplexity(dense, draws.evaluation).value)
 
 
 def run(script: Path, folder: str, *arguments: str) -> str:

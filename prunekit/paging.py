@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from typing import Any
@@ -33,38 +34,90 @@ class Page:
 
     def __init__(self, pager: Pager, bytes_: int, read: Callable[[], Mapping[str, Tensor]]) -> None:
         self.pager, self.bytes, self.read = pager, bytes_, read
+        pager.pages.append(self)
 
 
 class Pager:
-    """Holds the pages that were used last, up to a bound in bytes, at least one."""
+    """Holds the pages that were used last, up to a bound in bytes, at least one.
+
+    While one is used the next is read: the one that came after it the last time, or that comes after it in the model.
+    It is only read ahead where it fits beside the two that were used last.
+    """
 
     def __init__(self, bound: int) -> None:
         self.bound = bound
-        self.reads = 0  # pages read so far
+        self.reads = 0  # pages that were asked for and not there
         self.shut = False  # placeholders are given, not what they stand for
+        self.pages: list[Page] = []
+        self.device = torch.device("cpu")
         self._held: OrderedDict[Page, dict[str, nn.Parameter]] = OrderedDict()
+        self._ahead: tuple[Page, Future[Mapping[str, Tensor]]] | None = None
+        self._after: dict[Page, Page] = {}
+        self._last: Page | None = None
+        self._thread = ThreadPoolExecutor(1, "prunekit-pager")  # starts when it is needed
 
     def __deepcopy__(self, _: Any) -> Pager:
         return self
 
     @property
     def held(self) -> int:
-        """Bytes in memory."""
-        return sum(page.bytes for page in self._held)
+        """Bytes in memory, or on their way."""
+        return sum(page.bytes for page in self._held) + (self._ahead[0].bytes if self._ahead is not None else 0)
 
     def parameter(self, page: Page, name: str) -> nn.Parameter:
         """The real parameter of that name in a page."""
         if page not in self._held:
-            while self._held and self.held + page.bytes > self.bound:
-                self._held.popitem(last=False)
-            self._held[page] = {n: nn.Parameter(t, requires_grad=False) for n, t in page.read().items()}
-            self.reads += 1
+            self._held[page] = {n: nn.Parameter(t, requires_grad=False) for n, t in self._read(page).items()}
+            self._held.move_to_end(page)
+            self._read_ahead(page)
         self._held.move_to_end(page)
         return self._held[page][name]
 
     def clear(self) -> None:
         """Let go of everything."""
         self._held.clear()
+        self._forget()
+
+    def _read(self, page: Page) -> Mapping[str, Tensor]:
+        self.reads += 1
+        if self._last is not None:
+            self._after[self._last] = page
+        self._last = page
+        if self._ahead is not None and self._ahead[0] is page:
+            (_, found), self._ahead = self._ahead, None
+            return found.result()
+        self._forget()
+        while self._held and self.held + page.bytes > self.bound:
+            self._held.popitem(last=False)
+        return page.read()
+
+    def _read_ahead(self, page: Page) -> None:
+        after = self._after.get(page) or self.pages[(self.pages.index(page) + 1) % len(self.pages)]
+        if after in self._held:
+            return
+        while len(self._held) > 2 and self.held + after.bytes > self.bound:
+            self._held.popitem(last=False)
+        if self.held + after.bytes <= self.bound:
+            self._ahead = after, self._thread.submit(_aside, after.read, self.device)
+
+    def _forget(self) -> None:
+        """What was read ahead and not asked for."""
+        if self._ahead is not None:
+            self._ahead[1].exception()  # it takes memory until it is done
+            self._ahead = None
+
+
+def _aside(read: Callable[[], Mapping[str, Tensor]], device: torch.device) -> Mapping[str, Tensor]:
+    """What is read, there when this returns; on a GPU its copies do not wait for the work that is under way."""
+    if device.type != "cuda":
+        return read()
+    stream, work = torch.cuda.Stream(device), torch.cuda.default_stream(device)
+    with torch.cuda.stream(stream):
+        found = read()
+    stream.synchronize()
+    for tensor in found.values():
+        tensor.record_stream(work)
+    return found
 
 
 class Placeholder(nn.Parameter):
@@ -155,6 +208,7 @@ def attach(model: PreTrainedModel, adapter: ModelAdapter, read: Read, dtype: tor
                     value = read(f"{path}.{name}" if path else name)
                     found[id(parameter)] = nn.Parameter(value, requires_grad=False)
                 setattr(module, name, found[id(parameter)])
+    pager.device = embedding.weight.device
 
 
 def _read(read: Read, names: list[str]) -> dict[str, Tensor]:

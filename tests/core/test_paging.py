@@ -1,7 +1,9 @@
 """A model whose blocks are read when they are needed is the model, and everything made of it is the same."""
 
 import json
+import threading
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -46,9 +48,9 @@ RUN: dict[str, Any] = {
 def folder(tmp_path_factory):
     """(family, dtype, how to save) -> a tiny model with a tokenizer, on disk."""
 
-    def made(family, dtype=torch.bfloat16, vocab_size=61, **saving):
+    def made(family, dtype=torch.bfloat16, vocab_size=61, sizes=None, **saving):
         path = tmp_path_factory.mktemp("tiny") / family
-        stored_as(tiny(family, vocab_size=vocab_size), dtype).save_pretrained(path, **saving)
+        stored_as(tiny(family, vocab_size=vocab_size, **(sizes or {})), dtype).save_pretrained(path, **saving)
         AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
         return path
 
@@ -238,3 +240,64 @@ def test_a_paged_run_that_was_killed_goes_on_to_the_same_bytes(folder, tmp_path,
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
     assert not partial.exists()
     assert written(tmp_path / "out") == 0
+
+
+def asked(dense: Any, *indices: int) -> list[str]:
+    """Reads of blocks, in order, when these are asked for one after the other; `+` where nobody had asked yet."""
+    blocks: Any = dense.adapter.blocks(dense.model)
+    pager: Any = pager_of(dense.model)
+    seen, lock = list[str](), threading.Lock()
+    for index, page in enumerate(pager.pages):
+        page.read = partial(noted, page.read, index, seen, lock)
+    for index in indices:
+        with lock:
+            seen.append(f"?{index}")
+        assert blocks[index].mlp.down_proj.weight.device.type == "cpu"
+        if pager._ahead is not None:
+            pager._ahead[1].result()
+    return seen
+
+
+def noted(read: Any, index: int, seen: list[str], lock: Any) -> Any:
+    with lock:
+        seen.append(str(index))
+    return read()
+
+
+def test_where_three_blocks_fit_the_next_is_read_ahead(folder):
+    dense = opened(str(folder("llama", sizes={"num_hidden_layers": 5})), shares=ONE_BLOCK)
+    pager = pager_of(dense.model)
+    assert pager is not None
+    one = pager.pages[0].bytes
+    pager.clear()
+    pager.bound, before = 3 * one, pager.reads
+    assert asked(dense, 0, 1, 2) == ["?0", "0", "1", "?1", "2", "?2", "3"]
+    assert pager.held == 3 * one  # 1 and 2, and 3 which nobody has asked for
+    assert pager.reads == before + 3
+
+
+def test_what_came_after_the_last_time_is_read_ahead(folder):
+    dense = opened(str(folder("llama", sizes={"num_hidden_layers": 5})), shares=ONE_BLOCK)
+    pager = pager_of(dense.model)
+    assert pager is not None
+    pager.clear()
+    pager.bound = 3 * pager.pages[0].bytes
+    # one by one when the model was opened; then 3 came after 0
+    assert asked(dense, 0, 3, 1, 2, 0) == ["?0", "0", "1", "?3", "3", "4", "?1", "1", "2", "?2", "?0", "0", "3"]
+
+
+def test_what_cannot_be_read_ahead_is_said_when_it_is_asked_for(folder):
+    dense = opened(str(folder("llama", sizes={"num_hidden_layers": 5})), shares=ONE_BLOCK)
+    pager = pager_of(dense.model)
+    assert pager is not None
+    blocks: Any = dense.adapter.blocks(dense.model)
+    pager.clear()
+    pager.bound = 3 * pager.pages[0].bytes
+
+    def broken():
+        raise OSError("no such disk")
+
+    pager.pages[1].read = broken
+    assert blocks[0].mlp.down_proj.weight.device.type == "cpu"
+    with pytest.raises(OSError, match="no such disk"):
+        assert blocks[1].mlp.down_proj.weight.device.type == "cpu"
