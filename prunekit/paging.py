@@ -208,7 +208,7 @@ def attach(model: PreTrainedModel, adapter: ModelAdapter, read: Read, dtype: tor
                     value = read(f"{path}.{name}" if path else name)
                     found[id(parameter)] = nn.Parameter(value, requires_grad=False)
                 setattr(module, name, found[id(parameter)])
-    pager.device = embedding.weight.device
+    pager.device = next(iter(found.values())).device
 
 
 def _read(read: Read, names: list[str]) -> dict[str, Tensor]:
