@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -96,6 +96,11 @@ def activations_bytes(tokens: int, d: int, itemsize: int, block: Sequence[tuple[
         before += d if part else 0
         most = max(most, streams * before + d_in * (streams if shared else 1))
     return tokens * itemsize * (streams * d + most)
+
+
+def top_bytes(tokens: int, top: int, vocabulary: int) -> int:
+    """Of the dense model's most probable tokens at every position: an id in int32, a logarithm in float32."""
+    return tokens * min(top, vocabulary) * 2 * FLOAT
 
 
 def forward_flops(tokens: int, weights: int, attended: int, seqlen: int) -> int:
@@ -235,9 +240,10 @@ class Plan:
             )
         if self.free_disk is not None and self.disk > self.free_disk:
             largest = max(self.stages, key=lambda stage: stage.disk)
+            less = "fewer search tokens" if largest.name.startswith("search") else "an allocator with fewer rungs"
             raise WrongInput(
                 f"this run writes {amount(self.disk)}, {largest.name} alone {amount(largest.disk)}, and the disk has "
-                f"{amount(self.free_disk)} free; make room, choose another --output, or an allocator with fewer rungs"
+                f"{amount(self.free_disk)} free; make room, choose another --output, or {less}"
             )
 
     def as_dict(self, rates: Rates) -> dict[str, Any]:
@@ -522,7 +528,14 @@ class Count:
         return PRUNERS.build(self.recipe.pruner).needs.union(*(signal.needs for signal in signals))
 
     def stages(self, shares: Shares) -> Iterator[Stage]:
-        """Every stage, in order, when memory is shared out so."""
+        """Every stage, in order, when memory is shared out so; from the first search on, what it has heard is there."""
+        heard = 0
+        for stage in self._stages(shares):
+            if stage.name.startswith("search"):
+                heard, _ = self._heard(shares)
+            yield replace(stage, shared=stage.shared + heard)
+
+    def _stages(self, shares: Shares) -> Iterator[Stage]:
         paged, size = shares.blocks is not None, self.shape.computed.itemsize
         held = self.resident + self._page if paged else self.everything
         chunk = min(max(TOKENS_AT_ONCE, self.seqlen), max(self.tokens.values()))
@@ -563,8 +576,9 @@ class Count:
         )  # fmt: skip
 
     def _rounds(self, shares: Shares, held: int) -> Iterator[Stage]:
-        """A walk along the rungs of all, then the search of each."""
-        recipe, shape = self.recipe, self.shape
+        """A walk along the rungs of all, then the search of each; the first is what the dense model is heard for."""
+        recipe, shape, (heard, written) = self.recipe, self.shape, self._heard(shares)
+        listens = shape.forward(self.tokens["search"], self.seqlen, head=True) if heard + written else 0
         for number, every in enumerate(self._walked):
             yield self._walk(f"prune {number + 1}", every, shares, held)
             for member in self.members:
@@ -578,9 +592,10 @@ class Count:
                     why = most or "what the allocator will ask"
                 ready = shares.hidden + shares.dense + shares.parts if forwards != 0 else 0
                 yield Stage(
-                    member.called(f"search {number + 1}"), held, (shares.blocks or 0) + ready,
-                    flops=flops, unknown=why, member=member.name,
+                    member.called(f"search {number + 1}"), held, (shares.blocks or 0) + ready, written,
+                    flops=None if flops is None else flops + listens, unknown=why, member=member.name,
                 )  # fmt: skip
+                written = listens = 0
 
     def _result(self, member: Member, shares: Shares, held: int, working: int, *, first: bool) -> Iterator[Stage]:
         """Rebuilt, finished, measured, saved; the first measures the dense model too."""
@@ -644,6 +659,16 @@ class Count:
     def _share(self, member: Member) -> float:
         """What a uniform allocation keeps of the blocks."""
         return 1 - member.freed * self.shape.computed.itemsize / sum(self._blocks)
+
+    def _heard(self, shares: Shares) -> tuple[int, int]:
+        """(bytes in memory, bytes on disk) of what the objective reads of the dense model on all search tokens.
+
+        Questions on fewer add less than a chunk each.
+        """
+        top = OBJECTIVES.build(self.recipe.objective).top()
+        said = top_bytes(self.tokens["search"], top, self.shape.vocabulary)
+        inside = min(said, shares.teacher)
+        return inside, min(said - inside, shares.teacher_disk)
 
     def _walk(self, name: str, space: Space, shares: Shares, held: int, member: str = "") -> Stage:
         """`held`: bytes in memory beside what a site takes."""
