@@ -43,6 +43,7 @@ FLOAT, DOUBLE = 4, 8  # bytes
 SPARE = 0.9  # of what is free on the machine; the rest is for others
 PATIENCE = 2.0  # seconds that a search is rehearsed
 CUSHION = 64 << 20  # bytes: what libraries hold, and tensors that come and go
+HEARING = "dense model"  # a stage of nobody's own: the first question waits for it
 MORE_ROUNDS = f"more rounds, as long as {latency.SECONDS:.0f} s are not over"
 
 # -- formulas -----------------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ class Plan:
             )
         if self.free_disk is not None and self.disk > self.free_disk:
             largest = max(self.stages, key=lambda stage: stage.disk)
-            less = "fewer search tokens" if largest.name.startswith("search") else "an allocator with fewer rungs"
+            less = "fewer search tokens" if largest.name == HEARING else "an allocator with fewer rungs"
             raise WrongInput(
                 f"this run writes {amount(self.disk)}, {largest.name} alone {amount(largest.disk)}, and the disk has "
                 f"{amount(self.free_disk)} free; make room, choose another --output, or {less}"
@@ -528,10 +529,10 @@ class Count:
         return PRUNERS.build(self.recipe.pruner).needs.union(*(signal.needs for signal in signals))
 
     def stages(self, shares: Shares) -> Iterator[Stage]:
-        """Every stage, in order, when memory is shared out so; from the first search on, what it has heard is there."""
+        """Every stage, in order, when memory is shared out so; what the dense model has said stays to the end."""
         heard = 0
         for stage in self._stages(shares):
-            if stage.name.startswith("search"):
+            if stage.name == HEARING:
                 heard, _ = self._heard(shares)
             yield replace(stage, shared=stage.shared + heard)
 
@@ -576,11 +577,15 @@ class Count:
         )  # fmt: skip
 
     def _rounds(self, shares: Shares, held: int) -> Iterator[Stage]:
-        """A walk along the rungs of all, then the search of each; the first is what the dense model is heard for."""
+        """A walk along the rungs of all, then the search of each."""
         recipe, shape, (heard, written) = self.recipe, self.shape, self._heard(shares)
-        listens = shape.forward(self.tokens["search"], self.seqlen, head=True) if heard + written else 0
         for number, every in enumerate(self._walked):
             yield self._walk(f"prune {number + 1}", every, shares, held)
+            if number == 0 and heard + written:
+                yield Stage(
+                    HEARING, held, shares.blocks or 0, written, read=0 if shares.blocks is None else self._stored,
+                    flops=shape.forward(self.tokens["search"], self.seqlen, head=True),
+                )  # fmt: skip
             for member in self.members:
                 if number >= len(member.spaces):
                     continue
@@ -592,10 +597,9 @@ class Count:
                     why = most or "what the allocator will ask"
                 ready = shares.hidden + shares.dense + shares.parts if forwards != 0 else 0
                 yield Stage(
-                    member.called(f"search {number + 1}"), held, (shares.blocks or 0) + ready, written,
-                    flops=None if flops is None else flops + listens, unknown=why, member=member.name,
+                    member.called(f"search {number + 1}"), held, (shares.blocks or 0) + ready,
+                    flops=flops, unknown=why, member=member.name,
                 )  # fmt: skip
-                written = listens = 0
 
     def _result(self, member: Member, shares: Shares, held: int, working: int, *, first: bool) -> Iterator[Stage]:
         """Rebuilt, finished, measured, saved; the first measures the dense model too."""

@@ -289,12 +289,13 @@ def test_what_the_dense_model_says_is_written_once_and_held_to_the_end(memory, l
     said = top_bytes(2**18, 3000, 2000)
     inside = min(said, listening.shares.teacher)
     assert (inside == said) == (memory == "900GiB")
-    pairs = list(zip(listening.stages, silent.stages, strict=True))
-    first = [stage.name for stage in listening.stages].index("search 1")
-    for i, (one, other) in enumerate(pairs):
-        assert one.disk - other.disk == (said - inside if i == first else 0), one.name
+    stages, first = list(listening.stages), 2
+    hearing = stages.pop(first)
+    assert [stage.name for stage in stages[:4]] == ["open", "prune 1", "search 1", "prune 2"]
+    assert (hearing.name, hearing.disk) == ("dense model", said - inside)
+    for i, (one, other) in enumerate(zip(stages, silent.stages, strict=True)):
+        assert one.disk == other.disk, one.name
         assert one.shared - other.shared == (inside if i >= first else 0), one.name
-    assert "search 2" in {stage.name for stage in listening.stages}
 
 
 SMALL = {"data.calibration_tokens": 64, "data.search_tokens": 64, "data.evaluation_tokens": 64, "data.seqlen": 32}
@@ -397,7 +398,7 @@ def test_what_cannot_fit_is_refused(folder, large, tmp_path):
     with pytest.raises(WrongInput, match=r"this run writes .* the disk has 1,000 B free"):
         replace(plan, free_disk=1000).check()
     plan = plan_of(folder, tmp_path, **{"objective": "divergence", "data.search_tokens": 10**8})
-    with pytest.raises(WrongInput, match=r"search 1 alone .* the disk has .* or fewer search tokens"):
+    with pytest.raises(WrongInput, match=r"dense model alone .* the disk has .* or fewer search tokens"):
         replace(plan, limit=900 * GIB, free_disk=1000).check()
     with pytest.raises(WrongInput, match="no amount of memory"):
         plan_of(folder, memory="much")
