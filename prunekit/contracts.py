@@ -202,6 +202,10 @@ class Objective(ABC):
         """Behind how many of so many blocks `loss` reads hidden states; the last, for logits, is always kept."""
         return ()
 
+    def top(self) -> int:
+        """How many of the dense model's most probable tokens `loss` reads at every position: what a plan counts."""
+        return 0
+
 
 @dataclass(frozen=True, eq=False)
 class Workpiece:

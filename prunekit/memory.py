@@ -33,15 +33,18 @@ class Shares:
     hidden: int = 2 * GIB  # hidden states of allocations kept for the objective to read
     dense: int = 2 * GIB  # hidden states of the dense model kept; more are made anew for every question
     parts: int = 4 * GIB  # cut-out sub-layers kept ready
+    teacher: int = 2 * GIB  # what the dense model says of tokens, kept from the first search to the end of the run
+    teacher_disk: int = 16 * GIB  # the same in files; what is beyond both is made anew for every question
 
     @classmethod
     def of(cls, free: int, *, paged: bool) -> Shares:
         """`free` bytes beside what cannot be done without, shared out.
 
-        A walk holds blocks and activations, a search blocks, hidden states and parts, never all of them.
+        A walk holds blocks and activations, a search blocks, hidden states and parts, never all of them; what the
+        teacher said is held by both.
         """
-        quarter = max(0, free) // 4
-        return cls(quarter if paged else None, quarter * (3 if paged else 4), quarter, quarter, quarter)
+        fifth = max(0, free) // 5
+        return cls(fifth if paged else None, fifth * (3 if paged else 4), fifth, fifth, fifth, fifth)
 
 
 SHARES = Shares()

@@ -43,6 +43,7 @@ from prunekit.search import Known, converse
 from prunekit.sites import Allocation, Budget, Site, Space, Structure
 from prunekit.store import CandidateStore, Checkpoints, write_json
 from prunekit.supernet import Supernet
+from prunekit.teacher import Teacher
 from prunekit.team import Opening, SharedSupernet, Team
 from prunekit.workplace import check_output, left, publish, unfinished, workplace
 
@@ -196,12 +197,14 @@ def begun(
         engine.team(dense, opening, devices) as team,
     ):
         write_prices(recipe, place)
-        runs = list[Run]()
+        runs, teacher = list[Run](), Teacher(dense.shares, emptied(place / "teacher"))
         for member, whole in zip(recipe.members, spaces, strict=True):
             own = place / str(member.sparsity) if recipe.family else place
             own.mkdir(exist_ok=True)
             ledger = Ledger(own / "ledger.jsonl")
-            runs.append(Run(member, dense, whole, draws, ledger, own, progress, Clock(clock), place, plan.limit, team))
+            runs.append(Run(
+                member, dense, whole, draws, ledger, own, progress, Clock(clock), teacher, place, plan.limit, team,
+            ))  # fmt: skip
         yield place, runs
 
 
@@ -291,16 +294,15 @@ class Run:
     place: Path  # what this run alone can use again
     progress: Progress
     clock: Clock
+    teacher: Teacher  # of all runs over the model
     shelf: Path | None = None  # walks, which other runs over the model may share; None: at `place` too
     limit: int | None = None  # bytes of memory that it may take; None: any
     team: Team | None = None  # who shares the work; None: nobody
 
     @cached_property
     def room(self) -> Room:
-        """For activations; what an interrupted run has left there is of no use."""
-        folder = self.place / "activations"
-        shutil.rmtree(folder, ignore_errors=True)
-        return Room(self.dense.shares.activations, folder)
+        """For activations."""
+        return Room(self.dense.shares.activations, emptied(self.place / "activations"))
 
     def blocks(self, parameters: int) -> int | None:
         """Bytes of blocks to hold at once, of a model of so many parameters; None: it fits whole, in float32."""
@@ -406,7 +408,7 @@ class Run:
         if new or not (store.directory / SECONDS).exists():
             write_json(store.directory / SECONDS, time.perf_counter() - begun)
         clock.add("prune", json.loads((store.directory / SECONDS).read_text()))
-        net = Supernet(dense.model, dense.adapter, space, errors, store, dense.shares)
+        net = Supernet(dense.model, dense.adapter, space, errors, store, dense.shares, self.teacher)
         return net if self.team is None else SharedSupernet(net, self.team)
 
     def finish(self, small: PreTrainedModel, net: Supernet, plan: Allocation) -> list[dict[str, Any]]:
@@ -445,6 +447,12 @@ class Run:
     def _called(self, stage: str) -> str:
         """A stage that every member of a family has."""
         return f"{stage} for {self.recipe.sparsity}" if self.recipe.family else stage
+
+
+def emptied(folder: Path) -> Path:
+    """A folder for what is of no use to another run: what an interrupted one has left there is removed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
 
 def shapes(model: nn.Module) -> dict[str, torch.Size]:

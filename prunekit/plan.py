@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -43,6 +43,7 @@ FLOAT, DOUBLE = 4, 8  # bytes
 SPARE = 0.9  # of what is free on the machine; the rest is for others
 PATIENCE = 2.0  # seconds that a search is rehearsed
 CUSHION = 64 << 20  # bytes: what libraries hold, and tensors that come and go
+HEARING = "dense model"  # a stage of nobody's own: the first question waits for it
 MORE_ROUNDS = f"more rounds, as long as {latency.SECONDS:.0f} s are not over"
 
 # -- formulas -----------------------------------------------------------------------------------------
@@ -96,6 +97,11 @@ def activations_bytes(tokens: int, d: int, itemsize: int, block: Sequence[tuple[
         before += d if part else 0
         most = max(most, streams * before + d_in * (streams if shared else 1))
     return tokens * itemsize * (streams * d + most)
+
+
+def top_bytes(tokens: int, top: int, vocabulary: int) -> int:
+    """Of the dense model's most probable tokens at every position: an id in int32, a logarithm in float32."""
+    return tokens * min(top, vocabulary) * 2 * FLOAT
 
 
 def forward_flops(tokens: int, weights: int, attended: int, seqlen: int) -> int:
@@ -234,9 +240,10 @@ class Plan:
             )
         if self.free_disk is not None and self.disk > self.free_disk:
             largest = max(self.stages, key=lambda stage: stage.disk)
+            less = "fewer search tokens" if largest.name == HEARING else "an allocator with fewer rungs"
             raise WrongInput(
                 f"this run writes {amount(self.disk)}, {largest.name} alone {amount(largest.disk)}, and the disk has "
-                f"{amount(self.free_disk)} free; make room, choose another --output, or an allocator with fewer rungs"
+                f"{amount(self.free_disk)} free; make room, choose another --output, or {less}"
             )
 
     def as_dict(self, rates: Rates) -> dict[str, Any]:
@@ -522,7 +529,14 @@ class Count:
         return PRUNERS.build(self.recipe.pruner).needs.union(*(signal.needs for signal in signals))
 
     def stages(self, shares: Shares) -> Iterator[Stage]:
-        """Every stage, in order, when memory is shared out so."""
+        """Every stage, in order, when memory is shared out so; what the dense model has said stays to the end."""
+        heard = 0
+        for stage in self._stages(shares):
+            if stage.name == HEARING:
+                heard, _ = self._heard(shares)
+            yield replace(stage, shared=stage.shared + heard)
+
+    def _stages(self, shares: Shares) -> Iterator[Stage]:
         paged, size = shares.blocks is not None, self.shape.computed.itemsize
         held = self.resident + self._page if paged else self.everything
         chunk = min(max(TOKENS_AT_ONCE, self.seqlen), max(self.tokens.values()))
@@ -564,9 +578,14 @@ class Count:
 
     def _rounds(self, shares: Shares, held: int) -> Iterator[Stage]:
         """A walk along the rungs of all, then the search of each."""
-        recipe, shape = self.recipe, self.shape
+        recipe, shape, (heard, written) = self.recipe, self.shape, self._heard(shares)
         for number, every in enumerate(self._walked):
             yield self._walk(f"prune {number + 1}", every, shares, held)
+            if number == 0 and heard + written:
+                yield Stage(
+                    HEARING, held, shares.blocks or 0, written, read=0 if shares.blocks is None else self._stored,
+                    flops=shape.forward(self.tokens["search"], self.seqlen, head=True),
+                )  # fmt: skip
             for member in self.members:
                 if number >= len(member.spaces):
                     continue
@@ -644,6 +663,16 @@ class Count:
     def _share(self, member: Member) -> float:
         """What a uniform allocation keeps of the blocks."""
         return 1 - member.freed * self.shape.computed.itemsize / sum(self._blocks)
+
+    def _heard(self, shares: Shares) -> tuple[int, int]:
+        """(bytes in memory, bytes on disk) of what the objective reads of the dense model on all search tokens.
+
+        Questions on fewer add less than a chunk each.
+        """
+        top = OBJECTIVES.build(self.recipe.objective).top()
+        said = top_bytes(self.tokens["search"], top, self.shape.vocabulary)
+        inside = min(said, shares.teacher)
+        return inside, min(said - inside, shares.teacher_disk)
 
     def _walk(self, name: str, space: Space, shares: Shares, held: int, member: str = "") -> Stage:
         """`held`: bytes in memory beside what a site takes."""

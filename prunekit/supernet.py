@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,19 +26,12 @@ from prunekit.memory import SHARES, Shares
 from prunekit.paging import pager_of
 from prunekit.sites import Allocation, Space
 from prunekit.store import CandidateStore
+from prunekit.teacher import Teacher, TopLogProbs
 
 if TYPE_CHECKING:
     from prunekit.contracts import Objective
 
 LOGITS_AT_ONCE = 1 << 25  # values; logits are made window by window, never tokens x vocabulary
-
-
-@dataclass(frozen=True, eq=False)
-class TopLogProbs:
-    """The dense model's most probable next tokens at every position."""
-
-    ids: Int32[Tensor, "windows length k"]
-    log_probs: Float[Tensor, "windows length k"]  # of the full softmax, descending
 
 
 class Supernet:
@@ -51,8 +45,11 @@ class Supernet:
         errors: Sequence[Sequence[float]],
         store: CandidateStore,
         shares: Shares = SHARES,
+        teacher: Teacher | None = None,
     ) -> None:
+        """`teacher`: what other supernets over the model have heard it say; None: there are no others."""
         self.model, self.adapter, self.space, self.store, self.shares = model, adapter, space, store, shares
+        self.teacher = teacher or Teacher(shares)
         self.errors = tuple(tuple(row) for row in errors)
         self.blocks = adapter.blocks(model)
         ends = [sum(s.block <= b for s in space.sites) for b in range(len(self.blocks))]
@@ -63,8 +60,6 @@ class Supernet:
         self._least = max((end - start for start, end in self._spans), default=0) if paged else len(space.sites)
         self._hidden: dict[tuple[Allocation | None, str, int], list[Tensor]] = {}  # chunk by chunk
         self._dense_bytes = 0
-        self._tops: dict[tuple[str, int], TopLogProbs] = {}
-        self._dense_losses: dict[tuple[Objective, str], float] = {}
 
     # -- the table ------------------------------------------------------------------------------------
 
@@ -117,24 +112,30 @@ class Supernet:
         self, allocation: Allocation, batch: TokenBatch
     ) -> Iterator[tuple[Int64[Tensor, "windows length"], Float[Tensor, "windows length vocabulary"]]]:
         """(token ids, logits) of a few windows at a time, float32."""
-        yield from self._headed(allocation, batch)
+        return chain.from_iterable(self._headed(allocation, batch))
 
     def dense_logits(
         self, batch: TokenBatch
     ) -> Iterator[tuple[Int64[Tensor, "windows length"], Float[Tensor, "windows length vocabulary"]]]:
         """As `logits`, of the dense model."""
-        yield from self._headed(None, batch)
+        return chain.from_iterable(self._headed(None, batch))
 
-    def dense_top(self, batch: TokenBatch, k: int) -> TopLogProbs:
-        """The dense model's k most probable next tokens; computed once for a batch."""
-        if (batch.digest, k) not in self._tops:
-            found = [
-                torch.log_softmax(logits, -1).topk(min(k, logits.shape[-1])) for _, logits in self.dense_logits(batch)
-            ]
-            self._tops[batch.digest, k] = TopLogProbs(
-                torch.cat([top.indices.int() for top in found]), torch.cat([top.values for top in found])
-            )
-        return self._tops[batch.digest, k]
+    def dense_top(self, batch: TokenBatch, k: int) -> Iterator[TopLogProbs]:
+        """The dense model's k most probable next tokens, in the pieces of `logits`; computed once where the teacher
+        has place for them."""
+        k, parts = min(k, self._vocabulary), [TokenBatch(ids, batch.source) for ids in chunks(batch)]
+        heard = [self.teacher.top(part.digest, k) for part in parts]
+        new = [part.ids for part, pieces in zip(parts, heard, strict=True) if pieces is None]
+        unheard = batch if len(new) == len(parts) else TokenBatch(torch.cat([batch.ids[:0], *new]), batch.source)
+        chunk_by_chunk = self._headed(None, unheard)  # the same chunks: only the last of a batch is shorter
+        for part, pieces in zip(parts, heard, strict=True):
+            if pieces is not None:
+                yield from pieces
+                continue
+            tops = [torch.log_softmax(logits, -1).topk(k) for _, logits in next(chunk_by_chunk)]
+            made = [TopLogProbs(top.indices.int(), top.values) for top in tops]
+            self.teacher.keep(part.digest, k, made)
+            yield from made
 
     def hidden(
         self, allocation: Allocation, batch: TokenBatch, depths: Sequence[int]
@@ -156,13 +157,13 @@ class Supernet:
 
     def dense_loss(self, objective: Objective, batch: TokenBatch) -> float:
         """What the objective says of the dense model; computed once for a batch."""
-        if (objective, batch.digest) not in self._dense_losses:
+        losses = self.teacher.losses
+        if (objective, batch.digest) not in losses:
             nothing = Space((), (), replace(self.space.budget, by_kind=()))
             # over no sites there is one allocation, and it is the dense model
-            dense = Supernet(self.model, self.adapter, nothing, (), self.store, self.shares)
-            dense._tops = self._tops
-            self._dense_losses[objective, batch.digest] = objective.loss(dense, (), batch)
-        return self._dense_losses[objective, batch.digest]
+            dense = Supernet(self.model, self.adapter, nothing, (), self.store, self.shares, self.teacher)
+            losses[objective, batch.digest] = objective.loss(dense, (), batch)
+        return losses[objective, batch.digest]
 
     def assemble(self, plan: Allocation) -> PreTrainedModel:
         """A smaller model: every site cut to its candidate. Shares with the dense model what was not cut."""
@@ -227,14 +228,21 @@ class Supernet:
         for states in self._run([allocation], batch, depths):
             yield tuple(states[allocation, depth] for depth in depths)
 
-    def _headed(self, allocation: Allocation | None, batch: TokenBatch) -> Iterator[tuple[Tensor, Tensor]]:
-        vocabulary = self.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
-        windows = max(1, LOGITS_AT_ONCE // (batch.ids.shape[1] * int(vocabulary)))
+    def _headed(self, allocation: Allocation | None, batch: TokenBatch) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """Chunk by chunk, (token ids, logits) of a few windows at a time."""
+        windows = max(1, LOGITS_AT_ONCE // (batch.seqlen * self._vocabulary))
         for ids, (states,) in zip(chunks(batch), self._states(allocation, batch, [len(self.blocks)]), strict=True):
-            for some, part in zip(ids.split(windows), states.split(windows), strict=True):
-                with torch.no_grad():
-                    logits = self.adapter.logits(self.model, part)
-                yield some.to(logits.device), logits.float()
+            yield self._logits(ids.split(windows), states.split(windows))
+
+    def _logits(self, windows: Sequence[Tensor], states: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        for ids, part in zip(windows, states, strict=True):
+            with torch.no_grad():
+                logits = self.adapter.logits(self.model, part)
+            yield ids.to(logits.device), logits.float()
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator, union-attr, arg-type]
 
     def _bytes_of(self, batch: TokenBatch, depths: Sequence[int]) -> int:
         width = int(self.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator, union-attr, index]

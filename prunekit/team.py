@@ -25,6 +25,7 @@ from prunekit.contracts import Objective
 from prunekit.sites import Allocation, Site, Space
 from prunekit.store import CandidateStore, Table
 from prunekit.supernet import Supernet
+from prunekit.teacher import Teacher
 
 
 class Worker:
@@ -32,6 +33,7 @@ class Worker:
 
     def __init__(self, dense: Dense) -> None:
         self.dense = dense
+        self.teacher = Teacher(replace(dense.shares, teacher_disk=0))  # nobody clears up where a worker is lost
         self._flow: BlockFlow | None = None
         self._net: Supernet | None = None
 
@@ -57,7 +59,8 @@ class Worker:
     def meet(self, space: Space, errors: Table, store: CandidateStore) -> None:
         """The candidates that questions will be about; a walk is over."""
         self._flow = None
-        self._net = Supernet(self.dense.model, self.dense.adapter, space, errors, store, self.dense.shares)
+        dense = self.dense
+        self._net = Supernet(dense.model, dense.adapter, space, errors, store, dense.shares, self.teacher)
 
     def judge(self, objective: Objective, allocations: Sequence[Allocation], batch: TokenBatch) -> list[float]:
         """The losses of some allocations."""
@@ -122,7 +125,7 @@ class SharedSupernet(Supernet):
     """A `Supernet` that lets a team judge; what is one question is no work for several."""
 
     def __init__(self, net: Supernet, team: Team) -> None:
-        super().__init__(net.model, net.adapter, net.space, net.errors, net.store, net.shares)
+        super().__init__(net.model, net.adapter, net.space, net.errors, net.store, net.shares, net.teacher)
         self.team = team
 
     def judged(

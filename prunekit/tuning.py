@@ -33,6 +33,7 @@ from prunekit.pipeline import (
     Run,
     assembled,
     devices_of,
+    emptied,
     foreseen,
     limits,
     priced,
@@ -45,6 +46,7 @@ from prunekit.progress import Progress, span
 from prunekit.recipe import Recipe
 from prunekit.registry import ENGINES, OBJECTIVES
 from prunekit.store import write_json
+from prunekit.teacher import Teacher
 from prunekit.team import Opening, Team
 from prunekit.workplace import claimed
 
@@ -224,7 +226,10 @@ class Bench:
         whole, draws = whole_space(recipe, self.dense.model, self.dense.adapter, self.dense.dtype), self._drawn(recipe)
         OBJECTIVES.build(recipe.objective).check(draws.search)
         ledger = Ledger(folder / "ledger.jsonl")
-        run = Run(recipe, self.dense, whole, draws, ledger, folder, self.progress, clock, shelf, team=self.team)
+        teacher = Teacher(self.dense.shares, emptied(folder / "teacher"))
+        run = Run(
+            recipe, self.dense, whole, draws, ledger, folder, self.progress, clock, teacher, shelf, team=self.team,
+        )  # fmt: skip
         net, plan = run.rebuilt(*searched([run])[0])
         small = assembled(net, plan, recipe)
         run.finish(small, net, plan)

@@ -30,19 +30,19 @@ class Divergence(pk.Objective):
             raise ValueError(f"top_k is a number of tokens, at least 1, not {self.top_k}")
 
     def loss(self, net: pk.Supernet, allocation: pk.Allocation, batch: pk.TokenBatch) -> float:
-        dense = net.dense_top(batch, self.top_k)
-        total, window = 0.0, 0
-        for ids, logits in net.logits(allocation, batch):
-            here = slice(window, window + len(ids))
-            window += len(ids)
-            log_p = dense.log_probs[here]
-            log_q = logits.gather(-1, dense.ids[here].long()) - logits.logsumexp(-1, keepdim=True)
+        total = 0.0
+        for dense, (_, logits) in zip(net.dense_top(batch, self.top_k), net.logits(allocation, batch), strict=True):
+            log_p = dense.log_probs
+            log_q = logits.gather(-1, dense.ids.long()) - logits.logsumexp(-1, keepdim=True)
             if self.rest:
                 log_p, log_q = _with_rest(log_p), _with_rest(log_q)
             else:
                 log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
             total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))  # (1)
         return max(total / batch.n_tokens, 0.0)
+
+    def top(self) -> int:
+        return self.top_k
 
 
 def _with_rest(log_p: torch.Tensor) -> torch.Tensor:

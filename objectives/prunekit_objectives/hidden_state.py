@@ -58,5 +58,8 @@ class HiddenState(pk.Objective):
         others = self.beside.depths(blocks) if self.beside else ()
         return sorted({*self._own(blocks), *others})
 
+    def top(self) -> int:
+        return self.beside.top() if self.beside else 0
+
     def _own(self, blocks: int) -> list[int]:
         return sorted({round(share * (blocks - 1)) + 1 for share in self.at})

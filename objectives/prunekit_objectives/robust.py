@@ -69,6 +69,9 @@ class Robust(pk.Objective):
     def depths(self, blocks: int) -> Sequence[int]:
         return self.inner.depths(blocks)
 
+    def top(self) -> int:
+        return self.inner.top()
+
 
 def soft(p: Sequence[float], x: Sequence[float], temperature: float) -> float:
     """(1): T log Σ_d p_d exp(x_d / T)."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import ClassVar
 
+import pytest
 import torch
 
 from prunekit.calibration.tokens import TokenBatch
@@ -74,6 +75,13 @@ class ObjectiveSuite:
         alone = [self.plugin.loss(net, a, batch) for a in self.some]
         net.prefetch(self.some, self.plugin.parts(batch), self.plugin.depths(len(net.blocks)))
         assert [self.plugin.loss(net, a, batch) for a in self.some] == alone
+
+    def test_no_more_is_read_of_the_dense_model_than_was_said(self) -> None:
+        asked, dense_top = [0], Supernet.dense_top
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Supernet, "dense_top", lambda net, batch, k: asked.append(k) or dense_top(net, batch, k))
+            self.plugin.loss(_net(), self.some[0], self.tokens())
+        assert max(asked) <= self.plugin.top()
 
     def test_one_window_is_enough(self) -> None:
         assert math.isfinite(self.plugin.loss(_net(), self.some[0], self.tokens(1)))

@@ -133,11 +133,11 @@ def test_what_cannot_be_paged_is_refused_in_a_sentence(damage, says, folder):
 
 
 def made(path, output, *, paged, limit=GIB, **changes: Any):
-    """A run; paged, it holds one block and no activation, and may take `limit` bytes."""
+    """A run; paged, it holds one block, no activation and nothing the dense model said, and may take `limit` bytes."""
     plan = pipeline.planned
 
     def tight(*args, **options):
-        return replace(plan(*args, **options), stages=(Stage("open", 0),), shares=Shares(0, 0, 0, 0, 0), limit=limit)
+        return replace(plan(*args, **options), stages=(Stage("open", 0),), shares=Shares(0, 0, 0, 0, 0, 0), limit=limit)
 
     with pytest.MonkeyPatch.context() as patch:
         if paged:

@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 
 import prunekit
 from prunekit import LayerProblem, WrongInput, family, latency, pipeline
+from prunekit import plan as planning
 from prunekit.adapters import adapter_for
 from prunekit.build import build
 from prunekit.calibration import flow
@@ -35,6 +36,7 @@ from prunekit.plan import (
     moments_flops,
     rehearsed,
     store_bytes,
+    top_bytes,
     walks,
 )
 from prunekit.prices import Curve, Prices, Workload
@@ -44,6 +46,7 @@ from prunekit.registry import ALLOCATORS, PRUNERS
 from prunekit.search import converse
 from prunekit.sites import Budget, Site, Space, Structure
 from prunekit.store import CandidateStore
+from prunekit.teacher import Teacher
 from prunekit.testing import KeepFirst, KeepLargest, tiny, toy_supernet, toy_tokens
 
 EVERYTHING = frozenset({"gram", "cross", "drift", "absolute", "relative", "power"})
@@ -117,6 +120,17 @@ def test_activations_take_what_was_counted(structure, dense, monkeypatch):
     stream.advance(0)
     block = [(site.d_in, adapter.part(site) is not None, bool(site.shares)) for site in sites]
     assert max(most) == activations_bytes(tokens.n_tokens, 24, 8, block, 1 + dense)
+
+
+@pytest.mark.parametrize("k", [7, 1000])
+def test_what_the_dense_model_says_takes_what_was_counted(k, monkeypatch):
+    monkeypatch.setattr(flow, "TOKENS_AT_ONCE", 24)
+    net, tokens = toy_supernet(), toy_tokens()
+    counted = top_bytes(tokens.n_tokens, k, 61)
+    net.teacher = Teacher(Shares(teacher=counted // 2, teacher_disk=counted // 2))
+    list(net.dense_top(tokens, k))
+    room = net.teacher.room
+    assert (room.held, room.spilled) == (counted // 2, counted // 2)
 
 
 def test_products_are_those_that_torch_counts():
@@ -271,6 +285,25 @@ def test_the_candidates_of_a_plan_are_those_of_the_run(folder, tmp_path):
     assert walk.disk == written
 
 
+@pytest.mark.parametrize("memory", ["900GiB", "1GB"])
+def test_what_the_dense_model_says_is_written_once_and_held_to_the_end(memory, large, monkeypatch):
+    monkeypatch.setattr(planning, "_taken", lambda _: 0)  # which grows from one plan to the next
+    text = {"data.search_tokens": 2**18, "data.seqlen": 64, "allocator": "tyr", "memory": memory}
+    inner = {"name": "divergence", "top_k": 3000}
+    listening = plan_of(large, objective={"name": "robust", "inner": inner}, **text)
+    silent = plan_of(large, objective="perplexity", **text)
+    said = top_bytes(2**18, 3000, 2000)
+    inside = min(said, listening.shares.teacher)
+    assert (inside == said) == (memory == "900GiB")
+    stages, first = list(listening.stages), 2
+    hearing = stages.pop(first)
+    assert [stage.name for stage in stages[:4]] == ["open", "prune 1", "search 1", "prune 2"]
+    assert (hearing.name, hearing.disk) == ("dense model", said - inside)
+    for i, (one, other) in enumerate(zip(stages, silent.stages, strict=True)):
+        assert one.disk == other.disk, one.name
+        assert one.shared - other.shared == (inside if i >= first else 0), one.name
+
+
 SMALL = {"data.calibration_tokens": 64, "data.search_tokens": 64, "data.evaluation_tokens": 64, "data.seqlen": 32}
 
 
@@ -370,6 +403,9 @@ def test_what_cannot_fit_is_refused(folder, large, tmp_path):
     plan.check()
     with pytest.raises(WrongInput, match=r"this run writes .* the disk has 1,000 B free"):
         replace(plan, free_disk=1000).check()
+    plan = plan_of(folder, tmp_path, **{"objective": "divergence", "data.search_tokens": 10**8})
+    with pytest.raises(WrongInput, match=r"dense model alone .* the disk has .* or fewer search tokens"):
+        replace(plan, limit=900 * GIB, free_disk=1000).check()
     with pytest.raises(WrongInput, match="no amount of memory"):
         plan_of(folder, memory="much")
 
@@ -379,7 +415,7 @@ def test_a_model_in_memory_is_never_paged(folder):
     model, adapter = tiny("llama"), adapter_for("llama")
     plan = foreseen(recipe, model, adapter, None)
     assert not plan.paged
-    assert plan.shares == Shares(None, 0, 0, 0, 0)
+    assert plan.shares == Shares(None, 0, 0, 0, 0, 0)
 
 
 def test_rates_are_measured(tmp_path):

@@ -59,14 +59,6 @@ def test_prefixes_are_shared_and_change_nothing():
         assert torch.equal(logits(net, plan, batch), expected)
 
 
-def test_the_dense_top_is_the_top_of_the_dense_model():
-    net, batch = toy_supernet(), toy_tokens()
-    top = net.dense_top(batch, 5)
-    expected = net.model(batch.ids).logits.float().log_softmax(-1).topk(5)
-    torch.testing.assert_close(top.log_probs, expected.values)
-    assert torch.equal(top.ids.long(), expected.indices)
-
-
 def test_assembling_leaves_the_dense_model_as_it_was():
     net = toy_supernet()
     before = fingerprint(net.model)
