@@ -248,8 +248,8 @@ def plan(options: Mapping[str, Any], as_json: bool) -> None:
         f" and {amount(found.free_disk or 0)} of disk"
     )
     typer.echo(
-        f"counted at {rates.flops / 1e9:,.0f} GFLOP/s of products in {str(found.dtype)[6:]}, {rates.doubles / 1e9:,.0f} in float64, and "
-        f"{rates.write / 1e6:,.0f} MB/s written, {rates.read / 1e6:,.0f} MB/s read"
+        f"counted at {rates.flops / 1e9:,.0f} GFLOP/s of products in {str(found.dtype)[6:]}, "
+        f"{rates.doubles / 1e9:,.0f} in float64, {rates.write / 1e6:,.0f} MB/s written and {rates.read / 1e6:,.0f} read"
     )
     found.check()
 
