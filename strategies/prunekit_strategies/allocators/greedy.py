@@ -1,13 +1,12 @@
 """Greedy descent: from the start, repeatedly the exchange that gains most."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 from typing import Literal
 
 from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
-from prunekit_strategies.allocators.probes import Source, Table, started
+from prunekit_strategies.allocators.probes import Source, Table, started, total
 
 By = Literal["table", "questions"]
 
@@ -66,8 +65,3 @@ def descended(space: Space, table: Table, here: Allocation) -> Allocation:
             break
         least, here = low, there
     return here
-
-
-def total(space: Space, table: Sequence[Sequence[float]], allocation: Allocation) -> float:
-    """Σ_i table[i][r_i]."""
-    return math.fsum(min(row[r], 1e300) for row, r in zip(table, space.rungs(allocation), strict=True))

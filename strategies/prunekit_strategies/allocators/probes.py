@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from prunekit import Allocation, Problem, Query
+from prunekit import Allocation, Problem, Query, Space
 
 Table = tuple[tuple[float, ...], ...]
 Source = Literal["errors", "probes"]  # the layers' output errors, or what single changes do to the objective
@@ -66,6 +66,11 @@ def started(problem: Problem, source: Source, tokens: int = 1_024) -> Asking:
     if source == "errors":
         return problem.errors
     return (yield from Probes(tokens=tokens).table(problem, problem.start))
+
+
+def total(space: Space, table: Sequence[Sequence[float]], allocation: Allocation) -> float:
+    """Σ_i table[i][r_i]."""
+    return math.fsum(min(row[r], 1e300) for row, r in zip(table, space.rungs(allocation), strict=True))
 
 
 def _along(problem: Problem, i: int, known: dict[int, float]) -> tuple[float, ...]:

@@ -1,9 +1,14 @@
 from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
 
 import pytest
 
-from prunekit import Allocation, Query
-from prunekit.testing import best_allocation, converse
+from prunekit import Allocation, Objective, Problem, Query, search
+from prunekit.ledger import Ledger
+from prunekit.progress import Progress
+from prunekit.search import Outcome
+from prunekit.testing import best_allocation, converse, toy_supernet, toy_tokens
 from prunekit.testing.spaces import ZOO, additive, convex_table, problem, rough_table, small_llama
 from prunekit_strategies.allocators.evolution import Evolution
 
@@ -84,7 +89,9 @@ def test_stops_when_nothing_improves() -> None:
 
 def test_asks_every_neighbour_before_it_gives_up() -> None:
     even = ZOO["even"]()
-    talk = converse(Evolution(exchanges=1, warm_start="none", selections=((1, 1),), patience=99), even, lambda _: 1.0)
+    talk = converse(
+        Evolution(exchanges=1, warm_start="none", selections=((1, 1),), patience=99, filter=1), even, lambda _: 1.0
+    )
     assert talk.asked == {even.start, *even.space.exchanges(even.start)}
 
 
@@ -108,6 +115,7 @@ def test_trades_a_dear_group_for_many_cheap_ones_and_back() -> None:
         {"selections": ((4, 8), (2, 16))},
         {"selections": ((2, 16), (1, 8))},
         {"offspring": 0},
+        {"filter": 0},
     ],
 )
 def test_refuses_what_makes_no_tournament(wrong: dict) -> None:
@@ -118,3 +126,50 @@ def test_refuses_what_makes_no_tournament(wrong: dict) -> None:
 def test_asks_the_start_first() -> None:
     toy = ZOO["uneven"]()
     assert converse(COLD, toy).asks[0] == (Query(toy.start, 16_384),)
+
+
+def test_without_a_filter_it_asks_what_it_asked_before_there_was_one() -> None:
+    def digest(evolution: Evolution) -> str:
+        asks = converse(evolution, ZOO["uneven"]()).asks
+        return sha256(repr([[(q.allocation, q.tokens) for q in ask] for ask in asks]).encode()).hexdigest()[:16]
+
+    assert digest(Evolution(generations=12, filter=1)) == "afdab405d3690eeb"
+    assert digest(Evolution(generations=12, filter=1, warm_start="none")) == "bc290fde7d7e655f"
+
+
+def test_a_filter_judges_as_many_and_finds_more() -> None:
+    toy = problem(Evolution().first_space(small_llama()), seed=0)
+    found: dict[int, float] = {}
+    for filter_ in (1, 8):
+        found[filter_] = 0.0
+        for seed in range(4):
+            loss = additive(convex_table(toy.space, seed=seed + 1), toy.space)
+            talk = converse(
+                Evolution(generations=8, warm_start="errors", filter=filter_), replace(toy, seed=seed), loss
+            )
+            found[filter_] += loss(talk.answer) / loss(toy.start)
+            assert all(len(ask) <= 8 for ask in talk.asks)
+    assert found[8] < 0.98 * found[1]
+
+
+def test_a_search_that_goes_on_from_its_ledger_asks_nothing_anew(tmp_path: Path) -> None:
+    net, tokens, asked = toy_supernet(), toy_tokens(), []
+
+    class Uneven(Objective):
+        """Not additive, and counts."""
+
+        def loss(self, net, allocation, batch):
+            asked.append(allocation)
+            errors = net.site_errors(allocation)
+            return sum(errors) + max(errors) + 0.01 * batch.n_tokens
+
+    def held() -> Outcome:
+        start = Problem(net.space, net.errors, net.space.uniform(), tokens=tokens.n_tokens)
+        evolution = Evolution(generations=5, selections=((2, 12), (1, 48)))
+        return search.converse(
+            evolution, start, net, Uneven(), tokens, Ledger(tmp_path / "l"), walk=0, progress=Progress()
+        )  # fmt: skip
+
+    first, questions = held(), len(asked)
+    assert held() == first
+    assert len(asked) == questions > 0
