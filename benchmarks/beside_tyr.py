@@ -63,27 +63,26 @@ def main(
     sparsity: Annotated[str, typer.Option(help="by comma")] = "0.5,0.7",
     generations: int = 10,
     offspring: int = 16,
-    recipes: Annotated[str, typer.Option(help="settings of prunekit, by comma; in one, by +")] = (
-        "allocator=softmax+objective=expected-error,allocator=table,allocator=evolution"
+    recipes: Annotated[str, typer.Option(help="of prunekit, by comma; each with settings, by +")] = (
+        "fast+data.calibration_tokens=16384,lean+data.calibration_tokens=8192,lean+data.calibration_tokens=12288,"
+        "default+allocator=table,default+allocator=evolution"
     ),
 ) -> None:
     """Print a Markdown table for each sparsity, with ratios to the released code."""
     for share in map(float, sparsity.split(",")):
-        recipe = Recipe.load().with_overrides(
-            {
-                "model": model, "sparsity": share, "verify": False, "data.dataset": dataset.split(","),
-                "data.evaluation_dataset": evaluation, "data.seqlen": seqlen, "data.calibration_tokens": tokens,
-                "data.search_tokens": tokens, "data.evaluation_tokens": tokens,
-            }
-        )  # fmt: skip
+        shared = {
+            "model": model, "sparsity": share, "verify": False, "data.dataset": dataset.split(","),
+            "data.evaluation_dataset": evaluation, "data.seqlen": seqlen, "data.calibration_tokens": tokens,
+            "data.search_tokens": tokens, "data.evaluation_tokens": tokens,
+        }  # fmt: skip
         dense = opened(model, dtype="float32")
-        draws = draw(dense.tokenizer, recipe.data)
+        draws = draw(dense.tokenizer, Recipe.load().with_overrides(shared).data)
         theirs = tyr(model, released.resolve(), dense.model, draws, share, generations, offspring)
         print(f"\nsparsity {share:g}; {draws.calibration.n_tokens:,} tokens; {torch.get_num_threads()} threads\n")
         print("| | seconds | as fast | token-forwards | fewer | perplexity |\n|---|---|---|---|---|---|", flush=True)
         show(theirs, theirs)
-        for settings in recipes.split(","):
-            show(ours(recipe, settings), theirs)
+        for said in recipes.split(","):
+            show(ours(said, shared), theirs)
 
 
 def show(found: Found, theirs: Found) -> None:
@@ -95,13 +94,14 @@ def show(found: Found, theirs: Found) -> None:
     )
 
 
-def ours(recipe: Recipe, settings: str) -> Found:
-    """On its own clock, without what is only measured."""
-    recipe = recipe.with_overrides(dict(parsed(setting) for setting in settings.split("+")))
+def ours(said: str, shared: dict[str, Any]) -> Found:
+    """A recipe and its settings, on its own clock, without what is only measured."""
+    name, *settings = said.split("+")
+    recipe = Recipe.load(name).with_overrides(shared | dict(map(parsed, settings)))
     report = prunekit.prune(recipe=recipe, quiet=True).report
     spent = sum(seconds for stage, seconds in report["seconds"].items() if stage != "evaluate")
     forwards, value = report["search"]["token_forwards"], report["losses"]["pruned"]["perplexity"]
-    return Found(f"prunekit, {settings}", spent, forwards, value)
+    return Found(f"prunekit, {said}", spent, forwards, value)
 
 
 def tyr(model: str, released: Path, dense: Any, draws: Draws, share: float, generations: int, offspring: int) -> Found:
