@@ -25,6 +25,7 @@ from prunekit import latency
 from prunekit.adapters import ModelAdapter, Transformer
 from prunekit.calibration.draws import LONGEST_WINDOW
 from prunekit.calibration.flow import TOKENS_AT_ONCE, by_pairs
+from prunekit.calibration.moments import strips
 from prunekit.calibration.windows import DEFAULTS
 from prunekit.checkpoint import DTYPES, resolved_devices
 from prunekit.contracts import Allocator, Journal, Problem, Query
@@ -116,7 +117,7 @@ def moments_flops(
     tokens: int, d_in: int, d_out: int, needs: Iterable[str] = (), *, part: bool = True, paired: bool = False
 ) -> int:
     """Of adding up the moments of one site."""
-    own = d_in**2
+    own = sum((strip.stop - strip.start) * strip.stop for strip in strips(d_in))
     if {"cross", "drift"} & set(needs):
         own += d_in**2 if paired else d_in * d_out
         own += d_in * d_out if part else 0
@@ -692,7 +693,8 @@ class Count:
             each = max(size + shape.stored.itemsize, 3 * shape.stored.itemsize)
             weights = site.d_in * d_out * (len(ladder) * each + 2 * DOUBLE + 2 * size)
             # sums and what is added to them, or their means where they are shared; then means alone
-            beside = moments if site.shares else FLOAT * site.d_in**2
+            made = (site.d_in if paired else d_out) if streams == 2 else 0
+            beside = moments if site.shares else FLOAT * site.d_in * max(next(strips(site.d_in)).stop, made)
             memory = max(memory, moments + beside, moments + weights)
             disk += store_bytes(site, d_out, ladder, shape.stored, scores=scores)
             flops += moments_flops(tokens, site.d_in, d_out, needs, part=part, paired=paired)

@@ -30,11 +30,20 @@ def test_shards_give_the_moments_of_the_whole():
         torch.testing.assert_close(getattr(whole, name), getattr(shards, name))
 
 
-def test_products_are_added_some_rows_at_a_time_and_means_take_the_place_of_sums(monkeypatch):
-    x = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(sums, "ROWS_AT_ONCE", 21)  # three rows
-    moments = filled(x)
-    assert torch.equal(moments.outer, torch.zeros(7, 7, dtype=torch.float64) + x.T @ x)
+@pytest.mark.parametrize("width", [1, 7, 8, 33, 64])
+def test_half_of_a_symmetric_product_is_made_and_mirrored(width, monkeypatch):
+    x = torch.randint(-9, 9, (50, width), generator=torch.Generator().manual_seed(0)).float()  # sums are exact
+    monkeypatch.setattr(sums, "VALUES_AT_ONCE", 21)  # some rows of a strip at a time
+    moments = filled(x[:20])
+    first = moments.gram  # to ask in between changes nothing
+    moments.add(x[20:])
+    assert torch.equal(first, (x[:20].T @ x[:20]).double() / 20)
+    assert torch.equal(moments.gram, (x.T @ x).double() / 50)
+    assert [i for strip in sums.strips(width) for i in range(strip.start, strip.stop)] == [*range(width)]
+
+
+def test_means_take_the_place_of_sums():
+    moments = filled(torch.randn(50, 7, generator=torch.Generator().manual_seed(0)))
     gram = moments.gram
     settled = moments.settled()
     assert torch.equal(settled, gram)
