@@ -55,7 +55,7 @@ def main(
                     }
                     own = {key: value for key, value in changes.items() if key != "recipe"}
                     recipe = Recipe.load(changes.get("recipe", "default")).with_overrides(shared).with_overrides(own)
-                    allocator = recipe.checked().allocator["name"]
+                    allocator = recipe.allocator["name"]
                     kept = dict(parsed(s) for s in setting or [])
                     recipe = recipe.with_overrides(
                         {k: v for k, v in kept.items() if not k.startswith("allocator.") or allocator == "tyr"}
