@@ -12,6 +12,7 @@ Price = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(W (d_out, left), V (left, left), columns that are left (left,)) -> what each group's removal costs (groups,)."""
 
 _PENDING = 64  # removals held back before they are multiplied into V and A: what fits a cache
+_DENSE = 7 / 8  # share of columns that are left where those that are gone are not worth the move
 _SPENT = 1e-10  # below this share of its first value V_jj is rounding, not information
 
 
@@ -65,8 +66,8 @@ def remove_groups(
         out = columns(cheapest, size)
         stays = torch.ones(len(left), dtype=torch.bool, device=left.device).index_fill(0, out, False)
         gain = torch.cholesky_solve(v[out], torch.linalg.cholesky(v[out][:, out]))  # (V_PP)⁻¹ V_P:
-        w -= w[:, out] @ gain  # (1)
-        v -= v[:, out] @ gain  # (2)
+        w.addmm_(w[:, out], gain, alpha=-1)  # (1)
+        v.addmm_(v[:, out], gain, alpha=-1)  # (2)
         left, floor, w, v = left[stays], floor[stays], w[:, stays], v[stays][:, stays]
         if bool((v.diagonal() < floor).any()):
             w, v = refitted(hessian, weight, left)
@@ -82,17 +83,18 @@ def remove_columns(hessian: Float[Tensor, "d d"], weight: Float[Tensor, "d_out d
         V ← V - V_pp rᵀr                                                        (3)
         A ← A - xᵀr - rᵀx                                                       (4)
 
-    Only the diagonals follow at once. (3) and (4) wait until `_PENDING` of them make a matrix product worth it.
+    Only the diagonals follow at once. (3) and (4) wait until `_PENDING` of them make a matrix product worth it; after
+    them rows and columns of p are zero, and stay where they are until an eighth of all is gone.
     """
     left = torch.arange(len(hessian), device=hessian.device)
     v, a = inverse(hessian), weight.T @ weight
-    floor = _SPENT * v.diagonal()
+    floor, gone, live = _SPENT * v.diagonal(), v.new_zeros(len(v)), len(v)
     order: list[int] = []
     while len(order) < picks:
         n, steps = len(left), min(_PENDING, picks - len(order))
         r, x, delta = v.new_empty(steps, n), v.new_empty(steps, n), v.new_empty(steps, 1)
         chosen = torch.empty(steps, dtype=torch.long, device=v.device)
-        v_jj, a_jj, gone = v.diagonal().clone(), a.diagonal().clone(), v.new_zeros(n)
+        v_jj, a_jj = v.diagonal().clone(), a.diagonal().clone()
         for i in range(steps):
             rise = a_jj.clamp_min(0) / torch.maximum(v_jj, floor) + gone
             p = rise.argmin(keepdim=True)  # stays on the device
@@ -112,13 +114,17 @@ def remove_columns(hessian: Float[Tensor, "d d"], weight: Float[Tensor, "d_out d
             break
         v.addmm_((delta * r).T, r, alpha=-1)  # (3)
         a.addmm_(x.T, r, alpha=-1).addmm_(r.T, x, alpha=-1)  # (4)
+        live, spent = live - steps, bool((v.diagonal() + gone < floor).any())
+        if not spent and live > _DENSE * n:
+            continue
         stays = (gone == 0).nonzero().flatten()
-        left, floor = left[stays], floor[stays]
-        v, a = v[stays][:, stays], a[stays][:, stays]
-        if bool((v.diagonal() < floor).any()):
+        left, floor, gone = left[stays], floor[stays], gone[stays]
+        if spent:
             w, v = refitted(hessian, weight, left)
             a = w.T @ w
             floor = _SPENT * v.diagonal()
+        else:
+            v, a = v[stays][:, stays], a[stays][:, stays]
     return order
 
 

@@ -126,20 +126,24 @@ def test_a_walk_that_ends_sooner_is_the_beginning_of_one_that_ends_later(size: i
 
 @pytest.mark.parametrize("pending", [1, 4, 64])
 @pytest.mark.parametrize("picks", [1, 37, 48])
+@pytest.mark.parametrize("dense", [0.0, 7 / 8, 1.0])  # gone columns stay in the matrices for good, for a while, never
 def test_lazy_removal_takes_the_same_columns_as_plain_removal(
-    pending: int, picks: int, monkeypatch: pytest.MonkeyPatch
+    pending: int, picks: int, dense: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(removal, "_PENDING", pending)
+    monkeypatch.setattr(removal, "_DENSE", dense)
     layer = exact(48)
     plain = remove_groups(layer.hessian, layer.weight, 1, picks, price("exact", 1), one)
     assert remove_columns(layer.hessian, layer.weight, picks) == plain
 
 
 @pytest.mark.parametrize("lazy", [True, False])
+@pytest.mark.parametrize("dense", [0.0, 7 / 8])
 def test_removal_starts_afresh_when_the_inverse_has_lost_its_digits(
-    lazy: bool, monkeypatch: pytest.MonkeyPatch
+    lazy: bool, dense: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(removal, "_PENDING", 4)
+    monkeypatch.setattr(removal, "_DENSE", dense)
     twins = torch.kron(torch.eye(12, dtype=torch.float64), torch.ones(2, 2, dtype=torch.float64))
     layer = LayerProblem(exact(24).weight, twins, damping=1e-12)  # V_jj falls from 1e12 to 1 with the twin of j
     inverted: list[int] = []
