@@ -32,8 +32,9 @@ def main(
 ) -> None:
     """Print two Markdown tables."""
     shared = {"model": model, "verify": False, "data.dataset": dataset, "data.seqlen": seqlen}
-    shared |= {"data.evaluation_dataset": evaluation} | dict(map(parsed, setting or []))
+    shared |= {"data.evaluation_dataset": evaluation}
     shared |= {f"data.{part}_tokens": tokens for part in ("calibration", "search", "evaluation")}
+    shared |= dict(map(parsed, setting or []))
     base, progress = Recipe.load(recipe).with_overrides(shared), progress_for()
     together = base.spread({"sparsity": [float(share) for share in sparsity.split(",")]})
     assert together is not None
