@@ -25,10 +25,11 @@ import torch
 import typer
 
 import prunekit
-from prunekit.calibration.draws import Draws, draw
-from prunekit.checkpoint import opened
-from prunekit.evaluate import perplexity
-from prunekit.recipe import Recipe, parsed
+from prunekit.data.draws import Draws, draw
+from prunekit.measure.perplexity import perplexity
+from prunekit.models.opening import opened
+from prunekit.recipe.overrides import parsed
+from prunekit.recipe.schema import Recipe
 
 AS_THEY_ARE = """
 import sys, runpy, pathlib

@@ -25,19 +25,20 @@ import typer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from walk import forward, now, products, walk
 
-from prunekit.adapters import ModelAdapter, adapter_for
-from prunekit.build import build
-from prunekit.calibration.draws import draw
+from prunekit.calibration.fill import build
 from prunekit.calibration.flow import by_pairs
-from prunekit.checkpoint import opened
-from prunekit.pipeline import whole_space
-from prunekit.plan import Shape, judging_flops, moments_bytes, moments_flops, rehearsed, store_bytes, walks
-from prunekit.progress import Progress
-from prunekit.recipe import Recipe
-from prunekit.registry import ALLOCATORS, OBJECTIVES, PRUNERS
-from prunekit.sites import Space
-from prunekit.store import CandidateStore
-from prunekit.supernet import Supernet
+from prunekit.data.draws import draw
+from prunekit.models.adapters.find import adapter_for
+from prunekit.models.opening import opened
+from prunekit.plugins.adapter import ModelAdapter
+from prunekit.plugins.registry import ALLOCATORS, OBJECTIVES, PRUNERS
+from prunekit.recipe.schema import Recipe
+from prunekit.run.pipeline import whole_space
+from prunekit.run.plan import Shape, judging_flops, moments_bytes, moments_flops, rehearsed, store_bytes, walks
+from prunekit.search.store import CandidateStore
+from prunekit.search.supernet import Supernet
+from prunekit.space.ladders import Space
+from prunekit.system.progress import Progress
 
 MODELS = {  # hidden size, neurons, blocks, query heads, KV heads
     "Llama-3.1-8B": (4096, 14_336, 32, 32, 8),

@@ -12,12 +12,13 @@ from typing import Annotated
 
 import typer
 
-from prunekit.calibration.draws import draw
-from prunekit.evaluate import perplexity
-from prunekit.family import family
-from prunekit.pipeline import Result, limits, prune
-from prunekit.progress import progress_for
-from prunekit.recipe import Recipe, parsed
+from prunekit.data.draws import draw
+from prunekit.measure.perplexity import perplexity
+from prunekit.recipe.overrides import parsed
+from prunekit.recipe.schema import Recipe
+from prunekit.run.family import family
+from prunekit.run.pipeline import Result, limits, prune
+from prunekit.system.progress import progress_for
 
 
 def main(

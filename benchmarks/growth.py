@@ -20,17 +20,17 @@ import torch
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prunekit.adapters import adapter_for
-from prunekit.build import build
-from prunekit.calibration.tokens import TokenBatch
-from prunekit.layer import LayerProblem
-from prunekit.pipeline import whole_space
-from prunekit.progress import Progress
-from prunekit.recipe import Recipe
-from prunekit.registry import OBJECTIVES, PRUNERS
-from prunekit.sites import Space
-from prunekit.store import CandidateStore
-from prunekit.supernet import Supernet
+from prunekit.calibration.fill import build
+from prunekit.data.tokens import TokenBatch
+from prunekit.layer.problem import LayerProblem
+from prunekit.models.adapters.find import adapter_for
+from prunekit.plugins.registry import OBJECTIVES, PRUNERS
+from prunekit.recipe.schema import Recipe
+from prunekit.run.pipeline import whole_space
+from prunekit.search.store import CandidateStore
+from prunekit.search.supernet import Supernet
+from prunekit.space.ladders import Space
+from prunekit.system.progress import Progress
 
 LAWS = {
     "tokens": "1, when the linear algebra of a site is small beside its tokens",

@@ -22,9 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import prunekit
 from prunekit.demo import MODEL
-from prunekit.memory import amount
-from prunekit.recipe import Recipe, parsed
-from prunekit.shards import write
+from prunekit.models.shards import write
+from prunekit.recipe.overrides import parsed
+from prunekit.recipe.schema import Recipe
+from prunekit.system.memory import amount
 
 ALLOWED = 1.5e9  # bytes beside one block and the activations
 
@@ -97,8 +98,8 @@ def _normal(shape: torch.Size, draw: torch.Generator) -> torch.Tensor:
 
 def pruned(dense: Path, small: Path, memory: str, tokens: int, seqlen: int, settings: list[str]) -> dict[str, Any]:
     """Prune in this process; what it took."""
-    from prunekit.checkpoint import skeleton
-    from prunekit.pipeline import foreseen
+    from prunekit.models.opening import skeleton
+    from prunekit.run.pipeline import foreseen
 
     recipe = Recipe.load().with_overrides(
         {

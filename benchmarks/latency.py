@@ -13,11 +13,13 @@ from typing import Annotated
 
 import typer
 
-from prunekit import latency, pipeline
-from prunekit.evaluate import load
-from prunekit.prices import Prices
-from prunekit.progress import progress_for
-from prunekit.recipe import Recipe, parsed
+from prunekit.measure import latency
+from prunekit.measure.evaluate import load
+from prunekit.recipe.overrides import parsed
+from prunekit.recipe.schema import Recipe
+from prunekit.run import pipeline
+from prunekit.space.prices import Prices
+from prunekit.system.progress import progress_for
 
 
 def main(

@@ -13,15 +13,16 @@ from typing import Annotated
 
 import typer
 
-from prunekit.build import build
-from prunekit.calibration.draws import draw
-from prunekit.checkpoint import opened
-from prunekit.contracts import LocalPruner, Problem
-from prunekit.pipeline import whole_space
-from prunekit.progress import Progress
-from prunekit.recipe import Recipe
-from prunekit.registry import ALLOCATORS, PRUNERS, signals_of
-from prunekit.store import CandidateStore
+from prunekit.calibration.fill import build
+from prunekit.data.draws import draw
+from prunekit.models.opening import opened
+from prunekit.plugins.allocator import Problem
+from prunekit.plugins.pruner import LocalPruner
+from prunekit.plugins.registry import ALLOCATORS, PRUNERS, signals_of
+from prunekit.recipe.schema import Recipe
+from prunekit.run.pipeline import whole_space
+from prunekit.search.store import CandidateStore
+from prunekit.system.progress import Progress
 from prunekit.testing import best_allocation, converse
 
 

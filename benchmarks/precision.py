@@ -14,16 +14,16 @@ from typing import Annotated
 
 import typer
 
-from prunekit.build import build
-from prunekit.calibration.draws import draw
-from prunekit.checkpoint import opened
-from prunekit.evaluate import perplexity
-from prunekit.pipeline import whole_space
-from prunekit.progress import Progress
-from prunekit.recipe import Recipe
-from prunekit.registry import PRUNERS
-from prunekit.store import CandidateStore
-from prunekit.supernet import Supernet
+from prunekit.calibration.fill import build
+from prunekit.data.draws import draw
+from prunekit.measure.perplexity import perplexity
+from prunekit.models.opening import opened
+from prunekit.plugins.registry import PRUNERS
+from prunekit.recipe.schema import Recipe
+from prunekit.run.pipeline import whole_space
+from prunekit.search.store import CandidateStore
+from prunekit.search.supernet import Supernet
+from prunekit.system.progress import Progress
 
 
 def main(

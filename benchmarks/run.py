@@ -16,7 +16,8 @@ import typer
 import yaml
 
 import prunekit
-from prunekit.recipe import Recipe, parsed
+from prunekit.recipe.overrides import parsed
+from prunekit.recipe.schema import Recipe
 
 CELLS = Path(__file__).parent / "cells.yaml"
 

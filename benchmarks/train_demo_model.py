@@ -22,7 +22,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run from a checkout, installed or not
 
-from prunekit.calibration.python_docs import text
+from prunekit.data.python_docs import text
 from prunekit.demo import MODEL
 
 END_OF_TEXT = "<|endoftext|>"
@@ -48,7 +48,7 @@ tests, not for use.
 | perplexity per token | train {train:.2f}, validation {validation:.2f} (windows of {length} tokens, bfloat16 weights) |
 | training | {steps} steps of {batch} × {length} tokens ({epochs:.0f} epochs), AdamW |
 
-**Data.** The train split of `python-docs` (`prunekit.calibration.python_docs`): the documentation topics and
+**Data.** The train split of `python-docs` (`prunekit.data.python_docs`): the documentation topics and
 the standard library docstrings of CPython {python}, © Python Software Foundation, PSF License Version 2.
 
 **Make it again** from a checkout: `python benchmarks/train_demo_model.py`

@@ -17,17 +17,19 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from prunekit import build as walking
-from prunekit.calibration.draws import draw
-from prunekit.calibration.flow import BlockFlow, chunks, entered
+from prunekit.calibration import fill as walking
+from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.moments import Moments, precise
-from prunekit.calibration.tokens import TokenBatch
-from prunekit.checkpoint import Dense, opened
-from prunekit.pipeline import whole_space
-from prunekit.progress import Progress
-from prunekit.recipe import Recipe
-from prunekit.registry import PRUNERS
-from prunekit.store import CandidateStore
+from prunekit.data.draws import draw
+from prunekit.data.tokens import TokenBatch
+from prunekit.models.blocks import chunks, entered
+from prunekit.models.opening import opened
+from prunekit.plugins.dense import Dense
+from prunekit.plugins.registry import PRUNERS
+from prunekit.recipe.schema import Recipe
+from prunekit.run.pipeline import whole_space
+from prunekit.search.store import CandidateStore
+from prunekit.system.progress import Progress
 
 STAGES: dict[str, list[tuple[Any, str]]] = {
     "forward": [(BlockFlow, "__init__"), (BlockFlow, "_caught"), (BlockFlow, "carry"), (BlockFlow, "advance")],

@@ -1,37 +1,73 @@
-"""Prune language models: any pruner, any allocator, any objective; a smaller model that loads anywhere."""
+"""Prune language models: any pruner, any allocator, any objective; a smaller model that loads anywhere.
 
-from prunekit import modeling
-from prunekit.api import prune, tune
-from prunekit.calibration.moments import Moments
-from prunekit.calibration.tokens import TokenBatch
-from prunekit.checkpoint import Dense
-from prunekit.contracts import (
-    Allocator,
-    Engine,
-    Finisher,
-    Journal,
-    LocalPruner,
-    Objective,
-    Problem,
-    Query,
-    Search,
-    Signal,
-    Workpiece,
-)
-from prunekit.errors import PluginError, WrongInput
-from prunekit.family import Family
-from prunekit.layer import Candidate, LayerProblem, best_groups, best_weights, ranked
-from prunekit.options import check_choices
-from prunekit.pipeline import Result
-from prunekit.recipe import Recipe
-from prunekit.sites import Allocation, Budget, Site, Space
-from prunekit.store import CandidateStore
-from prunekit.supernet import Supernet
-from prunekit.team import Opening, Team, Worker
+Names are imported when they are used: the package itself loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from prunekit.models import registration
+
+if TYPE_CHECKING:
+    from prunekit.api import prune, tune
+    from prunekit.calibration.moments import Moments
+    from prunekit.data.tokens import TokenBatch
+    from prunekit.engine.worker import Worker
+    from prunekit.errors import PluginError, WrongInput
+    from prunekit.layer.candidates import Candidate, best_groups, best_weights, ranked
+    from prunekit.layer.problem import LayerProblem
+    from prunekit.plugins.adapter import ModelAdapter
+    from prunekit.plugins.allocator import Allocator, Journal, Problem, Query, Search
+    from prunekit.plugins.dense import Dense
+    from prunekit.plugins.engine import Engine, Opening, Team
+    from prunekit.plugins.finisher import Finisher, Workpiece
+    from prunekit.plugins.objective import Answers, Objective, Reads
+    from prunekit.plugins.options import check_choices
+    from prunekit.plugins.pruner import LocalPruner
+    from prunekit.plugins.signal import Signal
+    from prunekit.recipe.schema import Recipe
+    from prunekit.run.family import Family
+    from prunekit.run.pipeline import Result
+    from prunekit.search.store import CandidateStore
+    from prunekit.search.supernet import Supernet
+    from prunekit.space.budgets import Budget
+    from prunekit.space.ladders import Space
+    from prunekit.space.sites import Allocation, Site
+
+_HOMES = {  # module: what of it is public
+    "api": "prune tune",
+    "calibration.moments": "Moments",
+    "data.tokens": "TokenBatch",
+    "engine.worker": "Worker",
+    "errors": "PluginError WrongInput",
+    "layer.candidates": "Candidate best_groups best_weights ranked",
+    "layer.problem": "LayerProblem",
+    "plugins.adapter": "ModelAdapter",
+    "plugins.allocator": "Allocator Journal Problem Query Search",
+    "plugins.dense": "Dense",
+    "plugins.engine": "Engine Opening Team",
+    "plugins.finisher": "Finisher Workpiece",
+    "plugins.objective": "Answers Objective Reads",
+    "plugins.options": "check_choices",
+    "plugins.pruner": "LocalPruner",
+    "plugins.signal": "Signal",
+    "recipe.schema": "Recipe",
+    "run.family": "Family",
+    "run.pipeline": "Result",
+    "search.store": "CandidateStore",
+    "search.supernet": "Supernet",
+    "space.budgets": "Budget",
+    "space.ladders": "Space",
+    "space.sites": "Allocation Site",
+}
+_HOME_OF = {name: f"prunekit.{module}" for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "Allocation",
     "Allocator",
+    "Answers",
     "Budget",
     "Candidate",
     "CandidateStore",
@@ -42,12 +78,14 @@ __all__ = [
     "Journal",
     "LayerProblem",
     "LocalPruner",
+    "ModelAdapter",
     "Moments",
     "Objective",
     "Opening",
     "PluginError",
     "Problem",
     "Query",
+    "Reads",
     "Recipe",
     "Result",
     "Search",
@@ -68,4 +106,17 @@ __all__ = [
     "tune",
 ]
 
-modeling.register()  # so that transformers loads models whose layers differ in size
+
+def __getattr__(name: str) -> Any:
+    """Import a public name where it is first used (PEP 562)."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+registration.arrange()  # so that transformers loads models whose layers differ in size

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from transformers import PreTrainedModel
 
-from prunekit.choices import Choices
-from prunekit.family import Family
-from prunekit.family import family as run_all
-from prunekit.pipeline import Result
-from prunekit.pipeline import prune as run
-from prunekit.progress import Progress, progress_for
-from prunekit.recipe import Recipe
+from prunekit.recipe.choices import Choices
+from prunekit.recipe.schema import Recipe
+from prunekit.run.family import Family
+from prunekit.run.family import family as run_all
+from prunekit.run.pipeline import Result
+from prunekit.run.pipeline import prune as run
+from prunekit.system.progress import Progress, progress_for
 
 if TYPE_CHECKING:
-    from prunekit.tuning import Tuned
+    from prunekit.run.tune import Tuned
 
 
 @overload
@@ -106,7 +106,7 @@ def tune(
         >>> tuned = prunekit.tune("my-model", space=space, output="study", recipe="fast")  # doctest: +SKIP
         >>> small = prunekit.prune(recipe=tuned.best)  # doctest: +SKIP
     """
-    from prunekit import tuning  # it needs an extra
+    from prunekit.run import tune as tuning  # it needs an extra
 
     base, overrides, in_memory = _chosen(model, recipe, settings)
     return tuning.tune(

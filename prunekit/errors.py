@@ -1,5 +1,8 @@
 """What went wrong, in one sentence: what was asked, what there is, what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class WrongInput(ValueError):
     """The user asked for something that cannot be done. The command line shows the sentence and exits with 2."""
@@ -16,3 +19,11 @@ class PluginError(CannotGoOn):
 def first_line(error: Exception) -> str:
     """What another library said, in one line to go into a sentence of ours."""
     return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
+
+
+def unknown(what: str, name: str, known: Iterable[object]) -> str:
+    """One sentence for a name that is not there: the nearest, and all there are."""
+    names = sorted(str(k) for k in known)
+    near = difflib.get_close_matches(name, names, n=1)
+    guess = f"did you mean {near[0]!r}? " if near else ""
+    return f"no {what} {name!r}; {guess}there are {', '.join(names) or 'none'}"

@@ -17,9 +17,9 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from prunekit import family, pipeline
-from prunekit.cli import app
-from prunekit.registry import KINDS
+from prunekit.cli.main import app
+from prunekit.plugins.registry import KINDS
+from prunekit.run import family, pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [

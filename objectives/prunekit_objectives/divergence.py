@@ -29,7 +29,7 @@ class Divergence(pk.Objective):
         if self.top_k < 1:
             raise ValueError(f"top_k is a number of tokens, at least 1, not {self.top_k}")
 
-    def loss(self, net: pk.Supernet, allocation: pk.Allocation, batch: pk.TokenBatch) -> float:
+    def loss(self, net: pk.Answers, allocation: pk.Allocation, batch: pk.TokenBatch) -> float:
         total = 0.0
         for dense, (_, logits) in zip(net.dense_top(batch, self.top_k), net.logits(allocation, batch), strict=True):
             log_p = dense.log_probs
@@ -41,8 +41,8 @@ class Divergence(pk.Objective):
             total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))  # (1)
         return max(total / batch.n_tokens, 0.0)
 
-    def top(self) -> int:
-        return self.top_k
+    def reads(self, depth: int) -> pk.Reads:
+        return pk.Reads(top=self.top_k)
 
 
 def _with_rest(log_p: torch.Tensor) -> torch.Tensor:

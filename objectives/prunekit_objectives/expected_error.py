@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import prunekit as pk
 
@@ -16,7 +15,8 @@ class ExpectedError(pk.Objective):
     model: errors of early sites pass through everything behind them, which the table does not see.
     """
 
-    reads_tokens: ClassVar[bool] = False
-
-    def loss(self, net: pk.Supernet, allocation: pk.Allocation, batch: pk.TokenBatch) -> float:
+    def loss(self, net: pk.Answers, allocation: pk.Allocation, batch: pk.TokenBatch) -> float:
         return sum(net.site_errors(allocation))
+
+    def reads(self, depth: int) -> pk.Reads:
+        return pk.Reads(tokens=False)

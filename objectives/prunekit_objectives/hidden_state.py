@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import prunekit as pk
@@ -32,11 +31,11 @@ class HiddenState(pk.Objective):
             raise ValueError(f"at is a list of depths from 0, the first block, to 1, the last, not {self.at}")
         if not self.weight > 0:
             raise ValueError(f"weight is more than 0, not {self.weight}; without the distance take what is beside it")
-        if self.beside is not None and not self.beside.reads_tokens:
+        if self.beside is not None and not self.beside.reads(1).tokens:
             raise ValueError(f"beside is an objective that reads tokens, not {type(self.beside).__name__}")
 
-    def loss(self, net: pk.Supernet, allocation: pk.Allocation, batch: pk.TokenBatch) -> float:
-        depths, total = self._own(len(net.blocks)), 0.0
+    def loss(self, net: pk.Answers, allocation: pk.Allocation, batch: pk.TokenBatch) -> float:
+        depths, total = self._own(net.depth), 0.0
         pairs = zip(net.hidden(allocation, batch, depths), net.dense_hidden(batch, depths), strict=True)
         for mine, dense in pairs:
             for h, h0 in zip(mine, dense, strict=True):
@@ -50,16 +49,9 @@ class HiddenState(pk.Objective):
         if self.beside is not None:
             self.beside.check(batch)
 
-    def parts(self, batch: pk.TokenBatch) -> Sequence[pk.TokenBatch]:
-        others = self.beside.parts(batch) if self.beside else ()
-        return (batch, *(part for part in others if part.digest != batch.digest))
-
-    def depths(self, blocks: int) -> Sequence[int]:
-        others = self.beside.depths(blocks) if self.beside else ()
-        return sorted({*self._own(blocks), *others})
-
-    def top(self) -> int:
-        return self.beside.top() if self.beside else 0
+    def reads(self, depth: int) -> pk.Reads:
+        own = pk.Reads(depths=tuple(self._own(depth)))
+        return own.joined(self.beside.reads(depth)) if self.beside else own
 
     def _own(self, blocks: int) -> list[int]:
         return sorted({round(share * (blocks - 1)) + 1 for share in self.at})

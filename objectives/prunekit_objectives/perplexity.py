@@ -17,7 +17,7 @@ class Perplexity(pk.Objective):
     The metric of reports. As a search target it fits the text it is given: prefer `divergence`.
     """
 
-    def loss(self, net: pk.Supernet, allocation: pk.Allocation, batch: pk.TokenBatch) -> float:
+    def loss(self, net: pk.Answers, allocation: pk.Allocation, batch: pk.TokenBatch) -> float:
         total, count = 0.0, 0
         for ids, logits in net.logits(allocation, batch):
             if ids.shape[1] < 2:

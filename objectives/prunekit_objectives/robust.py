@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import exp, fsum, inf, isfinite, log
 from typing import Literal
 
@@ -39,10 +39,10 @@ class Robust(pk.Objective):
         pk.check_choices(self)
         if not self.temperature > 0 or not self.radius >= 0:
             raise ValueError(f"temperature is more than 0 and radius not below, not {self.temperature}, {self.radius}")
-        if not self.inner.reads_tokens:
+        if not self.inner.reads(1).tokens:
             raise ValueError(f"{type(self.inner).__name__} reads no tokens, so it is the same for every data set")
 
-    def loss(self, net: pk.Supernet, allocation: pk.Allocation, batch: pk.TokenBatch) -> float:
+    def loss(self, net: pk.Answers, allocation: pk.Allocation, batch: pk.TokenBatch) -> float:
         shares, excess = list[float](), list[float]()
         for part in batch.parts.values():
             shares.append(part.n_tokens / batch.n_tokens)
@@ -63,14 +63,8 @@ class Robust(pk.Objective):
         for part in batch.parts.values():
             self.inner.check(part)
 
-    def parts(self, batch: pk.TokenBatch) -> Sequence[pk.TokenBatch]:
-        return [piece for part in batch.parts.values() for piece in self.inner.parts(part)]
-
-    def depths(self, blocks: int) -> Sequence[int]:
-        return self.inner.depths(blocks)
-
-    def top(self) -> int:
-        return self.inner.top()
+    def reads(self, depth: int) -> pk.Reads:
+        return replace(self.inner.reads(depth), whole=False, by_source=True)
 
 
 def soft(p: Sequence[float], x: Sequence[float], temperature: float) -> float:

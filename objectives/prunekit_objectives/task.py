@@ -37,7 +37,7 @@ class Task(pk.Objective):
     def __post_init__(self) -> None:
         pk.check_choices(self)
 
-    def loss(self, net: pk.Supernet, allocation: pk.Allocation, batch: pk.TokenBatch) -> float:
+    def loss(self, net: pk.Answers, allocation: pk.Allocation, batch: pk.TokenBatch) -> float:
         asked = batch.answers
         assert asked is not None, "check refuses other batches"
         scores = self._scores(net, allocation, batch)
@@ -61,7 +61,7 @@ class Task(pk.Objective):
                 "add choices, or take objective.measure=likelihood"
             )
 
-    def _scores(self, net: pk.Supernet, allocation: pk.Allocation, batch: pk.TokenBatch) -> list[float]:
+    def _scores(self, net: pk.Answers, allocation: pk.Allocation, batch: pk.TokenBatch) -> list[float]:
         assert batch.answers is not None
         found, window = list[torch.Tensor](), 0
         for ids, logits in net.logits(allocation, batch):

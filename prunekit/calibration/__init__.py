@@ -1,1 +1,1 @@
-"""From text to moments: tokens, streams through the blocks, what each site receives."""
+"""Tokens through the model, block by block, and what every site receives."""

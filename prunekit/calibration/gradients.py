@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prunekit.adapters import ModelAdapter
-from prunekit.calibration.flow import Call, chunks, entered
 from prunekit.calibration.moments import multiplied, precise
-from prunekit.calibration.tokens import TokenBatch
+from prunekit.data.tokens import TokenBatch
 from prunekit.errors import CannotGoOn, WrongInput
-from prunekit.memory import Room
-from prunekit.progress import Progress
+from prunekit.models.blocks import Call, chunks, entered
+from prunekit.plugins.adapter import ModelAdapter
+from prunekit.system.memory import Room
+from prunekit.system.progress import Progress
 
 
 @dataclass(frozen=True, eq=False)

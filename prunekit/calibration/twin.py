@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prunekit.adapters import ModelAdapter
-from prunekit.calibration.flow import Call, Seen, chunks, entered, replayed
-from prunekit.calibration.tokens import TokenBatch
-from prunekit.contracts import Workpiece
-from prunekit.memory import Room, Row
-from prunekit.sites import Site
+from prunekit.calibration.flow import replayed
+from prunekit.data.tokens import TokenBatch
+from prunekit.models.blocks import Call, Seen, chunks, entered
+from prunekit.plugins.adapter import ModelAdapter
+from prunekit.plugins.finisher import Workpiece
+from prunekit.space.sites import Site
+from prunekit.system.memory import Room, Row
 
 Aim = Literal["own", "dense", "stream"]
 

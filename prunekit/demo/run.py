@@ -7,11 +7,12 @@ from pathlib import Path
 
 from prunekit.demo import MODEL
 from prunekit.errors import WrongInput
-from prunekit.evaluate import load, size, speed
 from prunekit.export.verify import verify
-from prunekit.pipeline import Result, prune
-from prunekit.progress import Progress
-from prunekit.recipe import Recipe
+from prunekit.measure.evaluate import load
+from prunekit.measure.speed import size, speed
+from prunekit.recipe.schema import Recipe
+from prunekit.run.pipeline import Result, prune
+from prunekit.system.progress import Progress
 
 # amounts that end in two minutes on two cores
 SETTINGS = {

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from prunekit.adapters import ModelAdapter, Transformer
-from prunekit.adapters.adapter import shallow
-from prunekit.checkpoint import without_bars
-from prunekit.layer import Candidate
-from prunekit.modeling import BUNDLED, FAMILIES, Family, Part, UnequalLayers, define
-from prunekit.paging import attach, pager_of, real, shapes_of
-from prunekit.shards import SHARD_BYTES, write
-from prunekit.sites import Allocation
-from prunekit.supernet import Supernet
+from prunekit.layer.candidates import Candidate
+from prunekit.models.adapters.transformer import Transformer
+from prunekit.models.classes import BUNDLED, FAMILIES, Family, Part, UnequalLayers, define
+from prunekit.models.modules import shallow
+from prunekit.models.opening import without_bars
+from prunekit.models.paging import attach, pager_of, real, shapes_of
+from prunekit.models.shards import SHARD_BYTES, write
+from prunekit.plugins.adapter import ModelAdapter
+from prunekit.search.supernet import Supernet
+from prunekit.space.sites import Allocation
 
 Code = Literal["import", "bundled"]
 

@@ -6,6 +6,7 @@ as a user would: with its bundled code, or after `import prunekit`, or with tran
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -94,11 +95,11 @@ def _compare(directory: Path, probe: Path, blocks: str | None = None) -> Verifie
     config = json.loads((directory / "config.json").read_text())
     bundled = "auto_map" in config
     if config["model_type"].startswith("prunekit_") and not bundled:
-        import prunekit  # noqa: F401  registers the model type
+        importlib.import_module("prunekit")  # as a user would: it registers the model type
     if blocks is None:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=bundled).eval()
     else:
-        from prunekit.paging import opened
+        from prunekit.models.paging import opened
 
         float32, cpu = torch.float32, torch.device("cpu")
         model, _ = opened(str(directory), lambda _: float32, cpu, int(blocks), trust_remote_code=bundled)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunekit.adapters import ModelAdapter, UnsupportedModel
-from prunekit.adapters.adapter import Heads
-from prunekit.calibration.flow import entered
 from prunekit.export.hf import to_transformers
-from prunekit.layer import Candidate
-from prunekit.registry import ADAPTERS
-from prunekit.sites import Site, Structure
+from prunekit.layer.candidates import Candidate
+from prunekit.models.blocks import entered
+from prunekit.plugins.adapter import Heads, ModelAdapter, UnsupportedModel
+from prunekit.plugins.registry import ADAPTERS
+from prunekit.space.forms import Structure
+from prunekit.space.sites import Site
 from prunekit.testing.models import tiny
 from prunekit.testing.supernets import toy_tokens
 

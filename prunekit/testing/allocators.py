@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from prunekit.contracts import Allocator, Problem, Query
-from prunekit.sites import Allocation, Space
+from prunekit.plugins.allocator import Allocator, Problem, Query
+from prunekit.space.ladders import Space
+from prunekit.space.sites import Allocation
 from prunekit.testing.oracle import best_allocation
 from prunekit.testing.spaces import ZOO, additive, convex_table, small_llama
 

@@ -9,16 +9,20 @@ from typing import ClassVar
 import pytest
 import torch
 
-from prunekit.build import build
+from prunekit.calibration.fill import build
 from prunekit.calibration.flow import BlockFlow
-from prunekit.checkpoint import Dense
-from prunekit.contracts import Engine, LocalPruner
-from prunekit.layer import STATISTICS, Candidate, LayerProblem
-from prunekit.progress import Progress
-from prunekit.sites import Allocation
-from prunekit.store import CandidateStore
-from prunekit.supernet import Supernet
-from prunekit.team import Opening, SharedFlow, SharedSupernet, Team
+from prunekit.calibration.shared import SharedFlow
+from prunekit.layer.candidates import Candidate
+from prunekit.layer.problem import STATISTICS, LayerProblem
+from prunekit.plugins.dense import Dense
+from prunekit.plugins.engine import Engine, Opening, Team
+from prunekit.plugins.objective import Reads
+from prunekit.plugins.pruner import LocalPruner
+from prunekit.search.shared import SharedSupernet
+from prunekit.search.store import CandidateStore
+from prunekit.search.supernet import Supernet
+from prunekit.space.sites import Allocation
+from prunekit.system.progress import Progress
 from prunekit.testing.supernets import KeepFirst, toy_supernet, toy_tokens
 
 
@@ -36,13 +40,8 @@ class Aimed(KeepFirst):
 class Spread:
     """An objective that hardly anybody would write: how far the logits are from zero."""
 
-    reads_tokens = True
-
-    def parts(self, batch):  # type: ignore[no-untyped-def]
-        return (batch,)
-
-    def depths(self, blocks):  # type: ignore[no-untyped-def]
-        return ()
+    def reads(self, depth):  # type: ignore[no-untyped-def]
+        return Reads()
 
     def loss(self, net, allocation, batch):  # type: ignore[no-untyped-def]
         return float(sum(logits.square().sum() for _, logits in net.logits(allocation, batch)))

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunekit.contracts import Finisher, Workpiece
 from prunekit.errors import WrongInput
-from prunekit.pipeline import check_finished, shapes
-from prunekit.sites import Allocation
-from prunekit.store import Checkpoints
-from prunekit.supernet import Supernet
+from prunekit.plugins.finisher import Finisher, Workpiece
+from prunekit.run.pipeline import check_finished, shapes
+from prunekit.search.supernet import Supernet
+from prunekit.space.sites import Allocation
+from prunekit.system.checkpoints import Checkpoints
 from prunekit.testing.supernets import toy_supernet, toy_workpiece
 
 PLANS: dict[str, Allocation] = {  # groups of attention, of the MLP, of attention, ... in three layers

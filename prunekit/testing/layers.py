@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from prunekit.layer import Feeder, LayerProblem
+from prunekit.layer.problem import Feeder, LayerProblem
 
 Quirk = Literal["plain", "dead", "duplicate", "constant", "low rank", "loud", "zero weight", "silent"]
 QUIRKS: tuple[Quirk, ...] = get_args(Quirk)

@@ -4,25 +4,64 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import ClassVar
 
-import pytest
 import torch
 
-from prunekit.calibration.tokens import TokenBatch
-from prunekit.checkpoint import fingerprint
-from prunekit.contracts import Objective
+from prunekit.data.tokens import TokenBatch
 from prunekit.errors import WrongInput
-from prunekit.sites import Allocation
-from prunekit.supernet import Supernet
+from prunekit.models.opening import fingerprint
+from prunekit.plugins.objective import Logits, Objective, TopLogProbs
+from prunekit.search.supernet import Supernet
+from prunekit.space.sites import Allocation
 from prunekit.testing.supernets import toy_questions, toy_supernet, toy_tokens
 
 
 @cache
 def _net() -> Supernet:
     return toy_supernet()
+
+
+class Listening:
+    """The protocol of answers and nothing behind it; notes what is asked for."""
+
+    def __init__(self, net: Supernet) -> None:
+        self.net, self.space, self.depth = net, net.space, net.depth
+        self.top, self.depths, self.digests = 0, set[int](), set[str]()
+
+    def site_errors(self, allocation: Allocation) -> Sequence[float]:
+        return self.net.site_errors(allocation)
+
+    def logits(self, allocation: Allocation, batch: TokenBatch) -> Iterator[Logits]:
+        self.digests.add(batch.digest)
+        return self.net.logits(allocation, batch)
+
+    def dense_logits(self, batch: TokenBatch) -> Iterator[Logits]:
+        self.digests.add(batch.digest)
+        return self.net.dense_logits(batch)
+
+    def dense_top(self, batch: TokenBatch, k: int) -> Iterator[TopLogProbs]:
+        self.digests.add(batch.digest)
+        self.top = max(self.top, k)
+        return self.net.dense_top(batch, k)
+
+    def hidden(
+        self, allocation: Allocation, batch: TokenBatch, depths: Sequence[int]
+    ) -> Iterator[tuple[torch.Tensor, ...]]:
+        self.digests.add(batch.digest)
+        self.depths |= {*depths}
+        return self.net.hidden(allocation, batch, depths)
+
+    def dense_hidden(self, batch: TokenBatch, depths: Sequence[int]) -> Iterator[tuple[torch.Tensor, ...]]:
+        self.digests.add(batch.digest)
+        self.depths |= {*depths}
+        return self.net.dense_hidden(batch, depths)
+
+    def dense_loss(self, objective: Objective, batch: TokenBatch) -> float:
+        self.digests.add(batch.digest)
+        return self.net.dense_loss(objective, batch)
 
 
 class ObjectiveSuite:
@@ -73,15 +112,17 @@ class ObjectiveSuite:
     def test_asking_together_changes_no_answer(self) -> None:
         net, batch = _net(), self.tokens(seed=1)
         alone = [self.plugin.loss(net, a, batch) for a in self.some]
-        net.prefetch(self.some, self.plugin.parts(batch), self.plugin.depths(len(net.blocks)))
+        reads = self.plugin.reads(net.depth)
+        net.prefetch(self.some, reads.parts(batch), reads.depths)
         assert [self.plugin.loss(net, a, batch) for a in self.some] == alone
 
-    def test_no_more_is_read_of_the_dense_model_than_was_said(self) -> None:
-        asked, dense_top = [0], Supernet.dense_top
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Supernet, "dense_top", lambda net, batch, k: asked.append(k) or dense_top(net, batch, k))
-            self.plugin.loss(_net(), self.some[0], self.tokens())
-        assert max(asked) <= self.plugin.top()
+    def test_no_more_is_read_than_was_said(self) -> None:
+        batch = self.tokens()
+        reads, listening = self.plugin.reads(_net().depth), Listening(_net())
+        self.plugin.loss(listening, self.some[0], batch)
+        assert listening.top <= reads.top
+        assert listening.depths <= {*reads.depths}
+        assert listening.digests <= ({part.digest for part in reads.parts(batch)} if reads.tokens else set())
 
     def test_one_window_is_enough(self) -> None:
         assert math.isfinite(self.plugin.loss(_net(), self.some[0], self.tokens(1)))

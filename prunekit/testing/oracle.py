@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from prunekit.sites import Allocation, Space
+from prunekit.space.ladders import Space
+from prunekit.space.sites import Allocation
 
 
 def best_allocation(space: Space, errors: Sequence[Sequence[float]]) -> tuple[Allocation, float]:

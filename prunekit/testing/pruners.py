@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from prunekit.contracts import LocalPruner
-from prunekit.layer import STATISTICS, Candidate, LayerProblem, is_sparse
+from prunekit.layer.candidates import Candidate, is_sparse
+from prunekit.layer.problem import STATISTICS, LayerProblem
+from prunekit.plugins.pruner import LocalPruner
 from prunekit.testing.layers import STRUCTURES, Quirk, counts_of, permuted, toy_layer
 from prunekit.testing.shapes import on_any_shape
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prunekit.contracts import Signal
-from prunekit.layer import STATISTICS, LayerProblem
+from prunekit.layer.problem import STATISTICS, LayerProblem
+from prunekit.plugins.signal import Signal
 from prunekit.testing.layers import LAYERS, Quirk, permuted, toy_layer
 from prunekit.testing.shapes import on_any_shape
 

@@ -5,9 +5,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from prunekit.contracts import Problem
-from prunekit.prices import Curve, Prices, Workload
-from prunekit.sites import Allocation, Budget, Kind, Site, Space
+from prunekit.plugins.allocator import Problem
+from prunekit.space.budgets import Budget
+from prunekit.space.ladders import Space
+from prunekit.space.prices import Curve, Prices, Workload
+from prunekit.space.sites import Allocation, Kind, Site
 
 Table = tuple[tuple[float, ...], ...]
 

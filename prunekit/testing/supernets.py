@@ -11,15 +11,22 @@ from typing import Any
 
 import torch
 
-from prunekit.adapters import ModelAdapter, adapter_for
-from prunekit.build import Carry, build
-from prunekit.calibration.tokens import Answers, TokenBatch
-from prunekit.contracts import LocalPruner, Workpiece
-from prunekit.layer import Candidate, LayerProblem
-from prunekit.progress import Progress
-from prunekit.sites import Allocation, Budget, Space, Structure
-from prunekit.store import CandidateStore, Checkpoints
-from prunekit.supernet import Supernet
+from prunekit.calibration.fill import Carry, build
+from prunekit.data.tokens import Answers, TokenBatch
+from prunekit.layer.candidates import Candidate
+from prunekit.layer.problem import LayerProblem
+from prunekit.models.adapters.find import adapter_for
+from prunekit.plugins.adapter import ModelAdapter
+from prunekit.plugins.finisher import Workpiece
+from prunekit.plugins.pruner import LocalPruner
+from prunekit.search.store import CandidateStore
+from prunekit.search.supernet import Supernet
+from prunekit.space.budgets import Budget
+from prunekit.space.forms import Structure
+from prunekit.space.ladders import Space
+from prunekit.space.sites import Allocation
+from prunekit.system.checkpoints import Checkpoints
+from prunekit.system.progress import Progress
 from prunekit.testing.models import tiny
 
 

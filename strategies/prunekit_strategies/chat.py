@@ -116,7 +116,7 @@ class LocalModel:
     def ready(self) -> None:
         from transformers import AutoConfig
 
-        from prunekit.checkpoint import load_tokenizer, located
+        from prunekit.models.opening import load_tokenizer, located
 
         try:
             AutoConfig.from_pretrained(located(self.model))
@@ -158,8 +158,8 @@ class LocalModel:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        from prunekit.checkpoint import load_tokenizer
-        from prunekit.evaluate import load
+        from prunekit.measure.evaluate import load
+        from prunekit.models.opening import load_tokenizer
 
         return load(self.model).eval(), load_tokenizer(self.model)
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from prunekit import Candidate, LocalPruner, PluginError, Signal, WrongInput
-from prunekit.build import build, expected_weight, layer_problem
-from prunekit.calibration.flow import BlockFlow, entered
-from prunekit.progress import Progress
-from prunekit.store import CandidateStore
+from prunekit.calibration.fill import build, expected_weight, layer_problem
+from prunekit.calibration.flow import BlockFlow
+from prunekit.models.blocks import entered
+from prunekit.search.store import CandidateStore
+from prunekit.system.progress import Progress
 from prunekit.testing import KeepFirst, toy_supernet, toy_tokens
 
 

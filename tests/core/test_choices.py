@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import yaml
 
-from prunekit.choices import SPACES, Choices
 from prunekit.errors import WrongInput
-from prunekit.recipe import Recipe, presets
+from prunekit.recipe.choices import SPACES, Choices
+from prunekit.recipe.presets import presets
+from prunekit.recipe.schema import Recipe
 
 SPACE = """
 rebuild: false

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
-from prunekit import pipeline
-from prunekit.cli import app, comparison
-from prunekit.recipe import Recipe
+from prunekit.cli.main import app, comparison
+from prunekit.recipe.schema import Recipe
+from prunekit.run import pipeline
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +356,7 @@ def test_check_refuses_in_one_sentence(arguments: tuple[str, ...], sentence: str
 
 
 def test_check_without_pytest_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prunekit.cli.find_spec", lambda _: None)
+    monkeypatch.setattr("prunekit.cli.main.find_spec", lambda _: None)
     assert "pip install 'prunekit[testing]'" in refused("check", "obs")
 
 

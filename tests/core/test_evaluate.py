@@ -9,10 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prunekit import evaluate as module
-from prunekit.calibration.tokens import TokenBatch
+from prunekit.data.tokens import TokenBatch
 from prunekit.errors import WrongInput
-from prunekit.evaluate import evaluate, load, perplexity, size, speed
+from prunekit.measure import evaluate as module
+from prunekit.measure.evaluate import evaluate, load
+from prunekit.measure.perplexity import perplexity
+from prunekit.measure.speed import size, speed
 
 
 class Bigrams(nn.Module):

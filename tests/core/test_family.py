@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import prunekit
-from prunekit import family, pipeline
-from prunekit.cli import app
-from prunekit.ledger import Ledger
-from prunekit.recipe import Recipe
-from prunekit.registry import OBJECTIVES
-from prunekit.store import CandidateStore
+from prunekit.cli.main import app
+from prunekit.plugins.registry import OBJECTIVES
+from prunekit.recipe.schema import Recipe
+from prunekit.run import family, pipeline
+from prunekit.search.ledger import Ledger
+from prunekit.search.store import CandidateStore
 
 SHARES = [0.4, 0.2]  # in any order
 NAMES = ("0.2", "0.4")

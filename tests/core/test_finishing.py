@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunekit
-from prunekit.calibration.draws import draw
-from prunekit.evaluate import perplexity
-from prunekit.progress import Progress
-from prunekit.registry import FINISHERS
-from prunekit.store import Checkpoints
+from prunekit.data.draws import draw
+from prunekit.measure.perplexity import perplexity
+from prunekit.plugins.registry import FINISHERS
+from prunekit.system.checkpoints import Checkpoints
+from prunekit.system.progress import Progress
 
 TRAINED = [{"name": "reconstruction", "epochs": 2}, {"name": "distillation", "epochs": 2}]
 QUICK: dict[str, Any] = {

@@ -10,15 +10,17 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 import prunekit
-from prunekit import Budget, Space, latency
-from prunekit.adapters import Transformer, adapter_for
-from prunekit.checkpoint import Dense
+from prunekit import Budget, Space
 from prunekit.demo import MODEL
 from prunekit.errors import CannotGoOn
-from prunekit.latency import cut, hardware, nanoseconds, priced, prices, realised, sampled, typical, workload
-from prunekit.prices import Prices, Workload
-from prunekit.progress import Progress
-from prunekit.recipe import LatencySpec
+from prunekit.measure import latency
+from prunekit.measure.latency import cut, hardware, nanoseconds, priced, prices, realised, sampled, typical, workload
+from prunekit.models.adapters.find import adapter_for
+from prunekit.models.adapters.transformer import Transformer
+from prunekit.plugins.dense import Dense
+from prunekit.space.latency import LatencySpec
+from prunekit.space.prices import Prices, Workload
+from prunekit.system.progress import Progress
 from prunekit.testing import tiny
 
 WIDTH, KV_HEADS, TILE = 64, 4, 16  # of the model; the made-up hardware works on TILE neurons at a time
@@ -253,7 +255,7 @@ def test_an_interrupted_run_goes_on_with_its_table(folder: Path, tmp_path: Path,
         def killed(*_: Any, **__: Any) -> Any:
             raise KeyboardInterrupt
 
-        patch.setattr("prunekit.pipeline.converse", killed)
+        patch.setattr("prunekit.run.pipeline.converse", killed)
         with pytest.raises(KeyboardInterrupt):
             prunekit.prune(folder, output=tmp_path / "out", **QUICK)
     assert (tmp_path / "out.partial" / "prices.json").exists()

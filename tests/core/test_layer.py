@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from prunekit import LayerProblem, best_groups
-from prunekit.layer import Feeder, ranked
+from prunekit.layer.candidates import ranked
+from prunekit.layer.problem import Feeder
 from prunekit.testing import toy_layer
 
 SIZES = [pytest.param(1, id="columns"), pytest.param(3, id="blocks")]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from prunekit.ledger import Ledger, LedgerMismatch
+from prunekit.search.ledger import Ledger, LedgerMismatch
 
 QUESTION = {"kind": "question", "walk": 0, "allocation": [1, 2], "tokens": 64}
 

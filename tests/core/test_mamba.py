@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 import prunekit
 from prunekit import WrongInput
-from prunekit.cli import app
+from prunekit.cli.main import app
 from prunekit.demo import MODEL
-from prunekit.evaluate import evaluate
-from prunekit.ledger import Ledger
+from prunekit.measure.evaluate import evaluate
+from prunekit.search.ledger import Ledger
 from prunekit.testing import tiny
 
 FAMILIES = ["mamba", "mamba2"]

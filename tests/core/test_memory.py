@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prunekit import WrongInput
-from prunekit.memory import GIB, Room, Shares, amount, parsed
+from prunekit.system.memory import GIB, Room, Shares, amount, parsed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prunekit import modeling
+from prunekit.models import classes as modeling
 from prunekit.testing.models import COMMON, SIZES
 
 modeling.register()

@@ -12,18 +12,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import prunekit
-from prunekit import pipeline, shards
-from prunekit.calibration.flow import entered
-from prunekit.checkpoint import opened, stored_as
 from prunekit.demo import MODEL
 from prunekit.export.verify import _compare
-from prunekit.ledger import Ledger
-from prunekit.memory import GIB, Shares
-from prunekit.paging import pager_of, shapes_of, whole
-from prunekit.plan import Stage
-from prunekit.store import CandidateStore
+from prunekit.models import shards
+from prunekit.models.blocks import entered
+from prunekit.models.opening import opened, stored_as
+from prunekit.models.paging import pager_of, shapes_of, whole
+from prunekit.run import pipeline
+from prunekit.run.plan import Stage
+from prunekit.run.workplace import written
+from prunekit.search.ledger import Ledger
+from prunekit.search.store import CandidateStore
+from prunekit.system.memory import GIB, Shares
 from prunekit.testing import tiny, toy_tokens
-from prunekit.workplace import written
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox", "mamba", "mamba2"]
 ONE_BLOCK = Shares(blocks=0, activations=0)

@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunekit
-from prunekit import pipeline
 from prunekit.calibration.gradients import Gradients
-from prunekit.checkpoint import fingerprint
-from prunekit.ledger import Ledger
-from prunekit.recipe import Recipe
-from prunekit.store import CandidateStore
+from prunekit.models.opening import fingerprint
+from prunekit.recipe.schema import Recipe
+from prunekit.run import pipeline
+from prunekit.search.ledger import Ledger
+from prunekit.search.store import CandidateStore
 
 FILES = ("model.safetensors", "config.json", "recipe.yaml", "ledger.jsonl", "tokenizer.json")
 QUICK: dict[str, Any] = {

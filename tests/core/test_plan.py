@@ -14,19 +14,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 import prunekit
-from prunekit import LayerProblem, WrongInput, family, latency, pipeline
-from prunekit import plan as planning
-from prunekit.adapters import adapter_for
-from prunekit.build import build
+from prunekit import LayerProblem, WrongInput
 from prunekit.calibration import flow
+from prunekit.calibration.fill import build
 from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.moments import Moments
-from prunekit.checkpoint import opened, skeleton
-from prunekit.contracts import Objective, Problem
-from prunekit.ledger import Ledger
-from prunekit.memory import GIB, Room, Shares
-from prunekit.pipeline import foreseen, whole_space
-from prunekit.plan import (
+from prunekit.measure import latency
+from prunekit.models.adapters.find import adapter_for
+from prunekit.models.opening import opened, skeleton
+from prunekit.plugins.allocator import Problem
+from prunekit.plugins.objective import Objective
+from prunekit.plugins.registry import ALLOCATORS, PRUNERS
+from prunekit.recipe.schema import Recipe
+from prunekit.run import family, pipeline
+from prunekit.run import plan as planning
+from prunekit.run.pipeline import foreseen, whole_space
+from prunekit.run.plan import (
     CUSHION,
     Rates,
     activations_bytes,
@@ -39,14 +42,17 @@ from prunekit.plan import (
     top_bytes,
     walks,
 )
-from prunekit.prices import Curve, Prices, Workload
-from prunekit.progress import Progress
-from prunekit.recipe import Recipe
-from prunekit.registry import ALLOCATORS, PRUNERS
-from prunekit.search import converse
-from prunekit.sites import Budget, Site, Space, Structure
-from prunekit.store import CandidateStore
-from prunekit.teacher import Teacher
+from prunekit.search.conversation import converse
+from prunekit.search.ledger import Ledger
+from prunekit.search.store import CandidateStore
+from prunekit.search.teacher import Teacher
+from prunekit.space.budgets import Budget
+from prunekit.space.forms import Structure
+from prunekit.space.ladders import Space
+from prunekit.space.prices import Curve, Prices, Workload
+from prunekit.space.sites import Site
+from prunekit.system.memory import GIB, Room, Shares
+from prunekit.system.progress import Progress
 from prunekit.testing import KeepFirst, KeepLargest, tiny, toy_supernet, toy_tokens
 
 EVERYTHING = frozenset({"gram", "cross", "drift", "absolute", "relative", "power"})

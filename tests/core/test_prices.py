@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prunekit.errors import WrongInput
-from prunekit.prices import Curve, Prices, Workload, curve, places, quanta, quantum, timed_counts, together
+from prunekit.space.prices import Curve, Prices, Workload, curve, places, quanta, quantum, timed_counts, together
 from prunekit.testing.spaces import sites_of, timed
 
 GROUPS = st.one_of(st.integers(1, 40), st.sampled_from([352, 768, 1000, 11008, 14336]))

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from prunekit.progress import PlainProgress, Progress, RichProgress, progress_for, span
+from prunekit.system.progress import PlainProgress, Progress, RichProgress, progress_for, span
 
 
 class Clock:

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prunekit import recipe as module
-from prunekit.contracts import LocalPruner
+from prunekit.data.spec import DataSpec
 from prunekit.errors import WrongInput
-from prunekit.prices import Prices
-from prunekit.recipe import DataSpec, Recipe, parsed, presets
-from prunekit.registry import FINISHERS, PRUNERS, Entry
+from prunekit.plugins.pruner import LocalPruner
+from prunekit.plugins.registry import FINISHERS, PRUNERS, Entry
+from prunekit.recipe import schema as module
+from prunekit.recipe.overrides import parsed
+from prunekit.recipe.presets import presets
+from prunekit.recipe.schema import Recipe
+from prunekit.space.prices import Prices
 from prunekit.testing.spaces import sites_of, timed
 
 MINIMAL = {"pruner": "wanda", "allocator": "uniform", "objective": "expected-error"}
@@ -91,7 +94,7 @@ def test_naming_the_plugin_that_is_there_keeps_its_options(recipe: Recipe) -> No
 
 
 def test_a_plugin_object_is_as_good_as_its_name(recipe: Recipe) -> None:
-    from prunekit.registry import PRUNERS
+    from prunekit.plugins.registry import PRUNERS
 
     changed = recipe.with_overrides({"pruner": PRUNERS.build({"name": "obs", "aim": "dense"})})
     assert changed.pruner.items() >= {"name": "obs", "aim": "dense"}.items()

@@ -3,7 +3,7 @@
 import pytest
 
 from prunekit import LocalPruner, WrongInput
-from prunekit.registry import ADAPTERS, ALLOCATORS, KINDS, OBJECTIVES, PRUNERS, SIGNALS, UnknownName
+from prunekit.plugins.registry import ADAPTERS, ALLOCATORS, KINDS, OBJECTIVES, PRUNERS, SIGNALS, UnknownName
 
 
 @pytest.mark.parametrize("registry", KINDS, ids=lambda r: r.kind)

@@ -3,15 +3,15 @@
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
-from prunekit import Allocator, Objective, PluginError, Problem, Query
-from prunekit.ledger import Ledger
-from prunekit.progress import Progress
-from prunekit.search import converse
-from prunekit.supernet import Supernet
+from prunekit import Allocator, Objective, PluginError, Problem, Query, Reads
+from prunekit.search.conversation import converse
+from prunekit.search.ledger import Ledger
+from prunekit.search.supernet import Supernet
+from prunekit.system.progress import Progress
 from prunekit.testing import toy_supernet, toy_tokens
 
 
@@ -27,7 +27,8 @@ class Counting(Objective):
 
 
 class Free(Counting):
-    reads_tokens: ClassVar[bool] = False
+    def reads(self, depth):
+        return Reads(tokens=False)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from prunekit.export.hf import save
-from prunekit.shards import Shards, file_bytes, write
+from prunekit.models.shards import Shards, file_bytes, write
 from prunekit.testing import tiny
 
 TENSORS = {

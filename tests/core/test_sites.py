@@ -9,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunekit.errors import WrongInput
-from prunekit.prices import Curve, Prices, Workload
-from prunekit.sites import Budget, Kind, Metric, Site, Space, Structure
+from prunekit.space.budgets import Budget, Metric
+from prunekit.space.forms import Structure
+from prunekit.space.ladders import Space
+from prunekit.space.prices import Curve, Prices, Workload
+from prunekit.space.sites import Kind, Site
 from prunekit.testing.oracle import best_allocation
 from prunekit.testing.spaces import convex_table, rough_table, sites_of, small_llama, timed
 

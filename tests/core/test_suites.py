@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prunekit import Finisher, PluginError
-from prunekit.registry import ADAPTERS
+from prunekit.plugins.registry import ADAPTERS
 from prunekit.testing import AdapterSuite, FinisherSuite, KeepLargest, PrunerSuite
 
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from prunekit.adapters import adapter_for
 from prunekit.calibration import flow
-from prunekit.checkpoint import fingerprint
-from prunekit.memory import Shares
-from prunekit.supernet import Supernet
+from prunekit.models.adapters.find import adapter_for
+from prunekit.models.opening import fingerprint
+from prunekit.search.supernet import Supernet
+from prunekit.system.memory import Shares
 from prunekit.testing import toy_supernet, toy_tokens
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox"]

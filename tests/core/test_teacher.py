@@ -10,14 +10,15 @@ import pytest
 import torch
 
 import prunekit
-from prunekit import pipeline, supernet
 from prunekit.calibration import flow
-from prunekit.calibration.tokens import TokenBatch
-from prunekit.checkpoint import Dense
-from prunekit.memory import Shares
-from prunekit.supernet import Supernet
-from prunekit.teacher import Teacher
-from prunekit.team import Worker
+from prunekit.data.tokens import TokenBatch
+from prunekit.engine.worker import Worker
+from prunekit.plugins.dense import Dense
+from prunekit.run import pipeline
+from prunekit.search import supernet
+from prunekit.search.supernet import Supernet
+from prunekit.search.teacher import Teacher
+from prunekit.system.memory import Shares
 from prunekit.testing import toy_supernet, toy_tokens
 from prunekit_objectives.divergence import Divergence
 from prunekit_objectives.robust import Robust

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import prunekit
+from prunekit.calibration.shared import shards
 from prunekit.demo import MODEL
 from prunekit.errors import WrongInput
-from prunekit.pipeline import devices_of
-from prunekit.recipe import Recipe
-from prunekit.team import dealt, shards
+from prunekit.plugins.engine import dealt
+from prunekit.recipe.schema import Recipe
+from prunekit.run.pipeline import devices_of
 from prunekit.testing import toy_tokens
 
 CPU = torch.device("cpu")

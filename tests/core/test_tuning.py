@@ -11,11 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 import prunekit
-from prunekit import cli, pipeline
+from prunekit.cli import main as cli
 from prunekit.errors import CannotGoOn, WrongInput
-from prunekit.recipe import Recipe
+from prunekit.recipe.schema import Recipe
+from prunekit.run import pipeline
 
-tuning = pytest.importorskip("prunekit.tuning")
+tuning = pytest.importorskip("prunekit.run.tune")
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 SPACE = {"damping": {"low": 1e-3, "high": 0.1, "log": True}, "pruner": ["wanda", "magnitude", "obs"]}
 QUICK: dict[str, Any] = {

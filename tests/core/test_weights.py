@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM
 
 import prunekit
 from prunekit import Candidate, WrongInput
-from prunekit.build import build
+from prunekit.calibration.fill import build
 from prunekit.calibration.gradients import Gradients
-from prunekit.evaluate import zeros
-from prunekit.ledger import Ledger
-from prunekit.memory import Shares
-from prunekit.pipeline import check_finished, shapes
-from prunekit.progress import Progress
-from prunekit.registry import PRUNERS, Entry
-from prunekit.store import CandidateStore
+from prunekit.measure.speed import zeros
+from prunekit.plugins.registry import PRUNERS, Entry
+from prunekit.run.pipeline import check_finished, shapes
+from prunekit.search.ledger import Ledger
+from prunekit.search.store import CandidateStore
+from prunekit.system.memory import Shares
+from prunekit.system.progress import Progress
 from prunekit.testing import KeepLargest, toy_supernet, toy_tokens, toy_workpiece
 
 FILES = ("model.safetensors", "config.json", "recipe.yaml", "ledger.jsonl")

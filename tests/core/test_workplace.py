@@ -5,7 +5,7 @@ import json
 import pytest
 
 from prunekit.errors import WrongInput
-from prunekit.workplace import check_output, publish, workplace
+from prunekit.run.workplace import check_output, publish, workplace
 
 
 def result(folder):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prunekit.registry import OBJECTIVES
+from prunekit.plugins.registry import OBJECTIVES
 from prunekit.testing import ObjectiveSuite
 
 VARIANTS = {

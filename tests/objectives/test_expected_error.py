@@ -9,4 +9,4 @@ def test_the_loss_is_the_sum_of_the_chosen_errors():
     plan = net.space.uniform()
     by_hand = sum(row[ladder.index(k)] for row, ladder, k in zip(net.errors, net.space.ladders, plan, strict=True))
     assert ExpectedError().loss(net, plan, toy_tokens()) == by_hand
-    assert not ExpectedError.reads_tokens
+    assert not ExpectedError().reads(3).tokens

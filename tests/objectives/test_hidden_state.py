@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prunekit.calibration import flow
-from prunekit.memory import Shares
+from prunekit.system.memory import Shares
 from prunekit.testing import toy_supernet, toy_tokens
 from prunekit_objectives.divergence import Divergence
 from prunekit_objectives.hidden_state import HiddenState
@@ -46,7 +46,7 @@ def test_the_dense_allocation_is_at_distance_zero(net):
 def test_the_distance_is_that_of_the_assembled_model(net, at, blocks):
     plan, batch = net.space.uniform(), toy_tokens()
     objective = HiddenState(at=at, beside=None)
-    assert objective.depths(3) == blocks
+    assert list(objective.reads(3).depths) == blocks
     assert objective.loss(net, plan, batch) == pytest.approx(by_hand(net, plan, batch, blocks), rel=1e-6)
 
 
@@ -67,7 +67,7 @@ def test_after_a_prefetch_no_block_runs_for_an_allocation(net, monkeypatch):
     batch, objective = toy_tokens(seed=5), HiddenState()
     plans = [net.space.uniform(), *list(net.space.exchanges(net.space.uniform()))[:3]]
     alone = [objective.loss(net, plan, batch) for plan in plans]
-    assert net.prefetch(plans, objective.parts(batch), objective.depths(3)) == plans
+    assert net.prefetch(plans, objective.reads(3).parts(batch), objective.reads(3).depths) == plans
     monkeypatch.setattr(type(net), "_run", lambda *_: pytest.fail("ran again"))
     assert [objective.loss(net, plan, batch) for plan in plans] == alone
 

@@ -67,10 +67,11 @@ class Descent(pk.Allocator):
 class WorstSite(pk.Objective):
     """J(a) = max_i e_i(a_i): the relative output error of the site that suffers most."""
 
-    reads_tokens: ClassVar[bool] = False  # a table look-up; free in the ledger
-
-    def loss(self, net: pk.Supernet, allocation: pk.Allocation, batch: pk.TokenBatch) -> float:
+    def loss(self, net: pk.Answers, allocation: pk.Allocation, batch: pk.TokenBatch) -> float:
         return max(net.site_errors(allocation))
+
+    def reads(self, depth: int) -> pk.Reads:
+        return pk.Reads(tokens=False)  # a table look-up; free in the ledger
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Literal, get_origin, get_type_hints
 
 import pytest
 
-from prunekit.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, SIGNALS
+from prunekit.plugins.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, SIGNALS
 
 CASES = [
     (entry.load(), field.name)

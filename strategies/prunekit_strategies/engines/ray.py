@@ -146,7 +146,7 @@ class Actor:
     def __init__(self, opening: Opening) -> None:
         import ray
 
-        self.worker = Worker(opening.open("cuda" if ray.get_gpu_ids() else "cpu"))
+        self.worker = Worker.opened(opening, "cuda" if ray.get_gpu_ids() else "cpu")
 
     def do(self, method: str, *args: Any) -> Any:
         """Do as a `Worker` does; what is sent back is in the memory of the machine."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from prunekit import Finisher, Workpiece
-from prunekit.calibration.flow import chunks
+from prunekit.models.blocks import chunks
 from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out, holding_zeros
 
 Scope = Literal["model", "blocks", "cut"]

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunekit import Finisher, Workpiece
-from prunekit.adapters import Transformer
 from prunekit.calibration.twin import Twin
+from prunekit.models.adapters.transformer import Transformer
 
 
 @dataclass(frozen=True)

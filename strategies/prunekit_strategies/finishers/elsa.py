@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from prunekit import Finisher, Workpiece, best_weights, check_choices
-from prunekit.calibration.flow import chunks
-from prunekit.layer import Per
+from prunekit.layer.candidates import Per
+from prunekit.models.blocks import chunks
 from prunekit_strategies.finishers.training import CLIP, LanguageLoss, held_out, holding_zeros
 
 Schedule = Literal["constant", "linear", "cosine", "exponential"]

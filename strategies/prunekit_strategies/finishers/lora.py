@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from prunekit import Finisher, Workpiece
-from prunekit.calibration.flow import chunks
+from prunekit.models.blocks import chunks
 from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out
 
 

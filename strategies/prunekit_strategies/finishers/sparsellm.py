@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prunekit import Finisher, LayerProblem, LocalPruner, Site, Workpiece, WrongInput, check_choices
-from prunekit.adapters import ModelAdapter, Transformer
 from prunekit.calibration.twin import Aim, SubLayer, Twin, whole_parts
+from prunekit.models.adapters.transformer import Transformer
+from prunekit.plugins.adapter import ModelAdapter
 from prunekit_strategies.pruners.compensation import SINGLE
 from prunekit_strategies.pruners.sparsegpt import SparseGPT
 

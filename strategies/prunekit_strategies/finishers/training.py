@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
 from prunekit import TokenBatch, Workpiece, WrongInput, check_choices
-from prunekit.progress import Stage
-from prunekit.store import Checkpoints
+from prunekit.system.checkpoints import Checkpoints
+from prunekit.system.progress import Stage
 
 WARMUP = 0.05  # share of all steps in which the rate rises to its full height
 CLIP = 1.0  # norm of a gradient

@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
-from prunekit.layer import Per
+from prunekit.layer.candidates import Per
 from prunekit_strategies.pruners.compensation import SINGLE, Aim, aimed, best, check, conjugate, needed, reached
 
 Mask = Bool[Tensor, "d_out d_in"]

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunekit import LayerProblem, check_choices
-from prunekit.layer import Per
+from prunekit.layer.candidates import Per
 from prunekit_strategies.pruners.ranking import Ranking
 
 Order = Literal["first", "second", "mix"]

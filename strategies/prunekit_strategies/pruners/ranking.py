@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
-from prunekit.layer import Per, ranked
+from prunekit.layer.candidates import Per, ranked
 
 
 class Ranking(LocalPruner):

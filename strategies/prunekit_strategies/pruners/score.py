@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunekit import LayerProblem, check_choices
-from prunekit.layer import Per
+from prunekit.layer.candidates import Per
 from prunekit_strategies.pruners.ranking import Ranking
 
 Activation = Literal["rms", "std", "absolute", "relative", "contrast"]

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunekit import LayerProblem, check_choices
-from prunekit.layer import Per
+from prunekit.layer.candidates import Per
 from prunekit_strategies.pruners.ranking import Ranking
 
 Shape = Literal["identity", "sqrt", "square", "exp", "log", "sigmoid", "softmax", "one"]

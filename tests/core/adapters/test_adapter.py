@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunekit.adapters import ModelAdapter, Transformer, UnsupportedModel, adapter_for
-from prunekit.adapters.adapter import Heads, grafted
-from prunekit.layer import Candidate
-from prunekit.sites import Site
+from prunekit.layer.candidates import Candidate
+from prunekit.models.adapters.find import adapter_for
+from prunekit.models.adapters.transformer import Transformer
+from prunekit.models.modules import grafted
+from prunekit.plugins.adapter import Heads, ModelAdapter, UnsupportedModel
+from prunekit.space.sites import Site
 from prunekit.testing.models import SIZES, tiny
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from prunekit.adapters import UnsupportedModel, adapter_for
-from prunekit.calibration.flow import BlockFlow, entered
+from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.gradients import Gradients
-from prunekit.evaluate import speed
-from prunekit.progress import Progress
-from prunekit.sites import Structure
+from prunekit.measure.speed import speed
+from prunekit.models.adapters.find import adapter_for
+from prunekit.models.blocks import entered
+from prunekit.plugins.adapter import UnsupportedModel
+from prunekit.space.forms import Structure
+from prunekit.system.progress import Progress
 from prunekit.testing import tiny, toy_supernet, toy_tokens
 from prunekit_strategies.finishers.training import LanguageLoss
 

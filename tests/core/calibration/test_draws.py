@@ -10,14 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunekit.calibration import sources
-from prunekit.calibration.blends import in_shares
-from prunekit.calibration.draws import draw, draw_evaluation
-from prunekit.calibration.tokens import TokenBatch, overlap
-from prunekit.calibration.windows import LEAST
+from prunekit.data import sources
+from prunekit.data.blends import in_shares
+from prunekit.data.draws import draw, draw_evaluation
+from prunekit.data.spec import DataSpec
+from prunekit.data.tokens import TokenBatch, overlap
+from prunekit.data.windows import LEAST
 from prunekit.errors import WrongInput
-from prunekit.progress import Progress
-from prunekit.recipe import DataSpec
+from prunekit.system.progress import Progress
 
 
 class Letters:
@@ -208,7 +208,7 @@ def test_evaluation_is_the_first_tokens(text: Path) -> None:
 
 def test_python_docs_evaluates_on_its_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
     splits = {"train": "a" * 1_000, "test": "b" * 1_000}
-    monkeypatch.setattr("prunekit.calibration.python_docs.text", splits.__getitem__)
+    monkeypatch.setattr("prunekit.data.python_docs.text", splits.__getitem__)
     draws = draw(Letters(), spec("python-docs"))
     assert ids(draws.calibration) | ids(draws.search) == {ord("a")}
     assert ids(draws.evaluation) == {ord("b")}
@@ -217,13 +217,13 @@ def test_python_docs_evaluates_on_its_test_split(monkeypatch: pytest.MonkeyPatch
 
 
 def test_evaluation_on_the_same_split_is_disjoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prunekit.calibration.python_docs.text", lambda _: numbered(200))
+    monkeypatch.setattr("prunekit.data.python_docs.text", lambda _: numbered(200))
     draws = draw(Letters(), spec("python-docs", evaluation_split="train"))
     assert not ids(draws.evaluation) & (ids(draws.calibration) | ids(draws.search))
 
 
 def test_auto_without_a_hub_warns_and_takes_python_docs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prunekit.calibration.python_docs.text", lambda _: numbered(200))
+    monkeypatch.setattr("prunekit.data.python_docs.text", lambda _: numbered(200))
     heard = Heard()
     draws = draw(Letters(), spec("auto"), heard)
     assert draws.spec.dataset == "python-docs"

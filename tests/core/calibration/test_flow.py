@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from prunekit.adapters import adapter_for
 from prunekit.calibration import flow
-from prunekit.calibration.flow import BlockFlow, entered
+from prunekit.calibration.flow import BlockFlow
+from prunekit.models.adapters.find import adapter_for
+from prunekit.models.blocks import entered
 from prunekit.testing import tiny, toy_tokens
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox"]

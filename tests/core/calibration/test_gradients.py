@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional
 
 from prunekit import WrongInput
-from prunekit.adapters import adapter_for
 from prunekit.calibration import flow
 from prunekit.calibration.gradients import Gradients
 from prunekit.errors import CannotGoOn
-from prunekit.progress import Progress
+from prunekit.models.adapters.find import adapter_for
+from prunekit.system.progress import Progress
 from prunekit.testing import tiny, toy_tokens
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -6,8 +6,8 @@ from typing import get_args
 
 import pytest
 
-from prunekit.calibration import python_docs
-from prunekit.calibration.python_docs import Split, text
+from prunekit.data import python_docs
+from prunekit.data.python_docs import Split, text
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 

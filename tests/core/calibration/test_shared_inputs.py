@@ -5,12 +5,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from prunekit.adapters import adapter_for
 from prunekit.calibration import flow
 from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.moments import Moments
-from prunekit.registry import ADAPTERS
-from prunekit.sites import Structure
+from prunekit.models.adapters.find import adapter_for
+from prunekit.plugins.registry import ADAPTERS
+from prunekit.space.forms import Structure
 from prunekit.testing import tiny, toy_tokens
 
 WEIGHTS = Structure("weights")

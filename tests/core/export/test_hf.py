@@ -18,11 +18,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from prunekit import modeling
-from prunekit.adapters import ModelAdapter, Transformer, adapter_for
 from prunekit.export import save, to_transformers
-from prunekit.layer import Candidate
-from prunekit.sites import Site
+from prunekit.layer.candidates import Candidate
+from prunekit.models import classes as modeling
+from prunekit.models.adapters.find import adapter_for
+from prunekit.models.adapters.transformer import Transformer
+from prunekit.plugins.adapter import ModelAdapter
+from prunekit.space.sites import Site
 from prunekit.testing.models import SIZES, tiny
 
 modeling.register()

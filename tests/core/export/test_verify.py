@@ -11,9 +11,9 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from prunekit.adapters import adapter_for
 from prunekit.export import NotVerified, Verified, save, to_transformers, verify
-from prunekit.layer import Candidate
+from prunekit.layer.candidates import Candidate
+from prunekit.models.adapters.find import adapter_for
 from prunekit.testing.models import tiny
 
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5]])

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from prunekit.contracts import Allocator
-from prunekit.registry import ALLOCATORS
+from prunekit.plugins.allocator import Allocator
+from prunekit.plugins.registry import ALLOCATORS
 from prunekit.testing import AllocatorSuite
 
 QUICK: Mapping[str, Mapping[str, Any]] = {

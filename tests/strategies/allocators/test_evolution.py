@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from prunekit import Allocation, Objective, Problem, Query, search
-from prunekit.ledger import Ledger
-from prunekit.progress import Progress
-from prunekit.search import Outcome
+from prunekit import Allocation, Objective, Problem, Query
+from prunekit.search import conversation as search
+from prunekit.search.conversation import Outcome
+from prunekit.search.ledger import Ledger
+from prunekit.system.progress import Progress
 from prunekit.testing import best_allocation, converse, toy_supernet, toy_tokens
 from prunekit.testing.spaces import ZOO, additive, convex_table, problem, rough_table, small_llama
 from prunekit_strategies.allocators.evolution import Evolution

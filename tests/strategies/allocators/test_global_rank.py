@@ -4,7 +4,9 @@ from itertools import pairwise, product
 
 import pytest
 
-from prunekit.sites import Budget, Site, Space
+from prunekit.space.budgets import Budget
+from prunekit.space.ladders import Space
+from prunekit.space.sites import Site
 from prunekit.testing import best_allocation, converse
 from prunekit.testing.allocators import furnished
 from prunekit.testing.spaces import problem, sites_of, small_llama

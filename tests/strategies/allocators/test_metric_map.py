@@ -3,8 +3,10 @@ from dataclasses import replace
 
 import pytest
 
-from prunekit.registry import ALLOCATORS
-from prunekit.sites import Budget, Site, Space
+from prunekit.plugins.registry import ALLOCATORS
+from prunekit.space.budgets import Budget
+from prunekit.space.ladders import Space
+from prunekit.space.sites import Site
 from prunekit.testing import converse
 from prunekit.testing.spaces import convex_table, problem, small_llama
 from prunekit_strategies.allocators.metric_map import (

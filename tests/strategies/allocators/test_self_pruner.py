@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from prunekit import Budget, Journal, Space, WrongInput
-from prunekit.cli import app
-from prunekit.ledger import Ledger
-from prunekit.progress import Progress
-from prunekit.search import Recorded
+from prunekit.cli.main import app
+from prunekit.search.conversation import Recorded
+from prunekit.search.ledger import Ledger
+from prunekit.system.progress import Progress
 from prunekit.testing import best_allocation, converse
 from prunekit.testing.spaces import ZOO, additive, convex_table, problem, sites_of, small_llama
 from prunekit_strategies.allocators.self_pruner import GIVE_UP, Rates, SelfPruner, _items

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from prunekit import Allocator, Space
-from prunekit.registry import ALLOCATORS
+from prunekit.plugins.registry import ALLOCATORS
 from prunekit.testing import best_allocation, converse
 from prunekit.testing.spaces import additive, convex_table, problem, small_llama
 from prunekit_strategies.allocators.evolution import Evolution

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from prunekit.checkpoint import Dense
-from prunekit.registry import ENGINES
-from prunekit.supernet import Supernet
-from prunekit.team import Opening, SharedFlow
+from prunekit.calibration.shared import SharedFlow
+from prunekit.plugins.dense import Dense
+from prunekit.plugins.engine import Opening
+from prunekit.plugins.registry import ENGINES
+from prunekit.search.supernet import Supernet
 from prunekit.testing import EngineSuite, toy_supernet, toy_tokens
 
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ import torch
 import prunekit
 from prunekit.demo import MODEL
 from prunekit.errors import CannotGoOn, WrongInput
-from prunekit.recipe import Recipe
-from prunekit.registry import ENGINES, OBJECTIVES
-from prunekit.team import SharedSupernet
+from prunekit.plugins.registry import ENGINES, OBJECTIVES
+from prunekit.recipe.schema import Recipe
+from prunekit.search.shared import SharedSupernet
 from prunekit.testing import EngineSuite, toy_supernet, toy_tokens
 from prunekit.testing.engines import filled, questions
 from prunekit_strategies.engines.ray import Ray, Shipment

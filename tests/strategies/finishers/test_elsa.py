@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from prunekit import best_weights
-from prunekit.pipeline import check_finished, shapes
-from prunekit.store import Checkpoints
+from prunekit.run.pipeline import check_finished, shapes
+from prunekit.system.checkpoints import Checkpoints
 from prunekit.testing import toy_supernet, toy_tokens, toy_workpiece
 from prunekit_strategies.finishers.elsa import LARGEST, SMALLEST, Elsa, ElsaL, Map, Weights, rounded
 from prunekit_strategies.finishers.training import LanguageLoss, held_out

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from prunekit.registry import FINISHERS
+from prunekit.plugins.registry import FINISHERS
 from prunekit.testing import FinisherSuite
 
 SHORT: dict[str, Any] = {"epochs": 2, "batch_tokens": 12}

@@ -7,7 +7,7 @@ import torch
 
 from prunekit import Recipe, WrongInput
 from prunekit.calibration.twin import Twin
-from prunekit.layer import LayerProblem
+from prunekit.layer.problem import LayerProblem
 from prunekit.testing import toy_supernet, toy_tokens, toy_workpiece
 from prunekit_strategies.finishers.bias import Bias
 from prunekit_strategies.finishers.least_squares import LeastSquares

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from prunekit import TokenBatch, WrongInput
-from prunekit.progress import Stage
-from prunekit.store import Checkpoints
+from prunekit.system.checkpoints import Checkpoints
+from prunekit.system.progress import Stage
 from prunekit.testing import tiny, toy_tokens
 from prunekit_strategies.finishers import training
 from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from prunekit.registry import PRUNERS
+from prunekit.plugins.registry import PRUNERS
 from prunekit.testing import PrunerSuite
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {

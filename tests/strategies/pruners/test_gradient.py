@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from prunekit import LayerProblem
-from prunekit.layer import Feeder
+from prunekit.layer.problem import Feeder
 from prunekit.testing import toy_layer
 from prunekit_strategies.pruners.gradient import Gradient, HyWIA, LLMPruner
 

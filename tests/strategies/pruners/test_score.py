@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from prunekit import LayerProblem
-from prunekit.layer import Feeder
+from prunekit.layer.problem import Feeder
 from prunekit.testing import toy_layer
 from prunekit_strategies.pruners.score import (
     ACE,

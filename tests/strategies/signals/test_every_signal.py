@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from prunekit.registry import SIGNALS
+from prunekit.plugins.registry import SIGNALS
 from prunekit.testing import SignalSuite
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {

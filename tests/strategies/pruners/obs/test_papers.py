@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from prunekit.registry import PRUNERS
+from prunekit.plugins.registry import PRUNERS
 from prunekit.testing import toy_layer
 from prunekit_strategies.pruners.obs import OBS
 

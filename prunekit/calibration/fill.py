@@ -1,0 +1,285 @@
+"""The walk that fills a supernet: block by block, site by site, all rungs at once.
+
+For every site: add up what it receives, state the layer problem, let the pruner answer, measure the
+errors, store the candidates, and carry the activations on, so that the next site is pruned for what
+it will really see.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from prunekit.calibration.flow import BlockFlow
+from prunekit.calibration.gradients import Gradients
+from prunekit.calibration.moments import Moments
+from prunekit.calibration.shared import SharedFlow
+from prunekit.data.tokens import TokenBatch
+from prunekit.errors import PluginError, WrongInput
+from prunekit.layer.candidates import Candidate, is_sparse
+from prunekit.layer.problem import STATISTICS, Feeder, LayerProblem
+from prunekit.plugins.adapter import Cut, ModelAdapter
+from prunekit.plugins.engine import Team
+from prunekit.plugins.pruner import LocalPruner
+from prunekit.plugins.signal import Signal
+from prunekit.search.store import CandidateStore
+from prunekit.space.ladders import Space
+from prunekit.space.sites import Allocation, Site
+from prunekit.system.memory import Room
+from prunekit.system.progress import Progress
+
+Carry = Literal["dense", "centre", "expected"]
+
+
+def build(
+    model: nn.Module,
+    adapter: ModelAdapter,
+    space: Space,
+    centre: Allocation,
+    pruner: LocalPruner,
+    tokens: TokenBatch,
+    store: CandidateStore,
+    *,
+    signals: Sequence[Signal] = (),
+    scores: bool = False,
+    carry: Carry = "expected",
+    damping: float = 0.01,
+    dtype: torch.dtype = torch.float32,
+    gradients: Gradients | None = None,
+    contrast: TokenBatch | None = None,
+    room: Room | None = None,
+    team: Team | None = None,
+    progress: Progress,
+    label: str = "prune",
+) -> tuple[tuple[float, ...], ...]:
+    """Fill `store` with a candidate for every rung of `space`; return their relative errors by site and rung.
+
+    `carry` says which activations reach the next site: those of the dense model, of the candidate at
+    `centre`, or the expectation over the ladder. Candidates are rounded to `dtype` before they are
+    judged: what is measured is what will be saved. Sites that are already stored are not pruned again.
+    At every site the `signals` are measured, and what the pruner says its groups are worth if `scores` are asked.
+    `gradients` and `contrast`, a second data set, are there when any of them needs these; activations are kept in
+    `room`. A `team` streams the calibration tokens side by side.
+    """
+    if all(site in store for site in space.sites):
+        return tuple(tuple(store.errors(site)) for site in space.sites)
+    known = STATISTICS - ({"gradient"} if gradients is None else set()) - ({"contrast"} if contrast is None else set())
+    for plugin in (pruner, *signals):
+        if unmet := plugin.needs - known:
+            them = ", ".join(sorted(unmet))
+            raise PluginError(f"{type(plugin).__name__} needs {them}, which calibration cannot collect")
+    needs = pruner.needs.union(*(signal.needs for signal in signals))
+    room = room or Room()
+    two, other = bool({"cross", "drift"} & needs), None
+    flow: BlockFlow | SharedFlow = (
+        BlockFlow(model, adapter, tokens, dense=two, room=room)
+        if team is None
+        else SharedFlow(team, tokens, next(model.parameters()).device, dense=two)
+    )
+    if contrast is not None and "contrast" in needs:
+        other = BlockFlow(model, adapter, contrast, dense=False, room=room)
+    flows = (flow,) if other is None else (flow, other)
+    rungs_of = dict(zip(space.sites, space.ladders, strict=True))
+    centre_of = dict(zip(space.sites, centre, strict=True))
+
+    def stated(site: Site) -> LayerProblem | None:  # moments of wide maps are large: they end with this scope
+        moments, against = flow.received(site, needs), None if other is None else other.received(site)
+        if site in store:
+            return None
+        return layer_problem(model, adapter, site, moments, needs, damping, gradients, against, last=not site.shares)
+
+    def fill(site: Site) -> None:
+        if (whole := stated(site)) is None:
+            return
+        layer, ladder = whole.knowing(pruner.needs), rungs_of[site]
+        candidates = answers(pruner, layer, site, ladder, dtype)
+        store.put(
+            site,
+            candidates,
+            [_error(layer, site, c) for c in candidates],
+            [measured(signal, whole, site) for signal in signals],
+            scored(pruner, layer, site) if scores else None,
+            keeps=ladder,
+        )
+
+    with progress.stage(label, len(space.sites)) as stage:
+        for index, sites in groupby(space.sites, key=lambda site: site.block):
+            here = tuple(sites)
+            unfinished = any(site not in store for site in here)  # then all are met again: each needs what was before
+            for site in here:
+                if unfinished:
+                    fill(site)
+                counts = rungs_of[site] if carry == "expected" else (centre_of[site],)
+                weight = None if carry == "dense" else expected_weight(store, site, counts)
+                for each in flows:
+                    each.carry(site, weight)
+                stage.advance(note=site.name)
+            for each in flows:
+                each.advance(index)
+    return tuple(tuple(store.errors(site)) for site in space.sites)
+
+
+def layer_problem(
+    model: nn.Module,
+    adapter: ModelAdapter,
+    site: Site,
+    moments: Moments,
+    needs: frozenset[str],
+    damping: float,
+    gradients: Gradients | None = None,
+    contrast: Moments | None = None,
+    *,
+    last: bool = False,
+) -> LayerProblem:
+    """What plug-ins with these needs are told of a site; groups made contiguous.
+
+    What need not be arranged is not copied: of wide maps it is large. `last`: nobody reads the moments afterwards.
+
+    Raises:
+        WrongInput: what reaches the site is not finite, or it has no influence to measure.
+    """
+    if not bool(torch.isfinite(moments.outer.sum())):  # which it is only where all of it is
+        raise WrongInput(f"{site.name} receives values that are not finite; try --dtype float32 or other text")
+    block = adapter.blocks(model)[site.block]
+    order = _order(site, moments.outer.device)
+    variance = moments.variance[order] if "variance" in needs else None
+    joins = adapter.adds_up(block) and adapter.part(site) is not None  # its output is a term of the residual stream
+    drift = moments.drift if "drift" in needs and joins else None
+    absolute = moments.absolute if "absolute" in needs else None
+    relative = moments.relative if "relative" in needs else None
+    if "influence" in needs and not joins:
+        why = "a norm comes after the sum" if adapter.part(site) is not None else "it is no whole sub-layer"
+        raise WrongInput(f"{site.name}: {why}, so there is no influence; choose another signal")
+    *fed, own = adapter.cuts(block, site)
+
+    def learnt(cut: Cut, index: tuple[Any, ...]) -> tuple[Tensor | None, Tensor | None]:
+        if gradients is None or "gradient" not in needs:
+            return None, None
+        gradient, fisher = gradients.read(site.block, cut.path, order.device)
+        return gradient[index], fisher[index]
+
+    def feeder(cut: Cut) -> Feeder:
+        rows = cut.index.flatten().to(order.device)
+        weight: Tensor = block.get_parameter(f"{cut.path}.weight").detach()
+        whole = torch.equal(rows, torch.arange(len(weight), device=rows.device))
+        return Feeder(cut.path, weight if whole else weight[rows], moments.fed_power(cut.path), *learnt(cut, (rows,)))
+
+    gradient, fisher = learnt(own, (slice(None), order))
+    straight = site.spread == 1  # wide matrices are not copied for nothing
+    gram = moments.settled() if last else moments.gram
+    weight = adapter.linear(block, site).weight.detach()
+    return LayerProblem(
+        weight=weight if straight else weight[:, order],
+        gram=gram if straight else gram[order][:, order],
+        group_size=site.group_size,
+        structure=site.structure,
+        block=site.pattern,
+        damping=damping,
+        cross=None if moments.cross is None else moments.cross[:, order],
+        drift=None if drift is None else drift[:, order],
+        energy=moments.energy,
+        mean=moments.mean[order] if "mean" in needs else None,
+        variance=variance,
+        absolute=None if absolute is None else absolute[order],
+        relative=None if relative is None else relative[order],
+        contrast=None if contrast is None else (contrast.outer.diagonal() / contrast.tokens)[order],
+        gradient=gradient,
+        fisher=fisher,
+        feeders=tuple(feeder(cut) for cut in fed) if {"feeders", "power"} & needs else (),
+        influence=moments.influence,
+        name=site.name,
+    )
+
+
+def answers(
+    pruner: LocalPruner, layer: LayerProblem, site: Site, keeps: Sequence[int], dtype: torch.dtype
+) -> list[Candidate]:
+    """The pruner's candidates for `keeps`, checked, rounded to `dtype`, columns in the model's order.
+
+    Raises:
+        PluginError: a candidate is missing, keeps another count, is not finite or not zero elsewhere.
+    """
+    who = f"{type(pruner).__name__} on {site.name}"
+    proposed = list(pruner.prune(layer, list(keeps)))
+    if len(proposed) != len(keeps):
+        raise PluginError(f"{who}: {len(keeps)} counts were asked, {len(proposed)} candidates came")
+    order = _order(site, layer.weight.device)
+    checked = []
+    for keep in keeps:
+        candidate = proposed.pop(0)  # let go when it is rounded
+        kept, weight = candidate.kept, candidate.weight
+        if site.kind == "linear":
+            if kept is not None or weight.shape != layer.weight.shape or not bool(torch.isfinite(weight).all()):
+                raise PluginError(f"{who}: a finite weight {tuple(layer.weight.shape)} without groups was asked")
+            if not is_sparse(weight, keep, site.pattern):
+                asked = site.said(keep)
+                raise PluginError(f"{who}: {asked} weights per row were asked, and more are other than zero")
+            checked.append(Candidate(None, weight.to(dtype)))
+            continue
+        if kept is None or len(kept) != keep or list(kept) != sorted(set(kept)):
+            raise PluginError(f"{who}: {keep} groups in ascending order were asked, not {kept}")
+        if not bool(torch.isfinite(candidate.weight).all()):
+            raise PluginError(f"{who}: the weight that keeps {keep} groups is not finite")
+        if candidate.weight.shape != layer.weight.shape or (kept and not 0 <= kept[0] <= kept[-1] < layer.n_groups):
+            raise PluginError(f"{who}: a weight {tuple(layer.weight.shape)} and ids below {layer.n_groups} were asked")
+        stays = set(kept)
+        gone = layer.columns([g for g in range(layer.n_groups) if g not in stays])
+        if bool(candidate.weight[:, gone].any()):
+            raise PluginError(f"{who}: columns outside the {keep} kept groups are not zero")
+        weight = torch.empty_like(candidate.weight, dtype=dtype)
+        weight[:, order] = candidate.weight.to(dtype)
+        checked.append(Candidate(kept, weight))
+    return checked
+
+
+def measured(signal: Signal, layer: LayerProblem, site: Site) -> float:
+    """A signal's number.
+
+    Raises:
+        PluginError: it is not finite.
+    """
+    value = float(signal.measure(layer.knowing(signal.needs)))
+    if not math.isfinite(value):
+        raise PluginError(f"{type(signal).__name__} on {site.name}: a finite number was asked, not {value}")
+    return value
+
+
+def scored(pruner: LocalPruner, layer: LayerProblem, site: Site) -> list[float]:
+    """What the pruner says each group is worth.
+
+    Raises:
+        PluginError: scores are missing or not finite.
+    """
+    values = pruner.scores(layer)
+    if values is None or values.shape != (site.n_groups,) or not bool(torch.isfinite(values).all()):
+        who = f"{type(pruner).__name__} on {site.name}"
+        raise PluginError(f"{who}: {site.n_groups} finite scores were asked, one for each group, not {values}")
+    return values.double().tolist()
+
+
+def expected_weight(store: CandidateStore, site: Site, counts: Sequence[int]) -> Float[Tensor, "d_out d_in"]:
+    """W̄ = Σ_k k Ŵ_k / Σ_k k over kept counts: the mean activation of the ladder in one weight.
+
+    Týr-the-Pruner (arXiv 2503.09657), expectation error accumulation: rungs weigh by what they keep;
+    by linearity one forward with W̄ is the weighted mean of one forward per rung.
+    """
+    total = sum(counts)
+    mean = store.get(site, counts[0]).weight.double() * (counts[0] / total if total else 0.0)
+    for count in counts[1:]:
+        mean += store.get(site, count).weight.double() * (count / total)
+    return mean
+
+
+def _error(layer: LayerProblem, site: Site, candidate: Candidate) -> float:
+    return layer.error(candidate.weight[:, _order(site, candidate.weight.device)])
+
+
+def _order(site: Site, device: torch.device) -> Tensor:
+    """Columns of the model in the order of the layer problem, group by group."""
+    return torch.tensor(site.columns(range(site.n_groups)), dtype=torch.long, device=device)

@@ -1,0 +1,53 @@
+"""A calibration pass whose tokens are streamed by several workers, side by side."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from prunekit.calibration.moments import Moments
+from prunekit.data.tokens import TokenBatch
+from prunekit.plugins.engine import Team, dealt
+from prunekit.space.sites import Site
+
+
+class SharedFlow:
+    """A `BlockFlow` whose tokens are streamed by a team, whole windows each."""
+
+    def __init__(self, team: Team, batch: TokenBatch, device: torch.device, *, dense: bool) -> None:
+        """`device`: where moments are added up."""
+        self.team, self.device = team, device
+        self.shards = shards(batch, team.size)
+        team.knows = None
+        team.ask("stream", [(shard, dense) for shard in self.shards])
+
+    def received(self, site: Site, needs: frozenset[str] = frozenset()) -> Moments:
+        """The moments of all shards."""
+        first, *others = (moments.to(self.device) for moments in self._ask("received", site, needs))
+        for other in others:
+            first = first.merged(other)
+        return first
+
+    def carry(self, site: Site, weight: Float[Tensor, "d_out d_in"] | None) -> None:
+        """From here on every stream passes `site` through this weight."""
+        self._ask("carry", site, weight)
+
+    def advance(self, block: int) -> None:
+        """Send every stream through a block."""
+        self._ask("advance", block)
+
+    def _ask(self, method: str, *args: Any) -> list[Any]:
+        return self.team.ask(method, [args] * len(self.shards))
+
+
+def shards(batch: TokenBatch, count: int) -> list[TokenBatch]:
+    """The windows of a batch in at most `count` runs of nearly equal length, none empty."""
+    return [
+        replace(batch, ids=ids, origins=tuple(batch.origins[i] for i in rows) if batch.origins else ())
+        for rows in dealt(range(len(batch.ids)), count)
+        for ids in [batch.ids[rows[0] : rows[-1] + 1]]
+    ]

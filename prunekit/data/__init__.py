@@ -1,0 +1,1 @@
+"""Text and questions, from their source to windows of token ids."""

@@ -1,0 +1,160 @@
+"""From a data set's name to windows of token ids that calibration, search and evaluation never share.
+
+Text is one stream, tokenised in slices of 100,000 characters without special tokens and cut into windows
+of equal length. Stretches of that stream follow each other: calibration, search, evaluation; where a data
+set has a held-out split, evaluation comes from there. Several data sets are cut each for itself and interleaved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from prunekit.data.blends import Blend, blends_of, in_shares, interleaved, position, resolved
+from prunekit.data.questions import drawn
+from prunekit.data.sources import Source, named, source_of
+from prunekit.data.tokens import TokenBatch
+from prunekit.data.windows import DEFAULTS, cut, reach, read, shares, whole_windows
+from prunekit.errors import WrongInput
+from prunekit.system.progress import Progress
+
+if TYPE_CHECKING:
+    from prunekit.data.spec import DataSpec
+
+LONGEST_WINDOW = 2_048  # tokens, unless asked for
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The tokens of a run."""
+
+    calibration: TokenBatch
+    search: TokenBatch
+    evaluation: TokenBatch
+    source: str  # resolved data set, split, field
+    spec: DataSpec  # with every choice made and the digests filled in: draws the same tokens again
+    contrast: TokenBatch | None = None  # as many tokens as for calibration, of the second data set if one is named
+
+
+def draw(
+    tokenizer: Any,
+    data: DataSpec,
+    progress: Progress | None = None,
+    *,
+    seed: int = 0,
+    max_seqlen: int | None = None,
+    vocab_size: int | None = None,
+) -> Draws:
+    """Disjoint tokens for calibration, search and evaluation.
+
+    Args:
+        seed: with `data.shuffle`, which windows.
+        max_seqlen: the longest window the model was made for.
+        vocab_size: ids the model knows.
+
+    Raises:
+        WrongInput: no such data, too little of it, or not the tokens whose digests `data` holds.
+    """
+    progress = progress or Progress()
+    blends = blends_of(data, progress)
+    batches = _gathered(tokenizer, blends, data, _seqlen(data, max_seqlen), seed, progress)
+    if data.contrast_dataset is not None:
+        second = source_of(named(data.contrast_dataset, progress), None, None, data.field)
+        count, seqlen = batches["calibration"].ids.shape
+        windows = read(tokenizer, second, count, seqlen, progress)
+        shares({"contrast": count}, {}, windows, seqlen, second, progress)
+        batches["contrast"], blends["contrast"] = TokenBatch(windows, second.label), {second: Fraction(1)}
+    for batch in batches.values():
+        _check_vocabulary(batch, vocab_size)
+    digests = {part: batch.digest for part, batch in batches.items()}
+    for part, batch in batches.items():
+        if batch.origins:
+            digests |= {f"{part}/{label}": windows.digest for label, windows in batch.parts.items()}
+    for part, digest in (data.digests or {}).items():
+        if part in digests and digest != digests[part]:
+            source = ", ".join(map(str, blends[part.split("/")[0]]))
+            raise WrongInput(
+                f"the recipe was made with other {part} tokens than {source} and this tokenizer give now "
+                f"(sha256 {digests[part][:12]}…, not {digest[:12]}…); "
+                "bring back the old text, or remove data.digests from the recipe"
+            )
+    spec = data.model_copy(
+        update=resolved(data, blends)
+        | {"seqlen": batches["calibration"].seqlen, "digests": digests}
+        | {f"{part}_tokens": batches[part].n_tokens for part in DEFAULTS}
+    )
+    return Draws(**batches, source=", ".join(map(str, blends["calibration"])), spec=spec)
+
+
+def draw_evaluation(
+    tokenizer: Any,
+    data: DataSpec,
+    progress: Progress | None = None,
+    *,
+    max_seqlen: int | None = None,
+    vocab_size: int | None = None,
+) -> TokenBatch:
+    """The first tokens of the held-out split, or of the whole text where there is none.
+
+    Raises:
+        WrongInput: no such data, or too little of it.
+    """
+    progress = progress or Progress()
+    blends = {"evaluation": blends_of(data, progress)["evaluation"]}
+    batch = _gathered(tokenizer, blends, data, _seqlen(data, max_seqlen), 0, progress)["evaluation"]
+    _check_vocabulary(batch, vocab_size)
+    return batch
+
+
+def _gathered(
+    tokenizer: Any, blends: Mapping[str, Blend], data: DataSpec, seqlen: int, seed: int, progress: Progress
+) -> dict[str, TokenBatch]:
+    """The windows of every part; no two parts share a window."""
+    asked = {part: getattr(data, f"{part}_tokens") for part in blends}
+    found: dict[str, TokenBatch] = {}
+    for part in blends.keys() - {"search"}:
+        if tasks := [source for source in blends[part] if source.is_task]:
+            raise WrongInput(f"{tasks[0]} holds questions, which only judge; give it as data.search_dataset")
+    if any(source.is_task for source in blends.get("search", ())):
+        tokens = asked["search"] or DEFAULTS["search"]
+        found["search"] = drawn(tokenizer, blends["search"], tokens, seqlen, seed if data.shuffle else None)
+    texts = {part: blend for part, blend in blends.items() if part not in found}
+    orders = {
+        part: in_shares(blend, whole_windows(asked[part] or DEFAULTS[part], seqlen)) for part, blend in texts.items()
+    }
+    pools: dict[Source, Tensor] = {}
+    there: dict[Source, dict[str, int]] = {}  # windows for each part
+    for source in dict.fromkeys(source for blend in texts.values() for source in blend):
+        wanted = {part: orders[part].count(source) for part, blend in texts.items() if source in blend}
+        pools[source] = read(tokenizer, source, reach(wanted, data), seqlen, progress)
+        free = {part: texts[part][source] for part in wanted if asked[part] is None}
+        there[source] = shares(wanted, free, pools[source], seqlen, source, progress)
+    for part, order in orders.items():  # no further than the first source that has no more
+        ends = [position(order, source, there[source][part]) for source in texts[part]]
+        orders[part] = order[: min(ends)]
+    stretches: dict[str, dict[Source, Tensor]] = {part: {} for part in texts}
+    for source, pool in pools.items():
+        counts = {part: orders[part].count(source) for part in there[source]}
+        for part, windows in cut(pool, counts, source, data, seqlen, seed).items():
+            stretches[part][source] = windows
+    return found | {part: interleaved(orders[part], stretches[part]) for part in texts}
+
+
+def _seqlen(data: DataSpec, most: int | None) -> int:
+    if data.seqlen is None:
+        return min(LONGEST_WINDOW, most or LONGEST_WINDOW)
+    if most is not None and data.seqlen > most:
+        raise WrongInput(f"seqlen {data.seqlen} is longer than the model's {most} positions")
+    return data.seqlen
+
+
+def _check_vocabulary(batch: TokenBatch, vocab_size: int | None) -> None:
+    if vocab_size is not None and int(batch.ids.max()) >= vocab_size:
+        raise WrongInput(
+            f"the tokenizer gives token id {int(batch.ids.max())}, the model knows {vocab_size}; "
+            "give the tokenizer that belongs to the model"
+        )

@@ -1,0 +1,105 @@
+"""Task files: questions with choices, one JSON object a line, as windows whose answers are marked.
+
+Every choice of a question is one window: prompt, choice, padding. What stands behind a position has no say in
+a causal model's prediction there, so padding needs no mask, and only the answers are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunekit.data.blends import Blend, in_shares
+from prunekit.data.sources import Source, json_rows
+from prunekit.data.tokens import Answers, TokenBatch
+from prunekit.errors import WrongInput
+
+
+@dataclass(frozen=True)
+class _Choice:
+    ids: list[int]
+    first: int  # where the answer begins
+    right: bool
+
+
+def drawn(tokenizer: Any, blend: Blend, tokens: int, seqlen: int, seed: int | None) -> TokenBatch:
+    """As many questions of each file as its share of `tokens` allows, padded to the longest; shuffled by a seed.
+
+    Raises:
+        WrongInput: a source is no task file, or a row no question.
+    """
+    stock = {source: list(_questions(source, tokenizer, seqlen)) for source in blend}
+    if seed is not None:
+        for questions in stock.values():
+            order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed)).tolist()
+            questions[:] = [questions[i] for i in order]
+    left, asked, origins = {source: iter(questions) for source, questions in stock.items()}, list[list[_Choice]](), []
+    for source in in_shares(blend, sum(map(len, stock.values()))):
+        if (question := next(left[source], None)) is None:
+            break
+        asked.append(question)
+        origins += [source.label] * len(question)
+    return _padded(asked, origins).first(tokens)
+
+
+def _questions(source: Source, tokenizer: Any, seqlen: int) -> Iterator[list[_Choice]]:
+    if not source.is_task:
+        raise WrongInput(f"{source} is running text and cannot be mixed with questions in data.search_dataset")
+    number = 0
+    for number, row in enumerate(json_rows(Path(source.dataset).expanduser()), 1):
+        prompt, choices, right = _read(row, f"{source.dataset}, question {number}")
+        yield [_choice(tokenizer, prompt, text, seqlen, i == right) for i, text in enumerate(choices)]
+
+
+def _read(row: Any, where: str) -> tuple[str, Sequence[str], int]:
+    """(prompt, choices, index of the right one)."""
+    if not isinstance(row, Mapping) or not isinstance(prompt := row.get("prompt"), str) or not prompt.strip():
+        raise WrongInput(f"{where}: a question needs a text 'prompt', not {row!r:.60}")
+    answer, choices = row.get("answer"), row.get("choices")
+    if choices is None and isinstance(answer, str) and answer:
+        return prompt, [answer], 0
+    if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
+        raise WrongInput(f"{where}: 'choices' is a list of texts, not {choices!r:.60}")
+    if isinstance(answer, str) and answer in choices:
+        return prompt, choices, choices.index(answer)
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        raise WrongInput(
+            f"{where}: 'answer' is one of the choices or its number, 0 to {len(choices) - 1}, not {answer!r:.60}"
+        )
+    return prompt, choices, answer
+
+
+def _choice(tokenizer: Any, prompt: str, choice: str, seqlen: int, right: bool) -> _Choice:
+    """Tokens of prompt and choice together; a blank between them where neither has one.
+
+    The answer begins where the tokens are no longer those of the prompt alone. Too long a prompt loses its beginning.
+    """
+    between = "" if prompt[-1].isspace() or choice[0].isspace() else " "
+    alone, ids = (
+        tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        for text in (prompt.rstrip(), prompt + between + choice)
+    )
+    same = next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), min(len(alone), len(ids)))
+    first = max(1, min(same, len(ids) - 1))
+    if len(ids) - first >= seqlen or len(ids) < 2:
+        raise WrongInput(f"the choice {choice!r:.40} has {len(ids) - first} tokens, windows have {seqlen}")
+    cut = max(0, len(ids) - seqlen)
+    return _Choice(ids[cut:], first - cut, right)
+
+
+def _padded(questions: Sequence[Sequence[_Choice]], origins: Sequence[str]) -> TokenBatch:
+    choices = [choice for question in questions for choice in question]
+    length = max(len(choice.ids) for choice in choices)
+    ids = torch.tensor([choice.ids + [0] * (length - len(choice.ids)) for choice in choices])
+    answers = Answers(
+        torch.tensor([number for number, question in enumerate(questions) for _ in question]),
+        torch.tensor([choice.first for choice in choices]),
+        torch.tensor([len(choice.ids) for choice in choices]),
+        torch.tensor([choice.right for choice in choices]),
+    )
+    labels = list(dict.fromkeys(origins))
+    return TokenBatch(ids, "+".join(labels), tuple(origins) if len(labels) > 1 else (), answers)

@@ -1,0 +1,288 @@
+"""From a data set's name to one stream of text: python-docs, local files, the hub."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TextIO
+
+from prunekit.errors import WrongInput, first_line
+from prunekit.system.progress import Progress
+
+SLICE = 100_000  # characters a tokenizer sees at a time
+PATIENCE = 3.0  # seconds to find out whether the hub answers
+BETWEEN = "\n\n"  # documents, also the lines of wikitext, become one stream
+
+
+@dataclass(frozen=True)
+class Source:
+    """One stream of text."""
+
+    dataset: str
+    config: str | None
+    split: str | None
+    field: str
+
+    @property
+    def label(self) -> str:
+        """Short, for the keys of results."""
+        name = Path(self.dataset).stem if is_file(self.dataset) else self.dataset.replace("/", "--")
+        return "-".join(part for part in (name, self.split) if part)
+
+    @property
+    def is_task(self) -> bool:
+        """The text is a file of questions: its first row has a prompt."""
+        path = Path(self.dataset).expanduser()
+        if not is_file(self.dataset) or path.suffix.lower() not in _JSON:
+            return False
+        first = next(json_rows(path), None)
+        return isinstance(first, Mapping) and "prompt" in first
+
+    def __str__(self) -> str:
+        if is_file(self.dataset):
+            kind = Path(self.dataset).suffix.lower()
+            return f"{self.dataset}, field {self.field!r}" if kind in _ROWS else self.dataset
+        if self.dataset == "python-docs":
+            return f"python-docs, split {self.split!r}"
+        config = f", config {self.config!r}" if self.config else ""
+        return f"{self.dataset}{config}, split {self.split!r}, field {self.field!r}"
+
+    def texts(self) -> Iterator[str]:
+        """Pieces of the stream, read as they are asked for."""
+        if is_file(self.dataset):
+            path = Path(self.dataset).expanduser()
+            return _ROWS.get(path.suffix.lower(), _plain_text)(path, self.field)
+        if self.dataset == "python-docs":
+            from prunekit.data.python_docs import text
+
+            try:
+                return iter([text(self.split)])  # type: ignore[arg-type]
+            except RuntimeError as error:  # a Python without its library
+                raise WrongInput(str(error)) from error
+        return _hub_rows(self)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What we know of a data set on the hub."""
+
+    path: str
+    config: str | None = None
+    split: str = "train"
+    held_out: str | None = None
+    streamed: bool = True
+
+
+KNOWN = {
+    "wikitext2": Known("Salesforce/wikitext", "wikitext-2-raw-v1", held_out="test", streamed=False),
+    "c4": Known("allenai/c4", "en", held_out="validation"),
+    "fineweb-edu": Known("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+}
+NAMES = ("auto", "python-docs", *KNOWN)
+
+
+def is_file(dataset: str) -> bool:
+    """The name is that of a local file; raises when it can only be one and is not there.
+
+    Raises:
+        WrongInput: no such file, or a folder.
+    """
+    if dataset in NAMES:
+        return False
+    path = Path(dataset).expanduser()
+    if path.is_file():
+        return True
+    if path.is_dir():
+        raise WrongInput(f"data set {dataset!r} is a folder; give a text, .jsonl or .parquet file")
+    looks_like_file = path.suffix.lower() in {".txt", ".text", ".md", *_ROWS}
+    if looks_like_file or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
+        raise WrongInput(f"no file {dataset!r}; give a text, .jsonl or .parquet file, or one of {', '.join(NAMES)}")
+    if "/" not in dataset:
+        near = difflib.get_close_matches(dataset, NAMES, n=1)
+        guess = f"did you mean {near[0]!r}? " if near else ""
+        raise WrongInput(
+            f"no data set {dataset!r}; {guess}there are {', '.join(NAMES)}, local files, and owner/name on the hub"
+        )
+    return False
+
+
+def same_data(one: str, two: str) -> bool:
+    """Two names of one data set."""
+    if is_file(one) and is_file(two):
+        return Path(one).expanduser().samefile(Path(two).expanduser())
+    return len({KNOWN[name].path if name in KNOWN else name for name in (one, two)}) == 1
+
+
+def source_of(name: str, config: str | None, split: str | None, field: str, held_out_from: str | None = None) -> Source:
+    """A stream with its split chosen: a held-out one, or else `held_out_from`, when that is given."""
+    if is_file(name):
+        if split or config:
+            raise WrongInput(f"a file has no split or config; {name!r} was asked for {split or config!r}")
+        return Source(name, None, None, field)
+    if name == "python-docs":
+        splits = ("train", "validation", "test")
+        if split is not None and split not in splits:
+            raise WrongInput(f"no split {split!r} of python-docs; there are {', '.join(splits)}")
+        return Source(name, None, split or ("test" if held_out_from else "train"), "text")
+    known = KNOWN.get(name)
+    if known is not None:
+        natural = (known.held_out or held_out_from) if held_out_from else known.split
+        return Source(name, config or known.config, split or natural, field)
+    if split is None:
+        there = _hub_splits(name, config)
+        order = ("test", "validation", held_out_from) if held_out_from else ("train",)
+        split = next((s for s in order if s in there), there[0])
+    return Source(name, config, split, field)
+
+
+def named(dataset: str, progress: Progress) -> str:
+    if dataset != "auto":
+        return dataset
+    why = _hub_is_away()
+    if why is None:
+        return "fineweb-edu"
+    progress.say(
+        f"warning: {why}; calibrating on python-docs, the documentation of Python itself. "
+        "For a model of general text give --dataset FILE"
+    )
+    return "python-docs"
+
+
+def _hub_is_away() -> str | None:
+    """Why nothing new can be read from the hub, or None."""
+    if find_spec("datasets") is None:
+        return "reading data sets from the hub needs the extra prunekit[data]"
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "the hub is switched off (HF_HUB_OFFLINE)"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception:  # whatever the reason, there is no hub
+        return f"the hub did not answer within {PATIENCE:g} s"
+    return None
+
+
+def slices(texts: Iterable[str]) -> Iterator[str]:
+    """The same stream in pieces of exactly SLICE characters; the last may be shorter."""
+    kept, length = list[str](), 0
+    for text in texts:
+        kept.append(text)
+        length += len(text)
+        if length >= SLICE:
+            whole = "".join(kept)
+            for start in range(0, length - SLICE + 1, SLICE):
+                yield whole[start : start + SLICE]
+            kept = [whole[length - length % SLICE :]]
+            length %= SLICE
+    if length:
+        yield "".join(kept)
+
+
+# -- reading ------------------------------------------------------------------------------------------
+
+
+def _plain_text(path: Path, field: str) -> Iterator[str]:
+    with _opened(path) as file:
+        yield from iter(lambda: file.read(SLICE), "")
+
+
+def json_rows(path: Path) -> Iterator[Any]:
+    """The values of a file with one JSON value per line.
+
+    Raises:
+        WrongInput: a line is something else.
+    """
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    raise WrongInput(f"{path}, line {number}: not one JSON object per line") from None
+
+
+def _json_lines(path: Path, field: str) -> Iterator[str]:
+    return _joined(json_rows(path), field, str(path))
+
+
+def _parquet(path: Path, field: str) -> Iterator[str]:
+    try:
+        from pyarrow import ArrowInvalid
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ImportError(f"reading {path} needs pyarrow: pip install 'prunekit[data]'") from error
+    try:
+        file = ParquetFile(path)
+    except ArrowInvalid:
+        raise WrongInput(f"{path} is not a parquet file") from None
+    if field not in file.schema_arrow.names:
+        raise WrongInput(f"{path} has no field {field!r}; there are {', '.join(file.schema_arrow.names)}")
+    rows = (row for batch in file.iter_batches(columns=[field]) for row in batch.to_pylist())
+    return _joined(rows, field, str(path))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise WrongInput(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+_JSON = (".jsonl", ".ndjson", ".json")
+_ROWS: Mapping[str, Callable[[Path, str], Iterator[str]]] = dict.fromkeys(_JSON, _json_lines) | {".parquet": _parquet}
+
+
+def _hub_rows(source: Source) -> Iterator[str]:
+    from huggingface_hub import constants
+
+    datasets = _datasets(source.dataset)
+    known = KNOWN.get(source.dataset, Known(source.dataset))
+    # offline only what was downloaded whole can be read
+    streamed = known.streamed and not constants.HF_HUB_OFFLINE
+    try:
+        rows = datasets.load_dataset(known.path, source.config, split=source.split, streaming=streamed)
+    except Exception as error:
+        raise WrongInput(f"cannot read {source}: {first_line(error)}") from error
+    return _joined(rows, source.field, str(source))
+
+
+def _hub_splits(name: str, config: str | None) -> list[str]:
+    datasets = _datasets(name)
+    try:
+        return datasets.get_dataset_split_names(name, config)
+    except Exception as error:
+        raise WrongInput(f"cannot read data set {name!r} from the hub: {first_line(error)}") from error
+
+
+def _datasets(name: str) -> Any:
+    """The library, when there is something for it to read: it would try a silent hub for half a minute."""
+    try:
+        import datasets
+        from huggingface_hub import constants
+    except ImportError as error:
+        raise ImportError(f"data set {name!r} is read from the hub: pip install 'prunekit[data]'") from error
+    if not constants.HF_HUB_OFFLINE and (why := _hub_is_away()):
+        raise WrongInput(
+            f"cannot read data set {name!r}: {why}; set HF_HUB_OFFLINE=1 to use what was downloaded before, "
+            "or give a file"
+        )
+    return datasets
+
+
+def _joined(rows: Iterable[Any], field: str, where: str) -> Iterator[str]:
+    between = ""
+    for row in rows:
+        if not isinstance(row, Mapping) or not isinstance(row.get(field), str):
+            there = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+            raise WrongInput(f"{where}: no text in field {field!r}; there are {there}")
+        yield between + row[field]
+        between = BETWEEN

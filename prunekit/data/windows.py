@@ -1,0 +1,106 @@
+"""One stream of text, read and cut into windows of equal length: disjoint ones for each part of the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from prunekit.data.sources import Source, slices
+from prunekit.errors import WrongInput
+from prunekit.system.progress import Progress
+
+if TYPE_CHECKING:
+    from prunekit.data.spec import DataSpec
+
+DEFAULTS = {"calibration": 131_072, "search": 131_072, "evaluation": 65_536}  # tokens
+LEAST = 2_048  # tokens; with less than this in a part nobody asked for less, so we refuse
+POOL = 16  # shuffled windows are drawn from up to this many times the text that is needed
+
+
+def reach(windows: Mapping[str, int], data: DataSpec) -> int:
+    """How many windows of a stream are looked at to take these."""
+    if data.shuffle and windows.keys() != {"evaluation"}:
+        return sum(windows.values()) * POOL
+    return sum(windows.values()) + data.calibration_draw * windows.get("calibration", 0)
+
+
+def cut(
+    pool: Tensor, counts: Mapping[str, int], source: Source, data: DataSpec, seqlen: int, seed: int
+) -> dict[str, Int64[Tensor, "windows seqlen"]]:
+    """Disjoint windows of one stream for each part."""
+    pool = pool[: reach(counts, data)]  # where a run with these counts, which reads no further, ends too
+    c, s, e = (counts.get(part, 0) for part in DEFAULTS)
+    if data.shuffle and counts.keys() != {"evaluation"}:
+        # evaluation is the end of the pool, so that which windows it holds does not hang on the seed
+        evaluation, rest = pool[len(pool) - e :], pool[: len(pool) - e]
+        rest = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))]
+    else:
+        evaluation, rest = pool[c + s : c + s + e], torch.cat([pool[: c + s], pool[c + s + e :]])
+    # draws after the first lie behind all else, so that search and evaluation are the same for every draw
+    begin = c + s + (data.calibration_draw - 1) * c if data.calibration_draw else 0
+    if begin + c > len(rest):
+        raise WrongInput(
+            f"too little text: {source} has {pool.numel():,} tokens in whole windows of {seqlen}, not enough for "
+            f"data.calibration_draw {data.calibration_draw}; give more text, or fewer data.calibration_tokens"
+        )
+    parts = {"calibration": rest[begin : begin + c], "search": rest[c : c + s], "evaluation": evaluation}
+    return {part: parts[part] for part in counts}
+
+
+def read(
+    tokenizer: Any, source: Source, windows: int, seqlen: int, progress: Progress
+) -> Int64[Tensor, "windows seqlen"]:
+    """At most `windows` windows from the start of the stream."""
+    limit, ids = windows * seqlen, list[int]()
+    with progress.stage(f"reading {source.label}", limit) as stage:
+        for piece in slices(source.texts()):
+            new = tokenizer.encode(piece, add_special_tokens=False, verbose=False)
+            stage.advance(min(len(new), limit - len(ids)))
+            ids += new
+            if len(ids) >= limit:
+                break
+    whole = min(len(ids) // seqlen, windows)
+    return torch.tensor(ids[: whole * seqlen], dtype=torch.int64).reshape(whole, seqlen)
+
+
+def whole_windows(tokens: int, seqlen: int) -> int:
+    return max(1, tokens // seqlen)
+
+
+def shares(
+    wanted: Mapping[str, int],
+    free: Mapping[str, Fraction],
+    pool: Tensor,
+    seqlen: int,
+    source: Source,
+    progress: Progress,
+) -> dict[str, int]:
+    """Windows for each part: what was asked for in full, the `free` rest as near to what is wanted as the text allows.
+
+    `free` holds the share that the source has in those parts.
+    """
+    counts = dict(wanted)
+    if sum(counts.values()) <= len(pool):
+        return counts
+    left = len(pool) - sum(counts[part] for part in counts if part not in free)
+    least = {part: min(counts[part], math.ceil(LEAST * share / seqlen)) for part, share in free.items()}
+    share = (left - sum(least.values())) / max(1, sum(counts[part] - least[part] for part in free))
+    if not free or share < 0:
+        need = counts | least
+        parts = ", ".join(f"{part} {n * seqlen:,}" for part, n in need.items())
+        raise WrongInput(
+            f"too little text: {source} has {pool.numel():,} tokens in whole windows of {seqlen}; "
+            f"{sum(need.values()) * seqlen:,} are needed ({parts})"
+        )
+    counts |= {part: least[part] + int((counts[part] - least[part]) * share) for part in free}
+    progress.say(
+        f"note: {source} has {pool.numel():,} tokens; of these "
+        + ", ".join(f"{counts[part] * seqlen:,} for {part}" for part in counts)
+    )
+    return counts

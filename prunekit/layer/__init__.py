@@ -1,0 +1,1 @@
+"""One linear map, the statistics of its inputs, and answers to the question what to keep."""

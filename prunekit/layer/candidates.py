@@ -1,0 +1,82 @@
+"""Candidates: answers to the question which groups, or which single weights, to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Per = Literal["row", "layer"]
+"""Among which weights single ones compete to stay."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One answer: which groups stay, and the weight with exact zeros elsewhere."""
+
+    kept: tuple[int, ...] | None  # ids, ascending; None when the structure has no groups
+    weight: Float[Tensor, "d_out d_in"]
+
+
+def is_sparse(weight: Float[Tensor, "d_out d_in"], keep: int, block: int = 0) -> bool:
+    """Whether a weight has `keep` non-zeros per row or fewer: on average, or in every block of so many inputs alike."""
+    there = weight != 0
+    if block:
+        return bool((there.unflatten(1, (-1, block)).sum(-1) <= keep * block // weight.shape[1]).all())
+    return int(there.sum()) <= keep * len(weight)
+
+
+def ranked(score: Float[Tensor, " n_groups"]) -> list[int]:
+    """Group ids from the largest score to the smallest; on a tie the lower id comes first.
+
+    Raises:
+        ValueError: a score is not finite.
+    """
+    if not bool(torch.isfinite(score).all()):
+        raise ValueError(f"scores must be finite; group {int((~torch.isfinite(score)).nonzero()[0])} is not")
+    return torch.argsort(score, descending=True, stable=True).tolist()
+
+
+def best_groups(score: Float[Tensor, " n_groups"], keeps: Sequence[int]) -> list[list[int]]:
+    """For every count, the ids of the groups with the largest scores, ascending; on a tie the lower id stays.
+
+    Raises:
+        ValueError: a score is not finite.
+    """
+    order = ranked(score)
+    return [sorted(order[:keep]) for keep in keeps]
+
+
+def best_weights(
+    score: Float[Tensor, "d_out d_in"], keeps: Sequence[int], per: Per = "row", block: int = 0
+) -> list[Bool[Tensor, "d_out d_in"]]:
+    """For every count k, the mask of the k · d_out weights of largest score; on a tie the lower column stays.
+
+    Per row each row keeps k; per layer rows may keep more or less. With a `block`, whatever `per` says, each row keeps
+    k · block / d_in in every `block` consecutive columns.
+
+    Raises:
+        ValueError: a score is not finite, or blocks do not fit the columns or a count.
+    """
+    if per not in get_args(Per):
+        raise ValueError(f"no per {per!r}; there are {', '.join(get_args(Per))}")
+    if not bool(torch.isfinite(score).all()):
+        raise ValueError(f"scores must be finite; weight {(~torch.isfinite(score)).nonzero()[0].tolist()} is not")
+    d_out, d_in = score.shape
+    size = block or d_in
+    if d_in % size or any(keep * size % d_in for keep in keeps):
+        raise ValueError(f"{list(keeps)} of {d_in} weights are not whole numbers in every {size}")
+    if per == "layer" and not block:
+        place = _places(score.T.flatten()).reshape(d_in, d_out).T
+        return [place < keep * d_out for keep in keeps]
+    place = _places(score.unflatten(1, (-1, size))).flatten(1)
+    return [place < keep * size // d_in for keep in keeps]
+
+
+def _places(score: Float[Tensor, "... n"]) -> Tensor:
+    """0 for the largest along the last axis, then 1, …; on a tie the lower id comes first."""
+    return score.argsort(descending=True, stable=True).argsort()

@@ -1,0 +1,334 @@
+"""One linear map, the moments of its inputs, and answers to the question which groups to keep.
+
+    y = W x,   x̂ what the layer will see,   H = E[x̂ x̂ᵀ],   R = E[y x̂ᵀ],   E(Ŵ) = E‖y - Ŵ x̂‖²
+
+A pruner reads a `LayerProblem` and returns `Candidate`s; it never sees a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from prunekit.layer.candidates import Candidate
+
+VALUES_AT_ONCE = 2**22  # of what is judged at once: 32 MiB in float64
+CELLS_AT_ONCE = 2**24  # of the matrices that are solved side by side: 128 MiB in float64
+
+
+STATISTICS = frozenset(
+    {"gram", "cross", "drift", "mean", "variance", "absolute", "relative", "contrast", "gradient"}
+    | {"feeders", "power", "influence"}
+)
+"""What a plug-in may ask calibration for: fields of `LayerProblem`, and the power of its feeders' inputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Feeder:
+    """A linear map in front of the layer, whose rows feed its groups.
+
+    Its rows are n_groups equal blocks in the order of the groups: gate or up rows of a neuron, query, key or value
+    rows of a head. The other fields are there when the pruner `needs` power, gradient.
+    """
+
+    name: str  # path inside its decoder block
+    weight: Float[Tensor, "rows d"]
+    power: Float[Tensor, " d"] | None = None  # E[x̂_j²] of its inputs
+    gradient: Float[Tensor, "rows d"] | None = None  # E[∂L/∂W] over windows
+    fisher: Float[Tensor, "rows d"] | None = None  # E[(∂L/∂W)²] over windows
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProblem:
+    """Everything a local pruner may know of one linear map.
+
+    Groups are contiguous: group g holds the columns g·size … (g+1)·size - 1. Weights are (d_out, d_in).
+    Moments are means over tokens. Fields after `damping` are there when the pruner `needs` them. L is the dense
+    model's next-token cross-entropy, in nats per token, on one window of calibration tokens.
+    """
+
+    weight: Float[Tensor, "d_out d_in"]
+    gram: Float[Tensor, "d_in d_in"]  # H = E[x̂ x̂ᵀ]
+    group_size: int = 1
+    structure: str = "groups"  # or weights, n:m: a group is a column, a count the weights kept per row
+    block: int = 0  # m of n:m
+    damping: float = 0.01  # ridge, as a share of the mean of diag H
+    cross: Float[Tensor, "d_out d_in"] | None = None  # R = E[y x̂ᵀ], y = W x with the dense model's input x
+    drift: Float[Tensor, "d_out d_in"] | None = None  # D = E[δ x̂ᵀ], δ what earlier layers lost in the residual stream
+    energy: float | None = None  # E‖W x‖² on dense inputs; from the gram when there is no cross
+    mean: Float[Tensor, " d_in"] | None = None
+    variance: Float[Tensor, " d_in"] | None = None
+    absolute: Float[Tensor, " d_in"] | None = None  # root mean square over windows of the mean |x̂_j| over tokens
+    relative: Float[Tensor, " d_in"] | None = None  # E[x̂_j² / ‖y‖²], y what the dense map makes of x̂, bias included
+    contrast: Float[Tensor, " d_in"] | None = None  # E[x̂_j²] on the second data set
+    gradient: Float[Tensor, "d_out d_in"] | None = None  # E[∂L/∂W] over windows
+    fisher: Float[Tensor, "d_out d_in"] | None = None  # E[(∂L/∂W)²] over windows; comes with the gradient
+    feeders: tuple[Feeder, ...] = ()
+    influence: float | None = None  # 1 - E cos(x, x + f(x)), x the residual stream and f the dense sub-layer on it
+    name: str = "layer"
+
+    def __post_init__(self) -> None:
+        d_in = self.weight.shape[1]
+        if tuple(self.gram.shape) != (d_in, d_in) or d_in % self.group_size:
+            raise ValueError(
+                f"{self.name}: {d_in} input columns need a ({d_in}, {d_in}) gram and a group size that divides "
+                f"{d_in}, not {tuple(self.gram.shape)} and {self.group_size}"
+            )
+        if self.cross is not None and self.cross.shape != self.weight.shape:
+            raise ValueError(
+                f"{self.name}: its cross moment E[y x̂ᵀ] is {tuple(self.weight.shape)}, as its weight is, "
+                f"not {tuple(self.cross.shape)}"
+            )
+        for feeder in self.feeders:
+            if len(feeder.weight) % self.n_groups:
+                raise ValueError(f"{self.name}: {len(feeder.weight)} rows of {feeder.name}, {self.n_groups} groups")
+        for whose, owner in (("its", self), *((f"{feeder.name}'s", feeder) for feeder in self.feeders)):
+            for field in fields(owner):
+                value = getattr(owner, field.name)
+                if isinstance(value, Tensor) and not _finite(value):
+                    raise ValueError(
+                        f"{self.name}: {whose} {field.name} is not finite; look at the model and the calibration tokens"
+                    )
+
+    def knowing(self, needs: frozenset[str]) -> LayerProblem:
+        """The same layer with what `needs` names and no more: one plug-in's wishes are not another's hints."""
+        alone = ("drift", "mean", "variance", "absolute", "relative", "contrast", "influence")
+        hidden: dict[str, None] = {name: None for name in alone if name not in needs}
+        hidden |= {} if {"cross", "drift"} & needs else {"cross": None, "energy": None}
+        learnt = {} if "gradient" in needs else {"gradient": None, "fisher": None}
+        unfed = learnt if "power" in needs else {**learnt, "power": None}
+        fed = self.feeders if {"feeders", "power"} & needs else ()
+        return replace(self, **hidden, **learnt, feeders=tuple(replace(feeder, **unfed) for feeder in fed))
+
+    @property
+    def d_in(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def n_groups(self) -> int:
+        return self.d_in // self.group_size
+
+    @cached_property
+    def ridge(self) -> float:
+        """λ = damping · mean diag H, ten times more (at most 4 times) until H + λI has a Cholesky factor.
+
+        1 where nothing ever reaches the layer.
+
+        Raises:
+            ValueError: no such λ; the gram is no second moment.
+        """
+        scale = float(self.gram.diagonal().double().mean())
+        if scale <= 0:
+            return 1.0
+        ridge, gram = self.damping * scale, self.gram.double()
+        for _ in range(5):
+            if not bool(torch.linalg.cholesky_ex(_with_diagonal(gram, ridge)).info):
+                return ridge
+            ridge = max(10 * ridge, 1e-8 * scale)
+        raise ValueError(
+            f"{self.name}: H + λI has no Cholesky factor up to λ = {ridge / 10:.1e}, mean diag H = {scale:.1e}; "
+            "accumulate the moments in float32 or better, on more tokens, or raise `damping`"
+        )
+
+    @cached_property
+    def hessian(self) -> Float[Tensor, "d_in d_in"]:
+        """H + λI in float64: solve with it; judge with `gram`."""
+        return _with_diagonal(self.gram.double(), self.ridge)
+
+    @cached_property
+    def target(self) -> Float[Tensor, "d_out d_in"]:
+        """W* = (R + λW + D) (H + λI)⁻¹ in float64, the best weight when nothing is removed.
+
+        Any symmetric method run on W* solves the asymmetric problem. W itself when there is no cross. With
+        the drift D the layer aims at W x + δ: it brings the sum it is added to back to the dense model's.
+        """
+        weight = self.weight.double()
+        if self.cross is None:
+            return weight
+        reached = self.cross.double() + self.ridge * weight
+        if self.drift is not None:
+            reached = reached + self.drift.double()
+        return _solved(self.hessian, reached.T).T
+
+    def group_sum(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, " n_groups"]:
+        """Sum over rows, then over the columns of each group, in float64."""
+        rows = x.reshape(-1, self.d_in).sum(0, dtype=torch.float64)
+        return rows.reshape(self.n_groups, self.group_size).sum(1)
+
+    def columns(self, groups: Sequence[int]) -> Tensor:
+        """Input columns of `groups`, in the order given."""
+        ids = torch.as_tensor(list(groups), dtype=torch.long, device=self.weight.device)
+        return (ids[:, None] * self.group_size + torch.arange(self.group_size, device=ids.device)).flatten()
+
+    def masked(self, groups: Sequence[int]) -> Candidate:
+        """Keep `groups` with their weights as they are."""
+        return self._placed(groups, self.weight[:, self.columns(groups)])
+
+    def refitted(self, groups: Sequence[int]) -> Candidate:
+        """Keep `groups`, with the least-squares weights Ŵ_K = W* H_:K (H_KK)⁻¹."""
+        if len(groups) == self.n_groups:
+            return self._whole()
+        groups = sorted(groups)  # the same set, the same bits
+        kept = self.columns(groups)
+        reached = self.target @ self.hessian[:, kept]
+        return self._placed(groups, _solved(self.hessian[kept][:, kept], reached.T).T if groups else reached)
+
+    def sparse(self, mask: Bool[Tensor, "d_out d_in"]) -> Candidate:
+        """Keep the single weights under `mask` as they are."""
+        return Candidate(None, torch.where(mask, self.weight, 0))
+
+    def refitted_rows(self, mask: Bool[Tensor, "d_out d_in"]) -> Candidate:
+        """Keep the single weights under `mask`, with the least-squares weights of every row on its own support.
+
+            ŵ_K = w* H_:K (H_KK)⁻¹  =  w*_K - w*_P (V_PP)⁻¹ V_PK        K kept, P removed, V = H⁻¹
+
+        Exact: one Cholesky factor per row, on the left where less is kept than removed, on the right otherwise.
+        """
+        if 2 * int(mask.sum()) < mask.numel():
+            fitted = _solved_rows(self.hessian, self.target @ self.hessian, mask)
+        else:
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.hessian))
+            fitted = self.target - _solved_rows(inverse, self.target, ~mask) @ inverse
+        return Candidate(None, torch.where(mask, fitted, 0).to(self.weight.dtype))
+
+    def nested(self, ranking: Sequence[int]) -> Nested:
+        """The refits of the first 0, 1, … n_groups groups of a ranking, from one factorisation."""
+        return Nested(self, tuple(ranking))
+
+    def _whole(self) -> Candidate:
+        """Keep everything: the weight itself, bit for bit, unless other inputs ask for W*."""
+        groups = range(self.n_groups)
+        return self.masked(groups) if self.cross is None else self._placed(groups, self.target)
+
+    def _placed(self, groups: Sequence[int], values: Float[Tensor, "d_out kept"]) -> Candidate:
+        """The candidate whose columns of `groups`, in the order given, hold `values`."""
+        weight = torch.zeros_like(self.weight)
+        weight[:, self.columns(groups)] = values.to(weight.dtype)
+        return Candidate(tuple(sorted(int(g) for g in groups)), weight)
+
+    def error(self, weight: Float[Tensor, "d_out d_in"]) -> float:
+        """E(Ŵ) / E‖W x‖²: relative output error, 0 lossless, 1 as bad as zeros."""
+        power = self._power
+        if self.cross is None:
+            error = _energy(self.weight, self.gram, weight)
+        else:
+            error = power - 2 * float((weight.double() * self.cross).sum()) + _energy(weight, self.gram)
+        return max(error, 0.0) / power if power > 0 else 0.0
+
+    @cached_property
+    def _power(self) -> float:
+        """E‖W x‖²."""
+        if self.energy is not None:
+            return self.energy
+        if self.cross is not None:
+            raise ValueError(f"{self.name}: a problem with a cross moment needs the dense energy E‖W x‖²")
+        return _energy(self.weight, self.gram)
+
+
+@dataclass(frozen=True, eq=False)
+class Nested:
+    """All counts of one ranking, each refitted on its kept groups, for the price of one.
+
+    Order the columns as ranked and let H = L Lᵀ be the damped Hessian in that order. Since the leading k rows of
+    L depend on the leading k columns alone, one factor serves every count:
+
+        Z   = Lᵀ W*ᵀ                   (d_in, d_out)                                      (1)
+        Ŵ_k = (M_kᵀ Z_k)ᵀ              M = L⁻¹, M_k and Z_k its first k rows               (2)
+        E_k = Σ_{i ≥ k} ‖Z_i‖²         E_k = tr (W* - Ŵ_k) H (W* - Ŵ_k)ᵀ, never cancels    (3)
+
+    Ŵ_k equals `LayerProblem.refitted`; from one count to the next only new rows of M and Z are multiplied.
+    """
+
+    layer: LayerProblem
+    ranking: tuple[int, ...]  # all group ids, the last to be removed first
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        return self.layer.columns(self.ranking)
+
+    @cached_property
+    def _factor(self) -> Float[Tensor, "d_in d_in"]:
+        return torch.linalg.cholesky(self.layer.hessian[self._columns][:, self._columns])
+
+    @cached_property
+    def _energy(self) -> Float[Tensor, "d_in d_out"]:
+        return self._factor.T @ self.layer.target.T[self._columns]  # (1)
+
+    @property
+    def losses(self) -> Float[Tensor, " counts"]:
+        """E_k at every count of kept groups 0 … n_groups, on damped moments."""
+        rises = self._energy.square().sum(1).reshape(-1, self.layer.group_size).sum(1)
+        return torch.cat([rises.flip(0).cumsum(0).flip(0), rises.new_zeros(1)])  # (3)
+
+    def candidates(self, keeps: Sequence[int]) -> list[Candidate]:
+        """One candidate for every count of kept groups, in the order of `keeps`."""
+        layer, size = self.layer, self.layer.group_size
+        most = size * max((k for k in keeps if k < layer.n_groups), default=0)
+        factor = self._factor[:most, :most] if most else layer.hessian[:0, :0]
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(most).to(factor), upper=False)  # M
+        fitted = layer.hessian.new_zeros(most, layer.weight.shape[0])
+        found, done = {layer.n_groups: layer._whole()}, 0
+        for keep in sorted({*keeps} - {layer.n_groups}):
+            new, done = slice(done, keep * size), keep * size
+            fitted[:done] += inverse[new, :done].T @ self._energy[new] if done else 0.0  # (2), the new rows
+            found[keep] = layer._placed(self.ranking[:keep], fitted[:done].T)
+        return [found[keep] for keep in keeps]
+
+
+def _solved_rows(
+    matrix: Float[Tensor, "n n"], right: Float[Tensor, "rows n"], mask: Bool[Tensor, "rows n"]
+) -> Float[Tensor, "rows n"]:
+    """right_K (matrix_KK)⁻¹ for every row, on its own K = mask, and 0 elsewhere."""
+    found, counts = torch.zeros_like(right), mask.sum(1)
+    order = counts.argsort(descending=True, stable=True)  # rows of one batch have about as many weights
+    while len(order) and (most := int(counts[order[0]])):
+        batch = max(1, CELLS_AT_ONCE // most**2)
+        rows, order = order[:batch], order[batch:]
+        ids = (~mask[rows]).byte().argsort(dim=1, stable=True)[:, :most]  # K, then what pads it
+        real = mask[rows].gather(1, ids)
+        cells = torch.where(real[:, :, None] & real[:, None], matrix[ids[:, :, None], ids[:, None]], 0)
+        cells.diagonal(dim1=1, dim2=2).add_((~real).to(cells))
+        values = torch.where(real, right[rows].gather(1, ids), 0)
+        found[rows[:, None], ids] = _solved(cells, values[..., None])[..., 0]
+    return found
+
+
+def _finite(value: Tensor) -> bool:
+    """A sum is finite only when all terms are; float64 because half precision overflows, some rows at a time."""
+    rows = max(1, VALUES_AT_ONCE // max(1, value[:1].numel()))
+    return all(bool(torch.isfinite(some.sum(dtype=torch.float64))) for some in value.split(rows))
+
+
+def _energy(weight: Tensor, gram: Tensor, less: Tensor | None = None) -> float:
+    """tr V H Vᵀ in float64, V the weight, less another one; columns of V that are zero cost nothing.
+
+    Some rows and columns at a time, for wide maps are large in float64.
+    """
+    there = (weight != (0 if less is None else less)).any(0).nonzero().flatten()
+    whole = len(there) == weight.shape[1]
+    if not whole:
+        weight, less = weight[:, there], None if less is None else less[:, there]
+    at_once, total = max(1, VALUES_AT_ONCE // max(1, len(there))), gram.new_zeros((), dtype=torch.float64)
+    for start in range(0, len(there), at_once):
+        some = slice(start, start + at_once)
+        columns = (gram[:, some] if whole else gram[there[:, None], there[some]]).double()
+        for one, other in zip(weight.split(at_once), (weight if less is None else less).split(at_once), strict=True):
+            v = one.double() if less is None else one.double() - other.double()
+            total += ((v @ columns) * v[:, some]).sum()
+    return float(total)
+
+
+def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+    """matrix⁻¹ right, for a positive definite matrix."""
+    return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
+
+
+def _with_diagonal(matrix: Tensor, value: float) -> Tensor:
+    matrix = matrix.clone()
+    matrix.diagonal().add_(value)
+    return matrix

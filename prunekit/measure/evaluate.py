@@ -1,0 +1,89 @@
+"""What a model is worth: perplexity with its label, size, and speed.
+
+There is no "the perplexity": a value without data, split, window length and count compares with nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from prunekit.data.draws import draw_evaluation
+from prunekit.data.spec import DataSpec
+from prunekit.errors import WrongInput
+from prunekit.measure.perplexity import perplexity
+from prunekit.measure.speed import size, speed, zeros
+from prunekit.models.opening import DTYPES, load_tokenizer, resolved_device
+from prunekit.models.opening import loaded as loaded_from
+from prunekit.system.progress import Progress
+
+FEW_WINDOWS = 20  # below this the standard error itself is a guess
+
+
+def evaluate(
+    model: str,
+    dataset: str = "python-docs",
+    *,
+    split: str | None = None,
+    field: str = "text",
+    seqlen: int | None = None,
+    tokens: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a model in a folder or on the hub.
+
+    Raises:
+        WrongInput: no such model or data, or too little text.
+    """
+    progress = progress or Progress()
+    data = DataSpec(
+        dataset=dataset, split=split, evaluation_split=split, field=field, seqlen=seqlen, evaluation_tokens=tokens
+    )
+    loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    batch = draw_evaluation(
+        load_tokenizer(model, trust_remote_code),
+        data,
+        progress,
+        max_seqlen=getattr(loaded.config, "max_position_embeddings", None),
+        vocab_size=loaded.get_input_embeddings().weight.shape[0],
+    )
+    found = perplexity(loaded, batch, progress=progress)
+    if found.windows < FEW_WINDOWS:
+        progress.say(f"warning: only {found.windows} windows; the perplexity of so few says little, give more --tokens")
+    if not math.isfinite(found.value):
+        progress.say(
+            "warning: the loss is not finite; the model is broken, or its numbers are too large for this dtype"
+        )
+    weights, pace = size(loaded, model), speed(loaded)
+    return {
+        "model": model,
+        **found.as_dict(),
+        "tokens": batch.n_tokens,
+        "digest": batch.digest,
+        "parameters": weights.parameters,
+        "bytes": weights.bytes,
+        "zeros": zeros(loaded),
+        "prefill_tokens_per_second": pace.prefill,
+        "decode_tokens_per_second": pace.decode,
+        "device": pace.device,
+        "dtype": str(next(loaded.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def load(model: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Any:
+    """A causal language model, dense or pruned, to be measured. On a CPU `auto` computes in float32.
+
+    Raises:
+        WrongInput: it cannot be opened, or is not whole.
+    """
+    place = resolved_device(device)
+    if dtype not in ("auto", *DTYPES):
+        raise WrongInput(f"no dtype {dtype!r}; there are auto, {', '.join(DTYPES)}")
+    exact = place.type != "cuda" and dtype == "auto"
+    wanted = torch.float32 if exact else DTYPES.get(dtype, "auto")
+    return loaded_from(model, dtype=wanted, trust_remote_code=trust_remote_code).to(place)  # type: ignore[arg-type]

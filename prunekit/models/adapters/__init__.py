@@ -1,0 +1,1 @@
+"""Where the models of every family can be cut; one file per family."""

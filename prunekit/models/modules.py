@@ -1,0 +1,57 @@
+"""Module trees: copies that share parameters, and linear maps cut to some rows or columns."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def sliced(linear: nn.Linear, dim: Literal[0, 1], index: Tensor, source: Tensor | None = None) -> nn.Linear:
+    """A linear map of the chosen rows or columns; `source` is sliced in place of its weight."""
+    weight, bias = linear.weight, linear.bias
+    picked = (weight if source is None else source).detach()
+    picked = picked.index_select(dim, index.to(picked.device)).to(weight)
+    small = nn.Linear(picked.shape[1], picked.shape[0], bias=bias is not None, device="meta")
+    small.weight = nn.Parameter(picked, weight.requires_grad)
+    if bias is not None:
+        kept = bias.detach().index_select(0, index.to(bias.device)) if dim == 0 else bias.detach().clone()
+        small.bias = nn.Parameter(kept, bias.requires_grad)
+    return small.train(linear.training)
+
+
+def shallow(module: M) -> M:
+    """A copy of the module tree that shares every parameter, buffer and config."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    memo |= {id(config): config for part in module.modules() if (config := getattr(part, "config", None)) is not None}
+    return copy.deepcopy(module, memo)
+
+
+def grafted(module: M, changed: Mapping[str, nn.Module]) -> M:
+    """The module with other modules at some paths, itself as it was: whatever is not on the way to them is shared."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    inside: dict[str, dict[str, nn.Module]] = {}
+    for path, other in changed.items():
+        name, _, rest = path.partition(".")
+        if rest:
+            inside.setdefault(name, {})[rest] = other
+        else:
+            twin._modules[name] = other
+    for name, below in inside.items():
+        twin._modules[name] = grafted(module.get_submodule(name), below)
+    return twin
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside, as it was after."""
+    was = model.training
+    model.eval()
+    yield
+    model.train(was)

@@ -1,0 +1,210 @@
+"""Open a model, whole and checked: shapes before weights, so that wrong input fails before long work."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from prunekit.errors import WrongInput, first_line
+from prunekit.models import paging
+from prunekit.models.adapters.find import adapter_for
+from prunekit.plugins.adapter import ModelAdapter
+from prunekit.plugins.dense import Dense
+from prunekit.system.memory import SHARES, Shares
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def skeleton(source: str | PreTrainedModel, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, ModelAdapter]:
+    """The model without its weights, and its adapter.
+
+    Raises:
+        WrongInput: no such model, or an architecture without adapter.
+    """
+    if isinstance(source, PreTrainedModel):
+        return source, adapter_for(source.config.model_type)
+    path = located(source)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise WrongInput(f"{source!r} is not a model that can be opened: {first_line(error)}") from error
+    adapter = adapter_for(config.model_type)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), adapter
+
+
+def opened(
+    source: str | PreTrainedModel,
+    tokenizer: Any = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    shares: Shares = SHARES,
+) -> Dense:
+    """Load a model from a folder or hub id, or take one in memory (which is copied if it must change).
+
+    Where `shares` bound its blocks, those of a folder or hub id are read when they are needed (`prunekit.paging`);
+    nothing else about the model differs.
+
+    Raises:
+        WrongInput: it cannot be opened, has no adapter, or holds weights that are not finite.
+    """
+    place = resolved_device(device)
+
+    def computed(stored: torch.dtype) -> torch.dtype:
+        if dtype != "auto" and DTYPES[dtype].itemsize < stored.itemsize:
+            raise WrongInput(f"--dtype {dtype} would round the weights, which are {str(stored)[6:]}; use that or auto")
+        narrow = stored.itemsize < 4 and place.type != "cuda"  # half precision is slow on a CPU
+        return (torch.float32 if narrow else stored) if dtype == "auto" else DTYPES[dtype]
+
+    if isinstance(source, PreTrainedModel):
+        model, name = source, str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
+        tokenizer = tokenizer if tokenizer is not None else _no_tokenizer()
+        model = copy.deepcopy(model)
+    else:
+        _, _ = skeleton(source, trust_remote_code=trust_remote_code)
+        name = source
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(source, trust_remote_code)
+        model = None if shares.blocks is not None else loaded(source, trust_remote_code=trust_remote_code)
+    if model is None:
+        model, stored = paging.opened(
+            located(name), computed, place, shares.blocks or 0, trust_remote_code=trust_remote_code
+        )
+    else:
+        stored = next(model.parameters()).dtype
+        stored_as(model.to(place), computed(stored)).eval().requires_grad_(False)  # type: ignore[arg-type]
+    adapter, digest = adapter_for(model.config.model_type), _fingerprint(model, name)
+    return Dense(model, tokenizer, adapter, stored, name, digest, shares)
+
+
+def stored_as(model: M, dtype: torch.dtype) -> M:
+    """The model with its parameters in `dtype`, in place; buffers, rotary tables among them, stay exact."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer beside a model.
+
+    Raises:
+        WrongInput: there is none.
+    """
+    path = located(source)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise WrongInput(f"{source!r} has no tokenizer that can be opened: {first_line(error)}") from error
+
+
+def resolved_devices(devices: str) -> list[torch.device]:
+    """Of a run that may use several, by comma; the first holds what is not shared out.
+
+    Raises:
+        WrongInput: one of them is not here.
+    """
+    return [resolved_device(device.strip()) for device in devices.split(",")]
+
+
+def resolved_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one.
+
+    Raises:
+        WrongInput: no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise WrongInput(f"no device {device!r}; there are auto, cpu, cuda, cuda:N") from error
+    if found.type not in ("cpu", "cuda"):
+        raise WrongInput(f"no device {device!r}; there are auto, cpu, cuda, cuda:N")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count() > 0:
+        raise WrongInput(f"no device {device!r}; this machine has {torch.cuda.device_count()} CUDA devices")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise WrongInput(f"device {device!r} was asked, but this machine has no CUDA device; use --device cpu")
+    return found
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over the names, shapes and values of all parameters and buffers."""
+    return _fingerprint(model)
+
+
+def _fingerprint(model: nn.Module, name: str | None = None) -> str:
+    """The same; parameters of a model that is named must be finite. One tensor of a paged model is read at a time."""
+    digest = hashlib.sha256()
+    for key, value in paging.tensors(model):
+        if name is not None and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise WrongInput(f"{name}: {key} holds values that are not finite; the checkpoint is damaged")
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def loaded(
+    source: str, *, dtype: torch.dtype | Literal["auto"] = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model with every weight from its files: transformers would make up what is missing.
+
+    Raises:
+        WrongInput: it is not there, is not whole, or cannot be read.
+    """
+    path = located(source)
+    try:
+        with without_bars():
+            # the dtype goes to the loader: a cast afterwards would round the buffers of the rotary embedding as well
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise WrongInput(f"{source!r} is not a model that can be opened: {first_line(error)}") from error
+    model, report = found
+    if missing := sorted(report["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise WrongInput(f"the checkpoint of {source!r} lacks {missing[0]}{more}; it is not whole")
+    return model
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Progress is ours to show."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def located(source: str) -> str:
+    """The folder a model is in, or its hub id.
+
+    Raises:
+        WrongInput: it can only be a folder, and is not there.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return str(path)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise WrongInput(f"there is no model folder {source!r}; give a folder with a config.json, or a hub id")
+    return source
+
+
+def _no_tokenizer() -> Any:
+    raise WrongInput("a model in memory needs its tokenizer: prune(model, tokenizer, ...)")

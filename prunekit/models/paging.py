@@ -1,0 +1,347 @@
+"""Models larger than memory: blocks are read when a parameter of theirs is asked for, and let go for others.
+
+A paged model is an ordinary one whose blocks, and head, hold placeholders on the meta device. Whoever asks a module
+for a parameter (`linear.weight`, a forward pass) gets the real one, and with it the whole part it belongs to. Shapes
+need no reading, copies share what is read, and what somebody still holds when its part is let go stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from prunekit.errors import WrongInput
+from prunekit.models.adapters.find import adapter_for
+from prunekit.models.shards import Shards
+from prunekit.plugins.adapter import ModelAdapter
+
+Read = Callable[[str], Tensor]
+"""A parameter by its name in the model, in the dtype and on the device of the computation."""
+
+
+class Page:
+    """A part of a model: its parameters are read together and let go together."""
+
+    def __init__(self, pager: Pager, bytes_: int, read: Callable[[], Mapping[str, Tensor]]) -> None:
+        self.pager, self.bytes, self.read = pager, bytes_, read
+        pager.pages.append(self)
+
+
+class Pager:
+    """Holds the pages that were used last, up to a bound in bytes, at least one.
+
+    While one is used the next is read: the one that came after it the last time, or that comes after it in the model.
+    It is only read ahead where it fits beside the two that were used last.
+    """
+
+    def __init__(self, bound: int) -> None:
+        self.bound = bound
+        self.reads = 0  # pages that were asked for and not there
+        self.shut = False  # placeholders are given, not what they stand for
+        self.pages: list[Page] = []
+        self.device = torch.device("cpu")
+        self._held: OrderedDict[Page, dict[str, nn.Parameter]] = OrderedDict()
+        self._ahead: tuple[Page, Future[Mapping[str, Tensor]]] | None = None
+        self._after: dict[Page, Page] = {}
+        self._last: Page | None = None
+        self._thread = ThreadPoolExecutor(1, "prunekit-pager")  # starts when it is needed
+
+    def __deepcopy__(self, _: Any) -> Pager:
+        return self
+
+    @property
+    def held(self) -> int:
+        """Bytes in memory, or on their way."""
+        return sum(page.bytes for page in self._held) + (self._ahead[0].bytes if self._ahead is not None else 0)
+
+    def parameter(self, page: Page, name: str) -> nn.Parameter:
+        """The real parameter of that name in a page."""
+        if page not in self._held:
+            self._held[page] = {n: nn.Parameter(t, requires_grad=False) for n, t in self._read(page).items()}
+            self._held.move_to_end(page)
+            self._read_ahead(page)
+        self._held.move_to_end(page)
+        return self._held[page][name]
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._held.clear()
+        self._forget()
+
+    def _read(self, page: Page) -> Mapping[str, Tensor]:
+        self.reads += 1
+        if self._last is not None:
+            self._after[self._last] = page
+        self._last = page
+        if self._ahead is not None and self._ahead[0] is page:
+            (_, found), self._ahead = self._ahead, None
+            return found.result()
+        self._forget()
+        while self._held and self.held + page.bytes > self.bound:
+            self._held.popitem(last=False)
+        return page.read()
+
+    def _read_ahead(self, page: Page) -> None:
+        after = self._after.get(page) or self.pages[(self.pages.index(page) + 1) % len(self.pages)]
+        if after in self._held:
+            return
+        while len(self._held) > 2 and self.held + after.bytes > self.bound:
+            self._held.popitem(last=False)
+        if self.held + after.bytes <= self.bound:
+            self._ahead = after, self._thread.submit(_aside, after.read, self.device)
+
+    def _forget(self) -> None:
+        """What was read ahead and not asked for."""
+        if self._ahead is not None:
+            self._ahead[1].exception()  # it takes memory until it is done
+            self._ahead = None
+
+
+def _aside(read: Callable[[], Mapping[str, Tensor]], device: torch.device) -> Mapping[str, Tensor]:
+    """What is read, there when this returns; on a GPU its copies do not wait for the work that is under way."""
+    if device.type != "cuda":
+        return read()
+    stream, work = torch.cuda.Stream(device), torch.cuda.default_stream(device)
+    with torch.cuda.stream(stream):
+        found = read()
+    stream.synchronize()
+    for tensor in found.values():
+        tensor.record_stream(work)
+    return found
+
+
+class Placeholder(nn.Parameter):
+    """Stands for a parameter that is not in memory; has its shape and dtype."""
+
+    page: Page
+    name_there: str
+
+    @classmethod
+    def of(cls, parameter: Tensor, dtype: torch.dtype, page: Page, name: str) -> Placeholder:
+        """In the place of a parameter of the model, called `name` in its page."""
+        self = cls(torch.empty(parameter.shape, dtype=dtype, device="meta"), requires_grad=False)
+        self.page, self.name_there = page, name
+        return self
+
+    def __deepcopy__(self, _: Any) -> Placeholder:
+        return self  # what it stands for is only read
+
+
+class Paged(nn.Module):
+    """Mixed in before the class of a module that owns placeholders."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return real(found) if isinstance(found, Placeholder) and not found.page.pager.shut else found
+
+
+@cache
+def _paged(cls: type[nn.Module]) -> type[nn.Module]:
+    # transformers goes by the names of classes
+    return type(cls.__name__, (Paged, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def pager_of(model: nn.Module) -> Pager | None:
+    """The pager of a paged model, None of others."""
+    return vars(model).get("pager")
+
+
+def rest(model: nn.Module) -> None:
+    """Let a paged model go of what it holds: pages know their pager, so that nobody does when the model is gone."""
+    if (pager := pager_of(model)) is not None:
+        pager.clear()
+
+
+@contextmanager
+def shapes_of(model: nn.Module) -> Iterator[None]:
+    """Within: parameters of a paged model are placeholders, so that asking for shapes reads nothing."""
+    if (pager := pager_of(model)) is None:
+        yield
+        return
+    was, pager.shut = pager.shut, True
+    try:
+        yield
+    finally:
+        pager.shut = was
+
+
+def attach(model: PreTrainedModel, adapter: ModelAdapter, read: Read, dtype: torch.dtype, bound: int) -> None:
+    """Let a model on the meta device read its blocks, and its head, through `read`; what is left is read now.
+
+    `read` is asked for the parameters of one part, then for those of the next.
+    """
+    model.pager = pager = Pager(bound)  # type: ignore[assignment]
+    parts: list[tuple[str, nn.Module]] = [
+        (f"{adapter.layers}.{index}", block) for index, block in enumerate(adapter.blocks(model))
+    ]
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, nn.Module) and head.weight is not embedding.weight:
+        parts += [(name, module) for name, module in model.named_modules() if module is head]
+    for prefix, part in parts:
+        names = [f"{prefix}.{name}" for name, _ in part.named_parameters()]
+        size = sum(p.numel() for p in part.parameters()) * dtype.itemsize
+        page = Page(pager, size, partial(_read, read, names))
+        for path, module in part.named_modules():
+            own = list(module.named_parameters(recurse=False))
+            for name, parameter in own:
+                full = ".".join(filter(None, (prefix, path, name)))
+                setattr(module, name, Placeholder.of(parameter, dtype, page, full))
+            if own:
+                module.__class__ = _paged(type(module))
+    with shapes_of(model):
+        found: dict[int, nn.Parameter] = {}  # by the one it stands in for: tied ones stay tied
+        for path, module in model.named_modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if isinstance(parameter, Placeholder):
+                    continue
+                if id(parameter) not in found:
+                    value = read(f"{path}.{name}" if path else name)
+                    found[id(parameter)] = nn.Parameter(value, requires_grad=False)
+                setattr(module, name, found[id(parameter)])
+    pager.device = next(iter(found.values())).device
+
+
+def _read(read: Read, names: list[str]) -> dict[str, Tensor]:
+    return {name: read(name) for name in names}
+
+
+def whole(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model with tensors of its own, all in memory."""
+    with shapes_of(model):
+        own = copy.deepcopy(model)
+    if pager_of(model) is None:
+        return own
+    for module in own.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, Placeholder):
+                setattr(module, name, nn.Parameter(getattr(module, name).detach().clone(), requires_grad=False))
+        if isinstance(module, Paged):
+            module.__class__ = type(module).__bases__[1]
+    del own.pager
+    return own
+
+
+class Checkpoint:
+    """A checkpoint on disk and the model it is of: parameters by the model's names."""
+
+    def __init__(self, source: str, config: Any, model: PreTrainedModel) -> None:
+        """Raises WrongInput where it is not whole, or of other shapes than the model."""
+        self.shards = Shards.of(source)
+        there, state = self.shards.tensors, model.state_dict()
+        dtype = getattr(config, "dtype", None)
+        self.dtype = dtype if isinstance(dtype, torch.dtype) else self._dtype_there()
+        self.origin = _origins(list(there), model, state)
+        missing = sorted(state.keys() - self.origin.keys() - set(getattr(model, "all_tied_weights_keys", {})))
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise WrongInput(f"the checkpoint of {source!r} lacks {missing[0]}{more}; it is not whole")
+        for name, origin in self.origin.items():
+            if there[origin].shape != tuple(state[name].shape):
+                raise WrongInput(
+                    f"{source!r}: {name} is {there[origin].shape}, and its config asks for {tuple(state[name].shape)}"
+                )
+
+    def _dtype_there(self) -> torch.dtype:
+        """That of the first parameter, which is what transformers takes where a config says none."""
+        return next((t.dtype for t in self.shards.tensors.values() if t.dtype.is_floating_point), torch.float32)
+
+    def read(self, name: str, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A parameter in another dtype, rounded to the checkpoint's before, as a model opened whole is."""
+        return self.shards.read(self.origin[name]).to(self.dtype).to(device, dtype)
+
+
+def _origins(stored: list[str], model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The model's names -> names in the files: transformers has renamed some, or the files are without its head."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    found = {}
+    for name in stored:
+        ours, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, dict(state))
+        if ours in state and converted is None:
+            found[ours] = name
+    return found
+
+
+def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The state of a model in the order of names, one tensor at a time where it is paged."""
+    with shapes_of(model):
+        state = model.state_dict(keep_vars=True)
+    for name, value in sorted(state.items()):
+        yield name, real(value).detach()
+
+
+def real(parameter: Tensor) -> Tensor:
+    """What a placeholder stands for; anything else is itself."""
+    if isinstance(parameter, Placeholder):
+        return parameter.page.pager.parameter(parameter.page, parameter.name_there)
+    return parameter
+
+
+def skeleton_of(path: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
+    """A model on the meta device as `from_pretrained` would make it, and its config."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    with suppress(OSError):  # it has none: that of the class stays
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    model.config.name_or_path = path
+    return model, config
+
+
+def opened(
+    path: str,
+    computed: Callable[[torch.dtype], torch.dtype],
+    device: torch.device,
+    bound: int,
+    *,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """(a paged model, the dtype of its checkpoint), of which `computed` makes that of the computation.
+
+    Raises:
+        WrongInput: it is not whole, or cannot be read block by block.
+    """
+    model, config = skeleton_of(path, trust_remote_code=trust_remote_code)
+    checkpoint = Checkpoint(path, config, model)
+    dtype = computed(checkpoint.dtype)
+    attach(model, adapter_for(config.model_type), partial(checkpoint.read, dtype=dtype, device=device), dtype, bound)
+    fill_buffers(model, checkpoint, device)
+    return model.eval().requires_grad_(False), checkpoint.dtype
+
+
+def fill_buffers(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Buffers on the meta device: from the checkpoint, or made as the model makes them.
+
+    Raises:
+        WrongInput: a table is neither.
+    """
+    for path, module in model.named_modules():
+        made = []
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            full = f"{path}.{name}" if path else name
+            if not buffer.is_meta:
+                continue
+            if (origin := checkpoint.origin.get(full)) is not None:
+                setattr(module, name, nn.Buffer(checkpoint.shards.read(origin, device)))
+                continue
+            made.append(full)
+            if buffer.is_floating_point():
+                unmade = torch.full(buffer.shape, torch.nan, dtype=buffer.dtype, device=device)
+                setattr(module, name, nn.Buffer(unmade, persistent=False))
+        if made:
+            model._init_weights(module)
+        for full in made:
+            if (buffer := model.get_buffer(full)).is_meta or not bool(torch.isfinite(buffer).all()):
+                raise WrongInput(f"{full} is in no file and cannot be made by itself; open the model whole")

@@ -1,0 +1,1 @@
+"""What a plug-in promises, by kind, and how plug-ins are found."""

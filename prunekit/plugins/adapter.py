@@ -1,0 +1,177 @@
+"""Adapters: where a model can be cut, what goes with each cut, and how it is made."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.errors import WrongInput
+from prunekit.layer.candidates import Candidate
+from prunekit.space.forms import Structure
+from prunekit.space.sites import Site
+
+Heads = Literal["kv", "query"]
+
+
+class UnsupportedModel(WrongInput):
+    """A model no adapter knows, or one whose shape its adapter cannot cut."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Rows (dim 0, biases with them) or columns (dim 1) of one linear map, by group."""
+
+    path: str  # of the linear map inside its block
+    dim: Literal[0, 1]
+    index: Tensor  # (n_groups, width): which rows or columns go with each group
+
+
+@dataclass(frozen=True)
+class ModelAdapter(ABC):
+    """What the road asks of a model: its blocks, and their linear maps in order of execution.
+
+    `block` below is one of `model`. Single weights can be removed in every family; groups, and with them whole
+    sub-layers, where the family says how.
+    """
+
+    layers: ClassVar[str]  # path of the list of blocks
+
+    def blocks(self, model: nn.Module) -> nn.ModuleList:
+        """The decoder blocks, in order of execution."""
+        found = model.get_submodule(self.layers)
+        assert isinstance(found, nn.ModuleList)
+        return found
+
+    def sites(self, model: nn.Module, heads: Heads = "kv") -> tuple[Site, ...]:
+        """All sites where groups are removed, in order of execution. Heads go by whole KV groups, or evenly from every
+        KV group; where every KV head has one query head, the two are the same.
+
+        Raises:
+            UnsupportedModel: the family has no groups, or a linear map is not a plain one, say because the model is
+                quantized.
+        """
+        name = getattr(model.config, "model_type", type(model).__name__)
+        raise UnsupportedModel(
+            f"models of type {name!r} have no groups that can be cut out; "
+            "remove single weights with structure weights or a pattern N:M, such as 2:4"
+        )
+
+    def linear_sites(self, model: nn.Module, structure: Structure) -> tuple[Site, ...]:
+        """Every linear map of every block as a site where single weights are removed, in order of execution.
+
+        Raises:
+            UnsupportedModel: a linear map is not a plain one, or its rows are no whole number of pattern blocks.
+        """
+        return tuple(
+            self._linear_site(block, index, path, shared, structure)
+            for index, block in enumerate(self.blocks(model))
+            for shared in self.stages(block)
+            for path in shared
+        )
+
+    @abstractmethod
+    def stages(self, block: nn.Module) -> list[tuple[str, ...]]:
+        """Paths of all linear maps of a block in order of execution; those that receive the same input together."""
+
+    @abstractmethod
+    def part(self, site: Site) -> str | None:
+        """The sub-layer of the block whose output is that of the site's linear map; None: it feeds another map."""
+
+    @abstractmethod
+    def holder(self, site: Site) -> str | None:
+        """Path in a block of the module whose output is that of the site's linear map; None: there is none."""
+
+    @abstractmethod
+    def adds_up(self, block: nn.Module) -> bool:
+        """Whether a block is its input plus its sub-layers' outputs; not where a norm comes after the sum."""
+
+    @abstractmethod
+    def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """What the model makes of the last block's output: (..., d) -> (..., vocabulary)."""
+
+    def exposed(self, block: nn.Module) -> AbstractContextManager[None]:
+        """Within, a run of `block` calls every linear map, so that hooks see what each receives."""
+        return nullcontext()
+
+    def path(self, site: Site) -> str:
+        """Path in a block of the linear map that `site` cuts."""
+        return site.name.removeprefix(f"{self.layers}.{site.block}.")
+
+    def linear(self, block: nn.Module, site: Site) -> nn.Linear:
+        """The linear map whose input columns `site` cuts."""
+        return linear_at(block, self.path(site))
+
+    def maps(self, block: nn.Module, site: Site) -> list[nn.Linear]:
+        """The linear maps a group goes through, the one whose columns it cuts last; of single weights, their own."""
+        return [self.linear(block, site)]
+
+    def cuts(self, block: nn.Module, site: Site) -> Sequence[Cut]:
+        """Everything a group of `site` takes along; the last one cuts the columns of the site's own linear map."""
+        return (Cut(self.path(site), 1, torch.arange(site.d_in)[:, None]),)
+
+    def pruned(self, block: nn.Module, site: Site, candidate: Candidate) -> dict[str, nn.Module]:
+        """The modules of `block` that change, by path, cut to the candidate; `block` itself stays as it is.
+
+        What is not cut is shared with `block`: norms, activations, rotary tables. Where single weights were removed,
+        the linear map keeps its shape and has zeros.
+        """
+        return {self.path(site): reweighted(self.linear(block, site), candidate.weight)}
+
+    def remove(self, model: nn.Module, site: Site, candidate: Candidate) -> None:
+        """Cut a candidate out of the model, in place."""
+        block = self.blocks(model)[site.block]
+        for path, module in self.pruned(block, site, candidate).items():
+            block.set_submodule(path, module)
+
+    def with_bias(self, model: nn.Module, site: Site) -> Site:
+        """The site when its linear map has a bias, which goes with the sub-layer; the same where it has one."""
+        linear = self.linear(self.blocks(model)[site.block], site)
+        return site if linear.bias is not None else replace(site, params_fixed=site.params_fixed + linear.out_features)
+
+    def _linear_site(
+        self, block: nn.Module, index: int, path: str, shared: tuple[str, ...], structure: Structure
+    ) -> Site:
+        prefix = f"{self.layers}.{index}"
+        name = f"{prefix}.{path}"
+        check_plain(block, path, name)
+        linear = linear_at(block, path)
+        d_in, d_out = linear.in_features, linear.out_features
+        if structure.block and d_in % structure.block:
+            raise UnsupportedModel(
+                f"{name} has rows of {d_in} weights, which are no whole blocks of {structure.block}; "
+                "choose a pattern N:M whose M divides them, or structure weights"
+            )
+        step = structure.step(d_in)
+        least = step if structure.block else 0  # a pattern keeps something of every block
+        return Site(
+            name, index, "linear", d_in, 1, d_out,
+            least=least, step=step, pattern=structure.block, shares=f"{prefix}.{shared[0]}" if len(shared) > 1 else "",
+        )  # fmt: skip
+
+
+def reweighted(linear: nn.Linear, weight: Tensor) -> nn.Linear:
+    """A linear map of the same shape with another weight; it shares the bias."""
+    other = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    other.weight = nn.Parameter(weight.detach().to(linear.weight), linear.weight.requires_grad)
+    other.bias = linear.bias
+    return other.train(linear.training)
+
+
+def linear_at(block: nn.Module, path: str) -> nn.Linear:
+    found = block.get_submodule(path)
+    assert isinstance(found, nn.Linear)
+    return found
+
+
+def check_plain(block: nn.Module, path: str, name: str) -> None:
+    found = block.get_submodule(path)
+    if not isinstance(found, nn.Linear) or not found.weight.is_floating_point():
+        raise UnsupportedModel(
+            f"{name} needs plain linear maps, but {path} is {type(found).__name__}; prune before quantizing or wrapping"
+        )

@@ -1,0 +1,62 @@
+"""Recovery steps: what improves the assembled small model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from prunekit.space.sites import Allocation, Site
+from prunekit.system.memory import Room
+from prunekit.system.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from prunekit.data.tokens import TokenBatch
+    from prunekit.plugins.adapter import ModelAdapter
+    from prunekit.system.checkpoints import Checkpoints
+
+
+@dataclass(frozen=True, eq=False)
+class Workpiece:
+    """What a finisher works on: the small model, and all it may learn from."""
+
+    model: PreTrainedModel  # the small one, in float32 or float64; its tensors are its own, to be changed in place
+    dense: PreTrainedModel  # as it was before pruning, in the dtype of the computation; only to be read
+    adapter: ModelAdapter  # of both
+    sites: tuple[Site, ...]  # of the dense model, in order of execution
+    plan: Allocation  # kept groups, or weights per row, by site
+    kept: tuple[tuple[int, ...], ...]  # ids of the groups that were kept, ascending, by site; (): dropped, or no groups
+    tokens: TokenBatch  # of calibration
+    seed: int
+    progress: Progress
+    checkpoints: Checkpoints  # what must not be made twice when a run is interrupted
+    room: Room = field(default_factory=Room)  # for activations that memory may not hold
+
+
+class Finisher(ABC):
+    """Polishes the assembled small model; every site keeps its groups, or its count of weights.
+
+    The core checks afterwards that every shape is as before, every weight finite and no count exceeded, and rounds
+    the model to the dtype of the checkpoint when the last finisher is done.
+    """
+
+    structures: ClassVar[frozenset[str]] = frozenset({"groups"})  # or weights, n:m: zeros stay where there are as many
+
+    @property
+    def adds_biases(self) -> bool:
+        """Whether linear maps of sites may get a bias they did not have; then the budget makes room for all of them."""
+        return False
+
+    def check(self, adapter: ModelAdapter) -> None:
+        """Refuse, before any long work, a family of models it cannot work on.
+
+        Raises:
+            WrongInput: says what the finisher needs.
+        """
+        return  # most work on all
+
+    @abstractmethod
+    def finish(self, piece: Workpiece) -> dict[str, Any]:
+        """Change the weights of `piece.model` in place; returns what it has to report, as JSON, in few words."""

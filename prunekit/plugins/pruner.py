@@ -1,0 +1,46 @@
+"""Local pruners: what to keep of one layer, at every count."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from prunekit.layer.candidates import Candidate
+from prunekit.layer.problem import LayerProblem
+
+
+class LocalPruner(ABC):
+    """Answers, for one layer, what to keep at every count."""
+
+    structures: ClassVar[frozenset[str]] = frozenset({"groups"})  # and/or weights, n:m
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What calibration must fill of a `LayerProblem`; the names are in `prunekit.layer.STATISTICS`.
+
+        gram, cross, drift, mean, variance, absolute, relative, feeders: the fields of these names. power: of every
+        feeder. contrast: a second data set is read. gradient: gradients and fishers of the layer, and of feeders if
+        asked.
+        """
+        return frozenset({"gram"})
+
+    @abstractmethod
+    def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
+        """One candidate for every count in `keeps`, in that order.
+
+        `keeps` holds distinct counts of kept groups in any order, 0 and all included. The layer is not changed.
+
+        Where `layer.structure` is weights, a count k allows k non-zeros in every row, or k · d_out anywhere; where it
+        is n:m, k · block / d_in in every `block` of a row. Such candidates have no `kept`.
+        """
+
+    def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"] | None:
+        """What each group is worth, larger is better, for allocators that rank the groups of all sites together.
+
+        None, as here: this pruner weighs no group by itself.
+        """
+        return None

@@ -1,0 +1,1 @@
+"""Every choice that makes a pruned model."""

@@ -1,0 +1,202 @@
+"""What a run has to say for itself: a report for machines, a card for people, records for the ledger."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from torch import nn
+
+from prunekit.data.draws import Draws
+from prunekit.data.tokens import TokenBatch
+from prunekit.measure.perplexity import Perplexity
+from prunekit.plugins.allocator import Problem
+from prunekit.plugins.dense import Dense
+from prunekit.plugins.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, SIGNALS, signals_of
+from prunekit.recipe.schema import Recipe
+from prunekit.search.supernet import Supernet
+from prunekit.space.ladders import Space
+from prunekit.space.prices import Workload
+from prunekit.space.sites import Allocation
+
+SCHEMA = 1
+
+
+def space_record(walk: int, problem: Problem) -> dict[str, Any]:
+    """All that is needed to read the questions of a walk without the model."""
+    space = problem.space
+    measured: dict[str, Any] = {"signals": [list(row) for row in problem.signals]} if problem.signals else {}
+    if problem.scores is not None:  # as many as there are groups: the candidates' files have them
+        measured["scores"] = hashlib.sha256(repr(problem.scores).encode()).hexdigest()
+    return {
+        "kind": "space",
+        "walk": walk,
+        "sites": [site.name for site in space.sites],
+        "ladders": [list(ladder) for ladder in space.ladders],
+        "prices": [list(row) for row in space.prices],
+        "limit": space.budget.limit,
+        "metric": space.budget.metric,
+        "errors": [list(row) for row in problem.errors],
+        **measured,
+        "start": list(problem.start),
+    }
+
+
+def report(
+    recipe: Recipe,
+    dense: Dense,
+    draws: Draws,
+    whole: Space,
+    net: Supernet,
+    plan: Allocation,
+    small: nn.Module,
+    *,
+    losses: Mapping[str, Any],
+    search: Mapping[str, int],
+    seconds: Mapping[str, float],
+    seconds_shared: Mapping[str, float],
+    finishers: Sequence[Mapping[str, Any]] = (),
+    pace: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of report.json. Parameters are counted in the tensors, never taken from the request."""
+    errors = net.site_errors(plan)
+    before, after = count(dense.model), count(small)
+    blocks = count(dense.adapter.blocks(dense.model))
+    return {
+        "schema": SCHEMA,
+        "model": dense.name,
+        "dense": {"parameters": before, "block_parameters": blocks},
+        "pruned": {
+            "parameters": after,
+            "block_parameters": blocks - (before - after),  # nothing outside the blocks is removed
+            "sparsity_of_blocks": (before - after) / blocks,
+            "sparsity_of_model": (before - after) / before,
+        },
+        "budget": {
+            "metric": whole.budget.metric,
+            "of": recipe.of,
+            "sparsity_asked": recipe.sparsity,
+            "limit": whole.budget.limit,
+            "spent": whole.cost(plan),
+        },
+        **({} if recipe.structure == "groups" else {"weights": weights(small, net, plan, recipe.structure)}),
+        **({} if pace is None else {"latency": dict(pace)}),
+        "losses": dict(losses),
+        "sites": [
+            {
+                "name": site.name,
+                "block": site.block,
+                "kind": site.kind,
+                "groups": site.n_groups,
+                "kept": kept,
+                **({} if site.kind != "linear" else {"keeps": site.said(kept)}),
+                "parameters": site.parameters(kept),
+                "error": error,
+            }
+            for site, kept, error in zip(whole.sites, plan, errors, strict=True)
+        ],
+        "data": {
+            "source": draws.source,
+            "calibration": _tokens(draws.calibration),
+            "search": _tokens(draws.search),
+            "evaluation": _tokens(draws.evaluation),
+            **({"contrast": _tokens(draws.contrast)} if draws.contrast is not None else {}),
+        },
+        "search": dict(search),
+        "finishers": [dict(said) for said in finishers],
+        "seconds": _rounded(seconds),
+        **({"seconds_shared": _rounded(seconds_shared)} if recipe.family else {}),  # of these, for all of it
+        "seed": recipe.seed,
+        "versions": versions(recipe),
+    }
+
+
+def weights(small: nn.Module, net: Supernet, plan: Allocation, structure: str) -> dict[str, Any]:
+    """What is zero in the linear maps of the blocks, counted in the tensors, and what the rest would take to store."""
+    blocks, sites = net.adapter.blocks(small), net.space.sites
+    total = kept = size = packed = 0
+    for site in sites:  # one at a time: the model may be paged
+        weight = net.adapter.linear(blocks[site.block], site).weight
+        nonzero = int(weight.count_nonzero())
+        total, kept, size = total + weight.numel(), kept + nonzero, size + weight.nbytes
+        packed += -(-weight.numel() // 8) + nonzero * weight.itemsize
+    patterns = [site.said(count) for site, count in zip(sites, plan, strict=True) if site.pattern]
+    return {
+        "structure": structure,
+        "in_linear_maps": total,
+        "not_zero": kept,
+        "sparsity": 1 - kept / total,
+        "bytes": size,
+        "bytes_as_mask_and_values": packed,
+        **({"patterns": {pattern: patterns.count(pattern) for pattern in sorted(set(patterns))}} if patterns else {}),
+    }
+
+
+def gained(found: Mapping[str, Any]) -> str:
+    """What zeros are good for, and what not; `found` is of `weights`."""
+    size, small = found["bytes"], found["bytes_as_mask_and_values"]
+    said = (
+        "Nothing is smaller or faster by itself: zeros are stored and multiplied like other numbers. "
+        f"As a bit mask and values, the {size / 1e6:,.1f} MB of these linear maps would take {small / 1e6:,.1f} MB"
+    )
+    if (patterns := found.get("patterns")) is None:
+        return f"{said}; time is saved only by kernels for sparse weights."
+    fit = sum(many for pattern, many in patterns.items() if pattern in ("1:4", "2:4"))
+    return (
+        f"{said}. Sparse tensor cores take 2:4 once weights are converted: {fit} of {sum(patterns.values())} maps fit ("
+        f"{', '.join(f'{many} keep {pattern}' for pattern, many in patterns.items())})."
+    )
+
+
+def kept_promise(found: Mapping[str, Any]) -> str:
+    """Promised and realised time in words; `found` is of `prunekit.latency.realised`."""
+    said = (
+        f"{Workload(**found['workload'])}: {found['promised']:.3f} of the dense model's time was promised "
+        f"({found['target']:g} asked), {found['realised']:.3f} was measured, {found['miss']:+.1%}; times of one model "
+        f"vary by {found['noise']['result']:.1%}"
+    )
+    if found["kept"]:
+        return said
+    return f"{said}. The promise is not kept: measure anew when the machine does nothing else, or ask for less"
+
+
+def by_source(batch: TokenBatch, dense: Perplexity, pruned: Perplexity) -> dict[str, dict[str, float]]:
+    """Mean loss of each data set's windows, in nats per token; nothing where there is one."""
+    found: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(batch.origins):
+        here = [i for i, origin in enumerate(batch.origins) if origin == name]
+        both = {"dense": dense, "pruned": pruned}
+        found[name] = {which: math.fsum(it.losses[i] for i in here) / len(here) for which, it in both.items()}
+    return found
+
+
+def versions(recipe: Recipe) -> dict[str, str]:
+    """Of everything that has a say in the result: libraries, Python, and the distributions of plug-ins."""
+    registries = {"pruner": PRUNERS, "allocator": ALLOCATORS, "objective": OBJECTIVES, "finisher": FINISHERS}
+    owners = {registries[kind][spec["name"]].owner for kind, spec in parts_of(recipe)}
+    named = map(SIGNALS.name_of, signals_of(ALLOCATORS.build(recipe.allocator)))
+    owners |= {SIGNALS[name].owner for name in named if name is not None}
+    names = sorted({"prunekit", "torch", "transformers", *owners} - {"unknown"})
+    return {name: metadata.version(name) for name in names} | {"python": platform.python_version()}
+
+
+def count(module: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {stage: round(spent, 3) for stage, spent in seconds.items()}
+
+
+def _tokens(batch: TokenBatch) -> dict[str, Any]:
+    return {"source": batch.source, "tokens": batch.n_tokens, "seqlen": batch.seqlen, "sha256": batch.digest}
+
+
+def parts_of(recipe: Recipe) -> list[tuple[str, Mapping[str, Any]]]:
+    fixed = [("pruner", recipe.pruner), ("allocator", recipe.allocator), ("objective", recipe.objective)]
+    return [*fixed, *(("finisher", spec) for spec in recipe.finishers)]

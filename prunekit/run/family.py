@@ -1,0 +1,187 @@
+"""Once for all: models of several sizes, for which the model is opened, text drawn and every ladder walked once."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from prunekit.recipe.schema import Recipe
+from prunekit.run.pipeline import Result, begun, searched, write_result
+from prunekit.run.workplace import check_output, publish
+from prunekit.system.files import write_json
+from prunekit.system.progress import Progress
+
+SCHEMA = 1
+FILE = "pareto.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """Results of several sparsities, and which of them no other beats."""
+
+    document: Mapping[str, Any]  # pareto.json
+    directory: Path | None = None
+    held: Mapping[str, Result] = field(default_factory=dict)  # by folder, of a family that has no directory
+    blocks: int | None = None  # bytes of blocks to hold at once of each member; None: all of them fit memory
+
+    @property
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """What pareto.json says of every member, by ascending sparsity."""
+        return self.document["members"]
+
+    @cached_property
+    def members(self) -> tuple[Result, ...]:
+        """All results, by ascending sparsity; those of a family with a directory are loaded when they are asked for."""
+        return tuple(
+            self.held.get(row["folder"]) or Result.load(self._folder(row), blocks=self.blocks) for row in self.rows
+        )
+
+    @property
+    def front(self) -> tuple[Mapping[str, Any], ...]:
+        """The rows of members that no other beats in size (of metric latency: in time) and perplexity."""
+        return tuple(row for row in self.rows if row["front"])
+
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a folder for every member and pareto.json; all of it is there, or nothing.
+
+        Raises:
+            WrongInput: the directory holds something and may not be overwritten.
+        """
+        target = Path(directory)
+        check_output(target, overwrite=overwrite, sources=[] if self.directory is None else [self.directory])
+        folder = target.with_name(f".{target.name}.writing")
+        shutil.rmtree(folder, ignore_errors=True)
+        for row in self.rows:
+            if row["folder"] in self.held:
+                write_result(self.held[row["folder"]], folder / row["folder"])
+            else:
+                shutil.copytree(self._folder(row), folder / row["folder"])
+        write_json(folder / FILE, self.document)
+        publish(folder, target)
+        return target
+
+    def _folder(self, row: Mapping[str, Any]) -> Path:
+        assert self.directory is not None
+        return self.directory / row["folder"]
+
+
+def family(
+    recipe: Recipe,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: Any = None,
+    output: Path | None = None,
+    progress: Progress | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+) -> Family:
+    """Prune after every recipe of a family (`Recipe.spread`); a recipe that names none is one of its own.
+
+    A member that was finished before an interruption is not made again.
+
+    Raises:
+        WrongInput: says what was asked, what there is and what to do.
+    """
+    asked = [member.sparsity for member in recipe.members]
+    work = begun(recipe, model, tokenizer, output, progress, asked, resume=resume, overwrite=overwrite)
+    with work as (place, runs):
+        done, results, before = place / "result", dict[str, Result](), None
+        done.mkdir(exist_ok=True)
+        for run, (net, answer) in zip(runs, searched(runs), strict=True):
+            name = str(run.recipe.sparsity)
+            if (done / name).exists():
+                continue
+            before = before or run.dense_perplexity()
+            result = run.result(net, answer, before, None if output is None else output / name)
+            if output is None:
+                results[name] = result
+                continue
+            shutil.rmtree(run.place / "written", ignore_errors=True)
+            write_result(result, run.place / "written")
+            (run.place / "written").replace(done / name)
+        reports = {
+            str(share): results[str(share)].report if output is None else _report(done / str(share)) for share in asked
+        }
+        document = pareto(reports)
+        if output is not None:
+            write_json(done / FILE, document)
+            publish(done, output)
+    return Family(document, output, results, runs[0].blocks(sum(row["parameters"] for row in document["members"])))
+
+
+def pareto(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The content of pareto.json, from the members' reports by folder."""
+    first = next(iter(reports.values()))
+    rows = [{"folder": folder, **_row(report)} for folder, report in reports.items()]
+    points = [(_size(report), row["perplexity"]) for report, row in zip(reports.values(), rows, strict=True)]
+    for row, mine in zip(rows, points, strict=True):
+        row["front"] = math.isfinite(mine[1]) and not any(
+            other != mine and all(map(float.__le__, other, mine)) for other in points
+        )
+    return {
+        "schema": SCHEMA,
+        "model": first["model"],
+        "metric": first["budget"]["metric"],
+        "of": first["budget"]["of"],
+        "label": first["losses"]["pruned"]["label"],
+        "dense": {
+            "parameters": first["dense"]["parameters"],
+            "perplexity": first["losses"]["dense"]["perplexity"],
+        },
+        "members": rows,
+        "token_forwards": sum(row["token_forwards"] for row in rows),
+        "seconds": round(sum(row["seconds"] for row in rows) + max(map(_shared, reports.values())), 3),  # in all
+    }
+
+
+def _row(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A member's; seconds and token-forwards are those that it adds to what all share."""
+    pruned, losses = report["pruned"], report["losses"]
+    return {
+        "sparsity": report["budget"]["sparsity_asked"],
+        "realised": _realised(report),
+        "parameters": pruned["parameters"],
+        **({"not_zero": report["weights"]["not_zero"]} if "weights" in report else {}),
+        "perplexity": losses["pruned"]["perplexity"],
+        "objective": losses["objective"],
+        "token_forwards": report["search"]["token_forwards"],
+        "seconds": round(sum(report["seconds"].values()) - _shared(report), 3),
+    }
+
+
+def _realised(report: Mapping[str, Any]) -> float:
+    """The share that is gone of what the budget counts."""
+    budget, pruned = report["budget"], report["pruned"]
+    if budget["metric"] == "latency":
+        return 1 - report["latency"]["realised"]
+    if budget["metric"] == "kv-cache":  # of which nothing is outside of sites
+        return 1 - budget["spent"] / budget["limit"] * (1 - budget["sparsity_asked"])
+    if "weights" in report and budget["of"] == "blocks":
+        return report["weights"]["sparsity"]
+    gone = report["weights"]["in_linear_maps"] - report["weights"]["not_zero"] if "weights" in report else 0
+    return pruned[f"sparsity_of_{budget['of']}"] + gone / report["dense"]["parameters"]
+
+
+def _size(report: Mapping[str, Any]) -> float:
+    """What the front weighs perplexity against."""
+    if report["budget"]["metric"] == "latency":
+        return float(report["latency"]["realised"])
+    zeros = report["weights"]["in_linear_maps"] - report["weights"]["not_zero"] if "weights" in report else 0
+    return float(report["pruned"]["parameters"] - zeros)
+
+
+def _shared(report: Mapping[str, Any]) -> float:
+    """Seconds that were spent once for all."""
+    return sum(report.get("seconds_shared", {}).values())
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))

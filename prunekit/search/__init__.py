@@ -1,0 +1,1 @@
+"""Candidates on disk, the supernet over them, and the conversation about allocations."""

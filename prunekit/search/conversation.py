@@ -1,0 +1,169 @@
+"""Carries an allocator's questions to the objective and the losses back.
+
+Checks every question, judges none twice, counts tokens, stops at the limit, and replays a ledger. Conversations about
+one network may share what they learn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prunekit.data.tokens import TokenBatch
+from prunekit.errors import PluginError
+from prunekit.plugins.allocator import Allocator, Journal, Problem, Query
+from prunekit.plugins.objective import Objective
+from prunekit.search.ledger import Ledger
+from prunekit.search.supernet import Supernet
+from prunekit.space.ladders import Space
+from prunekit.space.sites import Allocation
+from prunekit.system.progress import Progress
+
+Known = dict[tuple[Allocation, int], float]
+"""Losses by allocation and tokens; whether an allocation was a probe is no part of the question."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A loss and the tokens it was measured on."""
+
+    allocation: Allocation
+    tokens: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search came to."""
+
+    answer: Allocation
+    judgement: Judgement | None  # of the answer, on the most tokens it was judged on
+    questions: int
+
+
+@dataclass(frozen=True)
+class Recorded(Journal):
+    """The journal of a run: its ledger, so that it is replayed with the questions."""
+
+    ledger: Ledger
+    walk: int
+    progress: Progress
+
+    def once(self, question: Mapping[str, Any], answer: Callable[[], Any]) -> Any:
+        return self.ledger.once({"kind": "note", "walk": self.walk, **question}, answer)
+
+    def note(self, line: str) -> None:
+        self.ledger.note({"kind": "note", "walk": self.walk, "note": line})
+        self.progress.say(line)
+
+
+def converse(
+    allocator: Allocator,
+    problem: Problem,
+    net: Supernet,
+    objective: Objective,
+    tokens: TokenBatch,
+    ledger: Ledger,
+    *,
+    walk: int,
+    limit: int | None = None,
+    known: Known | None = None,
+    progress: Progress,
+    label: str = "search",
+) -> Outcome:
+    """Hold the conversation; return the allocator's answer.
+
+    What another conversation about `net` has learnt from the same tokens is in `known` and not judged again; what this
+    one learns is added. Token-forwards are counted per new question. When the next ask would take the ledger past
+    `limit` (token-forwards of the whole run) the search ends with the best allocation judged so far, or the start.
+
+    Raises:
+        PluginError: a question or the answer breaks the space, or nothing was asked.
+    """
+    who, reads = type(allocator).__name__, objective.reads(net.depth).tokens
+    known = {} if known is None else known
+    judged: Known = {}
+    able: Known = {}  # those that can win: not probes
+    search = allocator.search(replace(problem, journal=Recorded(ledger, walk, progress)))
+    losses: list[float] | None = None
+    with progress.stage(label, 0) as stage:
+        while True:
+            try:
+                queries = search.send(losses) if losses is not None else next(search)  # type: ignore[arg-type]
+            except StopIteration as stop:
+                answer = stop.value
+                if not judged:
+                    raise PluginError(f"{who} answered without a question") from None
+                break
+            asked = [_asked(query, problem, tokens, reads, who) for query in queries]
+            if not asked:
+                raise PluginError(f"{who} asked without a question")
+            new = [key for key in dict.fromkeys(asked) if key not in judged]
+            price = sum(key[1] for key in new if key not in known)
+            if limit is not None and ledger.tokens + price > limit:
+                progress.say(f"search stops at {ledger.tokens:,} token-forwards; the limit is {limit:,}")
+                answer = best(able).allocation if able else problem.start
+                break
+            _judge(new, known, problem.space, net, objective, tokens, ledger, walk)
+            judged |= {key: known[key] for key in new}
+            losses = [judged[key] for key in asked]
+            able |= {key: judged[key] for key in new if problem.space.is_feasible(key[0])}
+            so_far = f"loss {(found := best(able)).loss:.4g} on {found.tokens:,} tokens; " if able else ""
+            stage.advance(len(new), f"{so_far}{ledger.tokens:,} token-forwards")
+    if not (isinstance(answer, tuple) and problem.space.is_feasible(answer)):
+        raise PluginError(f"{who} answered {answer!r}, which is not a feasible allocation of this space")
+    of_answer = [Judgement(a, t, loss) for (a, t), loss in judged.items() if a == answer]
+    return Outcome(answer, max(of_answer, key=lambda j: j.tokens, default=None), len(judged))
+
+
+def best(judged: Known) -> Judgement:
+    """The lowest loss among those judged on the most tokens; the earlier on a tie."""
+    most = max(tokens for _, tokens in judged)
+    (allocation, tokens), loss = min((item for item in judged.items() if item[0][1] == most), key=lambda item: item[1])
+    return Judgement(allocation, tokens, loss)
+
+
+def _asked(query: Query, problem: Problem, tokens: TokenBatch, reads: bool, who: str) -> tuple[Allocation, int]:
+    if not isinstance(query, Query) or not (
+        problem.space.is_feasible(query.allocation) or (query.probe and problem.space.is_probe(query.allocation))
+    ):
+        raise PluginError(f"{who} asked for {query!r}, which is not a feasible allocation of this space nor a probe")
+    return query.allocation, tokens.first(query.tokens).n_tokens if reads else 0
+
+
+def _judge(
+    new: list[tuple[Allocation, int]],
+    known: Known,
+    space: Space,
+    net: Supernet,
+    objective: Objective,
+    tokens: TokenBatch,
+    ledger: Ledger,
+    walk: int,
+) -> None:
+    """Answer new questions from the ledger, then from what is known, then from the network, one fidelity together."""
+    answers: dict[int, Iterator[tuple[Allocation, float]]] = {}  # by fidelity
+    for i, (allocation, count) in enumerate(new):
+        question = {"kind": "question", "walk": walk, "allocation": list(allocation), "tokens": count}
+        if not space.is_feasible(allocation):
+            question["probe"] = True
+        if shared := (allocation, count) in known:
+            question["shared"] = True
+        loss = ledger.recall(question)
+        if loss is None and shared:
+            loss = known[allocation, count]
+            ledger.answer(question, loss)
+        elif loss is None:
+            if not count:
+                loss = objective.loss(net, allocation, tokens)
+            else:
+                if count not in answers:  # what is on record comes first: from here on the network is asked
+                    ahead = [a for a, c in new[i:] if c == count and (a, c) not in known]
+                    answers[count] = net.judged(objective, ahead, tokens.first(count))
+                found, loss = next(answers[count])
+                assert found == allocation
+            loss = math.inf if math.isnan(loss) else float(loss)
+            ledger.answer(question, loss)
+        known[allocation, count] = loss

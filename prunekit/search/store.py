@@ -1,0 +1,168 @@
+"""Candidates on disk: kept columns, or a bit mask and values, in safetensors; a manifest with checksums.
+
+A store belongs to one walk. A site is in it whole or not at all, so an interrupted walk goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, UInt8
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prunekit.errors import CannotGoOn
+from prunekit.layer.candidates import Candidate
+from prunekit.space.sites import Site
+from prunekit.system.files import settle, write_json
+
+Table = tuple[tuple[float, ...], ...]
+
+
+class DamagedStore(CannotGoOn):
+    """A file of the store is not what was written."""
+
+
+class CandidateStore:
+    """The candidates of one walk, by site and kept count."""
+
+    def __init__(self, directory: Path, key: Mapping[str, Any]) -> None:
+        """Open or begin the store of the walk that `key` describes.
+
+        Raises:
+            DamagedStore: the directory holds the candidates of another walk.
+        """
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self._manifest = directory / "manifest.json"
+        self._verified: set[str] = set()
+        os.utime(directory)  # where stores are shared, the longest unused goes first
+        if self._manifest.exists():
+            self._entries = json.loads(self._manifest.read_text())
+            if self._entries["key"] != json.loads(json.dumps(key)):
+                raise DamagedStore(f"{directory} holds candidates of another walk; remove it to begin again")
+        else:
+            self._entries = {"version": 1, "key": key, "sites": {}}
+
+    def at(self, directory: Path) -> CandidateStore:
+        """A copy of its files."""
+        return CandidateStore(directory, self._entries["key"])
+
+    def __contains__(self, site: Site) -> bool:
+        return site.name in self._entries["sites"]
+
+    def errors(self, site: Site) -> list[float]:
+        """Relative output errors of the site's candidates, in the order they were put."""
+        return list(self._entries["sites"][site.name]["errors"])
+
+    def measured(self, sites: Sequence[Site], *, scores: bool) -> tuple[Table, Table | None]:
+        """(signal by signal and site by site, what the pruner said each group of each site is worth).
+
+        Raises:
+            DamagedStore: the file of a site is missing or has changed.
+        """
+        signals = zip(*(self._entries["sites"][site.name]["signals"] for site in sites), strict=True)
+        return tuple(signals), tuple(self._scores(site) for site in sites) if scores else None
+
+    def _scores(self, site: Site) -> tuple[float, ...]:
+        with safe_open(self._intact(site), "pt") as file:
+            return tuple(file.get_tensor("scores").tolist())
+
+    def put(
+        self,
+        site: Site,
+        candidates: Sequence[Candidate],
+        errors: Sequence[float],
+        signals: Sequence[float] = (),
+        scores: Sequence[float] | None = None,
+        *,
+        keeps: Sequence[int] | None = None,
+    ) -> None:
+        """Write all candidates of a site and what was measured there, then say so in the manifest.
+
+        `keeps` are their counts; None: of the groups they keep.
+        """
+        counts = list(keeps) if keeps is not None else [len(c.kept or ()) for c in candidates]
+        tensors = {}
+        for count, candidate in zip(counts, candidates, strict=True):
+            weight = candidate.weight.detach().cpu()
+            if candidate.kept is None:
+                mask = weight != 0
+                tensors[f"{count}.mask"] = _packed(mask)
+                tensors[f"{count}.values"] = weight[mask]
+                continue
+            columns = torch.tensor(site.columns(candidate.kept), dtype=torch.long)
+            tensors[f"{count}.kept"] = torch.tensor(candidate.kept, dtype=torch.int32)
+            tensors[f"{count}.weight"] = weight[:, columns].contiguous()
+        if scores is not None:
+            tensors["scores"] = torch.tensor(scores, dtype=torch.float64)
+        name = f"{site.name}.safetensors"
+        temporary = self.directory / f".{name}"
+        save_file(tensors, temporary)
+        settle(temporary)  # a manifest must never name what a power cut can still take
+        digest = _digest(temporary)
+        temporary.replace(self.directory / name)
+        self._entries["sites"][site.name] = {
+            "file": name,
+            "sha256": digest,
+            "kept": counts,
+            "errors": list(errors),
+            "signals": list(signals),
+        }
+        write_json(self._manifest, self._entries)
+
+    def get(self, site: Site, kept: int, device: torch.device | str = "cpu") -> Candidate:
+        """The candidate that keeps `kept` groups, or weights per row, with a full-width weight.
+
+        Raises:
+            KeyError: there is none.
+            DamagedStore: its file is missing or has changed.
+        """
+        entry = self._entries["sites"][site.name]
+        if kept not in entry["kept"]:
+            raise KeyError(f"{site.name}: no candidate keeps {kept}; there are {entry['kept']}")
+        with safe_open(self._intact(site), "pt") as file:
+            if site.kind == "linear":
+                values, bits = file.get_tensor(f"{kept}.values"), file.get_tensor(f"{kept}.mask")
+                rows = site.params_per_group
+                mask = _unpacked(bits, rows * site.d_in).view(rows, site.d_in)
+                weight = values.new_zeros(rows, site.d_in)
+                weight[mask] = values
+                return Candidate(None, weight.to(device))
+            groups = tuple(file.get_tensor(f"{kept}.kept").tolist())
+            columns = file.get_tensor(f"{kept}.weight")
+        weight = columns.new_zeros(columns.shape[0], site.d_in)
+        weight[:, torch.tensor(site.columns(groups), dtype=torch.long)] = columns
+        return Candidate(groups, weight.to(device))
+
+    def _intact(self, site: Site) -> Path:
+        entry = self._entries["sites"][site.name]
+        path = self.directory / entry["file"]
+        if site.name not in self._verified:
+            if not path.exists() or _digest(path) != entry["sha256"]:
+                raise DamagedStore(f"{path} is missing or damaged; remove {self.directory} to prune again")
+            self._verified.add(site.name)
+        return path
+
+
+def _packed(mask: Bool[Tensor, ...]) -> UInt8[Tensor, " bytes"]:
+    """Eight to a byte, the first in its lowest bit."""
+    bits = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def _unpacked(bits: UInt8[Tensor, " bytes"], count: int) -> Bool[Tensor, " count"]:
+    return ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[:count].bool()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
