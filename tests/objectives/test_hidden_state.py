@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prunekit.calibration import flow
+from prunekit.models import blocks as blocks_of
 from prunekit.system.memory import Shares
 from prunekit.testing import toy_supernet, toy_tokens
 from prunekit_objectives.divergence import Divergence
@@ -12,7 +12,7 @@ from prunekit_objectives.hidden_state import HiddenState
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(flow, "TOKENS_AT_ONCE", 24)
+    monkeypatch.setattr(blocks_of, "TOKENS_AT_ONCE", 24)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from prunekit.calibration import flow
 from prunekit.calibration.flow import BlockFlow
+from prunekit.models import blocks as blocks_of
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.blocks import entered
 from prunekit.testing import tiny, toy_tokens
@@ -17,7 +17,7 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox"]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(flow, "TOKENS_AT_ONCE", 24)  # two windows: several chunks per batch
+    monkeypatch.setattr(blocks_of, "TOKENS_AT_ONCE", 24)  # two windows: several chunks per batch
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 from prunekit import WrongInput
-from prunekit.calibration import flow
 from prunekit.calibration.gradients import Gradients
 from prunekit.errors import CannotGoOn
+from prunekit.models import blocks as blocks_of
 from prunekit.models.adapters.find import adapter_for
 from prunekit.system.progress import Progress
 from prunekit.testing import tiny, toy_tokens
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(flow, "TOKENS_AT_ONCE", 24)  # two windows at once, the last alone
+    monkeypatch.setattr(blocks_of, "TOKENS_AT_ONCE", 24)  # two windows at once, the last alone
 
 
 def collected(model, directory, tokens):

@@ -5,9 +5,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from prunekit.calibration import flow
 from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.moments import Moments
+from prunekit.models import blocks as blocks_of
 from prunekit.models.adapters.find import adapter_for
 from prunekit.plugins.registry import ADAPTERS
 from prunekit.space.forms import Structure
@@ -18,7 +18,7 @@ WEIGHTS = Structure("weights")
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(flow, "TOKENS_AT_ONCE", 24)  # two windows: several chunks per batch
+    monkeypatch.setattr(blocks_of, "TOKENS_AT_ONCE", 24)  # two windows: several chunks per batch
 
 
 @pytest.mark.parametrize("family", list(ADAPTERS))

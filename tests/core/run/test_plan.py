@@ -15,11 +15,11 @@ from transformers import LlamaConfig
 
 import prunekit
 from prunekit import LayerProblem, WrongInput
-from prunekit.calibration import flow
 from prunekit.calibration.fill import build
 from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.moments import Moments
 from prunekit.measure import latency
+from prunekit.models import blocks as blocks_of
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.opening import opened, skeleton
 from prunekit.plugins.allocator import Problem
@@ -113,7 +113,7 @@ def test_scores_are_counted_with_the_candidates(tmp_path):
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("structure", ["groups", "weights"])
 def test_activations_take_what_was_counted(structure, dense, monkeypatch):
-    monkeypatch.setattr(flow, "TOKENS_AT_ONCE", 24)
+    monkeypatch.setattr(blocks_of, "TOKENS_AT_ONCE", 24)
     model, adapter, tokens = tiny("llama"), adapter_for("llama"), toy_tokens()
     room, most = Room(), []
     put = room.put
@@ -130,7 +130,7 @@ def test_activations_take_what_was_counted(structure, dense, monkeypatch):
 
 @pytest.mark.parametrize("k", [7, 1000])
 def test_what_the_dense_model_says_takes_what_was_counted(k, monkeypatch):
-    monkeypatch.setattr(flow, "TOKENS_AT_ONCE", 24)
+    monkeypatch.setattr(blocks_of, "TOKENS_AT_ONCE", 24)
     net, tokens = toy_supernet(), toy_tokens()
     counted = top_bytes(tokens.n_tokens, k, 61)
     net.teacher = Teacher(Shares(teacher=counted // 2, teacher_disk=counted // 2))

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import prunekit.layer
 from prunekit import LayerProblem, best_weights
+from prunekit.layer import problem
 from prunekit.testing import toy_layer
 from prunekit.testing.layers import QUIRKS, sparse_layer
 
@@ -41,7 +41,7 @@ def test_sparse_is_the_weight_under_the_mask() -> None:
 def test_every_row_is_the_least_squares_on_its_own_support(
     share: float, cells: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prunekit.layer, "CELLS_AT_ONCE", cells)
+    monkeypatch.setattr(problem, "CELLS_AT_ONCE", cells)
     layer, mask = sparse_layer(), draw(7, 12, share)
     candidate = layer.refitted_rows(mask)
     assert candidate.kept is None

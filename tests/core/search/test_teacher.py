@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import prunekit
-from prunekit.calibration import flow
 from prunekit.data.tokens import TokenBatch
 from prunekit.engine.worker import Worker
+from prunekit.models import blocks as blocks_of
 from prunekit.plugins.dense import Dense
 from prunekit.run import pipeline
 from prunekit.search import supernet
@@ -30,7 +30,7 @@ CHUNK = 3 * 12 * K * 8  # bytes of the most probable tokens of a whole chunk
 @pytest.fixture(autouse=True)
 def unequal_pieces(monkeypatch):
     """Of five windows: chunks of three and two, in pieces of two, one, and two."""
-    monkeypatch.setattr(flow, "TOKENS_AT_ONCE", 36)
+    monkeypatch.setattr(blocks_of, "TOKENS_AT_ONCE", 36)
     monkeypatch.setattr(supernet, "LOGITS_AT_ONCE", 2 * 12 * 61)
 
 
@@ -152,7 +152,7 @@ def test_a_worker_keeps_what_it_has_heard_when_it_meets_another_walk(runs):
 
 @pytest.mark.parametrize("memory", [1 << 30, 0])
 def test_the_dense_model_is_heard_once_for_all_walks_of_a_family(memory, saved_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(flow, "TOKENS_AT_ONCE", 128)
+    monkeypatch.setattr(blocks_of, "TOKENS_AT_ONCE", 128)
     planned, walked, keep = pipeline.planned, pipeline.Run.walked, Teacher.keep
     heard, files, labels = Counter[str](), list[bool](), list[str]()
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunekit.data.tokens import TokenBatch
 from prunekit.errors import WrongInput
-from prunekit.measure import evaluate as module
+from prunekit.measure import perplexity as module
 from prunekit.measure.evaluate import evaluate, load
 from prunekit.measure.perplexity import perplexity
 from prunekit.measure.speed import size, speed

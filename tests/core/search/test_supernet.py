@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prunekit.calibration import flow
+from prunekit.models import blocks as blocks_of
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.opening import fingerprint
 from prunekit.search.supernet import Supernet
@@ -15,7 +15,7 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox"]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(flow, "TOKENS_AT_ONCE", 24)
+    monkeypatch.setattr(blocks_of, "TOKENS_AT_ONCE", 24)
 
 
 def logits(net, allocation, batch):
