@@ -153,12 +153,12 @@ def walked(shape: Shape, space: Space, machine: Machine, tokens: int, seqlen: in
     hidden = 2 * tokens * shape.width * shape.computed.itemsize / machine.devices
     moments = judged = pruned = stored = most = launches = 0.0
     for site, ladder in zip(space.sites, space.ladders, strict=True):
-        d_in, d_out = site.d_in, shape.d_out(site)
+        d_in, d_out = site.d_in, site.d_out
         moments += moments_flops(tokens, d_in, d_out, needs, paired=by_pairs(site, d_out))
         judged += judging_flops(d_in, d_out, [count * site.group_size for count in ladder], cross=True)
         pruned += 4 * d_in**3 + 6 * d_in**2 * d_out  # (1)
         launches += LAUNCHES * site.n_groups * machine.launch
-        stored += store_bytes(site, d_out, ladder, shape.stored)
+        stored += store_bytes(site, ladder, shape.stored)
         most = max(most, moments_bytes(d_in, d_out, needs) + 3 * double * d_in**2)
     yield Line("forward", passes / machine.forward / machine.devices, passes, held=hidden)
     yield Line("moments", moments / machine.products / machine.devices, moments)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prunekit.calibration.moments import Moments
 from prunekit.data.tokens import TokenBatch
+from prunekit.layer.layouts import layout_of
 from prunekit.models.blocks import Call, Seen, chunks, entered
 from prunekit.plugins.adapter import ModelAdapter, UnsupportedModel
 from prunekit.space.sites import Site
@@ -203,7 +204,7 @@ def installed(linear: nn.Linear, site: Site, weight: Tensor | None) -> Iterator[
         return
     own = dict(linear._parameters)  # as they are: asked for, those of a paged model would be in memory for good
     linear.weight = nn.Parameter(weight.to(linear.weight), requires_grad=False)
-    if linear.bias is not None and site.kind != "linear" and not weight.any():  # the sub-layer is dropped
+    if linear.bias is not None and layout_of(site).drops(weight):
         linear.bias = nn.Parameter(torch.zeros_like(linear.bias), requires_grad=False)
     try:
         yield

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prunekit.layer.candidates import Candidate
+from prunekit.space.forms import GROUPS, Form, Units
 
 VALUES_AT_ONCE = 2**22  # of what is judged at once: 32 MiB in float64
 CELLS_AT_ONCE = 2**24  # of the matrices that are solved side by side: 128 MiB in float64
@@ -55,8 +56,7 @@ class LayerProblem:
     weight: Float[Tensor, "d_out d_in"]
     gram: Float[Tensor, "d_in d_in"]  # H = E[x̂ x̂ᵀ]
     group_size: int = 1
-    structure: str = "groups"  # or weights, n:m: a group is a column, a count the weights kept per row
-    block: int = 0  # m of n:m
+    form: Form = GROUPS  # or of single weights: a group is a column, a count the weights kept per row
     damping: float = 0.01  # ridge, as a share of the mean of diag H
     cross: Float[Tensor, "d_out d_in"] | None = None  # R = E[y x̂ᵀ], y = W x with the dense model's input x
     drift: Float[Tensor, "d_out d_in"] | None = None  # D = E[δ x̂ᵀ], δ what earlier layers lost in the residual stream
@@ -104,6 +104,16 @@ class LayerProblem:
         unfed = learnt if "power" in needs else {**learnt, "power": None}
         fed = self.feeders if {"feeders", "power"} & needs else ()
         return replace(self, **hidden, **learnt, feeders=tuple(replace(feeder, **unfed) for feeder in fed))
+
+    @property
+    def structure(self) -> Units:
+        """groups, weights, or n:m."""
+        return self.form.units
+
+    @property
+    def m(self) -> int:
+        """m of n:m; 0 elsewhere."""
+        return self.form.m
 
     @property
     def d_in(self) -> int:

@@ -26,6 +26,7 @@ from prunekit.calibration.moments import strips
 from prunekit.data.draws import LONGEST_WINDOW
 from prunekit.data.windows import DEFAULTS
 from prunekit.errors import WrongInput
+from prunekit.layer.layouts import layout_of
 from prunekit.measure import latency
 from prunekit.measure.perplexity import HIDDEN_BYTES, LOGITS_AT_ONCE
 from prunekit.models.adapters.transformer import Transformer
@@ -74,16 +75,12 @@ def moments_bytes(
     return DOUBLE * values
 
 
-def store_bytes(site: Site, d_out: int, ladder: Sequence[int], dtype: torch.dtype, *, scores: bool = False) -> int:
+def store_bytes(site: Site, ladder: Sequence[int], dtype: torch.dtype, *, scores: bool = False) -> int:
     """Of a site's file of candidates; single weights: where no weight that was kept is zero by chance."""
     tensors: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
     for count in ladder:
-        if site.kind == "linear":
-            tensors[f"{count}.mask"] = torch.uint8, [-(-d_out * site.d_in // 8)]
-            tensors[f"{count}.values"] = dtype, [count * d_out]
-        else:
-            tensors[f"{count}.kept"] = torch.int32, [count]
-            tensors[f"{count}.weight"] = dtype, [d_out, count * site.group_size]
+        stored = layout_of(site).stored(site, count, dtype)
+        tensors |= {f"{count}.{name}": tensor for name, tensor in stored.items()}
     if scores:
         tensors["scores"] = torch.float64, [site.n_groups]
     return file_bytes(tensors)
@@ -313,9 +310,6 @@ class Shape:
         """Of the linear maps of all blocks."""
         return sum(m.weight.numel() for b in self.blocks for m in b.modules() if isinstance(m, nn.Linear))
 
-    def d_out(self, site: Site) -> int:
-        return self.adapter.linear(self.blocks[site.block], site).out_features
-
     def fed(self, site: Site) -> list[int]:
         block = self.blocks[site.block]
         return [block.get_submodule(cut.path).in_features for cut in self.adapter.cuts(block, site)[:-1]]  # type: ignore[misc]
@@ -482,8 +476,7 @@ class Member:
     def freed(self) -> int:
         """Parameters that a uniform allocation removes; zeros are none."""
         sites, plan = self.whole.sites, self.whole.uniform()
-        groups = [(site, kept) for site, kept in zip(sites, plan, strict=True) if site.kind != "linear"]
-        return sum(site.parameters(site.n_groups) - site.parameters(kept) for site, kept in groups)
+        return sum(layout_of(site).freed(site, kept) for site, kept in zip(sites, plan, strict=True))
 
     def called(self, stage: str) -> str:
         """A stage that every member has."""
@@ -689,7 +682,7 @@ class Count:
             block = [(s.d_in, shape.adapter.part(s) is not None, bool(s.shares)) for s in members]
             spill = max(spill, activations_bytes(tokens, shape.width, size, block, streams))
         for site, ladder in zip(space.sites, space.ladders, strict=True):
-            d_out, part = shape.d_out(site), shape.adapter.part(site) is not None
+            d_out, part = site.d_out, shape.adapter.part(site) is not None
             fed, paired = shape.fed(site) if "power" in needs else (), by_pairs(site, d_out)
             moments = moments_bytes(site.d_in, d_out, needs, part=part, paired=paired, fed=fed)
             # the weight of every rung as proposed and as rounded, or rounded and twice to be written; mean in float64
@@ -699,10 +692,10 @@ class Count:
             made = (site.d_in if paired else d_out) if streams == 2 else 0
             beside = moments if site.shares else FLOAT * site.d_in * max(next(strips(site.d_in)).stop, made)
             memory = max(memory, moments + beside, moments + weights)
-            disk += store_bytes(site, d_out, ladder, shape.stored, scores=scores)
+            disk += store_bytes(site, ladder, shape.stored, scores=scores)
             flops += moments_flops(tokens, site.d_in, d_out, needs, part=part, paired=paired)
-            cross = "cross" in needs and site.kind != "linear"
-            widths = [count * site.group_size if cross else site.d_in for count in ladder]
+            cross = "cross" in needs and site.form.shrinks
+            widths = [layout_of(site).width(site, count) if cross else site.d_in for count in ladder]
             doubles += judging_flops(site.d_in, d_out, widths, cross=cross)
         inside, spilled = _spilled(spill, shares)
         read = 0 if shares.blocks is None else self._stored_blocks

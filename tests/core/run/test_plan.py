@@ -47,7 +47,7 @@ from prunekit.search.ledger import Ledger
 from prunekit.search.store import CandidateStore
 from prunekit.search.teacher import Teacher
 from prunekit.space.budgets import Budget
-from prunekit.space.forms import Structure
+from prunekit.space.forms import parse_form
 from prunekit.space.ladders import Space
 from prunekit.space.prices import Curve, Prices, Workload
 from prunekit.space.sites import Site
@@ -59,7 +59,7 @@ EVERYTHING = frozenset({"gram", "cross", "drift", "absolute", "relative", "power
 
 
 def sites_of(model, adapter, structure):
-    return adapter.sites(model) if structure == "groups" else adapter.linear_sites(model, Structure.parsed(structure))
+    return adapter.sites_of(model, parse_form(structure))
 
 
 def d_out(model, adapter, site):
@@ -97,7 +97,7 @@ def test_candidates_take_what_was_counted(family, structure, dtype, tmp_path):
     run = partial(build, model, adapter, space, space.uniform(), pruner, toy_tokens(), store)
     run(carry="dense", dtype=dtype, progress=Progress())
     for site, ladder in zip(space.sites, space.ladders, strict=True):
-        counted = store_bytes(site, d_out(model, adapter, site), ladder, dtype)
+        counted = store_bytes(site, ladder, dtype)
         assert (tmp_path / f"{site.name}.safetensors").stat().st_size == counted, site.name
 
 
@@ -106,7 +106,7 @@ def test_scores_are_counted_with_the_candidates(tmp_path):
     site, store = net.space.sites[0], CandidateStore(tmp_path, {})
     candidates = [net.store.get(site, kept) for kept in (1, 2)]
     store.put(site, candidates, [0.0, 0.0], scores=[1.0] * site.n_groups)
-    counted = store_bytes(site, d_out(net.model, net.adapter, site), (1, 2), torch.float64, scores=True)
+    counted = store_bytes(site, (1, 2), torch.float64, scores=True)
     assert (tmp_path / f"{site.name}.safetensors").stat().st_size == counted
 
 
