@@ -29,7 +29,7 @@ from prunekit.layer.layouts import layout_of
 from prunekit.measure import latency
 from prunekit.measure.perplexity import Perplexity, perplexity
 from prunekit.models import paging
-from prunekit.models.opening import load_tokenizer, loaded, opened, resolved_devices, skeleton, stored_as
+from prunekit.models.opening import limits, load_tokenizer, loaded, opened, resolved_devices, skeleton, stored_as
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.allocator import Allocator, Problem
 from prunekit.plugins.dense import Dense
@@ -39,7 +39,8 @@ from prunekit.plugins.registry import ALLOCATORS, ENGINES, FINISHERS, OBJECTIVES
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.report.card import write as write_report
-from prunekit.run.plan import Plan, planned
+from prunekit.run.plan.make import planned
+from prunekit.run.plan.plan import Plan
 from prunekit.run.workplace import check_output, left, publish, unfinished, workplace
 from prunekit.search.conversation import Known, converse
 from prunekit.search.ledger import Ledger
@@ -575,11 +576,3 @@ def probed(model: nn.Module, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Te
     logits = model(ids, use_cache=False).logits
     paging.rest(model)
     return ids, logits
-
-
-def limits(model: Any) -> dict[str, int]:
-    """What tokens must not exceed."""
-    return {
-        "max_seqlen": int(getattr(model.config, "max_position_embeddings", 2048)),
-        "vocab_size": int(model.get_input_embeddings().weight.shape[0]),
-    }

@@ -24,7 +24,7 @@ from prunekit.data.draws import Draws, draw
 from prunekit.data.tokens import overlap
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.measure.perplexity import perplexity
-from prunekit.models.opening import opened, skeleton
+from prunekit.models.opening import limits, opened, skeleton
 from prunekit.plugins.dense import Dense
 from prunekit.plugins.engine import Opening, Team
 from prunekit.plugins.registry import ENGINES, OBJECTIVES
@@ -38,7 +38,6 @@ from prunekit.run.pipeline import (
     devices_of,
     emptied,
     foreseen,
-    limits,
     priced,
     searched,
     whole_space,

@@ -21,6 +21,7 @@ from torch import Tensor
 from prunekit.errors import CannotGoOn
 from prunekit.layer.candidates import Candidate
 from prunekit.layer.layouts import layout_of
+from prunekit.models.shards import file_bytes
 from prunekit.space.sites import Site
 from prunekit.system.files import settle, write_json
 
@@ -126,6 +127,17 @@ class CandidateStore:
         with safe_open(self._intact(site), "pt") as file:
             found = layout_of(site).decode(site, kept, lambda name: file.get_tensor(f"{kept}.{name}"))
         return Candidate(found.kept, found.weight.to(device))
+
+    @staticmethod
+    def bytes(site: Site, ladder: Sequence[int], dtype: torch.dtype, *, scores: bool = False) -> int:
+        """Of the file of a site with candidates of a dtype; single weights: where none that was kept is zero."""
+        tensors: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
+        for count in ladder:
+            stored = layout_of(site).stored(site, count, dtype)
+            tensors |= {f"{count}.{name}": tensor for name, tensor in stored.items()}
+        if scores:
+            tensors["scores"] = torch.float64, [site.n_groups]
+        return file_bytes(tensors)
 
     def _intact(self, site: Site) -> Path:
         entry = self._entries["sites"][site.name]
