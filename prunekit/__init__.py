@@ -25,6 +25,7 @@ from prunekit.options import check_choices
 from prunekit.pipeline import Result
 from prunekit.recipe import Recipe
 from prunekit.sites import Allocation, Budget, Site, Space
+from prunekit.solving import factored, inverted, solved
 from prunekit.store import CandidateStore
 from prunekit.supernet import Supernet
 from prunekit.team import Opening, Team, Worker
@@ -63,8 +64,11 @@ __all__ = [
     "best_groups",
     "best_weights",
     "check_choices",
+    "factored",
+    "inverted",
     "prune",
     "ranked",
+    "solved",
     "tune",
 ]
 
