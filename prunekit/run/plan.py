@@ -34,7 +34,7 @@ from prunekit.models.opening import DTYPES, resolved_devices
 from prunekit.models.shards import file_bytes
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.allocator import Allocator, Journal, Problem, Query
-from prunekit.plugins.registry import ALLOCATORS, OBJECTIVES, PRUNERS, signals_of
+from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.run.workplace import written
 from prunekit.search.conversation import Known
@@ -404,7 +404,7 @@ def rehearsed(
 
 
 def planned(
-    recipe: Recipe,
+    parts: Parts,
     model: nn.Module,
     adapter: ModelAdapter,
     wholes: Sequence[Space],
@@ -413,7 +413,7 @@ def planned(
     *,
     rehearse: bool = False,
 ) -> Plan:
-    """What `recipe`, checked, will take for a model of which the skeleton is enough.
+    """What a recipe will take for a model of which the skeleton is enough.
 
     `wholes`: the space of the recipe, or of every member of its family; `asked`: the sparsities of those that results
     are made of, None: of the recipe's. Only where it is asked for, searches are rehearsed to say how long they take.
@@ -421,6 +421,7 @@ def planned(
     Raises:
         WrongInput: the recipe's memory is no amount, or latency is asked of more tokens than the model takes.
     """
+    recipe = parts.recipe
     device = resolved_devices(recipe.device)[0]
     stored = next(model.parameters()).dtype
     narrow = stored.itemsize < FLOAT and device.type != "cuda"
@@ -435,8 +436,8 @@ def planned(
     if output is not None:
         place = next(p for p in (output.resolve(), *output.resolve().parents) if p.is_dir())
         free_disk = shutil.disk_usage(place).free + written(output)  # which is gone on with, or discarded
-    allocator, known = ALLOCATORS.build(recipe.allocator), dict[int, Known]()
-    free = not OBJECTIVES.build(recipe.objective).reads(1).tokens
+    allocator, known = parts.allocator, dict[int, Known]()
+    free = not parts.objective.reads(1).tokens
 
     def forwards(number: int, space: Space) -> int | None:
         if free or not rehearse:
@@ -453,7 +454,7 @@ def planned(
     timed = recipe.metric == "latency"
     work = latency.workload(recipe.latency, model) if timed else None  # type: ignore[arg-type]
     shape = Shape(model, adapter, wholes[0].sites, stored, computed)
-    count = Count(recipe, shape, tokens, seqlen, members, work)
+    count = Count(parts, shape, tokens, seqlen, members, work)
 
     def of(shares: Shares) -> Plan:
         stages = tuple(count.stages(shares))
@@ -494,7 +495,7 @@ class Member:
 class Count:
     """A recipe in numbers."""
 
-    recipe: Recipe
+    parts: Parts
     shape: Shape
     tokens: Mapping[str, int]  # by part
     seqlen: int
@@ -526,11 +527,9 @@ class Count:
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         return 0 if head.weight is embedding.weight else self.shape.parameters(head) * self.shape.computed.itemsize
 
-    @cached_property
-    def needs(self) -> frozenset[str]:
-        """Statistics that plug-ins ask for."""
-        signals = signals_of(ALLOCATORS.build(self.recipe.allocator))
-        return PRUNERS.build(self.recipe.pruner).needs.union(*(signal.needs for signal in signals))
+    @property
+    def recipe(self) -> Recipe:
+        return self.parts.recipe
 
     def stages(self, shares: Shares) -> Iterator[Stage]:
         """Every stage, in order, when memory is shared out so; what the dense model has said stays to the end."""
@@ -549,7 +548,7 @@ class Count:
         yield Stage("open", held + CUSHION, shares.blocks or 0, read=self._stored)
         if self.work is not None and self.recipe.latency.prices is None:
             yield self._timed(self.work)
-        if "gradient" in self.needs:
+        if "gradient" in self.parts.needs:
             yield self._gradients(shares, held + working)
         yield from self._rounds(shares, held + working)
         for number, member in enumerate(each for each in self.members if each.wanted):
@@ -673,15 +672,15 @@ class Count:
 
         Questions on fewer add less than a chunk each.
         """
-        top = OBJECTIVES.build(self.recipe.objective).reads(len(self.shape.blocks)).top
+        top = self.parts.objective.reads(len(self.shape.blocks)).top
         said = top_bytes(self.tokens["search"], top, self.shape.vocabulary)
         inside = min(said, shares.teacher)
         return inside, min(said - inside, shares.teacher_disk)
 
     def _walk(self, name: str, space: Space, shares: Shares, held: int, member: str = "") -> Stage:
         """`held`: bytes in memory beside what a site takes."""
-        shape, needs, tokens = self.shape, self.needs, self.tokens["calibration"]
-        scores = not name.startswith("rebuild") and "scores" in ALLOCATORS.build(self.recipe.allocator).needs
+        shape, needs, tokens = self.shape, self.parts.needs, self.tokens["calibration"]
+        scores = not name.startswith("rebuild") and "scores" in self.parts.allocator.needs
         size, streams = shape.computed.itemsize, 1 + bool({"cross", "drift"} & needs)
         memory = disk = spill = doubles = 0
         flops = streams * shape.forward(tokens, self.seqlen, head=False)
