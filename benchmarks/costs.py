@@ -34,10 +34,11 @@ from prunekit.models.adapters.find import adapter_for
 from prunekit.models.opening import opened
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.registry import ALLOCATORS, OBJECTIVES, PRUNERS
+from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
-from prunekit.run.pipeline import whole_space
 from prunekit.run.plan.count import Shape
 from prunekit.run.plan.rehearsal import rehearsed, walks
+from prunekit.run.spaces import whole_space
 from prunekit.search.store import CandidateStore
 from prunekit.search.supernet import Supernet
 from prunekit.space.ladders import Space
@@ -119,7 +120,7 @@ def llama(width: int, neurons: int, blocks: int, heads: int, kv: int, *, seqlen:
 
 def shaped(model: PreTrainedModel, adapter: ModelAdapter, computed: torch.dtype) -> tuple[Shape, Space]:
     stored = next(model.parameters()).dtype
-    whole = whole_space(Recipe.load().with_overrides({"sparsity": 0.5}), model, adapter, stored)
+    whole = whole_space(resolve(Recipe.load().with_overrides({"sparsity": 0.5})), model, adapter, stored)
     return Shape(model, adapter, whole.sites, stored, computed), whole
 
 

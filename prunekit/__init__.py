@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from prunekit.plugins.options import check_choices
     from prunekit.plugins.pruner import LocalPruner
     from prunekit.plugins.signal import Signal
+    from prunekit.recipe.resolve import Parts, resolve
     from prunekit.recipe.schema import Recipe
     from prunekit.run.family import Family
-    from prunekit.run.pipeline import Result
+    from prunekit.run.results import Result
     from prunekit.search.store import CandidateStore
     from prunekit.search.supernet import Supernet
     from prunekit.space.budgets import Budget
@@ -55,9 +56,10 @@ _HOMES = {  # module: what of it is public
     "plugins.options": "check_choices",
     "plugins.pruner": "LocalPruner",
     "plugins.signal": "Signal",
+    "recipe.resolve": "Parts resolve",
     "recipe.schema": "Recipe",
     "run.family": "Family",
-    "run.pipeline": "Result",
+    "run.results": "Result",
     "search.store": "CandidateStore",
     "search.supernet": "Supernet",
     "space.budgets": "Budget",
@@ -84,6 +86,7 @@ __all__ = [
     "Moments",
     "Objective",
     "Opening",
+    "Parts",
     "PluginError",
     "Problem",
     "Query",
@@ -107,6 +110,7 @@ __all__ = [
     "inverted",
     "prune",
     "ranked",
+    "resolve",
     "solved",
     "tune",
 ]

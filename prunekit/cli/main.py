@@ -175,7 +175,7 @@ def prune(
         raise WrongInput("no --output was given; name a new folder for the pruned model")
 
     from prunekit.report.document import gained, kept_promise
-    from prunekit.run import pipeline
+    from prunekit.run import prune as pruning
     from prunekit.system.progress import progress_for
 
     _calm()
@@ -186,7 +186,7 @@ def prune(
         _print(members(str(output), found.document))
         typer.echo(f"in numbers: {output / FILE}")
         return
-    result = pipeline.prune(chosen, output=output, progress=progress_for(quiet), resume=resume, overwrite=overwrite)
+    result = pruning.prune(chosen, output=output, progress=progress_for(quiet), resume=resume, overwrite=overwrite)
     _print(comparison(str(output), *_from_report(result.report, source, output)))
     if "weights" in result.report:
         typer.echo(gained(result.report["weights"]))
@@ -216,7 +216,8 @@ def plan(options: Mapping[str, Any], as_json: bool) -> None:
     """What `prune` with the same options will take on this machine: memory, disk and time of every stage."""
     chosen, source, several = _chosen(options, "plan")
     from prunekit.models.opening import skeleton
-    from prunekit.run.pipeline import foreseen
+    from prunekit.recipe.resolve import resolve
+    from prunekit.run.session import make_plan
     from prunekit.system.memory import amount
     from prunekit.system.progress import span
     from prunekit.system.rates import Rates
@@ -225,7 +226,7 @@ def plan(options: Mapping[str, Any], as_json: bool) -> None:
     output = options["output"] or Path("prunekit-output")  # a run without --output is refused; its disk is this one's
     asked = [member.sparsity for member in chosen.members] if several else None
     shape = skeleton(source, trust_remote_code=chosen.trust_remote_code)
-    found = foreseen(chosen, *shape, output, asked, rehearse=True)
+    found = make_plan(resolve(chosen), *shape, output, asked, rehearse=True)
     rates = Rates.measured(found.device, found.dtype, found.place or Path())
     if as_json:
         typer.echo(json.dumps(found.as_dict(rates), indent=2))
@@ -573,6 +574,7 @@ FLAGS: Mapping[str, str] = {  # of `prune` -> recipe key
 def _chosen(options: Mapping[str, Any], command: str) -> tuple[Recipe, str, bool]:
     """(the recipe that options of `prune` ask for, its model, whether it is the first of a family to be made)."""
     from prunekit.recipe.overrides import parsed
+    from prunekit.recipe.resolve import resolve
     from prunekit.recipe.schema import Recipe
 
     given = {FLAGS[name]: value for name, value in options.items() if name in FLAGS}
@@ -583,7 +585,7 @@ def _chosen(options: Mapping[str, Any], command: str) -> tuple[Recipe, str, bool
     chosen = several or base.with_overrides(overrides)
     if chosen.model is None:
         raise WrongInput(f"no model was given; name a folder or a hub id: prunekit {command} MODEL --output DIR")
-    return chosen.checked(), chosen.model, several is not None
+    return resolve(chosen).recipe, chosen.model, several is not None
 
 
 def _several(names: Sequence[str] | None) -> list[str] | None:

@@ -119,6 +119,8 @@ class Registry(Mapping[str, Entry], Generic[T]):
     def build(self, spec: str | Mapping[str, Any]) -> T:
         """A plug-in from its name, or from {name: ..., option: value}; fields that are plug-ins nest.
 
+        Options of such a field without a name are of its default: {name: tyr, inner: {generations: 5}}.
+
         Raises:
             UnknownName: no such plug-in.
             ValueError: an option it does not have, or a value it refuses.
@@ -130,13 +132,14 @@ class Registry(Mapping[str, Entry], Generic[T]):
         loaded = self[name].load()
         if not (inspect.isclass(loaded) and issubclass(loaded, self.contract)):
             raise ValueError(f"{self.kind} {name!r} is not a {self.contract.__name__} but {loaded!r}")
-        known = {f.name for f in dataclasses.fields(loaded) if f.init} if dataclasses.is_dataclass(loaded) else set()
+        fields = dataclasses.fields(loaded) if dataclasses.is_dataclass(loaded) else ()
+        known = {f.name: f for f in fields if f.init}
         for option in options:
             if option not in known:
                 raise WrongInput(unknown(f"option of {self.kind} {name!r}", option, known))
         hints = get_type_hints(loaded) if options else {}
         try:
-            values = {option: _typed(option, hints[option], value) for option, value in options.items()}
+            values = {option: _typed(known[option], hints[option], value) for option, value in options.items()}
             return cast(T, loaded(**values))
         except WrongInput:
             raise
@@ -160,7 +163,7 @@ class Registry(Mapping[str, Entry], Generic[T]):
         if name is None:
             raise ValueError(f"{plugin!r} is not registered as a {self.kind}; a recipe cannot name it")
         options = {f.name: getattr(plugin, f.name) for f in dataclasses.fields(plugin) if f.init}
-        return {"name": name} | {k: _plain(v) for k, v in options.items()}
+        return {"name": name} | {k: plain(v) for k, v in options.items()}
 
 
 PRUNERS: Registry[LocalPruner] = Registry("pruner", "prunekit.plugins.pruner:LocalPruner")
@@ -190,33 +193,40 @@ def _entries(kind: str, group: str) -> dict[str, Entry]:
     return dict(sorted(found.items()))
 
 
-def _typed(option: str, hint: Any, value: Any) -> Any:
+def _typed(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     """A recipe's value as the field's type asks for it: a plug-in from its spec, tuples from lists, numbers checked."""
     for registry in KINDS:
         if registry.contract in (hint, *get_args(hint)):
+            if isinstance(value, Mapping) and "name" not in value and isinstance(default := _default(field), Mapping):
+                value = {**default, **value}
             return registry.build(value) if isinstance(value, (str, Mapping)) else value
     try:
         return TypeAdapter(hint).validate_python(value)
     except PydanticSchemaGenerationError:  # a type of the plug-in's own
         return value
     except ValidationError as error:
-        raise ValueError(f"{option} takes {_type_name(hint)}, not {value!r}") from error
+        raise ValueError(f"{field.name} takes {_type_name(hint)}, not {value!r}") from error
 
 
 def _type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint).replace("typing.", "")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as a recipe has it: plug-ins, also those in a list, by name and options.
+
+    Raises:
+        ValueError: a plug-in's class is not registered.
+    """
     for registry in KINDS:
         if isinstance(value, registry.contract):
             return registry.spec(value)
-    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+    return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default is not dataclasses.MISSING:
-        return _plain(field.default)
+        return plain(field.default)
     if field.default_factory is not dataclasses.MISSING:
-        return _plain(field.default_factory())
+        return plain(field.default_factory())
     return None

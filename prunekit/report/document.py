@@ -16,7 +16,8 @@ from prunekit.data.tokens import TokenBatch
 from prunekit.measure.perplexity import Perplexity
 from prunekit.plugins.allocator import Problem
 from prunekit.plugins.dense import Dense
-from prunekit.plugins.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, SIGNALS, signals_of
+from prunekit.plugins.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, SIGNALS
+from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.search.supernet import Supernet
 from prunekit.space.ladders import Space
@@ -47,7 +48,7 @@ def space_record(walk: int, problem: Problem) -> dict[str, Any]:
 
 
 def report(
-    recipe: Recipe,
+    parts: Parts,
     dense: Dense,
     draws: Draws,
     whole: Space,
@@ -63,7 +64,7 @@ def report(
     pace: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of report.json. Parameters are counted in the tensors, never taken from the request."""
-    errors, shrinks = net.site_errors(plan), all(site.form.shrinks for site in whole.sites)
+    recipe, errors, shrinks = parts.recipe, net.site_errors(plan), parts.form.shrinks
     before, after = count(dense.model), count(small)
     blocks = count(dense.adapter.blocks(dense.model))
     return {
@@ -111,7 +112,7 @@ def report(
         "seconds": _rounded(seconds),
         **({"seconds_shared": _rounded(seconds_shared)} if recipe.family else {}),  # of these, for all of it
         "seed": recipe.seed,
-        "versions": versions(recipe),
+        "versions": versions(parts),
     }
 
 
@@ -174,12 +175,11 @@ def by_source(batch: TokenBatch, dense: Perplexity, pruned: Perplexity) -> dict[
     return found
 
 
-def versions(recipe: Recipe) -> dict[str, str]:
+def versions(parts: Parts) -> dict[str, str]:
     """Of everything that has a say in the result: libraries, Python, and the distributions of plug-ins."""
     registries = {"pruner": PRUNERS, "allocator": ALLOCATORS, "objective": OBJECTIVES, "finisher": FINISHERS}
-    owners = {registries[kind][spec["name"]].owner for kind, spec in parts_of(recipe)}
-    named = map(SIGNALS.name_of, signals_of(ALLOCATORS.build(recipe.allocator)))
-    owners |= {SIGNALS[name].owner for name in named if name is not None}
+    owners = {registries[kind][spec["name"]].owner for kind, spec in parts_of(parts.recipe)}
+    owners |= {SIGNALS[name].owner for name in map(SIGNALS.name_of, parts.signals) if name is not None}
     names = sorted({"prunekit", "torch", "transformers", *owners} - {"unknown"})
     return {name: metadata.version(name) for name in names} | {"python": platform.python_version()}
 

@@ -20,7 +20,7 @@ from prunekit.measure.perplexity import HIDDEN_BYTES, LOGITS_AT_ONCE
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.models.blocks import TOKENS_AT_ONCE, forward_flops
 from prunekit.plugins.adapter import ModelAdapter
-from prunekit.plugins.registry import ALLOCATORS, OBJECTIVES, PRUNERS, signals_of
+from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.run.plan.plan import HEARING, Stage
 from prunekit.search.store import CandidateStore
@@ -110,7 +110,7 @@ class Member:
 class Count:
     """A recipe in numbers."""
 
-    recipe: Recipe
+    parts: Parts
     shape: Shape
     tokens: Mapping[str, int]  # by part
     seqlen: int
@@ -142,11 +142,9 @@ class Count:
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         return 0 if head.weight is embedding.weight else self.shape.parameters(head) * self.shape.computed.itemsize
 
-    @cached_property
-    def needs(self) -> frozenset[str]:
-        """Statistics that plug-ins ask for."""
-        signals = signals_of(ALLOCATORS.build(self.recipe.allocator))
-        return PRUNERS.build(self.recipe.pruner).needs.union(*(signal.needs for signal in signals))
+    @property
+    def recipe(self) -> Recipe:
+        return self.parts.recipe
 
     def stages(self, shares: Shares) -> Iterator[Stage]:
         """Every stage, in order, when memory is shared out so; what the dense model has said stays to the end."""
@@ -165,7 +163,7 @@ class Count:
         yield Stage("open", held + CUSHION, shares.blocks or 0, read=self._stored)
         if self.work is not None and self.recipe.latency.prices is None:
             yield self._timed(self.work)
-        if "gradient" in self.needs:
+        if "gradient" in self.parts.needs:
             yield self._gradients(shares, held + working)
         yield from self._rounds(shares, held + working)
         for number, member in enumerate(each for each in self.members if each.wanted):
@@ -289,15 +287,15 @@ class Count:
 
         Questions on fewer add less than a chunk each.
         """
-        top = OBJECTIVES.build(self.recipe.objective).reads(len(self.shape.blocks)).top
+        top = self.parts.objective.reads(len(self.shape.blocks)).top
         said = Teacher.bytes(self.tokens["search"], top, self.shape.vocabulary)
         inside = min(said, shares.teacher)
         return inside, min(said - inside, shares.teacher_disk)
 
     def _walk(self, name: str, space: Space, shares: Shares, held: int, member: str = "") -> Stage:
         """`held`: bytes in memory beside what a site takes."""
-        shape, needs, tokens = self.shape, self.needs, self.tokens["calibration"]
-        scores = not name.startswith("rebuild") and "scores" in ALLOCATORS.build(self.recipe.allocator).needs
+        shape, needs, tokens = self.shape, self.parts.needs, self.tokens["calibration"]
+        scores = not name.startswith("rebuild") and "scores" in self.parts.allocator.needs
         size, streams = shape.computed.itemsize, 1 + bool({"cross", "drift"} & needs)
         memory = disk = spill = doubles = 0
         flops = streams * shape.forward(tokens, self.seqlen, head=False)

@@ -14,8 +14,7 @@ from prunekit.data.draws import amounts, window_of
 from prunekit.measure import latency
 from prunekit.models.opening import computing_dtype, limits, resolved_devices
 from prunekit.plugins.adapter import ModelAdapter
-from prunekit.plugins.registry import ALLOCATORS, OBJECTIVES
-from prunekit.recipe.schema import Recipe
+from prunekit.recipe.resolve import Parts
 from prunekit.run.plan.count import Count, Member, Shape
 from prunekit.run.plan.plan import Plan
 from prunekit.run.plan.rehearsal import rehearsed, walks
@@ -28,7 +27,7 @@ SPARE = 0.9  # of what is free on the machine; the rest is for others
 
 
 def planned(
-    recipe: Recipe,
+    parts: Parts,
     model: nn.Module,
     adapter: ModelAdapter,
     wholes: Sequence[Space],
@@ -37,7 +36,7 @@ def planned(
     *,
     rehearse: bool = False,
 ) -> Plan:
-    """What `recipe`, checked, will take for a model of which the skeleton is enough.
+    """What a recipe will take for a model of which the skeleton is enough.
 
     `wholes`: the space of the recipe, or of every member of its family; `asked`: the sparsities of those that results
     are made of, None: of the recipe's. Only where it is asked for, searches are rehearsed to say how long they take.
@@ -45,6 +44,7 @@ def planned(
     Raises:
         WrongInput: the recipe's memory is no amount, or latency is asked of more tokens than the model takes.
     """
+    recipe = parts.recipe
     device = resolved_devices(recipe.device)[0]
     stored = next(model.parameters()).dtype
     computed = computing_dtype(stored, recipe.dtype, device)
@@ -56,8 +56,8 @@ def planned(
     if output is not None:
         place = next(p for p in (output.resolve(), *output.resolve().parents) if p.is_dir())
         free_disk = shutil.disk_usage(place).free + written(output)  # which is gone on with, or discarded
-    allocator, known = ALLOCATORS.build(recipe.allocator), dict[int, Known]()
-    free = not OBJECTIVES.build(recipe.objective).reads(1).tokens
+    allocator, known = parts.allocator, dict[int, Known]()
+    free = not parts.objective.reads(1).tokens
 
     def forwards(number: int, space: Space) -> int | None:
         if free or not rehearse:
@@ -74,7 +74,7 @@ def planned(
     timed = recipe.metric == "latency"
     work = latency.workload(recipe.latency, model) if timed else None  # type: ignore[arg-type]
     shape = Shape(model, adapter, wholes[0].sites, stored, computed)
-    count = Count(recipe, shape, tokens, seqlen, members, work)
+    count = Count(parts, shape, tokens, seqlen, members, work)
 
     def of(shares: Shares) -> Plan:
         stages = tuple(count.stages(shares))

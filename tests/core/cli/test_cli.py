@@ -14,8 +14,9 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from prunekit.cli.main import app, comparison
+from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
-from prunekit.run import pipeline
+from prunekit.run import prune as pruning
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append((recipe, options))
         return SimpleNamespace(report=report, directory=options["output"])
 
-    monkeypatch.setattr(pipeline, "prune", prune)
+    monkeypatch.setattr(pruning, "prune", prune)
     return calls
 
 
@@ -73,7 +74,7 @@ def test_prune_needs_no_more_than_model_and_output(asked: list[Any]) -> None:
     result = run("prune", "some/model", "--output", "out")
     assert result.exit_code == 0, result.output
     recipe, options = asked[0]
-    assert recipe == Recipe.load().with_overrides({"model": "some/model"}).checked()
+    assert recipe == resolve(Recipe.load().with_overrides({"model": "some/model"})).recipe
     assert (options["output"], options["resume"], options["overwrite"]) == (Path("out"), True, False)
 
 
@@ -117,7 +118,7 @@ def test_what_was_promised_of_the_time_stands_below_the_table(monkeypatch: pytes
     }  # fmt: skip
     losses = {k: {"perplexity": 9.0} for k in ("dense", "pruned")}
     report = {"dense": side, "pruned": side, "losses": losses, "latency": pace}
-    monkeypatch.setattr(pipeline, "prune", lambda recipe, **options: SimpleNamespace(report=report))
+    monkeypatch.setattr(pruning, "prune", lambda recipe, **options: SimpleNamespace(report=report))
     said = run("prune", "m", "-o", "out", "--target", "latency=0.6").stdout
     assert re.search(r"milliseconds +20 +13 +0\.650", said)
     assert "0.590 of the dense model's time was promised (0.6 asked), 0.650 was measured, +10.2%" in said
@@ -185,7 +186,7 @@ def test_a_full_disk_is_one_sentence_whoever_met_it(monkeypatch: pytest.MonkeyPa
         def full(*_: object, error: Exception = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(pipeline, "prune", full)
+        monkeypatch.setattr(pruning, "prune", full)
         result = run("prune", "m", "-o", "out")
         assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
         assert "the disk is full; make room, and the same command goes on" in result.stderr
@@ -204,7 +205,7 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "prune", interrupted)
+    monkeypatch.setattr(pruning, "prune", interrupted)
     result = run("prune", "m", "-o", "out")
     assert result.exit_code == 130
     assert "the same command goes on from here" in result.stderr
@@ -374,7 +375,7 @@ def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
     def prune(*_: object, **__: object) -> None:
         raise ImportError("allocator 'optuna-tpe' of prunekit needs 'optuna', which is not installed")
 
-    monkeypatch.setattr(pipeline, "prune", prune)
+    monkeypatch.setattr(pruning, "prune", prune)
     assert "needs 'optuna'" in refused("prune", "m", "-o", "out")
 
 

@@ -255,7 +255,7 @@ def test_an_interrupted_run_goes_on_with_its_table(folder: Path, tmp_path: Path,
         def killed(*_: Any, **__: Any) -> Any:
             raise KeyboardInterrupt
 
-        patch.setattr("prunekit.run.pipeline.converse", killed)
+        patch.setattr("prunekit.run.stages.converse", killed)
         with pytest.raises(KeyboardInterrupt):
             prunekit.prune(folder, output=tmp_path / "out", **QUICK)
     assert (tmp_path / "out.partial" / "prices.json").exists()

@@ -16,7 +16,7 @@ from prunekit.calibration.fill import build
 from prunekit.calibration.gradients import Gradients
 from prunekit.measure.speed import zeros
 from prunekit.plugins.registry import PRUNERS, Entry
-from prunekit.run.pipeline import check_finished, shapes
+from prunekit.run.finish import check_finished, shapes
 from prunekit.search.ledger import Ledger
 from prunekit.search.store import CandidateStore
 from prunekit.system.memory import Shares

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("large") / "model"
     sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 2048}
     heads = {"num_attention_heads": 12, "num_key_value_heads": 4, "max_position_embeddings": 256}
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(torch.bfloat16).save_pretrained(path)
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(torch.bfloat16).save_pretrained(path)  # type: ignore[arg-type]
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
     return path
 
@@ -52,23 +52,26 @@ def test_peaks_lie_between_half_of_the_plan_and_the_plan(kind: str, folder: Path
 def run(kind: str, model: str, output: Path) -> dict[str, float]:
     """Plan and prune; bytes planned, and bytes taken beyond what the process has before."""
     from prunekit.models.opening import skeleton
+    from prunekit.recipe.resolve import resolve
     from prunekit.recipe.schema import Recipe
-    from prunekit.run import pipeline, workplace
+    from prunekit.run import prune as pruning
+    from prunekit.run import workplace
+    from prunekit.run.session import make_plan
 
     settings = dict(KINDS[kind])
     few = {"dataset": "python-docs", "seqlen": 128, "calibration_tokens": 4096, "search_tokens": 2048}
     data = {f"data.{key}": value for key, value in (few | {"evaluation_tokens": 2048}).items()}
     recipe = Recipe.load(str(settings.pop("recipe", "default"))).with_overrides({"model": model, **data, **settings})
-    plan = pipeline.foreseen(recipe.checked(), *skeleton(model), output, rehearse=True)
+    plan = make_plan(resolve(recipe), *skeleton(model), output, rehearse=True)
     written = [0]
 
     def publish(folder: Path, target: Path) -> None:
         written[0] = sum(file.stat().st_size for file in folder.parent.rglob("*") if file.is_file())
         workplace.publish(folder, target)
 
-    pipeline.publish = publish
+    pruning.publish = publish
     before = peak()
-    pipeline.prune(recipe, output=output)
+    pruning.prune(recipe, output=output)
     return {
         "planned memory": max(stage.memory + stage.shared for stage in plan.stages),
         "planned disk": plan.disk,

@@ -26,13 +26,15 @@ from prunekit.models.blocks import forward_flops
 from prunekit.models.opening import opened, skeleton
 from prunekit.plugins.allocator import Problem
 from prunekit.plugins.objective import Objective
-from prunekit.plugins.registry import ALLOCATORS, PRUNERS
+from prunekit.plugins.registry import ALLOCATORS
+from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
-from prunekit.run import family, pipeline
+from prunekit.run import family, session
 from prunekit.run import plan as planning
-from prunekit.run.pipeline import foreseen, whole_space
 from prunekit.run.plan.count import CUSHION
 from prunekit.run.plan.rehearsal import rehearsed, walks
+from prunekit.run.session import make_plan
+from prunekit.run.spaces import whole_space
 from prunekit.search.conversation import converse
 from prunekit.search.ledger import Ledger
 from prunekit.search.store import CandidateStore
@@ -234,8 +236,8 @@ def plan_of(folder, output=None, **changes):
     base, overrides = Recipe.load("fast"), {"model": str(folder), **changes}
     several = base.spread(overrides)
     asked = None if several is None else list(several.family)
-    recipe = (several or base.with_overrides(overrides)).checked()
-    return foreseen(recipe, *skeleton(str(folder)), output, asked)
+    parts = resolve(several or base.with_overrides(overrides))
+    return make_plan(parts, *skeleton(str(folder)), output, asked)
 
 
 def test_what_fits_is_opened_whole_and_what_does_not_block_by_block(folder, large):
@@ -270,12 +272,11 @@ def test_a_plan_says_which_stages_there_are_and_what_nobody_knows(folder, tmp_pa
 def test_the_candidates_of_a_plan_are_those_of_the_run(folder, tmp_path):
     plan = plan_of(folder, allocator="uniform", rebuild=False)
     model, adapter = skeleton(str(folder))
-    recipe = Recipe.load("fast").with_overrides({"model": str(folder), "allocator": "uniform"}).checked()
-    space = whole_space(recipe, model, adapter, torch.bfloat16)
-    space = ALLOCATORS.build(recipe.allocator).first_space(space)
+    parts = resolve(Recipe.load("fast").with_overrides({"model": str(folder), "allocator": "uniform"}))
+    space = parts.allocator.first_space(whole_space(parts, model, adapter, torch.bfloat16))
     store, dense = CandidateStore(tmp_path, {}), tiny("llama").bfloat16().float()
     build(
-        dense, adapter, space, space.uniform(), PRUNERS.build(recipe.pruner), toy_tokens(), store,
+        dense, adapter, space, space.uniform(), parts.pruner, toy_tokens(), store,
         dtype=torch.bfloat16, progress=Progress(),
     )  # fmt: skip
     written = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
@@ -332,8 +333,8 @@ def test_the_disk_of_a_family_is_counted_walk_by_walk(saved_tiny, tmp_path, kill
 
 
 def test_of_a_family_that_is_searched_for_one_member_one_is_made(folder):
-    recipe = Recipe.load("fast").with_overrides({"model": str(folder), "sparsity": 0.4, "family": [0.2, 0.4]}).checked()
-    plan = foreseen(recipe, *skeleton(str(folder)), None)
+    recipe = Recipe.load("fast").with_overrides({"model": str(folder), "sparsity": 0.4, "family": [0.2, 0.4]})
+    plan = make_plan(resolve(recipe), *skeleton(str(folder)), None)
     assert [stage.name for stage in plan.stages] == [
         "open", "prune 1", "search 1 for 0.2", "search 1 for 0.4", "rebuild for 0.4", "evaluate for 0.4",
         "export for 0.4",
@@ -361,7 +362,7 @@ def test_latency_is_timed_before_and_after_and_only_whole(folder, large, monkeyp
     assert names[-2:] == ["time the result", "export"]
     assert not plan.as_dict(Rates(1e9, 1e9, 1e8, 1e8))["seconds_complete"]
     assert not plan_of(large, memory="900GiB", target="latency=0.6").paged
-    monkeypatch.setattr(pipeline, "opened", None)
+    monkeypatch.setattr(session, "opened", None)
     with pytest.raises(WrongInput, match=r"takes at least .* give more, or another metric: latency is timed on whole"):
         prunekit.prune(large, target="latency=0.6", memory="1GB", recipe="fast", quiet=True)
     with pytest.raises(WrongInput, match=r"latency\.prompt \+ latency\.new_tokens"):
@@ -409,9 +410,9 @@ def test_what_cannot_fit_is_refused(folder, large, tmp_path):
 
 
 def test_a_model_in_memory_is_never_paged(folder):
-    recipe = Recipe.load("fast").with_overrides({"memory": "1MB"}).checked()
+    parts = resolve(Recipe.load("fast").with_overrides({"memory": "1MB"}))
     model, adapter = tiny("llama"), adapter_for("llama")
-    plan = foreseen(recipe, model, adapter, None)
+    plan = make_plan(parts, model, adapter, None)
     assert not plan.paged
     assert plan.shares == Shares(None, 0, 0, 0, 0, 0)
 
