@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from prunekit.errors import PluginError, WrongInput
     from prunekit.layer.candidates import Candidate, best_groups, best_weights, ranked
     from prunekit.layer.problem import LayerProblem
+    from prunekit.layer.solving import factored, inverted, solved
     from prunekit.plugins.adapter import ModelAdapter
     from prunekit.plugins.allocator import Allocator, Journal, Problem, Query, Search
     from prunekit.plugins.dense import Dense
@@ -45,6 +46,7 @@ _HOMES = {  # module: what of it is public
     "errors": "PluginError WrongInput",
     "layer.candidates": "Candidate best_groups best_weights ranked",
     "layer.problem": "LayerProblem",
+    "layer.solving": "factored inverted solved",
     "plugins.adapter": "ModelAdapter",
     "plugins.allocator": "Allocator Journal Problem Query Search",
     "plugins.dense": "Dense",
@@ -104,9 +106,12 @@ __all__ = [
     "best_groups",
     "best_weights",
     "check_choices",
+    "factored",
+    "inverted",
     "prune",
     "ranked",
     "resolve",
+    "solved",
     "tune",
 ]
 

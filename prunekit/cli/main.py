@@ -217,10 +217,10 @@ def plan(options: Mapping[str, Any], as_json: bool) -> None:
     chosen, source, several = _chosen(options, "plan")
     from prunekit.models.opening import skeleton
     from prunekit.recipe.resolve import resolve
-    from prunekit.run.plan import Rates
     from prunekit.run.session import make_plan
     from prunekit.system.memory import amount
     from prunekit.system.progress import span
+    from prunekit.system.rates import Rates
 
     _calm()
     output = options["output"] or Path("prunekit-output")  # a run without --output is refused; its disk is this one's

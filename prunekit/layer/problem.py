@@ -7,7 +7,8 @@ A pruner reads a `LayerProblem` and returns `Candidate`s; it never sees a model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -16,9 +17,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prunekit.layer.candidates import Candidate
+from prunekit.layer.solving import factored, inverted, margin, solved
+from prunekit.space.forms import GROUPS, Form, Units
 
 VALUES_AT_ONCE = 2**22  # of what is judged at once: 32 MiB in float64
 CELLS_AT_ONCE = 2**24  # of the matrices that are solved side by side: 128 MiB in float64
+
+_log = logging.getLogger(__name__)
 
 
 STATISTICS = frozenset(
@@ -55,8 +60,7 @@ class LayerProblem:
     weight: Float[Tensor, "d_out d_in"]
     gram: Float[Tensor, "d_in d_in"]  # H = E[x̂ x̂ᵀ]
     group_size: int = 1
-    structure: str = "groups"  # or weights, n:m: a group is a column, a count the weights kept per row
-    block: int = 0  # m of n:m
+    form: Form = GROUPS  # or of single weights: a group is a column, a count the weights kept per row
     damping: float = 0.01  # ridge, as a share of the mean of diag H
     cross: Float[Tensor, "d_out d_in"] | None = None  # R = E[y x̂ᵀ], y = W x with the dense model's input x
     drift: Float[Tensor, "d_out d_in"] | None = None  # D = E[δ x̂ᵀ], δ what earlier layers lost in the residual stream
@@ -106,6 +110,16 @@ class LayerProblem:
         return replace(self, **hidden, **learnt, feeders=tuple(replace(feeder, **unfed) for feeder in fed))
 
     @property
+    def structure(self) -> Units:
+        """groups, weights, or n:m."""
+        return self.form.units
+
+    @property
+    def m(self) -> int:
+        """m of n:m; 0 elsewhere."""
+        return self.form.m
+
+    @property
     def d_in(self) -> int:
         return self.weight.shape[1]
 
@@ -115,9 +129,9 @@ class LayerProblem:
 
     @cached_property
     def ridge(self) -> float:
-        """λ = damping · mean diag H, ten times more (at most 4 times) until H + λI has a Cholesky factor.
+        """λ = damping · mean diag H, ten times more (at most 4 times) until H + λI has a Cholesky factor with a margin.
 
-        1 where nothing ever reaches the layer.
+        With the margin every part of it has one, in every order, on any processor. 1 where nothing reaches the layer.
 
         Raises:
             ValueError: no such λ; the gram is no second moment.
@@ -125,9 +139,14 @@ class LayerProblem:
         scale = float(self.gram.diagonal().double().mean())
         if scale <= 0:
             return 1.0
-        ridge, gram = self.damping * scale, self.gram.double()
-        for _ in range(5):
-            if not bool(torch.linalg.cholesky_ex(_with_diagonal(gram, ridge)).info):
+        ridge, gram = self.damping * scale, _mirrored(self.gram)
+        for tries in range(5):
+            trial = _with_diagonal(gram, ridge)
+            trial.diagonal().mul_(1 - margin(self.d_in))
+            if not bool(torch.linalg.cholesky_ex(trial).info):
+                if tries:
+                    share = ridge / scale
+                    _log.info("%s: damping is %.1e, not %.1e, for H is singular", self.name, share, self.damping)
                 return ridge
             ridge = max(10 * ridge, 1e-8 * scale)
         raise ValueError(
@@ -138,7 +157,7 @@ class LayerProblem:
     @cached_property
     def hessian(self) -> Float[Tensor, "d_in d_in"]:
         """H + λI in float64: solve with it; judge with `gram`."""
-        return _with_diagonal(self.gram.double(), self.ridge)
+        return _with_diagonal(_mirrored(self.gram), self.ridge)
 
     @cached_property
     def target(self) -> Float[Tensor, "d_out d_in"]:
@@ -153,7 +172,7 @@ class LayerProblem:
         reached = self.cross.double() + self.ridge * weight
         if self.drift is not None:
             reached = reached + self.drift.double()
-        return _solved(self.hessian, reached.T).T
+        return solved(self.hessian, reached.T).T
 
     def group_sum(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, " n_groups"]:
         """Sum over rows, then over the columns of each group, in float64."""
@@ -176,7 +195,7 @@ class LayerProblem:
         groups = sorted(groups)  # the same set, the same bits
         kept = self.columns(groups)
         reached = self.target @ self.hessian[:, kept]
-        return self._placed(groups, _solved(self.hessian[kept][:, kept], reached.T).T if groups else reached)
+        return self._placed(groups, solved(self.hessian[kept][:, kept], reached.T).T if groups else reached)
 
     def sparse(self, mask: Bool[Tensor, "d_out d_in"]) -> Candidate:
         """Keep the single weights under `mask` as they are."""
@@ -192,7 +211,7 @@ class LayerProblem:
         if 2 * int(mask.sum()) < mask.numel():
             fitted = _solved_rows(self.hessian, self.target @ self.hessian, mask)
         else:
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.hessian))
+            inverse = inverted(self.hessian)
             fitted = self.target - _solved_rows(inverse, self.target, ~mask) @ inverse
         return Candidate(None, torch.where(mask, fitted, 0).to(self.weight.dtype))
 
@@ -230,6 +249,14 @@ class LayerProblem:
         return _energy(self.weight, self.gram)
 
 
+def judging_flops(d_in: int, d_out: int, widths: Iterable[int], *, cross: bool) -> int:
+    """Of the relative errors of candidates with so many columns, in float64, and the energy they are relative to.
+
+    With the dense model beside them that is known, and columns that are gone cost nothing; else most may differ.
+    """
+    return 2 * d_out * (sum(width**2 for width in widths) if cross else d_in**2 * (1 + len(list(widths))))
+
+
 @dataclass(frozen=True, eq=False)
 class Nested:
     """All counts of one ranking, each refitted on its kept groups, for the price of one.
@@ -253,7 +280,7 @@ class Nested:
 
     @cached_property
     def _factor(self) -> Float[Tensor, "d_in d_in"]:
-        return torch.linalg.cholesky(self.layer.hessian[self._columns][:, self._columns])
+        return factored(self.layer.hessian[self._columns][:, self._columns])
 
     @cached_property
     def _energy(self) -> Float[Tensor, "d_in d_out"]:
@@ -294,7 +321,7 @@ def _solved_rows(
         cells = torch.where(real[:, :, None] & real[:, None], matrix[ids[:, :, None], ids[:, None]], 0)
         cells.diagonal(dim1=1, dim2=2).add_((~real).to(cells))
         values = torch.where(real, right[rows].gather(1, ids), 0)
-        found[rows[:, None], ids] = _solved(cells, values[..., None])[..., 0]
+        found[rows[:, None], ids] = solved(cells, values[..., None])[..., 0]
     return found
 
 
@@ -323,9 +350,10 @@ def _energy(weight: Tensor, gram: Tensor, less: Tensor | None = None) -> float:
     return float(total)
 
 
-def _solved(matrix: Tensor, right: Tensor) -> Tensor:
-    """matrix⁻¹ right, for a positive definite matrix."""
-    return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
+def _mirrored(gram: Tensor) -> Tensor:
+    """In float64 and symmetric: not every processor's xᵀx is, to the last bit, and an order would choose a half."""
+    gram = gram.double()
+    return gram if torch.equal(gram, gram.T) else gram.tril() + gram.tril(-1).T
 
 
 def _with_diagonal(matrix: Tensor, value: float) -> Tensor:

@@ -13,7 +13,7 @@ import yaml
 
 from prunekit.data.spec import as_texts, names_of
 from prunekit.errors import WrongInput, unknown
-from prunekit.recipe.specs import as_engine, as_pattern, as_spec, as_specs, pattern_of
+from prunekit.recipe.specs import as_engine, as_pattern, as_spec, as_specs, own_share
 from prunekit.space.budgets import Metric
 
 PLUGINS = ("pruner", "allocator", "objective", "engine")  # keys with one plug-in each
@@ -119,7 +119,7 @@ def override(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
             forgotten += ["evaluation_dataset", "evaluation_split"]
         values["data"] |= dict.fromkeys(forgotten)
     before, structure = values["structure"], as_pattern(overrides.get("structure", values["structure"]))
-    if "sparsity" not in overrides and structure != before and (pattern_of(structure) or pattern_of(before)):
+    if "sparsity" not in overrides and structure != before and (own_share(structure) or own_share(before)):
         values.pop("sparsity")  # a pattern has its own; what follows one has the default
         values["family"] = ()
     if "sparsity" in overrides:

@@ -19,7 +19,7 @@ from prunekit.plugins.pruner import LocalPruner
 from prunekit.plugins.registry import ALLOCATORS, ENGINES, FINISHERS, OBJECTIVES, PRUNERS, SIGNALS, signals_of
 from prunekit.plugins.signal import Signal
 from prunekit.recipe.schema import Recipe
-from prunekit.space.forms import Structure
+from prunekit.space.forms import Form, parse_form
 from prunekit.space.prices import Prices
 
 WITHOUT_EFFECT = frozenset(
@@ -32,7 +32,7 @@ class Parts:
     """What a recipe names, built once and checked; the recipe itself has every option of it written out."""
 
     recipe: Recipe
-    structure: Structure
+    form: Form  # what is removed
     pruner: LocalPruner
     allocator: Allocator
     signals: tuple[Signal, ...]  # layer sensitivity metrics that the allocator asks for
@@ -83,15 +83,15 @@ def resolve(recipe: Recipe) -> Parts:
             there.
     """
     _check_budget(recipe)
-    structure = Structure.parsed(recipe.structure)
+    form = parse_form(recipe.structure)
     pruner = PRUNERS.build(recipe.pruner)
     finishers = tuple(map(FINISHERS.build, recipe.finishers))
     allocator = ALLOCATORS.build(recipe.allocator)
     signals = signals_of(allocator)
     _check_scores(recipe, pruner, allocator)
-    _check_structure(recipe, structure, pruner, finishers)
-    if structure.units != "groups":
-        _check_zeros(recipe, structure, allocator, signals, finishers)
+    _check_form(recipe, form, pruner, finishers)
+    if not form.shrinks:
+        _check_zeros(recipe, form, allocator, signals, finishers)
     _check_data(recipe, pruner, signals)
     table = recipe.latency.table if recipe.metric == "latency" else None
     latency = recipe.latency.model_copy(update={"prices": None}) if table is None else recipe.latency.measured(table)
@@ -105,7 +105,7 @@ def resolve(recipe: Recipe) -> Parts:
         "engine": ENGINES.spec(engine),
     }
     recipe = recipe.model_copy(update=complete)
-    return Parts(recipe, structure, pruner, allocator, signals, objective, finishers, engine)
+    return Parts(recipe, form, pruner, allocator, signals, objective, finishers, engine)
 
 
 def _check_budget(recipe: Recipe) -> None:
@@ -126,11 +126,9 @@ def _check_scores(recipe: Recipe, pruner: LocalPruner, allocator: Allocator) -> 
         )
 
 
-def _check_structure(
-    recipe: Recipe, structure: Structure, pruner: LocalPruner, finishers: tuple[Finisher, ...]
-) -> None:
+def _check_form(recipe: Recipe, form: Form, pruner: LocalPruner, finishers: tuple[Finisher, ...]) -> None:
     """Every part must know what is removed."""
-    if structure.block and recipe.family:
+    if form.kept_share is not None and recipe.family:
         raise WrongInput(
             f"structure {recipe.structure} says its own sparsity, so there is no family of several; "
             "take structure groups or weights"
@@ -138,14 +136,14 @@ def _check_structure(
     named = [("pruner", recipe.pruner, pruner)]
     named += [("finisher", spec, each) for spec, each in zip(recipe.finishers, finishers, strict=True)]
     for kind, spec, plugin in named:
-        if structure.units not in plugin.structures:
+        if form.units not in plugin.structures:
             there = ", ".join(sorted(plugin.structures))
-            raise WrongInput(f"{kind} {spec['name']!r} does not know structure {structure.units}; it knows {there}")
+            raise WrongInput(f"{kind} {spec['name']!r} does not know structure {form.units}; it knows {there}")
 
 
 def _check_zeros(
     recipe: Recipe,
-    structure: Structure,
+    form: Form,
     allocator: Allocator,
     signals: tuple[Signal, ...],
     finishers: tuple[Finisher, ...],
@@ -164,9 +162,10 @@ def _check_zeros(
         if "influence" in signal.needs:
             name = SIGNALS.name_of(signal)
             raise WrongInput(f"signal {name!r} is of whole sub-layers; it goes with structure groups")
-    if structure.block and (recipe.sparsity != structure.sparsity or recipe.of == "model"):
+    own = form.kept_share
+    if own is not None and (recipe.sparsity != float(1 - own) or recipe.of == "model"):
         raise WrongInput(
-            f"structure {recipe.structure} removes {structure.sparsity:.4g} of the weights of all linear maps in "
+            f"structure {recipe.structure} removes {float(1 - own):.4g} of the weights of all linear maps in "
             "blocks; leave sparsity and of away, or take structure weights"
         )
 

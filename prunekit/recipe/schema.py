@@ -20,7 +20,7 @@ from prunekit.data.spec import TAGS, DataSpec, TextSpec
 from prunekit.errors import WrongInput, unknown
 from prunekit.recipe.overrides import expand_target, override, split_family
 from prunekit.recipe.presets import beside, laid_over, presets, read_yaml
-from prunekit.recipe.specs import Spec, as_engine, as_pattern, as_specs, pattern_of
+from prunekit.recipe.specs import Spec, as_engine, as_pattern, as_specs, own_share
 from prunekit.space.budgets import Metric
 from prunekit.space.latency import LatencySpec
 from prunekit.space.prices import FILE
@@ -62,8 +62,8 @@ class Recipe(Strict):
     @classmethod
     def _patterns_say_the_sparsity(cls, values: Any) -> Any:
         if isinstance(values, dict) and "sparsity" not in values:
-            pattern = pattern_of(as_pattern(values.get("structure")))
-            return values if pattern is None else values | {"sparsity": pattern.sparsity}
+            share = own_share(as_pattern(values.get("structure")))
+            return values if share is None else values | {"sparsity": float(1 - share)}
         return values
 
     @classmethod

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
 from prunekit.errors import WrongInput
-from prunekit.space.forms import Structure
+from prunekit.space.forms import parse_form
 
 
 def as_spec(value: Any) -> Any:
@@ -32,13 +33,12 @@ def as_pattern(value: Any) -> Any:
     return f"{value // 60}:{value % 60}" if isinstance(value, int) and value > 60 else value
 
 
-def pattern_of(structure: Any) -> Structure | None:
-    """The pattern N:M that a structure is; None: it is another, or none (said where the recipe is resolved)."""
+def own_share(structure: Any) -> Fraction | None:
+    """The share that a structure keeps by itself; None: any, or it is none (said where the recipe is resolved)."""
     try:
-        found = Structure.parsed(structure) if isinstance(structure, str) else None
+        return parse_form(structure).kept_share if isinstance(structure, str) else None
     except WrongInput:
         return None
-    return found if found is not None and found.block else None
 
 
 Spec = Annotated[dict[str, Any], BeforeValidator(as_spec)]

@@ -64,7 +64,7 @@ def report(
     pace: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of report.json. Parameters are counted in the tensors, never taken from the request."""
-    recipe, errors = parts.recipe, net.site_errors(plan)
+    recipe, errors, shrinks = parts.recipe, net.site_errors(plan), parts.form.shrinks
     before, after = count(dense.model), count(small)
     blocks = count(dense.adapter.blocks(dense.model))
     return {
@@ -84,7 +84,7 @@ def report(
             "limit": whole.budget.limit,
             "spent": whole.cost(plan),
         },
-        **({} if recipe.structure == "groups" else {"weights": weights(small, net, plan, recipe.structure)}),
+        **({} if shrinks else {"weights": weights(small, net, plan, recipe.structure)}),
         **({} if pace is None else {"latency": dict(pace)}),
         "losses": dict(losses),
         "sites": [
@@ -94,7 +94,7 @@ def report(
                 "kind": site.kind,
                 "groups": site.n_groups,
                 "kept": kept,
-                **({} if site.kind != "linear" else {"keeps": site.said(kept)}),
+                **({} if site.form.shrinks else {"keeps": site.describe(kept)}),
                 "parameters": site.parameters(kept),
                 "error": error,
             }
@@ -125,7 +125,7 @@ def weights(small: nn.Module, net: Supernet, plan: Allocation, structure: str) -
         nonzero = int(weight.count_nonzero())
         total, kept, size = total + weight.numel(), kept + nonzero, size + weight.nbytes
         packed += -(-weight.numel() // 8) + nonzero * weight.itemsize
-    patterns = [site.said(count) for site, count in zip(sites, plan, strict=True) if site.pattern]
+    patterns = [site.describe(count) for site, count in zip(sites, plan, strict=True) if site.form.m]
     return {
         "structure": structure,
         "in_linear_maps": total,

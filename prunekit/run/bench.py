@@ -10,13 +10,14 @@ from prunekit.data.draws import Draws, draw
 from prunekit.data.tokens import overlap
 from prunekit.errors import WrongInput
 from prunekit.measure.perplexity import perplexity
+from prunekit.models.opening import limits
 from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.run.clock import Clock
 from prunekit.run.finish import finish_model
 from prunekit.run.prune import run_search
-from prunekit.run.session import Session, token_limits
+from prunekit.run.session import Session
 from prunekit.run.spaces import whole_space
 from prunekit.run.stages import assemble
 
@@ -50,7 +51,7 @@ class Bench:
         small = assemble(net, plan, parts)
         finish_model(run, small, net, plan)
         kept = reporting.count(small)
-        if recipe.structure != "groups":
+        if not parts.form.shrinks:
             single = reporting.weights(small, net, plan, recipe.structure)
             kept -= single["in_linear_maps"] - single["not_zero"]
         found: dict[str, float] = {"parameters": kept, "seconds": sum(run.clock.seconds.values())}
@@ -69,7 +70,7 @@ class Bench:
         if recipe.data == session.parts.recipe.data:
             return session.draws
         dense = session.dense
-        draws = draw(dense.tokenizer, recipe.data, session.progress, seed=recipe.seed, **token_limits(dense.model))
+        draws = draw(dense.tokenizer, recipe.data, session.progress, seed=recipe.seed, **limits(dense.model))
         if overlap(draws.calibration, session.draws.search):
             raise WrongInput("it calibrates on text that trials are compared on; give data.search_dataset")
         return replace(draws, search=session.draws.search)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prunekit.errors import PluginError
-from prunekit.layer.candidates import is_sparse
+from prunekit.layer.layouts import layout_of
 from prunekit.models.opening import stored_as
 from prunekit.plugins.finisher import Finisher, Workpiece
 from prunekit.run.stages import Run
@@ -81,10 +81,10 @@ def check_finished(piece: Workpiece, finisher: Finisher, before: Mapping[str, to
             raise PluginError(f"{who} left values in {name} that are not finite")
     blocks = piece.adapter.blocks(piece.model)
     for site, count in zip(piece.sites, piece.plan, strict=True):
-        if site.kind == "linear":
-            weight = piece.adapter.linear(blocks[site.block], site).weight
-            if not is_sparse(weight, count, site.pattern):
-                raise PluginError(f"{who} left more than {site.said(count)} weights per row of {site.name}")
+        if site.form.shrinks:
+            continue  # every shape was looked at
+        if over := layout_of(site).overflow(site, count, piece.adapter.linear(blocks[site.block], site).weight):
+            raise PluginError(f"{who} left {over} of {site.name}")
 
 
 def _shape(size: torch.Size | None) -> str:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from prunekit.data.draws import Draws, draw
 from prunekit.errors import WrongInput
 from prunekit.measure import latency
-from prunekit.models.opening import opened, resolved_devices, skeleton
+from prunekit.models.opening import limits, opened, resolved_devices, skeleton
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.dense import Dense
 from prunekit.plugins.engine import Opening, Team
@@ -25,7 +25,8 @@ from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.run.clock import Clock
-from prunekit.run.plan import Plan, planned
+from prunekit.run.plan.make import planned
+from prunekit.run.plan.plan import Plan
 from prunekit.run.spaces import whole_space
 from prunekit.run.stages import Run, clear_folder
 from prunekit.search.ledger import Ledger
@@ -153,7 +154,7 @@ def open_session(
             source, tokenizer,
             device=str(devices[0]), dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, shares=plan.shares,
         )  # fmt: skip
-        draws = draw(dense.tokenizer, recipe.data, progress, seed=recipe.seed, **token_limits(dense.model))
+        draws = draw(dense.tokenizer, recipe.data, progress, seed=recipe.seed, **limits(dense.model))
         parts.objective.check(draws.search)
     return Session(parts.with_text(dense.name, draws.spec), source, dense, draws, plan, devices, progress, clock)
 
@@ -204,14 +205,6 @@ def choose_devices(recipe: Recipe, plan: Plan) -> list[torch.device]:
             f"it does not fit {amount(plan.limit)} of memory; give one device and engine local, or more --memory"
         )
     return devices
-
-
-def token_limits(model: Any) -> dict[str, int]:
-    """What tokens must not exceed: the longest window of a model, and its vocabulary."""
-    return {
-        "max_seqlen": int(getattr(model.config, "max_position_embeddings", 2048)),
-        "vocab_size": int(model.get_input_embeddings().weight.shape[0]),
-    }
 
 
 def write_prices(recipe: Recipe, folder: Path) -> None:

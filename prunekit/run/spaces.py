@@ -13,7 +13,6 @@ from prunekit.plugins.adapter import ModelAdapter
 from prunekit.recipe.resolve import Parts
 from prunekit.space.budgets import Budget
 from prunekit.space.ladders import Space
-from prunekit.space.sites import Site
 
 
 def whole_space(parts: Parts, model: nn.Module, adapter: ModelAdapter, dtype: torch.dtype) -> Space:
@@ -31,23 +30,19 @@ def whole_space(parts: Parts, model: nn.Module, adapter: ModelAdapter, dtype: to
     Raises:
         WrongInput: there is nothing to remove, or the budget cannot be met.
     """
-    recipe, structure = parts.recipe, parts.structure
-    sites: tuple[Site, ...]
+    recipe, form = parts.recipe, parts.form
     with paging.shapes_of(model):
-        if structure.units == "groups":
-            sites = adapter.sites(model, heads=recipe.heads)
-        else:
-            sites = adapter.linear_sites(model, structure)
+        sites = adapter.sites_of(model, form, recipe.heads)
     if not sites:
         raise WrongInput("the model has no site left to prune")
     base = model if recipe.of == "model" else adapter.blocks(model)
     freed = sum(site.parameters(site.n_groups) for site in sites)
-    counts = recipe.of == "model" or structure.units == "groups"
+    counts = recipe.of == "model" or form.shrinks
     outside = sum(p.numel() for p in base.parameters()) - freed if counts else 0
     table = recipe.latency.table if recipe.metric == "latency" else None
-    kept = Fraction(structure.kept, structure.block) if structure.block else float(1 - Fraction(str(recipe.sparsity)))
+    kept = float(1 - Fraction(str(recipe.sparsity)))
     budget = Budget.keeping(
-        kept, sites,
+        kept if form.kept_share is None else form.kept_share, sites,
         metric=recipe.metric, bytes_per_parameter=dtype.itemsize, outside=outside, apart=recipe.apart, table=table,
     )  # fmt: skip
     if any(finisher.adds_biases for finisher in parts.finishers):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prunekit import Candidate, LayerProblem, LocalPruner, check_choices
+from prunekit import Candidate, LayerProblem, LocalPruner, check_choices, factored
 
 Aim = Literal["own", "dense", "stream"]
 NEEDS: Mapping[Aim, Sequence[str]] = {"own": (), "dense": ("cross",), "stream": ("cross", "drift")}
@@ -55,7 +55,7 @@ def given(layer: LayerProblem, pruner: LocalPruner, keeps: Sequence[int]) -> lis
 
 def factor(layer: LayerProblem) -> Float[Tensor, "d_in d_in"]:
     """U upper, Uᵀ U = (H + λI)⁻¹: row j holds the OBS update of column j by the columns behind it, times U_jj."""
-    backwards = torch.linalg.cholesky(layer.hessian.flip(0, 1)).flip(0, 1)  # A upper, H = A Aᵀ
+    backwards = factored(layer.hessian.flip(0, 1)).flip(0, 1)  # A upper, H = A Aᵀ
     return torch.linalg.solve_triangular(backwards, torch.eye(layer.d_in).to(backwards), upper=True)
 
 

@@ -72,7 +72,7 @@ def test_a_sweep_pays_for_removed_weights_only() -> None:
     assert float(paid.square().sum()) == pytest.approx(damped_loss(layer, sweep(layer, mask)), rel=1e-9)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100)
 @given(
     d_in=st.integers(1, 12),
     d_out=st.integers(1, 6),
