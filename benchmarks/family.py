@@ -14,12 +14,12 @@ import typer
 
 from prunekit.data.draws import draw
 from prunekit.measure.perplexity import perplexity
+from prunekit.models.opening import limits
 from prunekit.recipe.overrides import parsed
 from prunekit.recipe.schema import Recipe
 from prunekit.run.family import family
 from prunekit.run.prune import prune
 from prunekit.run.results import Result
-from prunekit.run.session import token_limits
 from prunekit.system.progress import progress_for
 
 
@@ -61,7 +61,7 @@ def main(
         print(f"| {name} | {spent:.1f} | {spent / seconds[-1]:.2f} | {forwards:,} | {ratio} |")
 
     print("\n| sparsity | parameters | perplexity in the family | alone | rise of nll, paired |\n|---|---|---|---|---|")
-    text = draw(alone[0].tokenizer, base.data, progress, seed=base.seed, **token_limits(alone[0].model)).evaluation
+    text = draw(alone[0].tokenizer, base.data, progress, seed=base.seed, **limits(alone[0].model)).evaluation
     for one, other in zip(made.members, alone, strict=True):
         ours, theirs = perplexity(one.model, text), perplexity(other.model, text)
         rise, error = ours.above(theirs)

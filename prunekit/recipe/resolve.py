@@ -32,7 +32,7 @@ class Parts:
     """What a recipe names, built once and checked; the recipe itself has every option of it written out."""
 
     recipe: Recipe
-    form: Form
+    form: Form  # what is removed
     pruner: LocalPruner
     allocator: Allocator
     signals: tuple[Signal, ...]  # layer sensitivity metrics that the allocator asks for
@@ -89,7 +89,7 @@ def resolve(recipe: Recipe) -> Parts:
     allocator = ALLOCATORS.build(recipe.allocator)
     signals = signals_of(allocator)
     _check_scores(recipe, pruner, allocator)
-    _check_structure(recipe, form, pruner, finishers)
+    _check_form(recipe, form, pruner, finishers)
     if not form.shrinks:
         _check_zeros(recipe, form, allocator, signals, finishers)
     _check_data(recipe, pruner, signals)
@@ -126,7 +126,7 @@ def _check_scores(recipe: Recipe, pruner: LocalPruner, allocator: Allocator) -> 
         )
 
 
-def _check_structure(recipe: Recipe, form: Form, pruner: LocalPruner, finishers: tuple[Finisher, ...]) -> None:
+def _check_form(recipe: Recipe, form: Form, pruner: LocalPruner, finishers: tuple[Finisher, ...]) -> None:
     """Every part must know what is removed."""
     if form.kept_share is not None and recipe.family:
         raise WrongInput(
@@ -162,10 +162,10 @@ def _check_zeros(
         if "influence" in signal.needs:
             name = SIGNALS.name_of(signal)
             raise WrongInput(f"signal {name!r} is of whole sub-layers; it goes with structure groups")
-    share = form.kept_share
-    if share is not None and (recipe.sparsity != float(1 - share) or recipe.of == "model"):
+    own = form.kept_share
+    if own is not None and (recipe.sparsity != float(1 - own) or recipe.of == "model"):
         raise WrongInput(
-            f"structure {recipe.structure} removes {float(1 - share):.4g} of the weights of all linear maps in "
+            f"structure {recipe.structure} removes {float(1 - own):.4g} of the weights of all linear maps in "
             "blocks; leave sparsity and of away, or take structure weights"
         )
 

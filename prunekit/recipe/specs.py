@@ -34,10 +34,10 @@ def as_pattern(value: Any) -> Any:
 
 
 def own_share(structure: Any) -> Fraction | None:
-    """The share that the form of a structure keeps by itself; None: any."""
+    """The share that a structure keeps by itself; None: any, or it is none (said where the recipe is resolved)."""
     try:
         return parse_form(structure).kept_share if isinstance(structure, str) else None
-    except WrongInput:  # said where the recipe is resolved
+    except WrongInput:
         return None
 
 

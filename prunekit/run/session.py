@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from prunekit.data.draws import Draws, draw
 from prunekit.errors import WrongInput
 from prunekit.measure import latency
-from prunekit.models.opening import opened, resolved_devices, skeleton
+from prunekit.models.opening import limits, opened, resolved_devices, skeleton
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.dense import Dense
 from prunekit.plugins.engine import Opening, Team

@@ -40,9 +40,9 @@ def whole_space(parts: Parts, model: nn.Module, adapter: ModelAdapter, dtype: to
     counts = recipe.of == "model" or form.shrinks
     outside = sum(p.numel() for p in base.parameters()) - freed if counts else 0
     table = recipe.latency.table if recipe.metric == "latency" else None
-    kept = float(1 - Fraction(str(recipe.sparsity))) if form.kept_share is None else form.kept_share
+    kept = float(1 - Fraction(str(recipe.sparsity)))
     budget = Budget.keeping(
-        kept, sites,
+        kept if form.kept_share is None else form.kept_share, sites,
         metric=recipe.metric, bytes_per_parameter=dtype.itemsize, outside=outside, apart=recipe.apart, table=table,
     )  # fmt: skip
     if any(finisher.adds_biases for finisher in parts.finishers):

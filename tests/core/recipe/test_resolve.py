@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from prunekit.testing.spaces import sites_of, timed
 from prunekit_corner import Descent, LeaveOneOut, Volume, WorstSite
 
 CORNER = {"pruner": "leave-one-out", "allocator": "descent", "objective": "worst-site", "finisher": "volume"}
-SMALL = {
+SMALL: dict[str, Any] = {
     "data__dataset": "python-docs",
     "data__calibration_tokens": 256,
     "data__search_tokens": 256,
@@ -185,7 +186,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_a_run_builds_every_plugin_once(
     built: Counter[str], saved_tiny: Callable[..., Path], tmp_path: Path, sparsity: float | list[float]
 ) -> None:
-    corner = {key: value for key, value in CORNER.items() if key != "finisher"}
+    corner: dict[str, Any] = {key: value for key, value in CORNER.items() if key != "finisher"}
     options = {"allocator": {"name": "descent", "steps": 1}, "finishers": ["volume"], "sparsity": sparsity}
     prunekit.prune(saved_tiny(), output=tmp_path / "out", **corner | options | SMALL)
     assert built == dict.fromkeys(CORNER.values(), 1)
@@ -220,7 +221,12 @@ def test_text_and_prices_are_written_into_the_recipe(recipe: Recipe) -> None:
 
 
 def test_a_plugin_object_is_as_good_as_its_name(saved_tiny: Callable[..., Path]) -> None:
-    plain = {"allocator": "uniform", "objective": "expected-error", "finishers": ["bias"], "rebuild": False}
+    plain: dict[str, Any] = {
+        "allocator": "uniform",
+        "objective": "expected-error",
+        "finishers": ["bias"],
+        "rebuild": False,
+    }
     objects = plain | {"allocator": ALLOCATORS.build("uniform"), "finishers": [FINISHERS.build("bias")]}
     model = saved_tiny()
     one = prunekit.prune(model, pruner="wanda", **plain | SMALL)

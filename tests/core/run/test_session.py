@@ -50,13 +50,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.mark.parametrize("kind", ["prune", "family", "tune"])
 def test_the_model_is_opened_once(kind: str, calls: Counter[str], saved_tiny: Callable[..., Path], tmp_path: Path):
-    model, options = saved_tiny(), QUICK | {"output": tmp_path / "out"}
+    model, options = saved_tiny(), dict[str, Any](QUICK | {"output": tmp_path / "out"})
     if kind == "tune":
         pytest.importorskip("optuna")
         tuned = prunekit.tune(model, space={"damping": [0.01, 0.1], "rebuild": [False, True]}, trials=3, **options)
         assert {row.state for row in tuned.rows} == {"complete"}
     else:
-        prunekit.prune(model, sparsity=[0.2, 0.4] if kind == "family" else 0.4, verify=False, **options)
+        options |= {"sparsity": [0.2, 0.4] if kind == "family" else 0.4, "verify": False}
+        prunekit.prune(model, **options)
     assert calls == {"opened": 1, "draw": 1, "team": 1}
 
 
@@ -82,4 +83,4 @@ def test_no_model_and_text_that_judges_nothing_are_refused(saved_tiny: Callable[
     with pytest.raises(WrongInput, match="no model was given"):
         prunekit.prune(**QUICK)
     with pytest.raises(WrongInput, match="there is only python-docs"):
-        prunekit.prune(saved_tiny(), **QUICK | {"objective": "robust"})
+        prunekit.prune(saved_tiny(), objective="robust", **QUICK)

@@ -22,7 +22,7 @@ FEW: dict[str, Any] = {
 def test_the_default_aims_at_the_residual_stream_and_loses_less_than_without() -> None:
     assert prunekit.resolve(prunekit.Recipe.load()).recipe.pruner["aim"] == "stream"
 
-    def rise(**changes: str) -> float:
+    def rise(**changes: Any) -> float:
         return prunekit.prune(MODEL, **FEW, **changes).report["losses"]["rise"]["nll"]  # nats per token
 
     assert 0 < rise() < 0.9 * rise(pruner__aim="own")  # 0.85 of it

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("large") / "model"
     sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 2048}
     heads = {"num_attention_heads": 12, "num_key_value_heads": 4, "max_position_embeddings": 256}
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(torch.bfloat16).save_pretrained(path)  # type: ignore[arg-type]
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(torch.bfloat16).save_pretrained(path)
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
     return path
 
@@ -54,8 +54,7 @@ def run(kind: str, model: str, output: Path) -> dict[str, float]:
     from prunekit.models.opening import skeleton
     from prunekit.recipe.resolve import resolve
     from prunekit.recipe.schema import Recipe
-    from prunekit.run import prune as pruning
-    from prunekit.run import workplace
+    from prunekit.run import prune, workplace
     from prunekit.run.session import make_plan
 
     settings = dict(KINDS[kind])
@@ -69,9 +68,9 @@ def run(kind: str, model: str, output: Path) -> dict[str, float]:
         written[0] = sum(file.stat().st_size for file in folder.parent.rglob("*") if file.is_file())
         workplace.publish(folder, target)
 
-    pruning.publish = publish
+    prune.publish = publish
     before = peak()
-    pruning.prune(recipe, output=output)
+    prune.prune(recipe, output=output)
     return {
         "planned memory": max(stage.memory + stage.shared for stage in plan.stages),
         "planned disk": plan.disk,
