@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from prunekit.errors import PluginError, WrongInput
     from prunekit.layer.candidates import Candidate, best_groups, best_weights, ranked
     from prunekit.layer.problem import LayerProblem
+    from prunekit.layer.statistics import MapShape, Need, Received, Statistic, Total
     from prunekit.plugins.adapter import ModelAdapter
     from prunekit.plugins.allocator import Allocator, Journal, Problem, Query, Search
     from prunekit.plugins.dense import Dense
@@ -44,6 +45,7 @@ _HOMES = {  # module: what of it is public
     "errors": "PluginError WrongInput",
     "layer.candidates": "Candidate best_groups best_weights ranked",
     "layer.problem": "LayerProblem",
+    "layer.statistics": "MapShape Need Received Statistic Total",
     "plugins.adapter": "ModelAdapter",
     "plugins.allocator": "Allocator Journal Problem Query Search",
     "plugins.dense": "Dense",
@@ -78,23 +80,28 @@ __all__ = [
     "Journal",
     "LayerProblem",
     "LocalPruner",
+    "MapShape",
     "ModelAdapter",
     "Moments",
+    "Need",
     "Objective",
     "Opening",
     "PluginError",
     "Problem",
     "Query",
     "Reads",
+    "Received",
     "Recipe",
     "Result",
     "Search",
     "Signal",
     "Site",
     "Space",
+    "Statistic",
     "Supernet",
     "Team",
     "TokenBatch",
+    "Total",
     "Worker",
     "Workpiece",
     "WrongInput",

@@ -21,18 +21,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunekit.calibration.flow import by_pairs
-from prunekit.calibration.moments import strips
+from prunekit.calibration.moments import Moments, collected, strips
+from prunekit.calibration.statistics import Cross, statistics_of
 from prunekit.data.draws import LONGEST_WINDOW
 from prunekit.data.windows import DEFAULTS
 from prunekit.errors import WrongInput
+from prunekit.layer.statistics import MapShape, Need, Statistic
 from prunekit.measure import latency
 from prunekit.measure.perplexity import HIDDEN_BYTES, LOGITS_AT_ONCE
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.models.blocks import TOKENS_AT_ONCE
 from prunekit.models.opening import DTYPES, resolved_devices
 from prunekit.models.shards import file_bytes
-from prunekit.plugins.adapter import ModelAdapter
+from prunekit.plugins.adapter import ModelAdapter, linear_at
 from prunekit.plugins.allocator import Allocator, Journal, Problem, Query
 from prunekit.plugins.registry import ALLOCATORS, OBJECTIVES, PRUNERS, signals_of
 from prunekit.recipe.schema import Recipe
@@ -51,27 +52,6 @@ HEARING = "dense model"  # a stage of nobody's own: the first question waits for
 MORE_ROUNDS = f"more rounds, as long as {latency.SECONDS:.0f} s are not over"
 
 # -- formulas -----------------------------------------------------------------------------------------
-
-
-def moments_bytes(
-    d_in: int,
-    d_out: int,
-    needs: Iterable[str] = (),
-    *,
-    part: bool = True,
-    paired: bool = False,
-    fed: Sequence[int] = (),
-) -> int:
-    """Of `Moments` of one site in float64: means, second moments, and what `needs` adds.
-
-    `part`: its output is that of a sub-layer. `paired`: its input is paired with the dense model's. `fed`: widths of
-    the inputs of its feeders.
-    """
-    needs, values = set(needs), d_in + d_in**2
-    if {"cross", "drift"} & needs:
-        values += d_out * d_in * (2 if part else 1) + (d_in**2 if paired else 0)
-    values += d_in * len({"absolute", "relative"} & needs) + (sum(fed) if "power" in needs else 0)
-    return DOUBLE * values
 
 
 def store_bytes(site: Site, d_out: int, ladder: Sequence[int], dtype: torch.dtype, *, scores: bool = False) -> int:
@@ -114,17 +94,6 @@ def forward_flops(tokens: int, weights: int, attended: int, seqlen: int) -> int:
     `attended`: query heads times head width, summed over blocks; kernels compute the whole square of a window.
     """
     return tokens * (2 * weights + 4 * seqlen * attended)
-
-
-def moments_flops(
-    tokens: int, d_in: int, d_out: int, needs: Iterable[str] = (), *, part: bool = True, paired: bool = False
-) -> int:
-    """Of adding up the moments of one site."""
-    own = sum((strip.stop - strip.start) * strip.stop for strip in strips(d_in))
-    if {"cross", "drift"} & set(needs):
-        own += d_in**2 if paired else d_in * d_out
-        own += d_in * d_out if part else 0
-    return 2 * tokens * own
 
 
 def judging_flops(d_in: int, d_out: int, widths: Iterable[int], *, cross: bool) -> int:
@@ -316,9 +285,20 @@ class Shape:
     def d_out(self, site: Site) -> int:
         return self.adapter.linear(self.blocks[site.block], site).out_features
 
-    def fed(self, site: Site) -> list[int]:
+    def map(self, site: Site) -> MapShape:
+        """Of its linear map."""
+        return MapShape(site.d_in, self.d_out(site), shared=bool(site.shares))
+
+    def producers(self, site: Site) -> dict[str, MapShape]:
+        """Of the linear maps whose rows go with its groups, by path."""
         block = self.blocks[site.block]
-        return [block.get_submodule(cut.path).in_features for cut in self.adapter.cuts(block, site)[:-1]]  # type: ignore[misc]
+        fed = {cut.path: linear_at(block, cut.path) for cut in self.adapter.cuts(block, site)[:-1]}
+        return {path: MapShape(linear.in_features, linear.out_features) for path, linear in fed.items()}
+
+    def collected(self, site: Site, statistics: Sequence[Statistic]) -> tuple[Statistic, ...]:
+        """What is added up at the site."""
+        joins = self.adapter.adds_up(self.blocks[site.block]) and self.adapter.part(site) is not None
+        return collected(statistics, residual=joins)
 
     @cached_property
     def attended(self) -> int:
@@ -527,8 +507,8 @@ class Count:
         return 0 if head.weight is embedding.weight else self.shape.parameters(head) * self.shape.computed.itemsize
 
     @cached_property
-    def needs(self) -> frozenset[str]:
-        """Statistics that plug-ins ask for."""
+    def needs(self) -> frozenset[Need]:
+        """What plug-ins ask calibration for."""
         signals = signals_of(ALLOCATORS.build(self.recipe.allocator))
         return PRUNERS.build(self.recipe.pruner).needs.union(*(signal.needs for signal in signals))
 
@@ -680,18 +660,20 @@ class Count:
 
     def _walk(self, name: str, space: Space, shares: Shares, held: int, member: str = "") -> Stage:
         """`held`: bytes in memory beside what a site takes."""
-        shape, needs, tokens = self.shape, self.needs, self.tokens["calibration"]
+        shape, tokens, statistics = self.shape, self.tokens["calibration"], statistics_of(self.needs)
         scores = not name.startswith("rebuild") and "scores" in ALLOCATORS.build(self.recipe.allocator).needs
-        size, streams = shape.computed.itemsize, 1 + bool({"cross", "drift"} & needs)
+        size, streams = shape.computed.itemsize, 1 + any("dense" in each.sees for each in statistics)
         memory = disk = spill = doubles = 0
         flops = streams * shape.forward(tokens, self.seqlen, head=False)
         for _, members in groupby(space.sites, key=lambda site: site.block):
             block = [(s.d_in, shape.adapter.part(s) is not None, bool(s.shares)) for s in members]
             spill = max(spill, activations_bytes(tokens, shape.width, size, block, streams))
         for site, ladder in zip(space.sites, space.ladders, strict=True):
-            d_out, part = shape.d_out(site), shape.adapter.part(site) is not None
-            fed, paired = shape.fed(site) if "power" in needs else (), by_pairs(site, d_out)
-            moments = moments_bytes(site.d_in, d_out, needs, part=part, paired=paired, fed=fed)
+            own, there, fed = shape.map(site), shape.collected(site, statistics), shape.producers(site)
+            d_out, paired = own.d_out, Cross.by_pairs(own)
+            moments = Moments.bytes(there, own, fed)
+            if paired and streams == 2:
+                moments += DOUBLE * site.d_in * d_out  # what is made of the pairs
             # the weight of every rung as proposed and as rounded, or rounded and twice to be written; mean in float64
             each = max(size + shape.stored.itemsize, 3 * shape.stored.itemsize)
             weights = site.d_in * d_out * (len(ladder) * each + 2 * DOUBLE + 2 * size)
@@ -700,8 +682,8 @@ class Count:
             beside = moments if site.shares else FLOAT * site.d_in * max(next(strips(site.d_in)).stop, made)
             memory = max(memory, moments + beside, moments + weights)
             disk += store_bytes(site, d_out, ladder, shape.stored, scores=scores)
-            flops += moments_flops(tokens, site.d_in, d_out, needs, part=part, paired=paired)
-            cross = "cross" in needs and site.kind != "linear"
+            flops += Moments.flops(there, own, fed, tokens)
+            cross = "cross" in self.needs and site.kind != "linear"
             widths = [count * site.group_size if cross else site.d_in for count in ladder]
             doubles += judging_flops(site.d_in, d_out, widths, cross=cross)
         inside, spilled = _spilled(spill, shares)
