@@ -130,7 +130,9 @@ class PrunerSuite:
             assert torch.equal(one.weight, two.weight)
 
     def test_leaves_its_input_alone(self, layer: LayerProblem) -> None:
-        parts = [part for owner in (layer, *layer.feeders) for part in (vars(owner) | owner.statistics).values()]
+        parts = [
+            part for owner in (layer, *layer.feeders) for part in (*vars(owner).values(), *owner.statistics.values())
+        ]
         tensors = [part for part in parts if isinstance(part, torch.Tensor)]
         before = [tensor.clone() for tensor in tensors]
         for candidate in checked(self.plugin, layer, counts_of(layer)):

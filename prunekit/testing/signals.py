@@ -46,7 +46,9 @@ class SignalSuite:
         assert torch.equal(state, torch.get_rng_state()), "the global random state is the caller's"
 
     def test_leaves_its_input_alone(self, layer: LayerProblem) -> None:
-        parts = [part for owner in (layer, *layer.feeders) for part in (vars(owner) | owner.statistics).values()]
+        parts = [
+            part for owner in (layer, *layer.feeders) for part in (*vars(owner).values(), *owner.statistics.values())
+        ]
         tensors = [part for part in parts if isinstance(part, torch.Tensor)]
         before = [tensor.clone() for tensor in tensors]
         measured(self.plugin, layer)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from prunekit.search.store import CandidateStore
 from prunekit.system.progress import Progress
 from prunekit.testing import StatisticSuite, toy_supernet, toy_tokens
 from prunekit.testing.statistics import Peak
+from prunekit_corner import Kurtosis
 
 OURS = {each.name: each for some in STATISTICS.values() for each in some} | {"gram": GRAM}
 
@@ -35,26 +35,6 @@ class TestOurs(StatisticSuite):
 
 class TestPeak(StatisticSuite):
     plugin = Peak()
-
-
-@dataclass(frozen=True)
-class Kurtosis(Statistic):
-    """E[x̂_j⁴] / E[x̂_j²]²."""
-
-    name: ClassVar[str] = "kurtosis"
-
-    def sizes(self, shape: MapShape) -> Mapping[str, tuple[int, ...]]:
-        return {"fourth": (shape.d_in,)}
-
-    def add(self, sums: dict[str, Tensor], received: Received) -> None:
-        sums["fourth"] += received.inputs.double().pow(4).sum(0)
-
-    def finish(self, sums: dict[str, Tensor], total: Total) -> Tensor:
-        return sums["fourth"] / total.tokens / total.power.square()
-
-
-class TestKurtosis(StatisticSuite):
-    plugin = Kurtosis()
 
 
 @dataclass(frozen=True)
