@@ -34,7 +34,7 @@ from prunekit.system.progress import Progress
 
 STAGES: dict[str, list[tuple[Any, str]]] = {
     "forward": [(BlockFlow, "__init__"), (BlockFlow, "_caught"), (BlockFlow, "carry"), (BlockFlow, "advance")],
-    "moments": [(Moments, "add"), (Moments, "add_made"), (Moments, "add_paired"), (Moments, "add_drift")],
+    "moments": [(Moments, "add"), (Moments, "of_map")],
     "pruner": [(walking, "answers")],
     "errors": [(walking, "_error")],
     "store": [(CandidateStore, "put"), (walking, "expected_weight")],

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from prunekit.layer.candidates import Candidate, best_groups, best_weights, ranked
     from prunekit.layer.problem import LayerProblem
     from prunekit.layer.solving import factored, inverted, solved
+    from prunekit.layer.statistics import MapShape, Need, Received, Statistic, Total
     from prunekit.plugins.adapter import ModelAdapter
     from prunekit.plugins.allocator import Allocator, Journal, Problem, Query, Search
     from prunekit.plugins.dense import Dense
@@ -47,6 +48,7 @@ _HOMES = {  # module: what of it is public
     "layer.candidates": "Candidate best_groups best_weights ranked",
     "layer.problem": "LayerProblem",
     "layer.solving": "factored inverted solved",
+    "layer.statistics": "MapShape Need Received Statistic Total",
     "plugins.adapter": "ModelAdapter",
     "plugins.allocator": "Allocator Journal Problem Query Search",
     "plugins.dense": "Dense",
@@ -82,8 +84,10 @@ __all__ = [
     "Journal",
     "LayerProblem",
     "LocalPruner",
+    "MapShape",
     "ModelAdapter",
     "Moments",
+    "Need",
     "Objective",
     "Opening",
     "Parts",
@@ -91,15 +95,18 @@ __all__ = [
     "Problem",
     "Query",
     "Reads",
+    "Received",
     "Recipe",
     "Result",
     "Search",
     "Signal",
     "Site",
     "Space",
+    "Statistic",
     "Supernet",
     "Team",
     "TokenBatch",
+    "Total",
     "Worker",
     "Workpiece",
     "WrongInput",

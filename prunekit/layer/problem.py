@@ -8,8 +8,8 @@ A pruner reads a `LayerProblem` and returns `Candidate`s; it never sees a model.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prunekit.layer.candidates import Candidate
 from prunekit.layer.solving import factored, inverted, margin, solved
+from prunekit.layer.statistics import Need, named, required
 from prunekit.space.forms import GROUPS, Form, Units
 
 VALUES_AT_ONCE = 2**22  # of what is judged at once: 32 MiB in float64
@@ -26,26 +27,26 @@ CELLS_AT_ONCE = 2**24  # of the matrices that are solved side by side: 128 MiB i
 _log = logging.getLogger(__name__)
 
 
-STATISTICS = frozenset(
-    {"gram", "cross", "drift", "mean", "variance", "absolute", "relative", "contrast", "gradient"}
-    | {"feeders", "power", "influence"}
-)
-"""What a plug-in may ask calibration for: fields of `LayerProblem`, and the power of its feeders' inputs."""
-
-
 @dataclass(frozen=True, eq=False)
 class Feeder:
     """A linear map in front of the layer, whose rows feed its groups.
 
     Its rows are n_groups equal blocks in the order of the groups: gate or up rows of a neuron, query, key or value
-    rows of a head. The other fields are there when the pruner `needs` power, gradient.
+    rows of a head. Statistics are there when the plug-in `needs` them: gradient and fisher, (rows, d), and those that
+    are taken of producer layers, as power, (d,).
     """
 
     name: str  # path inside its decoder block
     weight: Float[Tensor, "rows d"]
-    power: Float[Tensor, " d"] | None = None  # E[x̂_j²] of its inputs
-    gradient: Float[Tensor, "rows d"] | None = None  # E[∂L/∂W] over windows
-    fisher: Float[Tensor, "rows d"] | None = None  # E[(∂L/∂W)²] over windows
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def require(self, statistic: Need) -> Tensor:
+        """A statistic that the plug-in `needs`.
+
+        Raises:
+            PluginError: it is not there; says what is.
+        """
+        return required(self.name, self.statistics, statistic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +54,10 @@ class LayerProblem:
     """Everything a local pruner may know of one linear map.
 
     Groups are contiguous: group g holds the columns g·size … (g+1)·size - 1. Weights are (d_out, d_in).
-    Moments are means over tokens. Fields after `damping` are there when the pruner `needs` them. L is the dense
-    model's next-token cross-entropy, in nats per token, on one window of calibration tokens.
+    Moments are means over tokens. Fields after `damping` are there when the plug-in `needs` them, and so are
+    statistics, each one number or of every input column. Two are of other passes: gradient E[∂L/∂W], with fisher
+    E[(∂L/∂W)²], both of the weight's shape, L the dense model's next-token cross-entropy in nats per token on one
+    window of calibration tokens; and contrast E[x̂_j²] on the second data set.
     """
 
     weight: Float[Tensor, "d_out d_in"]
@@ -65,15 +68,8 @@ class LayerProblem:
     cross: Float[Tensor, "d_out d_in"] | None = None  # R = E[y x̂ᵀ], y = W x with the dense model's input x
     drift: Float[Tensor, "d_out d_in"] | None = None  # D = E[δ x̂ᵀ], δ what earlier layers lost in the residual stream
     energy: float | None = None  # E‖W x‖² on dense inputs; from the gram when there is no cross
-    mean: Float[Tensor, " d_in"] | None = None
-    variance: Float[Tensor, " d_in"] | None = None
-    absolute: Float[Tensor, " d_in"] | None = None  # root mean square over windows of the mean |x̂_j| over tokens
-    relative: Float[Tensor, " d_in"] | None = None  # E[x̂_j² / ‖y‖²], y what the dense map makes of x̂, bias included
-    contrast: Float[Tensor, " d_in"] | None = None  # E[x̂_j²] on the second data set
-    gradient: Float[Tensor, "d_out d_in"] | None = None  # E[∂L/∂W] over windows
-    fisher: Float[Tensor, "d_out d_in"] | None = None  # E[(∂L/∂W)²] over windows; comes with the gradient
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)  # by name; `require` one
     feeders: tuple[Feeder, ...] = ()
-    influence: float | None = None  # 1 - E cos(x, x + f(x)), x the residual stream and f the dense sub-layer on it
     name: str = "layer"
 
     def __post_init__(self) -> None:
@@ -92,22 +88,40 @@ class LayerProblem:
             if len(feeder.weight) % self.n_groups:
                 raise ValueError(f"{self.name}: {len(feeder.weight)} rows of {feeder.name}, {self.n_groups} groups")
         for whose, owner in (("its", self), *((f"{feeder.name}'s", feeder) for feeder in self.feeders)):
-            for field in fields(owner):
-                value = getattr(owner, field.name)
-                if isinstance(value, Tensor) and not _finite(value):
+            for name, value in {**vars(owner), **owner.statistics}.items():
+                if isinstance(value, Tensor) and not _finite(torch.atleast_1d(value)):
                     raise ValueError(
-                        f"{self.name}: {whose} {field.name} is not finite; look at the model and the calibration tokens"
+                        f"{self.name}: {whose} {name} is not finite; look at the model and the calibration tokens"
                     )
 
-    def knowing(self, needs: frozenset[str]) -> LayerProblem:
+    def require(self, statistic: Need) -> Tensor:
+        """What the plug-in `needs`, by its name or as the object that it asked for; never None.
+
+        Raises:
+            PluginError: it is not there; says what is.
+        """
+        own = {"gram": self.gram, "cross": self.cross, "drift": self.drift}
+        return required(self.name, {**own, **self.statistics}, statistic)
+
+    def knowing(self, needs: frozenset[Need]) -> LayerProblem:
         """The same layer with what `needs` names and no more: one plug-in's wishes are not another's hints."""
-        alone = ("drift", "mean", "variance", "absolute", "relative", "contrast", "influence")
-        hidden: dict[str, None] = {name: None for name in alone if name not in needs}
-        hidden |= {} if {"cross", "drift"} & needs else {"cross": None, "energy": None}
-        learnt = {} if "gradient" in needs else {"gradient": None, "fisher": None}
-        unfed = learnt if "power" in needs else {**learnt, "power": None}
-        fed = self.feeders if {"feeders", "power"} & needs else ()
-        return replace(self, **hidden, **learnt, feeders=tuple(replace(feeder, **unfed) for feeder in fed))
+        names = named(needs)
+        asked = names | {"fisher"} if "gradient" in names else names  # comes with it
+
+        def known(statistics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            return {name: value for name, value in statistics.items() if name in asked}
+
+        fed = {"feeders"}.union(*(feeder.statistics.keys() - self.statistics.keys() for feeder in self.feeders))
+        feeders = tuple(replace(feeder, statistics=known(feeder.statistics)) for feeder in self.feeders)
+        crossed = bool({"cross", "drift"} & names)
+        return replace(
+            self,
+            cross=self.cross if crossed else None,
+            energy=self.energy if crossed else None,
+            drift=self.drift if "drift" in names else None,
+            statistics=known(self.statistics),
+            feeders=feeders if fed & names else (),
+        )
 
     @property
     def structure(self) -> Units:

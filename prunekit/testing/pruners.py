@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from prunekit.calibration.statistics import statistics_of
 from prunekit.layer.candidates import Candidate, is_sparse
-from prunekit.layer.problem import STATISTICS, LayerProblem
+from prunekit.layer.problem import LayerProblem
 from prunekit.plugins.pruner import LocalPruner
 from prunekit.testing.layers import STRUCTURES, Quirk, counts_of, permuted, toy_layer
 from prunekit.testing.shapes import on_any_shape
@@ -51,7 +52,7 @@ def checked(pruner: LocalPruner, layer: LayerProblem, keeps: Sequence[int]) -> l
     return candidates
 
 
-PLAIN: dict[str, dict[str, Callable[[], LayerProblem]]] = {
+PLAIN: dict[str, dict[str, Callable[..., LayerProblem]]] = {
     "groups": {"columns": partial(toy_layer, 12), "blocks": partial(toy_layer, 6, 4)},
     "weights": {"weights": partial(toy_layer, 12, block=0)},
     "n:m": {"fours": partial(toy_layer, 12, block=4)},
@@ -84,14 +85,14 @@ class PrunerSuite:
 
     @pytest.fixture
     def layer(self, request: pytest.FixtureRequest) -> LayerProblem:
-        return supplied(request.param(), self.plugin)
+        return supplied(request.param(needs=self.plugin.needs), self.plugin)
 
     plain = grouped = groups = single = layer
 
     def test_is_a_frozen_dataclass_that_needs_known_fields(self) -> None:
         assert dataclasses.is_dataclass(self.plugin)
         assert hash(self.plugin) == hash(replace(self.plugin))  # type: ignore[type-var]
-        assert self.plugin.needs <= STATISTICS
+        statistics_of(self.plugin.needs)  # refuses what there is not
 
     def test_answers_every_count(self, layer: LayerProblem) -> None:
         checked(self.plugin, layer, counts_of(layer))
@@ -129,7 +130,9 @@ class PrunerSuite:
             assert torch.equal(one.weight, two.weight)
 
     def test_leaves_its_input_alone(self, layer: LayerProblem) -> None:
-        parts = [getattr(owner, f.name) for owner in (layer, *layer.feeders) for f in dataclasses.fields(owner)]
+        parts = [
+            part for owner in (layer, *layer.feeders) for part in (*vars(owner).values(), *owner.statistics.values())
+        ]
         tensors = [part for part in parts if isinstance(part, torch.Tensor)]
         before = [tensor.clone() for tensor in tensors]
         for candidate in checked(self.plugin, layer, counts_of(layer)):
@@ -142,8 +145,9 @@ class PrunerSuite:
 
     def test_follows_its_rows_when_they_change_places(self, single: LayerProblem) -> None:
         order = torch.randperm(len(single.weight), generator=torch.Generator().manual_seed(1))
-        names = ("weight", "gradient", "fisher", "cross", "drift")
-        rows = {name: values[order] for name in names if (values := getattr(single, name)) is not None}
+        of_rows = {"weight": single.weight, "cross": single.cross, "drift": single.drift}
+        rows: dict[str, Any] = {name: values[order] for name, values in of_rows.items() if values is not None}
+        rows["statistics"] = {key: v[order] if v.ndim == 2 else v for key, v in single.statistics.items()}
         here = checked(self.plugin, single, counts_of(single))
         there = checked(self.plugin, replace(single, **rows), counts_of(single))
         for one, two in zip(here, there, strict=True):
@@ -176,9 +180,13 @@ class PrunerSuite:
         counts = counts_of(plain)
 
         def scaled(part: Any) -> Any:
-            powers = {"weight": 1, "cross": 1, "drift": 1, "energy": 2, "relative": -2, "gradient": -1, "fisher": -2}
-            values = {name: getattr(part, name, None) for name in powers}
-            return replace(part, **{name: scale ** powers[name] * v for name, v in values.items() if v is not None})
+            powers = {"weight": 1, "cross": 1, "drift": 1, "energy": 2}
+            values = {
+                name: scale**power * v for name, power in powers.items() if (v := getattr(part, name, None)) is not None
+            }
+            learnt = {"relative": -2, "gradient": -1, "fisher": -2}
+            statistics = {name: scale ** learnt.get(name, 0) * v for name, v in part.statistics.items()}
+            return replace(part, **values, statistics=statistics)
 
         louder = replace(scaled(plain), feeders=tuple(scaled(feeder) for feeder in plain.feeders))
         for one, two in zip(checked(self.plugin, plain, counts), checked(self.plugin, louder, counts), strict=True):
@@ -192,11 +200,12 @@ class PrunerSuite:
     ) -> None:
         for structure in sorted(self.plugin.structures):
             if structure == "groups":
-                layer = toy_layer(n_groups, group_size, d_out, quirk=quirk, seed=seed)
+                layer = toy_layer(n_groups, group_size, d_out, quirk=quirk, seed=seed, needs=self.plugin.needs)
             else:
                 block = group_size + 1
                 layer = toy_layer(
-                    n_groups * block, 1, d_out, quirk=quirk, seed=seed, block=block if structure == "n:m" else 0
-                )
+                    n_groups * block, 1, d_out, quirk=quirk, seed=seed, block=block if structure == "n:m" else 0,
+                    needs=self.plugin.needs,
+                )  # fmt: skip
             layer = supplied(replace(layer, damping=damping), self.plugin)
             checked(self.plugin, layer, counts_of(layer))

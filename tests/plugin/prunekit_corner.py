@@ -1,8 +1,8 @@
-"""One plug-in of every kind for prunekit; any one with its entry point is complete."""
+"""One plug-in of every kind for prunekit, and a statistic; any one with its entry point is complete."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,6 +41,37 @@ class Loudest(pk.Signal):
         power = layer.group_sum(layer.gram.diagonal())  # (n_groups,)
         total = float(power.sum())
         return float(power.max()) / total if total > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Kurtosis(pk.Statistic):
+    """E[x̂_j⁴] / E[x̂_j²]², and 0 where nothing is received: 3 of a normal distribution, more of heavy tails."""
+
+    name: ClassVar[str] = "kurtosis"
+
+    def sizes(self, shape: pk.MapShape) -> Mapping[str, tuple[int, ...]]:
+        return {"fourth": (shape.d_in,)}
+
+    def add(self, sums: dict[str, torch.Tensor], received: pk.Received) -> None:
+        sums["fourth"] += received.inputs.double().pow(4).sum(0)
+
+    def finish(self, sums: dict[str, torch.Tensor], total: pk.Total) -> torch.Tensor:
+        squared = total.power.square()
+        return torch.where(squared > 0, sums["fourth"] / total.tokens / torch.where(squared > 0, squared, 1), 0)
+
+
+@dataclass(frozen=True)
+class Tails(pk.Signal):
+    """The mean kurtosis of what a site receives."""
+
+    unitless: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> frozenset[pk.Need]:
+        return frozenset({Kurtosis()})  # the object itself; it has no entry point
+
+    def measure(self, layer: pk.LayerProblem) -> float:
+        return float(layer.require(Kurtosis()).mean())
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from prunekit import MapShape, Received, Total
 from prunekit.calibration.twin import Twin
 from prunekit.testing import (
     AllocatorSuite,
@@ -10,10 +11,11 @@ from prunekit.testing import (
     ObjectiveSuite,
     PrunerSuite,
     SignalSuite,
+    StatisticSuite,
     toy_layer,
     toy_workpiece,
 )
-from prunekit_corner import Descent, LeaveOneOut, Loudest, Volume, WorstSite
+from prunekit_corner import Descent, Kurtosis, LeaveOneOut, Loudest, Tails, Volume, WorstSite
 
 
 class TestLeaveOneOut(PrunerSuite):
@@ -28,6 +30,14 @@ class TestLoudest(SignalSuite):
     plugin = Loudest()
 
 
+class TestKurtosis(StatisticSuite):
+    plugin = Kurtosis()
+
+
+class TestTails(SignalSuite):
+    plugin = Tails()
+
+
 class TestDescent(AllocatorSuite):
     plugin = Descent()
 
@@ -38,6 +48,14 @@ class TestWorstSite(ObjectiveSuite):
 
 class TestVolume(FinisherSuite):
     plugin = Volume()
+
+
+def test_the_kurtosis_of_a_normal_distribution_is_three() -> None:
+    inputs = torch.randn(100_000, 2, generator=torch.Generator().manual_seed(0))
+    sums = Kurtosis().start(MapShape(2, 1), torch.device("cpu"))
+    Kurtosis().add(sums, Received(lambda: inputs))
+    value = Kurtosis().finish(sums, Total(len(inputs), torch.ones(1, 2), inputs.square().mean(0)))
+    assert value.tolist() == pytest.approx([3, 3], abs=0.1)
 
 
 def test_outputs_are_as_loud_as_the_dense_ones() -> None:

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunekit.calibration.flow import BlockFlow, by_pairs
-from prunekit.calibration.moments import moments_bytes, moments_flops, strips
+from prunekit.calibration.flow import BlockFlow
+from prunekit.calibration.moments import Moments, collected, strips
+from prunekit.calibration.statistics import Cross, statistics_of
 from prunekit.layer.layouts import layout_of
 from prunekit.layer.problem import judging_flops
+from prunekit.layer.statistics import MapShape, Statistic
 from prunekit.measure import latency
 from prunekit.measure.perplexity import HIDDEN_BYTES, LOGITS_AT_ONCE
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.models.blocks import TOKENS_AT_ONCE, forward_flops
-from prunekit.plugins.adapter import ModelAdapter
+from prunekit.plugins.adapter import ModelAdapter, linear_at
 from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.run.plan.plan import HEARING, Stage
@@ -66,9 +68,20 @@ class Shape:
         """Of the linear maps of all blocks."""
         return sum(m.weight.numel() for b in self.blocks for m in b.modules() if isinstance(m, nn.Linear))
 
-    def fed(self, site: Site) -> list[int]:
+    def map(self, site: Site) -> MapShape:
+        """Of its linear map."""
+        return MapShape(site.d_in, site.d_out, shared=bool(site.shares))
+
+    def producers(self, site: Site) -> dict[str, MapShape]:
+        """Of the linear maps whose rows go with its groups, by path."""
         block = self.blocks[site.block]
-        return [block.get_submodule(cut.path).in_features for cut in self.adapter.cuts(block, site)[:-1]]  # type: ignore[misc]
+        fed = {cut.path: linear_at(block, cut.path) for cut in self.adapter.cuts(block, site)[:-1]}
+        return {path: MapShape(linear.in_features, linear.out_features) for path, linear in fed.items()}
+
+    def collected(self, site: Site, statistics: Sequence[Statistic]) -> tuple[Statistic, ...]:
+        """What is added up at the site."""
+        joins = self.adapter.adds_up(self.blocks[site.block]) and self.adapter.part(site) is not None
+        return collected(statistics, residual=joins)
 
     @cached_property
     def attended(self) -> int:
@@ -295,17 +308,20 @@ class Count:
     def _walk(self, name: str, space: Space, shares: Shares, held: int, member: str = "") -> Stage:
         """`held`: bytes in memory beside what a site takes."""
         shape, needs, tokens = self.shape, self.parts.needs, self.tokens["calibration"]
+        statistics = statistics_of(needs)
         scores = not name.startswith("rebuild") and "scores" in self.parts.allocator.needs
-        size, streams = shape.computed.itemsize, 1 + bool({"cross", "drift"} & needs)
+        size, streams = shape.computed.itemsize, 1 + any("dense" in each.sees for each in statistics)
         memory = disk = spill = doubles = 0
         flops = streams * shape.forward(tokens, self.seqlen, head=False)
         for _, members in groupby(space.sites, key=lambda site: site.block):
             block = [(s.d_in, shape.adapter.part(s) is not None, bool(s.shares)) for s in members]
             spill = max(spill, BlockFlow.peak(tokens, shape.width, size, block, streams))
         for site, ladder in zip(space.sites, space.ladders, strict=True):
-            d_out, part = site.d_out, shape.adapter.part(site) is not None
-            fed, paired = shape.fed(site) if "power" in needs else (), by_pairs(site, d_out)
-            moments = moments_bytes(site.d_in, d_out, needs, part=part, paired=paired, fed=fed)
+            own, there, fed = shape.map(site), shape.collected(site, statistics), shape.producers(site)
+            d_out, paired = own.d_out, Cross.by_pairs(own)
+            moments = Moments.bytes(there, own, fed)
+            if paired and streams == 2:
+                moments += DOUBLE * site.d_in * d_out  # what is made of the pairs
             # the weight of every rung as proposed and as rounded, or rounded and twice to be written; mean in float64
             each = max(size + shape.stored.itemsize, 3 * shape.stored.itemsize)
             weights = site.d_in * d_out * (len(ladder) * each + 2 * DOUBLE + 2 * size)
@@ -314,7 +330,7 @@ class Count:
             beside = moments if site.shares else FLOAT * site.d_in * max(next(strips(site.d_in)).stop, made)
             memory = max(memory, moments + beside, moments + weights)
             disk += CandidateStore.bytes(site, ladder, shape.stored, scores=scores)
-            flops += moments_flops(tokens, site.d_in, d_out, needs, part=part, paired=paired)
+            flops += Moments.flops(there, own, fed, tokens)
             cross = "cross" in needs and site.form.shrinks
             widths = [layout_of(site).width(site, count) if cross else site.d_in for count in ladder]
             doubles += judging_flops(site.d_in, d_out, widths, cross=cross)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prunekit import Candidate, LayerProblem, LocalPruner, best_weights, solved
+from prunekit import Candidate, LayerProblem, LocalPruner, Need, best_weights, solved
 from prunekit_strategies.pruners.compensation import (
     SINGLE,
     Aim,
@@ -74,7 +74,7 @@ class APT(LocalPruner):
             )
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Need]:
         return needed(self.aim, self.mask)
 
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prunekit import Candidate, LayerProblem, LocalPruner, check_choices, factored
+from prunekit import Candidate, LayerProblem, LocalPruner, Need, check_choices, factored
 
 Aim = Literal["own", "dense", "stream"]
 NEEDS: Mapping[Aim, Sequence[str]] = {"own": (), "dense": ("cross",), "stream": ("cross", "drift")}
@@ -25,7 +25,7 @@ Choose = Callable[[slice, Float[Tensor, "d_out width"], Float[Tensor, "width wid
 """The mask of some columns, from their present weights and the upper factor U of their inverse Hessian, V = Uᵀ U."""
 
 
-def needed(aim: Aim, mask: LocalPruner | None) -> frozenset[str]:
+def needed(aim: Aim, mask: LocalPruner | None) -> frozenset[Need]:
     """What a solver with this aim reads, and the pruner whose masks it takes."""
     return frozenset({"gram", *NEEDS[aim]}) | (frozenset() if mask is None else mask.needs)
 

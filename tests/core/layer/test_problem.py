@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunekit import LayerProblem, best_groups
+from prunekit import LayerProblem, PluginError, best_groups
 from prunekit.layer.candidates import ranked
 from prunekit.layer.problem import Feeder
-from prunekit.testing import toy_layer
+from prunekit.testing import toy_layer, with_statistics
+from prunekit.testing.statistics import Peak
 
 SIZES = [pytest.param(1, id="columns"), pytest.param(3, id="blocks")]
 
@@ -166,9 +167,8 @@ def test_damping_draws_towards_the_weight_not_towards_zero() -> None:
 
 def test_constant_column_can_carry_the_means_of_what_is_gone() -> None:
     layer = toy_layer(quirk="constant", dtype=torch.float64, moments=torch.float64)
-    assert layer.mean is not None
     tiny = replace(layer, damping=1e-9)
-    bias = (tiny.weight[:, 1:] * tiny.mean[1:]).sum(1)  # type: ignore[index]
+    bias = (tiny.weight[:, 1:] * tiny.require("mean")[1:]).sum(1)
     torch.testing.assert_close(tiny.refitted([0]).weight[:, 0], tiny.weight[:, 0] + bias, rtol=1e-5, atol=1e-5)
     assert tiny.error(tiny.refitted([0]).weight) < tiny.error(tiny.masked([0]).weight)
 
@@ -195,24 +195,56 @@ def test_gram_that_is_no_second_moment_is_refused_by_name() -> None:
         broken.refitted([0])
 
 
-@pytest.mark.parametrize("part", ["weight", "gram", "cross", "mean", "absolute", "contrast", "fisher"])
+@pytest.mark.parametrize("part", ["weight", "gram", "cross", "mean", "absolute", "contrast", "fisher", "influence"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_refused_by_name(part: str, value: float) -> None:
     layer = toy_layer()
-    bad = torch.ones_like(layer.weight if part == "cross" else getattr(layer, part))
+    bad = torch.ones_like(layer.weight if part in ("weight", "cross") else layer.require(part))
     bad.view(-1)[0] = value
     with pytest.raises(ValueError, match=f"plain toy: its {part} is not finite"):
-        replace(layer, **{part: bad})
+        with_statistics(layer, **{part: bad}) if part in layer.statistics else replace(layer, **{part: bad})
 
 
 @pytest.mark.parametrize("part", ["weight", "power", "gradient", "fisher"])
 def test_a_feeder_that_is_not_finite_is_refused_by_name(part: str) -> None:
     layer = toy_layer()
     feeder = layer.feeders[0]
-    bad = getattr(feeder, part).clone()
+    bad = (feeder.weight if part == "weight" else feeder.require(part)).clone()
     bad.view(-1)[0] = torch.nan
+    other = {"weight": bad} if part == "weight" else {"statistics": {**feeder.statistics, part: bad}}
     with pytest.raises(ValueError, match=f"plain toy: wide's {part} is not finite"):
-        replace(layer, feeders=(replace(feeder, **{part: bad}),))
+        replace(layer, feeders=(replace(feeder, **other),))  # type: ignore[arg-type]
+
+
+def test_what_is_required_is_there_or_the_sentence_says_what_to_do() -> None:
+    layer = toy_layer(needs={Peak()})
+    assert torch.equal(layer.require("mean"), layer.statistics["mean"])
+    assert layer.require(Peak()) is layer.require("peak")
+    assert layer.require("gram") is layer.gram
+    told = layer.knowing(frozenset({"variance", "gradient"}))
+    for owner, have in ((told, "fisher, gradient, gram, variance"), (layer.feeders[0], "fisher, gradient, power")):
+        sentence = f"no statistic 'cross': a plug-in has to name it in its `needs`; there are {have}"
+        with pytest.raises(PluginError, match=f"^{owner.name} has {sentence}$"):
+            owner.require("cross")
+
+
+def test_a_layer_knows_what_is_asked_for_and_no_more() -> None:
+    layer = toy_layer(needs={Peak()})
+    layer = replace(layer, cross=layer.weight, drift=layer.weight, energy=1.0)
+
+    def known(*needs: str | Peak) -> tuple[LayerProblem, set[str], list[set[str]]]:
+        told = layer.knowing(frozenset(needs))
+        return told, {*told.statistics}, [{*feeder.statistics} for feeder in told.feeders]
+
+    assert known("gram")[1:] == (set(), [])
+    assert known("mean", Peak())[1:] == ({"mean", "peak"}, [])
+    assert known("gradient")[1:] == ({"gradient", "fisher"}, [])
+    assert known("gradient", "feeders")[1:] == ({"gradient", "fisher"}, [{"gradient", "fisher"}] * 2)
+    assert known("power")[1:] == (set(), [{"power"}] * 2)
+    assert known("feeders")[1:] == (set(), [set()] * 2)
+    for needs, cross, drift in ((("mean",), False, False), (("cross",), True, False), (("drift",), True, True)):
+        told, *_ = known(*needs)
+        assert (told.cross is not None, told.energy is not None, told.drift is not None) == (cross, cross, drift)
 
 
 def test_rows_that_are_no_equal_blocks_are_refused() -> None:

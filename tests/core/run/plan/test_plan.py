@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +17,10 @@ import prunekit
 from prunekit import LayerProblem, WrongInput
 from prunekit.calibration.fill import build
 from prunekit.calibration.flow import BlockFlow
-from prunekit.calibration.moments import Moments, moments_bytes, moments_flops
+from prunekit.calibration.moments import GRAM, Moments
+from prunekit.calibration.statistics import Cross, Drift, statistics_of
 from prunekit.layer.problem import judging_flops
+from prunekit.layer.statistics import MapShape, Received
 from prunekit.measure import latency
 from prunekit.models import blocks as blocks_of
 from prunekit.models.adapters.find import adapter_for
@@ -31,7 +33,7 @@ from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.run import family, session
 from prunekit.run import plan as planning
-from prunekit.run.plan.count import CUSHION
+from prunekit.run.plan.count import CUSHION, Shape
 from prunekit.run.plan.rehearsal import rehearsed, walks
 from prunekit.run.session import make_plan
 from prunekit.run.spaces import whole_space
@@ -64,18 +66,15 @@ def d_out(model, adapter, site):
 @pytest.mark.parametrize("structure", ["groups", "weights"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_moments_take_what_was_counted(family, structure, needs):
-    model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
+    model, adapter, tokens, statistics = tiny(family), adapter_for(family), toy_tokens(), statistics_of(needs)
     stream = BlockFlow(model, adapter, tokens, dense=bool({"cross", "drift"} & needs))
-    for site in sites_of(model, adapter, structure):
-        if site.block:
-            break
-        moments = stream.received(site, needs)
-        block = adapter.blocks(model)[0]
-        fed = [block.get_parameter(f"{cut.path}.weight").shape[1] for cut in adapter.cuts(block, site)[:-1]]
-        held = [getattr(moments, field.name) for field in fields(Moments)]
-        taken = sum(v.nbytes for v in (*held, *moments.fed.values()) if isinstance(v, torch.Tensor))
-        part = adapter.part(site) is not None
-        assert taken == moments_bytes(site.d_in, d_out(model, adapter, site), needs, part=part, fed=fed), site.name
+    sites = sites_of(model, adapter, structure)
+    shape = Shape(model, adapter, sites, torch.float64, torch.float64)
+    for site in (site for site in sites if not site.block):
+        moments = stream.received(site, statistics)
+        taken = sum(value.nbytes for sums in moments.sums.values() for value in sums.values())
+        there = shape.collected(site, statistics)
+        assert taken == Moments.bytes(there, shape.map(site), shape.producers(site)), site.name
         stream.carry(site, None)
 
 
@@ -142,17 +141,19 @@ def test_products_are_those_that_torch_counts():
         model(tokens.ids)
     head = 2 * tokens.n_tokens * model.lm_head.weight.numel()
     assert counter.get_total_flops() == head + forward_flops(tokens.n_tokens, weights, 3 * 24, tokens.seqlen)
-    moments = Moments.empty(17, torch.device("cpu"))
-    x, w = torch.randn(40, 17), torch.randn(24, 17)
-    with FlopCounterMode(display=False) as counter:
-        moments.add(x)
-        moments.add_made(torch.randn(40, 24), x)
-        moments.add_drift(torch.randn(40, 24), x)
-    assert counter.get_total_flops() == moments_flops(40, 17, 24, {"cross"})
-    with FlopCounterMode(display=False) as counter:
-        moments.add(x)
-        moments.add_paired(x, x)
-    assert counter.get_total_flops() == moments_flops(40, 17, 24, {"cross"}, part=False, paired=True)
+    for d_out in (8, 24):  # pairs of inputs are the larger product, or the smaller
+        linear, shape = nn.Linear(17, d_out), MapShape(17, d_out)
+        for values in linear.parameters():
+            values.requires_grad_(False)
+        inputs, residual = partial(torch.randn, 40, 17), partial(torch.randn, 40, d_out)
+        dense = Received(inputs, linear, residual=residual)
+        assert dense.made.shape == (40, d_out)  # the stream is in need of it anyway
+        for statistic in (GRAM, Cross(), Drift()):
+            sums = statistic.start(shape, torch.device("cpu"))
+            with FlopCounterMode(display=False) as counter:
+                statistic.add(sums, Received(inputs, linear, residual=residual, dense=dense))
+            assert counter.get_total_flops() == statistic.flops(shape, 40)
+    w = torch.randn(24, 17)
     layer = LayerProblem(w, torch.eye(17))
     with FlopCounterMode(display=False) as counter:
         for _ in range(3):
