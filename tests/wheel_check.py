@@ -27,6 +27,8 @@ PLUGINS = {
     "descent": "allocator",
     "worst-site": "objective",
     "volume": "finisher",
+    "weighted-parameters": "metric",
+    "table": "exporter",
 }
 OWNER = "prunekit-corner"
 

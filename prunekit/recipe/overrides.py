@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from prunekit.errors import WrongInput, unknown
 from prunekit.recipe.parts import as_engine
+
+if TYPE_CHECKING:
+    from prunekit.plugins.registry import Registry
 
 
 def parsed(assignment: str) -> tuple[str, Any]:
@@ -33,9 +36,11 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
     slot, *path = key.split(".")
     if slot not in values:
         raise WrongInput(unknown("recipe key", slot, values))
-    if slot == "finishers":
-        values[slot] = _finishers(values[slot], path, value)
+    if slot in ("finishers", "exporters"):
+        values[slot] = _listed(slot, values[slot], path, value)
         return
+    if slot == "metric" and path and isinstance(values.get(str(values["metric"])), dict):
+        slot = values["metric"]  # whose options are a section
     if (registry := _registries().get(slot)) is not None:
         if path:
             values[slot] = registry.spec(registry.build(values[slot]))  # so that every option is there to be set
@@ -62,24 +67,25 @@ def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
     here[name] = value
 
 
-def _finishers(now: Iterable[Any], path: list[str], value: Any) -> list[Any]:
-    """The finishers with `NAME.option` replaced wherever that one is; or, without a path, new ones: a list, or one."""
-    from prunekit.plugins.finisher import Finisher
-    from prunekit.plugins.registry import FINISHERS
+def _listed(slot: str, now: Iterable[Any], path: list[str], value: Any) -> list[Any]:
+    """Plug-ins with `NAME.option` replaced wherever that one is; or, without a path, new ones: a list, or one."""
+    from prunekit.plugins.registry import EXPORTERS, FINISHERS
 
+    registry: Registry[Any] = {"finishers": FINISHERS, "exporters": EXPORTERS}[slot]
     if not path:
         many = value if isinstance(value, (list, tuple)) else [value]
-        return [FINISHERS.spec(each) if isinstance(each, Finisher) else each for each in many]
-    specs = [FINISHERS.spec(FINISHERS.build(spec)) for spec in now]
+        return [registry.spec(each) if isinstance(each, registry.contract) else each for each in many]
+    specs = [registry.spec(registry.build(spec)) for spec in now]
     there = [spec for spec in specs if spec["name"] == path[0]]
     if not there:
-        raise WrongInput(unknown("finisher of this recipe", path[0], [spec["name"] for spec in specs]))
+        raise WrongInput(unknown(f"{registry.kind} of this recipe", path[0], [spec["name"] for spec in specs]))
     for spec in there:
         _put({path[0]: spec}, path, value)
     return specs
 
 
 def _registries() -> dict[str, Any]:
-    from prunekit.plugins.registry import ALLOCATORS, ENGINES, OBJECTIVES, PRUNERS
+    from prunekit.plugins.registry import ALLOCATORS, ENGINES, METRICS, OBJECTIVES, PRUNERS
 
-    return {"pruner": PRUNERS, "allocator": ALLOCATORS, "objective": OBJECTIVES, "engine": ENGINES}
+    parts = {"pruner": PRUNERS, "allocator": ALLOCATORS, "objective": OBJECTIVES}
+    return parts | {"metric": METRICS, "engine": ENGINES}

@@ -13,22 +13,23 @@ from fractions import Fraction
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from prunekit.errors import WrongInput, unknown
-from prunekit.space.budgets import Metric
 from prunekit.space.forms import Structure
 from prunekit.space.prices import FILE
 
 if TYPE_CHECKING:
     from prunekit.data.draws import Draws
     from prunekit.plugins.allocator import Allocator
+    from prunekit.plugins.exporter import Exporter
     from prunekit.plugins.finisher import Finisher
     from prunekit.plugins.pruner import LocalPruner
     from prunekit.plugins.signal import Signal
+    from prunekit.space.metrics import Metric
 from prunekit.data.spec import TAGS, DataSpec, TextSpec, as_texts, names_of
 from prunekit.recipe.overrides import put
 from prunekit.recipe.parts import Spec, as_engine
@@ -37,7 +38,7 @@ from prunekit.space.latency import LatencySpec
 from prunekit.system.strict import Strict
 
 WITHOUT_EFFECT = frozenset(
-    {"version", "engine", "device", "memory", "code", "verify", "trust_remote_code"}
+    {"version", "engine", "device", "memory", "exporters", "code", "verify", "trust_remote_code"}
 )  # on the weights that come out
 
 
@@ -65,6 +66,8 @@ def _targeted(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         WrongInput: it is no target, or stands beside what it says.
     """
+    from prunekit.plugins.registry import METRICS
+
     rest = dict(values)
     target = rest.pop("target", None)
     if target is None:
@@ -78,8 +81,8 @@ def _targeted(values: Mapping[str, Any]) -> dict[str, Any]:
     if len(pairs) != 1:
         raise WrongInput(f"a target is one METRIC=SHARE, as in latency=0.6, not {target!r}")
     ((metric, text),) = pairs
-    if metric not in get_args(Metric):
-        raise WrongInput(unknown("metric", str(metric), get_args(Metric)) + "; a target is as in latency=0.6")
+    if metric not in METRICS:
+        raise WrongInput(unknown("metric", str(metric), METRICS) + "; a target is as in latency=0.6")
     try:
         share = Fraction(str(text))
     except (ValueError, ZeroDivisionError):
@@ -97,8 +100,8 @@ class Recipe(Strict):
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.5  # share of `of` that is removed
     family: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()  # sparsities it was searched with; (): alone
     of: Literal["blocks", "model"] = "blocks"
-    metric: Metric = "parameters"  # `target: METRIC=SHARE` says it together with a sparsity of 1 - SHARE
-    latency: LatencySpec = LatencySpec()  # of metric latency
+    metric: str | dict[str, Any] = "parameters"  # `target: METRIC=SHARE` says it together with a sparsity of 1 - SHARE
+    latency: LatencySpec = LatencySpec()  # the options of metric latency
     apart: bool = False  # attention and MLP get `sparsity` each and do not trade
     structure: Annotated[str, BeforeValidator(_as_pattern)] = "groups"  # or weights, or N:M, which says the sparsity
     heads: Literal["kv", "query"] = "kv"  # a group: a KV head with its query heads, or query heads of every KV head
@@ -118,6 +121,7 @@ class Recipe(Strict):
     memory: str | int = "auto"  # bytes to get along with, as 8GiB; auto: what the machine has to spare
     trust_remote_code: bool = False
     code: Literal["import", "bundled"] = "import"  # how a result of uneven sizes finds its classes
+    exporters: Annotated[tuple[Spec, ...], BeforeValidator(_as_list)] = ({"name": "hf"},)  # what the result is saved as
     verify: bool = True  # load the result in a fresh process and compare
 
     @model_validator(mode="before")
@@ -137,9 +141,10 @@ class Recipe(Strict):
         """
         found = read_yaml(name, presets(), "recipe")
         default = yaml.safe_load(presets()["default"])
-        if str(name) not in presets() and isinstance(found.get("latency"), dict):
+        if str(name) not in presets():
             path = Path(name).expanduser()
-            found["latency"] = beside(found["latency"], path if path.is_dir() else path.parent)
+            priced = {key: found[key] for key in ("latency", "metric") if isinstance(found.get(key), dict)}
+            found |= {key: beside(part, path if path.is_dir() else path.parent) for key, part in priced.items()}
         return cls.of_mapping(found if name == "default" else laid_over(default, found))
 
     @classmethod
@@ -164,8 +169,10 @@ class Recipe(Strict):
             WrongInput: no such key, with the nearest; or no such value.
         """
         values, overrides = self.model_dump(mode="python"), _targeted(overrides)
-        if "latency.prices" not in overrides and self._is_other_to_time(overrides):
-            values["latency"]["prices"] = None
+        if not {"latency.prices", "metric.prices"} & overrides.keys() and self._is_other_to_time(overrides):
+            for part in (values["latency"], values["metric"]):
+                if isinstance(part, dict) and part.get("prices"):
+                    part["prices"] = None
         if as_texts(overrides.get("data.dataset", before := values["data"]["dataset"])) != before:
             forgotten = ["config", "split"]  # they are of the other data set
             if self.data.evaluation_dataset is None or names_of(self.data.evaluation_dataset) == names_of(
@@ -235,7 +242,17 @@ class Recipe(Strict):
         """
         from prunekit.data.sources import is_file
         from prunekit.plugins.pruner import LocalPruner
-        from prunekit.plugins.registry import ALLOCATORS, ENGINES, FINISHERS, OBJECTIVES, PRUNERS, SIGNALS, signals_of
+        from prunekit.plugins.registry import (
+            ALLOCATORS,
+            ENGINES,
+            EXPORTERS,
+            FINISHERS,
+            METRICS,
+            OBJECTIVES,
+            PRUNERS,
+            SIGNALS,
+            signals_of,
+        )  # fmt: skip
 
         if self.apart and self.of == "model":
             raise WrongInput(
@@ -255,7 +272,8 @@ class Recipe(Strict):
                 f"allocator {self.allocator['name']!r} ranks groups by the pruner's scores, and pruner "
                 f"{self.pruner['name']!r} has none; choose another of either"
             )
-        self._check_structure(pruner, allocator, signals, finishers)
+        metric, exporters = METRICS.build(self.metric_spec), self._exporters()
+        self._check_structure(pruner, allocator, signals, finishers, exporters, metric)
         readers = {f"pruner {self.pruner['name']!r}": pruner} | {f"signal {SIGNALS.name_of(s)!r}": s for s in signals}
         for who, plugin in readers.items():
             if "contrast" in plugin.needs and self.data.contrast_dataset is None:
@@ -264,24 +282,65 @@ class Recipe(Strict):
                 )
         for dataset in self.data.names:
             is_file(dataset)
-        table = self.latency.table if self.metric == "latency" else None
-        unpriced = self.latency.model_copy(update={"prices": None})
-        return self.model_copy(
+        return self.with_metric(metric).model_copy(
             update={
-                "latency": unpriced if table is None else self.latency.measured(table),
                 "pruner": PRUNERS.spec(pruner),
                 "allocator": ALLOCATORS.spec(allocator),
                 "objective": OBJECTIVES.spec(OBJECTIVES.build(self.objective)),
                 "finishers": tuple(map(FINISHERS.spec, finishers)),
                 "engine": ENGINES.spec(ENGINES.build(self.engine)),
+                "exporters": tuple(map(EXPORTERS.spec, exporters)),
             }
         )
 
+    @property
+    def metric_spec(self) -> dict[str, Any]:
+        """The metric with its options, those in a section of its name among them."""
+        spec = {"name": self.metric} if isinstance(self.metric, str) else self.metric
+        section = self._sections.get(str(spec.get("name")))
+        return spec if section is None else section.model_dump() | spec
+
+    def with_metric(self, metric: Metric) -> Self:
+        """This recipe with a metric; a bare name where no option differs from its default, or they have a section."""
+        from prunekit.plugins.registry import METRICS
+
+        spec, sections = METRICS.spec(metric), self._sections
+        name = spec.pop("name")
+        updates: dict[str, Any] = {key: part.model_copy(update={"prices": None}) for key, part in sections.items()}
+        if name in sections:
+            return self.model_copy(update=updates | {"metric": name, name: LatencySpec(**spec)})
+        defaults = {option.name: option.default for option in METRICS[name].options}
+        said = {key: value for key, value in spec.items() if value != defaults[key]}
+        return self.model_copy(update=updates | {"metric": {"name": name, **said} if said else name})
+
+    @property
+    def _sections(self) -> dict[str, LatencySpec]:
+        """Options of metrics that are sections of their own, by the metric's name."""
+        return {key: value for key, value in self if isinstance(value, LatencySpec)}
+
+    def _exporters(self) -> list[Exporter]:
+        """One that makes the folder which transformers loads, and what else is asked for."""
+        from prunekit.plugins.registry import EXPORTERS
+
+        exporters = [EXPORTERS.build(spec) for spec in self.exporters]
+        if all(exporter.place for exporter in exporters):
+            exporters = [*map(EXPORTERS.build, type(self).model_fields["exporters"].default), *exporters]
+        places = [exporter.place for exporter in exporters]
+        if twice := sorted({place or "the result itself" for place in places if places.count(place) > 1}):
+            raise WrongInput(f"two exporters write {twice[0]}; every exporter needs a place of its own")
+        return exporters
+
     def _check_structure(
-        self, pruner: LocalPruner, allocator: Allocator, signals: Sequence[Signal], finishers: Sequence[Finisher]
+        self,
+        pruner: LocalPruner,
+        allocator: Allocator,
+        signals: Sequence[Signal],
+        finishers: Sequence[Finisher],
+        exporters: Sequence[Exporter],
+        metric: Metric,
     ) -> None:
         """Every part must know what is removed."""
-        from prunekit.plugins.registry import SIGNALS
+        from prunekit.plugins.registry import EXPORTERS, SIGNALS
 
         structure = Structure.parsed(self.structure)
         if structure.block and self.family:
@@ -291,16 +350,14 @@ class Recipe(Strict):
             )
         named = [("pruner", self.pruner, pruner)]
         named += [("finisher", spec, each) for spec, each in zip(self.finishers, finishers, strict=True)]
+        named += [("exporter", EXPORTERS.spec(each), each) for each in exporters]
         for kind, spec, plugin in named:
             if structure.units not in plugin.structures:
                 there = ", ".join(sorted(plugin.structures))
                 raise WrongInput(f"{kind} {spec['name']!r} does not know structure {structure.units}; it knows {there}")
+        metric.check(structure.units)
         if structure.units == "groups":
             return
-        if self.metric == "latency":
-            raise WrongInput(
-                "zeros are multiplied like other numbers and save no time; latency goes with structure groups"
-            )
         for spec, finisher in zip(self.finishers, finishers, strict=True):
             if finisher.adds_biases:
                 raise WrongInput(f"finisher {spec['name']!r} adds biases, paid for with groups; leave them away here")
@@ -334,8 +391,9 @@ class Recipe(Strict):
         """
         used = ", ".join(f"{name} {metadata.version(name)}" for name in ("prunekit", "torch", "transformers"))
         values = self.checked().model_dump(mode="json", exclude=self._unsaid)
-        if values["latency"]["prices"] is not None:
-            values["latency"]["prices"] = FILE
+        for part in (values["latency"], values["metric"]):
+            if isinstance(part, dict) and part.get("prices") is not None:
+                part["prices"] = FILE
         body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
         return f"# {used}\n{body}"
 
@@ -346,7 +404,7 @@ class Recipe(Strict):
 
     def determining(self) -> dict[str, Any]:
         """The values that determine the weights, every option of every plug-in among them."""
-        unread = self._unsaid | WITHOUT_EFFECT | (set() if self.metric == "latency" else {"latency"})
+        unread = self._unsaid | WITHOUT_EFFECT | (self._sections.keys() - {self.metric_spec["name"]})
         return self.checked().model_dump(mode="json", exclude=unread)
 
 

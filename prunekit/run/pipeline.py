@@ -22,11 +22,10 @@ from prunekit.calibration.fill import build
 from prunekit.calibration.gradients import Gradients
 from prunekit.data.draws import Draws, draw
 from prunekit.data.tokens import TokenBatch
-from prunekit.errors import CannotGoOn, PluginError, WrongInput
+from prunekit.errors import CannotGoOn, NotVerified, PluginError, WrongInput
 from prunekit.export import hf
-from prunekit.export.verify import NotVerified, verify
+from prunekit.export.write import prove, write
 from prunekit.layer.candidates import is_sparse
-from prunekit.measure import latency
 from prunekit.measure.perplexity import Perplexity, perplexity
 from prunekit.models import paging
 from prunekit.models.opening import load_tokenizer, loaded, opened, resolved_devices, skeleton, stored_as
@@ -34,8 +33,19 @@ from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.allocator import Allocator, Problem
 from prunekit.plugins.dense import Dense
 from prunekit.plugins.engine import Opening, Team
+from prunekit.plugins.exporter import Order, Probe, Product
 from prunekit.plugins.finisher import Finisher, Workpiece
-from prunekit.plugins.registry import ALLOCATORS, ENGINES, FINISHERS, OBJECTIVES, PRUNERS, signals_of
+from prunekit.plugins.metric import MeasuredMetric
+from prunekit.plugins.registry import (
+    ALLOCATORS,
+    ENGINES,
+    EXPORTERS,
+    FINISHERS,
+    METRICS,
+    OBJECTIVES,
+    PRUNERS,
+    signals_of,
+)  # fmt: skip
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.report.card import write as write_report
@@ -244,17 +254,20 @@ def foreseen(
 ) -> Plan:
     """What a checked recipe will take, from the model's shapes alone; `asked` as of `begun`.
 
-    As long as sub-layers are not timed, their products stand for their time.
+    As long as nothing was measured, another metric stands in for one that is.
 
     Raises:
-        WrongInput: the budget cannot be met, a finisher does not know the family, or memory is no amount.
+        WrongInput: the budget cannot be met, a finisher or an exporter cannot do what is asked, or memory is no amount.
     """
-    counted = recipe
-    if recipe.metric == "latency" and recipe.latency.prices is None:
-        counted = recipe.model_copy(update={"metric": "flops", "of": "blocks"})
+    counted, metric = recipe, METRICS.build(recipe.metric_spec)
+    if isinstance(metric, MeasuredMetric) and metric.prices is None:
+        counted = recipe.with_metric(metric.stand_in()).model_copy(update={"of": "blocks"})
     spaces = [whole_space(member, shape, adapter, next(shape.parameters()).dtype) for member in counted.members]
     for spec in recipe.finishers:
         FINISHERS.build(spec).check(adapter)
+    order = Order(adapter, Structure.parsed(recipe.structure).units, recipe.code)
+    for spec in recipe.exporters:
+        EXPORTERS.build(spec).check(order)
     return planned(recipe, shape, adapter, spaces, output, asked, rehearse=rehearse)
 
 
@@ -445,18 +458,19 @@ class Run:
         return said
 
     def paced(self, small: PreTrainedModel, plan: Allocation) -> dict[str, Any] | None:
-        """What was promised of the time, and what the model takes as it will be exported; None: nothing was."""
-        if (table := self.whole.budget.table) is None:
+        """What a measured metric promised, and what the model takes as it will be exported; None: nothing was."""
+        budget = self.whole.budget
+        if not isinstance(budget.metric, MeasuredMetric):
             return None
         with self.clock("time"):
-            found = latency.realised(
-                self.dense.model, hf.to_transformers(small, self.dense.adapter), table,
-                target=float(1 - Fraction(str(self.recipe.sparsity))), promised=table.outside + self.whole.cost(plan),
-                progress=self.progress,
+            found = budget.metric.realised(
+                self.dense.model, hf.to_transformers(small, self.dense.adapter),
+                target=float(1 - Fraction(str(self.recipe.sparsity))),
+                promised=(budget.outside + self.whole.cost(plan)) / budget.dense, progress=self.progress,
             )  # fmt: skip
         if not found["kept"]:
             self.progress.say(f"warning: {reporting.kept_promise(found)}")
-        return found
+        return dict(found)
 
     def _called(self, stage: str) -> str:
         """A stage that every member of a family has."""
@@ -521,10 +535,10 @@ def whole_space(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, dtype: 
     freed = sum(site.parameters(site.n_groups) for site in sites)
     counts = recipe.of == "model" or structure.units == "groups"
     outside = sum(p.numel() for p in base.parameters()) - freed if counts else 0
-    table = recipe.latency.table if recipe.metric == "latency" else None
+    metric = METRICS.build(recipe.metric_spec).for_checkpoint(dtype.itemsize)
     budget = Budget.keeping(
         kept if structure.units != "n:m" else Fraction(structure.kept, structure.block), sites,
-        metric=recipe.metric, bytes_per_parameter=dtype.itemsize, outside=outside, apart=recipe.apart, table=table,
+        metric=metric, outside=outside, apart=recipe.apart,
     )  # fmt: skip
     if any(FINISHERS.build(spec).adds_biases for spec in recipe.finishers):
         sites = tuple(adapter.with_bias(model, site) for site in sites)  # what is pruned pays for them
@@ -532,18 +546,19 @@ def whole_space(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, dtype: 
 
 
 def priced(recipe: Recipe, dense: Dense, past: Path | None, progress: Progress) -> Recipe:
-    """The recipe with the price table its metric needs: its own, or that at `past`, or one measured now."""
-    if recipe.metric != "latency":
+    """The recipe with the prices its metric needs: its own, or those at `past`, or such as are measured now."""
+    metric = METRICS.build(recipe.metric_spec)
+    if not isinstance(metric, MeasuredMetric):
         return recipe
-    sites = dense.adapter.sites(dense.model, heads=recipe.heads)
-    table = latency.priced(recipe.latency, dense, sites, past, progress)
-    return recipe.model_copy(update={"latency": recipe.latency.measured(table)})
+    return recipe.with_metric(
+        metric.measured(dense, dense.adapter.sites(dense.model, heads=recipe.heads), past, progress)
+    )
 
 
 def write_prices(recipe: Recipe, folder: Path) -> None:
-    """The price table beside the recipe that names it."""
-    if isinstance(recipe.latency.prices, dict):
-        write_json(folder / FILE, recipe.latency.prices)
+    """The prices beside the recipe that names them."""
+    if isinstance(prices := recipe.metric_spec.get("prices"), dict):
+        write_json(folder / FILE, prices)
 
 
 def saved_model(folder: Path, recipe: Recipe, blocks: int | None) -> PreTrainedModel:
@@ -556,8 +571,9 @@ def saved_model(folder: Path, recipe: Recipe, blocks: int | None) -> PreTrainedM
 
 
 def write_result(result: Result, folder: Path) -> None:
-    """All files of a result; the export is verified in a fresh process before anyone can see it."""
-    hf.save(result.model, folder, result.tokenizer, code=result.recipe.code)
+    """All files of a result; what exporters have written is verified before anyone can see it."""
+    exporters = [EXPORTERS.build(spec) for spec in result.recipe.exporters]
+    write(exporters, Product(result.model, result.tokenizer, result.report, result.recipe.code), folder)
     write_prices(result.recipe, folder)
     (folder / "recipe.yaml").write_text(result.recipe.to_yaml())
     (folder / "ledger.jsonl").write_text(result.ledger)
@@ -565,7 +581,7 @@ def write_result(result: Result, folder: Path) -> None:
     if result.recipe.verify and result.probe is not None:
         try:
             paging.rest(result.model)
-            verify(folder, *result.probe, reporting.count(result.model), blocks=result.blocks)
+            prove(exporters, folder, Probe(*result.probe, reporting.count(result.model), result.blocks))
         except NotVerified as error:
             raise CannotGoOn(f"the result was not kept: {error}") from error
 

@@ -26,7 +26,6 @@ from prunekit.calibration.moments import strips
 from prunekit.data.draws import LONGEST_WINDOW
 from prunekit.data.windows import DEFAULTS
 from prunekit.errors import WrongInput
-from prunekit.measure import latency
 from prunekit.measure.perplexity import HIDDEN_BYTES, LOGITS_AT_ONCE
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.models.blocks import TOKENS_AT_ONCE
@@ -34,12 +33,14 @@ from prunekit.models.opening import DTYPES, resolved_devices
 from prunekit.models.shards import file_bytes
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.allocator import Allocator, Journal, Problem, Query
-from prunekit.plugins.registry import ALLOCATORS, OBJECTIVES, PRUNERS, signals_of
+from prunekit.plugins.exporter import Order
+from prunekit.plugins.metric import MeasuredMetric, Runs
+from prunekit.plugins.registry import ALLOCATORS, EXPORTERS, METRICS, OBJECTIVES, PRUNERS, signals_of
 from prunekit.recipe.schema import Recipe
 from prunekit.run.workplace import written
 from prunekit.search.conversation import Known
+from prunekit.space.forms import Structure
 from prunekit.space.ladders import Space
-from prunekit.space.prices import Workload
 from prunekit.space.sites import Site
 from prunekit.system.memory import Shares, amount, available, parsed
 
@@ -48,7 +49,6 @@ SPARE = 0.9  # of what is free on the machine; the rest is for others
 PATIENCE = 2.0  # seconds that a search is rehearsed
 CUSHION = 64 << 20  # bytes: what libraries hold, and tensors that come and go
 HEARING = "dense model"  # a stage of nobody's own: the first question waits for it
-MORE_ROUNDS = f"more rounds, as long as {latency.SECONDS:.0f} s are not over"
 
 # -- formulas -----------------------------------------------------------------------------------------
 
@@ -204,7 +204,7 @@ class Plan:
     device: torch.device
     dtype: torch.dtype  # of the computation
     place: Path | None  # where the run works, as far as it exists
-    timed: bool = False  # latency is: a whole model is
+    measured: str = ""  # the metric that is measured, on whole models
 
     @property
     def paged(self) -> bool:
@@ -236,8 +236,8 @@ class Plan:
         if worst.memory > self.limit:
             how = "block by block " if self.paged else ""
             less = "shorter windows, or an allocator with fewer rungs"
-            if self.timed:
-                less = "or another metric: latency is timed on whole models, never block by block"
+            if self.measured:
+                less = f"or another metric: {self.measured} is timed on whole models, never block by block"
             raise WrongInput(
                 f"{worst.name} takes at least {amount(worst.memory)} of memory {how}beside the process itself, and "
                 f"{amount(max(0, self.limit))} are there; give more, {less}"
@@ -419,7 +419,7 @@ def planned(
     are made of, None: of the recipe's. Only where it is asked for, searches are rehearsed to say how long they take.
 
     Raises:
-        WrongInput: the recipe's memory is no amount, or latency is asked of more tokens than the model takes.
+        WrongInput: the recipe's memory is no amount, or its metric cannot be measured on this model.
     """
     device = resolved_devices(recipe.device)[0]
     stored = next(model.parameters()).dtype
@@ -450,18 +450,21 @@ def planned(
         counted = [forwards(number, space) for number, space in enumerate(spaces)]
         wanted = each.sparsity in (asked or [recipe.sparsity])
         members.append(Member(str(each.sparsity) if recipe.family else "", whole, spaces, counted, last, wanted))
-    timed = recipe.metric == "latency"
-    work = latency.workload(recipe.latency, model) if timed else None  # type: ignore[arg-type]
-    shape = Shape(model, adapter, wholes[0].sites, stored, computed)
-    count = Count(recipe, shape, tokens, seqlen, members, work)
+    metric, measured = METRICS.build(recipe.metric_spec), ""
+    shape, before, after = Shape(model, adapter, wholes[0].sites, stored, computed), None, None
+    if isinstance(metric, MeasuredMetric):
+        whole_model: Any = model
+        measured, after = metric.unit, metric.runs_after(whole_model)
+        before = metric.runs_before(whole_model, shape.sites) if metric.prices is None else None
+    count = Count(recipe, shape, tokens, seqlen, members, before, after)
 
     def of(shares: Shares) -> Plan:
         stages = tuple(count.stages(shares))
-        return Plan(stages, limit, free_disk, shares, count.resident, count.block, device, computed, place, timed)
+        return Plan(stages, limit, free_disk, shares, count.resident, count.block, device, computed, place, measured)
 
     plan, tight = of(Shares()), of(Shares(blocks=0))
     can = next(model.parameters()).is_meta and tight.least < plan.least  # else it is in memory already, or very small
-    if paged := can and not timed and plan.least > limit:
+    if paged := can and not measured and plan.least > limit:
         plan = tight
     room_to_solve = 3 * DOUBLE * max(site.d_in for site in shape.sites) ** 2  # for pruners that factorise
     return of(Shares.of(limit - plan.least - room_to_solve, paged=paged))
@@ -499,7 +502,8 @@ class Count:
     tokens: Mapping[str, int]  # by part
     seqlen: int
     members: Sequence[Member]
-    work: Workload | None  # that is timed
+    before: Runs | None = None  # in which a metric is measured before the search
+    after: Runs | None = None  # and on every result
 
     @cached_property
     def everything(self) -> int:
@@ -547,27 +551,20 @@ class Count:
         widest = max(site.d_in for site in self.shape.sites)
         working = chunk * size * (3 * widest + 6 * self.shape.width) + CUSHION
         yield Stage("open", held + CUSHION, shares.blocks or 0, read=self._stored)
-        if self.work is not None and self.recipe.latency.prices is None:
-            yield self._timed(self.work)
+        if self.before is not None:
+            yield Stage(
+                "time sub-layers", self.everything + self.before.copied * size + CUSHION,
+                flops=self._runs(self.before), unknown=self.before.unknown,
+            )  # fmt: skip
         if "gradient" in self.needs:
             yield self._gradients(shares, held + working)
         yield from self._rounds(shares, held + working)
         for number, member in enumerate(each for each in self.members if each.wanted):
             yield from self._result(member, shares, held, working, first=number == 0)
 
-    def _timed(self, work: Workload) -> Stage:
-        """A table of prices: the dense model, and one at a time those cut from it."""
-        size, keeps = self.shape.computed.itemsize, latency.trials(self.shape.sites).values()
-        cut = max(sum(s.params_per_group * k for s, k in some.items() if k < s.n_groups) for some in keeps)
-        return Stage(
-            "time sub-layers", self.everything + cut * size + CUSHION,
-            flops=self._turns(work, len(keeps) + len(keeps) // latency.OFTEN), unknown=MORE_ROUNDS,
-        )  # fmt: skip
-
-    def _turns(self, work: Workload, models: int) -> int:
-        """FLOPs of the rounds that there are at least; a turn is a run that does not count and one that does."""
-        run = self.shape.forward(work.batch * (work.prompt + work.new_tokens), work.prompt, head=False)
-        return latency.FEWEST * models * 2 * run
+    def _runs(self, runs: Runs) -> int:
+        """FLOPs."""
+        return runs.count * self.shape.forward(runs.tokens, runs.seqlen, head=False)
 
     def _gradients(self, shares: Shares, held: int) -> Stage:
         shape, tokens = self.shape, self.tokens["calibration"]
@@ -630,13 +627,16 @@ class Count:
             member.called("evaluate"), both + logits + CUSHION, kept, read=models * self._stored if paged else 0,
             flops=small + first * shape.forward(judged, self.seqlen, head=True), member=member.name,
         )  # fmt: skip
-        if self.work is not None:
+        if self.after is not None:
             yield Stage(
                 member.called("time the result"), both + CUSHION,
-                flops=self._turns(self.work, 2), unknown=MORE_ROUNDS, member=member.name,
+                flops=self._runs(self.after), unknown=self.after.unknown, member=member.name,
             )  # fmt: skip
         largest = max(p.numel() for p in shape.model.parameters()) * (size + shape.stored.itemsize)
-        streamed, saved = paged and not recipe.finishers, stays * shape.stored.itemsize
+        units = Structure.parsed(recipe.structure).units
+        order = Order(shape.adapter, units, recipe.code, stays, shape.stored.itemsize)
+        streamed = paged and not recipe.finishers
+        saved = sum(EXPORTERS.build(spec).size(order) for spec in recipe.exporters)
         exported = held + self._page + largest if streamed else both
         read = (2 * self._stored if streamed else 0) + (saved if recipe.verify else 0)  # for the probe, and to write
         yield Stage(member.called("export"), exported + CUSHION, kept, saved, read, member=member.name)

@@ -3,17 +3,21 @@
 import pytest
 import torch
 
+import prunekit as pk
 from prunekit.calibration.twin import Twin
 from prunekit.testing import (
     AllocatorSuite,
+    ExporterSuite,
     FinisherSuite,
+    MetricSuite,
     ObjectiveSuite,
     PrunerSuite,
     SignalSuite,
     toy_layer,
     toy_workpiece,
 )
-from prunekit_corner import Descent, LeaveOneOut, Loudest, Volume, WorstSite
+from prunekit.testing.spaces import sites_of
+from prunekit_corner import Descent, LeaveOneOut, Loudest, Table, Volume, WeightedParameters, WorstSite
 
 
 class TestLeaveOneOut(PrunerSuite):
@@ -38,6 +42,21 @@ class TestWorstSite(ObjectiveSuite):
 
 class TestVolume(FinisherSuite):
     plugin = Volume()
+
+
+class TestWeightedParameters(MetricSuite):
+    plugin = WeightedParameters()
+
+
+class TestTable(ExporterSuite):
+    plugin = Table()
+
+
+def test_attention_is_dearer_than_as_many_parameters_of_the_mlp() -> None:
+    attention, mlp = sites_of(1, attention=(4, 10), mlp=(4, 10))
+    budget = pk.Budget.keeping(0.5, [attention, mlp], metric=WeightedParameters(attention=3))
+    assert budget.limit == 80  # of 120 and 40
+    assert (budget.price(attention, 2), budget.price(mlp, 2)) == (60, 20)
 
 
 def test_outputs_are_as_loud_as_the_dense_ones() -> None:
