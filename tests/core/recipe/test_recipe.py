@@ -9,7 +9,7 @@ import yaml
 from prunekit.data.spec import DataSpec
 from prunekit.errors import WrongInput
 from prunekit.plugins.pruner import LocalPruner
-from prunekit.plugins.registry import FINISHERS, PRUNERS, Entry
+from prunekit.plugins.registry import EXPORTERS, FINISHERS, METRICS, PRUNERS, Entry
 from prunekit.recipe import schema as module
 from prunekit.recipe.overrides import parsed
 from prunekit.recipe.presets import presets
@@ -213,7 +213,11 @@ def test_what_does_not_go_with_single_weights_is_one_sentence(
         ({"structure": "weights"}, "pruner 'obs' does not know structure weights; it knows groups"),
         ({"structure": "2:4"}, "pruner 'obs' does not know structure n:m; it knows groups"),
         ({"carry": "dens"}, "carry is one of 'dense', 'centre' or 'expected', not 'dens'"),
-        ({"metric": "joules"}, "metric is one of 'parameters'"),
+        ({"metric": "joules"}, "no metric 'joules'; there are bytes, flops, kv-cache, latency, parameters"),
+        ({"metric": {"name": "bytes", "per": 1}}, "no option of metric 'bytes' 'per'; there are per_parameter"),
+        ({"metric.attention": 2}, "no recipe key 'metric.attention'"),
+        ({"exporters": ["hff"]}, "no exporter 'hff'; did you mean 'hf'"),
+        ({"exporters": ["hf", "hf"]}, "two exporters write the result itself"),
         ({"data.calibration_tokens": 0}, "data.calibration_tokens: input should be greater than 0, not 0"),
         ({"data.dataset": "gone.txt"}, "no file 'gone.txt'"),
         ({"data.evaluation_dataset": "gone.jsonl"}, "no file 'gone.jsonl'"),
@@ -356,6 +360,41 @@ def test_a_target_stands_alone(beside: dict[str, object]) -> None:
         Recipe.of_mapping(MINIMAL | {"target": "parameters=0.6"} | beside)
 
 
+def test_a_metric_has_options_and_a_bare_name_where_they_are_the_defaults(recipe: Recipe) -> None:
+    for overrides in (
+        {"metric": {"name": "bytes", "per_parameter": 1}},
+        {"metric": "bytes", "metric.per_parameter": 1},
+    ):
+        narrow = recipe.with_overrides(overrides).checked()
+        assert narrow.metric == {"name": "bytes", "per_parameter": 1}
+        assert narrow.metric_spec == narrow.metric
+    assert recipe.with_overrides({"metric": METRICS.build("bytes")}).checked().metric == "bytes"
+    assert narrow.with_overrides({"metric": "flops"}).checked().metric == "flops"
+    assert narrow.digest != recipe.with_overrides({"metric": "bytes"}).digest
+
+
+def test_the_options_of_latency_have_a_section(recipe: Recipe) -> None:
+    for overrides in (
+        {"metric": {"name": "latency", "batch": 2}},
+        {"metric": "latency", "latency.batch": 2},
+        {"metric": "latency", "metric.batch": 2},
+    ):
+        found = recipe.with_overrides(overrides).checked()
+        assert (found.metric, found.latency.batch) == ("latency", 2)
+        assert found.metric_spec == {"name": "latency", "batch": 2, "prompt": None, "new_tokens": 0, "prices": None}
+
+
+def test_a_result_is_always_a_folder_that_loads(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("table", "prunekit_corner:Table", "prunekit.exporters")
+    monkeypatch.setitem(EXPORTERS._entries, "table", Entry("exporter", "table", "corner", point))
+    assert recipe.checked().exporters == ({"name": "hf"},)
+    for asked in ("table", ["hf", "table"], EXPORTERS.build("table")):
+        assert recipe.with_overrides({"exporters": asked}).checked().exporters == ({"name": "hf"}, {"name": "table"})
+    with pytest.raises(WrongInput, match=r"two exporters write tensors\.csv"):
+        recipe.with_overrides({"exporters": ["table", "table"]}).checked()
+    assert recipe.with_overrides({"exporters": "table"}).digest == recipe.digest  # the weights are the same
+
+
 def test_zeros_save_no_time() -> None:
     with pytest.raises(WrongInput, match="latency goes with structure groups"):
         Recipe.load().with_overrides({"target": "latency=0.6", "structure": "weights", "pruner": "sparsegpt"}).checked()
@@ -375,7 +414,7 @@ def test_a_price_table_lies_beside_the_recipe(tmp_path: Path, table: Prices) -> 
     (tmp_path / "prices.json").write_text(json.dumps(table.as_dict()))
     for name in (tmp_path, tmp_path / "recipe.yaml"):
         found = Recipe.load(name).checked()
-        assert found.latency.table == table
+        assert METRICS.build(found.metric_spec) == METRICS.build({"name": "latency", "prices": table.as_dict()})
         assert found == timed_recipe.checked()
         assert found.digest == timed_recipe.digest
 
@@ -385,9 +424,9 @@ def test_a_price_table_goes_with_its_model_workload_and_device(table: Prices) ->
         {"model": "a", "target": "latency=0.6", "latency.prices": table.as_dict(), "latency.prompt": 8}
     )
     for stays in ({"model": "a"}, {"target": "latency=0.7"}, {"pruner": "wanda"}, {"latency.prompt": 8}):
-        assert recipe.with_overrides(stays).latency.table == table
+        assert recipe.with_overrides(stays).latency.prices == table.as_dict()
     for key, value in {"model": "b", "latency.batch": 2, "device": "cuda", "heads": "query", "latency": {}}.items():
-        assert recipe.with_overrides({key: value}).latency.table is None
+        assert recipe.with_overrides({key: value}).latency.prices is None
     with pytest.raises(WrongInput, match=r"of batch 1, and latency\.batch is 2"):
         recipe.with_overrides({"latency": {"batch": 2, "prices": table.as_dict()}}).checked()
 
