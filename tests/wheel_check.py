@@ -28,6 +28,8 @@ PLUGINS = {
     "descent": "allocator",
     "worst-site": "objective",
     "volume": "finisher",
+    "weighted-parameters": "metric",
+    "table": "exporter",
 }
 OWNER = "prunekit-corner"
 

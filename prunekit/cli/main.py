@@ -36,6 +36,8 @@ SUITES = {
     "allocator": "AllocatorSuite",
     "objective": "ObjectiveSuite",
     "finisher": "FinisherSuite",
+    "metric": "MetricSuite",
+    "exporter": "ExporterSuite",
     "engine": "EngineSuite",
     "adapter": "AdapterSuite",
 }  # in prunekit.testing

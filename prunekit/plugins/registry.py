@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from prunekit.plugins.adapter import ModelAdapter
     from prunekit.plugins.allocator import Allocator
     from prunekit.plugins.engine import Engine
+    from prunekit.plugins.exporter import Exporter
     from prunekit.plugins.finisher import Finisher
     from prunekit.plugins.objective import Objective
     from prunekit.plugins.pruner import LocalPruner
     from prunekit.plugins.signal import Signal
+    from prunekit.space.metrics import Metric
 
 T = TypeVar("T")
 
@@ -171,9 +173,13 @@ SIGNALS: Registry[Signal] = Registry("signal", "prunekit.plugins.signal:Signal")
 ALLOCATORS: Registry[Allocator] = Registry("allocator", "prunekit.plugins.allocator:Allocator")
 OBJECTIVES: Registry[Objective] = Registry("objective", "prunekit.plugins.objective:Objective")
 FINISHERS: Registry[Finisher] = Registry("finisher", "prunekit.plugins.finisher:Finisher")
+METRICS: Registry[Metric] = Registry("metric", "prunekit.space.metrics:Metric")
+EXPORTERS: Registry[Exporter] = Registry("exporter", "prunekit.plugins.exporter:Exporter")
 ADAPTERS: Registry[ModelAdapter] = Registry("adapter", "prunekit.plugins.adapter:ModelAdapter")  # by config.model_type
 ENGINES: Registry[Engine] = Registry("engine", "prunekit.plugins.engine:Engine")
-KINDS: tuple[Registry[Any], ...] = (PRUNERS, SIGNALS, ALLOCATORS, OBJECTIVES, FINISHERS, ENGINES, ADAPTERS)
+KINDS: tuple[Registry[Any], ...] = (
+    PRUNERS, SIGNALS, ALLOCATORS, OBJECTIVES, FINISHERS, METRICS, EXPORTERS, ENGINES, ADAPTERS,
+)  # fmt: skip
 
 
 def signals_of(allocator: Allocator) -> tuple[Signal, ...]:

@@ -11,19 +11,32 @@ from typing import Any
 from prunekit.data.sources import is_file
 from prunekit.data.spec import DataSpec
 from prunekit.errors import WrongInput
+from prunekit.layer.statistics import Need
 from prunekit.plugins.allocator import Allocator
 from prunekit.plugins.engine import Engine
+from prunekit.plugins.exporter import Exporter
 from prunekit.plugins.finisher import Finisher
 from prunekit.plugins.objective import Objective
 from prunekit.plugins.pruner import LocalPruner
-from prunekit.plugins.registry import ALLOCATORS, ENGINES, FINISHERS, OBJECTIVES, PRUNERS, SIGNALS, signals_of
+from prunekit.plugins.registry import (
+    ALLOCATORS,
+    ENGINES,
+    EXPORTERS,
+    FINISHERS,
+    METRICS,
+    OBJECTIVES,
+    PRUNERS,
+    SIGNALS,
+    signals_of,
+)
 from prunekit.plugins.signal import Signal
 from prunekit.recipe.schema import Recipe
 from prunekit.space.forms import Form, parse_form
-from prunekit.space.prices import Prices
+from prunekit.space.latency import LatencySpec
+from prunekit.space.metrics import Metric
 
 WITHOUT_EFFECT = frozenset(
-    {"version", "engine", "device", "memory", "code", "verify", "trust_remote_code"}
+    {"version", "engine", "device", "memory", "exporters", "code", "verify", "trust_remote_code"}
 )  # on the weights that come out
 
 
@@ -39,6 +52,8 @@ class Parts:
     objective: Objective
     finishers: tuple[Finisher, ...]
     engine: Engine
+    metric: Metric
+    exporters: tuple[Exporter, ...]
 
     @property
     def members(self) -> list[Parts]:
@@ -46,7 +61,7 @@ class Parts:
         return [replace(self, recipe=member) for member in self.recipe.members]
 
     @cached_property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Need]:
         """Statistics of a layer that the pruner and the sensitivity metrics read."""
         return self.pruner.needs.union(*(signal.needs for signal in self.signals))
 
@@ -54,13 +69,13 @@ class Parts:
         """Write the model's name and every choice about the tokens into the recipe."""
         return replace(self, recipe=self.recipe.model_copy(update={"model": model, "data": data}))
 
-    def with_prices(self, table: Prices) -> Parts:
-        """Write a price table and its workload into the recipe."""
-        return replace(self, recipe=self.recipe.model_copy(update={"latency": self.recipe.latency.measured(table)}))
+    def with_metric(self, metric: Metric) -> Parts:
+        """Take another metric, or the same with what was measured, and write it into the recipe."""
+        return replace(self, metric=metric, recipe=_with_metric(self.recipe, metric))
 
     def determining(self) -> dict[str, Any]:
         """The values that determine the weights: neither device nor packaging does (`WITHOUT_EFFECT`)."""
-        unread = self.recipe.unsaid | WITHOUT_EFFECT | (set() if self.recipe.metric == "latency" else {"latency"})
+        unread = self.recipe.unsaid | WITHOUT_EFFECT | (self.recipe.sections.keys() - {self.recipe.metric_spec["name"]})
         return self.recipe.model_dump(mode="json", exclude=set(unread))
 
     @property
@@ -89,23 +104,46 @@ def resolve(recipe: Recipe) -> Parts:
     allocator = ALLOCATORS.build(recipe.allocator)
     signals = signals_of(allocator)
     _check_scores(recipe, pruner, allocator)
-    _check_form(recipe, form, pruner, finishers)
+    metric, exporters = METRICS.build(recipe.metric_spec), _exporters(recipe)
+    _check_form(recipe, form, pruner, finishers, exporters)
+    metric.check(form.units)
     if not form.shrinks:
         _check_zeros(recipe, form, allocator, signals, finishers)
     _check_data(recipe, pruner, signals)
-    table = recipe.latency.table if recipe.metric == "latency" else None
-    latency = recipe.latency.model_copy(update={"prices": None}) if table is None else recipe.latency.measured(table)
     objective, engine = OBJECTIVES.build(recipe.objective), ENGINES.build(recipe.engine)
     complete = {
-        "latency": latency,
         "pruner": PRUNERS.spec(pruner),
         "allocator": ALLOCATORS.spec(allocator),
         "objective": OBJECTIVES.spec(objective),
         "finishers": tuple(map(FINISHERS.spec, finishers)),
         "engine": ENGINES.spec(engine),
+        "exporters": tuple(map(EXPORTERS.spec, exporters)),
     }
-    recipe = recipe.model_copy(update=complete)
-    return Parts(recipe, form, pruner, allocator, signals, objective, finishers, engine)
+    recipe = _with_metric(recipe, metric).model_copy(update=complete)
+    return Parts(recipe, form, pruner, allocator, signals, objective, finishers, engine, metric, exporters)
+
+
+def _with_metric(recipe: Recipe, metric: Metric) -> Recipe:
+    """The recipe with a metric; a bare name where no option differs from its default, or they have a section."""
+    spec, sections = METRICS.spec(metric), recipe.sections
+    name = spec.pop("name")
+    updates: dict[str, Any] = {key: part.model_copy(update={"prices": None}) for key, part in sections.items()}
+    if name in sections:
+        return recipe.model_copy(update=updates | {"metric": name, name: LatencySpec(**spec)})
+    defaults = {option.name: option.default for option in METRICS[name].options}
+    said = {key: value for key, value in spec.items() if value != defaults[key]}
+    return recipe.model_copy(update=updates | {"metric": {"name": name, **said} if said else name})
+
+
+def _exporters(recipe: Recipe) -> tuple[Exporter, ...]:
+    """One that makes the folder which transformers loads, and what else is asked for."""
+    exporters = [EXPORTERS.build(spec) for spec in recipe.exporters]
+    if all(exporter.place for exporter in exporters):
+        exporters = [*map(EXPORTERS.build, Recipe.model_fields["exporters"].default), *exporters]
+    places = [exporter.place for exporter in exporters]
+    if twice := sorted({place or "the result itself" for place in places if places.count(place) > 1}):
+        raise WrongInput(f"two exporters write {twice[0]}; every exporter needs a place of its own")
+    return tuple(exporters)
 
 
 def _check_budget(recipe: Recipe) -> None:
@@ -126,7 +164,9 @@ def _check_scores(recipe: Recipe, pruner: LocalPruner, allocator: Allocator) -> 
         )
 
 
-def _check_form(recipe: Recipe, form: Form, pruner: LocalPruner, finishers: tuple[Finisher, ...]) -> None:
+def _check_form(
+    recipe: Recipe, form: Form, pruner: LocalPruner, finishers: tuple[Finisher, ...], exporters: tuple[Exporter, ...]
+) -> None:
     """Every part must know what is removed."""
     if form.kept_share is not None and recipe.family:
         raise WrongInput(
@@ -135,6 +175,7 @@ def _check_form(recipe: Recipe, form: Form, pruner: LocalPruner, finishers: tupl
         )
     named = [("pruner", recipe.pruner, pruner)]
     named += [("finisher", spec, each) for spec, each in zip(recipe.finishers, finishers, strict=True)]
+    named += [("exporter", EXPORTERS.spec(each), each) for each in exporters]
     for kind, spec, plugin in named:
         if form.units not in plugin.structures:
             there = ", ".join(sorted(plugin.structures))
@@ -149,8 +190,6 @@ def _check_zeros(
     finishers: tuple[Finisher, ...],
 ) -> None:
     """What goes with whole groups alone."""
-    if recipe.metric == "latency":
-        raise WrongInput("zeros are multiplied like other numbers and save no time; latency goes with structure groups")
     for spec, finisher in zip(recipe.finishers, finishers, strict=True):
         if finisher.adds_biases:
             raise WrongInput(f"finisher {spec['name']!r} adds biases, paid for with groups; leave them away here")

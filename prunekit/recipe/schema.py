@@ -21,7 +21,6 @@ from prunekit.errors import WrongInput, unknown
 from prunekit.recipe.overrides import expand_target, override, split_family
 from prunekit.recipe.presets import beside, laid_over, presets, read_yaml
 from prunekit.recipe.specs import Spec, as_engine, as_pattern, as_specs, own_share
-from prunekit.space.budgets import Metric
 from prunekit.space.latency import LatencySpec
 from prunekit.space.prices import FILE
 from prunekit.system.strict import Strict
@@ -35,8 +34,8 @@ class Recipe(Strict):
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.5  # share of `of` that is removed
     family: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()  # sparsities it was searched with; (): alone
     of: Literal["blocks", "model"] = "blocks"
-    metric: Metric = "parameters"  # `target: METRIC=SHARE` says it together with a sparsity of 1 - SHARE
-    latency: LatencySpec = LatencySpec()  # of metric latency
+    metric: str | dict[str, Any] = "parameters"  # `target: METRIC=SHARE` says it together with a sparsity of 1 - SHARE
+    latency: LatencySpec = LatencySpec()  # the options of metric latency
     apart: bool = False  # attention and MLP get `sparsity` each and do not trade
     structure: Annotated[str, BeforeValidator(as_pattern)] = "groups"  # or weights, or N:M, which says the sparsity
     heads: Literal["kv", "query"] = "kv"  # a group: a KV head with its query heads, or query heads of every KV head
@@ -56,6 +55,7 @@ class Recipe(Strict):
     memory: str | int = "auto"  # bytes to get along with, as 8GiB; auto: what the machine has to spare
     trust_remote_code: bool = False
     code: Literal["import", "bundled"] = "import"  # how a result of uneven sizes finds its classes
+    exporters: Annotated[tuple[Spec, ...], BeforeValidator(as_specs)] = ({"name": "hf"},)  # what the result is saved as
     verify: bool = True  # load the result in a fresh process and compare
 
     @model_validator(mode="before")
@@ -78,9 +78,10 @@ class Recipe(Strict):
         """
         found = read_yaml(name, presets(), "recipe")
         default = yaml.safe_load(presets()["default"])
-        if str(name) not in presets() and isinstance(found.get("latency"), dict):
+        if str(name) not in presets():
             path = Path(name).expanduser()
-            found["latency"] = beside(found["latency"], path if path.is_dir() else path.parent)
+            priced = {key: found[key] for key in ("latency", "metric") if isinstance(found.get(key), dict)}
+            found |= {key: beside(part, path if path.is_dir() else path.parent) for key, part in priced.items()}
         return cls.of_mapping(found if name == "default" else laid_over(default, found))
 
     @classmethod
@@ -138,6 +139,18 @@ class Recipe(Strict):
         return [self.model_copy(update={"sparsity": sparsity}) for sparsity in self.family] or [self]
 
     @property
+    def sections(self) -> dict[str, LatencySpec]:
+        """Options of metrics that are sections of their own, by the metric's name."""
+        return {key: value for key, value in self if isinstance(value, LatencySpec)}
+
+    @property
+    def metric_spec(self) -> dict[str, Any]:
+        """The metric with its options, those in a section of its name among them."""
+        spec = {"name": self.metric} if isinstance(self.metric, str) else self.metric
+        section = self.sections.get(str(spec.get("name")))
+        return spec if section is None else section.model_dump() | spec
+
+    @property
     def unsaid(self) -> frozenset[str]:
         """Keys that need not be written."""
         return frozenset() if self.family else frozenset({"family"})
@@ -150,8 +163,9 @@ class Recipe(Strict):
         """
         used = ", ".join(f"{name} {metadata.version(name)}" for name in ("prunekit", "torch", "transformers"))
         values = self.model_dump(mode="json", exclude=set(self.unsaid))
-        if values["latency"]["prices"] is not None:
-            values["latency"]["prices"] = FILE
+        for part in (values["latency"], values["metric"]):
+            if isinstance(part, dict) and part.get("prices") is not None:
+                part["prices"] = FILE
         body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
         return f"# {used}\n{body}"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.recipe.schema import Recipe
-from prunekit.report.document import gained, kept_promise, parts_of
+from prunekit.report.document import gained, kept_promise, parts_of, promise
 from prunekit.system.files import write_json
 
 
@@ -26,10 +26,11 @@ def card(document: Mapping[str, Any], recipe: Recipe) -> str:
         title, unit = f"{found['sparsity']:.1%} of the weights in the blocks' linear maps are zero", "weights per row"
         more = f"\n| not zero in linear maps | {found['in_linear_maps']:,} | {found['not_zero']:,} |"
         note = f"\n{gained(found)}\n"
-    if (pace := document.get("latency")) is not None:
-        ms = pace["milliseconds"]
-        more += f"\n| milliseconds | {ms['dense']:.4g} | {ms['pruned']:.4g} |"
-        note += f"\nTime on {pace['hardware']['device']}: {kept_promise(pace)}.\n"
+    if (pace := promise(document)) is not None:
+        if (ms := pace.get("milliseconds")) is not None:
+            more += f"\n| milliseconds | {ms['dense']:.4g} | {ms['pruned']:.4g} |"
+        where = f"Time on {pace['hardware']['device']}" if ms is not None else document["budget"]["metric"].capitalize()
+        note += f"\n{where}: {kept_promise(pace)}.\n"
     return f"""---
 base_model: {document["model"]}
 tags: [prunekit, pruned]

@@ -16,7 +16,7 @@ from prunekit.data.tokens import TokenBatch
 from prunekit.measure.perplexity import Perplexity
 from prunekit.plugins.allocator import Problem
 from prunekit.plugins.dense import Dense
-from prunekit.plugins.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, SIGNALS
+from prunekit.plugins.registry import ALLOCATORS, EXPORTERS, FINISHERS, METRICS, OBJECTIVES, PRUNERS, SIGNALS
 from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.search.supernet import Supernet
@@ -40,7 +40,7 @@ def space_record(walk: int, problem: Problem) -> dict[str, Any]:
         "ladders": [list(ladder) for ladder in space.ladders],
         "prices": [list(row) for row in space.prices],
         "limit": space.budget.limit,
-        "metric": space.budget.metric,
+        "metric": METRICS.name_of(space.budget.metric),
         "errors": [list(row) for row in problem.errors],
         **measured,
         "start": list(problem.start),
@@ -78,14 +78,15 @@ def report(
             "sparsity_of_model": (before - after) / before,
         },
         "budget": {
-            "metric": whole.budget.metric,
+            "metric": recipe.metric_spec["name"],
             "of": recipe.of,
             "sparsity_asked": recipe.sparsity,
             "limit": whole.budget.limit,
             "spent": whole.cost(plan),
+            "removed": (whole.budget.dense - whole.budget.outside - whole.cost(plan)) / whole.budget.dense,
         },
         **({} if shrinks else {"weights": weights(small, net, plan, recipe.structure)}),
-        **({} if pace is None else {"latency": dict(pace)}),
+        **({} if pace is None else {recipe.metric_spec["name"]: dict(pace)}),
         "losses": dict(losses),
         "sites": [
             {
@@ -153,12 +154,20 @@ def gained(found: Mapping[str, Any]) -> str:
     )
 
 
+def promise(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a report says of a measured metric: what was promised, and realised; None: nothing was measured."""
+    found = document.get(document.get("budget", {}).get("metric"))
+    return found if isinstance(found, Mapping) and "realised" in found else None
+
+
 def kept_promise(found: Mapping[str, Any]) -> str:
-    """Promised and realised time in words; `found` is of `prunekit.latency.realised`."""
+    """Promised and realised share of the dense model's in words; `found` is of `MeasuredMetric.realised`."""
+    timed = "workload" in found
     said = (
-        f"{Workload(**found['workload'])}: {found['promised']:.3f} of the dense model's time was promised "
-        f"({found['target']:g} asked), {found['realised']:.3f} was measured, {found['miss']:+.1%}; times of one model "
-        f"vary by {found['noise']['result']:.1%}"
+        (f"{Workload(**found['workload'])}: " if timed else "")
+        + f"{found['promised']:.3f} of the dense model's{' time' if timed else ''} was promised ({found['target']:g} "
+        f"asked), {found['realised']:.3f} was measured, {found['miss']:+.1%}; {'times' if timed else 'measurements'} "
+        f"of one model vary by {found['noise']['result']:.1%}"
     )
     if found["kept"]:
         return said
@@ -179,6 +188,8 @@ def versions(parts: Parts) -> dict[str, str]:
     """Of everything that has a say in the result: libraries, Python, and the distributions of plug-ins."""
     registries = {"pruner": PRUNERS, "allocator": ALLOCATORS, "objective": OBJECTIVES, "finisher": FINISHERS}
     owners = {registries[kind][spec["name"]].owner for kind, spec in parts_of(parts.recipe)}
+    owners |= {METRICS[parts.recipe.metric_spec["name"]].owner}
+    owners |= {EXPORTERS[spec["name"]].owner for spec in parts.recipe.exporters}
     owners |= {SIGNALS[name].owner for name in map(SIGNALS.name_of, parts.signals) if name is not None}
     names = sorted({"prunekit", "torch", "transformers", *owners} - {"unknown"})
     return {name: metadata.version(name) for name in names} | {"python": platform.python_version()}

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from prunekit.recipe.schema import Recipe
+from prunekit.report.document import promise
 from prunekit.run.prune import make_result, open_runs, run_search
 from prunekit.run.results import Result, write_result
 from prunekit.run.stages import clear_folder
@@ -182,21 +183,21 @@ def _row(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def _realised(report: Mapping[str, Any]) -> float:
     """The share that is gone of what the budget counts."""
-    budget, pruned = report["budget"], report["pruned"]
-    if budget["metric"] == "latency":
-        return 1 - report["latency"]["realised"]
-    if budget["metric"] == "kv-cache":  # of which nothing is outside of sites
-        return 1 - budget["spent"] / budget["limit"] * (1 - budget["sparsity_asked"])
-    if "weights" in report and budget["of"] == "blocks":
+    budget = report["budget"]
+    if (told := promise(report)) is not None:
+        return 1 - told["realised"]
+    if "weights" not in report:
+        return budget["removed"]
+    if budget["of"] == "blocks":
         return report["weights"]["sparsity"]
-    gone = report["weights"]["in_linear_maps"] - report["weights"]["not_zero"] if "weights" in report else 0
-    return pruned[f"sparsity_of_{budget['of']}"] + gone / report["dense"]["parameters"]
+    gone = report["weights"]["in_linear_maps"] - report["weights"]["not_zero"]
+    return report["pruned"]["sparsity_of_model"] + gone / report["dense"]["parameters"]
 
 
 def _size(report: Mapping[str, Any]) -> float:
     """What the front weighs perplexity against."""
-    if report["budget"]["metric"] == "latency":
-        return float(report["latency"]["realised"])
+    if (told := promise(report)) is not None:
+        return float(told["realised"])
     zeros = report["weights"]["in_linear_maps"] - report["weights"]["not_zero"] if "weights" in report else 0
     return float(report["pruned"]["parameters"] - zeros)
 

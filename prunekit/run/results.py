@@ -14,11 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prunekit.data.tokens import TokenBatch
-from prunekit.errors import CannotGoOn
+from prunekit.errors import CannotGoOn, NotVerified
 from prunekit.export import hf
-from prunekit.export.verify import NotVerified, verify
+from prunekit.export.write import prove, write
 from prunekit.models import paging
 from prunekit.models.opening import load_tokenizer, loaded, stored_as
+from prunekit.plugins.exporter import Probe, Product
+from prunekit.plugins.registry import EXPORTERS
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.report.card import write as write_report
@@ -142,12 +144,13 @@ def make_probe(model: nn.Module, tokens: TokenBatch) -> tuple[torch.Tensor, torc
 
 
 def write_result(result: Result, folder: Path) -> None:
-    """Write all files of a result; the export is verified in a fresh process before anyone can see it.
+    """Write all files of a result; what exporters have written is verified before anyone can see it.
 
     Raises:
         CannotGoOn: what was written is not the same model when it is loaded.
     """
-    hf.save(result.model, folder, result.tokenizer, code=result.recipe.code)
+    exporters = [EXPORTERS.build(spec) for spec in result.recipe.exporters]
+    write(exporters, Product(result.model, result.tokenizer, result.report, result.recipe.code), folder)
     write_prices(result.recipe, folder)
     (folder / "recipe.yaml").write_text(result.recipe.to_yaml())
     (folder / "ledger.jsonl").write_text(result.ledger)
@@ -155,7 +158,7 @@ def write_result(result: Result, folder: Path) -> None:
     if result.recipe.verify and result.probe is not None:
         try:
             paging.rest(result.model)
-            verify(folder, *result.probe, reporting.count(result.model), blocks=result.blocks)
+            prove(exporters, folder, Probe(*result.probe, reporting.count(result.model), result.blocks))
         except NotVerified as error:
             raise CannotGoOn(f"the result was not kept: {error}") from error
 

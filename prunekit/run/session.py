@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from prunekit.data.draws import Draws, draw
 from prunekit.errors import WrongInput
-from prunekit.measure import latency
 from prunekit.models.opening import limits, opened, resolved_devices, skeleton
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.dense import Dense
 from prunekit.plugins.engine import Opening, Team
+from prunekit.plugins.exporter import Order
+from prunekit.plugins.metric import MeasuredMetric
 from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
@@ -58,7 +59,7 @@ class Session:
         return self.parts.determining() | mine
 
     def with_prices(self, past: Path | None) -> Session:
-        """Find the price table that the metric needs, where it needs one.
+        """Find the prices that a measured metric needs.
 
         Args:
             past: folder in which an earlier run of the same identity has left its table; None: there is none.
@@ -66,14 +67,13 @@ class Session:
         Returns:
             This session, with the recipe's own table, that of `past`, or one measured now, in its recipe.
         """
-        recipe, dense = self.parts.recipe, self.dense
+        metric, dense = self.parts.metric, self.dense
         with self.clock("time"):
-            if recipe.metric != "latency":
+            if not isinstance(metric, MeasuredMetric):
                 return self
-            sites = dense.adapter.sites(dense.model, heads=recipe.heads)
-            file = None if past is None else past / FILE
-            table = latency.priced(recipe.latency, dense, sites, file, self.progress)
-        return replace(self, parts=self.parts.with_prices(table))
+            sites = dense.adapter.sites(dense.model, heads=self.parts.recipe.heads)
+            metric = metric.measured(dense, sites, None if past is None else past / FILE, self.progress)
+        return replace(self, parts=self.parts.with_metric(metric))
 
     def make_spaces(self) -> list[Space]:
         """Make the space of the recipe, or of every member of its family.
@@ -170,7 +170,7 @@ def make_plan(
 ) -> Plan:
     """Count what a recipe will take, from the model's shapes alone.
 
-    As long as sub-layers are not timed, their products stand for their time.
+    As long as nothing was measured, another metric stands in for one that is.
 
     Args:
         parts: of the recipe.
@@ -181,14 +181,18 @@ def make_plan(
         rehearse: whether searches are held on a stand-in table, to say how long they take.
 
     Raises:
-        WrongInput: the budget cannot be met, a finisher does not know the family, or memory is no amount.
+        WrongInput: the budget cannot be met, a finisher or an exporter cannot do what is asked, or memory is no amount.
     """
-    recipe, counted = parts.recipe, parts
-    if recipe.metric == "latency" and recipe.latency.prices is None:
-        counted = replace(parts, recipe=recipe.model_copy(update={"metric": "flops", "of": "blocks"}))
+    counted = parts
+    if isinstance(parts.metric, MeasuredMetric) and parts.metric.prices is None:
+        counted = parts.with_metric(parts.metric.stand_in())
+        counted = replace(counted, recipe=counted.recipe.model_copy(update={"of": "blocks"}))
     spaces = [whole_space(member, shape, adapter, next(shape.parameters()).dtype) for member in counted.members]
     for finisher in parts.finishers:
         finisher.check(adapter)
+    order = Order(adapter, parts.form.units, parts.recipe.code)
+    for exporter in parts.exporters:
+        exporter.check(order)
     return planned(parts, shape, adapter, spaces, output, asked, rehearse=rehearse)
 
 
@@ -208,6 +212,6 @@ def choose_devices(recipe: Recipe, plan: Plan) -> list[torch.device]:
 
 
 def write_prices(recipe: Recipe, folder: Path) -> None:
-    """Write the price table beside the recipe that names it."""
-    if isinstance(recipe.latency.prices, dict):
-        write_json(folder / FILE, recipe.latency.prices)
+    """Write the prices beside the recipe that names them."""
+    if isinstance(prices := recipe.metric_spec.get("prices"), dict):
+        write_json(folder / FILE, prices)

@@ -39,11 +39,10 @@ def whole_space(parts: Parts, model: nn.Module, adapter: ModelAdapter, dtype: to
     freed = sum(site.parameters(site.n_groups) for site in sites)
     counts = recipe.of == "model" or form.shrinks
     outside = sum(p.numel() for p in base.parameters()) - freed if counts else 0
-    table = recipe.latency.table if recipe.metric == "latency" else None
     kept = float(1 - Fraction(str(recipe.sparsity)))
     budget = Budget.keeping(
         kept if form.kept_share is None else form.kept_share, sites,
-        metric=recipe.metric, bytes_per_parameter=dtype.itemsize, outside=outside, apart=recipe.apart, table=table,
+        metric=parts.metric.for_checkpoint(dtype.itemsize), outside=outside, apart=recipe.apart,
     )  # fmt: skip
     if any(finisher.adds_biases for finisher in parts.finishers):
         sites = tuple(adapter.with_bias(model, site) for site in sites)  # what is pruned pays for them

@@ -18,12 +18,12 @@ from prunekit.calibration.fill import build
 from prunekit.calibration.gradients import Gradients
 from prunekit.data.draws import Draws
 from prunekit.export import hf
-from prunekit.measure import latency
 from prunekit.measure.perplexity import Perplexity, perplexity
 from prunekit.models import paging
 from prunekit.plugins.allocator import Problem
 from prunekit.plugins.dense import Dense
 from prunekit.plugins.engine import Team
+from prunekit.plugins.metric import MeasuredMetric
 from prunekit.recipe.resolve import Parts
 from prunekit.report import document as reporting
 from prunekit.run.clock import Clock
@@ -162,18 +162,19 @@ class Run:
         return self.calibrate(final, plan, self.label("rebuild"), self.clock, search=False), plan
 
     def time_result(self, small: PreTrainedModel, plan: Allocation) -> dict[str, Any] | None:
-        """Time the model as it will be exported beside what was promised; None: no time was."""
-        if (table := self.whole.budget.table) is None:
+        """Measure the model as it will be exported beside what a measured metric promised; None: nothing was."""
+        budget = self.whole.budget
+        if not isinstance(budget.metric, MeasuredMetric):
             return None
         with self.clock("time"):
-            found = latency.realised(
-                self.dense.model, hf.to_transformers(small, self.dense.adapter), table,
+            found = budget.metric.realised(
+                self.dense.model, hf.to_transformers(small, self.dense.adapter),
                 target=float(1 - Fraction(str(self.parts.recipe.sparsity))),
-                promised=table.outside + self.whole.cost(plan), progress=self.progress,
+                promised=(budget.outside + self.whole.cost(plan)) / budget.dense, progress=self.progress,
             )  # fmt: skip
         if not found["kept"]:
             self.progress.say(f"warning: {reporting.kept_promise(found)}")
-        return found
+        return dict(found)
 
 
 def assemble(net: Supernet, plan: Allocation, parts: Parts) -> PreTrainedModel:

@@ -3,8 +3,10 @@
 from prunekit.testing.adapters import AdapterSuite
 from prunekit.testing.allocators import AllocatorSuite, converse
 from prunekit.testing.engines import EngineSuite
+from prunekit.testing.exporters import ExporterSuite
 from prunekit.testing.finishers import FinisherSuite
 from prunekit.testing.layers import LAYERS, permuted, toy_layer, with_statistics
+from prunekit.testing.metrics import MetricSuite
 from prunekit.testing.models import tiny
 from prunekit.testing.objectives import ObjectiveSuite
 from prunekit.testing.oracle import best_allocation
@@ -18,9 +20,11 @@ __all__ = [
     "AdapterSuite",
     "AllocatorSuite",
     "EngineSuite",
+    "ExporterSuite",
     "FinisherSuite",
     "KeepFirst",
     "KeepLargest",
+    "MetricSuite",
     "ObjectiveSuite",
     "PrunerSuite",
     "SignalSuite",

@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+import prunekit as pk
 from prunekit import MapShape, Received, Total
 from prunekit.calibration.twin import Twin
 from prunekit.testing import (
     AllocatorSuite,
+    ExporterSuite,
     FinisherSuite,
+    MetricSuite,
     ObjectiveSuite,
     PrunerSuite,
     SignalSuite,
@@ -15,7 +18,8 @@ from prunekit.testing import (
     toy_layer,
     toy_workpiece,
 )
-from prunekit_corner import Descent, Kurtosis, LeaveOneOut, Loudest, Tails, Volume, WorstSite
+from prunekit.testing.spaces import sites_of
+from prunekit_corner import Descent, Kurtosis, LeaveOneOut, Loudest, Table, Tails, Volume, WeightedParameters, WorstSite
 
 
 class TestLeaveOneOut(PrunerSuite):
@@ -56,6 +60,21 @@ def test_the_kurtosis_of_a_normal_distribution_is_three() -> None:
     Kurtosis().add(sums, Received(lambda: inputs))
     value = Kurtosis().finish(sums, Total(len(inputs), torch.ones(1, 2), inputs.square().mean(0)))
     assert value.tolist() == pytest.approx([3, 3], abs=0.1)
+
+
+class TestWeightedParameters(MetricSuite):
+    plugin = WeightedParameters()
+
+
+class TestTable(ExporterSuite):
+    plugin = Table()
+
+
+def test_attention_is_dearer_than_as_many_parameters_of_the_mlp() -> None:
+    attention, mlp = sites_of(1, attention=(4, 10), mlp=(4, 10))
+    budget = pk.Budget.keeping(0.5, [attention, mlp], metric=WeightedParameters(attention=3))
+    assert budget.limit == 80  # of 120 and 40
+    assert (budget.price(attention, 2), budget.price(mlp, 2)) == (60, 20)
 
 
 def test_outputs_are_as_loud_as_the_dense_ones() -> None:

@@ -17,24 +17,23 @@ from prunekit.calibration.statistics import Cross, statistics_of
 from prunekit.layer.layouts import layout_of
 from prunekit.layer.problem import judging_flops
 from prunekit.layer.statistics import MapShape, Statistic
-from prunekit.measure import latency
 from prunekit.measure.perplexity import HIDDEN_BYTES, LOGITS_AT_ONCE
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.models.blocks import TOKENS_AT_ONCE, forward_flops
 from prunekit.plugins.adapter import ModelAdapter, linear_at
+from prunekit.plugins.exporter import Order
+from prunekit.plugins.metric import Runs
 from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.run.plan.plan import HEARING, Stage
 from prunekit.search.store import CandidateStore
 from prunekit.search.teacher import Teacher
 from prunekit.space.ladders import Space
-from prunekit.space.prices import Workload
 from prunekit.space.sites import Site
 from prunekit.system.memory import Shares
 
 FLOAT, DOUBLE = 4, 8  # bytes
 CUSHION = 64 << 20  # bytes: what libraries hold, and tensors that come and go
-MORE_ROUNDS = f"more rounds, as long as {latency.SECONDS:.0f} s are not over"
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +127,8 @@ class Count:
     tokens: Mapping[str, int]  # by part
     seqlen: int
     members: Sequence[Member]
-    work: Workload | None  # that is timed
+    before: Runs | None = None  # in which a metric is measured before the search
+    after: Runs | None = None  # and on every result
 
     @cached_property
     def everything(self) -> int:
@@ -174,27 +174,20 @@ class Count:
         widest = max(site.d_in for site in self.shape.sites)
         working = chunk * size * (3 * widest + 6 * self.shape.width) + CUSHION
         yield Stage("open", held + CUSHION, shares.blocks or 0, read=self._stored)
-        if self.work is not None and self.recipe.latency.prices is None:
-            yield self._timed(self.work)
+        if self.before is not None:
+            yield Stage(
+                "time sub-layers", self.everything + self.before.copied * size + CUSHION,
+                flops=self._runs(self.before), unknown=self.before.unknown,
+            )  # fmt: skip
         if "gradient" in self.parts.needs:
             yield self._gradients(shares, held + working)
         yield from self._rounds(shares, held + working)
         for number, member in enumerate(each for each in self.members if each.wanted):
             yield from self._result(member, shares, held, working, first=number == 0)
 
-    def _timed(self, work: Workload) -> Stage:
-        """A table of prices: the dense model, and one at a time those cut from it."""
-        size, keeps = self.shape.computed.itemsize, latency.trials(self.shape.sites).values()
-        cut = max(sum(s.params_per_group * k for s, k in some.items() if k < s.n_groups) for some in keeps)
-        return Stage(
-            "time sub-layers", self.everything + cut * size + CUSHION,
-            flops=self._turns(work, len(keeps) + len(keeps) // latency.OFTEN), unknown=MORE_ROUNDS,
-        )  # fmt: skip
-
-    def _turns(self, work: Workload, models: int) -> int:
-        """FLOPs of the rounds that there are at least; a turn is a run that does not count and one that does."""
-        run = self.shape.forward(work.batch * (work.prompt + work.new_tokens), work.prompt, head=False)
-        return latency.FEWEST * models * 2 * run
+    def _runs(self, runs: Runs) -> int:
+        """FLOPs."""
+        return runs.count * self.shape.forward(runs.tokens, runs.seqlen, head=False)
 
     def _gradients(self, shares: Shares, held: int) -> Stage:
         shape, tokens = self.shape, self.tokens["calibration"]
@@ -257,13 +250,14 @@ class Count:
             member.called("evaluate"), both + logits + CUSHION, kept, read=models * self._stored if paged else 0,
             flops=small + first * shape.forward(judged, self.seqlen, head=True), member=member.name,
         )  # fmt: skip
-        if self.work is not None:
+        if self.after is not None:
             yield Stage(
                 member.called("time the result"), both + CUSHION,
-                flops=self._turns(self.work, 2), unknown=MORE_ROUNDS, member=member.name,
+                flops=self._runs(self.after), unknown=self.after.unknown, member=member.name,
             )  # fmt: skip
         largest = max(p.numel() for p in shape.model.parameters()) * (size + shape.stored.itemsize)
-        streamed, saved = paged and not recipe.finishers, stays * shape.stored.itemsize
+        order = Order(shape.adapter, self.parts.form.units, recipe.code, stays, shape.stored.itemsize)
+        streamed, saved = paged and not recipe.finishers, sum(each.size(order) for each in self.parts.exporters)
         exported = held + self._page + largest if streamed else both
         read = (2 * self._stored if streamed else 0) + (saved if recipe.verify else 0)  # for the probe, and to write
         yield Stage(member.called("export"), exported + CUSHION, kept, saved, read, member=member.name)

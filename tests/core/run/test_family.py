@@ -114,7 +114,7 @@ def test_the_front_is_of_members_that_no_other_beats():
             "model": "m", "dense": {"parameters": 10}, "losses": losses,
             "seconds": {"a": 2.0}, "seconds_shared": {"a": 1.5},
             "pruned": {"parameters": parameters, "sparsity_of_blocks": 0.5}, "search": {"token_forwards": 3},
-            "budget": {"metric": "parameters", "of": "blocks", "sparsity_asked": 0.5},
+            "budget": {"metric": "parameters", "of": "blocks", "sparsity_asked": 0.5, "removed": 0.5},
         }  # fmt: skip
 
     reports = {"a": report(8, 2.0), "b": report(6, 3.0), "c": report(4, 2.5), "d": report(2, float("inf"))}
