@@ -47,7 +47,7 @@ class SignalSuite:
                 assert all(torch.equal(one, two) for one, two in zip(before, tensors, strict=True))
 
     def test_does_not_depend_on_the_order_of_the_groups(self, plain: LayerProblem) -> None:
-        order = torch.randperm(plain.n_groups, generator=torch.Generator().manual_seed(1)).tolist()
+        order = [(5 * g + 1) % plain.n_groups for g in range(plain.n_groups)]  # none stays
         here, there = measured(self.plugin, plain), measured(self.plugin, permuted(plain, order))
         assert there == pytest.approx(here, rel=1e-5, abs=1e-7)
 
