@@ -27,14 +27,17 @@ from walk import forward, now, products, walk
 
 from prunekit.calibration.fill import build
 from prunekit.calibration.flow import by_pairs
+from prunekit.calibration.moments import moments_bytes, moments_flops
 from prunekit.data.draws import draw
+from prunekit.layer.problem import judging_flops
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.opening import opened
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.registry import ALLOCATORS, OBJECTIVES, PRUNERS
 from prunekit.recipe.schema import Recipe
 from prunekit.run.pipeline import whole_space
-from prunekit.run.plan import Shape, judging_flops, moments_bytes, moments_flops, rehearsed, store_bytes, walks
+from prunekit.run.plan.count import Shape
+from prunekit.run.plan.rehearsal import rehearsed, walks
 from prunekit.search.store import CandidateStore
 from prunekit.search.supernet import Supernet
 from prunekit.space.ladders import Space
@@ -153,12 +156,12 @@ def walked(shape: Shape, space: Space, machine: Machine, tokens: int, seqlen: in
     hidden = 2 * tokens * shape.width * shape.computed.itemsize / machine.devices
     moments = judged = pruned = stored = most = launches = 0.0
     for site, ladder in zip(space.sites, space.ladders, strict=True):
-        d_in, d_out = site.d_in, shape.d_out(site)
+        d_in, d_out = site.d_in, site.d_out
         moments += moments_flops(tokens, d_in, d_out, needs, paired=by_pairs(site, d_out))
         judged += judging_flops(d_in, d_out, [count * site.group_size for count in ladder], cross=True)
         pruned += 4 * d_in**3 + 6 * d_in**2 * d_out  # (1)
         launches += LAUNCHES * site.n_groups * machine.launch
-        stored += store_bytes(site, d_out, ladder, shape.stored)
+        stored += CandidateStore.bytes(site, ladder, shape.stored)
         most = max(most, moments_bytes(d_in, d_out, needs) + 3 * double * d_in**2)
     yield Line("forward", passes / machine.forward / machine.devices, passes, held=hidden)
     yield Line("moments", moments / machine.products / machine.devices, moments)

@@ -22,7 +22,8 @@ from prunekit.calibration.moments import Moments
 from prunekit.calibration.shared import SharedFlow
 from prunekit.data.tokens import TokenBatch
 from prunekit.errors import PluginError, WrongInput
-from prunekit.layer.candidates import Candidate, is_sparse
+from prunekit.layer.candidates import Candidate
+from prunekit.layer.layouts import layout_of
 from prunekit.layer.problem import STATISTICS, Feeder, LayerProblem
 from prunekit.plugins.adapter import Cut, ModelAdapter
 from prunekit.plugins.engine import Team
@@ -178,8 +179,7 @@ def layer_problem(
         weight=weight if straight else weight[:, order],
         gram=gram if straight else gram[order][:, order],
         group_size=site.group_size,
-        structure=site.structure,
-        block=site.pattern,
+        form=site.form,
         damping=damping,
         cross=None if moments.cross is None else moments.cross[:, order],
         drift=None if drift is None else drift[:, order],
@@ -213,28 +213,16 @@ def answers(
     checked = []
     for keep in keeps:
         candidate = proposed.pop(0)  # let go when it is rounded
-        kept, weight = candidate.kept, candidate.weight
-        if site.kind == "linear":
-            if kept is not None or weight.shape != layer.weight.shape or not bool(torch.isfinite(weight).all()):
-                raise PluginError(f"{who}: a finite weight {tuple(layer.weight.shape)} without groups was asked")
-            if not is_sparse(weight, keep, site.pattern):
-                asked = site.said(keep)
-                raise PluginError(f"{who}: {asked} weights per row were asked, and more are other than zero")
-            checked.append(Candidate(None, weight.to(dtype)))
-            continue
-        if kept is None or len(kept) != keep or list(kept) != sorted(set(kept)):
-            raise PluginError(f"{who}: {keep} groups in ascending order were asked, not {kept}")
+        there, asked = tuple(candidate.weight.shape), tuple(layer.weight.shape)
+        if there != asked:
+            raise PluginError(f"{who}: the weight of count {keep} has shape {there}, and {asked} was asked")
         if not bool(torch.isfinite(candidate.weight).all()):
-            raise PluginError(f"{who}: the weight that keeps {keep} groups is not finite")
-        if candidate.weight.shape != layer.weight.shape or (kept and not 0 <= kept[0] <= kept[-1] < layer.n_groups):
-            raise PluginError(f"{who}: a weight {tuple(layer.weight.shape)} and ids below {layer.n_groups} were asked")
-        stays = set(kept)
-        gone = layer.columns([g for g in range(layer.n_groups) if g not in stays])
-        if bool(candidate.weight[:, gone].any()):
-            raise PluginError(f"{who}: columns outside the {keep} kept groups are not zero")
+            raise PluginError(f"{who}: the weight of count {keep} is not finite")
+        if fault := layout_of(site).fault(site, keep, candidate, layer.columns):
+            raise PluginError(f"{who}: {fault}")
         weight = torch.empty_like(candidate.weight, dtype=dtype)
         weight[:, order] = candidate.weight.to(dtype)
-        checked.append(Candidate(kept, weight))
+        checked.append(Candidate(candidate.kept, weight))
     return checked
 
 

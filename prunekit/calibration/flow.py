@@ -6,7 +6,7 @@ arguments down. After that every block can be run alone, on any hidden states, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prunekit.calibration.moments import Moments
 from prunekit.data.tokens import TokenBatch
+from prunekit.layer.layouts import layout_of
 from prunekit.models.blocks import Call, Seen, chunks, entered
 from prunekit.plugins.adapter import ModelAdapter, UnsupportedModel
 from prunekit.space.sites import Site
@@ -113,6 +114,20 @@ class BlockFlow:
                     stream.hidden[i] = calls[block](self.blocks[block], stream.hidden[i])
             stream.leave()
 
+    @staticmethod
+    def peak(tokens: int, d: int, itemsize: int, block: Sequence[tuple[int, bool, bool]], streams: int) -> int:
+        """Bytes: the most that is kept at once within one block.
+
+        `block`: of every site (d_in, whether its output is that of a sub-layer, whether others have its input too).
+        Hidden states are there all the time, outputs of sub-layers until the block is done, inputs of a site until its
+        outputs are; those of the dense stream only where others have them too.
+        """
+        most = before = 0
+        for d_in, part, shared in block:
+            before += d if part else 0
+            most = max(most, streams * before + d_in * (streams if shared else 1))
+        return tokens * itemsize * (streams * d + most)
+
     def _compare(self, moments: Moments, site: Site, linear: nn.Linear, i: int, dense: _Stream) -> None:
         """Add what the dense stream has in chunk i of what the site has received; keep what is used again."""
         seen, own = self.stream.inputs[i].flatten(0, -2), self._caught(dense, site, linear, i)
@@ -203,7 +218,7 @@ def installed(linear: nn.Linear, site: Site, weight: Tensor | None) -> Iterator[
         return
     own = dict(linear._parameters)  # as they are: asked for, those of a paged model would be in memory for good
     linear.weight = nn.Parameter(weight.to(linear.weight), requires_grad=False)
-    if linear.bias is not None and site.kind != "linear" and not weight.any():  # the sub-layer is dropped
+    if linear.bias is not None and layout_of(site).drops(weight):
         linear.bias = nn.Parameter(torch.zeros_like(linear.bias), requires_grad=False)
     try:
         yield

@@ -5,7 +5,7 @@ Moments are additive over batches, devices and machines: add shards, then read m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -212,3 +212,35 @@ def multiplied(left: Float[Tensor, "tokens m"], right: Float[Tensor, "tokens n"]
 def precise(x: Tensor) -> Tensor:
     """float64 stays, everything else becomes float32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def moments_bytes(
+    d_in: int,
+    d_out: int,
+    needs: Iterable[str] = (),
+    *,
+    part: bool = True,
+    paired: bool = False,
+    fed: Sequence[int] = (),
+) -> int:
+    """Of `Moments` of one site in float64: means, second moments, and what `needs` adds.
+
+    `part`: its output is that of a sub-layer. `paired`: its input is paired with the dense model's. `fed`: widths of
+    the inputs of its feeders.
+    """
+    needs, values = set(needs), d_in + d_in**2
+    if {"cross", "drift"} & needs:
+        values += d_out * d_in * (2 if part else 1) + (d_in**2 if paired else 0)
+    values += d_in * len({"absolute", "relative"} & needs) + (sum(fed) if "power" in needs else 0)
+    return 8 * values
+
+
+def moments_flops(
+    tokens: int, d_in: int, d_out: int, needs: Iterable[str] = (), *, part: bool = True, paired: bool = False
+) -> int:
+    """Of adding up the moments of one site."""
+    own = sum((strip.stop - strip.start) * strip.stop for strip in strips(d_in))
+    if {"cross", "drift"} & set(needs):
+        own += d_in**2 if paired else d_in * d_out
+        own += d_in * d_out if part else 0
+    return 2 * tokens * own

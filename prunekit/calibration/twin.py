@@ -61,7 +61,7 @@ class Twin:
     def _groups(self) -> list[Sequence[int]]:
         """By site, those that are left; of a linear map, all its columns."""
         pairs = zip(self.piece.sites, self.piece.kept, strict=True)
-        return [range(site.n_groups) if site.kind == "linear" else groups for site, groups in pairs]
+        return [groups if site.form.shrinks else range(site.n_groups) for site, groups in pairs]
 
     def __iter__(self) -> Iterator[SubLayer]:
         """Every sub-layer that is left in the small model, in order of execution; once."""
@@ -72,7 +72,7 @@ class Twin:
             for site, groups in members:
                 here = SubLayer(site, groups, dense, small, self)
                 self.dense.catch(site, dense)
-                if site.kind == "linear":
+                if not site.form.shrinks:
                     self.small.catch(site, small)
                 if groups:
                     yield here
@@ -113,7 +113,7 @@ class SubLayer:
     @property
     def maps(self) -> list[nn.Linear]:
         """All linear maps of the small sub-layer, `linear` last."""
-        return [self.linear] if self.site.kind == "linear" else self.twin.piece.adapter.maps(self.block, self.site)
+        return self.twin.piece.adapter.maps(self.block, self.site)
 
     @cached_property
     def columns(self) -> Tensor:
@@ -123,7 +123,7 @@ class SubLayer:
     @torch.no_grad()
     def inputs(self, i: int) -> Float[Tensor, "windows length kept"]:
         """x̂: what reaches the small linear map."""
-        if self.site.kind == "linear":
+        if not self.site.form.shrinks:
             return self.twin.small.inputs[i]
         return self.twin.small.inside(self.linear, self.site.block, self.block, i).inputs
 
@@ -138,7 +138,7 @@ class SubLayer:
 
     def made(self, i: int) -> Float[Tensor, "windows length d"]:
         """What the small sub-layer makes of what it sees, with its weights of now; weights that train get gradients."""
-        if self.site.kind == "linear":
+        if not self.site.form.shrinks:
             return self.linear(self.inputs(i))
         return self.twin.small.inside(self.linear, self.site.block, self.block, i).output
 
@@ -151,7 +151,7 @@ class SubLayer:
         stream    f(h) + δ    and what the residual stream has lost before it, where a block is a sum; else f(h)
         """
         twin, dtype = self.twin, self.linear.weight.dtype
-        if aim == "own" and self.site.kind == "linear":
+        if aim == "own" and not self.site.form.shrinks:
             return self.dense_linear(self.inputs(i).to(twin.dense.dtype)).to(dtype)
         if aim == "own":
             inside = twin.small.inside(self.dense_linear, self.site.block, self.dense_block, i, of=twin.dense)

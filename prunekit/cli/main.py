@@ -217,9 +217,9 @@ def plan(options: Mapping[str, Any], as_json: bool) -> None:
     chosen, source, several = _chosen(options, "plan")
     from prunekit.models.opening import skeleton
     from prunekit.run.pipeline import foreseen
-    from prunekit.run.plan import Rates
     from prunekit.system.memory import amount
     from prunekit.system.progress import span
+    from prunekit.system.rates import Rates
 
     _calm()
     output = options["output"] or Path("prunekit-output")  # a run without --output is refused; its disk is this one's

@@ -61,7 +61,7 @@ def draw(
     """
     progress = progress or Progress()
     blends = blends_of(data, progress)
-    batches = _gathered(tokenizer, blends, data, _seqlen(data, max_seqlen), seed, progress)
+    batches = _gathered(tokenizer, blends, data, window_of(data, max_seqlen), seed, progress)
     if data.contrast_dataset is not None:
         second = source_of(named(data.contrast_dataset, progress), None, None, data.field)
         count, seqlen = batches["calibration"].ids.shape
@@ -105,7 +105,7 @@ def draw_evaluation(
     """
     progress = progress or Progress()
     blends = {"evaluation": blends_of(data, progress)["evaluation"]}
-    batch = _gathered(tokenizer, blends, data, _seqlen(data, max_seqlen), 0, progress)["evaluation"]
+    batch = _gathered(tokenizer, blends, data, window_of(data, max_seqlen), 0, progress)["evaluation"]
     _check_vocabulary(batch, vocab_size)
     return batch
 
@@ -144,7 +144,22 @@ def _gathered(
     return found | {part: interleaved(orders[part], stretches[part]) for part in texts}
 
 
-def _seqlen(data: DataSpec, most: int | None) -> int:
+def amounts(data: DataSpec, seqlen: int) -> dict[str, int]:
+    """Tokens of every part, in whole windows, where the text has as many."""
+    asked = {part: getattr(data, f"{part}_tokens") or most for part, most in DEFAULTS.items()}
+    return {part: whole_windows(tokens, seqlen) * seqlen for part, tokens in asked.items()}
+
+
+def window_of(data: DataSpec, most: int | None) -> int:
+    """Tokens of a window.
+
+    Args:
+        data: what was asked for.
+        most: the longest window the model was made for; None: any.
+
+    Raises:
+        WrongInput: the model takes fewer.
+    """
     if data.seqlen is None:
         return min(LONGEST_WINDOW, most or LONGEST_WINDOW)
     if most is not None and data.seqlen > most:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from prunekit.layer.candidates import Candidate
+from prunekit.layer.layouts import layout_of
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.models.classes import BUNDLED, FAMILIES, Family, Part, UnequalLayers, define
 from prunekit.models.modules import shallow
@@ -68,8 +68,7 @@ def paged(net: Supernet, plan: Allocation, dtype: torch.dtype, device: torch.dev
         shape = shallow(dense)
         for site, count in zip(net.space.sites, plan, strict=True):
             weight = torch.empty_like(adapter.linear(net.blocks[site.block], site).weight, device="meta")
-            # the shape is that of any groups, as many
-            adapter.remove(shape, site, Candidate(None if site.kind == "linear" else tuple(range(count)), weight))
+            adapter.remove(shape, site, layout_of(site).stand_in(site, count, weight))
         small = to_transformers(shape, adapter)
         kept = _kept(shape, adapter)
     attach(small, adapter, _Cut(net, plan, kept, dtype, device).read, dtype, bound=0)

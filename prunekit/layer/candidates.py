@@ -22,11 +22,11 @@ class Candidate:
     weight: Float[Tensor, "d_out d_in"]
 
 
-def is_sparse(weight: Float[Tensor, "d_out d_in"], keep: int, block: int = 0) -> bool:
+def is_sparse(weight: Float[Tensor, "d_out d_in"], keep: int, m: int = 0) -> bool:
     """Whether a weight has `keep` non-zeros per row or fewer: on average, or in every block of so many inputs alike."""
     there = weight != 0
-    if block:
-        return bool((there.unflatten(1, (-1, block)).sum(-1) <= keep * block // weight.shape[1]).all())
+    if m:
+        return bool((there.unflatten(1, (-1, m)).sum(-1) <= keep * m // weight.shape[1]).all())
     return int(there.sum()) <= keep * len(weight)
 
 
@@ -52,12 +52,12 @@ def best_groups(score: Float[Tensor, " n_groups"], keeps: Sequence[int]) -> list
 
 
 def best_weights(
-    score: Float[Tensor, "d_out d_in"], keeps: Sequence[int], per: Per = "row", block: int = 0
+    score: Float[Tensor, "d_out d_in"], keeps: Sequence[int], per: Per = "row", m: int = 0
 ) -> list[Bool[Tensor, "d_out d_in"]]:
     """For every count k, the mask of the k · d_out weights of largest score; on a tie the lower column stays.
 
-    Per row each row keeps k; per layer rows may keep more or less. With a `block`, whatever `per` says, each row keeps
-    k · block / d_in in every `block` consecutive columns.
+    Per row each row keeps k; per layer rows may keep more or less. With an m, whatever `per` says, each row keeps
+    k · m / d_in in every m consecutive columns.
 
     Raises:
         ValueError: a score is not finite, or blocks do not fit the columns or a count.
@@ -67,10 +67,10 @@ def best_weights(
     if not bool(torch.isfinite(score).all()):
         raise ValueError(f"scores must be finite; weight {(~torch.isfinite(score)).nonzero()[0].tolist()} is not")
     d_out, d_in = score.shape
-    size = block or d_in
+    size = m or d_in
     if d_in % size or any(keep * size % d_in for keep in keeps):
         raise ValueError(f"{list(keeps)} of {d_in} weights are not whole numbers in every {size}")
-    if per == "layer" and not block:
+    if per == "layer" and not m:
         place = _places(score.T.flatten()).reshape(d_in, d_out).T
         return [place < keep * d_out for keep in keeps]
     place = _places(score.unflatten(1, (-1, size))).flatten(1)

@@ -7,7 +7,7 @@ A pruner reads a `LayerProblem` and returns `Candidate`s; it never sees a model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prunekit.layer.candidates import Candidate
+from prunekit.space.forms import GROUPS, Form, Units
 
 VALUES_AT_ONCE = 2**22  # of what is judged at once: 32 MiB in float64
 CELLS_AT_ONCE = 2**24  # of the matrices that are solved side by side: 128 MiB in float64
@@ -55,8 +56,7 @@ class LayerProblem:
     weight: Float[Tensor, "d_out d_in"]
     gram: Float[Tensor, "d_in d_in"]  # H = E[x̂ x̂ᵀ]
     group_size: int = 1
-    structure: str = "groups"  # or weights, n:m: a group is a column, a count the weights kept per row
-    block: int = 0  # m of n:m
+    form: Form = GROUPS  # or of single weights: a group is a column, a count the weights kept per row
     damping: float = 0.01  # ridge, as a share of the mean of diag H
     cross: Float[Tensor, "d_out d_in"] | None = None  # R = E[y x̂ᵀ], y = W x with the dense model's input x
     drift: Float[Tensor, "d_out d_in"] | None = None  # D = E[δ x̂ᵀ], δ what earlier layers lost in the residual stream
@@ -104,6 +104,16 @@ class LayerProblem:
         unfed = learnt if "power" in needs else {**learnt, "power": None}
         fed = self.feeders if {"feeders", "power"} & needs else ()
         return replace(self, **hidden, **learnt, feeders=tuple(replace(feeder, **unfed) for feeder in fed))
+
+    @property
+    def structure(self) -> Units:
+        """groups, weights, or n:m."""
+        return self.form.units
+
+    @property
+    def m(self) -> int:
+        """m of n:m; 0 elsewhere."""
+        return self.form.m
 
     @property
     def d_in(self) -> int:
@@ -228,6 +238,14 @@ class LayerProblem:
         if self.cross is not None:
             raise ValueError(f"{self.name}: a problem with a cross moment needs the dense energy E‖W x‖²")
         return _energy(self.weight, self.gram)
+
+
+def judging_flops(d_in: int, d_out: int, widths: Iterable[int], *, cross: bool) -> int:
+    """Of the relative errors of candidates with so many columns, in float64, and the energy they are relative to.
+
+    With the dense model beside them that is known, and columns that are gone cost nothing; else most may differ.
+    """
+    return 2 * d_out * (sum(width**2 for width in widths) if cross else d_in**2 * (1 + len(list(widths))))
 
 
 @dataclass(frozen=True, eq=False)

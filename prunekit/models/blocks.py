@@ -70,3 +70,11 @@ def entered(
 def chunks(batch: TokenBatch, tokens: int | None = None) -> Iterator[Int64[Tensor, "windows length"]]:
     """The windows of a batch, as many at once as are run together: of `tokens` tokens, at least one."""
     yield from batch.ids.split(max(1, (tokens or TOKENS_AT_ONCE) // batch.ids.shape[1]))
+
+
+def forward_flops(tokens: int, weights: int, attended: int, seqlen: int) -> int:
+    """Of one forward pass: two for every weight of a linear map and token, and scores and values of attention.
+
+    `attended`: query heads times head width, summed over blocks; kernels compute the whole square of a window.
+    """
+    return tokens * (2 * weights + 4 * seqlen * attended)

@@ -272,3 +272,7 @@ def __getattr__(name: str) -> type:
                     if defined.__name__ == name:
                         return defined
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if __name__ == "prunekit.models.classes":  # a copy in a model folder is registered by who loads it
+    register()

@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -64,12 +65,7 @@ def opened(
     """
     place = resolved_device(device)
 
-    def computed(stored: torch.dtype) -> torch.dtype:
-        if dtype != "auto" and DTYPES[dtype].itemsize < stored.itemsize:
-            raise WrongInput(f"--dtype {dtype} would round the weights, which are {str(stored)[6:]}; use that or auto")
-        narrow = stored.itemsize < 4 and place.type != "cuda"  # half precision is slow on a CPU
-        return (torch.float32 if narrow else stored) if dtype == "auto" else DTYPES[dtype]
-
+    computed = partial(computing_dtype, dtype=dtype, device=place)
     if isinstance(source, PreTrainedModel):
         model, name = source, str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
         tokenizer = tokenizer if tokenizer is not None else _no_tokenizer()
@@ -88,6 +84,20 @@ def opened(
         stored_as(model.to(place), computed(stored)).eval().requires_grad_(False)  # type: ignore[arg-type]
     adapter, digest = adapter_for(model.config.model_type), _fingerprint(model, name)
     return Dense(model, tokenizer, adapter, stored, name, digest, shares)
+
+
+def computing_dtype(stored: torch.dtype, dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of the computation, for a checkpoint in another and a recipe's `dtype`.
+
+    Raises:
+        WrongInput: it would round the weights.
+    """
+    if dtype == "auto":
+        narrow = stored.itemsize < 4 and device.type != "cuda"  # half precision is slow on a CPU
+        return torch.float32 if narrow else stored
+    if DTYPES[dtype].itemsize < stored.itemsize:
+        raise WrongInput(f"--dtype {dtype} would round the weights, which are {str(stored)[6:]}; use that or auto")
+    return DTYPES[dtype]
 
 
 def stored_as(model: M, dtype: torch.dtype) -> M:
@@ -208,3 +218,11 @@ def located(source: str) -> str:
 
 def _no_tokenizer() -> Any:
     raise WrongInput("a model in memory needs its tokenizer: prune(model, tokenizer, ...)")
+
+
+def limits(model: Any) -> dict[str, int]:
+    """What tokens must not exceed."""
+    return {
+        "max_seqlen": int(getattr(model.config, "max_position_embeddings", 2048)),
+        "vocab_size": int(model.get_input_embeddings().weight.shape[0]),
+    }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -25,10 +26,8 @@ def arrange() -> None:
 
 
 def register() -> None:
-    """Let the Auto classes of transformers load `prunekit_*` models."""
-    from prunekit.models import classes
-
-    classes.register()
+    """Let the Auto classes of transformers load `prunekit_*` models: our classes do so when they have been imported."""
+    import_module("prunekit.models.classes")
 
 
 class _Finder(MetaPathFinder):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunekit.errors import WrongInput
 from prunekit.layer.candidates import Candidate
-from prunekit.space.forms import Structure
+from prunekit.space.forms import Form
 from prunekit.space.sites import Site
 
 Heads = Literal["kv", "query"]
@@ -62,14 +62,22 @@ class ModelAdapter(ABC):
             "remove single weights with structure weights or a pattern N:M, such as 2:4"
         )
 
-    def linear_sites(self, model: nn.Module, structure: Structure) -> tuple[Site, ...]:
+    def sites_of(self, model: nn.Module, form: Form, heads: Heads = "kv") -> tuple[Site, ...]:
+        """All sites where something of a form is removed, in order of execution.
+
+        Raises:
+            UnsupportedModel: as `sites` and `linear_sites`.
+        """
+        return self.sites(model, heads=heads) if form.shrinks else self.linear_sites(model, form)
+
+    def linear_sites(self, model: nn.Module, form: Form) -> tuple[Site, ...]:
         """Every linear map of every block as a site where single weights are removed, in order of execution.
 
         Raises:
             UnsupportedModel: a linear map is not a plain one, or its rows are no whole number of pattern blocks.
         """
         return tuple(
-            self._linear_site(block, index, path, shared, structure)
+            self._linear_site(block, index, path, shared, form)
             for index, block in enumerate(self.blocks(model))
             for shared in self.stages(block)
             for path in shared
@@ -134,24 +142,20 @@ class ModelAdapter(ABC):
         linear = self.linear(self.blocks(model)[site.block], site)
         return site if linear.bias is not None else replace(site, params_fixed=site.params_fixed + linear.out_features)
 
-    def _linear_site(
-        self, block: nn.Module, index: int, path: str, shared: tuple[str, ...], structure: Structure
-    ) -> Site:
+    def _linear_site(self, block: nn.Module, index: int, path: str, shared: tuple[str, ...], form: Form) -> Site:
         prefix = f"{self.layers}.{index}"
         name = f"{prefix}.{path}"
         check_plain(block, path, name)
         linear = linear_at(block, path)
         d_in, d_out = linear.in_features, linear.out_features
-        if structure.block and d_in % structure.block:
+        if form.m and d_in % form.m:
             raise UnsupportedModel(
-                f"{name} has rows of {d_in} weights, which are no whole blocks of {structure.block}; "
+                f"{name} has rows of {d_in} weights, which are no whole blocks of {form.m}; "
                 "choose a pattern N:M whose M divides them, or structure weights"
             )
-        step = structure.step(d_in)
-        least = step if structure.block else 0  # a pattern keeps something of every block
         return Site(
             name, index, "linear", d_in, 1, d_out,
-            least=least, step=step, pattern=structure.block, shares=f"{prefix}.{shared[0]}" if len(shared) > 1 else "",
+            d_out=d_out, form=form, shares=f"{prefix}.{shared[0]}" if len(shared) > 1 else "",
         )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ class LocalPruner(ABC):
         `keeps` holds distinct counts of kept groups in any order, 0 and all included. The layer is not changed.
 
         Where `layer.structure` is weights, a count k allows k non-zeros in every row, or k · d_out anywhere; where it
-        is n:m, k · block / d_in in every `block` of a row. Such candidates have no `kept`.
+        is n:m, k · m / d_in in every m of a row, m = `layer.m`. Such candidates have no `kept`.
         """
 
     def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"] | None:

@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from prunekit.errors import WrongInput, unknown
 from prunekit.space.budgets import Metric
-from prunekit.space.forms import Structure
+from prunekit.space.forms import parse_form
 from prunekit.space.prices import FILE
 
 if TYPE_CHECKING:
@@ -46,13 +46,12 @@ def _as_pattern(value: Any) -> Any:
     return f"{value // 60}:{value % 60}" if isinstance(value, int) and value > 60 else value
 
 
-def _pattern(structure: Any) -> Structure | None:
-    """The pattern, where it is one."""
+def _own_share(structure: Any) -> Fraction | None:
+    """The share that the form keeps by itself; None: any."""
     try:
-        found = Structure.parsed(structure) if isinstance(structure, str) else None
+        return parse_form(structure).kept_share if isinstance(structure, str) else None
     except WrongInput:  # said where the recipe is checked
         return None
-    return found if found is not None and found.block else None
 
 
 def _as_list(value: Any) -> Any:
@@ -124,8 +123,8 @@ class Recipe(Strict):
     @classmethod
     def _patterns_say_the_sparsity(cls, values: Any) -> Any:
         if isinstance(values, dict) and "sparsity" not in values:
-            pattern = _pattern(_as_pattern(values.get("structure")))
-            return values if pattern is None else values | {"sparsity": pattern.sparsity}
+            share = _own_share(_as_pattern(values.get("structure")))
+            return values if share is None else values | {"sparsity": float(1 - share)}
         return values
 
     @classmethod
@@ -177,7 +176,7 @@ class Recipe(Strict):
         if (
             "sparsity" not in overrides
             and structure != self.structure
-            and (_pattern(structure) or _pattern(self.structure))
+            and (_own_share(structure) or _own_share(self.structure))
         ):
             values.pop("sparsity")  # a pattern has its own; what follows one has the default
             values["family"] = ()
@@ -283,8 +282,9 @@ class Recipe(Strict):
         """Every part must know what is removed."""
         from prunekit.plugins.registry import SIGNALS
 
-        structure = Structure.parsed(self.structure)
-        if structure.block and self.family:
+        structure = parse_form(self.structure)
+        own = structure.kept_share
+        if own is not None and self.family:
             raise WrongInput(
                 f"structure {self.structure} says its own sparsity, so there is no family of several; "
                 "take structure groups or weights"
@@ -295,7 +295,7 @@ class Recipe(Strict):
             if structure.units not in plugin.structures:
                 there = ", ".join(sorted(plugin.structures))
                 raise WrongInput(f"{kind} {spec['name']!r} does not know structure {structure.units}; it knows {there}")
-        if structure.units == "groups":
+        if structure.shrinks:
             return
         if self.metric == "latency":
             raise WrongInput(
@@ -312,9 +312,9 @@ class Recipe(Strict):
             if "influence" in signal.needs:
                 name = SIGNALS.name_of(signal)
                 raise WrongInput(f"signal {name!r} is of whole sub-layers; it goes with structure groups")
-        if structure.block and (self.sparsity != structure.sparsity or self.of == "model"):
+        if own is not None and (self.sparsity != float(1 - own) or self.of == "model"):
             raise WrongInput(
-                f"structure {self.structure} removes {structure.sparsity:.4g} of the weights of all linear maps in "
+                f"structure {self.structure} removes {float(1 - own):.4g} of the weights of all linear maps in "
                 "blocks; leave sparsity and of away, or take structure weights"
             )
 

@@ -63,7 +63,7 @@ def report(
     pace: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of report.json. Parameters are counted in the tensors, never taken from the request."""
-    errors = net.site_errors(plan)
+    errors, shrinks = net.site_errors(plan), all(site.form.shrinks for site in whole.sites)
     before, after = count(dense.model), count(small)
     blocks = count(dense.adapter.blocks(dense.model))
     return {
@@ -83,7 +83,7 @@ def report(
             "limit": whole.budget.limit,
             "spent": whole.cost(plan),
         },
-        **({} if recipe.structure == "groups" else {"weights": weights(small, net, plan, recipe.structure)}),
+        **({} if shrinks else {"weights": weights(small, net, plan, recipe.structure)}),
         **({} if pace is None else {"latency": dict(pace)}),
         "losses": dict(losses),
         "sites": [
@@ -93,7 +93,7 @@ def report(
                 "kind": site.kind,
                 "groups": site.n_groups,
                 "kept": kept,
-                **({} if site.kind != "linear" else {"keeps": site.said(kept)}),
+                **({} if site.form.shrinks else {"keeps": site.describe(kept)}),
                 "parameters": site.parameters(kept),
                 "error": error,
             }
@@ -124,7 +124,7 @@ def weights(small: nn.Module, net: Supernet, plan: Allocation, structure: str) -
         nonzero = int(weight.count_nonzero())
         total, kept, size = total + weight.numel(), kept + nonzero, size + weight.nbytes
         packed += -(-weight.numel() // 8) + nonzero * weight.itemsize
-    patterns = [site.said(count) for site, count in zip(sites, plan, strict=True) if site.pattern]
+    patterns = [site.describe(count) for site, count in zip(sites, plan, strict=True) if site.form.m]
     return {
         "structure": structure,
         "in_linear_maps": total,

@@ -25,11 +25,11 @@ from prunekit.data.tokens import TokenBatch
 from prunekit.errors import CannotGoOn, PluginError, WrongInput
 from prunekit.export import hf
 from prunekit.export.verify import NotVerified, verify
-from prunekit.layer.candidates import is_sparse
+from prunekit.layer.layouts import layout_of
 from prunekit.measure import latency
 from prunekit.measure.perplexity import Perplexity, perplexity
 from prunekit.models import paging
-from prunekit.models.opening import load_tokenizer, loaded, opened, resolved_devices, skeleton, stored_as
+from prunekit.models.opening import limits, load_tokenizer, loaded, opened, resolved_devices, skeleton, stored_as
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.allocator import Allocator, Problem
 from prunekit.plugins.dense import Dense
@@ -39,7 +39,8 @@ from prunekit.plugins.registry import ALLOCATORS, ENGINES, FINISHERS, OBJECTIVES
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.report.card import write as write_report
-from prunekit.run.plan import Plan, planned
+from prunekit.run.plan.make import planned
+from prunekit.run.plan.plan import Plan
 from prunekit.run.workplace import check_output, left, publish, unfinished, workplace
 from prunekit.search.conversation import Known, converse
 from prunekit.search.ledger import Ledger
@@ -48,10 +49,10 @@ from prunekit.search.store import CandidateStore
 from prunekit.search.supernet import Supernet
 from prunekit.search.teacher import Teacher
 from prunekit.space.budgets import Budget
-from prunekit.space.forms import Structure
+from prunekit.space.forms import parse_form
 from prunekit.space.ladders import Space
 from prunekit.space.prices import FILE
-from prunekit.space.sites import Allocation, Site
+from prunekit.space.sites import Allocation
 from prunekit.system.checkpoints import Checkpoints
 from prunekit.system.files import write_json
 from prunekit.system.memory import Room, amount
@@ -492,10 +493,10 @@ def check_finished(piece: Workpiece, finisher: Finisher, before: Mapping[str, to
             raise PluginError(f"{who} left values in {name} that are not finite")
     blocks = piece.adapter.blocks(piece.model)
     for site, count in zip(piece.sites, piece.plan, strict=True):
-        if site.kind == "linear":
-            weight = piece.adapter.linear(blocks[site.block], site).weight
-            if not is_sparse(weight, count, site.pattern):
-                raise PluginError(f"{who} left more than {site.said(count)} weights per row of {site.name}")
+        if site.form.shrinks:
+            continue  # every shape was looked at
+        if over := layout_of(site).overflow(site, count, piece.adapter.linear(blocks[site.block], site).weight):
+            raise PluginError(f"{who} left {over} of {site.name}")
 
 
 def _shape(size: torch.Size | None) -> str:
@@ -508,22 +509,18 @@ def whole_space(recipe: Recipe, model: nn.Module, adapter: ModelAdapter, dtype: 
     The budget of single weights is a share of the weights of the linear maps, as in the literature; with of=model,
     of all parameters.
     """
-    structure, kept = Structure.parsed(recipe.structure), float(1 - Fraction(str(recipe.sparsity)))
-    sites: tuple[Site, ...]
+    form, kept = parse_form(recipe.structure), float(1 - Fraction(str(recipe.sparsity)))
     with paging.shapes_of(model):
-        if structure.units == "groups":
-            sites = adapter.sites(model, heads=recipe.heads)
-        else:
-            sites = adapter.linear_sites(model, structure)
+        sites = adapter.sites_of(model, form, recipe.heads)
     if not sites:
         raise WrongInput("the model has no site left to prune")
     base = model if recipe.of == "model" else adapter.blocks(model)
     freed = sum(site.parameters(site.n_groups) for site in sites)
-    counts = recipe.of == "model" or structure.units == "groups"
+    counts = recipe.of == "model" or form.shrinks
     outside = sum(p.numel() for p in base.parameters()) - freed if counts else 0
     table = recipe.latency.table if recipe.metric == "latency" else None
     budget = Budget.keeping(
-        kept if structure.units != "n:m" else Fraction(structure.kept, structure.block), sites,
+        kept if form.kept_share is None else form.kept_share, sites,
         metric=recipe.metric, bytes_per_parameter=dtype.itemsize, outside=outside, apart=recipe.apart, table=table,
     )  # fmt: skip
     if any(FINISHERS.build(spec).adds_biases for spec in recipe.finishers):
@@ -579,11 +576,3 @@ def probed(model: nn.Module, tokens: TokenBatch) -> tuple[torch.Tensor, torch.Te
     logits = model(ids, use_cache=False).logits
     paging.rest(model)
     return ids, logits
-
-
-def limits(model: Any) -> dict[str, int]:
-    """What tokens must not exceed."""
-    return {
-        "max_seqlen": int(getattr(model.config, "max_position_embeddings", 2048)),
-        "vocab_size": int(model.get_input_embeddings().weight.shape[0]),
-    }

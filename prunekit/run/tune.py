@@ -24,7 +24,7 @@ from prunekit.data.draws import Draws, draw
 from prunekit.data.tokens import overlap
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.measure.perplexity import perplexity
-from prunekit.models.opening import opened, skeleton
+from prunekit.models.opening import limits, opened, skeleton
 from prunekit.plugins.dense import Dense
 from prunekit.plugins.engine import Opening, Team
 from prunekit.plugins.registry import ENGINES, OBJECTIVES
@@ -38,7 +38,6 @@ from prunekit.run.pipeline import (
     devices_of,
     emptied,
     foreseen,
-    limits,
     priced,
     searched,
     whole_space,
@@ -235,7 +234,7 @@ class Bench:
         small = assembled(net, plan, recipe)
         run.finish(small, net, plan)
         kept = reporting.count(small)
-        if recipe.structure != "groups":
+        if not all(site.form.shrinks for site in net.space.sites):
             single = reporting.weights(small, net, plan, recipe.structure)
             kept -= single["in_linear_maps"] - single["not_zero"]
         found: dict[str, float] = {"parameters": kept, "seconds": sum(clock.seconds.values())}

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, UInt8
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from prunekit.errors import CannotGoOn
 from prunekit.layer.candidates import Candidate
+from prunekit.layer.layouts import layout_of
+from prunekit.models.shards import file_bytes
 from prunekit.space.sites import Site
 from prunekit.system.files import settle, write_json
 
@@ -91,17 +92,11 @@ class CandidateStore:
         `keeps` are their counts; None: of the groups they keep.
         """
         counts = list(keeps) if keeps is not None else [len(c.kept or ()) for c in candidates]
-        tensors = {}
+        tensors = dict[str, Tensor]()
         for count, candidate in zip(counts, candidates, strict=True):
-            weight = candidate.weight.detach().cpu()
-            if candidate.kept is None:
-                mask = weight != 0
-                tensors[f"{count}.mask"] = _packed(mask)
-                tensors[f"{count}.values"] = weight[mask]
-                continue
-            columns = torch.tensor(site.columns(candidate.kept), dtype=torch.long)
-            tensors[f"{count}.kept"] = torch.tensor(candidate.kept, dtype=torch.int32)
-            tensors[f"{count}.weight"] = weight[:, columns].contiguous()
+            here = Candidate(candidate.kept, candidate.weight.detach().cpu())
+            encoded = layout_of(site).encode(site, count, here)
+            tensors |= {f"{count}.{name}": tensor for name, tensor in encoded.items()}
         if scores is not None:
             tensors["scores"] = torch.tensor(scores, dtype=torch.float64)
         name = f"{site.name}.safetensors"
@@ -130,18 +125,19 @@ class CandidateStore:
         if kept not in entry["kept"]:
             raise KeyError(f"{site.name}: no candidate keeps {kept}; there are {entry['kept']}")
         with safe_open(self._intact(site), "pt") as file:
-            if site.kind == "linear":
-                values, bits = file.get_tensor(f"{kept}.values"), file.get_tensor(f"{kept}.mask")
-                rows = site.params_per_group
-                mask = _unpacked(bits, rows * site.d_in).view(rows, site.d_in)
-                weight = values.new_zeros(rows, site.d_in)
-                weight[mask] = values
-                return Candidate(None, weight.to(device))
-            groups = tuple(file.get_tensor(f"{kept}.kept").tolist())
-            columns = file.get_tensor(f"{kept}.weight")
-        weight = columns.new_zeros(columns.shape[0], site.d_in)
-        weight[:, torch.tensor(site.columns(groups), dtype=torch.long)] = columns
-        return Candidate(groups, weight.to(device))
+            found = layout_of(site).decode(site, kept, lambda name: file.get_tensor(f"{kept}.{name}"))
+        return Candidate(found.kept, found.weight.to(device))
+
+    @staticmethod
+    def bytes(site: Site, ladder: Sequence[int], dtype: torch.dtype, *, scores: bool = False) -> int:
+        """Of the file of a site with candidates of a dtype; single weights: where none that was kept is zero."""
+        tensors: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
+        for count in ladder:
+            stored = layout_of(site).stored(site, count, dtype)
+            tensors |= {f"{count}.{name}": tensor for name, tensor in stored.items()}
+        if scores:
+            tensors["scores"] = torch.float64, [site.n_groups]
+        return file_bytes(tensors)
 
     def _intact(self, site: Site) -> Path:
         entry = self._entries["sites"][site.name]
@@ -151,16 +147,6 @@ class CandidateStore:
                 raise DamagedStore(f"{path} is missing or damaged; remove {self.directory} to prune again")
             self._verified.add(site.name)
         return path
-
-
-def _packed(mask: Bool[Tensor, ...]) -> UInt8[Tensor, " bytes"]:
-    """Eight to a byte, the first in its lowest bit."""
-    bits = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
-
-
-def _unpacked(bits: UInt8[Tensor, " bytes"], count: int) -> Bool[Tensor, " count"]:
-    return ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[:count].bool()
 
 
 def _digest(path: Path) -> str:

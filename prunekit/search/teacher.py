@@ -21,6 +21,11 @@ class Teacher:
         self.room, self._memory, self._files = Room(shares.teacher, folder), shares.teacher, shares.teacher_disk
         self._tops: dict[tuple[str, int], list[tuple[Kept, Kept]]] = {}
 
+    @staticmethod
+    def bytes(tokens: int, top: int, vocabulary: int) -> int:
+        """Of the most probable tokens at so many positions: an id in int32, a logarithm in float32."""
+        return tokens * min(top, vocabulary) * 2 * 4
+
     def top(self, digest: str, k: int) -> Iterator[TopLogProbs] | None:
         """The k most probable next tokens, piece by piece as they were kept; None: they were not."""
         if (kept := self._tops.get((digest, k))) is None:

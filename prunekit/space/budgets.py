@@ -67,7 +67,7 @@ class Budget:
         if table is not None:
             fixed = ruler._outside(sites)
         else:
-            fixed = outside * ruler.price(Site("", 0, "linear", 1, 1, 1), 1) if metric != "kv-cache" else 0
+            fixed = outside * ruler.price(Site("", 0, "mlp", 1, 1, 1), 1) if metric != "kv-cache" else 0
 
         def limit(some: Sequence[Site], exact: Fraction, fixed: int) -> int:
             full = sum(ruler.price(s, s.n_groups) for s in some) + fixed

@@ -46,6 +46,11 @@ class Shares:
         fifth = max(0, free) // 5
         return cls(fifth if paged else None, fifth * (3 if paged else 4), fifth, fifth, fifth, fifth)
 
+    def split(self, activations: int) -> tuple[int, int]:
+        """So many bytes of activations, as (bytes in memory, bytes on disk)."""
+        inside = activations if self.activations is None else min(activations, self.activations)
+        return inside, activations - inside
+
 
 SHARES = Shares()
 """Nothing is bounded but what a search holds."""

@@ -18,13 +18,12 @@ from prunekit.layer.candidates import Candidate
 from prunekit.models.blocks import entered
 from prunekit.plugins.adapter import Heads, ModelAdapter, UnsupportedModel
 from prunekit.plugins.registry import ADAPTERS
-from prunekit.space.forms import Structure
+from prunekit.space.forms import WEIGHTS
 from prunekit.space.sites import Site
 from prunekit.testing.models import tiny
 from prunekit.testing.supernets import toy_tokens
 
 Plan = dict[Site, Candidate]
-WEIGHTS = Structure("weights")
 
 
 class AdapterSuite:

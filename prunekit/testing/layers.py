@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from prunekit.layer.problem import Feeder, LayerProblem
+from prunekit.space.forms import GROUPS, WEIGHTS, Pattern
 
 Quirk = Literal["plain", "dead", "duplicate", "constant", "low rank", "loud", "zero weight", "silent"]
 QUIRKS: tuple[Quirk, ...] = get_args(Quirk)
@@ -66,8 +67,7 @@ def toy_layer(
         contrast=(x.square().mean(0) * normal(d_in).tanh().square()).to(moments),  # less than on the first data set
         gradient=normal(d_out, d_in).to(moments),
         fisher=normal(d_out, d_in).square().to(moments),
-        structure="groups" if block is None else "n:m" if block else "weights",
-        block=block or 0,
+        form=GROUPS if block is None else Pattern(1, block) if block else WEIGHTS,
         feeders=()
         if block is not None
         else tuple(
@@ -96,7 +96,7 @@ def correlated_layer(seed: int = 0, block: int = 0) -> LayerProblem:
     x = torch.randn(500, 24, generator=generator) @ torch.randn(24, 96, generator=generator)
     x = (x + torch.randn(500, 96, generator=generator)) * torch.randn(96, generator=generator).exp()
     weight = torch.randn(32, 96, generator=generator)
-    return LayerProblem(weight, x.T @ x / 500, structure="n:m" if block else "weights", block=block)
+    return LayerProblem(weight, x.T @ x / 500, form=Pattern(1, block) if block else WEIGHTS)
 
 
 def damped_loss(layer: LayerProblem, weight: torch.Tensor) -> float:
@@ -131,7 +131,7 @@ def permuted(layer: LayerProblem, order: Sequence[int]) -> LayerProblem:
 
 def counts_of(layer: LayerProblem) -> range:
     """All counts that may be asked of a layer, 0 and all included; of a pattern, whole weights of every block."""
-    return range(0, layer.n_groups + 1, layer.d_in // layer.block if layer.block else 1)
+    return range(0, layer.n_groups + 1, layer.d_in // layer.m if layer.m else 1)
 
 
 LAYERS: dict[str, Callable[[], LayerProblem]] = {

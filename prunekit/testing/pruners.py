@@ -39,7 +39,7 @@ def checked(pruner: LocalPruner, layer: LayerProblem, keeps: Sequence[int]) -> l
         assert bool(torch.isfinite(weight).all())
         if layer.structure != "groups":
             assert kept is None
-            assert is_sparse(weight, keep, layer.block), "exact zeros, as many as were asked for where they were asked"
+            assert is_sparse(weight, keep, layer.m), "exact zeros, as many as were asked for where they were asked"
             continue
         assert kept is not None
         assert len(kept) == keep, "the count that was asked for, in the order asked"

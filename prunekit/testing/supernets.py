@@ -22,7 +22,7 @@ from prunekit.plugins.pruner import LocalPruner
 from prunekit.search.store import CandidateStore
 from prunekit.search.supernet import Supernet
 from prunekit.space.budgets import Budget
-from prunekit.space.forms import Structure
+from prunekit.space.forms import parse_form
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
 from prunekit.system.checkpoints import Checkpoints
@@ -45,7 +45,7 @@ class KeepLargest(LocalPruner):
     structures = frozenset({"weights", "n:m"})
 
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
-        blocks = layer.weight.unflatten(1, (-1, layer.block or layer.d_in))  # (d_out, blocks, width)
+        blocks = layer.weight.unflatten(1, (-1, layer.m or layer.d_in))  # (d_out, blocks, width)
         place = blocks.abs().argsort(dim=-1, descending=True, stable=True).argsort(-1)  # of every weight among its own
         counts = (keep // len(blocks[0]) for keep in keeps)
         return [Candidate(None, (blocks * (place < count)).flatten(1)) for count in counts]
@@ -104,15 +104,13 @@ def toy_supernet(
     """A supernet over a tiny random model; its ladders hold every count, the dense allocation included."""
     model = tiny(model_type, **sizes).requires_grad_(False)
     adapter: ModelAdapter = adapter_for(model_type)
-    single = structure != "groups"
-    sites = (
-        adapter.linear_sites(model, Structure.parsed(structure)) if single else adapter.sites(model, heads=heads)  # type: ignore[arg-type]
-    )
+    form = parse_form(structure)
+    sites = adapter.sites_of(model, form, heads)  # type: ignore[arg-type]
     whole = Space.whole(sites, Budget.keeping(share, sites))
     store = CandidateStore(directory or Path(tempfile.mkdtemp(prefix="prunekit-toy-")), {"toy": model_type})
+    pruner = pruner or (KeepFirst() if form.shrinks else KeepLargest())
     errors = build(
-        model, adapter, whole, whole.uniform(), pruner or (KeepLargest() if single else KeepFirst()), toy_tokens(),
-        store,
+        model, adapter, whole, whole.uniform(), pruner, toy_tokens(), store,
         carry=carry, dtype=torch.float64, progress=Progress(),
     )  # fmt: skip
     return Supernet(model, adapter, whole, errors, store)

@@ -65,19 +65,14 @@ class Transformer(ModelAdapter):
                 hidden = module(hidden)
         return hidden
 
-    def path(self, site: Site) -> str:
-        if site.kind == "linear":
-            return super().path(site)
-        return self.family.columns[site.kind]
-
     def maps(self, block: nn.Module, site: Site) -> list[nn.Linear]:
-        if site.kind == "linear":
+        if not site.form.shrinks:
             return super().maps(block, site)
         part = _part(site)
         return [linear_at(block, path) for path in (*self._fed(part), self.family.columns[part])]
 
     def pruned(self, block: nn.Module, site: Site, candidate: Candidate) -> dict[str, nn.Module]:
-        if site.kind == "linear":
+        if not site.form.shrinks:
             return super().pruned(block, site, candidate)
         if candidate.kept is None:
             raise ValueError(f"{site.name}: only candidates with groups can be cut out")
@@ -102,7 +97,7 @@ class Transformer(ModelAdapter):
     # -- how a block is made ---------------------------------------------------------------------------
 
     def cuts(self, block: nn.Module, site: Site) -> Sequence[Cut]:
-        if site.kind == "linear":
+        if not site.form.shrinks:
             return super().cuts(block, site)
         own = torch.tensor(site.columns(range(site.n_groups))).reshape(site.n_groups, -1)
         if site.kind == "mlp":
@@ -159,7 +154,8 @@ class Transformer(ModelAdapter):
         for each in (path, *self.family.rows):
             if each.startswith(f"{self.family.attention}.") == (part == "attention"):
                 check_plain(block, each, name)
-        columns = linear_at(block, path).in_features
+        linear = linear_at(block, path)
+        columns = linear.in_features
         n_groups, spread, cached = columns, 1, 0
         if part == "attention":
             query, kv, width = self.heads(block)
@@ -167,7 +163,10 @@ class Transformer(ModelAdapter):
                 raise UnsupportedModel(f"{name}: {query} query heads do not share {kv} KV heads evenly")
             by_query = heads == "query" and query > kv
             n_groups, spread, cached = (query // kv, kv, 0) if by_query else (kv, 1, 2 * width)
-        site = Site(name, index, part, n_groups, columns // n_groups, 0, cached_per_group=cached, spread=spread)
+        site = Site(
+            name, index, part, n_groups, columns // n_groups, 0,
+            cached_per_group=cached, spread=spread, d_out=linear.out_features,
+        )  # fmt: skip
         each = sum(_per_group(block, cut) for cut in self.cuts(block, site))
         gone = (block.get_submodule(path) for path in self._stubs(block, site))
         total = sum(p.numel() for module in gone for p in module.parameters())
@@ -183,8 +182,8 @@ class Transformer(ModelAdapter):
 
 
 def _part(site: Site) -> Part:
-    assert site.kind != "linear"
-    return site.kind
+    """The sub-layer of a site of groups."""
+    return next(part for part in PARTS if part == site.kind)
 
 
 def _by_query(site: Site, kv_heads: int) -> bool:

@@ -68,7 +68,7 @@ class DSnoT(Finisher):
                 inputs = [here.inputs(i).flatten(0, -2) for i in range(len(here))]
                 seen = Spread.of(inputs)
                 old, dense = here.linear.weight.double(), here.dense_linear.weight.double()
-                new, made = swapped(old, dense, seen, self.swaps, self.threshold, here.site.pattern)
+                new, made = swapped(old, dense, seen, self.swaps, self.threshold, here.site.form.m)
                 before, after = (lost(inputs, dense - w) for w in (old, new))
                 if self.guard:
                     worse = after > before

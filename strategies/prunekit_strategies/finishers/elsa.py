@@ -322,9 +322,9 @@ def _maps(options: Elsa, piece: Workpiece) -> list[Map]:
     small, dense = (piece.adapter.blocks(model) for model in (piece.model, piece.dense))
     maps = []
     for site, keep in zip(piece.sites, piece.plan, strict=True):
-        if site.kind == "linear":
+        if not site.form.shrinks:
             x = piece.adapter.linear(small[site.block], site).weight
-            maps.append(Map(x, x.detach().clone(), keep, site.pattern, options))
+            maps.append(Map(x, x.detach().clone(), keep, site.form.m, options))
             if options.start == "dense":
                 x.copy_(piece.adapter.linear(dense[site.block], site).weight)
     return maps

@@ -81,7 +81,7 @@ class LeastSquares(Finisher):
                     reached = reached - sums.missing[:, None] * sums.mean
                 problem = LayerProblem(linear.weight, gram, damping=self.damping, name=here.site.name)
                 change = torch.cholesky_solve(reached.T, torch.linalg.cholesky(problem.hessian)).T  # (1)
-                if here.site.kind == "linear":
+                if not here.site.form.shrinks:
                     alone = replace(problem, weight=change)
                     change = best(alone, linear.weight != 0, exact=self.exact, steps=self.steps).weight  # (5)
                 gain = 2 * float((change * reached).sum()) - float(((change @ gram) * change).sum())

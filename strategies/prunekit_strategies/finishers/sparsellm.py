@@ -128,9 +128,7 @@ class SparseLLM(Finisher):
         """(7), in place."""
         site, keep = mlp.counts[linear]
         gram = (x.T @ x).double() / len(x)
-        layer = LayerProblem(
-            linear.weight, gram, structure=site.structure, block=site.pattern, damping=self.damping, name=site.name
-        )
+        layer = LayerProblem(linear.weight, gram, form=site.form, damping=self.damping, name=site.name)
         missed = ((wanted - linear(x)).T @ x).double() / len(x)
         weight = linear.weight + torch.cholesky_solve(missed.T, torch.linalg.cholesky(layer.hessian)).T
         (candidate,) = self.pruner.prune(replace(layer, weight=weight), [keep])

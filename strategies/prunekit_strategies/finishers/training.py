@@ -134,7 +134,7 @@ def holding_zeros(piece: Workpiece) -> Iterator[None]:
     blocks = piece.adapter.blocks(piece.model)
     with ExitStack() as stack:
         for site in piece.sites:
-            weight = piece.adapter.linear(blocks[site.block], site).weight if site.kind == "linear" else None
+            weight = None if site.form.shrinks else piece.adapter.linear(blocks[site.block], site).weight
             if weight is not None and weight.requires_grad:
                 stays = weight.detach() != 0
                 stack.callback(weight.register_hook(lambda gradient, stays=stays: gradient * stays).remove)

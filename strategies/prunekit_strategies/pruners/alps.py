@@ -71,7 +71,7 @@ class ALPS(LocalPruner):
         for keep in keeps:
 
             def choose(x: Tensor, keep: int = keep) -> Mask:
-                return best_weights(alive * x.abs(), [keep], self.per, layer.block)[0]
+                return best_weights(alive * x.abs(), [keep], self.per, layer.m)[0]
 
             mask = choose(weight)
             if self.rounds and 0 < keep < layer.d_in:

@@ -90,7 +90,7 @@ class APT(LocalPruner):
                 return mask[:, here]
             return self._chosen(layer, keep, here, w, part.T @ part, part.diagonal().square())
 
-        weight, _ = swept(layer.target, u, choose, step=layer.block or self.width, width=self.width)
+        weight, _ = swept(layer.target, u, choose, step=layer.m or self.width, width=self.width)
         return Candidate(None, weight.to(layer.weight.dtype))
 
     def _solved(self, layer: LayerProblem, u: Tensor, keep: int, mask: Tensor | None) -> Candidate:
@@ -98,7 +98,7 @@ class APT(LocalPruner):
             return best(layer, mask, exact=self.exact, steps=self.steps)
         w, mask = layer.target, torch.ones_like(layer.weight, dtype=torch.bool)
         candidate = layer.sparse(mask)
-        width = max(self.width // layer.block, 1) * layer.block if layer.block else self.width
+        width = max(self.width // layer.m, 1) * layer.m if layer.m else self.width
         for start in range(0, layer.d_in, width):
             here = slice(start, min(start + width, layer.d_in))
             inverse = u[:, here].T @ u[:, here]  # V of these columns
@@ -118,9 +118,9 @@ class APT(LocalPruner):
     ) -> Bool[Tensor, "d_out width"]:
         w = w * reached(layer)[here]
         share = keep * here.stop // layer.d_in - keep * here.start // layer.d_in
-        if layer.block and self.variant[0] == "M":
-            return patterns(w, inverse, layer.block, keep * layer.block // layer.d_in)
-        return best_weights(w.square() / alone, [share], block=layer.block)[0]
+        if layer.m and self.variant[0] == "M":
+            return patterns(w, inverse, layer.m, keep * layer.m // layer.d_in)
+        return best_weights(w.square() / alone, [share], m=layer.m)[0]
 
 
 def patterns(

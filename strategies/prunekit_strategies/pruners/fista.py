@@ -82,7 +82,7 @@ class FISTA(LocalPruner):
 
             def choose(x: Tensor, keep: int = keep) -> Mask:
                 score = torch.where(alive, x.abs(), -1)  # below those that the lasso made zero
-                return best_weights(score, [keep], self.per, layer.block)[0]  # (3)
+                return best_weights(score, [keep], self.per, layer.m)[0]  # (3)
 
             mask = choose(target) if start is None else start != 0
             if self.trials and 0 < keep < layer.d_in:

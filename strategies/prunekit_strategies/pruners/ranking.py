@@ -22,7 +22,7 @@ class Ranking(LocalPruner):
 
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
         if layer.structure != "groups":
-            masks = best_weights(self.cells(layer), keeps, self.per, layer.block)
+            masks = best_weights(self.cells(layer), keeps, self.per, layer.m)
             return [layer.refitted_rows(mask) if self.refit else layer.sparse(mask) for mask in masks]
         ranking = self.ranking(layer)
         if self.refit:

@@ -66,7 +66,7 @@ class SparseGPT(LocalPruner):
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
         masks = given(layer, self.mask, keeps) if self.mask is not None else [None] * len(keeps)
         layer = aimed(layer, self.aim)
-        u, step = factor(layer), layer.block or self.width
+        u, step = factor(layer), layer.m or self.width
         candidates = []
         for keep, mask in zip(keeps, masks, strict=True):
             choose = self._own(layer, keep) if mask is None else _fixed(mask)
@@ -82,7 +82,7 @@ class SparseGPT(LocalPruner):
         ) -> Bool[Tensor, "d_out width"]:
             share = keep * here.stop // layer.d_in - keep * here.start // layer.d_in
             score = (alive[here] * w / u.diagonal()).square()  # (1)
-            return best_weights(score, [share], "row" if layer.block else self.per)[0]
+            return best_weights(score, [share], "row" if layer.m else self.per)[0]
 
         return choose
 

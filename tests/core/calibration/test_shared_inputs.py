@@ -10,10 +10,8 @@ from prunekit.calibration.moments import Moments
 from prunekit.models import blocks as blocks_of
 from prunekit.models.adapters.find import adapter_for
 from prunekit.plugins.registry import ADAPTERS
-from prunekit.space.forms import Structure
+from prunekit.space.forms import WEIGHTS
 from prunekit.testing import tiny, toy_tokens
-
-WEIGHTS = Structure("weights")
 
 
 @pytest.fixture(autouse=True)

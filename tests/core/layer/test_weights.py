@@ -101,7 +101,7 @@ def test_per_row_and_per_layer_by_hand() -> None:
     (row,), (layer,) = best_weights(score, [2]), best_weights(score, [2], "layer")
     assert row.tolist() == [[True, True, False, False], [False, True, False, True]]
     assert layer.tolist() == [[True] * 4, [False] * 4]
-    (blocks,) = best_weights(score, [2], block=2)
+    (blocks,) = best_weights(score, [2], m=2)
     assert blocks.tolist() == [[True, False, True, False], [False, True, False, True]]
 
 
@@ -120,7 +120,7 @@ def test_counts_are_exact_and_masks_nest_whatever_ties(
     score = torch.randint(levels, (d_out, d_in), generator=torch.Generator().manual_seed(seed)).double()
     keeps = range(d_in + 1)
     rows, layers = best_weights(score, keeps), best_weights(score, keeps, "layer")
-    patterns = best_weights(score, [n * blocks for n in range(block + 1)], block=block)
+    patterns = best_weights(score, [n * blocks for n in range(block + 1)], m=block)
     assert all(bool((mask.sum(1) == keep).all()) for keep, mask in zip(keeps, rows, strict=True))
     assert [int(mask.sum()) for mask in layers] == [keep * d_out for keep in keeps]
     for mask in layers[1:-1]:
@@ -144,8 +144,8 @@ def test_the_order_asked_is_the_order_given() -> None:
 @pytest.mark.parametrize(
     ("keeps", "options", "sentence"),
     [
-        ([3], {"block": 4}, r"\[3\] of 8 weights are not whole numbers in every 4"),
-        ([4], {"block": 3}, "not whole numbers"),
+        ([3], {"m": 4}, r"\[3\] of 8 weights are not whole numbers in every 4"),
+        ([4], {"m": 3}, "not whole numbers"),
         ([4], {"per": "column"}, "no per 'column'; there are row, layer"),
     ],
 )

@@ -19,7 +19,7 @@ from prunekit.models.blocks import entered
 from prunekit.models.opening import opened, stored_as
 from prunekit.models.paging import pager_of, shapes_of, whole
 from prunekit.run import pipeline
-from prunekit.run.plan import Stage
+from prunekit.run.plan.plan import Stage
 from prunekit.run.workplace import written
 from prunekit.search.ledger import Ledger
 from prunekit.search.store import CandidateStore

@@ -153,8 +153,8 @@ def test_rows_that_are_no_whole_blocks_are_one_sentence(folder, tmp_path):
         ("weights", lambda w, k: Candidate(None, w), "12 of 24 weights per row were asked"),
         ("2:4", lambda w, k: Candidate(None, w * (torch.arange(24) < 12)), "2:4 weights per row were asked"),
         ("weights", lambda w, k: Candidate((0,), 0 * w), "without groups was asked"),
-        ("weights", lambda w, k: Candidate(None, w[:, :-1]), r"a finite weight \(24, 24\)"),
-        ("weights", lambda w, k: Candidate(None, w * torch.nan), r"a finite weight \(24, 24\)"),
+        ("weights", lambda w, k: Candidate(None, w[:, :-1]), r"shape \(24, 23\), and \(24, 24\) was asked"),
+        ("weights", lambda w, k: Candidate(None, w * torch.nan), "not finite"),
     ],
     ids=["too many", "not in every block", "groups", "shape", "nan"],
 )

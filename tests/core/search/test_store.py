@@ -7,6 +7,7 @@ import torch
 
 from prunekit.layer.candidates import Candidate
 from prunekit.search.store import CandidateStore, DamagedStore
+from prunekit.space.forms import WEIGHTS
 from prunekit.space.sites import Site
 
 SITE = Site("model.layers.0.mlp.down_proj", 0, "mlp", n_groups=4, group_size=2, params_per_group=1)
@@ -36,7 +37,7 @@ def test_what_is_put_is_got(tmp_path, site):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 5), (2, 8), (1, 1)], ids=str)
 def test_single_weights_are_got_as_they_were_put(tmp_path, dtype, shape):
-    site = Site("model.layers.0.mlp.up_proj", 0, "linear", shape[1], 1, shape[0])
+    site = Site("model.layers.0.mlp.up_proj", 0, "linear", shape[1], 1, shape[0], d_out=shape[0], form=WEIGHTS)
     whole = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(dtype)
     rungs = [Candidate(None, whole * (torch.arange(shape[1]) < k)) for k in range(shape[1] + 1)]
     CandidateStore(tmp_path, {}).put(site, rungs, [0.0] * len(rungs), keeps=range(len(rungs)))
@@ -49,7 +50,7 @@ def test_single_weights_are_got_as_they_were_put(tmp_path, dtype, shape):
 
 
 def test_a_mask_takes_one_bit_of_each_weight(tmp_path):
-    site = Site("model.layers.0.mlp.up_proj", 0, "linear", 640, 1, 100)
+    site = Site("model.layers.0.mlp.up_proj", 0, "linear", 640, 1, 100, d_out=100, form=WEIGHTS)
     half = torch.ones(100, 640) * (torch.arange(640) % 2)
     CandidateStore(tmp_path, {}).put(site, [Candidate(None, half)], [0.0], keeps=[320])
     assert (tmp_path / f"{site.name}.safetensors").stat().st_size < 64_000 // 8 + 32_000 * 4 + 300

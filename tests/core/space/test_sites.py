@@ -1,7 +1,6 @@
 """Space and Budget: integers, exactly."""
 
-from dataclasses import replace
-from fractions import Fraction
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from prunekit.errors import WrongInput
 from prunekit.space.budgets import Budget, Metric
-from prunekit.space.forms import Structure
+from prunekit.space.forms import Groups, Pattern, parse_form
 from prunekit.space.ladders import Space
 from prunekit.space.prices import Curve, Prices, Workload
 from prunekit.space.sites import Kind, Site
@@ -18,6 +17,20 @@ from prunekit.testing.oracle import best_allocation
 from prunekit.testing.spaces import convex_table, rough_table, sites_of, small_llama, timed
 
 KINDS: tuple[Kind, ...] = ("attention", "mlp")
+
+
+@dataclass(frozen=True)
+class Stepped(Groups):
+    """Groups that go some at a time."""
+
+    by: int = 1
+    lowest: int = 0  # steps
+
+    def step(self, d_in: int) -> int:
+        return self.by
+
+    def least(self, d_in: int) -> int:
+        return self.by * self.lowest
 
 
 @st.composite
@@ -32,8 +45,7 @@ def spaces(draw: st.DrawFn, apart: bool | None = None) -> Space:
             group_size=1,
             params_per_group=draw(st.integers(1, 40)),
             params_fixed=draw(st.integers(0, 20)),
-            least=step * draw(st.integers(0, 1)),
-            step=step,
+            form=Stepped(step, draw(st.integers(0, 1))),
         )
         for i, step in enumerate(draw(st.lists(st.sampled_from([1, 1, 3]), min_size=1, max_size=5)))
     )
@@ -288,16 +300,14 @@ def test_columns_of_a_group_may_be_spread_over_parts() -> None:
     ],
 )
 def test_patterns_are_rungs_and_uniform_is_the_pattern_that_was_asked(text, rungs):
-    structure, d_in = Structure.parsed(text), 48
-    step = structure.step(d_in)
-    sites = tuple(
-        Site(f"s{i}", 0, "linear", d_in, 1, rows, least=step, step=step, pattern=structure.block)
-        for i, rows in enumerate((7, 64, 5))
-    )
-    budget = Budget.keeping(Fraction(structure.kept, structure.block), sites)
+    form, d_in = parse_form(text), 48
+    assert form.kept_share is not None
+    step = form.step(d_in)
+    sites = tuple(Site(f"s{i}", 0, "linear", d_in, 1, rows, form=form) for i, rows in enumerate((7, 64, 5)))
+    budget = Budget.keeping(form.kept_share, sites)
     space = Space.whole(sites, budget)
-    assert space.ladders[0] == tuple(n * d_in // structure.block for n in rungs)
-    assert {site.said(k) for site, k in zip(sites, space.uniform(), strict=True)} == {text}
+    assert space.ladders[0] == tuple(n * d_in // form.m for n in rungs)
+    assert {site.describe(k) for site, k in zip(sites, space.uniform(), strict=True)} == {text}
     assert space.cost(space.uniform()) == budget.limit
     near = space.zoomed(space.uniform(), stride=1 / 16, reach=1)
     assert all(len(ladder) == min(3, len(rungs)) or ladder[0] == step for ladder in near.ladders)
@@ -306,11 +316,11 @@ def test_patterns_are_rungs_and_uniform_is_the_pattern_that_was_asked(text, rung
 @pytest.mark.parametrize("text", ["rows", "4:2", "2:2", "0:4", "2:", ":4", "2:4:8", "-1:4", "a:b", ""])
 def test_what_is_no_structure_is_one_sentence(text):
     with pytest.raises(WrongInput, match="there are groups, weights, and patterns N:M"):
-        Structure.parsed(text)
+        parse_form(text)
 
 
 def test_a_count_between_patterns_is_no_rung():
-    site = Site("s", 0, "linear", 8, 1, 3, step=2, pattern=4)
+    site = Site("s", 0, "linear", 8, 1, 3, form=Pattern(1, 4))
     with pytest.raises(ValueError, match="multiples of 2"):
         Space((site,), ((2, 3),), Budget(100))
 

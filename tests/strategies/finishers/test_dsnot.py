@@ -19,7 +19,7 @@ def problem(rows=7, columns=16, tokens=200, seed=0, block=0):
     x = torch.randn(tokens, columns, generator=rng, dtype=torch.float64)
     x = x * torch.rand(columns, generator=rng, dtype=torch.float64) + torch.randn(columns, generator=rng).double()
     dense = torch.randn(rows, columns, generator=rng, dtype=torch.float64)
-    (mask,) = best_weights(dense.abs() * x.square().mean(0).sqrt(), [columns // 2], block=block)
+    (mask,) = best_weights(dense.abs() * x.square().mean(0).sqrt(), [columns // 2], m=block)
     return dense, dense * mask, x
 
 

@@ -249,7 +249,7 @@ def test_every_map_has_its_count_exactly_and_the_loss_falls(plugin, structure, s
     for weight, site, keep in zip(_weights(piece), piece.sites, piece.plan, strict=True):
         there = weight != 0
         assert int(there.sum()) == keep * len(weight)
-        if site.pattern:
+        if site.form.m:
             assert (there.unflatten(1, (-1, 4)).sum(-1) == 2).all()
     first, last = said["held_out_loss"]
     assert last < first

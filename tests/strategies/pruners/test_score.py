@@ -6,6 +6,7 @@ import torch
 
 from prunekit import LayerProblem
 from prunekit.layer.problem import Feeder
+from prunekit.space.forms import WEIGHTS
 from prunekit.testing import toy_layer
 from prunekit_strategies.pruners.score import (
     ACE,
@@ -165,7 +166,7 @@ def test_refit_changes_the_weights_not_the_groups(pruner: Score) -> None:
         assert layer.error(fitted.weight) < layer.error(plain.weight)
 
 
-SINGLE = replace(HAND, structure="weights", feeders=())
+SINGLE = replace(HAND, form=WEIGHTS, feeders=())
 CELLS: list[tuple[Score, list[list[float]]]] = [
     (Magnitude(), [[9, 1, 0, 4], [0, 4, 1, 4]]),
     (Wanda(), [[6, 1, 0, 1], [0, 2, 7, 1]]),
@@ -205,7 +206,7 @@ def test_half_of_the_single_weights_by_hand(pruner: Score, block: int, kept: lis
 
 
 def test_on_white_inputs_wanda_is_magnitude_row_by_row() -> None:
-    layer = replace(toy_layer(12), structure="weights", gram=torch.eye(12))
+    layer = replace(toy_layer(12), form=WEIGHTS, gram=torch.eye(12))
     for one, two in zip(Wanda().prune(layer, range(13)), Magnitude(per="row").prune(layer, range(13)), strict=True):
         assert torch.equal(one.weight, two.weight)
 
@@ -214,7 +215,7 @@ def test_ace_squared_is_the_exact_error_of_removing_a_weight_whose_mean_goes_int
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, 6, generator=generator).double() @ torch.randn(6, 6, generator=generator).double() + 1
     weight = torch.randn(4, 6, generator=generator).double()
-    score = ACE().cells(LayerProblem(weight, x.T @ x / 50, variance=x.var(0, correction=0), structure="weights"))
+    score = ACE().cells(LayerProblem(weight, x.T @ x / 50, variance=x.var(0, correction=0), form=WEIGHTS))
     for i, j in ((0, 0), (3, 5)):
         lost = (x[:, j] - x[:, j].mean()) * weight[i, j]
         assert float(score[i, j] ** 2) == pytest.approx(float(lost.square().mean()), rel=1e-12)
@@ -229,7 +230,7 @@ def test_ace_cosp_squared_is_twice_the_cosine_lost_with_a_small_weight() -> None
     lost[0, 2] = 0
     cosine = torch.nn.functional.cosine_similarity(y, x @ lost.T, dim=1)
     relative = (x.square() / y.square().sum(1, keepdim=True)).mean(0)
-    layer = LayerProblem(weight, x.T @ x / 50, relative=relative, structure="weights")
+    layer = LayerProblem(weight, x.T @ x / 50, relative=relative, form=WEIGHTS)
     assert float(ACEDirection().cells(layer)[0, 2] ** 2) == pytest.approx(float(2 * (1 - cosine).mean()), rel=0.03)
     alike = replace(layer, relative=layer.gram.diagonal() / 9)  # outputs of one size
     for one, two in zip(ACEDirection().prune(alike, range(7)), Wanda().prune(alike, range(7)), strict=True):

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from prunekit import LayerProblem
+from prunekit.space.forms import WEIGHTS
 from prunekit.testing.layers import sparse_layer
 from prunekit_strategies.pruners.score import Magnitude, Wanda
 from prunekit_strategies.pruners.weight_score import RIA, OptiShear, Shape, Share, ZPruner
 
 WEIGHT = torch.tensor([[3.0, -1.0, 0.0, 2.0], [0.0, 2.0, 1.0, -2.0]])  # rows 6 and 5, columns 3, 3, 1, 4
 GRAM = torch.diag(torch.tensor([4.0, 1.0, 49.0, 0.25]))  # rms: 2, 1, 7, 0.5
-HAND = LayerProblem(WEIGHT, GRAM, structure="weights")
+HAND = LayerProblem(WEIGHT, GRAM, form=WEIGHTS)
 ALL: list[Any] = [RIA(), ZPruner(), OptiShear(), OptiShear(weights="exp", weight_share="row", inputs="log")]
 
 
@@ -88,7 +89,7 @@ def test_where_all_rows_are_alike_z_pruner_looks_at_columns_only() -> None:
 
 @pytest.mark.parametrize("pruner", ALL, ids=str)
 def test_counts_are_exact_on_ties_the_lower_column_stays_and_refit_keeps_the_mask(pruner: Any) -> None:
-    tied = LayerProblem(torch.ones(3, 4), torch.eye(4), structure="weights")
+    tied = LayerProblem(torch.ones(3, 4), torch.eye(4), form=WEIGHTS)
     for keep, found in enumerate(pruner.prune(tied, range(5))):
         assert torch.equal(found.weight, (torch.arange(4) < keep).expand(3, 4).float())
     problem = sparse_layer()

@@ -13,12 +13,11 @@ from prunekit.measure.speed import speed
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.blocks import entered
 from prunekit.plugins.adapter import UnsupportedModel
-from prunekit.space.forms import Structure
+from prunekit.space.forms import WEIGHTS, Pattern
 from prunekit.system.progress import Progress
 from prunekit.testing import tiny, toy_supernet, toy_tokens
 from prunekit_strategies.finishers.training import LanguageLoss
 
-WEIGHTS = Structure("weights")
 FUSED = {"mamba": "mamba_inner_fn", "mamba2": "mamba2_split_conv1d_scan_combined"}  # what trains, where it is installed
 
 
@@ -49,7 +48,7 @@ def test_groups_are_refused_with_what_works_instead(family: str) -> None:
 
 def test_rows_that_are_no_whole_blocks_are_named() -> None:
     with pytest.raises(UnsupportedModel, match=r"layers\.0\.mixer\.dt_proj has rows of 4 weights, which are no whole"):
-        adapter_for("mamba").linear_sites(tiny("mamba"), Structure("n:m", 2, 8))
+        adapter_for("mamba").linear_sites(tiny("mamba"), Pattern(2, 8))
 
 
 def test_a_fused_kernel_cannot_pass_by_what_is_caught(family: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,12 @@ import prunekit
 from prunekit import LayerProblem, WrongInput
 from prunekit.calibration.fill import build
 from prunekit.calibration.flow import BlockFlow
-from prunekit.calibration.moments import Moments
+from prunekit.calibration.moments import Moments, moments_bytes, moments_flops
+from prunekit.layer.problem import judging_flops
 from prunekit.measure import latency
 from prunekit.models import blocks as blocks_of
 from prunekit.models.adapters.find import adapter_for
+from prunekit.models.blocks import forward_flops
 from prunekit.models.opening import opened, skeleton
 from prunekit.plugins.allocator import Problem
 from prunekit.plugins.objective import Objective
@@ -29,37 +31,27 @@ from prunekit.recipe.schema import Recipe
 from prunekit.run import family, pipeline
 from prunekit.run import plan as planning
 from prunekit.run.pipeline import foreseen, whole_space
-from prunekit.run.plan import (
-    CUSHION,
-    Rates,
-    activations_bytes,
-    forward_flops,
-    judging_flops,
-    moments_bytes,
-    moments_flops,
-    rehearsed,
-    store_bytes,
-    top_bytes,
-    walks,
-)
+from prunekit.run.plan.count import CUSHION
+from prunekit.run.plan.rehearsal import rehearsed, walks
 from prunekit.search.conversation import converse
 from prunekit.search.ledger import Ledger
 from prunekit.search.store import CandidateStore
 from prunekit.search.teacher import Teacher
 from prunekit.space.budgets import Budget
-from prunekit.space.forms import Structure
+from prunekit.space.forms import parse_form
 from prunekit.space.ladders import Space
 from prunekit.space.prices import Curve, Prices, Workload
 from prunekit.space.sites import Site
 from prunekit.system.memory import GIB, Room, Shares
 from prunekit.system.progress import Progress
+from prunekit.system.rates import Rates
 from prunekit.testing import KeepFirst, KeepLargest, tiny, toy_supernet, toy_tokens
 
 EVERYTHING = frozenset({"gram", "cross", "drift", "absolute", "relative", "power"})
 
 
 def sites_of(model, adapter, structure):
-    return adapter.sites(model) if structure == "groups" else adapter.linear_sites(model, Structure.parsed(structure))
+    return adapter.sites_of(model, parse_form(structure))
 
 
 def d_out(model, adapter, site):
@@ -97,7 +89,7 @@ def test_candidates_take_what_was_counted(family, structure, dtype, tmp_path):
     run = partial(build, model, adapter, space, space.uniform(), pruner, toy_tokens(), store)
     run(carry="dense", dtype=dtype, progress=Progress())
     for site, ladder in zip(space.sites, space.ladders, strict=True):
-        counted = store_bytes(site, d_out(model, adapter, site), ladder, dtype)
+        counted = CandidateStore.bytes(site, ladder, dtype)
         assert (tmp_path / f"{site.name}.safetensors").stat().st_size == counted, site.name
 
 
@@ -106,7 +98,7 @@ def test_scores_are_counted_with_the_candidates(tmp_path):
     site, store = net.space.sites[0], CandidateStore(tmp_path, {})
     candidates = [net.store.get(site, kept) for kept in (1, 2)]
     store.put(site, candidates, [0.0, 0.0], scores=[1.0] * site.n_groups)
-    counted = store_bytes(site, d_out(net.model, net.adapter, site), (1, 2), torch.float64, scores=True)
+    counted = CandidateStore.bytes(site, (1, 2), torch.float64, scores=True)
     assert (tmp_path / f"{site.name}.safetensors").stat().st_size == counted
 
 
@@ -125,14 +117,14 @@ def test_activations_take_what_was_counted(structure, dense, monkeypatch):
         stream.carry(site, None)
     stream.advance(0)
     block = [(site.d_in, adapter.part(site) is not None, bool(site.shares)) for site in sites]
-    assert max(most) == activations_bytes(tokens.n_tokens, 24, 8, block, 1 + dense)
+    assert max(most) == BlockFlow.peak(tokens.n_tokens, 24, 8, block, 1 + dense)
 
 
 @pytest.mark.parametrize("k", [7, 1000])
 def test_what_the_dense_model_says_takes_what_was_counted(k, monkeypatch):
     monkeypatch.setattr(blocks_of, "TOKENS_AT_ONCE", 24)
     net, tokens = toy_supernet(), toy_tokens()
-    counted = top_bytes(tokens.n_tokens, k, 61)
+    counted = Teacher.bytes(tokens.n_tokens, k, 61)
     net.teacher = Teacher(Shares(teacher=counted // 2, teacher_disk=counted // 2))
     list(net.dense_top(tokens, k))
     room = net.teacher.room
@@ -298,7 +290,7 @@ def test_what_the_dense_model_says_is_written_once_and_held_to_the_end(memory, l
     inner = {"name": "divergence", "top_k": 3000}
     listening = plan_of(large, objective={"name": "robust", "inner": inner}, **text)
     silent = plan_of(large, objective="perplexity", **text)
-    said = top_bytes(2**18, 3000, 2000)
+    said = Teacher.bytes(2**18, 3000, 2000)
     inside = min(said, listening.shares.teacher)
     assert (inside == said) == (memory == "900GiB")
     stages, first = list(listening.stages), 2

@@ -1,0 +1,328 @@
+"""The stages of a run, counted from shapes, ladders and tokens: the costs are those of what costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunekit.calibration.flow import BlockFlow, by_pairs
+from prunekit.calibration.moments import moments_bytes, moments_flops, strips
+from prunekit.layer.layouts import layout_of
+from prunekit.layer.problem import judging_flops
+from prunekit.measure import latency
+from prunekit.measure.perplexity import HIDDEN_BYTES, LOGITS_AT_ONCE
+from prunekit.models.adapters.transformer import Transformer
+from prunekit.models.blocks import TOKENS_AT_ONCE, forward_flops
+from prunekit.plugins.adapter import ModelAdapter
+from prunekit.plugins.registry import ALLOCATORS, OBJECTIVES, PRUNERS, signals_of
+from prunekit.recipe.schema import Recipe
+from prunekit.run.plan.plan import HEARING, Stage
+from prunekit.search.store import CandidateStore
+from prunekit.search.teacher import Teacher
+from prunekit.space.ladders import Space
+from prunekit.space.prices import Workload
+from prunekit.space.sites import Site
+from prunekit.system.memory import Shares
+
+FLOAT, DOUBLE = 4, 8  # bytes
+CUSHION = 64 << 20  # bytes: what libraries hold, and tensors that come and go
+MORE_ROUNDS = f"more rounds, as long as {latency.SECONDS:.0f} s are not over"
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """A model in numbers: of its skeleton, nothing is read."""
+
+    model: nn.Module
+    adapter: ModelAdapter
+    sites: Sequence[Site]
+    stored: torch.dtype
+    computed: torch.dtype
+
+    @cached_property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.adapter.blocks(self.model))
+
+    def parameters(self, module: nn.Module) -> int:
+        """Tied ones once."""
+        return sum(p.numel() for p in module.parameters())
+
+    @property
+    def width(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator, union-attr]
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+
+    @cached_property
+    def weights(self) -> int:
+        """Of the linear maps of all blocks."""
+        return sum(m.weight.numel() for b in self.blocks for m in b.modules() if isinstance(m, nn.Linear))
+
+    def fed(self, site: Site) -> list[int]:
+        block = self.blocks[site.block]
+        return [block.get_submodule(cut.path).in_features for cut in self.adapter.cuts(block, site)[:-1]]  # type: ignore[misc]
+
+    @cached_property
+    def attended(self) -> int:
+        """Query heads times head width, over all blocks."""
+        if not isinstance(self.adapter, Transformer):
+            return 0
+        blocks = (block for block in self.blocks if "attention" not in self.adapter.dropped(block))
+        return sum(query * width for query, _, width in map(self.adapter.heads, blocks))
+
+    def forward(self, tokens: int, seqlen: int, *, head: bool, share: float = 1.0) -> int:
+        """FLOPs; `share`: what is kept of the blocks."""
+        inside = forward_flops(tokens, self.weights, self.attended, seqlen)
+        return round(share * inside) + (2 * tokens * self.width * self.vocabulary if head else 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A run under one budget, in numbers."""
+
+    name: str  # its sparsity; "" alone
+    whole: Space
+    spaces: Sequence[Space]  # of every round
+    forwards: Sequence[int | None]  # token-forwards of every search
+    last: Space  # what is built in the end
+    wanted: bool  # there is to be a result
+
+    @cached_property
+    def freed(self) -> int:
+        """Parameters that a uniform allocation removes; zeros are none."""
+        sites, plan = self.whole.sites, self.whole.uniform()
+        return sum(layout_of(site).freed(site, kept) for site, kept in zip(sites, plan, strict=True))
+
+    def called(self, stage: str) -> str:
+        """A stage that every member has."""
+        return f"{stage} for {self.name}" if self.name else stage
+
+
+@dataclass(frozen=True, eq=False)
+class Count:
+    """A recipe in numbers."""
+
+    recipe: Recipe
+    shape: Shape
+    tokens: Mapping[str, int]  # by part
+    seqlen: int
+    members: Sequence[Member]
+    work: Workload | None  # that is timed
+
+    @cached_property
+    def everything(self) -> int:
+        """Bytes of the dense model in the dtype of the computation."""
+        return self.shape.parameters(self.shape.model) * self.shape.computed.itemsize
+
+    @cached_property
+    def block(self) -> int:
+        """Bytes of the largest block."""
+        return max(self._blocks)
+
+    @cached_property
+    def resident(self) -> int:
+        """Bytes of what is neither in blocks nor the head."""
+        return self.everything - sum(self._blocks) - self._head
+
+    @cached_property
+    def _blocks(self) -> list[int]:
+        return [self.shape.parameters(block) * self.shape.computed.itemsize for block in self.shape.blocks]
+
+    @cached_property
+    def _head(self) -> int:
+        model: Any = self.shape.model
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        return 0 if head.weight is embedding.weight else self.shape.parameters(head) * self.shape.computed.itemsize
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """Statistics that plug-ins ask for."""
+        signals = signals_of(ALLOCATORS.build(self.recipe.allocator))
+        return PRUNERS.build(self.recipe.pruner).needs.union(*(signal.needs for signal in signals))
+
+    def stages(self, shares: Shares) -> Iterator[Stage]:
+        """Every stage, in order, when memory is shared out so; what the dense model has said stays to the end."""
+        heard = 0
+        for stage in self._stages(shares):
+            if stage.name == HEARING:
+                heard, _ = self._heard(shares)
+            yield replace(stage, shared=stage.shared + heard)
+
+    def _stages(self, shares: Shares) -> Iterator[Stage]:
+        paged, size = shares.blocks is not None, self.shape.computed.itemsize
+        held = self.resident + self._page if paged else self.everything
+        chunk = min(max(TOKENS_AT_ONCE, self.seqlen), max(self.tokens.values()))
+        widest = max(site.d_in for site in self.shape.sites)
+        working = chunk * size * (3 * widest + 6 * self.shape.width) + CUSHION
+        yield Stage("open", held + CUSHION, shares.blocks or 0, read=self._stored)
+        if self.work is not None and self.recipe.latency.prices is None:
+            yield self._timed(self.work)
+        if "gradient" in self.needs:
+            yield self._gradients(shares, held + working)
+        yield from self._rounds(shares, held + working)
+        for number, member in enumerate(each for each in self.members if each.wanted):
+            yield from self._result(member, shares, held, working, first=number == 0)
+
+    def _timed(self, work: Workload) -> Stage:
+        """A table of prices: the dense model, and one at a time those cut from it."""
+        size, keeps = self.shape.computed.itemsize, latency.trials(self.shape.sites).values()
+        cut = max(sum(s.params_per_group * k for s, k in some.items() if k < s.n_groups) for some in keeps)
+        return Stage(
+            "time sub-layers", self.everything + cut * size + CUSHION,
+            flops=self._turns(work, len(keeps) + len(keeps) // latency.OFTEN), unknown=MORE_ROUNDS,
+        )  # fmt: skip
+
+    def _turns(self, work: Workload, models: int) -> int:
+        """FLOPs of the rounds that there are at least; a turn is a run that does not count and one that does."""
+        run = self.shape.forward(work.batch * (work.prompt + work.new_tokens), work.prompt, head=False)
+        return latency.FEWEST * models * 2 * run
+
+    def _gradients(self, shares: Shares, held: int) -> Stage:
+        shape, tokens = self.shape, self.tokens["calibration"]
+        streams = tokens * shape.width * shape.computed.itemsize * (len(shape.blocks) + 2)
+        inside, spilled = shares.split(streams)
+        learnt = 2 * FLOAT * shape.weights
+        return Stage(
+            "gradients", held + learnt // len(shape.blocks), (shares.blocks or 0) + inside, learnt + spilled,
+            read=0 if shares.blocks is None else 2 * self._stored_blocks,
+            flops=3 * shape.forward(tokens, self.seqlen, head=True),
+        )  # fmt: skip
+
+    def _rounds(self, shares: Shares, held: int) -> Iterator[Stage]:
+        """A walk along the rungs of all, then the search of each."""
+        recipe, shape, (heard, written) = self.recipe, self.shape, self._heard(shares)
+        for number, every in enumerate(self._walked):
+            yield self._walk(f"prune {number + 1}", every, shares, held)
+            if number == 0 and heard + written:
+                yield Stage(
+                    HEARING, held, shares.blocks or 0, written, read=0 if shares.blocks is None else self._stored,
+                    flops=shape.forward(self.tokens["search"], self.seqlen, head=True),
+                )  # fmt: skip
+            for member in self.members:
+                if number >= len(member.spaces):
+                    continue
+                forwards, share = member.forwards[number], self._share(member)
+                flops = None if forwards is None else shape.forward(forwards, self.seqlen, head=True, share=share)
+                most = "" if recipe.search_budget is None else f"at most {recipe.search_budget:,} token-forwards"
+                why = most if forwards != 0 else ""
+                if forwards is None:
+                    why = most or "what the allocator will ask"
+                ready = shares.hidden + shares.dense + shares.parts if forwards != 0 else 0
+                yield Stage(
+                    member.called(f"search {number + 1}"), held, (shares.blocks or 0) + ready,
+                    flops=flops, unknown=why, member=member.name,
+                )  # fmt: skip
+
+    def _result(self, member: Member, shares: Shares, held: int, working: int, *, first: bool) -> Iterator[Stage]:
+        """Rebuilt, finished, measured, saved; the first measures the dense model too."""
+        recipe, shape, judged = self.recipe, self.shape, self.tokens["evaluation"]
+        paged, size, kept = shares.blocks is not None, shape.computed.itemsize, shares.blocks or 0
+        if recipe.rebuild and member.last.ladders != self._walked[len(member.spaces) - 1].ladders:
+            yield self._walk(member.called("rebuild"), member.last, shares, held + working, member.name)
+        stays = self.everything // size - member.freed  # parameters
+        logits = 2 * FLOAT * min(judged, max(self.seqlen, LOGITS_AT_ONCE // shape.vocabulary)) * shape.vocabulary
+        hidden = min(HIDDEN_BYTES, judged * shape.width * size)
+        both = held + self._page + hidden if paged else self.everything + stays * size
+        if recipe.finishers:
+            own = stays * max(size, FLOAT)
+            both = max(both, held + own)
+            inside, spilled = shares.split(4 * self.tokens["calibration"] * shape.width * size)
+            names = ", ".join(spec["name"] for spec in recipe.finishers)
+            yield Stage(
+                member.called("finish"), held + own + working, kept + inside, spilled,
+                flops=None, unknown=names, member=member.name,
+            )  # fmt: skip
+        models = 1 + first
+        small = shape.forward(judged, self.seqlen, head=True, share=self._share(member))
+        yield Stage(
+            member.called("evaluate"), both + logits + CUSHION, kept, read=models * self._stored if paged else 0,
+            flops=small + first * shape.forward(judged, self.seqlen, head=True), member=member.name,
+        )  # fmt: skip
+        if self.work is not None:
+            yield Stage(
+                member.called("time the result"), both + CUSHION,
+                flops=self._turns(self.work, 2), unknown=MORE_ROUNDS, member=member.name,
+            )  # fmt: skip
+        largest = max(p.numel() for p in shape.model.parameters()) * (size + shape.stored.itemsize)
+        streamed, saved = paged and not recipe.finishers, stays * shape.stored.itemsize
+        exported = held + self._page + largest if streamed else both
+        read = (2 * self._stored if streamed else 0) + (saved if recipe.verify else 0)  # for the probe, and to write
+        yield Stage(member.called("export"), exported + CUSHION, kept, saved, read, member=member.name)
+
+    @cached_property
+    def _walked(self) -> list[Space]:
+        """Of every round, the rungs of all that still search."""
+        rounds = []
+        for number in range(max(len(member.spaces) for member in self.members)):
+            first, *others = [m.spaces[number] for m in self.members if number < len(m.spaces)]
+            rounds.append(first.joined(*others))
+        return rounds
+
+    @property
+    def _page(self) -> int:
+        """Bytes of the largest part of the model that is read at once."""
+        return max(self.block, self._head)
+
+    @property
+    def _stored(self) -> int:
+        """Bytes of the checkpoint."""
+        return self.everything // self.shape.computed.itemsize * self.shape.stored.itemsize
+
+    @property
+    def _stored_blocks(self) -> int:
+        return sum(self._blocks) // self.shape.computed.itemsize * self.shape.stored.itemsize
+
+    def _share(self, member: Member) -> float:
+        """What a uniform allocation keeps of the blocks."""
+        return 1 - member.freed * self.shape.computed.itemsize / sum(self._blocks)
+
+    def _heard(self, shares: Shares) -> tuple[int, int]:
+        """(bytes in memory, bytes on disk) of what the objective reads of the dense model on all search tokens.
+
+        Questions on fewer add less than a chunk each.
+        """
+        top = OBJECTIVES.build(self.recipe.objective).reads(len(self.shape.blocks)).top
+        said = Teacher.bytes(self.tokens["search"], top, self.shape.vocabulary)
+        inside = min(said, shares.teacher)
+        return inside, min(said - inside, shares.teacher_disk)
+
+    def _walk(self, name: str, space: Space, shares: Shares, held: int, member: str = "") -> Stage:
+        """`held`: bytes in memory beside what a site takes."""
+        shape, needs, tokens = self.shape, self.needs, self.tokens["calibration"]
+        scores = not name.startswith("rebuild") and "scores" in ALLOCATORS.build(self.recipe.allocator).needs
+        size, streams = shape.computed.itemsize, 1 + bool({"cross", "drift"} & needs)
+        memory = disk = spill = doubles = 0
+        flops = streams * shape.forward(tokens, self.seqlen, head=False)
+        for _, members in groupby(space.sites, key=lambda site: site.block):
+            block = [(s.d_in, shape.adapter.part(s) is not None, bool(s.shares)) for s in members]
+            spill = max(spill, BlockFlow.peak(tokens, shape.width, size, block, streams))
+        for site, ladder in zip(space.sites, space.ladders, strict=True):
+            d_out, part = site.d_out, shape.adapter.part(site) is not None
+            fed, paired = shape.fed(site) if "power" in needs else (), by_pairs(site, d_out)
+            moments = moments_bytes(site.d_in, d_out, needs, part=part, paired=paired, fed=fed)
+            # the weight of every rung as proposed and as rounded, or rounded and twice to be written; mean in float64
+            each = max(size + shape.stored.itemsize, 3 * shape.stored.itemsize)
+            weights = site.d_in * d_out * (len(ladder) * each + 2 * DOUBLE + 2 * size)
+            # sums and what is added to them, or their means where they are shared; then means alone
+            made = (site.d_in if paired else d_out) if streams == 2 else 0
+            beside = moments if site.shares else FLOAT * site.d_in * max(next(strips(site.d_in)).stop, made)
+            memory = max(memory, moments + beside, moments + weights)
+            disk += CandidateStore.bytes(site, ladder, shape.stored, scores=scores)
+            flops += moments_flops(tokens, site.d_in, d_out, needs, part=part, paired=paired)
+            cross = "cross" in needs and site.form.shrinks
+            widths = [layout_of(site).width(site, count) if cross else site.d_in for count in ladder]
+            doubles += judging_flops(site.d_in, d_out, widths, cross=cross)
+        inside, spilled = shares.split(spill)
+        read = 0 if shares.blocks is None else self._stored_blocks
+        unknown = f"the work of {self.recipe.pruner['name']} itself"
+        return Stage(
+            name, held + memory, (shares.blocks or 0) + inside, disk + spilled, read, flops, doubles, unknown, member
+        )  # fmt: skip

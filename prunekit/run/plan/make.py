@@ -1,0 +1,96 @@
+"""A plan from a recipe and the skeleton of a model, before any work."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from prunekit.data.draws import amounts, window_of
+from prunekit.measure import latency
+from prunekit.models.opening import computing_dtype, limits, resolved_devices
+from prunekit.plugins.adapter import ModelAdapter
+from prunekit.plugins.registry import ALLOCATORS, OBJECTIVES
+from prunekit.recipe.schema import Recipe
+from prunekit.run.plan.count import Count, Member, Shape
+from prunekit.run.plan.plan import Plan
+from prunekit.run.plan.rehearsal import rehearsed, walks
+from prunekit.run.workplace import written
+from prunekit.search.conversation import Known
+from prunekit.space.ladders import Space
+from prunekit.system.memory import Shares, available, parsed
+
+SPARE = 0.9  # of what is free on the machine; the rest is for others
+
+
+def planned(
+    recipe: Recipe,
+    model: nn.Module,
+    adapter: ModelAdapter,
+    wholes: Sequence[Space],
+    output: Path | None,
+    asked: Sequence[float] | None = None,
+    *,
+    rehearse: bool = False,
+) -> Plan:
+    """What `recipe`, checked, will take for a model of which the skeleton is enough.
+
+    `wholes`: the space of the recipe, or of every member of its family; `asked`: the sparsities of those that results
+    are made of, None: of the recipe's. Only where it is asked for, searches are rehearsed to say how long they take.
+
+    Raises:
+        WrongInput: the recipe's memory is no amount, or latency is asked of more tokens than the model takes.
+    """
+    device = resolved_devices(recipe.device)[0]
+    stored = next(model.parameters()).dtype
+    computed = computing_dtype(stored, recipe.dtype, device)
+    seqlen = window_of(recipe.data, limits(model)["max_seqlen"])
+    tokens = amounts(recipe.data, seqlen)
+    limit_asked = parsed(recipe.memory)
+    limit = round(available(device) * SPARE) if limit_asked is None else limit_asked - _taken(device)
+    free_disk = place = None
+    if output is not None:
+        place = next(p for p in (output.resolve(), *output.resolve().parents) if p.is_dir())
+        free_disk = shutil.disk_usage(place).free + written(output)  # which is gone on with, or discarded
+    allocator, known = ALLOCATORS.build(recipe.allocator), dict[int, Known]()
+    free = not OBJECTIVES.build(recipe.objective).reads(1).tokens
+
+    def forwards(number: int, space: Space) -> int | None:
+        if free or not rehearse:
+            return 0 if free else None
+        learnt = known.setdefault(number, {})
+        return rehearsed(allocator, space, tokens["search"], seqlen, recipe.search_budget, learnt)
+
+    members = []
+    for each, whole in zip(recipe.members, wholes, strict=True):
+        *spaces, last = walks(allocator, whole)
+        counted = [forwards(number, space) for number, space in enumerate(spaces)]
+        wanted = each.sparsity in (asked or [recipe.sparsity])
+        members.append(Member(str(each.sparsity) if recipe.family else "", whole, spaces, counted, last, wanted))
+    timed = recipe.metric == "latency"
+    work = latency.workload(recipe.latency, model) if timed else None  # type: ignore[arg-type]
+    shape = Shape(model, adapter, wholes[0].sites, stored, computed)
+    count = Count(recipe, shape, tokens, seqlen, members, work)
+
+    def of(shares: Shares) -> Plan:
+        stages = tuple(count.stages(shares))
+        return Plan(stages, limit, free_disk, shares, count.resident, count.block, device, computed, place, timed)
+
+    plan, tight = of(Shares()), of(Shares(blocks=0))
+    can = next(model.parameters()).is_meta and tight.least < plan.least  # else it is in memory already, or very small
+    if paged := can and not timed and plan.least > limit:
+        plan = tight
+    room_to_solve = 3 * 8 * max(site.d_in for site in shape.sites) ** 2  # for pruners that factorise
+    return of(Shares.of(limit - plan.least - room_to_solve, paged=paged))
+
+
+def _taken(device: torch.device) -> int:
+    """Bytes this process has already, on a machine that says so."""
+    statm = Path("/proc/self/statm")
+    if device.type == "cuda" or not statm.exists():
+        return 0
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,125 @@
+"""What a run will take on this machine: memory, disk and time of every stage, and whether it fits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunekit.errors import WrongInput
+from prunekit.system.memory import Shares, amount
+from prunekit.system.rates import Rates
+
+HEARING = "dense model"  # a stage of nobody's own: the first question waits for it
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one part of a run takes. Memory is beside what the process itself holds."""
+
+    name: str
+    memory: int  # bytes that it cannot do without
+    shared: int = 0  # bytes it makes use of beyond, of what bounds allow
+    disk: int = 0  # bytes that are written
+    read: int = 0  # bytes that are read
+    flops: int | None = 0  # in the dtype of the computation; None: nobody knows
+    doubles: int = 0  # in float64
+    unknown: str = ""  # what else takes time
+    member: str = ""  # of a family, by its sparsity, that has this stage to itself
+
+    def seconds(self, rates: Rates) -> float | None:
+        """How long that takes; None: nobody knows."""
+        if self.flops is None:
+            return None
+        products = self.flops / rates.flops + self.doubles / rates.doubles
+        return products + self.disk / rates.write + self.read / rates.read
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a run on this machine, and how its memory is shared out."""
+
+    stages: tuple[Stage, ...]
+    limit: int  # bytes of memory that may be taken
+    free_disk: int | None  # bytes where the run works, those of an unfinished one too; None: there is no output
+    shares: Shares
+    resident: int  # bytes of embeddings and norms, which are always there when blocks are paged
+    block: int  # bytes of the largest block
+    device: torch.device
+    dtype: torch.dtype  # of the computation
+    place: Path | None  # where the run works, as far as it exists
+    timed: bool = False  # latency is: a whole model is
+
+    @property
+    def paged(self) -> bool:
+        """Whether blocks of the dense model are read when they are needed."""
+        return self.shares.blocks is not None
+
+    @property
+    def least(self) -> int:
+        """Bytes of memory that the hungriest stage cannot do without."""
+        return max(stage.memory for stage in self.stages)
+
+    @property
+    def disk(self) -> int:
+        """All that is written: nothing is removed before the end."""
+        return sum(stage.disk for stage in self.stages)
+
+    @property
+    def members(self) -> list[str]:
+        """Of a family, those that have stages to themselves."""
+        return list(dict.fromkeys(stage.member for stage in self.stages if stage.member))
+
+    def check(self) -> None:
+        """Refuse what cannot fit.
+
+        Raises:
+            WrongInput: what is too large, what there is, and what would fit.
+        """
+        worst = max(self.stages, key=lambda stage: stage.memory)
+        if worst.memory > self.limit:
+            how = "block by block " if self.paged else ""
+            less = "shorter windows, or an allocator with fewer rungs"
+            if self.timed:
+                less = "or another metric: latency is timed on whole models, never block by block"
+            raise WrongInput(
+                f"{worst.name} takes at least {amount(worst.memory)} of memory {how}beside the process itself, and "
+                f"{amount(max(0, self.limit))} are there; give more, {less}"
+            )
+        if self.free_disk is not None and self.disk > self.free_disk:
+            largest = max(self.stages, key=lambda stage: stage.disk)
+            less = "fewer search tokens" if largest.name == HEARING else "an allocator with fewer rungs"
+            raise WrongInput(
+                f"this run writes {amount(self.disk)}, {largest.name} alone {amount(largest.disk)}, and the disk has "
+                f"{amount(self.free_disk)} free; make room, choose another --output, or {less}"
+            )
+
+    def as_dict(self, rates: Rates) -> dict[str, Any]:
+        """For programs: bytes and seconds; None where nobody knows."""
+        rows: list[dict[str, Any]] = [asdict(stage) | {"seconds": stage.seconds(rates)} for stage in self.stages]
+        known = [row["seconds"] for row in rows if row["seconds"] is not None]
+        of = {name: [row for row in rows if row["member"] == name] for name in self.members}
+        return {
+            "stages": rows,
+            "memory": max(stage.memory + stage.shared for stage in self.stages),
+            "disk": self.disk,
+            "members": [
+                {
+                    "sparsity": float(name),
+                    "disk": sum(row["disk"] for row in own),
+                    "seconds_known": sum(row["seconds"] or 0.0 for row in own),
+                }
+                for name, own in of.items()
+            ],
+            "seconds_known": sum(known),
+            "seconds_complete": len(known) == len(rows) and not any(stage.unknown for stage in self.stages),
+            "paged": self.paged,
+            "memory_limit": self.limit,
+            "disk_free": self.free_disk,
+            "resident": self.resident,
+            "block": self.block,
+            "shares": asdict(self.shares),
+            "rates": asdict(rates),
+        }

@@ -1,0 +1,82 @@
+"""How much a search will ask, counted by holding it on a stand-in table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from prunekit.plugins.allocator import Allocator, Journal, Problem, Query
+from prunekit.search.conversation import Known
+from prunekit.space.ladders import Space
+
+PATIENCE = 2.0  # seconds that a search is rehearsed
+
+
+def walks(allocator: Allocator, whole: Space) -> list[Space]:
+    """The spaces of a search whose answers stay in the middle, and the one that is built in the end."""
+    spaces = [allocator.first_space(whole)]
+    while len(spaces) < 32:
+        centre = spaces[-1].nearest(whole.uniform())
+        if (finer := allocator.next_space(spaces[-1], centre)) is None:
+            break
+        spaces.append(finer)
+    return [*spaces, allocator.last_space(whole, spaces[-1].nearest(whole.uniform()))]
+
+
+class _Mute(Journal):
+    """What asks the outside world is not rehearsed."""
+
+    def once(self, question: Mapping[str, Any], answer: Any) -> Any:
+        raise NotImplementedError("nobody is asked before the run")
+
+
+def rehearsed(
+    allocator: Allocator,
+    space: Space,
+    tokens: int,
+    seqlen: int,
+    limit: int | None = None,
+    known: Known | None = None,
+    patience: float = PATIENCE,
+) -> int | None:
+    """Token-forwards of a search, counted by holding it on a stand-in table; None: it would not be rehearsed.
+
+    Losses are additive in errors that fall with the square of what is removed. A search that goes on until it is
+    content may ask more or less of a real model. What is `known` from another's is free; what is learnt is added.
+    """
+    errors = tuple(
+        tuple((1 + i % 3) * (1 - kept / site.n_groups) ** 2 for kept in ladder)
+        for i, (site, ladder) in enumerate(zip(space.sites, space.ladders, strict=True))
+    )
+    scores = tuple(tuple(float((7 * g) % 11) for g in range(site.n_groups)) for site in space.sites)
+    signals = tuple(tuple(1.0 + (i % 5) / 10 for i in range(len(space.sites))) for _ in allocator.signals)
+    start, judged, paid = space.nearest(space.uniform()), {} if known is None else known, 0
+    problem = Problem(space, errors, start, 0, tokens, signals, scores, _Mute())
+
+    def loss(query: Query) -> float:
+        return sum(
+            (1 + i % 3) * (1 - kept / site.n_groups) ** 2
+            for i, (site, kept) in enumerate(zip(space.sites, query.allocation, strict=True))
+        )
+
+    ends = time.monotonic() + patience
+    try:
+        search = allocator.search(problem)
+        queries = next(search)
+        while True:
+            asked = [
+                (q.allocation, tokens if q.tokens is None else min(tokens, max(1, q.tokens // seqlen) * seqlen))
+                for q in queries
+            ]
+            paid += sum(count for key, count in dict.fromkeys((k, k[1]) for k in asked) if key not in judged)
+            if limit is not None and paid > limit:
+                return limit
+            judged |= {key: loss(query) for key, query in zip(asked, queries, strict=True)}
+            if time.monotonic() > ends:
+                return None
+            queries = search.send([judged[key] for key in asked])
+    except StopIteration:
+        return paid
+    except Exception:
+        return None
