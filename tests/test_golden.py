@@ -1,6 +1,6 @@
 """What short runs on the bundled model make of it, in perplexity: no worse than it was, and no better without a reason.
 
-    pytest tests/test_golden.py --write-golden        measure them anew; the changelog says why a number changed
+pytest tests/test_golden.py --write-golden        measure them anew; the changelog says why a number changed
 """
 
 import json
