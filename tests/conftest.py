@@ -24,6 +24,10 @@ settings.register_profile("random", max_examples=300, deadline=None, print_blob=
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-golden", action="store_true", help="measure the numbers of tests/golden.json anew")
+
+
 @pytest.fixture(scope="session")
 def saved_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A tiny Llama, its config overridden at will, with the tokenizer of the demo, in a folder of its own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from itertools import cycle
@@ -31,6 +32,24 @@ SHARES: dict[str, tuple[float, ...]] = {  # of single weights, map by map and ov
     "sub-layers lost": (0.5, 0.0, 0.8, 1.0, 0.0),
     "whole": (1.0,),
 }
+
+
+class Killed(BaseException):
+    """Like SIGKILL, as far as one process can tell."""
+
+
+class Dying(Checkpoints):
+    """Count what is saved; with a last save, die right after it."""
+
+    def __init__(self, directory: Path, last: int = 0) -> None:
+        super().__init__(directory)
+        self.saved, self.last = 0, last
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        super().save(name, tensors)
+        self.saved += 1
+        if self.saved == self.last:
+            raise Killed
 
 
 class FinisherSuite:
@@ -66,25 +85,20 @@ class FinisherSuite:
         first, second = (self._finished(self._piece()) for _ in range(2))
         _assert_same(first, second)
 
-    def test_an_interrupted_work_ends_in_the_same_bits(self, tmp_path: Path) -> None:
-        class Killed(BaseException):
-            pass
-
-        class Dying(Checkpoints):
-            saved = 0
-
-            def save(self, name: str, tensors: object) -> None:
-                super().save(name, tensors)  # type: ignore[arg-type]
-                self.saved += 1
-                if self.saved == 3:
-                    raise Killed
-
-        whole = self._finished(self._piece())
-        with suppress(Killed):  # finishers that save less are not interrupted
-            self._finished(self._piece(checkpoints=Dying(tmp_path)))
-        resumed = self._finished(self._piece(checkpoints=Checkpoints(tmp_path)))
-        _assert_same(whole, resumed)
-        _assert_same(whole, self._finished(self._piece(checkpoints=Checkpoints(tmp_path))))
+    def test_a_work_interrupted_at_any_save_ends_in_the_same_bits(
+        self, tmp_path: Path, subtests: pytest.Subtests
+    ) -> None:
+        counting = Dying(tmp_path / "whole")
+        whole = self._finished(self._piece(checkpoints=counting))
+        with subtests.test("from scratch"):
+            _assert_same(whole, self._finished(self._piece()))
+        with subtests.test("from its own end"):
+            _assert_same(whole, self._finished(self._piece(checkpoints=Dying(tmp_path / "whole"))))
+        for last in range(1, counting.saved + 1):
+            with subtests.test(f"after save {last} of {counting.saved}"):
+                with pytest.raises(Killed):
+                    self._finished(self._piece(checkpoints=Dying(tmp_path / str(last), last)))
+                _assert_same(whole, self._finished(self._piece(checkpoints=Dying(tmp_path / str(last)))))
 
     def test_all_it_needs_is_in_the_piece_and_the_rest_is_left_alone(self) -> None:
         piece = toy_workpiece(toy_supernet(structure=self._structure))

@@ -27,10 +27,6 @@ class SignalSuite:
 
     plugin: Signal
 
-    @pytest.fixture(params=LAYERS)
-    def layer(self, request: pytest.FixtureRequest) -> LayerProblem:
-        return LAYERS[request.param](needs=self.plugin.needs)
-
     @pytest.fixture(params=[(12, 1), (6, 4)], ids=["columns", "blocks"])
     def plain(self, request: pytest.FixtureRequest) -> LayerProblem:
         return toy_layer(*request.param, needs=self.plugin.needs)
@@ -40,31 +36,30 @@ class SignalSuite:
         assert hash(self.plugin) == hash(replace(self.plugin))  # type: ignore[type-var]
         statistics_of(self.plugin.needs)  # refuses what there is not
 
-    def test_gives_the_same_finite_number_twice(self, layer: LayerProblem) -> None:
-        state = torch.get_rng_state()
-        assert measured(self.plugin, layer) == measured(self.plugin, replace(layer))
-        assert torch.equal(state, torch.get_rng_state()), "the global random state is the caller's"
-
-    def test_leaves_its_input_alone(self, layer: LayerProblem) -> None:
-        parts = [
-            part for owner in (layer, *layer.feeders) for part in (*vars(owner).values(), *owner.statistics.values())
-        ]
-        tensors = [part for part in parts if isinstance(part, torch.Tensor)]
-        before = [tensor.clone() for tensor in tensors]
-        measured(self.plugin, layer)
-        assert all(torch.equal(one, two) for one, two in zip(before, tensors, strict=True))
+    def test_gives_the_same_finite_number_twice_and_leaves_its_input_alone(self, subtests: pytest.Subtests) -> None:
+        for name, made in LAYERS.items():
+            with subtests.test(name):
+                layer, state = made(needs=self.plugin.needs), torch.get_rng_state()
+                owners = (layer, *layer.feeders)
+                parts = [part for o in owners for part in (*vars(o).values(), *o.statistics.values())]
+                tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+                before = [tensor.clone() for tensor in tensors]
+                assert measured(self.plugin, layer) == measured(self.plugin, replace(layer))
+                assert torch.equal(state, torch.get_rng_state()), "the global random state is the caller's"
+                assert all(torch.equal(one, two) for one, two in zip(before, tensors, strict=True))
 
     def test_does_not_depend_on_the_order_of_the_groups(self, plain: LayerProblem) -> None:
-        order = torch.randperm(plain.n_groups, generator=torch.Generator().manual_seed(1)).tolist()
+        order = [(5 * g + 1) % plain.n_groups for g in range(plain.n_groups)]  # none stays
         here, there = measured(self.plugin, plain), measured(self.plugin, permuted(plain, order))
         assert there == pytest.approx(here, rel=1e-5, abs=1e-7)
 
     @pytest.mark.parametrize("scale", [2.0**-6, 2.0**6])
     def test_is_the_same_in_other_units_if_it_says_so(self, plain: LayerProblem, scale: float) -> None:
+        if not self.plugin.unitless:
+            pytest.skip("it does not say so")
         feeders = tuple(replace(feeder, weight=scale * feeder.weight) for feeder in plain.feeders)
         louder = replace(plain, weight=scale * plain.weight, feeders=feeders)
-        if self.plugin.unitless:
-            assert measured(self.plugin, louder) == pytest.approx(measured(self.plugin, plain), rel=1e-5, abs=1e-7)
+        assert measured(self.plugin, louder) == pytest.approx(measured(self.plugin, plain), rel=1e-5, abs=1e-7)
 
     @on_any_shape
     def test_is_finite_on_any_shape(

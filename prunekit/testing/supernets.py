@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,23 @@ def toy_questions(questions: int = 4, choices: int = 3, seqlen: int = 12, seed: 
     question = torch.arange(questions).repeat_interleave(choices)
     right = torch.arange(n) % choices == torch.randint(choices, (questions,), generator=rng)[question]
     return TokenBatch(ids, "questions", answers=Answers(question, first, last, right))
+
+
+@torch.no_grad()
+def spoken(net: Supernet, batch: TokenBatch, seed: int = 0) -> TokenBatch:
+    """The windows with what the dense model itself would say, so that by what they hold no other model is better.
+
+    Text is drawn from it token by token behind the first; of questions the right choices become its likeliest tokens.
+    """
+    ids, asked, generator = batch.ids.clone(), batch.answers, torch.Generator().manual_seed(seed)
+    for position in range(1, batch.seqlen):
+        likely = net.model(ids[:, :position], use_cache=False).logits[:, -1].softmax(-1)
+        if asked is None:
+            ids[:, position] = torch.multinomial(likely, 1, generator=generator)[:, 0]
+        else:
+            here = asked.right & (asked.first <= position) & (position < asked.last)
+            ids[:, position] = torch.where(here, likely.argmax(-1), ids[:, position])
+    return replace(batch, ids=ids)
 
 
 def toy_supernet(
