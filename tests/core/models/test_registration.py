@@ -127,8 +127,8 @@ def test_loaders_and_finders_of_others_are_left_as_they_are(fake: Path) -> None:
         "import warnings; warnings.simplefilter('ignore')\n"
         "import transformers.old, transformers.models.other\n"
         "assert isinstance(transformers.old.__spec__.loader, (Old, type(None)))\n"
-        "loader = transformers.models.other.__loader__\n"
-        "assert type(loader) is importlib.machinery.SourceFileLoader is type(transformers.models.other.__spec__.loader)\n"
+        "other = transformers.models.other\n"
+        "assert type(other.__loader__) is importlib.machinery.SourceFileLoader is type(other.__spec__.loader)\n"
         "assert said == [1]",
         fake,
     )
