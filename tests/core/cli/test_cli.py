@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
-from prunekit.cli.main import app, comparison
+from prunekit.cli.main import app
+from prunekit.cli.tables import comparison
 from prunekit.recipe.schema import Recipe
 from prunekit.run import pipeline
 
@@ -188,7 +189,7 @@ def test_a_full_disk_is_one_sentence_whoever_met_it(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(pipeline, "prune", full)
         result = run("prune", "m", "-o", "out")
         assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
-        assert "the disk is full; make room, and the same command goes on" in result.stderr
+        assert "the disk is full; make room, and the same command continues" in result.stderr
 
 
 def test_plan_and_prune_refuse_what_cannot_fit(model: Path) -> None:
@@ -207,7 +208,7 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(pipeline, "prune", interrupted)
     result = run("prune", "m", "-o", "out")
     assert result.exit_code == 130
-    assert "the same command goes on from here" in result.stderr
+    assert "the same command continues from here" in result.stderr
 
 
 def test_prune_then_evaluate(model: Path, text: Path, tmp_path: Path) -> None:
@@ -356,7 +357,7 @@ def test_check_refuses_in_one_sentence(arguments: tuple[str, ...], sentence: str
 
 
 def test_check_without_pytest_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prunekit.cli.main.find_spec", lambda _: None)
+    monkeypatch.setattr("prunekit.cli.check.find_spec", lambda _: None)
     assert "pip install 'prunekit[testing]'" in refused("check", "obs")
 
 
