@@ -66,7 +66,7 @@ def _row_of(entry: Entry) -> dict[str, Any]:
     try:
         options = [{"name": o.name, "type": o.type, "default": o.default} for o in entry.options]
         return {**row, "summary": entry.summary, "options": options}
-    except ImportError as error:  # an extra that is not installed hides one plug-in, not the list
+    except Exception as error:  # what is broken or not installed hides one plug-in, not the list
         return {**row, "summary": str(error), "options": []}
 
 
@@ -111,7 +111,7 @@ def _width() -> int:
 def _summary_of(entry: Entry) -> str:
     try:
         return entry.summary
-    except ImportError as error:
+    except Exception as error:
         return str(error)
 
 
@@ -130,7 +130,7 @@ def _page_of(entry: Entry) -> Iterator[str]:
     yield typer.style(f"{entry.kind} {entry.name}", bold=True) + f", of {entry.owner}"
     try:
         doc, options, said = entry.doc, entry.options, comments(entry.load())
-    except ImportError as error:
+    except Exception as error:
         yield str(error)
         return
     yield f"\n{doc.strip()}"
