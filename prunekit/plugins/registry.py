@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
 from prunekit.errors import WrongInput, unknown
+from prunekit.plugins.source import Written, written
 
 if TYPE_CHECKING:
     from prunekit.plugins.adapter import ModelAdapter
@@ -45,6 +46,7 @@ class Option:
     name: str
     type: str
     default: Any
+    hint: Any = None  # the type itself
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,27 @@ class Entry:
             ) from error
 
     @property
+    def _written(self) -> Written | None:
+        return written(f"{self.point.module}:{self.point.attr}")
+
+    @property
+    def doc(self) -> str:
+        """Its docstring. It is imported only where its source cannot be read.
+
+        Raises:
+            ImportError: as of `load`.
+        """
+        return self._written.doc if self._written is not None else inspect.getdoc(self.load()) or ""
+
+    @property
     def summary(self) -> str:
         """First line of its docstring."""
-        return (inspect.getdoc(self.load()) or "").strip().split("\n")[0]
+        return self.doc.strip().split("\n")[0]
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Packages that it needs and that are not installed, as far as its source tells."""
+        return self._written.missing if self._written is not None else ()
 
     @property
     def options(self) -> tuple[Option, ...]:
@@ -84,7 +104,9 @@ class Entry:
             return ()
         hints = get_type_hints(loaded)  # so that a named type says what it allows
         return tuple(
-            Option(f.name, _type_name(hints[f.name]), _default(f)) for f in dataclasses.fields(loaded) if f.init
+            Option(f.name, _type_name(hints[f.name]), _default(f), hints[f.name])
+            for f in dataclasses.fields(loaded)
+            if f.init
         )
 
 
@@ -99,6 +121,11 @@ class Registry(Mapping[str, Entry], Generic[T]):
     def contract(self) -> type[T]:
         """The class that all of them derive from."""
         return pkgutil.resolve_name(self._contract)
+
+    @property
+    def summary(self) -> str:
+        """What plug-ins of this kind do: first line of the contract's docstring."""
+        return found.doc.split("\n")[0] if (found := written(self._contract)) is not None else ""
 
     @property
     def _entries(self) -> dict[str, Entry]:

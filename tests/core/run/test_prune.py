@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunekit
@@ -134,13 +135,9 @@ def test_another_recipe_does_not_go_on_with_an_unfinished_run(folder, tmp_path, 
 
 
 def test_two_runs_do_not_share_an_output(folder, tmp_path):
-    import fcntl
-
     (tmp_path / "out.partial").mkdir()
-    with (tmp_path / "out.partial" / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(prunekit.WrongInput, match="another process"):
-            prunekit.prune(folder, output=tmp_path / "out", **QUICK)
+    with FileLock(tmp_path / "out.partial" / ".lock"), pytest.raises(prunekit.WrongInput, match="another process"):
+        prunekit.prune(folder, output=tmp_path / "out", **QUICK)
 
 
 def test_a_model_in_memory_stays_as_it_is(folder, tmp_path, whole):

@@ -289,14 +289,14 @@ def test_the_candidates_of_a_plan_are_those_of_the_run(folder, tmp_path):
 def test_what_finds_no_room_in_memory_is_on_the_disk_of_the_plan(folder, tmp_path, monkeypatch, pruner):
     few = {"data.calibration_tokens": 48, "data.seqlen": 12, "allocator": "uniform", "pruner": pruner}
     plan, roomy = (plan_of(folder, memory=memory, rebuild=False, **few) for memory in ("1MB", "900GiB"))
-    recipe = Recipe.load("fast").with_overrides({"model": str(folder), **few}).checked()
+    parts = resolve(Recipe.load("fast").with_overrides({"model": str(folder), **few}))
     room, store, spilled = Room(plan.shares.activations, tmp_path / "room"), CandidateStore(tmp_path / "store", {}), []
     put = room.put
     monkeypatch.setattr(room, "put", lambda tensor: (put(tensor), spilled.append(files(tmp_path / "room")))[0])
     model, adapter = skeleton(str(folder))
-    space = ALLOCATORS.build(recipe.allocator).first_space(whole_space(recipe, model, adapter, torch.bfloat16))
+    space = parts.allocator.first_space(whole_space(parts, model, adapter, torch.bfloat16))
     build(
-        tiny("llama").bfloat16().float(), adapter, space, space.uniform(), PRUNERS.build(recipe.pruner),
+        tiny("llama").bfloat16().float(), adapter, space, space.uniform(), parts.pruner,
         toy_tokens(), store, dtype=torch.bfloat16, room=room, progress=Progress(),
     )  # fmt: skip
     disk, candidates = (next(s.disk for s in each.stages if s.name == "prune 1") for each in (plan, roomy))
