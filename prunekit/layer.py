@@ -185,6 +185,11 @@ class LayerProblem:
         ids = torch.as_tensor(list(groups), dtype=torch.long, device=self.weight.device)
         return (ids[:, None] * self.group_size + torch.arange(self.group_size, device=ids.device)).flatten()
 
+    def rounded(self, weight: Float[Tensor, "d_out columns"]) -> Float[Tensor, "d_out columns"]:
+        """In the dtype of the weight; what is too large for it is its largest number, for the error to judge."""
+        most = torch.finfo(self.weight.dtype).max
+        return weight.clamp(-most, most).to(self.weight.dtype)
+
     def masked(self, groups: Sequence[int]) -> Candidate:
         """Keep `groups` with their weights as they are."""
         return self._placed(groups, self.weight[:, self.columns(groups)])
@@ -214,7 +219,7 @@ class LayerProblem:
         else:
             inverse = inverted(self.hessian)
             fitted = self.target - _solved_rows(inverse, self.target, ~mask) @ inverse
-        return Candidate(None, torch.where(mask, fitted, 0).to(self.weight.dtype))
+        return Candidate(None, self.rounded(torch.where(mask, fitted, 0)))
 
     def nested(self, ranking: Sequence[int]) -> Nested:
         """The refits of the first 0, 1, … n_groups groups of a ranking, from one factorisation."""
@@ -228,7 +233,7 @@ class LayerProblem:
     def _placed(self, groups: Sequence[int], values: Float[Tensor, "d_out kept"]) -> Candidate:
         """The candidate whose columns of `groups`, in the order given, hold `values`."""
         weight = torch.zeros_like(self.weight)
-        weight[:, self.columns(groups)] = values.to(weight.dtype)
+        weight[:, self.columns(groups)] = self.rounded(values)
         return Candidate(tuple(sorted(int(g) for g in groups)), weight)
 
     def error(self, weight: Float[Tensor, "d_out d_in"]) -> float:
