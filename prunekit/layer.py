@@ -24,6 +24,7 @@ Per = Literal["row", "layer"]
 
 VALUES_AT_ONCE = 2**22  # of what is judged at once: 32 MiB in float64
 CELLS_AT_ONCE = 2**24  # of the matrices that are solved side by side: 128 MiB in float64
+TILE = 512  # rows and columns of a matrix that are compared at once: 2 MiB in float64
 
 _log = logging.getLogger(__name__)
 
@@ -410,8 +411,11 @@ def _energy(weight: Tensor, gram: Tensor, less: Tensor | None = None) -> float:
 
 def _mirrored(gram: Tensor) -> Tensor:
     """In float64 and symmetric: not every processor's xᵀx is, to the last bit, and an order would choose a half."""
-    gram = gram.double()
-    return gram if torch.equal(gram, gram.T) else gram.tril() + gram.tril(-1).T
+    gram, starts = gram.double(), range(0, len(gram), TILE)
+    tiles = [(slice(i, i + TILE), slice(j, j + TILE)) for i in starts for j in starts if j <= i]
+    if all(torch.equal(gram[i, j], gram[j, i].T) for i, j in tiles):  # same as: torch.equal(gram, gram.T), in a cache
+        return gram
+    return gram.tril().add_(gram.tril(-1).T)
 
 
 def _with_diagonal(matrix: Tensor, value: float) -> Tensor:

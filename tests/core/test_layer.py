@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import prunekit.layer
 from prunekit import LayerProblem, best_groups
 from prunekit.layer import Feeder, ranked
 from prunekit.solving import margin
@@ -231,12 +232,16 @@ def test_ridge_above_what_was_asked_for_is_a_line_in_the_log(caplog: pytest.LogC
     assert caplog.messages == ["dead toy: damping is 1.0e-08, not 0.0e+00, for H is singular"]
 
 
-def test_a_gram_whose_halves_differ_by_rounding_is_one_matrix_in_every_order() -> None:
+@pytest.mark.parametrize("tile", [1, 4, 512])
+def test_a_gram_whose_halves_differ_by_rounding_is_one_matrix_in_every_order(
+    tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prunekit.layer, "TILE", tile)
     layer = toy_layer(quirk="duplicate", dtype=torch.float64)
     noise = 1e-7 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
     crooked = replace(layer, gram=layer.gram * (1 + noise.triu(1)), damping=0.0)
     assert torch.equal(crooked.hessian, replace(layer, damping=0.0).hessian)
-    for order in itertools.permutations(range(6)):
+    for order in list(itertools.permutations(range(6)))[::7]:
         assert bool(torch.isfinite(crooked.nested(order).losses).all())
 
 
