@@ -23,6 +23,7 @@ from prunekit.space.forms import GROUPS, Form, Units
 
 VALUES_AT_ONCE = 2**22  # of what is judged at once: 32 MiB in float64
 CELLS_AT_ONCE = 2**24  # of the matrices that are solved side by side: 128 MiB in float64
+TILE = 512  # rows and columns of a matrix that are compared at once: 2 MiB in float64
 
 _log = logging.getLogger(__name__)
 
@@ -198,6 +199,11 @@ class LayerProblem:
         ids = torch.as_tensor(list(groups), dtype=torch.long, device=self.weight.device)
         return (ids[:, None] * self.group_size + torch.arange(self.group_size, device=ids.device)).flatten()
 
+    def rounded(self, weight: Float[Tensor, "d_out columns"]) -> Float[Tensor, "d_out columns"]:
+        """In the dtype of the weight; what is too large for it is its largest number, for the error to judge."""
+        most = torch.finfo(self.weight.dtype).max
+        return weight.clamp(-most, most).to(self.weight.dtype)
+
     def masked(self, groups: Sequence[int]) -> Candidate:
         """Keep `groups` with their weights as they are."""
         return self._placed(groups, self.weight[:, self.columns(groups)])
@@ -227,7 +233,7 @@ class LayerProblem:
         else:
             inverse = inverted(self.hessian)
             fitted = self.target - _solved_rows(inverse, self.target, ~mask) @ inverse
-        return Candidate(None, torch.where(mask, fitted, 0).to(self.weight.dtype))
+        return Candidate(None, self.rounded(torch.where(mask, fitted, 0)))
 
     def nested(self, ranking: Sequence[int]) -> Nested:
         """The refits of the first 0, 1, … n_groups groups of a ranking, from one factorisation."""
@@ -241,7 +247,7 @@ class LayerProblem:
     def _placed(self, groups: Sequence[int], values: Float[Tensor, "d_out kept"]) -> Candidate:
         """The candidate whose columns of `groups`, in the order given, hold `values`."""
         weight = torch.zeros_like(self.weight)
-        weight[:, self.columns(groups)] = values.to(weight.dtype)
+        weight[:, self.columns(groups)] = self.rounded(values)
         return Candidate(tuple(sorted(int(g) for g in groups)), weight)
 
     def error(self, weight: Float[Tensor, "d_out d_in"]) -> float:
@@ -366,8 +372,11 @@ def _energy(weight: Tensor, gram: Tensor, less: Tensor | None = None) -> float:
 
 def _mirrored(gram: Tensor) -> Tensor:
     """In float64 and symmetric: not every processor's xᵀx is, to the last bit, and an order would choose a half."""
-    gram = gram.double()
-    return gram if torch.equal(gram, gram.T) else gram.tril() + gram.tril(-1).T
+    gram, starts = gram.double(), range(0, len(gram), TILE)
+    tiles = [(slice(i, i + TILE), slice(j, j + TILE)) for i in starts for j in starts if j <= i]
+    if all(torch.equal(gram[i, j], gram[j, i].T) for i, j in tiles):  # same as: torch.equal(gram, gram.T), in a cache
+        return gram
+    return gram.tril().add_(gram.tril(-1).T)
 
 
 def _with_diagonal(matrix: Tensor, value: float) -> Tensor:

@@ -91,7 +91,7 @@ class APT(LocalPruner):
             return self._chosen(layer, keep, here, w, part.T @ part, part.diagonal().square())
 
         weight, _ = swept(layer.target, u, choose, step=layer.m or self.width, width=self.width)
-        return Candidate(None, weight.to(layer.weight.dtype))
+        return Candidate(None, layer.rounded(weight))
 
     def _solved(self, layer: LayerProblem, u: Tensor, keep: int, mask: Tensor | None) -> Candidate:
         if mask is not None:

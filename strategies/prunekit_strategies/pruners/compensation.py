@@ -134,4 +134,4 @@ def best(
     if layer.d_in <= exact or bool(mask.all()):
         return layer.refitted_rows(mask)
     fitted = conjugate(layer.hessian, layer.target, mask, steps=steps, start=start)
-    return Candidate(None, fitted.to(layer.weight.dtype))
+    return Candidate(None, layer.rounded(fitted))

@@ -71,7 +71,7 @@ class SparseGPT(LocalPruner):
         for keep, mask in zip(keeps, masks, strict=True):
             choose = self._own(layer, keep) if mask is None else _fixed(mask)
             weight, _ = swept(layer.target, u, choose, step=step, width=self.width)
-            candidates.append(Candidate(None, weight.to(layer.weight.dtype)))
+            candidates.append(Candidate(None, layer.rounded(weight)))
         return candidates
 
     def _own(self, layer: LayerProblem, keep: int) -> Choose:

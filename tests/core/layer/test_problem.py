@@ -1,6 +1,7 @@
 """The algebra every pruner stands on, in float64."""
 
 import itertools
+import logging
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,10 @@ from torch import Tensor
 from prunekit import LayerProblem, PluginError, best_groups
 from prunekit.layer.candidates import ranked
 from prunekit.layer.problem import Feeder
+from prunekit.layer.solving import margin
 from prunekit.testing import toy_layer, with_statistics
+from prunekit.testing.layers import QUIRKS, Quirk
+from prunekit.testing.shapes import SINGULAR
 from prunekit.testing.statistics import Peak
 
 SIZES = [pytest.param(1, id="columns"), pytest.param(3, id="blocks")]
@@ -187,6 +191,65 @@ def test_ridge_grows_until_the_hessian_has_a_factor() -> None:
     saved = replace(layer, gram=layer.gram - 1e-6 * torch.eye(6, dtype=torch.float64), damping=0.0)
     assert saved.ridge > 1e-6
     assert bool(torch.isfinite(saved.refitted([1, 2]).weight).all())
+
+
+def test_ridge_asks_for_more_than_one_lucky_factor() -> None:
+    eps = 2.0**-52  # 1 + ε - 1·1 = ε has a root on any processor; 1 - 1·1 in the other order has none
+    gram = torch.tensor([[1, 1], [1, 1 + eps]], dtype=torch.float64)
+    assert not bool(torch.linalg.cholesky_ex(gram).info)
+    assert bool(torch.linalg.cholesky_ex(gram.flip(0, 1)).info)
+    layer = LayerProblem(torch.ones(1, 2, dtype=torch.float64), gram, damping=0.0)
+    assert layer.ridge == pytest.approx(1e-8)
+    for candidate in (layer.refitted([1]), *layer.nested([1, 0]).candidates([1])):
+        torch.testing.assert_close(candidate.weight, torch.tensor([[0.0, 2.0]]).double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("quirk", ["duplicate", "dead", "low rank", "loud"])
+@pytest.mark.parametrize("damping", [0.0, 1e-16, 1e-13])
+def test_hessian_of_a_singular_layer_is_positive_with_a_margin(quirk: Quirk, damping: float) -> None:
+    for n_groups, group_size, d_out, seed in [*SINGULAR, *((6, size, 1, seed) for size in (1, 3) for seed in range(9))]:
+        layer = replace(toy_layer(n_groups, group_size, d_out, quirk=quirk, seed=seed), damping=damping)
+        scale = layer.hessian.diagonal().sqrt()
+        least = float(torch.linalg.eigvalsh(layer.hessian / scale / scale[:, None])[0])
+        assert least > margin(layer.d_in) / 2  # no trouble from rounding here: eigvalsh is out by a few ε
+        for groups in itertools.permutations(range(n_groups), min(n_groups, 3)):
+            columns = layer.columns(groups)
+            assert not bool(torch.linalg.cholesky_ex(layer.hessian[columns][:, columns]).info)
+
+
+@pytest.mark.parametrize("quirk", QUIRKS)
+def test_with_the_usual_damping_ridge_is_what_was_asked_for(quirk: Quirk) -> None:
+    for layer in (toy_layer(quirk=quirk), toy_layer(200, quirk=quirk, dtype=torch.float64)):
+        scale = float(layer.gram.diagonal().double().mean())
+        assert layer.ridge == (0.01 * scale if scale else 1.0)
+
+
+def test_ridge_above_what_was_asked_for_is_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "prunekit"):
+        assert replace(toy_layer(), damping=0.0).ridge == 0
+        assert not caplog.messages
+        assert replace(toy_layer(quirk="dead"), damping=0.0).ridge > 0
+    assert caplog.messages == ["dead toy: damping is 1.0e-08, not 0.0e+00, for H is singular"]
+
+
+@pytest.mark.parametrize("tile", [1, 4, 512])
+def test_a_gram_whose_halves_differ_by_rounding_is_one_matrix_in_every_order(
+    tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(problem_of, "TILE", tile)
+    layer = toy_layer(quirk="duplicate", dtype=torch.float64)
+    noise = 1e-7 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    crooked = replace(layer, gram=layer.gram * (1 + noise.triu(1)), damping=0.0)
+    assert torch.equal(crooked.hessian, replace(layer, damping=0.0).hessian)
+    for order in list(itertools.permutations(range(6)))[::7]:
+        assert bool(torch.isfinite(crooked.nested(order).losses).all())
+
+
+def test_what_half_floats_cannot_hold_becomes_their_largest() -> None:
+    layer = toy_layer(dtype=torch.float16)
+    weight = torch.tensor([[1.0, -1e6], [65504.0, 1e300]]).double()
+    assert layer.rounded(weight).tolist() == [[1.0, -65504.0], [65504.0, 65504.0]]
+    assert layer.rounded(weight).dtype == torch.float16
 
 
 def test_gram_that_is_no_second_moment_is_refused_by_name() -> None:
