@@ -130,10 +130,8 @@ class PrunerSuite:
             assert torch.equal(one.weight, two.weight)
 
     def test_leaves_its_input_alone(self, layer: LayerProblem) -> None:
-        parts = [
-            part for owner in (layer, *layer.feeders) for part in (*vars(owner).values(), *owner.statistics.values())
-        ]
-        tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+        parts = [{**vars(owner), **owner.statistics} for owner in (layer, *layer.feeders)]
+        tensors = [value for part in parts for value in part.values() if isinstance(value, torch.Tensor)]
         before = [tensor.clone() for tensor in tensors]
         for candidate in checked(self.plugin, layer, counts_of(layer)):
             candidate.weight.fill_(7)  # an answer is the caller's own

@@ -46,10 +46,8 @@ class SignalSuite:
         assert torch.equal(state, torch.get_rng_state()), "the global random state is the caller's"
 
     def test_leaves_its_input_alone(self, layer: LayerProblem) -> None:
-        parts = [
-            part for owner in (layer, *layer.feeders) for part in (*vars(owner).values(), *owner.statistics.values())
-        ]
-        tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+        parts = [{**vars(owner), **owner.statistics} for owner in (layer, *layer.feeders)]
+        tensors = [value for part in parts for value in part.values() if isinstance(value, torch.Tensor)]
         before = [tensor.clone() for tensor in tensors]
         measured(self.plugin, layer)
         assert all(torch.equal(one, two) for one, two in zip(before, tensors, strict=True))
