@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prunekit import LayerProblem, PluginError, best_groups
+from prunekit.layer import problem as problem_of
 from prunekit.layer.candidates import ranked
 from prunekit.layer.problem import Feeder
 from prunekit.layer.solving import margin
