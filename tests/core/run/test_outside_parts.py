@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import pytest
 
 import prunekit as pk
+from prunekit.errors import CannotGoOn
+from prunekit.models.opening import skeleton
 from prunekit.plugins.registry import EXPORTERS, METRICS, Entry
 from prunekit.run import pipeline
 from prunekit.system.progress import Progress
@@ -154,16 +156,12 @@ def test_what_was_measured_is_kept_and_given_again(saved_tiny: Any, tmp_path: Pa
     assert again.recipe.metric == result.recipe.metric == {"name": "energy", "prices": {"group": 3}}
     assert again.ledger == result.ledger
     assert other.recipe.metric == {"name": "energy", "prices": {"group": 7}}  # of other groups, so it is measured anew
-    names = [s.name for s in pipeline.foreseen(again.recipe, *skeletons(model), None).stages]
+    names = [s.name for s in pipeline.foreseen(again.recipe, *skeleton(str(model)), None).stages]
     assert "time the result" in names
     assert "time sub-layers" not in names
     assert "time sub-layers" in [
-        s.name for s in pipeline.foreseen(unmeasured(again.recipe), *skeletons(model), None).stages
+        s.name for s in pipeline.foreseen(unmeasured(again.recipe), *skeleton(str(model)), None).stages
     ]
-
-
-def skeletons(model: Path) -> Any:
-    return pipeline.skeleton(str(model), trust_remote_code=False)
 
 
 def unmeasured(recipe: pk.Recipe) -> pk.Recipe:
@@ -175,7 +173,7 @@ def test_a_plan_counts_every_exporter(saved_tiny: Any, tmp_path: Path) -> None:
     disks = []
     for asked in (["hf"], ["hf", "table"]):
         recipe = pk.Recipe.load("fast").with_overrides({"exporters": asked}).checked()
-        *_, export = pipeline.foreseen(recipe, *skeletons(model), tmp_path).stages
+        *_, export = pipeline.foreseen(recipe, *skeleton(str(model)), tmp_path).stages
         disks.append(export.disk)
     assert disks[1] - disks[0] == Table().size(None)  # type: ignore[arg-type]
 
@@ -184,7 +182,7 @@ def test_a_plan_counts_every_exporter(saved_tiny: Any, tmp_path: Path) -> None:
     ("exporter", "error", "sentence"),
     [
         ("clumsy", pk.PluginError, r"Clumsy touched config\.json, which it does not call its own"),
-        ("lossy", pipeline.CannotGoOn, r"the result was not kept: .*tensors\.csv has .* parameters, not"),
+        ("lossy", CannotGoOn, r"the result was not kept: .*tensors\.csv has .* parameters, not"),
     ],
 )
 def test_what_an_exporter_breaks_is_not_kept(
