@@ -307,6 +307,7 @@ def test_a_table_from_elsewhere_is_said_to_be(dense: Dense, clock: Any) -> None:
     table["hardware"]["threads"] = 999
     heard = Heard()
     found = Latency(prompt=16, prices=table).measured(dense, sites, None, heard).table
+    assert found is not None
     assert found == Prices.of(table)
     (line,) = said
     assert line.startswith("warning: the price table was measured elsewhere (threads 999, here ")
