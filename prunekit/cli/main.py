@@ -330,6 +330,10 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the computation: auto, float32, bfloat16, ...")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model.")] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Another model, timed in turns with this one.", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -338,6 +342,7 @@ def evaluate(
     if name is None:
         raise WrongInput("no model was given; name a folder or a hub id: prunekit evaluate MODEL")
     from prunekit.measure.evaluate import evaluate as measure
+    from prunekit.measure.rounds import Ratio
     from prunekit.system.progress import progress_for
 
     _calm()
@@ -351,6 +356,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        against=against,
         progress=progress_for(quiet),
     )
     if as_json:
@@ -363,8 +369,14 @@ def evaluate(
     table.add_row("parameters", f"{found['parameters']:,}")
     table.add_row("weights", _bytes(found["bytes"]))
     table.add_row("zeros", f"{found['zeros']:.2%} of the weights of linear maps")
-    table.add_row("prefill", f"{found['prefill_tokens_per_second']:,.0f} tokens/s on {found['device']}")
-    table.add_row("decode", f"{found['decode_tokens_per_second']:,.1f} tokens/s on {found['device']}")
+    for what in ("prefill", "decode"):
+        low, high = found[f"{what}_tokens_per_second_middle_half"]
+        middle = f"tokens/s, half of the rounds {low:,.1f} to {high:,.1f}"
+        table.add_row(what, f"{found[f'{what}_tokens_per_second']:,.1f} {middle}")
+        if (other := found.get("against")) is not None:
+            ratio = Ratio(other[f"{what}_ratio"], *other[f"{what}_ratio_interval"])
+            table.add_row(f"{what}, ratio", f"{ratio} to {other[f'{what}_tokens_per_second']:,.1f} of {against}")
+    table.add_row("timed as", found["timed"])
     _print(table)
 
 
@@ -430,7 +442,8 @@ def demo(
 
     _calm()
     found = run(output, progress_for(quiet))
-    _print(comparison(str(output), found.dense, found.pruned))
+    _print(comparison(str(output), found.dense, found.pruned, found.speed))
+    typer.echo(f"speed: {found.timed}")
     typer.echo(f"loaded back in a fresh process: logits differ by at most {found.difference:.1e}")
 
 
@@ -451,19 +464,21 @@ ROWS: Mapping[str, Callable[[float], str]] = {
     "not zero in linear maps": "{:,.0f}".format,
     "perplexity": "{:,.2f}".format,
     "size on disk": _bytes,
-    "prefill tokens/s": "{:,.0f}".format,
-    "decode tokens/s": "{:,.1f}".format,
     "milliseconds": "{:,.4g}".format,
 }
 
 
-def comparison(title: str, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Table:
-    """Dense against pruned; keys are those of `ROWS`, what was not measured is left out."""
+def comparison(
+    title: str, dense: Mapping[str, float], pruned: Mapping[str, float], more: Sequence[Sequence[str]] = ()
+) -> Table:
+    """Dense against pruned; keys are those of `ROWS`, what was not measured is left out; and rows ready-made."""
     table = _table(title, "dense", "pruned", "ratio")
     for row, text in ROWS.items():
         if row in dense and row in pruned:
             ratio = f"{pruned[row] / dense[row]:.3f}" if dense[row] else ""
             table.add_row(row, text(dense[row]), text(pruned[row]), ratio)
+    for cells in more:
+        table.add_row(*cells)
     return table
 
 
