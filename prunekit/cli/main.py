@@ -375,7 +375,7 @@ def evaluate(
         table.add_row(what, f"{found[f'{what}_tokens_per_second']:,.1f} {middle}")
         if (other := found.get("against")) is not None:
             ratio = Ratio(other[f"{what}_ratio"], *other[f"{what}_ratio_interval"])
-            table.add_row(f"{what}, ratio", f"{ratio} to {other[f'{what}_tokens_per_second']:,.1f} of {against}")
+            table.add_row(f"{what}, ratio", f"{ratio}; {against} has {other[f'{what}_tokens_per_second']:,.1f}")
     table.add_row("timed as", found["timed"])
     _print(table)
 
@@ -443,7 +443,7 @@ def demo(
     _calm()
     found = run(output, progress_for(quiet))
     _print(comparison(str(output), found.dense, found.pruned, found.speed))
-    typer.echo(f"speed: {found.timed}")
+    typer.echo("speed: " + found.timed.replace("; ", "\n  "))
     typer.echo(f"loaded back in a fresh process: logits differ by at most {found.difference:.1e}")
 
 

@@ -67,4 +67,4 @@ def run(output: Path, progress: Progress | None = None) -> Demo:
         for which, folder in folders.items()
     }
     rows = compared(pace["dense"], pace["pruned"])
-    return Demo(counts["dense"], counts["pruned"], rows, str(pace["dense"]), difference)
+    return Demo(counts["dense"], counts["pruned"], rows, f"{pace['dense']}; ratios with 95 % intervals", difference)

@@ -21,7 +21,7 @@ STEP = 20_000_000  # nanoseconds in which the calls of one pass are no longer mo
 BATCH = 64  # sequences at most
 TURN = 250_000_000  # nanoseconds of decoding in a turn
 STEPS = 4, 32  # of decoding in a turn: no fewer, no more
-ROUNDS, SECONDS = 15, 20.0  # no further round begins after so long
+ROUNDS, SECONDS = 15, 15.0  # no further round begins after so long
 
 K = TypeVar("K", bound=Hashable)
 
