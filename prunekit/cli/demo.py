@@ -22,5 +22,6 @@ def demo(
 
     quiet_libraries()
     found = run(output, progress_for(quiet))
-    print_table(comparison(str(output), found.dense, found.pruned))
+    print_table(comparison(str(output), found.dense, found.pruned, found.speed))
+    typer.echo("speed: " + found.timed.replace("; ", "\n  "))
     typer.echo(f"loaded back in a fresh process: logits differ by at most {found.difference:.1e}")

@@ -61,12 +61,17 @@ def evaluate(
             rich_help_panel=MACHINE,
         ),
     ] = "auto",
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Second model, timed in turns with the first.", rich_help_panel=MACHINE),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure perplexity, size and speed of a model, dense or pruned."""
     name = needed_model(given_model(model, model_option), "prunekit evaluate MODEL")
     from prunekit.measure.evaluate import evaluate as measure
+    from prunekit.measure.rounds import Ratio
     from prunekit.system.progress import progress_for
 
     quiet_libraries()
@@ -80,6 +85,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        against=against,
         progress=progress_for(quiet),
     )
     if as_json:
@@ -92,6 +98,12 @@ def evaluate(
     table.add_row("parameters", f"{found['parameters']:,}")
     table.add_row("weights", format_bytes(found["bytes"]))
     table.add_row("zeros", f"{found['zeros']:.2%} of the weights of linear maps")
-    table.add_row("prefill", f"{found['prefill_tokens_per_second']:,.0f} tokens/s on {found['device']}")
-    table.add_row("decode", f"{found['decode_tokens_per_second']:,.1f} tokens/s on {found['device']}")
+    for what in ("prefill", "decode"):
+        low, high = found[f"{what}_tokens_per_second_middle_half"]
+        middle = f"tokens/s, half of the rounds {low:,.1f} to {high:,.1f}"
+        table.add_row(what, f"{found[f'{what}_tokens_per_second']:,.1f} {middle}")
+        if (other := found.get("against")) is not None:
+            ratio = Ratio(other[f"{what}_ratio"], *other[f"{what}_ratio_interval"])
+            table.add_row(f"{what}, ratio", f"{ratio}; {against} has {other[f'{what}_tokens_per_second']:,.1f}")
+    table.add_row("timed as", found["timed"])
     print_table(table)

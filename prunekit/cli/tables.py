@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,19 +28,21 @@ ROWS: Mapping[str, Callable[[float], str]] = {
     "not zero in linear maps": "{:,.0f}".format,
     "perplexity": "{:,.2f}".format,
     "size on disk": format_bytes,
-    "prefill tokens/s": "{:,.0f}".format,
-    "decode tokens/s": "{:,.1f}".format,
     "milliseconds": "{:,.4g}".format,
 }
 
 
-def comparison(title: str, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Table:
-    """Dense against pruned; keys are those of `ROWS`, what was not measured is left out."""
+def comparison(
+    title: str, dense: Mapping[str, float], pruned: Mapping[str, float], more: Sequence[Sequence[str]] = ()
+) -> Table:
+    """Dense against pruned; keys are those of `ROWS`, what was not measured is left out. `more`: further rows."""
     table = new_table(title, "dense", "pruned", "ratio")
     for row, text in ROWS.items():
         if row in dense and row in pruned:
             ratio = f"{pruned[row] / dense[row]:.3f}" if dense[row] else ""
             table.add_row(row, text(dense[row]), text(pruned[row]), ratio)
+    for cells in more:
+        table.add_row(*cells)
     return table
 
 

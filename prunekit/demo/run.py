@@ -9,10 +9,10 @@ from prunekit.demo import MODEL
 from prunekit.errors import WrongInput
 from prunekit.export.verify import verify
 from prunekit.measure.evaluate import load
-from prunekit.measure.speed import size, speed
+from prunekit.measure.rounds import one_thread
+from prunekit.measure.speed import compared, size, speeds
 from prunekit.recipe.schema import Recipe
 from prunekit.run.prune import prune
-from prunekit.run.results import Result
 from prunekit.system.progress import Progress
 
 # amounts that end in two minutes on two cores
@@ -34,6 +34,8 @@ class Demo:
 
     dense: dict[str, float]
     pruned: dict[str, float]
+    speed: list[tuple[str, str, str, str]]  # further rows: what, dense, pruned, ratio
+    timed: str  # what these rows are of
     difference: float
 
 
@@ -51,22 +53,18 @@ def run(output: Path, progress: Progress | None = None) -> Demo:
     result = prune(Recipe.load().with_overrides(SETTINGS), output=output, progress=progress, overwrite=ours)
     assert result.probe is not None
     difference = verify(output, *result.probe, result.report["pruned"]["parameters"]).difference
-    with progress.stage("speed", 2) as stage:
-        dense = _numbers(result, "dense", MODEL)
-        stage.advance(note="dense")
-        pruned = _numbers(result, "pruned", output)
-        stage.advance(note="pruned")
-    return Demo(dense, pruned, difference)
-
-
-def _numbers(result: Result, which: str, folder: Path) -> dict[str, float]:
-    model = load(str(folder), device="cpu", dtype="float32")
-    pace, counts = speed(model), result.report[which]
-    return {
-        "parameters": counts["parameters"],
-        "block parameters": counts["block_parameters"],
-        "perplexity": result.report["losses"][which]["perplexity"],
-        "size on disk": size(model, folder).bytes,
-        "prefill tokens/s": pace.prefill,
-        "decode tokens/s": pace.decode,
+    folders = {"dense": MODEL, "pruned": output}
+    models = {which: load(str(folder), device="cpu", dtype="float32") for which, folder in folders.items()}
+    with one_thread():  # where the clock can leave out what other programs take
+        pace = speeds(models, progress)
+    counts = {
+        which: {
+            "parameters": result.report[which]["parameters"],
+            "block parameters": result.report[which]["block_parameters"],
+            "perplexity": result.report["losses"][which]["perplexity"],
+            "size on disk": size(models[which], folder).bytes,
+        }
+        for which, folder in folders.items()
     }
+    rows = compared(pace["dense"], pace["pruned"])
+    return Demo(counts["dense"], counts["pruned"], rows, f"{pace['dense']}; ratios with 95 % intervals", difference)

@@ -14,12 +14,14 @@ from prunekit.data.draws import draw_evaluation
 from prunekit.data.spec import DataSpec
 from prunekit.errors import WrongInput
 from prunekit.measure.perplexity import perplexity
-from prunekit.measure.speed import size, speed, zeros
+from prunekit.measure.rounds import FEWEST, Ratio
+from prunekit.measure.speed import Speed, size, speeds, zeros
 from prunekit.models.opening import DTYPES, load_tokenizer, resolved_device
 from prunekit.models.opening import loaded as loaded_from
 from prunekit.system.progress import Progress
 
 FEW_WINDOWS = 20  # below this the standard error itself is a guess
+FEW_ROUNDS = 3  # of a model alone, however long they take
 
 
 def evaluate(
@@ -33,9 +35,10 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    against: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure a model in a folder or on the hub.
+    """Measure a model in a folder or on the hub; its speed in turns with that of another one, `against`.
 
     Raises:
         WrongInput: no such model or data, or too little text.
@@ -59,7 +62,11 @@ def evaluate(
         progress.say(
             "warning: the loss is not finite; the model is broken, or its numbers are too large for this dtype"
         )
-    weights, pace = size(loaded, model), speed(loaded)
+    weights, models = size(loaded, model), {"model": loaded}
+    if against is not None:  # first, as the one that decides what is timed
+        other = load(against, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        models = {"against": other, **models}
+    pace = speeds(models, progress, fewest=FEW_ROUNDS if against is None else FEWEST)
     return {
         "model": model,
         **found.as_dict(),
@@ -68,11 +75,22 @@ def evaluate(
         "parameters": weights.parameters,
         "bytes": weights.bytes,
         "zeros": zeros(loaded),
-        "prefill_tokens_per_second": pace.prefill,
-        "decode_tokens_per_second": pace.decode,
-        "device": pace.device,
+        **pace["model"].as_dict(),
+        "timed": str(pace["model"]),
+        "device": pace["model"].device,
         "dtype": str(next(loaded.parameters()).dtype).removeprefix("torch."),
+        **({} if against is None else {"against": {"model": against, **_ratios(pace["model"], pace["against"])}}),
     }
+
+
+def _ratios(pace: Speed, other: Speed) -> dict[str, Any]:
+    """The other's speed, and how many times as fast the first is, round by round."""
+    found = other.as_dict()
+    for what, a, b in (("prefill", pace.prefill, other.prefill), ("decode", pace.decode, other.decode)):
+        ratio = Ratio.of(a, b)
+        found[f"{what}_ratio"], found[f"{what}_ratio_interval"] = ratio.median, [ratio.low, ratio.high]
+        found[f"{what}_ratio_clear"] = ratio.clear
+    return found
 
 
 def load(model: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Any:

@@ -7,9 +7,7 @@ the blocks are as they will be, and the difference is large against the noise.
 from __future__ import annotations
 
 import platform
-import random
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +19,7 @@ from transformers import PreTrainedModel
 
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.layer.candidates import Candidate
+from prunekit.measure.rounds import elapsed, interleaved
 from prunekit.models.modules import shallow
 from prunekit.plugins.dense import Dense
 from prunekit.plugins.metric import Runs
@@ -56,24 +55,18 @@ def workload(batch: int, prompt: int | None, new_tokens: int, model: PreTrainedM
 
 @torch.no_grad()
 def nanoseconds(model: PreTrainedModel, work: Workload) -> int:
-    """The time of one run of the workload; the text does not matter, its length does.
-
-    Of a computation in one CPU thread it is that thread's time: the same on an idle machine, and on a busy one without
-    what other programs take.
-    """
+    """The time of one run of the workload; the text does not matter, its length does."""
     network: Any = model
     device = next(model.parameters()).device
     ids = (torch.arange(work.prompt, device=device) % network.config.vocab_size).repeat(work.batch, 1)
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.thread_time_ns if alone else time.perf_counter_ns
-    _wait(device)
-    begun = clock()
-    seen = network(input_ids=ids, use_cache=work.new_tokens > 0, logits_to_keep=1)
-    for _ in range(work.new_tokens):
-        token = seen.logits[:, -1:].argmax(-1)
-        seen = network(input_ids=token, past_key_values=seen.past_key_values, use_cache=True)
-    _wait(device)
-    return clock() - begun
+
+    def run() -> None:
+        seen = network(input_ids=ids, use_cache=work.new_tokens > 0, logits_to_keep=1)
+        for _ in range(work.new_tokens):
+            token = seen.logits[:, -1:].argmax(-1)
+            seen = network(input_ids=token, past_key_values=seen.past_key_values, use_cache=True)
+
+    return elapsed(run, device)
 
 
 def sampled(
@@ -85,23 +78,19 @@ def sampled(
 ) -> dict[K, list[int]]:
     """Nanoseconds of the workload on each of the models, which are made when it is their turn.
 
-    In every round each has one turn, in an order of its own, so that a machine that slows down does so for all; the
-    first, against which the others are held, has more of them. A turn begins with a run that does not count.
+    The first, against which the others are held, has more turns. A turn begins with a run that does not count.
     """
-    samples: dict[K, list[int]] = {key: [] for key in models}
     first = next(iter(models))
-    turns = [*models, *[first] * (len(models) // OFTEN)]
     repeats = max(1, min(10, TURN // max(1, min(nanoseconds(models[first](), work) for _ in range(2)))))
-    begun = time.monotonic()
-    with progress.stage(label, rounds * len(turns)) as stage:
-        for turn in range(rounds):
-            if turn >= FEWEST and time.monotonic() - begun > SECONDS:
-                break
-            for key in random.Random(turn).sample(turns, len(turns)):
-                model = models[key]()
-                samples[key] += [nanoseconds(model, work) for _ in range(repeats + 1)][1:]
-                stage.advance()
-    return samples
+
+    def turn(key: K) -> list[int]:
+        model = models[key]()
+        return [nanoseconds(model, work) for _ in range(repeats + 1)][1:]
+
+    turns = {key: lambda key=key: turn(key) for key in models}
+    more = len(models) // OFTEN
+    found = interleaved(turns, progress, label, rounds=rounds, fewest=FEWEST, seconds=SECONDS, more_of_first=more)
+    return {key: [time for times in each for time in times] for key, each in found.items()}
 
 
 def typical(samples: Mapping[K, Sequence[int]]) -> tuple[dict[K, int], float]:
@@ -223,8 +212,3 @@ def _processor() -> str:
 
 def _at(some: Sequence[int], j: int) -> int:
     return some[min(j, len(some) - 1)]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

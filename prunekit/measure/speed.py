@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from prunekit.measure.rounds import FEWEST, Ratio, Spread, elapsed, interleaved, own_time
 from prunekit.models.modules import evaluating
+from prunekit.space.prices import Workload
+from prunekit.system.progress import Progress
 
 CACHES = ("past_key_values", "cache_params")  # of attention, of state spaces
+PROMPT, READ = 256, 2048  # tokens of a prompt, and of all prompts read in one pass: no more
+STEP = 20_000_000  # nanoseconds in which the calls of one pass are no longer most of it; a batch is made larger until
+BATCH = 64  # sequences at most
+TURN = 250_000_000  # nanoseconds of decoding in a turn
+STEPS = 4, 32  # of decoding in a turn: no fewer, no more
+ROUNDS, SECONDS = 15, 15.0  # no further round begins after so long
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second for one sequence, the median of some repeats."""
+    """Tokens per second of a model in every round, those of a batch together."""
 
-    prefill: float
-    decode: float
-    prompt: int  # tokens read in one pass
-    new: int  # tokens made one by one
+    prefill: tuple[float, ...]  # of prompts read in one pass, for the next token alone
+    decode: tuple[float, ...]  # of tokens made one by one, greedily, from the cache
+    work: Workload
     device: str
+    threads: int  # on a CPU
+    own_time: bool  # time of that one thread, not on the wall: other programs count little
+
+    def as_dict(self) -> dict[str, Any]:
+        """The medians, the ranges of the middle half, and what was timed."""
+        prefill, decode = Spread.of(self.prefill), Spread.of(self.decode)
+        return {
+            "prefill_tokens_per_second": prefill.median,
+            "prefill_tokens_per_second_middle_half": [prefill.low, prefill.high],
+            "decode_tokens_per_second": decode.median,
+            "decode_tokens_per_second_middle_half": [decode.low, decode.high],
+            "workload": vars(self.work),
+            "rounds": len(self.prefill),
+            "threads": self.threads,
+            "clock": "thread" if self.own_time else "wall",
+        }
+
+    def __str__(self) -> str:
+        where = self.device if self.device != "cpu" else f"{self.threads} CPU thread{'s' * (self.threads > 1)}"
+        clock = ", its own time" if self.own_time else ""
+        return f"{self.work} on {where}{clock}; medians of {len(self.prefill)} rounds, ± half of the middle half"
 
 
 @dataclass(frozen=True)
@@ -36,37 +65,60 @@ class Size:
     bytes: int
 
 
-@torch.no_grad()
-def speed(model: Any, *, prompt: int = 256, new: int = 32, repeats: int = 3) -> Speed:
-    """Time one pass over a prompt, and greedy decoding with a cache after it."""
-    device = next(model.parameters()).device
-    longest = int(getattr(model.config, "max_position_embeddings", prompt + new))
-    new = max(1, min(new, longest // 4))
-    prompt = max(1, min(prompt, longest - new))
-    ids = (
-        torch.arange(prompt, device=device)[None] % model.config.vocab_size
-    )  # the text does not matter, its length does
-    caches = list[dict[str, Any]]()
+def speeds(
+    models: Mapping[K, Any],
+    progress: Progress | None = None,
+    *,
+    work: Workload | None = None,
+    rounds: int = ROUNDS,
+    fewest: int = FEWEST,
+) -> dict[K, Speed]:
+    """Time several causal language models, or one, in interleaved rounds.
 
-    def run(token: Tensor, cache: dict[str, Any]) -> Tensor:
-        output = model(input_ids=token, use_cache=True, **cache)
-        caches.append({name: output[name] for name in CACHES if name in output})
-        return output.logits[:, -1:].argmax(-1)
+    Args:
+        models: on one device; the first decides the workload, so it should be the largest.
+        progress: told of every turn.
+        work: what is timed; without it, what `workload` finds.
+        rounds: how many are wanted; after `SECONDS` no further one begins.
+        fewest: rounds, however long they take.
 
-    def read() -> None:
-        run(ids, {})
+    Returns:
+        As many speeds for each model as there were rounds, in their order.
+    """
+    first = next(iter(models.values()))
+    chosen = work or workload(first)
+    turns = {key: lambda model=model: _turn(model, chosen) for key, model in models.items()}
+    found = interleaved(turns, progress or Progress(), "speed", rounds=rounds, fewest=fewest, seconds=SECONDS)
+    device = next(first.parameters()).device
+    read, made = chosen.batch * chosen.prompt * 1e9, chosen.batch * chosen.new_tokens * 1e9
+    told = chosen, str(device), torch.get_num_threads(), own_time(device)
+    return {
+        key: Speed(tuple(read / a for a, _ in times), tuple(made / b for _, b in times), *told)
+        for key, times in found.items()
+    }
 
-    def write() -> None:
-        token = ids[:, -1:]
-        for _ in range(new):
-            token = run(token, caches.pop())
-        caches.pop()
 
-    with evaluating(model):
-        _ = read(), write()  # the first time pays for what later ones find ready
-        times = [(_seconds(read, device), _seconds(write, device)) for _ in range(repeats)]
-    first, rest = (statistics.median(column) for column in zip(*times, strict=True))
-    return Speed(prompt / first, new / rest, prompt, new, str(device))
+def workload(model: Any) -> Workload:
+    """One sequence; or, for a small model, as many as it takes to time more than calls, with shorter prompts."""
+    fewest, most = STEPS
+    room = int(getattr(model.config, "max_position_embeddings", None) or PROMPT + most)
+    most = max(1, min(most, room // 4))
+    batch = 1
+    while True:
+        prompt = max(1, min(PROMPT, READ // batch, room - most))
+        pilot = Workload(batch, prompt, min(fewest, most))
+        step = min(_timed(model, pilot)[1] for _ in range(2)) // pilot.new_tokens  # the first time pays for much
+        if step >= STEP or batch >= BATCH:
+            return Workload(batch, prompt, max(pilot.new_tokens, min(most, TURN // max(1, step))))
+        batch *= 2
+
+
+def compared(dense: Speed, pruned: Speed) -> list[tuple[str, str, str, str]]:
+    """Rows of a table: what, dense, pruned, and their ratio where it is clear."""
+    return [
+        (f"{what} tokens/s", str(Spread.of(a)), str(Spread.of(b)), str(Ratio.of(b, a)))
+        for what, a, b in (("prefill", dense.prefill, pruned.prefill), ("decode", dense.decode, pruned.decode))
+    ]
 
 
 def size(model: nn.Module, directory: str | Path | None = None) -> Size:
@@ -86,13 +138,26 @@ def zeros(model: Any) -> float:
     return 1 - sum(int(weight.count_nonzero()) for weight in weights) / total if total else 0.0
 
 
-def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+def _turn(model: Any, work: Workload) -> tuple[int, int]:
+    """Nanoseconds of reading and of decoding, after a pass and a step that do not count."""
+    _timed(model, Workload(work.batch, work.prompt, 1))
+    return _timed(model, work)
 
-    wait()
-    begun = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - begun
+
+@torch.no_grad()
+def _timed(model: Any, work: Workload) -> tuple[int, int]:
+    """Nanoseconds of reading and of decoding. The text does not matter, its length does."""
+    device = next(model.parameters()).device
+    ids = (torch.arange(work.prompt, device=device) % model.config.vocab_size).repeat(work.batch, 1)
+    seen: list[Any] = []
+
+    def run(**given: Any) -> None:
+        seen.append(model(use_cache=True, logits_to_keep=1, **given))
+
+    def write() -> None:
+        for _ in range(work.new_tokens):
+            last = seen.pop()
+            run(input_ids=last.logits[:, -1:].argmax(-1), **{name: last[name] for name in CACHES if name in last})
+
+    with evaluating(model):
+        return elapsed(lambda: run(input_ids=ids), device), elapsed(write, device)

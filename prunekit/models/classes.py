@@ -162,8 +162,7 @@ class SkippedMixer(nn.Module):  # transformers searches sources for "Attention(n
     def forward(self, hidden_states: torch.Tensor, *_: Any, **rest: Any) -> tuple[torch.Tensor, None]:
         cache = rest.get("past_key_values", rest.get("layer_past"))
         if cache is not None:
-            batch, length = hidden_states.shape[:2]
-            empty = hidden_states.new_zeros(batch, 1, length, self.head_dim)
+            empty = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)  # of length alone
             cache.update(empty, empty, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 

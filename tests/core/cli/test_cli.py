@@ -304,6 +304,26 @@ def test_evaluate_warns_of_few_windows(model: Path, text: Path) -> None:
     assert re.search(r"measured as +ppl/prose/seq16/n4/float32", result.stdout)
 
 
+def test_evaluate_times_two_models_in_turns(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prunekit.measure import speed
+
+    drawn = iter([1, 2, 4, 3, 5, 9] * 1000)
+    monkeypatch.setattr(speed, "_timed", lambda net, work: (work.batch * work.prompt * 1000, next(drawn) * 10**8))
+    shared = ("evaluate", model, "--dataset", text, "--seqlen", 16, "--tokens", 64, "--quiet", "--against", model)
+    found = json.loads(run(*shared, "--json").stdout)
+    assert found["against"]["model"] == str(model)
+    assert found["prefill_tokens_per_second"] == found["against"]["prefill_tokens_per_second"] == pytest.approx(1e6)
+    assert found["against"]["prefill_ratio_interval"] == [1, 1]
+    assert not found["against"]["decode_ratio_clear"]
+    low, high = found["decode_tokens_per_second_middle_half"]
+    assert low < found["decode_tokens_per_second"] < high
+    result = run(*shared)
+    assert re.search(r"prefill +1,000,000.0 tokens/s, half of the rounds", result.stdout)
+    assert re.search(r"decode, ratio +no difference beyond noise; ", result.stdout)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -359,9 +379,14 @@ def test_check_without_pytest_names_the_extra(monkeypatch: pytest.MonkeyPatch) -
 def test_demo_compares_and_loads_back(monkeypatch: pytest.MonkeyPatch) -> None:
     from prunekit.demo import run as demo
 
-    numbers = {"parameters": 10.0, "perplexity": 5.0, "size on disk": 2e6, "decode tokens/s": 70.0}
-    monkeypatch.setattr(demo, "run", lambda output, progress: demo.Demo(numbers, numbers, 1e-6))
+    numbers = {"parameters": 1234567.0, "block parameters": 123456.0, "perplexity": 5.0, "size on disk": 2e6}
+    rows = [("decode tokens/s", "12,345 ±12.3%", "12,345 ±10.0%", "no difference beyond noise")]
+    found = demo.Demo(numbers, numbers, rows, "64 × 32 tokens read; medians", 1e-6)
+    monkeypatch.setattr(demo, "run", lambda output, progress: found)
     result = run("demo", "--quiet")
+    assert re.search(r"decode tokens/s +12,345 ±12.3% +12,345 ±10.0% +no difference beyond noise", result.stdout)
+    assert max(map(len, map(str.rstrip, result.stdout.splitlines()))) <= 80
+    assert "speed: 64 × 32 tokens read\n  medians\n" in result.stdout
     assert "logits differ by at most 1.0e-06" in result.stdout
     assert "2 MB" in result.stdout
 

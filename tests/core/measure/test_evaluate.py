@@ -14,7 +14,7 @@ from prunekit.errors import WrongInput
 from prunekit.measure import perplexity as module
 from prunekit.measure.evaluate import evaluate, load
 from prunekit.measure.perplexity import perplexity
-from prunekit.measure.speed import size, speed
+from prunekit.measure.speed import size
 
 
 class Bigrams(nn.Module):
@@ -107,13 +107,6 @@ def test_tied_parameters_count_once_and_bytes_are_those_on_disk(tmp_path: Path) 
     assert size(model).bytes == 2 * size(model).parameters
     model.save_pretrained(tmp_path)
     assert size(model, tmp_path).bytes == (tmp_path / "model.safetensors").stat().st_size
-
-
-def test_speed_stays_within_the_positions_of_the_model() -> None:
-    found = speed(llama(), prompt=256, new=32, repeats=1)
-    assert (found.prompt, found.new) == (48, 16)
-    assert found.prefill > 0
-    assert found.decode > 0
 
 
 def test_a_checkpoint_that_lacks_weights_is_not_made_up(tmp_path: Path) -> None:

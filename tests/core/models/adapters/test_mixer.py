@@ -10,11 +10,12 @@ from torch.nn import functional
 from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.gradients import Gradients
 from prunekit.calibration.statistics import statistics_of
-from prunekit.measure.speed import speed
+from prunekit.measure.speed import speeds
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.blocks import entered
 from prunekit.plugins.adapter import UnsupportedModel
 from prunekit.space.forms import WEIGHTS, Pattern
+from prunekit.space.prices import Workload
 from prunekit.system.progress import Progress
 from prunekit.testing import tiny, toy_supernet, toy_tokens
 from prunekit_strategies.finishers.training import LanguageLoss
@@ -159,6 +160,6 @@ def test_speed_is_that_of_decoding_from_the_state(family: str, monkeypatch: pyte
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", watch)
-    found = speed(model, prompt=16, new=4, repeats=1)
-    assert (found.prompt, found.new) == (16, 4)
-    assert seen == 2 * [(16, False), *4 * [(1, True)]]
+    found = speeds({family: model}, work=Workload(1, 16, 4), rounds=1, fewest=1)[family]
+    assert len(found.decode) == 1
+    assert seen == [(16, False), (1, True), (16, False), *4 * [(1, True)]]  # the first two do not count
