@@ -158,8 +158,8 @@ def test_a_price_table_goes_with_its_model_workload_and_device(table: Prices) ->
         {"model": "a", "target": "latency=0.6", "latency.prices": table.as_dict(), "latency.prompt": 8}
     )
     for stays in ({"model": "a"}, {"target": "latency=0.7"}, {"pruner": "wanda"}, {"latency.prompt": 8}):
-        assert recipe.with_overrides(stays).latency.table == table
+        assert recipe.with_overrides(stays).latency.prices == table.as_dict()
     for key, value in {"model": "b", "latency.batch": 2, "device": "cuda", "heads": "query", "latency": {}}.items():
-        assert recipe.with_overrides({key: value}).latency.table is None
+        assert recipe.with_overrides({key: value}).latency.prices is None
     with pytest.raises(WrongInput, match=r"of batch 1, and latency\.batch is 2"):
         resolve(recipe.with_overrides({"latency": {"batch": 2, "prices": table.as_dict()}}))

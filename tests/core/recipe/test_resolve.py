@@ -19,6 +19,7 @@ from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.testing.spaces import sites_of, timed
 from prunekit_corner import Descent, LeaveOneOut, Volume, WorstSite
+from prunekit_strategies.metrics.latency import Latency
 
 CORNER = {"pruner": "leave-one-out", "allocator": "descent", "objective": "worst-site", "finisher": "volume"}
 SMALL: dict[str, Any] = {
@@ -215,9 +216,9 @@ def test_text_and_prices_are_written_into_the_recipe(recipe: Recipe) -> None:
     assert (drawn.recipe.model, drawn.recipe.data.seqlen) == ("a/model", 64)
     assert drawn.digest != resolve(recipe).digest
     table = timed(sites_of(2, attention=(4, 10), mlp=(16, 3)))
-    measured = resolve(recipe.with_overrides({"target": "latency=0.5"})).with_prices(table)
-    assert measured.recipe.latency.table == table
-    assert measured.recipe.latency.batch == table.workload.batch
+    measured = resolve(recipe.with_overrides({"target": "latency=0.5"})).with_metric(Latency(prices=table.as_dict()))
+    assert measured.recipe.latency.prices == table.as_dict()
+    assert measured.recipe.latency.prompt == table.workload.prompt
 
 
 def test_a_plugin_object_is_as_good_as_its_name(saved_tiny: Callable[..., Path]) -> None:

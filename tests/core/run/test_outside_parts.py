@@ -157,10 +157,12 @@ def test_what_was_measured_is_kept_and_given_again(saved_tiny: Any, tmp_path: Pa
     assert again.recipe.metric == result.recipe.metric == {"name": "energy", "prices": {"group": 3}}
     assert again.ledger == result.ledger
     assert other.recipe.metric == {"name": "energy", "prices": {"group": 7}}  # of other groups, so it is measured anew
-    names = [s.name for s in make_plan(resolve(again.recipe), *skeletons(model), None).stages]
+    names = [s.name for s in make_plan(resolve(again.recipe), *skeletons(model), output=None).stages]
     assert "time the result" in names
     assert "time sub-layers" not in names
-    assert "time sub-layers" in [s.name for s in make_plan(unmeasured(again.recipe), *skeletons(model), None).stages]
+    assert "time sub-layers" in [
+        s.name for s in make_plan(unmeasured(again.recipe), *skeletons(model), output=None).stages
+    ]
 
 
 def skeletons(model: Path) -> Any:
@@ -176,7 +178,7 @@ def test_a_plan_counts_every_exporter(saved_tiny: Any, tmp_path: Path) -> None:
     disks = []
     for asked in (["hf"], ["hf", "table"]):
         recipe = resolve(pk.Recipe.load("fast").with_overrides({"exporters": asked}))
-        *_, export = make_plan(recipe, *skeletons(model), tmp_path).stages
+        *_, export = make_plan(recipe, *skeletons(model), output=tmp_path).stages
         disks.append(export.disk)
     assert disks[1] - disks[0] == Table().size(None)  # type: ignore[arg-type]
 

@@ -41,7 +41,7 @@ class Heaviest(LocalPruner):
         if layer.structure == "groups":
             candidates = [layer.masked(kept) for kept in best_groups(self.scores(layer), keeps)]
         else:
-            candidates = [layer.sparse(mask) for mask in best_weights(layer.weight.abs(), keeps, block=layer.block)]
+            candidates = [layer.sparse(mask) for mask in best_weights(layer.weight.abs(), keeps, m=layer.m)]
         return FAULTS[self.fault](layer, keeps, candidates) if self.fault in FAULTS else candidates
 
     def scores(self, layer):

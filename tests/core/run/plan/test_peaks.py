@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("large") / "model"
     sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 2048}
     heads = {"num_attention_heads": 12, "num_key_value_heads": 4, "max_position_embeddings": 256}
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(torch.bfloat16).save_pretrained(path)
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(torch.bfloat16).save_pretrained(path)  # type: ignore[arg-type]
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
     return path
 
@@ -51,7 +51,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("wide") / "model"
     sizes = {"hidden_size": 48, "intermediate_size": 4096, "num_hidden_layers": 1, "vocab_size": 2048}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(torch.bfloat16).save_pretrained(path)
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(torch.bfloat16).save_pretrained(path)  # type: ignore[arg-type]
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
     return path
 
