@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .NOTPARALLEL:
-.PHONY: demo test lint types wheel tests slow format clean
+.PHONY: demo test lint types wheel tests random slow format clean
 
 demo: $(VENV)/installed
 	$(BIN)/prunekit demo --output demo-output
@@ -27,6 +27,11 @@ wheel: $(VENV)/installed-dev
 
 tests: $(VENV)/installed-dev
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+
+# other examples, in another order, than everybody's; `make random SEED=…` says again what one found
+SEED ?= $(shell date +%s)
+random: $(VENV)/installed-dev
+	HYPOTHESIS_PROFILE=random $(BIN)/pytest -n 2 -m "not slow and not gpu" --randomly-seed=$(SEED) --hypothesis-seed=$(SEED)
 
 slow: $(VENV)/installed-dev
 	$(BIN)/pytest -m "slow and not gpu"

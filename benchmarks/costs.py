@@ -26,18 +26,19 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from walk import forward, now, products, walk
 
 from prunekit.calibration.fill import build
-from prunekit.calibration.flow import by_pairs
-from prunekit.calibration.moments import moments_bytes, moments_flops
+from prunekit.calibration.moments import Moments
+from prunekit.calibration.statistics import statistics_of
 from prunekit.data.draws import draw
 from prunekit.layer.problem import judging_flops
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.opening import opened
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.registry import ALLOCATORS, OBJECTIVES, PRUNERS
+from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
-from prunekit.run.pipeline import whole_space
 from prunekit.run.plan.count import Shape
 from prunekit.run.plan.rehearsal import rehearsed, walks
+from prunekit.run.spaces import whole_space
 from prunekit.search.store import CandidateStore
 from prunekit.search.supernet import Supernet
 from prunekit.space.ladders import Space
@@ -119,7 +120,7 @@ def llama(width: int, neurons: int, blocks: int, heads: int, kv: int, *, seqlen:
 
 def shaped(model: PreTrainedModel, adapter: ModelAdapter, computed: torch.dtype) -> tuple[Shape, Space]:
     stored = next(model.parameters()).dtype
-    whole = whole_space(Recipe.load().with_overrides({"sparsity": 0.5}), model, adapter, stored)
+    whole = whole_space(resolve(Recipe.load().with_overrides({"sparsity": 0.5})), model, adapter, stored)
     return Shape(model, adapter, whole.sites, stored, computed), whole
 
 
@@ -151,18 +152,19 @@ def paper(shape: Shape, whole: Space, machine: Machine, tokens: int, seqlen: int
 
 def walked(shape: Shape, space: Space, machine: Machine, tokens: int, seqlen: int) -> Iterator[Line]:
     """The parts of a walk by the preset's `obs`, which has the dense model beside it."""
-    double, needs = torch.float64.itemsize, PRUNERS.build(Recipe.load().pruner).needs
+    double, statistics = torch.float64.itemsize, statistics_of(PRUNERS.build(Recipe.load().pruner).needs)
     passes = 2 * shape.forward(tokens, seqlen, head=False)
     hidden = 2 * tokens * shape.width * shape.computed.itemsize / machine.devices
     moments = judged = pruned = stored = most = launches = 0.0
     for site, ladder in zip(space.sites, space.ladders, strict=True):
         d_in, d_out = site.d_in, site.d_out
-        moments += moments_flops(tokens, d_in, d_out, needs, paired=by_pairs(site, d_out))
+        own, there = shape.map(site), shape.collected(site, statistics)
+        moments += Moments.flops(there, own, {}, tokens)
         judged += judging_flops(d_in, d_out, [count * site.group_size for count in ladder], cross=True)
         pruned += 4 * d_in**3 + 6 * d_in**2 * d_out  # (1)
         launches += LAUNCHES * site.n_groups * machine.launch
         stored += CandidateStore.bytes(site, ladder, shape.stored)
-        most = max(most, moments_bytes(d_in, d_out, needs) + 3 * double * d_in**2)
+        most = max(most, Moments.bytes(there, own, {}) + 3 * double * d_in**2)
     yield Line("forward", passes / machine.forward / machine.devices, passes, held=hidden)
     yield Line("moments", moments / machine.products / machine.devices, moments)
     note = f"of one walk, {launches:,.0f} s are launches; on one device"

@@ -14,10 +14,12 @@ import typer
 
 from prunekit.data.draws import draw
 from prunekit.measure.perplexity import perplexity
+from prunekit.models.opening import limits
 from prunekit.recipe.overrides import parsed
 from prunekit.recipe.schema import Recipe
 from prunekit.run.family import family
-from prunekit.run.pipeline import Result, limits, prune
+from prunekit.run.prune import prune
+from prunekit.run.results import Result
 from prunekit.system.progress import progress_for
 
 

@@ -25,8 +25,9 @@ from prunekit.data.tokens import TokenBatch
 from prunekit.layer.problem import LayerProblem
 from prunekit.models.adapters.find import adapter_for
 from prunekit.plugins.registry import OBJECTIVES, PRUNERS
+from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
-from prunekit.run.pipeline import whole_space
+from prunekit.run.spaces import whole_space
 from prunekit.search.store import CandidateStore
 from prunekit.search.supernet import Supernet
 from prunekit.space.ladders import Space
@@ -68,7 +69,7 @@ class Size:
         return TokenBatch(torch.randint(0, 1024, (self.tokens // self.seqlen, self.seqlen), generator=drawn), "random")
 
     def space(self, model: LlamaForCausalLM) -> Space:
-        whole = whole_space(Recipe.load(), model, adapter_for("llama"), torch.float32)
+        whole = whole_space(resolve(Recipe.load()), model, adapter_for("llama"), torch.float32)
         return whole.zoomed(whole.uniform(), stride=1 / (self.rungs - 1), reach=self.rungs)
 
 

@@ -24,6 +24,7 @@ import prunekit
 from prunekit.demo import MODEL
 from prunekit.models.shards import write
 from prunekit.recipe.overrides import parsed
+from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.system.memory import amount
 
@@ -99,7 +100,7 @@ def _normal(shape: torch.Size, draw: torch.Generator) -> torch.Tensor:
 def pruned(dense: Path, small: Path, memory: str, tokens: int, seqlen: int, settings: list[str]) -> dict[str, Any]:
     """Prune in this process; what it took."""
     from prunekit.models.opening import skeleton
-    from prunekit.run.pipeline import foreseen
+    from prunekit.run.session import make_plan
 
     recipe = Recipe.load().with_overrides(
         {
@@ -119,7 +120,7 @@ def pruned(dense: Path, small: Path, memory: str, tokens: int, seqlen: int, sett
         }
     )
     model, adapter = skeleton(str(dense))
-    plan = foreseen(recipe.checked(), model, adapter, small)
+    plan = make_plan(resolve(recipe), model, adapter, small)
     before = _peak()
     report = prunekit.prune(recipe=recipe, output=small, overwrite=True).report
     return {

@@ -19,8 +19,9 @@ from prunekit.models.opening import opened
 from prunekit.plugins.allocator import Problem
 from prunekit.plugins.pruner import LocalPruner
 from prunekit.plugins.registry import ALLOCATORS, PRUNERS, signals_of
+from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
-from prunekit.run.pipeline import whole_space
+from prunekit.run.spaces import whole_space
 from prunekit.search.store import CandidateStore
 from prunekit.system.progress import Progress
 from prunekit.testing import best_allocation, converse
@@ -40,7 +41,7 @@ def main(
         data = {"data.dataset": dataset, "data.seqlen": seqlen, "data.calibration_tokens": tokens}
         recipe = Recipe.load().with_overrides({"sparsity": share, "data.search_tokens": seqlen, **data})
         dense = opened(model)
-        whole = whole_space(recipe, dense.model, dense.adapter, dense.dtype)
+        whole = whole_space(resolve(recipe), dense.model, dense.adapter, dense.dtype)
         space = whole.zoomed(whole.uniform(), stride=1 / 16, reach=16)
         calibration = draw(dense.tokenizer, recipe.data).calibration
         with tempfile.TemporaryDirectory() as folder:

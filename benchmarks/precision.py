@@ -19,8 +19,9 @@ from prunekit.data.draws import draw
 from prunekit.measure.perplexity import perplexity
 from prunekit.models.opening import opened
 from prunekit.plugins.registry import PRUNERS
+from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
-from prunekit.run.pipeline import whole_space
+from prunekit.run.spaces import whole_space
 from prunekit.search.store import CandidateStore
 from prunekit.search.supernet import Supernet
 from prunekit.system.progress import Progress
@@ -57,7 +58,7 @@ def uniform(
     """Groups kept by site, perplexity of what is left, and of the dense model."""
     dense = opened(model, device=device, dtype=dtype)
     draws = draw(dense.tokenizer, recipe.data)
-    whole = whole_space(recipe, dense.model, dense.adapter, dense.dtype)
+    whole = whole_space(resolve(recipe), dense.model, dense.adapter, dense.dtype)
     plan = whole.nearest(whole.uniform())
     space = whole.zoomed(plan, reach=0)
     with tempfile.TemporaryDirectory() as folder:

@@ -17,6 +17,7 @@ import yaml
 
 import prunekit
 from prunekit.recipe.overrides import parsed
+from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 
 CELLS = Path(__file__).parent / "cells.yaml"
@@ -61,8 +62,8 @@ def main(
                     recipe = recipe.with_overrides(
                         {k: v for k, v in kept.items() if not k.startswith("allocator.") or allocator == "tyr"}
                     )
-                    row = {"cell": name, "sparsity": share, "seed": seed, "recipe": recipe.digest}
-                    if recipe.digest in done:
+                    row = {"cell": name, "sparsity": share, "seed": seed, "recipe": (digest := resolve(recipe).digest)}
+                    if digest in done:
                         continue
                     begun = time.perf_counter()
                     report = prunekit.prune(recipe=recipe, quiet=True).report

@@ -26,14 +26,15 @@ from prunekit.models.blocks import chunks, entered
 from prunekit.models.opening import opened
 from prunekit.plugins.dense import Dense
 from prunekit.plugins.registry import PRUNERS
+from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
-from prunekit.run.pipeline import whole_space
+from prunekit.run.spaces import whole_space
 from prunekit.search.store import CandidateStore
 from prunekit.system.progress import Progress
 
 STAGES: dict[str, list[tuple[Any, str]]] = {
     "forward": [(BlockFlow, "__init__"), (BlockFlow, "_caught"), (BlockFlow, "carry"), (BlockFlow, "advance")],
-    "moments": [(Moments, "add"), (Moments, "add_made"), (Moments, "add_paired"), (Moments, "add_drift")],
+    "moments": [(Moments, "add"), (Moments, "of_map")],
     "pruner": [(walking, "answers")],
     "errors": [(walking, "_error")],
     "store": [(CandidateStore, "put"), (walking, "expected_weight")],
@@ -94,7 +95,7 @@ def forward(dense: Dense, batch: TokenBatch) -> dict[str, float]:
 
 def products(dense: Dense, recipe: Recipe, batch: TokenBatch) -> dict[str, float]:
     """x̂ᵀx̂ in float32 for every site, in the pieces of a walk."""
-    widths = [site.d_in for site in whole_space(recipe, dense.model, dense.adapter, dense.dtype).sites]
+    widths = [site.d_in for site in whole_space(resolve(recipe), dense.model, dense.adapter, dense.dtype).sites]
     pieces = [ids.numel() for ids in chunks(batch)]
     seen = {width: precise(torch.randn(pieces[0], width, device=dense.model.device)) for width in set(widths)}
     begun = now()
@@ -110,7 +111,7 @@ def walk(dense: Dense, recipe: Recipe, batch: TokenBatch, name: str, rungs: int)
     """Seconds of a walk, in all and by stage."""
     plugin, _, aim = name.partition(" ")
     pruner = PRUNERS.build({"name": plugin, "aim": aim} if aim else plugin)
-    whole = whole_space(recipe, dense.model, dense.adapter, dense.dtype)
+    whole = whole_space(resolve(recipe), dense.model, dense.adapter, dense.dtype)
     space = whole.zoomed(whole.uniform(), stride=1 / (rungs - 1), reach=rungs)
     spent = dict.fromkeys(STAGES, 0.0)
     originals = [(owner, method, getattr(owner, method)) for part in STAGES.values() for owner, method in part]

@@ -15,25 +15,31 @@ if TYPE_CHECKING:
     from prunekit.calibration.moments import Moments
     from prunekit.data.tokens import TokenBatch
     from prunekit.engine.worker import Worker
-    from prunekit.errors import PluginError, WrongInput
+    from prunekit.errors import NotVerified, PluginError, WrongInput
     from prunekit.layer.candidates import Candidate, best_groups, best_weights, ranked
     from prunekit.layer.problem import LayerProblem
+    from prunekit.layer.solving import factored, inverted, solved
+    from prunekit.layer.statistics import MapShape, Need, Received, Statistic, Total
     from prunekit.plugins.adapter import ModelAdapter
     from prunekit.plugins.allocator import Allocator, Journal, Problem, Query, Search
     from prunekit.plugins.dense import Dense
     from prunekit.plugins.engine import Engine, Opening, Team
+    from prunekit.plugins.exporter import Exporter, Order, Probe, Product
     from prunekit.plugins.finisher import Finisher, Workpiece
+    from prunekit.plugins.metric import MeasuredMetric, Runs
     from prunekit.plugins.objective import Answers, Objective, Reads
     from prunekit.plugins.options import check_choices
     from prunekit.plugins.pruner import LocalPruner
     from prunekit.plugins.signal import Signal
+    from prunekit.recipe.resolve import Parts, resolve
     from prunekit.recipe.schema import Recipe
     from prunekit.run.family import Family
-    from prunekit.run.pipeline import Result
+    from prunekit.run.results import Result
     from prunekit.search.store import CandidateStore
     from prunekit.search.supernet import Supernet
     from prunekit.space.budgets import Budget
     from prunekit.space.ladders import Space
+    from prunekit.space.metrics import Metric, Parameters
     from prunekit.space.sites import Allocation, Site
 
 _HOMES = {  # module: what of it is public
@@ -41,25 +47,31 @@ _HOMES = {  # module: what of it is public
     "calibration.moments": "Moments",
     "data.tokens": "TokenBatch",
     "engine.worker": "Worker",
-    "errors": "PluginError WrongInput",
+    "errors": "NotVerified PluginError WrongInput",
     "layer.candidates": "Candidate best_groups best_weights ranked",
     "layer.problem": "LayerProblem",
+    "layer.solving": "factored inverted solved",
+    "layer.statistics": "MapShape Need Received Statistic Total",
     "plugins.adapter": "ModelAdapter",
     "plugins.allocator": "Allocator Journal Problem Query Search",
     "plugins.dense": "Dense",
     "plugins.engine": "Engine Opening Team",
+    "plugins.exporter": "Exporter Order Probe Product",
     "plugins.finisher": "Finisher Workpiece",
+    "plugins.metric": "MeasuredMetric Runs",
     "plugins.objective": "Answers Objective Reads",
     "plugins.options": "check_choices",
     "plugins.pruner": "LocalPruner",
     "plugins.signal": "Signal",
+    "recipe.resolve": "Parts resolve",
     "recipe.schema": "Recipe",
     "run.family": "Family",
-    "run.pipeline": "Result",
+    "run.results": "Result",
     "search.store": "CandidateStore",
     "search.supernet": "Supernet",
     "space.budgets": "Budget",
     "space.ladders": "Space",
+    "space.metrics": "Metric Parameters",
     "space.sites": "Allocation Site",
 }
 _HOME_OF = {name: f"prunekit.{module}" for module, names in _HOMES.items() for name in names.split()}
@@ -73,36 +85,55 @@ __all__ = [
     "CandidateStore",
     "Dense",
     "Engine",
+    "Exporter",
     "Family",
     "Finisher",
     "Journal",
     "LayerProblem",
     "LocalPruner",
+    "MapShape",
+    "MeasuredMetric",
+    "Metric",
     "ModelAdapter",
     "Moments",
+    "Need",
+    "NotVerified",
     "Objective",
     "Opening",
+    "Order",
+    "Parameters",
+    "Parts",
     "PluginError",
+    "Probe",
     "Problem",
+    "Product",
     "Query",
     "Reads",
+    "Received",
     "Recipe",
     "Result",
+    "Runs",
     "Search",
     "Signal",
     "Site",
     "Space",
+    "Statistic",
     "Supernet",
     "Team",
     "TokenBatch",
+    "Total",
     "Worker",
     "Workpiece",
     "WrongInput",
     "best_groups",
     "best_weights",
     "check_choices",
+    "factored",
+    "inverted",
     "prune",
     "ranked",
+    "resolve",
+    "solved",
     "tune",
 ]
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from transformers import PreTrainedModel
 
+from prunekit.plugins.registry import plain
 from prunekit.recipe.choices import Choices
 from prunekit.recipe.schema import Recipe
 from prunekit.run.family import Family
 from prunekit.run.family import family as run_all
-from prunekit.run.pipeline import Result
-from prunekit.run.pipeline import prune as run
+from prunekit.run.prune import prune as run
+from prunekit.run.results import Result
 from prunekit.system.progress import Progress, progress_for
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def _chosen(
     base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     if isinstance(data := settings.pop("data", None), dict):
         settings |= {f"data__{key}": value for key, value in data.items()}
-    overrides = {key.replace("__", "."): value for key, value in settings.items()}
+    overrides = {key.replace("__", "."): plain(value) for key, value in settings.items()}
     in_memory = model if isinstance(model, PreTrainedModel) else None
     if model is not None and in_memory is None:
         overrides["model"] = str(model)

@@ -12,6 +12,10 @@ class CannotGoOn(RuntimeError):
     """A run met something it must not pass over. The command line shows the sentence and exits with 1."""
 
 
+class NotVerified(RuntimeError):
+    """What an exporter has written is not the model that was promised; says what differs."""
+
+
 class PluginError(CannotGoOn):
     """A plug-in broke its contract; names the plug-in and the promise."""
 

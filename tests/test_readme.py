@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from prunekit.cli.main import app
 from prunekit.plugins.registry import KINDS
-from prunekit.run import family, pipeline
+from prunekit.run import family
+from prunekit.run import prune as pruning
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -107,7 +108,7 @@ def test_commands_are_understood(document: Path, tmp_path: Path, monkeypatch: py
         Path(recipe).write_text("model: some/model\n")
     side = {"parameters": 100, "block_parameters": 80}
     report = {"dense": side, "pruned": side, "losses": {"dense": {"perplexity": 9.0}, "pruned": {"perplexity": 9.0}}}
-    monkeypatch.setattr(pipeline, "prune", lambda *_, **__: SimpleNamespace(report=report))
+    monkeypatch.setattr(pruning, "prune", lambda *_, **__: SimpleNamespace(report=report))
     curve = {"dense": report["losses"]["dense"] | side, "members": [], "token_forwards": 0, "seconds": 0.0}
     monkeypatch.setattr(family, "family", lambda *_, **__: SimpleNamespace(document=curve))
     known: Any = get_command(app)

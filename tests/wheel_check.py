@@ -24,9 +24,12 @@ DATA |= {str(path.relative_to(ROOT / "strategies")) for path in ROOT.glob("strat
 PLUGINS = {
     "leave-one-out": "pruner",
     "loudest": "signal",
+    "tails": "signal",
     "descent": "allocator",
     "worst-site": "objective",
     "volume": "finisher",
+    "weighted-parameters": "metric",
+    "table": "exporter",
 }
 OWNER = "prunekit-corner"
 

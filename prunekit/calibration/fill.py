@@ -20,11 +20,13 @@ from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.gradients import Gradients
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.shared import SharedFlow
+from prunekit.calibration.statistics import STATISTICS, statistics_of
 from prunekit.data.tokens import TokenBatch
 from prunekit.errors import PluginError, WrongInput
 from prunekit.layer.candidates import Candidate
 from prunekit.layer.layouts import layout_of
-from prunekit.layer.problem import STATISTICS, Feeder, LayerProblem
+from prunekit.layer.problem import Feeder, LayerProblem
+from prunekit.layer.statistics import Need
 from prunekit.plugins.adapter import Cut, ModelAdapter
 from prunekit.plugins.engine import Team
 from prunekit.plugins.pruner import LocalPruner
@@ -70,14 +72,17 @@ def build(
     """
     if all(site in store for site in space.sites):
         return tuple(tuple(store.errors(site)) for site in space.sites)
-    known = STATISTICS - ({"gradient"} if gradients is None else set()) - ({"contrast"} if contrast is None else set())
+    missing = {name for name, source in (("gradient", gradients), ("contrast", contrast)) if source is None}
     for plugin in (pruner, *signals):
-        if unmet := plugin.needs - known:
-            them = ", ".join(sorted(unmet))
+        if (
+            unmet := {need for need in plugin.needs if isinstance(need, str)} - STATISTICS.keys()
+            | plugin.needs & missing
+        ):
+            them = ", ".join(sorted(map(str, unmet)))
             raise PluginError(f"{type(plugin).__name__} needs {them}, which calibration cannot collect")
     needs = pruner.needs.union(*(signal.needs for signal in signals))
-    room = room or Room()
-    two, other = bool({"cross", "drift"} & needs), None
+    statistics, room, other = statistics_of(needs), room or Room(), None
+    two = any("dense" in each.sees for each in statistics)
     flow: BlockFlow | SharedFlow = (
         BlockFlow(model, adapter, tokens, dense=two, room=room)
         if team is None
@@ -90,7 +95,7 @@ def build(
     centre_of = dict(zip(space.sites, centre, strict=True))
 
     def stated(site: Site) -> LayerProblem | None:  # moments of wide maps are large: they end with this scope
-        moments, against = flow.received(site, needs), None if other is None else other.received(site)
+        moments, against = flow.received(site, statistics), None if other is None else other.received(site)
         if site in store:
             return None
         return layer_problem(model, adapter, site, moments, needs, damping, gradients, against, last=not site.shares)
@@ -131,7 +136,7 @@ def layer_problem(
     adapter: ModelAdapter,
     site: Site,
     moments: Moments,
-    needs: frozenset[str],
+    needs: frozenset[Need],
     damping: float,
     gradients: Gradients | None = None,
     contrast: Moments | None = None,
@@ -149,50 +154,47 @@ def layer_problem(
         raise WrongInput(f"{site.name} receives values that are not finite; try --dtype float32 or other text")
     block = adapter.blocks(model)[site.block]
     order = _order(site, moments.outer.device)
-    variance = moments.variance[order] if "variance" in needs else None
     joins = adapter.adds_up(block) and adapter.part(site) is not None  # its output is a term of the residual stream
-    drift = moments.drift if "drift" in needs and joins else None
-    absolute = moments.absolute if "absolute" in needs else None
-    relative = moments.relative if "relative" in needs else None
-    if "influence" in needs and not joins:
+    unseen = [each.name for each in statistics_of(needs) if "residual" in each.sees and each.name != "drift"]
+    if unseen and not joins:
         why = "a norm comes after the sum" if adapter.part(site) is not None else "it is no whole sub-layer"
-        raise WrongInput(f"{site.name}: {why}, so there is no influence; choose another signal")
+        raise WrongInput(f"{site.name}: {why}, so there is no {unseen[0]}; choose another signal")
     *fed, own = adapter.cuts(block, site)
+    straight = site.spread == 1  # wide matrices are not copied for nothing
 
-    def learnt(cut: Cut, index: tuple[Any, ...]) -> tuple[Tensor | None, Tensor | None]:
+    def arranged(value: Tensor) -> Tensor:
+        return value if straight or not value.ndim else value[..., order]
+
+    def learnt(cut: Cut, index: tuple[Any, ...]) -> dict[str, Tensor]:
         if gradients is None or "gradient" not in needs:
-            return None, None
+            return {}
         gradient, fisher = gradients.read(site.block, cut.path, order.device)
-        return gradient[index], fisher[index]
+        return {"gradient": gradient[index], "fisher": fisher[index]}
 
     def feeder(cut: Cut) -> Feeder:
         rows = cut.index.flatten().to(order.device)
         weight: Tensor = block.get_parameter(f"{cut.path}.weight").detach()
         whole = torch.equal(rows, torch.arange(len(weight), device=rows.device))
-        return Feeder(cut.path, weight if whole else weight[rows], moments.fed_power(cut.path), *learnt(cut, (rows,)))
+        statistics = {**moments.values(weight, cut.path), **learnt(cut, (rows,))}
+        return Feeder(cut.path, weight if whole else weight[rows], statistics)
 
-    gradient, fisher = learnt(own, (slice(None), order))
-    straight = site.spread == 1  # wide matrices are not copied for nothing
-    gram = moments.settled() if last else moments.gram
     weight = adapter.linear(block, site).weight.detach()
+    values = moments.values(weight) | ({} if contrast is None else {"contrast": contrast.power})
+    values = {name: arranged(value) for name, value in values.items()}
+    cross, drift, energy = (values.pop(name, None) for name in ("cross", "drift", "energy"))
+    producers = "feeders" in needs or any("producers" in each.sees for each in moments.statistics)
+    gram = moments.settled() if last else moments.gram
     return LayerProblem(
-        weight=weight if straight else weight[:, order],
+        weight=arranged(weight),
         gram=gram if straight else gram[order][:, order],
         group_size=site.group_size,
         form=site.form,
         damping=damping,
-        cross=None if moments.cross is None else moments.cross[:, order],
-        drift=None if drift is None else drift[:, order],
-        energy=moments.energy,
-        mean=moments.mean[order] if "mean" in needs else None,
-        variance=variance,
-        absolute=None if absolute is None else absolute[order],
-        relative=None if relative is None else relative[order],
-        contrast=None if contrast is None else (contrast.outer.diagonal() / contrast.tokens)[order],
-        gradient=gradient,
-        fisher=fisher,
-        feeders=tuple(feeder(cut) for cut in fed) if {"feeders", "power"} & needs else (),
-        influence=moments.influence,
+        cross=cross,
+        drift=drift,
+        energy=None if energy is None else float(energy),
+        statistics={**values, **learnt(own, (slice(None), order))},
+        feeders=tuple(feeder(cut) for cut in fed) if producers else (),
         name=site.name,
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,11 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prunekit.calibration.moments import Moments
+from prunekit.calibration.moments import Moments, collected
 from prunekit.data.tokens import TokenBatch
 from prunekit.layer.layouts import layout_of
+from prunekit.layer.statistics import MapShape, Received, Statistic
 from prunekit.models.blocks import Call, Seen, chunks, entered
-from prunekit.plugins.adapter import ModelAdapter, UnsupportedModel
+from prunekit.plugins.adapter import ModelAdapter, UnsupportedModel, linear_at
 from prunekit.space.sites import Site
 from prunekit.system.memory import Room, Row
 
@@ -46,50 +46,37 @@ class BlockFlow:
             self.stream.hidden.append(hidden)
             self.calls.append(calls)
         self.dense = _Stream(room, self.stream.hidden) if dense else None
-        self._shared: tuple[str, Moments] = "", Moments.empty(0, torch.device("cpu"))
+        self._shared: tuple[str, Moments | None] = "", None
 
     @torch.no_grad()
-    def received(self, site: Site, needs: frozenset[str] = frozenset()) -> Moments:
-        """Moments of what `site` receives, with those of the dense stream where there is one.
-
-        What costs more is added up when `needs` names it: absolute; relative; power, of what the feeders receive;
-        influence.
-        """
+    def received(self, site: Site, statistics: Sequence[Statistic] = ()) -> Moments:
+        """Moments of what `site` receives: its gram, and those of the `statistics` that there are."""
         block = self.blocks[site.block]
-        linear, part = self.adapter.linear(block, site), self.adapter.part(site)
-        if site.shares and site.shares == self._shared[0]:
-            moments = replace(self._shared[1], power=0.0, related=None)  # these are of the map, not of what it receives
-            for seen in self.stream.inputs if "relative" in needs else ():
-                moments.add_relative(seen.flatten(0, -2), linear(seen).flatten(0, -2))
-            for dense in self.dense.inputs if self.dense is not None else ():
-                moments.add_power(less_bias(linear(dense), linear).flatten(0, -2))
-            return moments.made(linear.weight)
+        linear, (name, shared) = self.adapter.linear(block, site), self._shared
+        shape = MapShape(linear.in_features, linear.out_features, shared=bool(site.shares))
+        if shared is not None and site.shares == name:
+            return shared.of_map(shape, (self._received(site, linear, i) for i in range(len(self.calls))))
         for stream in (self.stream, self.dense):
             if stream is not None:
                 stream.inputs.clear()  # of an input that was shared
-        moments = Moments.empty(site.d_in, linear.weight.device)
+        there = collected(statistics, residual=self.adapter.adds_up(block) and self.adapter.part(site) is not None)
+        fed = self.adapter.cuts(block, site)[:-1] if any("producers" in each.sees for each in there) else ()
+        layers = {cut.path: linear_at(block, cut.path) for cut in fed}
+        producers = {path: MapShape(layer.in_features, layer.out_features) for path, layer in layers.items()}
+        moments = Moments.empty(there, shape, linear.weight.device, producers)
 
-        def listen(feeder: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-            moments.add_fed(feeder, args[0].flatten(0, -2))
+        def listen(path: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+            moments.add_producer(path, Received(lambda: args[0], length=self.seqlen))
 
         with ExitStack() as listening:
-            for cut in self.adapter.cuts(block, site)[:-1] if "power" in needs else ():
-                feeder = block.get_submodule(cut.path)
-                listening.enter_context(feeder.register_forward_pre_hook(partial(listen, cut.path)))
+            for path, layer in layers.items():
+                listening.enter_context(layer.register_forward_pre_hook(partial(listen, path)))
             self.stream.inputs.extend(self._caught(self.stream, site, linear, i) for i in range(len(self.calls)))
-        for i, seen in enumerate(self.stream.inputs):
-            moments.add(seen.flatten(0, -2))
-            if "absolute" in needs:
-                moments.add_absolute(seen.reshape(-1, self.seqlen, site.d_in))
-            if "relative" in needs:
-                moments.add_relative(seen.flatten(0, -2), linear(seen).flatten(0, -2))
-            if "influence" in needs and part is not None:
-                moments.add_influence(self.stream.residual(i).flatten(0, -2), linear(seen).flatten(0, -2))
-            if self.dense is not None:
-                self._compare(moments, site, linear, i, self.dense)
+        for i in range(len(self.calls)):
+            self._add(moments, site, linear, i)
         # where nobody will ask again they are not kept: of wide maps they are large
-        self._shared = (site.shares, moments) if site.shares else self._shared
-        return moments.made(linear.weight)
+        self._shared = (site.shares, moments) if site.shares else ("", None)
+        return moments
 
     @torch.no_grad()
     def carry(self, site: Site, weight: Float[Tensor, "d_out d_in"] | None) -> None:
@@ -128,20 +115,26 @@ class BlockFlow:
             most = max(most, streams * before + d_in * (streams if shared else 1))
         return tokens * itemsize * (streams * d + most)
 
-    def _compare(self, moments: Moments, site: Site, linear: nn.Linear, i: int, dense: _Stream) -> None:
-        """Add what the dense stream has in chunk i of what the site has received; keep what is used again."""
-        seen, own = self.stream.inputs[i].flatten(0, -2), self._caught(dense, site, linear, i)
-        made = linear(own)
-        if by_pairs(site, linear.out_features):
-            moments.add_paired(own.flatten(0, -2), seen)
-            moments.add_power(less_bias(made, linear).flatten(0, -2))
-        else:
-            moments.add_made(less_bias(made, linear).flatten(0, -2), seen)
-        if site.shares:
-            dense.inputs.append(own)
-        if self.adapter.part(site) is not None:
-            moments.add_drift((dense.residual(i) - self.stream.residual(i)).flatten(0, -2), seen)
-            dense.made.append(made)
+    def _add(self, moments: Moments, site: Site, linear: nn.Linear, i: int) -> None:
+        """Add chunk i of what the site has received; keep what is used again of the dense stream."""
+        dense, own = self.dense, None
+        if dense is not None:
+            own = self._caught(dense, site, linear, i)
+            if site.shares:
+                dense.inputs.append(own)
+        received = self._received(site, linear, i, own)
+        moments.add(received)
+        if dense is not None and self.adapter.part(site) is not None:
+            dense.made.append(received.dense.made)
+
+    def _received(self, site: Site, linear: nn.Linear, i: int, own: Tensor | None = None) -> Received:
+        """Chunk i at a site, `own` caught of the dense stream or kept for maps that share it."""
+
+        def at(stream: _Stream, caught: Tensor | None, dense: Received | None = None) -> Received:
+            inputs = partial(stream.inputs.__getitem__, i) if caught is None else lambda: caught
+            return Received(inputs, linear, self.seqlen, partial(stream.residual, i), dense)
+
+        return at(self.stream, None, None if self.dense is None else at(self.dense, own))
 
     def _caught(self, stream: _Stream, site: Site, linear: nn.Linear, i: int) -> Float[Tensor, "windows length d_in"]:
         """What reaches the linear map in chunk i; the block runs as far as that and no further."""
@@ -198,16 +191,6 @@ class _Stream:
                 else:
                     stack.enter_context(installed(adapter.linear(block, site), site, weight))
             yield
-
-
-def by_pairs(site: Site, d_out: int) -> bool:
-    """Whether Σ y x̂ᵀ comes of Σ x x̂ᵀ, which maps of one input share, because it is the larger product."""
-    return bool(site.shares) or d_out > site.d_in
-
-
-def less_bias(made: Tensor, linear: nn.Linear) -> Tensor:
-    """W x of what a linear map has made of x."""
-    return made if linear.bias is None else made - linear.bias
 
 
 @contextmanager

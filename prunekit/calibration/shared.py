@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from prunekit.calibration.moments import Moments
 from prunekit.data.tokens import TokenBatch
+from prunekit.layer.statistics import Statistic
 from prunekit.plugins.engine import Team, dealt
 from prunekit.space.sites import Site
 
@@ -25,9 +27,9 @@ class SharedFlow:
         team.knows = None
         team.ask("stream", [(shard, dense) for shard in self.shards])
 
-    def received(self, site: Site, needs: frozenset[str] = frozenset()) -> Moments:
+    def received(self, site: Site, statistics: Sequence[Statistic] = ()) -> Moments:
         """The moments of all shards."""
-        first, *others = (moments.to(self.device) for moments in self._ask("received", site, needs))
+        first, *others = (moments.to(self.device) for moments in self._ask("received", site, statistics))
         for other in others:
             first = first.merged(other)
         return first

@@ -11,7 +11,8 @@ from prunekit.export.verify import verify
 from prunekit.measure.evaluate import load
 from prunekit.measure.speed import size, speed
 from prunekit.recipe.schema import Recipe
-from prunekit.run.pipeline import Result, prune
+from prunekit.run.prune import prune
+from prunekit.run.results import Result
 from prunekit.system.progress import Progress
 
 # amounts that end in two minutes on two cores

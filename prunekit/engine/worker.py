@@ -15,6 +15,7 @@ from torch import Tensor
 from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.moments import Moments
 from prunekit.data.tokens import TokenBatch
+from prunekit.layer.statistics import Statistic
 from prunekit.models.opening import opened
 from prunekit.plugins.dense import Dense
 from prunekit.plugins.engine import Opening
@@ -45,10 +46,10 @@ class Worker:
         """Begin a walk with these calibration tokens."""
         self._flow = BlockFlow(self.dense.model, self.dense.adapter, tokens, dense=dense)
 
-    def received(self, site: Site, needs: frozenset[str]) -> Moments:
+    def received(self, site: Site, statistics: Sequence[Statistic]) -> Moments:
         """As `BlockFlow.received`, of its tokens."""
         assert self._flow is not None
-        return self._flow.received(site, needs)
+        return self._flow.received(site, statistics)
 
     def carry(self, site: Site, weight: Float[Tensor, "d_out d_in"] | None) -> None:
         """As `BlockFlow.carry`."""

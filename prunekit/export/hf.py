@@ -10,7 +10,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,9 @@ from prunekit.models.opening import without_bars
 from prunekit.models.paging import attach, pager_of, real, shapes_of
 from prunekit.models.shards import SHARD_BYTES, write
 from prunekit.plugins.adapter import ModelAdapter
+from prunekit.plugins.exporter import Code
 from prunekit.search.supernet import Supernet
 from prunekit.space.sites import Allocation
-
-Code = Literal["import", "bundled"]
 
 # written anew by transformers, or true of the model before only
 REWRITTEN = ("architectures", "auto_map", "dtype", "model_type", "per_layer_config", "transformers_version")

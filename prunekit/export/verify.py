@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-class NotVerified(RuntimeError):
-    """A saved directory is not the model that was promised; says what differs."""
-
-
 @dataclass(frozen=True)
 class Verified:
     """What the fresh process found."""
@@ -55,6 +51,8 @@ def verify(
         NotVerified: it does not load, the parameter count is not exact, or logits differ.
     """
     from safetensors.torch import save_file
+
+    from prunekit.errors import NotVerified  # here, because the fresh process runs this file without prunekit
 
     directory = Path(directory)
     with tempfile.TemporaryDirectory() as scratch:

@@ -7,8 +7,9 @@ A pruner reads a `LayerProblem` and returns `Candidate`s; it never sees a model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -16,17 +17,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prunekit.layer.candidates import Candidate
+from prunekit.layer.solving import factored, inverted, margin, solved
+from prunekit.layer.statistics import Need, named, required
 from prunekit.space.forms import GROUPS, Form, Units
 
 VALUES_AT_ONCE = 2**22  # of what is judged at once: 32 MiB in float64
 CELLS_AT_ONCE = 2**24  # of the matrices that are solved side by side: 128 MiB in float64
+TILE = 512  # rows and columns of a matrix that are compared at once: 2 MiB in float64
 
-
-STATISTICS = frozenset(
-    {"gram", "cross", "drift", "mean", "variance", "absolute", "relative", "contrast", "gradient"}
-    | {"feeders", "power", "influence"}
-)
-"""What a plug-in may ask calibration for: fields of `LayerProblem`, and the power of its feeders' inputs."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,14 +33,21 @@ class Feeder:
     """A linear map in front of the layer, whose rows feed its groups.
 
     Its rows are n_groups equal blocks in the order of the groups: gate or up rows of a neuron, query, key or value
-    rows of a head. The other fields are there when the pruner `needs` power, gradient.
+    rows of a head. Statistics are there when the plug-in `needs` them: gradient and fisher, (rows, d), and those that
+    are taken of producer layers, as power, (d,).
     """
 
     name: str  # path inside its decoder block
     weight: Float[Tensor, "rows d"]
-    power: Float[Tensor, " d"] | None = None  # E[x̂_j²] of its inputs
-    gradient: Float[Tensor, "rows d"] | None = None  # E[∂L/∂W] over windows
-    fisher: Float[Tensor, "rows d"] | None = None  # E[(∂L/∂W)²] over windows
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def require(self, statistic: Need) -> Tensor:
+        """A statistic that the plug-in `needs`.
+
+        Raises:
+            PluginError: it is not there; says what is.
+        """
+        return required(self.name, self.statistics, statistic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +55,10 @@ class LayerProblem:
     """Everything a local pruner may know of one linear map.
 
     Groups are contiguous: group g holds the columns g·size … (g+1)·size - 1. Weights are (d_out, d_in).
-    Moments are means over tokens. Fields after `damping` are there when the pruner `needs` them. L is the dense
-    model's next-token cross-entropy, in nats per token, on one window of calibration tokens.
+    Moments are means over tokens. Fields after `damping` are there when the plug-in `needs` them, and so are
+    statistics, each one number or of every input column. Two are of other passes: gradient E[∂L/∂W], with fisher
+    E[(∂L/∂W)²], both of the weight's shape, L the dense model's next-token cross-entropy in nats per token on one
+    window of calibration tokens; and contrast E[x̂_j²] on the second data set.
     """
 
     weight: Float[Tensor, "d_out d_in"]
@@ -61,15 +69,8 @@ class LayerProblem:
     cross: Float[Tensor, "d_out d_in"] | None = None  # R = E[y x̂ᵀ], y = W x with the dense model's input x
     drift: Float[Tensor, "d_out d_in"] | None = None  # D = E[δ x̂ᵀ], δ what earlier layers lost in the residual stream
     energy: float | None = None  # E‖W x‖² on dense inputs; from the gram when there is no cross
-    mean: Float[Tensor, " d_in"] | None = None
-    variance: Float[Tensor, " d_in"] | None = None
-    absolute: Float[Tensor, " d_in"] | None = None  # root mean square over windows of the mean |x̂_j| over tokens
-    relative: Float[Tensor, " d_in"] | None = None  # E[x̂_j² / ‖y‖²], y what the dense map makes of x̂, bias included
-    contrast: Float[Tensor, " d_in"] | None = None  # E[x̂_j²] on the second data set
-    gradient: Float[Tensor, "d_out d_in"] | None = None  # E[∂L/∂W] over windows
-    fisher: Float[Tensor, "d_out d_in"] | None = None  # E[(∂L/∂W)²] over windows; comes with the gradient
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)  # by name; `require` one
     feeders: tuple[Feeder, ...] = ()
-    influence: float | None = None  # 1 - E cos(x, x + f(x)), x the residual stream and f the dense sub-layer on it
     name: str = "layer"
 
     def __post_init__(self) -> None:
@@ -88,22 +89,40 @@ class LayerProblem:
             if len(feeder.weight) % self.n_groups:
                 raise ValueError(f"{self.name}: {len(feeder.weight)} rows of {feeder.name}, {self.n_groups} groups")
         for whose, owner in (("its", self), *((f"{feeder.name}'s", feeder) for feeder in self.feeders)):
-            for field in fields(owner):
-                value = getattr(owner, field.name)
-                if isinstance(value, Tensor) and not _finite(value):
+            for name, value in {**vars(owner), **owner.statistics}.items():
+                if isinstance(value, Tensor) and not _finite(torch.atleast_1d(value)):
                     raise ValueError(
-                        f"{self.name}: {whose} {field.name} is not finite; look at the model and the calibration tokens"
+                        f"{self.name}: {whose} {name} is not finite; look at the model and the calibration tokens"
                     )
 
-    def knowing(self, needs: frozenset[str]) -> LayerProblem:
+    def require(self, statistic: Need) -> Tensor:
+        """What the plug-in `needs`, by its name or as the object that it asked for; never None.
+
+        Raises:
+            PluginError: it is not there; says what is.
+        """
+        own = {"gram": self.gram, "cross": self.cross, "drift": self.drift}
+        return required(self.name, {**own, **self.statistics}, statistic)
+
+    def knowing(self, needs: frozenset[Need]) -> LayerProblem:
         """The same layer with what `needs` names and no more: one plug-in's wishes are not another's hints."""
-        alone = ("drift", "mean", "variance", "absolute", "relative", "contrast", "influence")
-        hidden: dict[str, None] = {name: None for name in alone if name not in needs}
-        hidden |= {} if {"cross", "drift"} & needs else {"cross": None, "energy": None}
-        learnt = {} if "gradient" in needs else {"gradient": None, "fisher": None}
-        unfed = learnt if "power" in needs else {**learnt, "power": None}
-        fed = self.feeders if {"feeders", "power"} & needs else ()
-        return replace(self, **hidden, **learnt, feeders=tuple(replace(feeder, **unfed) for feeder in fed))
+        names = named(needs)
+        asked = names | {"fisher"} if "gradient" in names else names  # comes with it
+
+        def known(statistics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            return {name: value for name, value in statistics.items() if name in asked}
+
+        fed = {"feeders"}.union(*(feeder.statistics.keys() - self.statistics.keys() for feeder in self.feeders))
+        feeders = tuple(replace(feeder, statistics=known(feeder.statistics)) for feeder in self.feeders)
+        crossed = bool({"cross", "drift"} & names)
+        return replace(
+            self,
+            cross=self.cross if crossed else None,
+            energy=self.energy if crossed else None,
+            drift=self.drift if "drift" in names else None,
+            statistics=known(self.statistics),
+            feeders=feeders if fed & names else (),
+        )
 
     @property
     def structure(self) -> Units:
@@ -125,9 +144,9 @@ class LayerProblem:
 
     @cached_property
     def ridge(self) -> float:
-        """λ = damping · mean diag H, ten times more (at most 4 times) until H + λI has a Cholesky factor.
+        """λ = damping · mean diag H, ten times more (at most 4 times) until H + λI has a Cholesky factor with a margin.
 
-        1 where nothing ever reaches the layer.
+        With the margin every part of it has one, in every order, on any processor. 1 where nothing reaches the layer.
 
         Raises:
             ValueError: no such λ; the gram is no second moment.
@@ -135,9 +154,14 @@ class LayerProblem:
         scale = float(self.gram.diagonal().double().mean())
         if scale <= 0:
             return 1.0
-        ridge, gram = self.damping * scale, self.gram.double()
-        for _ in range(5):
-            if not bool(torch.linalg.cholesky_ex(_with_diagonal(gram, ridge)).info):
+        ridge, gram = self.damping * scale, _mirrored(self.gram)
+        for tries in range(5):
+            trial = _with_diagonal(gram, ridge)
+            trial.diagonal().mul_(1 - margin(self.d_in))
+            if not bool(torch.linalg.cholesky_ex(trial).info):
+                if tries:
+                    share = ridge / scale
+                    _log.info("%s: damping is %.1e, not %.1e, for H is singular", self.name, share, self.damping)
                 return ridge
             ridge = max(10 * ridge, 1e-8 * scale)
         raise ValueError(
@@ -148,7 +172,7 @@ class LayerProblem:
     @cached_property
     def hessian(self) -> Float[Tensor, "d_in d_in"]:
         """H + λI in float64: solve with it; judge with `gram`."""
-        return _with_diagonal(self.gram.double(), self.ridge)
+        return _with_diagonal(_mirrored(self.gram), self.ridge)
 
     @cached_property
     def target(self) -> Float[Tensor, "d_out d_in"]:
@@ -163,7 +187,7 @@ class LayerProblem:
         reached = self.cross.double() + self.ridge * weight
         if self.drift is not None:
             reached = reached + self.drift.double()
-        return _solved(self.hessian, reached.T).T
+        return solved(self.hessian, reached.T).T
 
     def group_sum(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, " n_groups"]:
         """Sum over rows, then over the columns of each group, in float64."""
@@ -174,6 +198,11 @@ class LayerProblem:
         """Input columns of `groups`, in the order given."""
         ids = torch.as_tensor(list(groups), dtype=torch.long, device=self.weight.device)
         return (ids[:, None] * self.group_size + torch.arange(self.group_size, device=ids.device)).flatten()
+
+    def rounded(self, weight: Float[Tensor, "d_out columns"]) -> Float[Tensor, "d_out columns"]:
+        """In the dtype of the weight; what is too large for it is its largest number, for the error to judge."""
+        most = torch.finfo(self.weight.dtype).max
+        return weight.clamp(-most, most).to(self.weight.dtype)
 
     def masked(self, groups: Sequence[int]) -> Candidate:
         """Keep `groups` with their weights as they are."""
@@ -186,7 +215,7 @@ class LayerProblem:
         groups = sorted(groups)  # the same set, the same bits
         kept = self.columns(groups)
         reached = self.target @ self.hessian[:, kept]
-        return self._placed(groups, _solved(self.hessian[kept][:, kept], reached.T).T if groups else reached)
+        return self._placed(groups, solved(self.hessian[kept][:, kept], reached.T).T if groups else reached)
 
     def sparse(self, mask: Bool[Tensor, "d_out d_in"]) -> Candidate:
         """Keep the single weights under `mask` as they are."""
@@ -202,9 +231,9 @@ class LayerProblem:
         if 2 * int(mask.sum()) < mask.numel():
             fitted = _solved_rows(self.hessian, self.target @ self.hessian, mask)
         else:
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.hessian))
+            inverse = inverted(self.hessian)
             fitted = self.target - _solved_rows(inverse, self.target, ~mask) @ inverse
-        return Candidate(None, torch.where(mask, fitted, 0).to(self.weight.dtype))
+        return Candidate(None, self.rounded(torch.where(mask, fitted, 0)))
 
     def nested(self, ranking: Sequence[int]) -> Nested:
         """The refits of the first 0, 1, … n_groups groups of a ranking, from one factorisation."""
@@ -218,7 +247,7 @@ class LayerProblem:
     def _placed(self, groups: Sequence[int], values: Float[Tensor, "d_out kept"]) -> Candidate:
         """The candidate whose columns of `groups`, in the order given, hold `values`."""
         weight = torch.zeros_like(self.weight)
-        weight[:, self.columns(groups)] = values.to(weight.dtype)
+        weight[:, self.columns(groups)] = self.rounded(values)
         return Candidate(tuple(sorted(int(g) for g in groups)), weight)
 
     def error(self, weight: Float[Tensor, "d_out d_in"]) -> float:
@@ -271,7 +300,7 @@ class Nested:
 
     @cached_property
     def _factor(self) -> Float[Tensor, "d_in d_in"]:
-        return torch.linalg.cholesky(self.layer.hessian[self._columns][:, self._columns])
+        return factored(self.layer.hessian[self._columns][:, self._columns])
 
     @cached_property
     def _energy(self) -> Float[Tensor, "d_in d_out"]:
@@ -312,7 +341,7 @@ def _solved_rows(
         cells = torch.where(real[:, :, None] & real[:, None], matrix[ids[:, :, None], ids[:, None]], 0)
         cells.diagonal(dim1=1, dim2=2).add_((~real).to(cells))
         values = torch.where(real, right[rows].gather(1, ids), 0)
-        found[rows[:, None], ids] = _solved(cells, values[..., None])[..., 0]
+        found[rows[:, None], ids] = solved(cells, values[..., None])[..., 0]
     return found
 
 
@@ -341,9 +370,13 @@ def _energy(weight: Tensor, gram: Tensor, less: Tensor | None = None) -> float:
     return float(total)
 
 
-def _solved(matrix: Tensor, right: Tensor) -> Tensor:
-    """matrix⁻¹ right, for a positive definite matrix."""
-    return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
+def _mirrored(gram: Tensor) -> Tensor:
+    """In float64 and symmetric: not every processor's xᵀx is, to the last bit, and an order would choose a half."""
+    gram, starts = gram.double(), range(0, len(gram), TILE)
+    tiles = [(slice(i, i + TILE), slice(j, j + TILE)) for i in starts for j in starts if j <= i]
+    if all(torch.equal(gram[i, j], gram[j, i].T) for i, j in tiles):  # same as: torch.equal(gram, gram.T), in a cache
+        return gram
+    return gram.tril().add_(gram.tril(-1).T)
 
 
 def _with_diagonal(matrix: Tensor, value: float) -> Tensor:

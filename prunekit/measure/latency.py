@@ -12,6 +12,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.layer.candidates import Candidate
 from prunekit.models.modules import shallow
 from prunekit.plugins.dense import Dense
-from prunekit.space.latency import LatencySpec
+from prunekit.plugins.metric import Runs
 from prunekit.space.prices import Prices, Workload, curve, places, timed_counts, together
 from prunekit.space.sites import Site
 from prunekit.system.progress import Progress
@@ -38,19 +39,19 @@ MISS = 0.05  # of the promise, from which on it is not kept
 K = TypeVar("K", bound=Hashable)
 
 
-def workload(spec: LatencySpec, model: PreTrainedModel) -> Workload:
-    """The recipe's, with the length of the prompt resolved.
+def workload(batch: int, prompt: int | None, new_tokens: int, model: PreTrainedModel) -> Workload:
+    """What is asked, with the length of the prompt resolved; None: as `PROMPT` says.
 
     Raises:
         WrongInput: the model has no room for so many tokens.
     """
-    room = int(getattr(model.config, "max_position_embeddings", None) or spec.new_tokens + PROMPT)
-    prompt = spec.prompt or max(1, min(PROMPT, room - spec.new_tokens))
-    if prompt + spec.new_tokens > room:
+    room = int(getattr(model.config, "max_position_embeddings", None) or new_tokens + PROMPT)
+    prompt = prompt or max(1, min(PROMPT, room - new_tokens))
+    if prompt + new_tokens > room:
         raise WrongInput(
-            f"latency.prompt + latency.new_tokens is {prompt + spec.new_tokens}, and the model takes {room} tokens"
+            f"latency.prompt + latency.new_tokens is {prompt + new_tokens}, and the model takes {room} tokens"
         )
-    return Workload(spec.batch, prompt, spec.new_tokens)
+    return Workload(batch, prompt, new_tokens)
 
 
 @torch.no_grad()
@@ -167,36 +168,34 @@ def cut(dense: Dense, keeps: Mapping[Site, int]) -> PreTrainedModel:
     return small
 
 
-def priced(spec: LatencySpec, dense: Dense, sites: Sequence[Site], past: Path | None, progress: Progress) -> Prices:
-    """The table of the recipe; or the one an earlier process has left at `past`; or a new one."""
-    table = spec.table
-    if table is None and past is not None and past.exists():
-        table = Prices.load(past)
-    if table is None:
-        return prices(dense, sites, workload(spec, dense.model), progress)
-    if (here := hardware(dense.model)) != dict(table.hardware):
-        differ = ", ".join(
-            f"{key} {table.hardware.get(key)}, here {here[key]}" for key in here if here[key] != table.hardware.get(key)
-        )
-        progress.say(f"warning: the price table was measured elsewhere ({differ}); times here may be others")
-    return table
+def runs(work: Workload, models: int) -> Runs:
+    """Of so many models in turns; a turn is a run that does not count and one that does."""
+    unknown = f"more rounds, as long as {SECONDS:.0f} s are not over"
+    return Runs(FEWEST * models * 2, work.batch * (work.prompt + work.new_tokens), work.prompt, unknown=unknown)
+
+
+def runs_before(work: Workload, sites: Sequence[Site]) -> Runs:
+    """Of a table: the dense model, and one at a time those cut from it."""
+    keeps = trials(sites).values()
+    copied = max(sum(s.params_per_group * k for s, k in some.items() if k < s.n_groups) for some in keeps)
+    return replace(runs(work, len(keeps) + len(keeps) // OFTEN), copied=copied)
 
 
 def realised(
-    dense: PreTrainedModel, small: PreTrainedModel, table: Prices, target: float, promised: int, progress: Progress
+    dense: PreTrainedModel, small: PreTrainedModel, table: Prices, target: float, promised: float, progress: Progress
 ) -> dict[str, Any]:
-    """Both models' time, measured in turns, against the `promised` nanoseconds of the table."""
+    """Both models' time, measured in turns, against the `promised` share of the dense model's."""
     models = {"dense": lambda: dense, "pruned": lambda: small}
     times, noise = typical(sampled(models, table.workload, progress, "time the result", rounds=2 * ROUNDS))
-    promise, found = promised / table.dense, times["pruned"] / times["dense"]
+    found = times["pruned"] / times["dense"]
     return {
         "workload": vars(table.workload),
         "hardware": hardware(dense),
         "target": target,
-        "promised": promise,
+        "promised": promised,
         "realised": found,
-        "miss": found / promise - 1,
-        "kept": abs(found / promise - 1) <= MISS,
+        "miss": found / promised - 1,
+        "kept": abs(found / promised - 1) <= MISS,
         "milliseconds": {key: ns / 1e6 for key, ns in times.items()},
         "noise": {"table": table.noise, "result": noise},
     }

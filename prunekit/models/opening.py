@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -19,6 +18,7 @@ from transformers.utils import logging
 from prunekit.errors import WrongInput, first_line
 from prunekit.models import paging
 from prunekit.models.adapters.find import adapter_for
+from prunekit.models.places import located
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.dense import Dense
 from prunekit.system.memory import SHARES, Shares
@@ -200,20 +200,6 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def located(source: str) -> str:
-    """The folder a model is in, or its hub id.
-
-    Raises:
-        WrongInput: it can only be a folder, and is not there.
-    """
-    path = Path(source).expanduser()
-    if path.exists():
-        return str(path)
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise WrongInput(f"there is no model folder {source!r}; give a folder with a config.json, or a hub id")
-    return source
 
 
 def _no_tokenizer() -> Any:

@@ -10,15 +10,17 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
 AUTO = "transformers.models.auto.configuration_auto"  # imported by all that opens a model by its config
+CLASSES = "prunekit.models.classes"  # imports AUTO itself, and must be whole before it is used
 
 
 def arrange() -> None:
-    """Register now where the Auto classes are there, else as soon as they are."""
+    """Register now if the Auto classes are there, else as soon as they are."""
     if AUTO in sys.modules:
         register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -37,41 +39,57 @@ class _Finder(MetaPathFinder):
     """
 
     def __init__(self) -> None:
-        self.under_way = 0
+        self._under_way, self._lock = 0, Lock()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.partition(".")[0] != "transformers" or self not in sys.meta_path:
+        """What the finders behind this one find, with a loader that tells when it begins and ends."""
+        if (fullname.partition(".")[0] != "transformers" and fullname != CLASSES) or self not in sys.meta_path:
             return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
+        finders = [f for f in sys.meta_path[sys.meta_path.index(self) + 1 :] if hasattr(f, "find_spec")]
+        spec = next((s for finder in finders if (s := finder.find_spec(fullname, path, target)) is not None), None)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
             spec.loader = _Watched(spec.loader, self)
         return spec
 
-    def done(self) -> None:
-        """One import is over."""
-        self.under_way -= 1
-        if self.under_way == 0 and AUTO in sys.modules and self in sys.meta_path:
+    def begin(self) -> None:
+        """An import has begun."""
+        with self._lock:
+            self._under_way += 1
+
+    def end(self) -> None:
+        """An import is over."""
+        with self._lock:
+            self._under_way -= 1
+            if self._under_way or AUTO not in sys.modules or self not in sys.meta_path:
+                return
             sys.meta_path.remove(self)
+        try:
             register()
+        except BaseException:
+            sys.meta_path.insert(0, self)  # the next import says it again: half-registered would be worse
+            raise
 
 
 class _Watched(Loader):
-    """A loader that says when its module is there."""
+    """A loader that tells when its module is loaded, and leaves no trace in it."""
 
     def __init__(self, loader: Any, finder: _Finder) -> None:
-        self.loader, self.finder = loader, finder
+        self._loader, self._finder = loader, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
+        return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self.finder.under_way += 1
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._finder.begin()
         try:
-            self.loader.exec_module(module)
+            self._loader.exec_module(module)
         finally:
-            self.finder.done()
+            self._finder.end()
 
     def __getattr__(self, name: str) -> Any:  # get_data, get_source, ...: whatever else is asked of a loader
-        return getattr(self.loader, name)
+        return getattr(self._loader, name)

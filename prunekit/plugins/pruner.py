@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prunekit.layer.candidates import Candidate
 from prunekit.layer.problem import LayerProblem
+from prunekit.layer.statistics import Need
 
 
 class LocalPruner(ABC):
@@ -19,12 +20,12 @@ class LocalPruner(ABC):
     structures: ClassVar[frozenset[str]] = frozenset({"groups"})  # and/or weights, n:m
 
     @property
-    def needs(self) -> frozenset[str]:
-        """What calibration must fill of a `LayerProblem`; the names are in `prunekit.layer.STATISTICS`.
+    def needs(self) -> frozenset[Need]:
+        """What calibration must tell of a layer: names in `prunekit.calibration.statistics.STATISTICS`, or statistics.
 
-        gram, cross, drift, mean, variance, absolute, relative, feeders: the fields of these names. power: of every
-        feeder. contrast: a second data set is read. gradient: gradients and fishers of the layer, and of feeders if
-        asked.
+        gram, cross, drift, feeders: the fields of a `LayerProblem`. All else the layer is to `require` by its name.
+        power: of every feeder. contrast: a second data set is read. gradient: gradient and fisher of the layer, and of
+        feeders if asked.
         """
         return frozenset({"gram"})
 

@@ -19,15 +19,18 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
 from prunekit.errors import WrongInput, unknown
+from prunekit.plugins.source import Written, written
 
 if TYPE_CHECKING:
     from prunekit.plugins.adapter import ModelAdapter
     from prunekit.plugins.allocator import Allocator
     from prunekit.plugins.engine import Engine
+    from prunekit.plugins.exporter import Exporter
     from prunekit.plugins.finisher import Finisher
     from prunekit.plugins.objective import Objective
     from prunekit.plugins.pruner import LocalPruner
     from prunekit.plugins.signal import Signal
+    from prunekit.space.metrics import Metric
 
 T = TypeVar("T")
 
@@ -43,6 +46,7 @@ class Option:
     name: str
     type: str
     default: Any
+    hint: Any = None  # the type itself
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,27 @@ class Entry:
             ) from error
 
     @property
+    def _written(self) -> Written | None:
+        return written(f"{self.point.module}:{self.point.attr}")
+
+    @property
+    def doc(self) -> str:
+        """Its docstring. It is imported only where its source cannot be read.
+
+        Raises:
+            ImportError: as of `load`.
+        """
+        return self._written.doc if self._written is not None else inspect.getdoc(self.load()) or ""
+
+    @property
     def summary(self) -> str:
         """First line of its docstring."""
-        return (inspect.getdoc(self.load()) or "").strip().split("\n")[0]
+        return self.doc.strip().split("\n")[0]
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Packages that it needs and that are not installed, as far as its source tells."""
+        return self._written.missing if self._written is not None else ()
 
     @property
     def options(self) -> tuple[Option, ...]:
@@ -82,7 +104,9 @@ class Entry:
             return ()
         hints = get_type_hints(loaded)  # so that a named type says what it allows
         return tuple(
-            Option(f.name, _type_name(hints[f.name]), _default(f)) for f in dataclasses.fields(loaded) if f.init
+            Option(f.name, _type_name(hints[f.name]), _default(f), hints[f.name])
+            for f in dataclasses.fields(loaded)
+            if f.init
         )
 
 
@@ -97,6 +121,11 @@ class Registry(Mapping[str, Entry], Generic[T]):
     def contract(self) -> type[T]:
         """The class that all of them derive from."""
         return pkgutil.resolve_name(self._contract)
+
+    @property
+    def summary(self) -> str:
+        """What plug-ins of this kind do: first line of the contract's docstring."""
+        return found.doc.split("\n")[0] if (found := written(self._contract)) is not None else ""
 
     @property
     def _entries(self) -> dict[str, Entry]:
@@ -119,6 +148,8 @@ class Registry(Mapping[str, Entry], Generic[T]):
     def build(self, spec: str | Mapping[str, Any]) -> T:
         """A plug-in from its name, or from {name: ..., option: value}; fields that are plug-ins nest.
 
+        Options of such a field without a name are of its default: {name: tyr, inner: {generations: 5}}.
+
         Raises:
             UnknownName: no such plug-in.
             ValueError: an option it does not have, or a value it refuses.
@@ -130,13 +161,14 @@ class Registry(Mapping[str, Entry], Generic[T]):
         loaded = self[name].load()
         if not (inspect.isclass(loaded) and issubclass(loaded, self.contract)):
             raise ValueError(f"{self.kind} {name!r} is not a {self.contract.__name__} but {loaded!r}")
-        known = {f.name for f in dataclasses.fields(loaded) if f.init} if dataclasses.is_dataclass(loaded) else set()
+        fields = dataclasses.fields(loaded) if dataclasses.is_dataclass(loaded) else ()
+        known = {f.name: f for f in fields if f.init}
         for option in options:
             if option not in known:
                 raise WrongInput(unknown(f"option of {self.kind} {name!r}", option, known))
         hints = get_type_hints(loaded) if options else {}
         try:
-            values = {option: _typed(option, hints[option], value) for option, value in options.items()}
+            values = {option: _typed(known[option], hints[option], value) for option, value in options.items()}
             return cast(T, loaded(**values))
         except WrongInput:
             raise
@@ -160,7 +192,7 @@ class Registry(Mapping[str, Entry], Generic[T]):
         if name is None:
             raise ValueError(f"{plugin!r} is not registered as a {self.kind}; a recipe cannot name it")
         options = {f.name: getattr(plugin, f.name) for f in dataclasses.fields(plugin) if f.init}
-        return {"name": name} | {k: _plain(v) for k, v in options.items()}
+        return {"name": name} | {k: plain(v) for k, v in options.items()}
 
 
 PRUNERS: Registry[LocalPruner] = Registry("pruner", "prunekit.plugins.pruner:LocalPruner")
@@ -168,9 +200,13 @@ SIGNALS: Registry[Signal] = Registry("signal", "prunekit.plugins.signal:Signal")
 ALLOCATORS: Registry[Allocator] = Registry("allocator", "prunekit.plugins.allocator:Allocator")
 OBJECTIVES: Registry[Objective] = Registry("objective", "prunekit.plugins.objective:Objective")
 FINISHERS: Registry[Finisher] = Registry("finisher", "prunekit.plugins.finisher:Finisher")
+METRICS: Registry[Metric] = Registry("metric", "prunekit.space.metrics:Metric")
+EXPORTERS: Registry[Exporter] = Registry("exporter", "prunekit.plugins.exporter:Exporter")
 ADAPTERS: Registry[ModelAdapter] = Registry("adapter", "prunekit.plugins.adapter:ModelAdapter")  # by config.model_type
 ENGINES: Registry[Engine] = Registry("engine", "prunekit.plugins.engine:Engine")
-KINDS: tuple[Registry[Any], ...] = (PRUNERS, SIGNALS, ALLOCATORS, OBJECTIVES, FINISHERS, ENGINES, ADAPTERS)
+KINDS: tuple[Registry[Any], ...] = (
+    PRUNERS, SIGNALS, ALLOCATORS, OBJECTIVES, FINISHERS, METRICS, EXPORTERS, ENGINES, ADAPTERS,
+)  # fmt: skip
 
 
 def signals_of(allocator: Allocator) -> tuple[Signal, ...]:
@@ -190,33 +226,40 @@ def _entries(kind: str, group: str) -> dict[str, Entry]:
     return dict(sorted(found.items()))
 
 
-def _typed(option: str, hint: Any, value: Any) -> Any:
+def _typed(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     """A recipe's value as the field's type asks for it: a plug-in from its spec, tuples from lists, numbers checked."""
     for registry in KINDS:
         if registry.contract in (hint, *get_args(hint)):
+            if isinstance(value, Mapping) and "name" not in value and isinstance(default := _default(field), Mapping):
+                value = {**default, **value}
             return registry.build(value) if isinstance(value, (str, Mapping)) else value
     try:
         return TypeAdapter(hint).validate_python(value)
     except PydanticSchemaGenerationError:  # a type of the plug-in's own
         return value
     except ValidationError as error:
-        raise ValueError(f"{option} takes {_type_name(hint)}, not {value!r}") from error
+        raise ValueError(f"{field.name} takes {_type_name(hint)}, not {value!r}") from error
 
 
 def _type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint).replace("typing.", "")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as a recipe has it: plug-ins, also those in a list, by name and options.
+
+    Raises:
+        ValueError: a plug-in's class is not registered.
+    """
     for registry in KINDS:
         if isinstance(value, registry.contract):
             return registry.spec(value)
-    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+    return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default is not dataclasses.MISSING:
-        return _plain(field.default)
+        return plain(field.default)
     if field.default_factory is not dataclasses.MISSING:
-        return _plain(field.default_factory())
+        return plain(field.default_factory())
     return None

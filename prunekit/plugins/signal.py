@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from prunekit.layer.problem import LayerProblem
+from prunekit.layer.statistics import Need
 
 
 class Signal(ABC):
@@ -15,8 +16,8 @@ class Signal(ABC):
     unitless: ClassVar[bool] = False  # True: the same number when all weights of the site are in other units
 
     @property
-    def needs(self) -> frozenset[str]:
-        """What calibration must fill of a `LayerProblem`, as for a pruner."""
+    def needs(self) -> frozenset[Need]:
+        """What calibration must tell of a layer, as for a pruner."""
         return frozenset({"gram"})
 
     @abstractmethod

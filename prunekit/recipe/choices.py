@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from prunekit.errors import WrongInput
 from prunekit.recipe.presets import presets, read_yaml
+from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 
 SPACES = "prunekit.spaces"  # group of entry points
@@ -150,7 +151,7 @@ class Choices:
             WrongInput: a recipe cannot say so.
         """
         for overrides in _each(self.open):
-            recipe.with_overrides(overrides).checked()
+            resolve(recipe.with_overrides(overrides))
 
 
 def _each(nodes: Mapping[str, Node]) -> Iterator[dict[str, Any]]:

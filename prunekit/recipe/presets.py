@@ -68,7 +68,7 @@ def laid_over(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return both
 
 
-def beside(latency: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def beside(priced: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A price table that is named in a recipe file lies beside it."""
-    prices = latency.get("prices")
-    return {**latency, "prices": str(folder / prices)} if isinstance(prices, str) else dict(latency)
+    prices = priced.get("prices")
+    return {**priced, "prices": str(folder / prices)} if isinstance(prices, str) else dict(priced)

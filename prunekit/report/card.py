@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from prunekit.recipe.schema import Recipe
-from prunekit.report.document import gained, kept_promise, parts_of
-from prunekit.system.files import write_json
+from prunekit.report.document import gained, kept_promise, parts_of, promise
+from prunekit.report.origin import hub_id, taken_over
+from prunekit.report.picture import draw
+from prunekit.system.files import write_bytes, write_json
+
+PICTURE = "sparsity.svg"
 
 
-def card(document: Mapping[str, Any], recipe: Recipe) -> str:
-    """README.md of a pruned model."""
+def card(document: Mapping[str, Any], recipe: Recipe, facts: Mapping[str, Any]) -> str:
+    """README.md of a pruned model.
+
+    Args:
+        document: the report.
+        recipe: what it was made by.
+        facts: licence and language of the source, for the front matter.
+    """
     dense, pruned, losses = document["dense"], document["pruned"], document["losses"]
-    name = Path(str(document["model"])).name
+    source = str(document["model"])
+    name = Path(source).name or Path(source).resolve().name
+    base = {} if hub_id(source) is None else {"base_model": source}
+    head = {**base, "tags": ["prunekit", "pruned"], "library_name": "transformers", **facts}
     parts = ", ".join(f"{kind} `{spec['name']}`" for kind, spec in parts_of(recipe))
     rows = "\n".join(
         f"| {site['name']} | {site.get('keeps') or '{:,} of {:,}'.format(site['kept'], site['groups'])} "
@@ -26,15 +42,13 @@ def card(document: Mapping[str, Any], recipe: Recipe) -> str:
         title, unit = f"{found['sparsity']:.1%} of the weights in the blocks' linear maps are zero", "weights per row"
         more = f"\n| not zero in linear maps | {found['in_linear_maps']:,} | {found['not_zero']:,} |"
         note = f"\n{gained(found)}\n"
-    if (pace := document.get("latency")) is not None:
-        ms = pace["milliseconds"]
-        more += f"\n| milliseconds | {ms['dense']:.4g} | {ms['pruned']:.4g} |"
-        note += f"\nTime on {pace['hardware']['device']}: {kept_promise(pace)}.\n"
+    if (pace := promise(document)) is not None:
+        if (ms := pace.get("milliseconds")) is not None:
+            more += f"\n| milliseconds | {ms['dense']:.4g} | {ms['pruned']:.4g} |"
+        where = f"Time on {pace['hardware']['device']}" if ms is not None else document["budget"]["metric"].capitalize()
+        note += f"\n{where}: {kept_promise(pace)}.\n"
     return f"""---
-base_model: {document["model"]}
-tags: [prunekit, pruned]
-library_name: transformers
----
+{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---
 
 # {name}, {title}
 
@@ -46,7 +60,7 @@ Pruned by prunekit {document["versions"]["prunekit"]} with {parts}.
 | in blocks | {dense["block_parameters"]:,} | {pruned["block_parameters"]:,} |{more}
 | perplexity | {losses["dense"]["perplexity"]:.2f} | {losses["pruned"]["perplexity"]:.2f} |
 
-Perplexity: `{losses["pruned"]["label"]}`. Calibration and search: {document["data"]["source"]}.
+Perplexity: `{losses["pruned"]["label"]}`. Calibration and search: {_named(document["data"]["source"], recipe)}.
 {note}
 ## Load
 
@@ -62,6 +76,8 @@ tokenizer = AutoTokenizer.from_pretrained("this folder")
 
 ## Sites
 
+![Share removed of every block, attention and MLP apart]({PICTURE})
+
 | site | kept {unit} | relative output error |
 |---|---|---|
 {rows}
@@ -69,6 +85,18 @@ tokenizer = AutoTokenizer.from_pretrained("this folder")
 
 
 def write(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
-    """report.json and README.md."""
+    """report.json, README.md with its picture, and the legal files of the source."""
+    facts, legal = taken_over(str(document["model"]))
     write_json(folder / "report.json", document)
-    (folder / "README.md").write_text(card(document, recipe), encoding="utf-8")
+    for name, content in legal.items():
+        write_bytes(folder / name, content)
+    write_bytes(folder / PICTURE, draw(document["sites"]).encode())
+    write_bytes(folder / "README.md", card(document, recipe, facts).encode())
+
+
+def _named(source: str, recipe: Recipe) -> str:
+    """Data sets in words, files by their name alone: where they lay is nobody's business."""
+    for name in sorted(recipe.data.names, key=len, reverse=True):
+        if hub_id(name) is None:
+            source = source.replace(name, re.split(r"[/\\]", name)[-1])
+    return source

@@ -16,7 +16,8 @@ from prunekit.data.tokens import TokenBatch
 from prunekit.measure.perplexity import Perplexity
 from prunekit.plugins.allocator import Problem
 from prunekit.plugins.dense import Dense
-from prunekit.plugins.registry import ALLOCATORS, FINISHERS, OBJECTIVES, PRUNERS, SIGNALS, signals_of
+from prunekit.plugins.registry import ALLOCATORS, EXPORTERS, FINISHERS, METRICS, OBJECTIVES, PRUNERS, SIGNALS
+from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.search.supernet import Supernet
 from prunekit.space.ladders import Space
@@ -39,7 +40,7 @@ def space_record(walk: int, problem: Problem) -> dict[str, Any]:
         "ladders": [list(ladder) for ladder in space.ladders],
         "prices": [list(row) for row in space.prices],
         "limit": space.budget.limit,
-        "metric": space.budget.metric,
+        "metric": METRICS.name_of(space.budget.metric),
         "errors": [list(row) for row in problem.errors],
         **measured,
         "start": list(problem.start),
@@ -47,7 +48,7 @@ def space_record(walk: int, problem: Problem) -> dict[str, Any]:
 
 
 def report(
-    recipe: Recipe,
+    parts: Parts,
     dense: Dense,
     draws: Draws,
     whole: Space,
@@ -63,7 +64,7 @@ def report(
     pace: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of report.json. Parameters are counted in the tensors, never taken from the request."""
-    errors, shrinks = net.site_errors(plan), all(site.form.shrinks for site in whole.sites)
+    recipe, errors, shrinks = parts.recipe, net.site_errors(plan), parts.form.shrinks
     before, after = count(dense.model), count(small)
     blocks = count(dense.adapter.blocks(dense.model))
     return {
@@ -77,14 +78,15 @@ def report(
             "sparsity_of_model": (before - after) / before,
         },
         "budget": {
-            "metric": whole.budget.metric,
+            "metric": recipe.metric_spec["name"],
             "of": recipe.of,
             "sparsity_asked": recipe.sparsity,
             "limit": whole.budget.limit,
             "spent": whole.cost(plan),
+            "removed": (whole.budget.dense - whole.budget.outside - whole.cost(plan)) / whole.budget.dense,
         },
         **({} if shrinks else {"weights": weights(small, net, plan, recipe.structure)}),
-        **({} if pace is None else {"latency": dict(pace)}),
+        **({} if pace is None else {recipe.metric_spec["name"]: dict(pace)}),
         "losses": dict(losses),
         "sites": [
             {
@@ -111,7 +113,7 @@ def report(
         "seconds": _rounded(seconds),
         **({"seconds_shared": _rounded(seconds_shared)} if recipe.family else {}),  # of these, for all of it
         "seed": recipe.seed,
-        "versions": versions(recipe),
+        "versions": versions(parts),
     }
 
 
@@ -152,12 +154,20 @@ def gained(found: Mapping[str, Any]) -> str:
     )
 
 
+def promise(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a report says of a measured metric: what was promised, and realised; None: nothing was measured."""
+    found = document.get(document.get("budget", {}).get("metric"))
+    return found if isinstance(found, Mapping) and "realised" in found else None
+
+
 def kept_promise(found: Mapping[str, Any]) -> str:
-    """Promised and realised time in words; `found` is of `prunekit.latency.realised`."""
+    """Promised and realised share of the dense model's in words; `found` is of `MeasuredMetric.realised`."""
+    timed = "workload" in found
     said = (
-        f"{Workload(**found['workload'])}: {found['promised']:.3f} of the dense model's time was promised "
-        f"({found['target']:g} asked), {found['realised']:.3f} was measured, {found['miss']:+.1%}; times of one model "
-        f"vary by {found['noise']['result']:.1%}"
+        (f"{Workload(**found['workload'])}: " if timed else "")
+        + f"{found['promised']:.3f} of the dense model's{' time' if timed else ''} was promised ({found['target']:g} "
+        f"asked), {found['realised']:.3f} was measured, {found['miss']:+.1%}; {'times' if timed else 'measurements'} "
+        f"of one model vary by {found['noise']['result']:.1%}"
     )
     if found["kept"]:
         return said
@@ -174,12 +184,13 @@ def by_source(batch: TokenBatch, dense: Perplexity, pruned: Perplexity) -> dict[
     return found
 
 
-def versions(recipe: Recipe) -> dict[str, str]:
+def versions(parts: Parts) -> dict[str, str]:
     """Of everything that has a say in the result: libraries, Python, and the distributions of plug-ins."""
     registries = {"pruner": PRUNERS, "allocator": ALLOCATORS, "objective": OBJECTIVES, "finisher": FINISHERS}
-    owners = {registries[kind][spec["name"]].owner for kind, spec in parts_of(recipe)}
-    named = map(SIGNALS.name_of, signals_of(ALLOCATORS.build(recipe.allocator)))
-    owners |= {SIGNALS[name].owner for name in named if name is not None}
+    owners = {registries[kind][spec["name"]].owner for kind, spec in parts_of(parts.recipe)}
+    owners |= {METRICS[parts.recipe.metric_spec["name"]].owner}
+    owners |= {EXPORTERS[spec["name"]].owner for spec in parts.recipe.exporters}
+    owners |= {SIGNALS[name].owner for name in map(SIGNALS.name_of, parts.signals) if name is not None}
     names = sorted({"prunekit", "torch", "transformers", *owners} - {"unknown"})
     return {name: metadata.version(name) for name in names} | {"python": platform.python_version()}
 

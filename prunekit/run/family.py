@@ -1,4 +1,4 @@
-"""Once for all: models of several sizes, for which the model is opened, text drawn and every ladder walked once."""
+"""Models of several sizes for little more than the price of one: model, text and calibration passes are shared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from prunekit.recipe.schema import Recipe
-from prunekit.run.pipeline import Result, begun, searched, write_result
+from prunekit.report.document import promise
+from prunekit.run.prune import make_result, open_runs, run_search
+from prunekit.run.results import Result, write_result
+from prunekit.run.stages import clear_folder
 from prunekit.run.workplace import check_output, publish
 from prunekit.system.files import write_json
 from prunekit.system.progress import Progress
@@ -52,6 +55,13 @@ class Family:
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Write a folder for every member and pareto.json; all of it is there, or nothing.
 
+        Args:
+            directory: a new folder, or an empty one.
+            overwrite: whether a family that is there may be replaced.
+
+        Returns:
+            The directory.
+
         Raises:
             WrongInput: the directory holds something and may not be overwritten.
         """
@@ -87,38 +97,52 @@ def family(
 
     A member that was finished before an interruption is not made again.
 
+    Args:
+        recipe: names its family.
+        model: in memory, with its tokenizer; None: the recipe names one.
+        tokenizer: of a model in memory.
+        output: folder of the family; None: it stays in memory.
+        progress: what the user is told; None: nothing.
+        resume: whether to go on with an interrupted run of the same recipe.
+        overwrite: whether a family in `output` may be replaced.
+
     Raises:
-        WrongInput: says what was asked, what there is and what to do.
+        WrongInput: says what was asked, what there is and what to do; before any long work.
+        PluginError: a plug-in broke its contract.
+        CannotGoOn: what was written is not the same model when it is loaded.
     """
     asked = [member.sparsity for member in recipe.members]
-    work = begun(recipe, model, tokenizer, output, progress, asked, resume=resume, overwrite=overwrite)
+    work = open_runs(recipe, model, tokenizer, output, progress, asked, resume=resume, overwrite=overwrite)
     with work as (place, runs):
         done, results, before = place / "result", dict[str, Result](), None
         done.mkdir(exist_ok=True)
-        for run, (net, answer) in zip(runs, searched(runs), strict=True):
-            name = str(run.recipe.sparsity)
+        for run, (net, answer) in zip(runs, run_search(runs), strict=True):
+            name = str(run.parts.recipe.sparsity)
             if (done / name).exists():
                 continue
-            before = before or run.dense_perplexity()
-            result = run.result(net, answer, before, None if output is None else output / name)
+            before = before or run.measure_dense()
+            result = make_result(run, net, answer, before, None if output is None else output / name)
             if output is None:
                 results[name] = result
                 continue
-            shutil.rmtree(run.place / "written", ignore_errors=True)
-            write_result(result, run.place / "written")
+            write_result(result, clear_folder(run.place / "written"))
             (run.place / "written").replace(done / name)
         reports = {
             str(share): results[str(share)].report if output is None else _report(done / str(share)) for share in asked
         }
-        document = pareto(reports)
+        document = make_pareto(reports)
         if output is not None:
             write_json(done / FILE, document)
             publish(done, output)
     return Family(document, output, results, runs[0].blocks(sum(row["parameters"] for row in document["members"])))
 
 
-def pareto(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The content of pareto.json, from the members' reports by folder."""
+def make_pareto(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Write the content of pareto.json.
+
+    Args:
+        reports: the members' report.json by folder, by ascending sparsity.
+    """
     first = next(iter(reports.values()))
     rows = [{"folder": folder, **_row(report)} for folder, report in reports.items()]
     points = [(_size(report), row["perplexity"]) for report, row in zip(reports.values(), rows, strict=True)]
@@ -159,21 +183,21 @@ def _row(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def _realised(report: Mapping[str, Any]) -> float:
     """The share that is gone of what the budget counts."""
-    budget, pruned = report["budget"], report["pruned"]
-    if budget["metric"] == "latency":
-        return 1 - report["latency"]["realised"]
-    if budget["metric"] == "kv-cache":  # of which nothing is outside of sites
-        return 1 - budget["spent"] / budget["limit"] * (1 - budget["sparsity_asked"])
-    if "weights" in report and budget["of"] == "blocks":
+    budget = report["budget"]
+    if (told := promise(report)) is not None:
+        return 1 - told["realised"]
+    if "weights" not in report:
+        return budget["removed"]
+    if budget["of"] == "blocks":
         return report["weights"]["sparsity"]
-    gone = report["weights"]["in_linear_maps"] - report["weights"]["not_zero"] if "weights" in report else 0
-    return pruned[f"sparsity_of_{budget['of']}"] + gone / report["dense"]["parameters"]
+    gone = report["weights"]["in_linear_maps"] - report["weights"]["not_zero"]
+    return report["pruned"]["sparsity_of_model"] + gone / report["dense"]["parameters"]
 
 
 def _size(report: Mapping[str, Any]) -> float:
     """What the front weighs perplexity against."""
-    if report["budget"]["metric"] == "latency":
-        return float(report["latency"]["realised"])
+    if (told := promise(report)) is not None:
+        return float(told["realised"])
     zeros = report["weights"]["in_linear_maps"] - report["weights"]["not_zero"] if "weights" in report else 0
     return float(report["pruned"]["parameters"] - zeros)
 

@@ -6,7 +6,6 @@ run leaves only `DIR.partial`, and the same command goes on from it.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,8 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from prunekit.errors import WrongInput
 from prunekit.system.files import write_json
+
+LOCK = ".lock"  # in a folder that one process at a time may use
 
 
 @contextmanager
@@ -40,7 +43,7 @@ def workplace(
         _beside(output, "partial"), identity, "an unfinished run", resume=resume, overwrite=overwrite
     ) as place:
         yield place
-        shutil.rmtree(place)
+        shutil.rmtree(place, ignore_errors=True)  # Windows keeps the lock, which is open
 
 
 @contextmanager
@@ -53,13 +56,16 @@ def claimed(
         WrongInput: it holds something else, or another process works on it.
     """
     place.mkdir(parents=True, exist_ok=True)
-    with (place / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise WrongInput(f"another process works on {place}; wait for it or choose another --output") from error
+    lock = FileLock(place / LOCK, blocking=False)  # the system gives it back when a process is killed
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise WrongInput(f"another process works on {place}; wait for it or choose another --output") from error
+    try:
         _take(place, identity, what, resume=resume, overwrite=overwrite)
         yield place
+    finally:
+        lock.release()
 
 
 def check_output(output: Path, *, overwrite: bool, sources: Iterable[str | Path] = ()) -> None:
@@ -114,12 +120,22 @@ def left(output: Path, identity: Mapping[str, Any]) -> Path | None:
 
 
 def publish(folder: Path, output: Path) -> None:
-    """Put a finished folder in the place of `output`, by rename; what was there goes when that is done."""
-    output, old = output.resolve(), _beside(output, "old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
+    """Put a finished folder in the place of `output`, by rename; what was there goes when that is done.
+
+    At every moment the old result or the new one is there whole: in the place of `output`, or, between two renames,
+    beside it as `.NAME.replaced`, from where it comes back when the second one fails.
+    """
+    output = output.resolve()
+    old = output.with_name(f".{output.name}.replaced")
+    if replaced := output.exists():
+        shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed at the end of this function
         output.replace(old)
-    folder.replace(output)
+    try:
+        folder.replace(output)
+    except BaseException:
+        if replaced:
+            old.replace(output)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -138,7 +154,7 @@ def _is_result(folder: Path) -> bool:
 
 def _take(place: Path, identity: Mapping[str, Any], held: str, *, resume: bool, overwrite: bool) -> None:
     card, wanted = place / "run.json", json.loads(json.dumps(identity))
-    left = [path for path in place.iterdir() if path.name != ".lock"]
+    left = [path for path in place.iterdir() if path.name != LOCK]
     if left and not card.exists():
         raise WrongInput(f"{place} is where this run would work, but holds other files; choose another --output")
     if card.exists():

@@ -139,7 +139,7 @@ class Space:
         low, high = -reach, reach
         if not fits(low):
             least = sum(self.prices[i][0] for i in members)
-            raise ValueError(f"the lowest rungs cost {least:,} {self.budget.metric}; the budget is {limit:,}")
+            raise ValueError(f"the lowest rungs cost {least:,} {self.budget.metric.unit}; the budget is {limit:,}")
         if fits(high):
             return high
         if fits(0.0):
@@ -306,7 +306,7 @@ class Space:
         for site, middle in zip(self.sites, centre, strict=True):
             counts = self.budget.counts(site)
             top, here = len(counts) - 1, bisect_left(counts, middle)
-            step = max(1, round(stride * (site.n_groups // site.step if self.budget.table is None else top)))
+            step = max(1, round(stride * (top + site.least // site.step)))
             rungs = {counts[min(max(here + j * step, 0), top)] for j in range(-reach, reach + 1)}
             ladders.append(tuple(sorted(rungs)))
         return replace(self, ladders=tuple(ladders), stride=stride)

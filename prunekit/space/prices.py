@@ -70,7 +70,7 @@ class Prices:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as in the file."""
-        return asdict(self) | {"curves": {shape: asdict(curve) for shape, curve in self.curves.items()}}
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def of(cls, values: Any, source: str = "latency.prices") -> Prices:

@@ -12,11 +12,16 @@ def settle(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_json(path: Path, content: object) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write beside, then rename: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}")
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=1)
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def write_json(path: Path, content: object) -> None:
+    """The same of JSON."""
+    write_bytes(path, json.dumps(content, indent=1).encode())

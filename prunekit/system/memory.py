@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,8 +21,7 @@ from torch import Tensor
 from prunekit.errors import WrongInput
 
 GIB = 1 << 30
-UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
-UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
+SIZE = re.compile(r"\d+(\.\d+)?\s*([kmgt]?i?b)?", re.IGNORECASE)  # ByteSize reads as far as it can: 1,5GB as 1 byte
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,16 @@ def parsed(text: str | int) -> int | None:
     Raises:
         WrongInput: it is no amount of memory.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip(), re.IGNORECASE)
-    if str(text) == "auto":
+    text = str(text).strip()
+    if text == "auto":
         return None
-    if found is None or (unit := UNITS.get(found[2].upper())) is None or not float(found[1]) * unit >= 1:
-        raise WrongInput(f"no amount of memory {str(text)!r}; give auto, or as 8GiB, 500MB")
-    return int(float(found[1]) * unit)
+    try:
+        size = TypeAdapter(ByteSize).validate_python(text) if SIZE.fullmatch(text) else 0
+    except ValidationError:
+        size = 0
+    if size < 1:
+        raise WrongInput(f"no amount of memory {text!r}; give auto, or as 8GiB, 500MB")
+    return int(size)
 
 
 def amount(number: float) -> str:

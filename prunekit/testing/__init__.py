@@ -3,13 +3,16 @@
 from prunekit.testing.adapters import AdapterSuite
 from prunekit.testing.allocators import AllocatorSuite, converse
 from prunekit.testing.engines import EngineSuite
+from prunekit.testing.exporters import ExporterSuite
 from prunekit.testing.finishers import FinisherSuite
-from prunekit.testing.layers import LAYERS, permuted, toy_layer
+from prunekit.testing.layers import LAYERS, permuted, toy_layer, with_statistics
+from prunekit.testing.metrics import MetricSuite
 from prunekit.testing.models import tiny
 from prunekit.testing.objectives import ObjectiveSuite
 from prunekit.testing.oracle import best_allocation
 from prunekit.testing.pruners import PrunerSuite
 from prunekit.testing.signals import SignalSuite
+from prunekit.testing.statistics import StatisticSuite
 from prunekit.testing.supernets import KeepFirst, KeepLargest, toy_questions, toy_supernet, toy_tokens, toy_workpiece
 
 __all__ = [
@@ -17,12 +20,15 @@ __all__ = [
     "AdapterSuite",
     "AllocatorSuite",
     "EngineSuite",
+    "ExporterSuite",
     "FinisherSuite",
     "KeepFirst",
     "KeepLargest",
+    "MetricSuite",
     "ObjectiveSuite",
     "PrunerSuite",
     "SignalSuite",
+    "StatisticSuite",
     "best_allocation",
     "converse",
     "permuted",
@@ -32,4 +38,5 @@ __all__ = [
     "toy_supernet",
     "toy_tokens",
     "toy_workpiece",
+    "with_statistics",
 ]

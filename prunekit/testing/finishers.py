@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prunekit.errors import WrongInput
 from prunekit.plugins.finisher import Finisher, Workpiece
-from prunekit.run.pipeline import check_finished, shapes
+from prunekit.run.finish import check_finished, shapes
 from prunekit.search.supernet import Supernet
 from prunekit.space.sites import Allocation
 from prunekit.system.checkpoints import Checkpoints

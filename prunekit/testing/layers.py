@@ -1,13 +1,15 @@
 """Small layer problems: correlated inputs, and everything that makes real moments awkward."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 
+from prunekit.calibration.moments import Moments, collected
 from prunekit.layer.problem import Feeder, LayerProblem
+from prunekit.layer.statistics import MapShape, Need, Received, Statistic
 from prunekit.space.forms import GROUPS, WEIGHTS, Pattern
 
 Quirk = Literal["plain", "dead", "duplicate", "constant", "low rank", "loud", "zero weight", "silent"]
@@ -24,13 +26,15 @@ def toy_layer(
     dtype: torch.dtype = torch.float32,
     moments: torch.dtype = torch.float32,
     block: int | None = None,
+    needs: Iterable[Need] = (),
 ) -> LayerProblem:
-    """A layer with correlated inputs and every field a pruner may need, but no cross moment.
+    """A layer with correlated inputs and all that a pruner may need by name, but no cross moment.
 
     quirk: dead (the first group receives nothing), duplicate (the second receives what the first does), constant
     (the first column is 1), low rank (two directions in all), loud (the last column is 1000 times the others),
     zero weight (the first group has none), silent (no group receives anything). With a block, single weights are
-    removed: 0 for structure weights, m for n:m; then nothing in front of the layer goes with them.
+    removed: 0 for structure weights, m for n:m; then nothing in front of the layer goes with them. Statistics that are
+    objects in `needs` are taken of the layer's tokens.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -56,33 +60,56 @@ def toy_layer(
     elif quirk == "silent":
         x = 0 * x
     loud = (x @ weight.T).square().sum(1, keepdim=True)
+    statistics = {
+        "mean": x.mean(0),
+        "variance": x.var(0, correction=0),
+        "absolute": x.abs().mean(0),
+        "relative": torch.where(loud > 0, x.square() / torch.where(loud > 0, loud, 1), 0).mean(0),
+        "contrast": x.square().mean(0) * normal(d_in).tanh().square(),  # less than on the first data set
+        "gradient": normal(d_out, d_in),
+        "fisher": normal(d_out, d_in).square(),
+    }
+    fed, learnt = {}, {}
+    for name, rows in (("wide", group_size), ("narrow", 1)) if block is None else ():  # as queries, and shared keys
+        fed[name], size = normal(n_groups * rows, 3), (n_groups * rows, 3)
+        learnt[name] = {"power": normal(3).square(), "gradient": normal(*size), "fisher": normal(*size).square()}
+    statistics["influence"] = normal(1).square()[0]
+    own = added_up(needs, x, weight, fed, seed)
     return LayerProblem(
         weight=weight.to(dtype),
         gram=(x.T @ x / len(x)).to(moments),
         group_size=group_size,
-        mean=x.mean(0).to(moments),
-        variance=x.var(0, correction=0).to(moments),
-        absolute=x.abs().mean(0).to(moments),
-        relative=torch.where(loud > 0, x.square() / torch.where(loud > 0, loud, 1), 0).mean(0).to(moments),
-        contrast=(x.square().mean(0) * normal(d_in).tanh().square()).to(moments),  # less than on the first data set
-        gradient=normal(d_out, d_in).to(moments),
-        fisher=normal(d_out, d_in).square().to(moments),
         form=GROUPS if block is None else Pattern(1, block) if block else WEIGHTS,
-        feeders=()
-        if block is not None
-        else tuple(
-            Feeder(
-                name,
-                normal(n_groups * rows, 3).to(dtype),
-                power=normal(3).square().to(moments),
-                gradient=normal(n_groups * rows, 3).to(moments),
-                fisher=normal(n_groups * rows, 3).square().to(moments),
-            )
-            for name, rows in (("wide", group_size), ("narrow", 1))  # as queries, and keys that several of them share
+        statistics={name: value.to(moments) for name, value in (statistics | own[""]).items()},
+        feeders=tuple(
+            Feeder(name, w.to(dtype), {key: value.to(moments) for key, value in (learnt[name] | own[name]).items()})
+            for name, w in fed.items()
         ),
-        influence=float(normal(1).square()),
         name=f"{quirk} toy",
     )
+
+
+@torch.no_grad()
+def added_up(
+    needs: Iterable[Need], x: torch.Tensor, weight: torch.Tensor, fed: Mapping[str, torch.Tensor], seed: int = 0
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Values of the statistics that are objects in `needs`, by producer layer, "" for the layer itself, and by name.
+
+    `x`: (tokens, d_in), eight to a window, of the dense model and of this one.
+    """
+    generator, n = torch.Generator().manual_seed(seed), len(x)
+    own = tuple(need for need in needs if isinstance(need, Statistic))
+    shape, layers = MapShape(x.shape[1], len(weight)), {name: MapShape(w.shape[1], len(w)) for name, w in fed.items()}
+    moments = Moments.empty(collected(own, residual=True), shape, x.device, layers)
+    linear = torch.nn.Linear(x.shape[1], len(weight), bias=False)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    residual = torch.randn(n, len(weight), generator=generator, dtype=x.dtype)
+    dense = Received(lambda: x, linear, 8, lambda: residual)
+    moments.add(Received(lambda: x, linear, 8, lambda: residual, dense))
+    for name, layer in layers.items():
+        inputs = torch.randn(n, layer.d_in, generator=generator, dtype=x.dtype)
+        moments.add_producer(name, Received(lambda inputs=inputs: inputs, length=8))
+    return {"": moments.values(weight), **{name: moments.values(w, name) for name, w in fed.items()}}
 
 
 def sparse_layer(d_in: int = 12, d_out: int = 7, block: int = 0, seed: int = 0, **options: Any) -> LayerProblem:
@@ -109,24 +136,30 @@ def permuted(layer: LayerProblem, order: Sequence[int]) -> LayerProblem:
     """The same layer with its groups in another order: group g of the result is group order[g]."""
     columns = layer.columns(order)
 
-    def moved(values: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values is None else values[..., columns]
+    def moved(values: torch.Tensor) -> torch.Tensor:
+        return values[..., columns] if values.ndim else values
 
     def fed(feeder: Feeder) -> Feeder:
         def blocks(values: torch.Tensor) -> torch.Tensor:
             return values.unflatten(0, (layer.n_groups, -1))[list(order)].flatten(0, 1)
 
-        learnt = {name: None if (v := getattr(feeder, name)) is None else blocks(v) for name in ("gradient", "fisher")}
-        return replace(feeder, weight=blocks(feeder.weight), **learnt)
+        statistics = {key: blocks(v) if v.shape == feeder.weight.shape else v for key, v in feeder.statistics.items()}
+        return replace(feeder, weight=blocks(feeder.weight), statistics=statistics)
 
-    vectors = ("mean", "variance", "absolute", "relative", "contrast", "gradient", "fisher", "cross", "drift")
     return replace(
         layer,
         weight=layer.weight[:, columns],
         gram=layer.gram[columns][:, columns],
         feeders=tuple(fed(feeder) for feeder in layer.feeders),
-        **{name: moved(getattr(layer, name)) for name in vectors},
+        cross=None if layer.cross is None else moved(layer.cross),
+        drift=None if layer.drift is None else moved(layer.drift),
+        statistics={name: moved(value) for name, value in layer.statistics.items()},
     )
+
+
+def with_statistics(layer: LayerProblem, **statistics: torch.Tensor) -> LayerProblem:
+    """The same layer with other values of some statistics."""
+    return replace(layer, statistics={**layer.statistics, **statistics})
 
 
 def counts_of(layer: LayerProblem) -> range:
@@ -134,7 +167,7 @@ def counts_of(layer: LayerProblem) -> range:
     return range(0, layer.n_groups + 1, layer.d_in // layer.m if layer.m else 1)
 
 
-LAYERS: dict[str, Callable[[], LayerProblem]] = {
+LAYERS: dict[str, Callable[..., LayerProblem]] = {
     **{f"{quirk} columns": partial(toy_layer, quirk=quirk) for quirk in QUIRKS},
     **{f"{quirk} blocks": partial(toy_layer, 4, 3, quirk=quirk) for quirk in QUIRKS},
     "one group": partial(toy_layer, 1, 4),
@@ -146,7 +179,7 @@ LAYERS: dict[str, Callable[[], LayerProblem]] = {
 }
 
 
-def _sparse(block: int) -> dict[str, Callable[[], LayerProblem]]:
+def _sparse(block: int) -> dict[str, Callable[..., LayerProblem]]:
     return {
         **{f"{quirk} rows": partial(toy_layer, 8, quirk=quirk, block=block) for quirk in QUIRKS},
         "one block": partial(toy_layer, 4, block=block),
@@ -157,7 +190,7 @@ def _sparse(block: int) -> dict[str, Callable[[], LayerProblem]]:
     }
 
 
-STRUCTURES: dict[str, dict[str, Callable[[], LayerProblem]]] = {
+STRUCTURES: dict[str, dict[str, Callable[..., LayerProblem]]] = {
     "groups": LAYERS,
     "weights": _sparse(0) | {"one weight": partial(toy_layer, 1, block=0)},
     "n:m": _sparse(4) | {"pairs": partial(toy_layer, 6, block=2)},

@@ -29,7 +29,7 @@ def best_allocation(space: Space, errors: Sequence[Sequence[float]]) -> tuple[Al
         most = sum(steps[-1] for steps in extra.values())
         money = min(limit - sum(space.prices[i][0] for i in members), most) // unit
         if money < 0:
-            raise ValueError(f"the lowest rungs cost more than the budget of {limit:,} {space.budget.metric}")
+            raise ValueError(f"the lowest rungs cost more than the budget of {limit:,} {space.budget.metric.unit}")
 
         f = np.zeros(money + 1)
         choices = {}

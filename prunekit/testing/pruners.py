@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from prunekit.calibration.statistics import statistics_of
 from prunekit.layer.candidates import Candidate, is_sparse
-from prunekit.layer.problem import STATISTICS, LayerProblem
+from prunekit.layer.problem import LayerProblem
 from prunekit.plugins.pruner import LocalPruner
 from prunekit.testing.layers import STRUCTURES, Quirk, counts_of, permuted, toy_layer
 from prunekit.testing.shapes import on_any_shape
@@ -51,7 +52,7 @@ def checked(pruner: LocalPruner, layer: LayerProblem, keeps: Sequence[int]) -> l
     return candidates
 
 
-PLAIN: dict[str, dict[str, Callable[[], LayerProblem]]] = {
+PLAIN: dict[str, dict[str, Callable[..., LayerProblem]]] = {
     "groups": {"columns": partial(toy_layer, 12), "blocks": partial(toy_layer, 6, 4)},
     "weights": {"weights": partial(toy_layer, 12, block=0)},
     "n:m": {"fours": partial(toy_layer, 12, block=4)},
@@ -81,7 +82,7 @@ class PrunerSuite:
     def test_is_a_frozen_dataclass_that_needs_known_fields(self) -> None:
         assert dataclasses.is_dataclass(self.plugin)
         assert hash(self.plugin) == hash(replace(self.plugin))  # type: ignore[type-var]
-        assert self.plugin.needs <= STATISTICS
+        statistics_of(self.plugin.needs)  # refuses what there is not
 
     def test_answers_every_count_and_keeping_all_loses_nothing(self, structure: str, subtests: pytest.Subtests) -> None:
         for name, layer in self._layers(STRUCTURES[structure]):
@@ -109,7 +110,8 @@ class PrunerSuite:
     ) -> None:
         for name, layer in self._layers(SHARED[structure]):
             with subtests.test(name):
-                parts = [getattr(owner, f.name) for owner in (layer, *layer.feeders) for f in dataclasses.fields(owner)]
+                owners = (layer, *layer.feeders)
+                parts = [part for o in owners for part in (*vars(o).values(), *o.statistics.values())]
                 tensors = [part for part in parts if isinstance(part, torch.Tensor)]
                 before, state = [tensor.clone() for tensor in tensors], torch.get_rng_state()
                 answers = [checked(self.plugin, replace(layer), counts_of(layer)) for _ in range(2)]
@@ -129,8 +131,9 @@ class PrunerSuite:
     def test_follows_its_rows_when_they_change_places(self, single: str) -> None:
         for _, layer in self._layers(PLAIN[single]):
             order = torch.arange(len(layer.weight)).roll(1)  # none stays
-            names = ("weight", "gradient", "fisher", "cross", "drift")
-            rows = {name: values[order] for name in names if (values := getattr(layer, name)) is not None}
+            of_rows = {"weight": layer.weight, "cross": layer.cross, "drift": layer.drift}
+            rows: dict[str, Any] = {name: values[order] for name, values in of_rows.items() if values is not None}
+            rows["statistics"] = {key: v[order] if v.ndim == 2 else v for key, v in layer.statistics.items()}
             here = checked(self.plugin, layer, counts_of(layer))
             there = checked(self.plugin, replace(layer, **rows), counts_of(layer))
             for one, two in zip(here, there, strict=True):
@@ -166,11 +169,15 @@ class PrunerSuite:
                     torch.testing.assert_close(there, here[order], rtol=1e-3, atol=1e-7)
 
     def test_chooses_the_same_in_other_units(self, structure: str, subtests: pytest.Subtests) -> None:
-        powers = {"weight": 1, "cross": 1, "drift": 1, "energy": 2, "relative": -2, "gradient": -1, "fisher": -2}
+        powers = {"weight": 1, "cross": 1, "drift": 1, "energy": 2}
+        learnt = {"relative": -2, "gradient": -1, "fisher": -2}
 
         def scaled(part: Any, scale: float) -> Any:
-            values = {name: getattr(part, name, None) for name in powers}
-            return replace(part, **{name: scale ** powers[name] * v for name, v in values.items() if v is not None})
+            values = {name: v for name in powers if (v := getattr(part, name, None)) is not None}
+            statistics = {name: scale ** learnt.get(name, 0) * v for name, v in part.statistics.items()}
+            return replace(
+                part, **{name: scale ** powers[name] * v for name, v in values.items()}, statistics=statistics
+            )
 
         for name, layer in self._layers(PLAIN[structure]):
             plain = checked(self.plugin, layer, counts_of(layer))
@@ -189,15 +196,21 @@ class PrunerSuite:
     ) -> None:
         for structure in sorted(self.plugin.structures):
             if structure == "groups":
-                layer = toy_layer(n_groups, group_size, d_out, quirk=quirk, seed=seed)
+                layer = toy_layer(n_groups, group_size, d_out, quirk=quirk, seed=seed, needs=self.plugin.needs)
             else:
                 block = group_size + 1
                 layer = toy_layer(
-                    n_groups * block, 1, d_out, quirk=quirk, seed=seed, block=block if structure == "n:m" else 0
+                    n_groups * block,
+                    1,
+                    d_out,
+                    quirk=quirk,
+                    seed=seed,
+                    block=block if structure == "n:m" else 0,
+                    needs=self.plugin.needs,
                 )
             layer = supplied(replace(layer, damping=damping), self.plugin)
             checked(self.plugin, layer, counts_of(layer))
 
     def _layers(self, zoo: Mapping[str, Callable[[], LayerProblem]]) -> Iterator[tuple[str, LayerProblem]]:
         """The layers of a zoo, each as calibration hands it to this pruner."""
-        return ((name, supplied(made(), self.plugin)) for name, made in zoo.items())
+        return ((name, supplied(made(needs=self.plugin.needs), self.plugin)) for name, made in zoo.items())

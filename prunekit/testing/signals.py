@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prunekit.layer.problem import STATISTICS, LayerProblem
+from prunekit.calibration.statistics import statistics_of
+from prunekit.layer.problem import LayerProblem
 from prunekit.plugins.signal import Signal
 from prunekit.testing.layers import LAYERS, Quirk, permuted, toy_layer
 from prunekit.testing.shapes import on_any_shape
@@ -28,19 +29,20 @@ class SignalSuite:
 
     @pytest.fixture(params=[(12, 1), (6, 4)], ids=["columns", "blocks"])
     def plain(self, request: pytest.FixtureRequest) -> LayerProblem:
-        return toy_layer(*request.param)
+        return toy_layer(*request.param, needs=self.plugin.needs)
 
     def test_is_a_frozen_dataclass_that_needs_known_fields(self) -> None:
         assert dataclasses.is_dataclass(self.plugin)
         assert hash(self.plugin) == hash(replace(self.plugin))  # type: ignore[type-var]
-        assert self.plugin.needs <= STATISTICS
+        statistics_of(self.plugin.needs)  # refuses what there is not
 
     def test_gives_the_same_finite_number_twice_and_leaves_its_input_alone(self, subtests: pytest.Subtests) -> None:
         for name, made in LAYERS.items():
             with subtests.test(name):
-                layer, state = made(), torch.get_rng_state()
-                parts = [layer, *layer.feeders]
-                tensors = [v for part in parts for v in vars(part).values() if isinstance(v, torch.Tensor)]
+                layer, state = made(needs=self.plugin.needs), torch.get_rng_state()
+                owners = (layer, *layer.feeders)
+                parts = [part for o in owners for part in (*vars(o).values(), *o.statistics.values())]
+                tensors = [part for part in parts if isinstance(part, torch.Tensor)]
                 before = [tensor.clone() for tensor in tensors]
                 assert measured(self.plugin, layer) == measured(self.plugin, replace(layer))
                 assert torch.equal(state, torch.get_rng_state()), "the global random state is the caller's"
@@ -63,4 +65,5 @@ class SignalSuite:
     def test_is_finite_on_any_shape(
         self, *, n_groups: int, group_size: int, d_out: int, quirk: Quirk, seed: int, damping: float
     ) -> None:
-        measured(self.plugin, replace(toy_layer(n_groups, group_size, d_out, quirk=quirk, seed=seed), damping=damping))
+        layer = toy_layer(n_groups, group_size, d_out, quirk=quirk, seed=seed, needs=self.plugin.needs)
+        measured(self.plugin, replace(layer, damping=damping))

@@ -1,13 +1,16 @@
 """Small allocation problems with known answers: additive tables over uneven prices, kinds and ends."""
 
 import random
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from prunekit.plugins.allocator import Problem
 from prunekit.space.budgets import Budget
 from prunekit.space.ladders import Space
+from prunekit.space.metrics import Metric
 from prunekit.space.prices import Curve, Prices, Workload
 from prunekit.space.sites import Allocation, Kind, Site
 
@@ -37,18 +40,50 @@ def small_llama(share: float = 0.5) -> Space:
     return Space.whole(sites, Budget.keeping(share, sites))
 
 
-def timed(sites: Sequence[Site], tile: int = 4) -> Prices:
-    """Times in steps of a tile, as hardware has them: 30 for any, 10 a group of attention, 20 for each further tile.
+@dataclass(frozen=True)
+class Tiles(Metric):
+    """Time in steps of a tile, as hardware has it: 30 for any, 10 a group of attention, 20 for each further tile.
 
     80 are spent outside of the sub-layers.
     """
-    curves: dict[str, Curve] = {}
+
+    unit: ClassVar[str] = "tiles"
+
+    tile: int = 4
+
+    def counts(self, site: Site) -> Sequence[int]:
+        step = 1 if site.kind == "attention" else self.tile
+        return (0, *range(step, site.n_groups, step), site.n_groups)
+
+    def price(self, site: Site, kept: int) -> int:
+        rise = 10 if site.kind == "attention" else 20
+        return 30 + rise * (bisect_left(self.counts(site), kept) - 1) if kept else 0
+
+    def outside(self, sites: Sequence[Site], parameters: int) -> int:
+        return 80
+
+
+@dataclass(frozen=True)
+class Cached(Metric):
+    """Values in the cache of attention: most sites have no price."""
+
+    unit: ClassVar[str] = "cached values"
+
+    def price(self, site: Site, kept: int) -> int:
+        return kept * site.cached_per_group
+
+    def outside(self, sites: Sequence[Site], parameters: int) -> int:
+        return 0
+
+
+def timed(sites: Sequence[Site]) -> Prices:
+    """The price table of a model on hardware that works in `Tiles`."""
+    metric, curves = Tiles(), dict[str, Curve]()
     for shape, many in Counter(site.shape for site in sites).items():
         site = next(site for site in sites if site.shape == shape)
-        step, rise = (1, 10) if site.kind == "attention" else (tile, 20)
-        counts = (0, *range(step, site.n_groups, step), site.n_groups)
-        curves[shape] = Curve(counts, (0, *(30 + rise * i for i in range(len(counts) - 1))), many)
-    dense = 80 + sum(curve.sites * curve.prices[-1] for curve in curves.values())
+        counts = tuple(metric.counts(site))
+        curves[shape] = Curve(counts, tuple(metric.price(site, kept) for kept in counts), many)
+    dense = metric.outside(sites, 0) + sum(metric.price(site, site.n_groups) for site in sites)
     return Prices(Workload(1, 8, 0), {}, dense, 0.0, curves)
 
 
@@ -101,13 +136,13 @@ def _apart() -> Problem:
 def _cached() -> Problem:
     """Only attention has a price."""
     sites = sites_of(3, attention=(4, 10), mlp=(16, 3))
-    return problem(Space.whole(sites, Budget.keeping(0.5, sites, metric="kv-cache")))
+    return problem(Space.whole(sites, Budget.keeping(0.5, sites, metric=Cached())))
 
 
 def _timed() -> Problem:
     """Prices from a table: most counts are not worth keeping, and the first group is dearer than the next."""
     sites = sites_of(3, attention=(4, 10), mlp=(16, 3))
-    return problem(Space.whole(sites, Budget.keeping(0.6, sites, metric="latency", table=timed(sites))))
+    return problem(Space.whole(sites, Budget.keeping(0.6, sites, metric=Tiles())))
 
 
 def _nearly_all() -> Problem:

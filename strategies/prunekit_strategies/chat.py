@@ -1,4 +1,9 @@
-"""Language models that answer a prompt: behind an OpenAI-compatible endpoint, or on this machine."""
+"""Language models that answer a prompt: behind an OpenAI-compatible endpoint, or on this machine.
+
+The endpoint is asked by the standard library, not by `huggingface_hub.InferenceClient`: that one sends the user's
+Hugging Face token to any server for which no key is given, neither asks again nor waits for Retry-After, and reads
+replies of any length.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +121,8 @@ class LocalModel:
     def ready(self) -> None:
         from transformers import AutoConfig
 
-        from prunekit.models.opening import load_tokenizer, located
+        from prunekit.models.opening import load_tokenizer
+        from prunekit.models.places import located
 
         try:
             AutoConfig.from_pretrained(located(self.model))

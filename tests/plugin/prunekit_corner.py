@@ -1,9 +1,12 @@
-"""One plug-in of every kind for prunekit; any one with its entry point is complete."""
+"""One plug-in of every kind for prunekit, and a statistic; any one with its entry point is complete."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -41,6 +44,37 @@ class Loudest(pk.Signal):
         power = layer.group_sum(layer.gram.diagonal())  # (n_groups,)
         total = float(power.sum())
         return float(power.max()) / total if total > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Kurtosis(pk.Statistic):
+    """E[x̂_j⁴] / E[x̂_j²]², and 0 where nothing is received: 3 of a normal distribution, more of heavy tails."""
+
+    name: ClassVar[str] = "kurtosis"
+
+    def sizes(self, shape: pk.MapShape) -> Mapping[str, tuple[int, ...]]:
+        return {"fourth": (shape.d_in,)}
+
+    def add(self, sums: dict[str, torch.Tensor], received: pk.Received) -> None:
+        sums["fourth"] += received.inputs.double().pow(4).sum(0)
+
+    def finish(self, sums: dict[str, torch.Tensor], total: pk.Total) -> torch.Tensor:
+        squared = total.power.square()
+        return torch.where(squared > 0, sums["fourth"] / total.tokens / torch.where(squared > 0, squared, 1), 0)
+
+
+@dataclass(frozen=True)
+class Tails(pk.Signal):
+    """The mean kurtosis of what a site receives."""
+
+    unitless: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> frozenset[pk.Need]:
+        return frozenset({Kurtosis()})  # the object itself; it has no entry point
+
+    def measure(self, layer: pk.LayerProblem) -> float:
+        return float(layer.require(Kurtosis()).mean())
 
 
 @dataclass(frozen=True)
@@ -90,3 +124,45 @@ class Volume(pk.Finisher):
                 here.linear.weight *= gains[here.site.name]
                 stage.advance(note=here.site.name)
         return {"gains": gains}
+
+
+@dataclass(frozen=True)
+class WeightedParameters(pk.Metric):
+    """Parameters, those of attention counted several times: what a cache for every user adds to them, roughly."""
+
+    unit: ClassVar[str] = "weighted parameters"
+
+    attention: int = 3  # as dear as so many of the MLP's
+
+    def price(self, site: pk.Site, kept: int) -> int:
+        return site.parameters(kept) * (self.attention if site.kind == "attention" else 1)
+
+    def outside(self, sites: Sequence[pk.Site], parameters: int) -> int:
+        return parameters
+
+
+@dataclass(frozen=True)
+class Table(pk.Exporter):
+    """A table of all tensors and their shapes, and of what every site has kept, as CSV."""
+
+    @property
+    def place(self) -> str:
+        return "tensors.csv"
+
+    def write(self, product: pk.Product, path: Path) -> None:
+        rows = [["tensor", name, "x".join(map(str, p.shape))] for name, p in product.model.named_parameters()]
+        rows += [["kept", site["name"], f"{site['kept']} of {site['groups']}"] for site in product.report["sites"]]
+        with path.open("x", newline="") as file:
+            csv.writer(file).writerows(rows)
+
+    def verify(self, path: Path, probe: pk.Probe) -> None:
+        try:
+            rows = list(csv.reader(io.StringIO(path.read_text("utf-8")), strict=True))
+            shapes = [torch.Size(map(int, shape.split("x"))) for kind, _, shape in rows if kind == "tensor"]
+        except (OSError, ValueError, csv.Error) as error:
+            raise pk.NotVerified(f"{path} is no table of tensors: {error}") from error
+        if (found := sum(shape.numel() for shape in shapes)) != probe.parameters:
+            raise pk.NotVerified(f"{path} has {found:,} parameters, not {probe.parameters:,}")
+
+    def size(self, order: pk.Order) -> int:
+        return 1 << 16

@@ -11,28 +11,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunekit.calibration.flow import BlockFlow, by_pairs
-from prunekit.calibration.moments import moments_bytes, moments_flops, strips
+from prunekit.calibration.flow import BlockFlow
+from prunekit.calibration.moments import Moments, collected, strips
+from prunekit.calibration.statistics import Cross, statistics_of
 from prunekit.layer.layouts import layout_of
 from prunekit.layer.problem import judging_flops
-from prunekit.measure import latency
+from prunekit.layer.statistics import MapShape, Statistic
 from prunekit.measure.perplexity import HIDDEN_BYTES, LOGITS_AT_ONCE
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.models.blocks import TOKENS_AT_ONCE, forward_flops
-from prunekit.plugins.adapter import ModelAdapter
-from prunekit.plugins.registry import ALLOCATORS, OBJECTIVES, PRUNERS, signals_of
+from prunekit.plugins.adapter import ModelAdapter, linear_at
+from prunekit.plugins.exporter import Order
+from prunekit.plugins.metric import Runs
+from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.run.plan.plan import HEARING, Stage
 from prunekit.search.store import CandidateStore
 from prunekit.search.teacher import Teacher
 from prunekit.space.ladders import Space
-from prunekit.space.prices import Workload
 from prunekit.space.sites import Site
 from prunekit.system.memory import Shares
 
 FLOAT, DOUBLE = 4, 8  # bytes
 CUSHION = 64 << 20  # bytes: what libraries hold, and tensors that come and go
-MORE_ROUNDS = f"more rounds, as long as {latency.SECONDS:.0f} s are not over"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +67,20 @@ class Shape:
         """Of the linear maps of all blocks."""
         return sum(m.weight.numel() for b in self.blocks for m in b.modules() if isinstance(m, nn.Linear))
 
-    def fed(self, site: Site) -> list[int]:
+    def map(self, site: Site) -> MapShape:
+        """Of its linear map."""
+        return MapShape(site.d_in, site.d_out, shared=bool(site.shares))
+
+    def producers(self, site: Site) -> dict[str, MapShape]:
+        """Of the linear maps whose rows go with its groups, by path."""
         block = self.blocks[site.block]
-        return [block.get_submodule(cut.path).in_features for cut in self.adapter.cuts(block, site)[:-1]]  # type: ignore[misc]
+        fed = {cut.path: linear_at(block, cut.path) for cut in self.adapter.cuts(block, site)[:-1]}
+        return {path: MapShape(linear.in_features, linear.out_features) for path, linear in fed.items()}
+
+    def collected(self, site: Site, statistics: Sequence[Statistic]) -> tuple[Statistic, ...]:
+        """What is added up at the site."""
+        joins = self.adapter.adds_up(self.blocks[site.block]) and self.adapter.part(site) is not None
+        return collected(statistics, residual=joins)
 
     @cached_property
     def attended(self) -> int:
@@ -110,12 +122,13 @@ class Member:
 class Count:
     """A recipe in numbers."""
 
-    recipe: Recipe
+    parts: Parts
     shape: Shape
     tokens: Mapping[str, int]  # by part
     seqlen: int
     members: Sequence[Member]
-    work: Workload | None  # that is timed
+    before: Runs | None = None  # in which a metric is measured before the search
+    after: Runs | None = None  # and on every result
 
     @cached_property
     def everything(self) -> int:
@@ -142,11 +155,9 @@ class Count:
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         return 0 if head.weight is embedding.weight else self.shape.parameters(head) * self.shape.computed.itemsize
 
-    @cached_property
-    def needs(self) -> frozenset[str]:
-        """Statistics that plug-ins ask for."""
-        signals = signals_of(ALLOCATORS.build(self.recipe.allocator))
-        return PRUNERS.build(self.recipe.pruner).needs.union(*(signal.needs for signal in signals))
+    @property
+    def recipe(self) -> Recipe:
+        return self.parts.recipe
 
     def stages(self, shares: Shares) -> Iterator[Stage]:
         """Every stage, in order, when memory is shared out so; what the dense model has said stays to the end."""
@@ -163,27 +174,20 @@ class Count:
         widest = max(site.d_in for site in self.shape.sites)
         working = chunk * size * (3 * widest + 6 * self.shape.width) + CUSHION
         yield Stage("open", held + CUSHION, shares.blocks or 0, read=self._stored)
-        if self.work is not None and self.recipe.latency.prices is None:
-            yield self._timed(self.work)
-        if "gradient" in self.needs:
+        if self.before is not None:
+            yield Stage(
+                "time sub-layers", self.everything + self.before.copied * size + CUSHION,
+                flops=self._runs(self.before), unknown=self.before.unknown,
+            )  # fmt: skip
+        if "gradient" in self.parts.needs:
             yield self._gradients(shares, held + working)
         yield from self._rounds(shares, held + working)
         for number, member in enumerate(each for each in self.members if each.wanted):
             yield from self._result(member, shares, held, working, first=number == 0)
 
-    def _timed(self, work: Workload) -> Stage:
-        """A table of prices: the dense model, and one at a time those cut from it."""
-        size, keeps = self.shape.computed.itemsize, latency.trials(self.shape.sites).values()
-        cut = max(sum(s.params_per_group * k for s, k in some.items() if k < s.n_groups) for some in keeps)
-        return Stage(
-            "time sub-layers", self.everything + cut * size + CUSHION,
-            flops=self._turns(work, len(keeps) + len(keeps) // latency.OFTEN), unknown=MORE_ROUNDS,
-        )  # fmt: skip
-
-    def _turns(self, work: Workload, models: int) -> int:
-        """FLOPs of the rounds that there are at least; a turn is a run that does not count and one that does."""
-        run = self.shape.forward(work.batch * (work.prompt + work.new_tokens), work.prompt, head=False)
-        return latency.FEWEST * models * 2 * run
+    def _runs(self, runs: Runs) -> int:
+        """FLOPs."""
+        return runs.count * self.shape.forward(runs.tokens, runs.seqlen, head=False)
 
     def _gradients(self, shares: Shares, held: int) -> Stage:
         shape, tokens = self.shape, self.tokens["calibration"]
@@ -246,13 +250,14 @@ class Count:
             member.called("evaluate"), both + logits + CUSHION, kept, read=models * self._stored if paged else 0,
             flops=small + first * shape.forward(judged, self.seqlen, head=True), member=member.name,
         )  # fmt: skip
-        if self.work is not None:
+        if self.after is not None:
             yield Stage(
                 member.called("time the result"), both + CUSHION,
-                flops=self._turns(self.work, 2), unknown=MORE_ROUNDS, member=member.name,
+                flops=self._runs(self.after), unknown=self.after.unknown, member=member.name,
             )  # fmt: skip
         largest = max(p.numel() for p in shape.model.parameters()) * (size + shape.stored.itemsize)
-        streamed, saved = paged and not recipe.finishers, stays * shape.stored.itemsize
+        order = Order(shape.adapter, self.parts.form.units, recipe.code, stays, shape.stored.itemsize)
+        streamed, saved = paged and not recipe.finishers, sum(each.size(order) for each in self.parts.exporters)
         exported = held + self._page + largest if streamed else both
         read = (2 * self._stored if streamed else 0) + (saved if recipe.verify else 0)  # for the probe, and to write
         yield Stage(member.called("export"), exported + CUSHION, kept, saved, read, member=member.name)
@@ -289,25 +294,28 @@ class Count:
 
         Questions on fewer add less than a chunk each.
         """
-        top = OBJECTIVES.build(self.recipe.objective).reads(len(self.shape.blocks)).top
+        top = self.parts.objective.reads(len(self.shape.blocks)).top
         said = Teacher.bytes(self.tokens["search"], top, self.shape.vocabulary)
         inside = min(said, shares.teacher)
         return inside, min(said - inside, shares.teacher_disk)
 
     def _walk(self, name: str, space: Space, shares: Shares, held: int, member: str = "") -> Stage:
         """`held`: bytes in memory beside what a site takes."""
-        shape, needs, tokens = self.shape, self.needs, self.tokens["calibration"]
-        scores = not name.startswith("rebuild") and "scores" in ALLOCATORS.build(self.recipe.allocator).needs
-        size, streams = shape.computed.itemsize, 1 + bool({"cross", "drift"} & needs)
+        shape, needs, tokens = self.shape, self.parts.needs, self.tokens["calibration"]
+        statistics = statistics_of(needs)
+        scores = not name.startswith("rebuild") and "scores" in self.parts.allocator.needs
+        size, streams = shape.computed.itemsize, 1 + any("dense" in each.sees for each in statistics)
         memory = disk = spill = doubles = 0
         flops = streams * shape.forward(tokens, self.seqlen, head=False)
         for _, members in groupby(space.sites, key=lambda site: site.block):
             block = [(s.d_in, shape.adapter.part(s) is not None, bool(s.shares)) for s in members]
             spill = max(spill, BlockFlow.peak(tokens, shape.width, size, block, streams))
         for site, ladder in zip(space.sites, space.ladders, strict=True):
-            d_out, part = site.d_out, shape.adapter.part(site) is not None
-            fed, paired = shape.fed(site) if "power" in needs else (), by_pairs(site, d_out)
-            moments = moments_bytes(site.d_in, d_out, needs, part=part, paired=paired, fed=fed)
+            own, there, fed = shape.map(site), shape.collected(site, statistics), shape.producers(site)
+            d_out, paired = own.d_out, Cross.by_pairs(own)
+            moments = Moments.bytes(there, own, fed)
+            if paired and streams == 2:
+                moments += DOUBLE * site.d_in * d_out  # what is made of the pairs
             # the weight of every rung as proposed and as rounded, or rounded and twice to be written; mean in float64
             each = max(size + shape.stored.itemsize, 3 * shape.stored.itemsize)
             weights = site.d_in * d_out * (len(ladder) * each + 2 * DOUBLE + 2 * size)
@@ -316,7 +324,7 @@ class Count:
             beside = moments if site.shares else FLOAT * site.d_in * max(next(strips(site.d_in)).stop, made)
             memory = max(memory, moments + beside, moments + weights)
             disk += CandidateStore.bytes(site, ladder, shape.stored, scores=scores)
-            flops += moments_flops(tokens, site.d_in, d_out, needs, part=part, paired=paired)
+            flops += Moments.flops(there, own, fed, tokens)
             cross = "cross" in needs and site.form.shrinks
             widths = [layout_of(site).width(site, count) if cross else site.d_in for count in ladder]
             doubles += judging_flops(site.d_in, d_out, widths, cross=cross)

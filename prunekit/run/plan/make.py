@@ -6,16 +6,16 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from prunekit.data.draws import amounts, window_of
-from prunekit.measure import latency
 from prunekit.models.opening import computing_dtype, limits, resolved_devices
 from prunekit.plugins.adapter import ModelAdapter
-from prunekit.plugins.registry import ALLOCATORS, OBJECTIVES
-from prunekit.recipe.schema import Recipe
+from prunekit.plugins.metric import MeasuredMetric
+from prunekit.recipe.resolve import Parts
 from prunekit.run.plan.count import Count, Member, Shape
 from prunekit.run.plan.plan import Plan
 from prunekit.run.plan.rehearsal import rehearsed, walks
@@ -28,7 +28,7 @@ SPARE = 0.9  # of what is free on the machine; the rest is for others
 
 
 def planned(
-    recipe: Recipe,
+    parts: Parts,
     model: nn.Module,
     adapter: ModelAdapter,
     wholes: Sequence[Space],
@@ -37,14 +37,15 @@ def planned(
     *,
     rehearse: bool = False,
 ) -> Plan:
-    """What `recipe`, checked, will take for a model of which the skeleton is enough.
+    """What a recipe will take for a model of which the skeleton is enough.
 
     `wholes`: the space of the recipe, or of every member of its family; `asked`: the sparsities of those that results
     are made of, None: of the recipe's. Only where it is asked for, searches are rehearsed to say how long they take.
 
     Raises:
-        WrongInput: the recipe's memory is no amount, or latency is asked of more tokens than the model takes.
+        WrongInput: the recipe's memory is no amount, or its metric cannot be measured on this model.
     """
+    recipe = parts.recipe
     device = resolved_devices(recipe.device)[0]
     stored = next(model.parameters()).dtype
     computed = computing_dtype(stored, recipe.dtype, device)
@@ -56,8 +57,8 @@ def planned(
     if output is not None:
         place = next(p for p in (output.resolve(), *output.resolve().parents) if p.is_dir())
         free_disk = shutil.disk_usage(place).free + written(output)  # which is gone on with, or discarded
-    allocator, known = ALLOCATORS.build(recipe.allocator), dict[int, Known]()
-    free = not OBJECTIVES.build(recipe.objective).reads(1).tokens
+    allocator, known = parts.allocator, dict[int, Known]()
+    free = not parts.objective.reads(1).tokens
 
     def forwards(number: int, space: Space) -> int | None:
         if free or not rehearse:
@@ -71,18 +72,21 @@ def planned(
         counted = [forwards(number, space) for number, space in enumerate(spaces)]
         wanted = each.sparsity in (asked or [recipe.sparsity])
         members.append(Member(str(each.sparsity) if recipe.family else "", whole, spaces, counted, last, wanted))
-    timed = recipe.metric == "latency"
-    work = latency.workload(recipe.latency, model) if timed else None  # type: ignore[arg-type]
+    metric, measured, before, after = parts.metric, "", None, None
     shape = Shape(model, adapter, wholes[0].sites, stored, computed)
-    count = Count(recipe, shape, tokens, seqlen, members, work)
+    if isinstance(metric, MeasuredMetric):
+        whole_model: Any = model
+        measured, after = metric.unit, metric.runs_after(whole_model)
+        before = metric.runs_before(whole_model, shape.sites) if metric.prices is None else None
+    count = Count(parts, shape, tokens, seqlen, members, before, after)
 
     def of(shares: Shares) -> Plan:
         stages = tuple(count.stages(shares))
-        return Plan(stages, limit, free_disk, shares, count.resident, count.block, device, computed, place, timed)
+        return Plan(stages, limit, free_disk, shares, count.resident, count.block, device, computed, place, measured)
 
     plan, tight = of(Shares()), of(Shares(blocks=0))
     can = next(model.parameters()).is_meta and tight.least < plan.least  # else it is in memory already, or very small
-    if paged := can and not timed and plan.least > limit:
+    if paged := can and not measured and plan.least > limit:
         plan = tight
     room_to_solve = 3 * 8 * max(site.d_in for site in shape.sites) ** 2  # for pruners that factorise
     return of(Shares.of(limit - plan.least - room_to_solve, paged=paged))

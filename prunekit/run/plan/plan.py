@@ -50,7 +50,7 @@ class Plan:
     device: torch.device
     dtype: torch.dtype  # of the computation
     place: Path | None  # where the run works, as far as it exists
-    timed: bool = False  # latency is: a whole model is
+    measured: str = ""  # the metric that is measured, on whole models
 
     @property
     def paged(self) -> bool:
@@ -82,8 +82,8 @@ class Plan:
         if worst.memory > self.limit:
             how = "block by block " if self.paged else ""
             less = "shorter windows, or an allocator with fewer rungs"
-            if self.timed:
-                less = "or another metric: latency is timed on whole models, never block by block"
+            if self.measured:
+                less = f"or another metric: {self.measured} is timed on whole models, never block by block"
             raise WrongInput(
                 f"{worst.name} takes at least {amount(worst.memory)} of memory {how}beside the process itself, and "
                 f"{amount(max(0, self.limit))} are there; give more, {less}"

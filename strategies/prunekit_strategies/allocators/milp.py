@@ -9,10 +9,12 @@ from typing import Any, Literal
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from prunekit import Allocation, Budget, Space, WrongInput
+from prunekit import Allocation, Metric, Parameters, Space, WrongInput
 from prunekit_strategies.allocators.additive import Additive, Table
+from prunekit_strategies.metrics.formulas import Bytes, Flops, KVCache
 
-Metric = Literal["parameters", "bytes", "flops", "kv-cache"]
+Formula = Literal["parameters", "bytes", "flops", "kv-cache"]
+FORMULAS: dict[str, Metric] = {m.unit: m for m in (Parameters(), Bytes(), Flops(), KVCache())}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class MixedInteger(Additive):
     not replaced, solutions are judged again, and whole numbers are checked in whole numbers.
     """
 
-    limits: tuple[tuple[Metric, float], ...] = ()  # (metric, share of the dense sites that may be kept)
+    limits: tuple[tuple[Formula, float], ...] = ()  # (metric, share of the dense sites that may be kept)
     differ: int = 2  # sites in which candidates must differ
 
     def __post_init__(self) -> None:
@@ -102,7 +104,7 @@ class MixedInteger(Additive):
         for members, limit in space.purses:
             rows.append(([[p * (i in members) for p in row] for i, row in enumerate(space.prices)], limit))
         for metric, share in self.limits:
-            price = Budget(0, metric).price
+            price = FORMULAS[metric].price
             prices = [[price(s, k) for k in ladder] for s, ladder in zip(space.sites, space.ladders, strict=True)]
             rows.append((prices, math.floor(Fraction(str(share)) * sum(price(s, s.n_groups) for s in space.sites))))
         units = [math.gcd(*(p for row in prices for p in row)) or 1 for prices, _ in rows]

@@ -87,7 +87,7 @@ def _ascending(
     extra = {i: [p - space.prices[i][0] for p in space.prices[i]] for i in members}
     money = min(limit - sum(space.prices[i][0] for i in members), sum(steps[-1] for steps in extra.values()))
     if money < 0:
-        raise ValueError(f"the lowest rungs cost more than the budget of {limit:,} {space.budget.metric}")
+        raise ValueError(f"the lowest rungs cost more than the budget of {limit:,} {space.budget.metric.unit}")
     unit = math.gcd(*(p for steps in extra.values() for p in steps)) or 1
     unit *= -(-money // (unit * CELLS)) or 1
     steps = [[-(-p // unit) for p in extra[i]] for i in members]

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prunekit import Finisher, LayerProblem, Workpiece, check_choices
+from prunekit import Finisher, LayerProblem, Workpiece, check_choices, solved
 from prunekit.calibration.twin import Aim, SubLayer, Twin
 from prunekit_strategies.pruners.compensation import best
 
@@ -80,7 +80,7 @@ class LeastSquares(Finisher):
                     gram = gram - sums.mean[:, None] * sums.mean
                     reached = reached - sums.missing[:, None] * sums.mean
                 problem = LayerProblem(linear.weight, gram, damping=self.damping, name=here.site.name)
-                change = torch.cholesky_solve(reached.T, torch.linalg.cholesky(problem.hessian)).T  # (1)
+                change = solved(problem.hessian, reached.T).T  # (1)
                 if not here.site.form.shrinks:
                     alone = replace(problem, weight=change)
                     change = best(alone, linear.weight != 0, exact=self.exact, steps=self.steps).weight  # (5)

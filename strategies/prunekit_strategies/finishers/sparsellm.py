@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prunekit import Finisher, LayerProblem, LocalPruner, Site, Workpiece, WrongInput, check_choices
+from prunekit import Finisher, LayerProblem, LocalPruner, Site, Workpiece, WrongInput, check_choices, solved
 from prunekit.calibration.twin import Aim, SubLayer, Twin, whole_parts
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.plugins.adapter import ModelAdapter
@@ -130,7 +130,7 @@ class SparseLLM(Finisher):
         gram = (x.T @ x).double() / len(x)
         layer = LayerProblem(linear.weight, gram, form=site.form, damping=self.damping, name=site.name)
         missed = ((wanted - linear(x)).T @ x).double() / len(x)
-        weight = linear.weight + torch.cholesky_solve(missed.T, torch.linalg.cholesky(layer.hessian)).T
+        weight = linear.weight + solved(layer.hessian, missed.T).T
         (candidate,) = self.pruner.prune(replace(layer, weight=weight), [keep])
         linear.weight.copy_(candidate.weight)
 
@@ -198,7 +198,7 @@ def hidden(
     w = down.weight.double()
     gram = w @ w.T
     gram.diagonal().add_(1 / ratio)
-    gain = torch.cholesky_solve(w, torch.linalg.cholesky(gram)).to(h)  # (d, d_ff)
+    gain = solved(gram, w).to(h)  # (d, d_ff)
     return h + (y - down(h)) @ gain
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prunekit import Candidate, LayerProblem, LocalPruner, check_choices
+from prunekit import Candidate, LayerProblem, LocalPruner, check_choices, solved
 
 Start = Literal["compensated", "output", "relaxed"]
 
@@ -145,7 +145,7 @@ def relaxed(quadratic: Float[Tensor, "n n"], total: int) -> Float[Tensor, " n"]:
         f, o = (~fixed).nonzero().flatten(), fixed.nonzero().flatten()
         pull = quadratic[f][:, o] @ q[o]  # Q_FO 1
         right = torch.stack([torch.ones_like(pull), pull], 1)
-        one, back = torch.cholesky_solve(right, torch.linalg.cholesky(quadratic[f][:, f])).unbind(1)
+        one, back = solved(quadratic[f][:, f], right).unbind(1)
         level = (total - q[o].sum() + back.sum()) / one.sum()  # ν
         q[f] = level * one - back
         below, above = (-q).clamp_min(0), (q - 1).clamp_min(0)

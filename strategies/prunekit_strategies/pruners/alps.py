@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
+from prunekit import Candidate, LayerProblem, LocalPruner, Need, best_weights
 from prunekit.layer.candidates import Per
 from prunekit_strategies.pruners.compensation import SINGLE, Aim, aimed, best, check, needed, reached
 
@@ -57,7 +57,7 @@ class ALPS(LocalPruner):
             )
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Need]:
         return needed(self.aim, None)
 
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
+from prunekit import Candidate, LayerProblem, LocalPruner, Need, best_weights, solved
 from prunekit_strategies.pruners.compensation import (
     SINGLE,
     Aim,
@@ -74,7 +74,7 @@ class APT(LocalPruner):
             )
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Need]:
         return needed(self.aim, self.mask)
 
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
@@ -91,7 +91,7 @@ class APT(LocalPruner):
             return self._chosen(layer, keep, here, w, part.T @ part, part.diagonal().square())
 
         weight, _ = swept(layer.target, u, choose, step=layer.m or self.width, width=self.width)
-        return Candidate(None, weight.to(layer.weight.dtype))
+        return Candidate(None, layer.rounded(weight))
 
     def _solved(self, layer: LayerProblem, u: Tensor, keep: int, mask: Tensor | None) -> Candidate:
         if mask is not None:
@@ -135,7 +135,7 @@ def patterns(
     for kept in itertools.combinations(range(block), keep):
         gone = [j for j in range(block) if j not in kept]
         p = w[:, :, gone]
-        loss = torch.cholesky_solve(p.permute(1, 2, 0), torch.linalg.cholesky(v[:, gone][:, :, gone]))
+        loss = solved(v[:, gone][:, :, gone], p.permute(1, 2, 0))
         loss = (loss.permute(2, 0, 1) * p).sum(2)  # (1)
         better = loss < least  # the first of equals stays: lower columns
         least = torch.where(better, loss, least)

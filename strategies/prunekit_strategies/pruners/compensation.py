@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prunekit import Candidate, LayerProblem, LocalPruner, check_choices
+from prunekit import Candidate, LayerProblem, LocalPruner, Need, check_choices, factored
 
 Aim = Literal["own", "dense", "stream"]
 NEEDS: Mapping[Aim, Sequence[str]] = {"own": (), "dense": ("cross",), "stream": ("cross", "drift")}
@@ -25,7 +25,7 @@ Choose = Callable[[slice, Float[Tensor, "d_out width"], Float[Tensor, "width wid
 """The mask of some columns, from their present weights and the upper factor U of their inverse Hessian, V = Uᵀ U."""
 
 
-def needed(aim: Aim, mask: LocalPruner | None) -> frozenset[str]:
+def needed(aim: Aim, mask: LocalPruner | None) -> frozenset[Need]:
     """What a solver with this aim reads, and the pruner whose masks it takes."""
     return frozenset({"gram", *NEEDS[aim]}) | (frozenset() if mask is None else mask.needs)
 
@@ -55,7 +55,7 @@ def given(layer: LayerProblem, pruner: LocalPruner, keeps: Sequence[int]) -> lis
 
 def factor(layer: LayerProblem) -> Float[Tensor, "d_in d_in"]:
     """U upper, Uᵀ U = (H + λI)⁻¹: row j holds the OBS update of column j by the columns behind it, times U_jj."""
-    backwards = torch.linalg.cholesky(layer.hessian.flip(0, 1)).flip(0, 1)  # A upper, H = A Aᵀ
+    backwards = factored(layer.hessian.flip(0, 1)).flip(0, 1)  # A upper, H = A Aᵀ
     return torch.linalg.solve_triangular(backwards, torch.eye(layer.d_in).to(backwards), upper=True)
 
 
@@ -134,4 +134,4 @@ def best(
     if layer.d_in <= exact or bool(mask.all()):
         return layer.refitted_rows(mask)
     fitted = conjugate(layer.hessian, layer.target, mask, steps=steps, start=start)
-    return Candidate(None, fitted.to(layer.weight.dtype))
+    return Candidate(None, layer.rounded(fitted))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
+from prunekit import Candidate, LayerProblem, LocalPruner, Need, best_weights
 from prunekit.layer.candidates import Per
 from prunekit_strategies.pruners.compensation import SINGLE, Aim, aimed, best, check, conjugate, needed, reached
 
@@ -65,7 +65,7 @@ class FISTA(LocalPruner):
             raise ValueError(f"share lies between 0 and 1, not {self.share}")
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Need]:
         return needed(self.aim, self.start)
 
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prunekit import LayerProblem, check_choices
 from prunekit.layer.candidates import Per
+from prunekit.layer.problem import Feeder
 from prunekit_strategies.pruners.ranking import Ranking
 
 Order = Literal["first", "second", "mix"]
@@ -66,21 +67,18 @@ class Gradient(Ranking):
         return alpha * f + (1 - alpha) * c  # (4)
 
     def cells(self, layer: LayerProblem) -> Float[Tensor, "d_out d_in"]:
-        return self._expanded(layer.weight, layer.gradient, layer.fisher).abs()
+        return self._expanded(layer).abs()
 
     def _tensors(self, layer: LayerProblem) -> list[Float[Tensor, "fibres _"]]:
         """(1) for every tensor, its rows in blocks by group."""
-        fed = [self._expanded(feeder.weight, feeder.gradient, feeder.fisher) for feeder in layer.feeders]
-        return [*fed, self._expanded(layer.weight, layer.gradient, layer.fisher).T]
+        return [*map(self._expanded, layer.feeders), self._expanded(layer).T]
 
-    def _expanded(self, weight: Tensor, gradient: Tensor | None, fisher: Tensor | None) -> Tensor:
-        assert gradient is not None
-        assert fisher is not None
-        w = weight.double()
+    def _expanded(self, linear: LayerProblem | Feeder) -> Tensor:
+        w = linear.weight.double()
         if self.order == "first":
-            return w * gradient.double()
-        curved = w.square() * fisher.double()
-        return curved if self.order == "second" else w * gradient.double() - curved / 2
+            return w * linear.require("gradient").double()
+        curved = w.square() * linear.require("fisher").double()
+        return curved if self.order == "second" else w * linear.require("gradient").double() - curved / 2
 
     def _reduced(self, scores: Float[Tensor, "tensors n_groups"]) -> Float[Tensor, " n_groups"]:  # (3)
         if self.reduce == "first":

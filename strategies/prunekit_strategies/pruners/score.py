@@ -96,10 +96,7 @@ class Score(Ranking):
             return score
         fed = torch.zeros_like(score)
         for feeder in layer.feeders:
-            inputs = None
-            if not self._quiet:
-                assert feeder.power is not None
-                inputs = feeder.power.double().sqrt()
+            inputs = None if self._quiet else feeder.require("power").double().sqrt()
             fed += self._reduced(self._fibres(feeder.weight, inputs, 1), layer.n_groups)
         return score + fed  # (3)
 
@@ -113,19 +110,14 @@ class Score(Ranking):
         """x_j, or None where the inputs have no say."""
         if self._quiet:
             return None
-        power = layer.gram.diagonal().double()
-        if self.activation == "contrast":
-            assert layer.contrast is not None
-            power = power - layer.contrast.double()
-        if self.activation == "std":
-            assert layer.variance is not None
-            power = layer.variance.double()
-        if self.activation == "relative":
-            assert layer.relative is not None
-            power = layer.relative.double()
         if self.activation == "absolute":
-            assert layer.absolute is not None
-            return layer.absolute.double()
+            return layer.require("absolute").double()
+        if self.activation in ("std", "relative"):
+            power = layer.require("variance" if self.activation == "std" else "relative").double()
+        else:
+            power = layer.gram.diagonal().double()
+        if self.activation == "contrast":
+            power = power - layer.require("contrast").double()
         return power.clamp_min(0).sqrt()
 
     def _fibres(self, weight: Float[Tensor, "m n"], inputs: Float[Tensor, " n"] | None, dim: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
+from prunekit import Candidate, LayerProblem, LocalPruner, Need, best_weights
 from prunekit.layer.candidates import Per
 from prunekit_strategies.pruners.compensation import (
     SINGLE,
@@ -60,7 +60,7 @@ class SparseGPT(LocalPruner):
             raise ValueError(f"width is at least one column, not {self.width}")
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Need]:
         return needed(self.aim, self.mask)
 
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
@@ -71,7 +71,7 @@ class SparseGPT(LocalPruner):
         for keep, mask in zip(keeps, masks, strict=True):
             choose = self._own(layer, keep) if mask is None else _fixed(mask)
             weight, _ = swept(layer.target, u, choose, step=step, width=self.width)
-            candidates.append(Candidate(None, weight.to(layer.weight.dtype)))
+            candidates.append(Candidate(None, layer.rounded(weight)))
         return candidates
 
     def _own(self, layer: LayerProblem, keep: int) -> Choose:

@@ -23,5 +23,4 @@ class Influence(Signal):
         return frozenset({"influence"})
 
     def measure(self, layer: LayerProblem) -> float:
-        assert layer.influence is not None
-        return layer.influence
+        return float(layer.require("influence"))

@@ -37,7 +37,7 @@ class Outliers(Signal):
 
     def measure(self, layer: LayerProblem) -> float:
         maps = [(layer.weight, layer.gram.diagonal())]
-        maps += [(feeder.weight, feeder.power) for feeder in layer.feeders if feeder.power is not None]
+        maps += [(feeder.weight, feeder.require("power")) for feeder in layer.feeders]
         total, count, above = 0.0, 0, 0
         for scores in map(_scores, maps):
             total, count = total + float(scores.sum()), count + scores.numel()

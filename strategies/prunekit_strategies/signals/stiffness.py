@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from prunekit import LayerProblem, Signal
+from prunekit import LayerProblem, Signal, solved
 
 
 @dataclass(frozen=True)
@@ -40,4 +40,4 @@ class Stiffness(Signal):
         if self.diagonal:
             return n * n / float((1 / q.diagonal()).sum())
         ones = torch.ones(n, 1, dtype=q.dtype, device=q.device)
-        return n * n / float(torch.cholesky_solve(ones, torch.linalg.cholesky(q)).sum())  # (2)
+        return n * n / float(solved(q, ones).sum())  # (2)

@@ -10,6 +10,7 @@ import torch
 from prunekit import Candidate, LocalPruner, PluginError, Signal, WrongInput
 from prunekit.calibration.fill import build, expected_weight, layer_problem
 from prunekit.calibration.flow import BlockFlow
+from prunekit.calibration.statistics import statistics_of
 from prunekit.models.blocks import entered
 from prunekit.search.store import CandidateStore
 from prunekit.system.progress import Progress
@@ -120,9 +121,8 @@ class Crossed(Signal):
         return frozenset({"cross", "drift", "mean", "influence"})
 
     def measure(self, layer):
-        assert layer.cross is not None
-        assert layer.influence is not None
-        assert layer.variance is None  # nobody asked
+        assert layer.require("cross") is layer.cross
+        assert {*layer.statistics} == {"mean", "influence"}  # nobody asked for more
         return float(layer.gram.trace())
 
 
@@ -132,7 +132,7 @@ class Ranked(Refit):
 
     def scores(self, layer):
         assert layer.cross is None  # the signal asked, this pruner did not
-        assert layer.mean is None
+        assert not layer.statistics
         return torch.arange(layer.n_groups)
 
 
@@ -201,7 +201,8 @@ def test_there_is_no_influence_where_a_norm_comes_after_the_sum(tmp_path, monkey
 
 
 def problem(net, site, needs, **more):
-    moments = BlockFlow(net.model, net.adapter, toy_tokens(), dense=False).received(site, needs)
+    flow = BlockFlow(net.model, net.adapter, toy_tokens(), dense=False)
+    moments = flow.received(site, statistics_of(needs))
     return layer_problem(net.model, net.adapter, site, moments, needs, 0.01, **more)
 
 
@@ -239,7 +240,7 @@ def test_the_power_of_feeders_is_that_of_the_stream_that_reaches_them():
     carried = net.store.get(attention, 1).weight
     flow.carry(attention, carried)
     needs = frozenset({"power"})
-    layer = layer_problem(net.model, net.adapter, site, flow.received(site, needs), needs, 0.01)
+    layer = layer_problem(net.model, net.adapter, site, flow.received(site, statistics_of(needs)), needs, 0.01)
     block: Any = copy.deepcopy(net.blocks[0])
     block.self_attn.o_proj.weight.data = carried
     seen = []
@@ -249,14 +250,14 @@ def test_the_power_of_feeders_is_that_of_the_stream_that_reaches_them():
         calls[0](block, hidden)
     assert [feeder.name for feeder in layer.feeders] == ["mlp.gate_proj", "mlp.up_proj"]
     for feeder in layer.feeders:
-        torch.testing.assert_close(feeder.power, seen[0].square().mean(0))
+        torch.testing.assert_close(feeder.require("power"), seen[0].square().mean(0))
 
 
 def test_what_nobody_needs_is_not_there():
     net = toy_supernet()
     layer = problem(net, net.space.sites[0], frozenset({"gram"}))
     assert layer.feeders == ()
-    assert all(getattr(layer, name) is None for name in ("absolute", "contrast", "gradient", "fisher", "mean"))
+    assert not layer.statistics
 
 
 def test_the_contrast_is_what_the_second_data_set_brings_through_the_same_carried_weights(tmp_path):
@@ -270,7 +271,7 @@ def test_the_contrast_is_what_the_second_data_set_brings_through_the_same_carrie
             return frozenset({"contrast"})
 
         def prune(self, layer, keeps):
-            found.append((layer.contrast, layer.gram.diagonal()))
+            found.append((layer.require("contrast"), layer.gram.diagonal()))
             return super().prune(layer, keeps)
 
     errors, _ = walk(net, Against(), tmp_path / "one", contrast=second)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from prunekit.calibration.flow import BlockFlow
+from prunekit.calibration.statistics import statistics_of
 from prunekit.models import blocks as blocks_of
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.blocks import entered
@@ -43,12 +44,12 @@ def test_moments_of_the_dense_stream_are_those_of_one_forward(family, inputs_of)
     expected = inputs_of(model, adapter, adapter.sites(model), tokens)
     stream = BlockFlow(model, adapter, tokens, dense=False)
     for site in adapter.sites(model):
-        moments = stream.received(site)
-        x = expected[site]
+        moments = stream.received(site, statistics_of({"mean", "variance"}))
+        x, values = expected[site], moments.values(adapter.linear(adapter.blocks(model)[site.block], site).weight)
         assert moments.tokens == tokens.n_tokens
         torch.testing.assert_close(moments.gram, x.T @ x / len(x))
-        torch.testing.assert_close(moments.mean, x.mean(0))
-        torch.testing.assert_close(moments.variance, x.var(0, correction=0))
+        torch.testing.assert_close(values["mean"], x.mean(0))
+        torch.testing.assert_close(values["variance"], x.var(0, correction=0))
         stream.carry(site, None)
         if site.kind == "mlp":
             stream.advance(site.block)
@@ -68,12 +69,15 @@ def test_what_costs_more_is_added_up_where_it_is_needed(family, inputs_of):
         handle.remove()
     stream = BlockFlow(model, adapter, tokens, dense=False)
     for site in adapter.sites(model):
-        moments = stream.received(site, frozenset({"absolute", "power"}))
+        moments = stream.received(site, statistics_of({"absolute", "power"}))
+        block = adapter.blocks(model)[site.block]
+        values = moments.values(adapter.linear(block, site).weight)
         windows = own[site].unflatten(0, tuple(tokens.ids.shape))
-        torch.testing.assert_close(moments.absolute, windows.abs().mean(1).square().mean(0).sqrt())
-        assert set(moments.fed) == {path for at, path in fed if at == site}
-        for path in moments.fed:
-            torch.testing.assert_close(moments.fed_power(path), fed[site, path].square().mean(0))
+        torch.testing.assert_close(values["absolute"], windows.abs().mean(1).square().mean(0).sqrt())
+        assert set(values) == {"absolute"}
+        for path in (path for at, path in fed if at == site):
+            of_producer = moments.values(block.get_parameter(f"{path}.weight"), path)
+            torch.testing.assert_close(of_producer, {"power": fed[site, path].square().mean(0)})
         stream.carry(site, None)
         if site.kind == "mlp":
             stream.advance(site.block)
@@ -90,12 +94,12 @@ def test_carried_weights_reach_everything_behind_them(family, catch, inputs_of):
     stream = BlockFlow(model, adapter, tokens, dense=True)
     for site in sites:
         if catch or site is sites[-1]:  # a site that was pruned by an earlier run is not caught again
-            moments = stream.received(site)
+            moments = stream.received(site, statistics_of({"cross"}))
             torch.testing.assert_close(moments.gram, expected[site].T @ expected[site] / tokens.n_tokens)
             own = adapter.linear(adapter.blocks(model)[site.block], site).weight.detach()
-            made = dense[site] @ own.T
-            torch.testing.assert_close(moments.cross, made.T @ expected[site] / tokens.n_tokens)
-            assert moments.energy == pytest.approx(float(made.square().sum() / tokens.n_tokens))
+            made, values = dense[site] @ own.T, moments.values(own)
+            torch.testing.assert_close(values["cross"], made.T @ expected[site] / tokens.n_tokens)
+            torch.testing.assert_close(values["energy"], made.square().sum() / tokens.n_tokens)
         stream.carry(site, weights[site])
         if site.kind == "mlp":
             stream.advance(site.block)
@@ -135,8 +139,10 @@ def test_the_drift_is_what_the_residual_stream_has_lost(inputs_of):
     inputs = inputs_of(carried, adapter, sites, tokens, halves)
     sums = list(zip(adapter.sites(model), residuals(tiny("llama")), residuals(carried), strict=True))
     for site, dense, pruned in sums:
-        moments = stream.received(site)
-        torch.testing.assert_close(moments.drift, (dense - pruned).T @ inputs[site] / tokens.n_tokens)
+        moments = stream.received(site, statistics_of({"drift"}))
+        torch.testing.assert_close(
+            moments.values(halves[site])["drift"], (dense - pruned).T @ inputs[site] / tokens.n_tokens
+        )
         stream.carry(site, halves[site])
         if site.kind == "mlp":
             stream.advance(site.block)
@@ -163,7 +169,9 @@ def test_the_influence_is_the_turn_of_the_residual_stream_by_hand(family):
         expected.append(1 - torch.cosine_similarity(before, before + added[site], dim=-1).mean().item())
     stream = BlockFlow(tiny(family), adapter, tokens, dense=False)
     for site, by_hand in zip(sites, expected, strict=True):
-        assert stream.received(site, frozenset({"influence"})).influence == pytest.approx(by_hand)
+        moments = stream.received(site, statistics_of({"influence"}))
+        weight = adapter.linear(adapter.blocks(model)[site.block], site).weight
+        assert float(moments.values(weight)["influence"]) == pytest.approx(by_hand)
         stream.carry(site, None)
         if site.kind == "mlp":
             stream.advance(site.block)

@@ -7,6 +7,7 @@ import torch
 
 from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.moments import Moments
+from prunekit.calibration.statistics import statistics_of
 from prunekit.models import blocks as blocks_of
 from prunekit.models.adapters.find import adapter_for
 from prunekit.plugins.registry import ADAPTERS
@@ -51,14 +52,14 @@ def test_an_input_is_measured_behind_all_weights_that_are_carried(family, catch,
     for index in range(len(adapter.blocks(model))):
         for site in (site for site in sites if site.block == index):
             if catch or index == 2:
-                moments = stream.received(site)
+                moments = stream.received(site, statistics_of({"cross", "drift"}))
                 assert moments.tokens == tokens.n_tokens
                 torch.testing.assert_close(moments.gram, expected[site].T @ expected[site] / tokens.n_tokens)
                 own = adapter.linear(adapter.blocks(model)[site.block], site).weight.detach()
-                made = dense[site] @ own.T
-                torch.testing.assert_close(moments.cross, made.T @ expected[site] / tokens.n_tokens)
-                assert moments.energy == pytest.approx(float(made.square().sum() / tokens.n_tokens))
-                assert (moments.drift is not None) == (adapter.part(site) is not None)
+                made, values = dense[site] @ own.T, moments.values(own)
+                torch.testing.assert_close(values["cross"], made.T @ expected[site] / tokens.n_tokens)
+                torch.testing.assert_close(values["energy"], made.square().sum() / tokens.n_tokens)
+                assert ("drift" in values) == (adapter.part(site) is not None)
             stream.carry(site, weights[site])
         stream.advance(index)
     with torch.no_grad():
@@ -72,7 +73,7 @@ def test_moments_of_a_shared_input_are_collected_once(monkeypatch):
     model, adapter, tokens = tiny("llama"), adapter_for("llama"), toy_tokens()
     added = []
     add = Moments.add
-    monkeypatch.setattr(Moments, "add", lambda self, seen: (added.append(len(seen)), add(self, seen)))
+    monkeypatch.setattr(Moments, "add", lambda self, seen: (added.append(len(seen.inputs)), add(self, seen)))
     stream = BlockFlow(model, adapter, tokens, dense=False)
     for site in adapter.linear_sites(model, WEIGHTS)[:7]:
         stream.received(site)
@@ -89,6 +90,7 @@ def test_an_input_relative_to_the_output_is_of_every_map_its_own(family, inputs_
         for site in (site for site in sites if site.block == index):
             x, linear = expected[site], adapter.linear(adapter.blocks(model)[index], site)
             ratio = (x.square() / linear(x).square().sum(-1, keepdim=True)).mean(0)
-            torch.testing.assert_close(stream.received(site, frozenset({"relative"})).relative, ratio.detach())
+            found = stream.received(site, statistics_of({"relative"})).values(linear.weight)["relative"]
+            torch.testing.assert_close(found, ratio.detach())
             stream.carry(site, None)
         stream.advance(index)

@@ -13,9 +13,13 @@ from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
-from prunekit.cli.main import app, comparison
+from prunekit.cli.main import app
+from prunekit.cli.tables import comparison
+from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
-from prunekit.run import pipeline
+from prunekit.run import prune as pruning
+from prunekit.testing import PrunerSuite
+from prunekit_strategies.pruners.obs import OBS
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def refused(*arguments: object) -> str:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the command line asked of the pipeline, which is not run."""
+    """What the command line asked of the pruning, which is not run."""
     calls: list[Any] = []
     side = {"parameters": 100, "block_parameters": 80}
     report = {"dense": side, "pruned": side, "losses": {k: {"perplexity": 9.0} for k in ("dense", "pruned")}}
@@ -62,7 +66,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append((recipe, options))
         return SimpleNamespace(report=report, directory=options["output"])
 
-    monkeypatch.setattr(pipeline, "prune", prune)
+    monkeypatch.setattr(pruning, "prune", prune)
     return calls
 
 
@@ -73,7 +77,7 @@ def test_prune_needs_no_more_than_model_and_output(asked: list[Any]) -> None:
     result = run("prune", "some/model", "--output", "out")
     assert result.exit_code == 0, result.output
     recipe, options = asked[0]
-    assert recipe == Recipe.load().with_overrides({"model": "some/model"}).checked()
+    assert recipe == resolve(Recipe.load().with_overrides({"model": "some/model"})).recipe
     assert (options["output"], options["resume"], options["overwrite"]) == (Path("out"), True, False)
 
 
@@ -117,7 +121,7 @@ def test_what_was_promised_of_the_time_stands_below_the_table(monkeypatch: pytes
     }  # fmt: skip
     losses = {k: {"perplexity": 9.0} for k in ("dense", "pruned")}
     report = {"dense": side, "pruned": side, "losses": losses, "latency": pace}
-    monkeypatch.setattr(pipeline, "prune", lambda recipe, **options: SimpleNamespace(report=report))
+    monkeypatch.setattr(pruning, "prune", lambda recipe, **options: SimpleNamespace(report=report))
     said = run("prune", "m", "-o", "out", "--target", "latency=0.6").stdout
     assert re.search(r"milliseconds +20 +13 +0\.650", said)
     assert "0.590 of the dense model's time was promised (0.6 asked), 0.650 was measured, +10.2%" in said
@@ -185,10 +189,10 @@ def test_a_full_disk_is_one_sentence_whoever_met_it(monkeypatch: pytest.MonkeyPa
         def full(*_: object, error: Exception = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(pipeline, "prune", full)
+        monkeypatch.setattr(pruning, "prune", full)
         result = run("prune", "m", "-o", "out")
         assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
-        assert "the disk is full; make room, and the same command goes on" in result.stderr
+        assert "the disk is full; make room, and the same command continues" in result.stderr
 
 
 def test_plan_and_prune_refuse_what_cannot_fit(model: Path) -> None:
@@ -204,10 +208,10 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "prune", interrupted)
+    monkeypatch.setattr(pruning, "prune", interrupted)
     result = run("prune", "m", "-o", "out")
     assert result.exit_code == 130
-    assert "the same command goes on from here" in result.stderr
+    assert "the same command continues from here" in result.stderr
 
 
 def test_prune_then_evaluate(model: Path, text: Path, tmp_path: Path) -> None:
@@ -237,8 +241,11 @@ def test_prune_then_evaluate(model: Path, text: Path, tmp_path: Path) -> None:
         (("MODEL", "--model", "other", "-o", "out"), "two models were given"),
         (("MODEL", "-o", "out", "--sparsity", "1.5"), "more than 0 and less than 1, not 1.5"),
         (("MODEL", "-o", "out", "--sparsity", "0"), "more than 0 and less than 1, not 0"),
-        (("MODEL", "-o", "out", "--sparsity", "half"), "Invalid value for '--sparsity'"),
+        (("MODEL", "-o", "out", "--sparsity", "half"), "'half' is no number between 0 and 1, nor several by comma"),
         (("MODEL", "-o", "out", "--sparsty", "0.5"), "No such option: --sparsty"),
+        (("MODEL", "-o", "TEXT"), "is a file; choose another --output"),
+        (("MODEL", "-o", "TEXT/below"), "cannot be made"),
+        (("TEXT", "-o", "out"), "is not a model that can be opened"),
         (("MODEL", "-o", "out", "--pruner", "obz"), "did you mean 'obs'?"),
         (("MODEL", "-o", "out", "--allocator", "tir"), "did you mean 'tyr'?"),
         (("MODEL", "-o", "out", "--objective", "divergense"), "did you mean 'divergence'?"),
@@ -268,7 +275,7 @@ def test_wrong_input_is_one_sentence(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/something").touch()
-    places = {"MODEL": model, "TEXT": text, "FULL": tmp_path / "full"}
+    places = {"MODEL": model, "TEXT": text, "TEXT/below": text / "below", "FULL": tmp_path / "full"}
     assert sentence in refused("prune", *(places.get(argument, argument) for argument in arguments), "--quiet")
     assert not (tmp_path / "out").exists()
 
@@ -287,7 +294,7 @@ def test_an_architecture_without_adapter_is_refused(tmp_path: Path) -> None:
     assert "llama" in refused("prune", tmp_path, "-o", "out", "--quiet")
 
 
-# -- evaluate, list, check, demo ----------------------------------------------------------------------
+# -- evaluate, check, demo ----------------------------------------------------------------------------
 
 
 def test_evaluate_warns_of_few_windows(model: Path, text: Path) -> None:
@@ -312,24 +319,6 @@ def test_evaluate_refuses_in_one_sentence(model: Path, text: Path, arguments: tu
     assert sentence in refused("evaluate", *(places.get(argument, argument) for argument in arguments))
 
 
-def test_list_names_every_plugin_with_its_options() -> None:
-    rows = json.loads(run("list", "--json").stdout)
-    assert {"pruner", "allocator", "objective", "adapter"} <= {row["kind"] for row in rows}
-    assert all(row.keys() == {"kind", "name", "owner", "summary", "options"} for row in rows)
-    (obs,) = (row for row in rows if row["name"] == "obs")
-    assert obs["owner"] == "prunekit"
-    assert obs["summary"]
-    assert {"name": "aim", "type": "Literal['own', 'dense', 'stream']", "default": "own"} in obs["options"]
-
-
-def test_list_is_a_table_with_presets() -> None:
-    result = run("list")
-    assert result.exit_code == 0
-    assert re.search(r"pruner +obs ", result.stdout)
-    assert re.search(r"recipe +default ", result.stdout)
-    assert re.search(r"space +adapruner +prunekit tune MODEL --space adapruner", result.stdout)
-
-
 def test_check_runs_the_suite_of_the_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
 
@@ -338,10 +327,14 @@ def test_check_runs_the_suite_of_the_kind(monkeypatch: pytest.MonkeyPatch) -> No
         return 1
 
     monkeypatch.setattr(pytest, "main", pytest_main)
+    monkeypatch.setattr(pytest, "register_assert_rewrite", lambda _: None)  # this process has imported it
     assert run("check", "obs", "--set", "aim=dense").exit_code == 1
-    assert "class TestPruner(testing.PrunerSuite):" in written[0]
-    assert "build({'name': 'obs', 'aim': 'dense'})" in written[0]
-    compile(written[0], "test_plugin.py", "exec")
+    module: dict[str, Any] = {}
+    exec(written[0], module)
+    assert issubclass(module["TestPruner"], PrunerSuite)
+    assert module["TestPruner"].plugin == OBS(aim="dense")
+    assert run("check", "tyr", "--kind", "allocator").exit_code == 1
+    assert "class TestAllocator(testing.AllocatorSuite)" in written[1]
 
 
 @pytest.mark.parametrize(
@@ -349,6 +342,9 @@ def test_check_runs_the_suite_of_the_kind(monkeypatch: pytest.MonkeyPatch) -> No
     [
         (("obz",), "no plug-in 'obz'; did you mean 'obs'?"),
         (("obs", "--set", "aime=dense"), "did you mean 'aim'?"),
+        (("obs", "--kind", "prune"), "no kind of plug-in 'prune'; did you mean 'pruner'?"),
+        (("obs", "--kind", "allocator"), "no allocator 'obs'"),
+        ((), "Missing argument"),
     ],
 )
 def test_check_refuses_in_one_sentence(arguments: tuple[str, ...], sentence: str) -> None:
@@ -356,7 +352,7 @@ def test_check_refuses_in_one_sentence(arguments: tuple[str, ...], sentence: str
 
 
 def test_check_without_pytest_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prunekit.cli.main.find_spec", lambda _: None)
+    monkeypatch.setattr("prunekit.cli.check.find_spec", lambda _: None)
     assert "pip install 'prunekit[testing]'" in refused("check", "obs")
 
 
@@ -374,7 +370,7 @@ def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
     def prune(*_: object, **__: object) -> None:
         raise ImportError("allocator 'optuna-tpe' of prunekit needs 'optuna', which is not installed")
 
-    monkeypatch.setattr(pipeline, "prune", prune)
+    monkeypatch.setattr(pruning, "prune", prune)
     assert "needs 'optuna'" in refused("prune", "m", "-o", "out")
 
 
@@ -385,6 +381,7 @@ def test_help_and_version(arguments: tuple[str, ...]) -> None:
 
 def test_unknown_commands_are_one_sentence() -> None:
     assert "No such command 'prun'" in refused("prun")
+    assert "No such option: --foo; see prunekit --help" in refused("--foo")
 
 
 def test_rows_that_were_not_measured_are_left_out() -> None:

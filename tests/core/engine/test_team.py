@@ -14,8 +14,9 @@ from prunekit.calibration.shared import shards
 from prunekit.demo import MODEL
 from prunekit.errors import WrongInput
 from prunekit.plugins.engine import dealt
+from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
-from prunekit.run.pipeline import devices_of
+from prunekit.run.session import choose_devices
 from prunekit.testing import toy_tokens
 
 CPU = torch.device("cpu")
@@ -33,12 +34,13 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def test_an_address_says_the_engine():
-    recipe = Recipe.load().with_overrides({"engine": "ray://head:10001", "engine.workers": 8}).checked()
-    assert recipe.engine == {"name": "ray", "address": "ray://head:10001", "workers": 8}
-    assert Recipe.load().with_overrides({"engine": "ray"}).checked().engine["address"] is None
-    assert recipe.digest == Recipe.load().checked().digest  # what comes out is the same
+    recipe = Recipe.load().with_overrides({"engine": "ray://head:10001", "engine.workers": 8})
+    parts = resolve(recipe)
+    assert parts.recipe.engine == {"name": "ray", "address": "ray://head:10001", "workers": 8}
+    assert resolve(Recipe.load().with_overrides({"engine": "ray"})).recipe.engine["address"] is None
+    assert parts.digest == resolve(Recipe.load()).digest  # what comes out is the same
     with pytest.raises(WrongInput, match="there are local, ray"):
-        Recipe.load().with_overrides({"engine": "rey"}).checked()
+        resolve(Recipe.load().with_overrides({"engine": "rey"}))
 
 
 def test_nothing_is_lost_and_nobody_is_idle():
@@ -63,4 +65,4 @@ def test_a_run_on_two_devices_ends_where_one_does(recipe: Recipe):
 def test_a_model_that_is_read_block_by_block_is_not_shared_out(changes: dict[str, Any], recipe: Recipe):
     plan: Any = SimpleNamespace(paged=True, limit=1 << 30)
     with pytest.raises(WrongInput, match="one device and engine local"):
-        devices_of(recipe.with_overrides(changes), plan)
+        choose_devices(recipe.with_overrides(changes), plan)

@@ -1,16 +1,22 @@
 """The algebra every pruner stands on, in float64."""
 
 import itertools
+import logging
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from prunekit import LayerProblem, best_groups
+from prunekit import LayerProblem, PluginError, best_groups
+from prunekit.layer import problem as problem_of
 from prunekit.layer.candidates import ranked
 from prunekit.layer.problem import Feeder
-from prunekit.testing import toy_layer
+from prunekit.layer.solving import margin
+from prunekit.testing import toy_layer, with_statistics
+from prunekit.testing.layers import QUIRKS, Quirk
+from prunekit.testing.shapes import SINGULAR
+from prunekit.testing.statistics import Peak
 
 SIZES = [pytest.param(1, id="columns"), pytest.param(3, id="blocks")]
 
@@ -166,9 +172,8 @@ def test_damping_draws_towards_the_weight_not_towards_zero() -> None:
 
 def test_constant_column_can_carry_the_means_of_what_is_gone() -> None:
     layer = toy_layer(quirk="constant", dtype=torch.float64, moments=torch.float64)
-    assert layer.mean is not None
     tiny = replace(layer, damping=1e-9)
-    bias = (tiny.weight[:, 1:] * tiny.mean[1:]).sum(1)  # type: ignore[index]
+    bias = (tiny.weight[:, 1:] * tiny.require("mean")[1:]).sum(1)
     torch.testing.assert_close(tiny.refitted([0]).weight[:, 0], tiny.weight[:, 0] + bias, rtol=1e-5, atol=1e-5)
     assert tiny.error(tiny.refitted([0]).weight) < tiny.error(tiny.masked([0]).weight)
 
@@ -189,30 +194,121 @@ def test_ridge_grows_until_the_hessian_has_a_factor() -> None:
     assert bool(torch.isfinite(saved.refitted([1, 2]).weight).all())
 
 
+def test_ridge_asks_for_more_than_one_lucky_factor() -> None:
+    eps = 2.0**-52  # 1 + ε - 1·1 = ε has a root on any processor; 1 - 1·1 in the other order has none
+    gram = torch.tensor([[1, 1], [1, 1 + eps]], dtype=torch.float64)
+    assert not bool(torch.linalg.cholesky_ex(gram).info)
+    assert bool(torch.linalg.cholesky_ex(gram.flip(0, 1)).info)
+    layer = LayerProblem(torch.ones(1, 2, dtype=torch.float64), gram, damping=0.0)
+    assert layer.ridge == pytest.approx(1e-8)
+    for candidate in (layer.refitted([1]), *layer.nested([1, 0]).candidates([1])):
+        torch.testing.assert_close(candidate.weight, torch.tensor([[0.0, 2.0]]).double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("quirk", ["duplicate", "dead", "low rank", "loud"])
+@pytest.mark.parametrize("damping", [0.0, 1e-16, 1e-13])
+def test_hessian_of_a_singular_layer_is_positive_with_a_margin(quirk: Quirk, damping: float) -> None:
+    for n_groups, group_size, d_out, seed in [*SINGULAR, *((6, size, 1, seed) for size in (1, 3) for seed in range(9))]:
+        layer = replace(toy_layer(n_groups, group_size, d_out, quirk=quirk, seed=seed), damping=damping)
+        scale = layer.hessian.diagonal().sqrt()
+        least = float(torch.linalg.eigvalsh(layer.hessian / scale / scale[:, None])[0])
+        assert least > margin(layer.d_in) / 2  # no trouble from rounding here: eigvalsh is out by a few ε
+        for groups in itertools.permutations(range(n_groups), min(n_groups, 3)):
+            columns = layer.columns(groups)
+            assert not bool(torch.linalg.cholesky_ex(layer.hessian[columns][:, columns]).info)
+
+
+@pytest.mark.parametrize("quirk", QUIRKS)
+def test_with_the_usual_damping_ridge_is_what_was_asked_for(quirk: Quirk) -> None:
+    for layer in (toy_layer(quirk=quirk), toy_layer(200, quirk=quirk, dtype=torch.float64)):
+        scale = float(layer.gram.diagonal().double().mean())
+        assert layer.ridge == (0.01 * scale if scale else 1.0)
+
+
+def test_ridge_above_what_was_asked_for_is_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "prunekit"):
+        assert replace(toy_layer(), damping=0.0).ridge == 0
+        assert not caplog.messages
+        assert replace(toy_layer(quirk="dead"), damping=0.0).ridge > 0
+    assert caplog.messages == ["dead toy: damping is 1.0e-08, not 0.0e+00, for H is singular"]
+
+
+@pytest.mark.parametrize("tile", [1, 4, 512])
+def test_a_gram_whose_halves_differ_by_rounding_is_one_matrix_in_every_order(
+    tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(problem_of, "TILE", tile)
+    layer = toy_layer(quirk="duplicate", dtype=torch.float64)
+    noise = 1e-7 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    crooked = replace(layer, gram=layer.gram * (1 + noise.triu(1)), damping=0.0)
+    assert torch.equal(crooked.hessian, replace(layer, damping=0.0).hessian)
+    for order in list(itertools.permutations(range(6)))[::7]:
+        assert bool(torch.isfinite(crooked.nested(order).losses).all())
+
+
+def test_what_half_floats_cannot_hold_becomes_their_largest() -> None:
+    layer = toy_layer(dtype=torch.float16)
+    weight = torch.tensor([[1.0, -1e6], [65504.0, 1e300]]).double()
+    assert layer.rounded(weight).tolist() == [[1.0, -65504.0], [65504.0, 65504.0]]
+    assert layer.rounded(weight).dtype == torch.float16
+
+
 def test_gram_that_is_no_second_moment_is_refused_by_name() -> None:
     broken = LayerProblem(torch.ones(2, 2), torch.tensor([[1.0, 50.0], [50.0, 1.0]]), damping=1e-9, name="block 3")
     with pytest.raises(ValueError, match=r"block 3.*Cholesky.*damping"):
         broken.refitted([0])
 
 
-@pytest.mark.parametrize("part", ["weight", "gram", "cross", "mean", "absolute", "contrast", "fisher"])
+@pytest.mark.parametrize("part", ["weight", "gram", "cross", "mean", "absolute", "contrast", "fisher", "influence"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_refused_by_name(part: str, value: float) -> None:
     layer = toy_layer()
-    bad = torch.ones_like(layer.weight if part == "cross" else getattr(layer, part))
+    bad = torch.ones_like(layer.weight if part in ("weight", "cross") else layer.require(part))
     bad.view(-1)[0] = value
     with pytest.raises(ValueError, match=f"plain toy: its {part} is not finite"):
-        replace(layer, **{part: bad})
+        with_statistics(layer, **{part: bad}) if part in layer.statistics else replace(layer, **{part: bad})
 
 
 @pytest.mark.parametrize("part", ["weight", "power", "gradient", "fisher"])
 def test_a_feeder_that_is_not_finite_is_refused_by_name(part: str) -> None:
     layer = toy_layer()
     feeder = layer.feeders[0]
-    bad = getattr(feeder, part).clone()
+    bad = (feeder.weight if part == "weight" else feeder.require(part)).clone()
     bad.view(-1)[0] = torch.nan
+    other = {"weight": bad} if part == "weight" else {"statistics": {**feeder.statistics, part: bad}}
     with pytest.raises(ValueError, match=f"plain toy: wide's {part} is not finite"):
-        replace(layer, feeders=(replace(feeder, **{part: bad}),))
+        replace(layer, feeders=(replace(feeder, **other),))  # type: ignore[arg-type]
+
+
+def test_what_is_required_is_there_or_the_sentence_says_what_to_do() -> None:
+    layer = toy_layer(needs={Peak()})
+    assert torch.equal(layer.require("mean"), layer.statistics["mean"])
+    assert layer.require(Peak()) is layer.require("peak")
+    assert layer.require("gram") is layer.gram
+    told = layer.knowing(frozenset({"variance", "gradient"}))
+    for owner, have in ((told, "fisher, gradient, gram, variance"), (layer.feeders[0], "fisher, gradient, power")):
+        sentence = f"no statistic 'cross': a plug-in has to name it in its `needs`; there are {have}"
+        with pytest.raises(PluginError, match=f"^{owner.name} has {sentence}$"):
+            owner.require("cross")
+
+
+def test_a_layer_knows_what_is_asked_for_and_no_more() -> None:
+    layer = toy_layer(needs={Peak()})
+    layer = replace(layer, cross=layer.weight, drift=layer.weight, energy=1.0)
+
+    def known(*needs: str | Peak) -> tuple[LayerProblem, set[str], list[set[str]]]:
+        told = layer.knowing(frozenset(needs))
+        return told, {*told.statistics}, [{*feeder.statistics} for feeder in told.feeders]
+
+    assert known("gram")[1:] == (set(), [])
+    assert known("mean", Peak())[1:] == ({"mean", "peak"}, [])
+    assert known("gradient")[1:] == ({"gradient", "fisher"}, [])
+    assert known("gradient", "feeders")[1:] == ({"gradient", "fisher"}, [{"gradient", "fisher"}] * 2)
+    assert known("power")[1:] == (set(), [{"power"}] * 2)
+    assert known("feeders")[1:] == (set(), [set()] * 2)
+    for needs, cross, drift in ((("mean",), False, False), (("cross",), True, False), (("drift",), True, True)):
+        told, *_ = known(*needs)
+        assert (told.cross is not None, told.energy is not None, told.drift is not None) == (cross, cross, drift)
 
 
 def test_rows_that_are_no_equal_blocks_are_refused() -> None:

@@ -105,7 +105,7 @@ def test_per_row_and_per_layer_by_hand() -> None:
     assert blocks.tolist() == [[True, False, True, False], [False, True, False, True]]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60)
 @given(
     d_out=st.integers(1, 6),
     blocks=st.integers(1, 4),

@@ -14,14 +14,15 @@ from prunekit import Budget, Space
 from prunekit.demo import MODEL
 from prunekit.errors import CannotGoOn
 from prunekit.measure import latency
-from prunekit.measure.latency import cut, hardware, nanoseconds, priced, prices, realised, sampled, typical, workload
+from prunekit.measure.latency import cut, hardware, nanoseconds, prices, realised, sampled, typical, workload
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.plugins.dense import Dense
-from prunekit.space.latency import LatencySpec
+from prunekit.plugins.registry import METRICS
 from prunekit.space.prices import Prices, Workload
 from prunekit.system.progress import Progress
 from prunekit.testing import tiny
+from prunekit_strategies.metrics.latency import Latency
 
 WIDTH, KV_HEADS, TILE = 64, 4, 16  # of the model; the made-up hardware works on TILE neurons at a time
 ATTENTION, MLP, PART, OUTSIDE = 30_000, 25_000, 40_000, 500_000  # ns: a head, a tile, any sub-layer, the rest
@@ -112,7 +113,7 @@ def test_the_table_is_what_the_hardware_takes(dense: Dense) -> None:
 def test_every_allocation_takes_what_it_costs(dense: Dense) -> None:
     sites = dense.adapter.sites(dense.model)
     table = prices(dense, sites, WORK, Progress())
-    space = Space.whole(sites, Budget.keeping(0.6, sites, metric="latency", table=table))
+    space = Space.whole(sites, Budget.keeping(0.6, sites, metric=Latency(prices=table.as_dict())))
     for wish in ([3, 0, 2, 16, 1, 64], [0, 64] * 3, [2, 30] * 3):
         plan = space.nearest(wish)
         small = cut(dense, dict(zip(sites, plan, strict=True)))
@@ -187,10 +188,10 @@ def test_the_workload_runs_on_whole_and_cut_models(family: str) -> None:
 
 
 def test_the_prompt_is_as_long_as_the_model_takes(dense: Dense) -> None:
-    assert workload(LatencySpec(), dense.model) == Workload(1, 64, 0)
-    assert workload(LatencySpec(batch=3, new_tokens=10), dense.model) == Workload(3, 54, 10)
+    assert workload(1, None, 0, dense.model) == Workload(1, 64, 0)
+    assert workload(3, None, 10, dense.model) == Workload(3, 54, 10)
     with pytest.raises(prunekit.WrongInput, match=r"latency\.prompt \+ latency\.new_tokens is 70, .* takes 64 tokens"):
-        workload(LatencySpec(prompt=60, new_tokens=10), dense.model)
+        workload(1, 60, 10, dense.model)
 
 
 # -- a run --------------------------------------------------------------------------------------------
@@ -255,7 +256,7 @@ def test_an_interrupted_run_goes_on_with_its_table(folder: Path, tmp_path: Path,
         def killed(*_: Any, **__: Any) -> Any:
             raise KeyboardInterrupt
 
-        patch.setattr("prunekit.run.pipeline.converse", killed)
+        patch.setattr("prunekit.run.stages.converse", killed)
         with pytest.raises(KeyboardInterrupt):
             prunekit.prune(folder, output=tmp_path / "out", **QUICK)
     assert (tmp_path / "out.partial" / "prices.json").exists()
@@ -280,10 +281,11 @@ def test_a_study_measures_once_and_its_recipes_have_the_table(folder: Path, tmp_
     prunekit.tune(folder, space=space, trials=1, output=tmp_path / "study", **study)
     asked = len(clock)
     table = Prices.load(tmp_path / "study")
-    assert prunekit.Recipe.load(tmp_path / "study" / "best.yaml").latency.table == table
+    best = prunekit.Recipe.load(tmp_path / "study" / "best.yaml")
+    assert METRICS.build(best.metric_spec) == Latency(prices=table.as_dict())
     tuned = prunekit.tune(folder, space=space, trials=2, output=tmp_path / "study", **study)
     assert len(clock) == asked
-    assert tuned.best.latency.table == table
+    assert tuned.best.latency.prices == table.as_dict()
 
 
 @pytest.mark.usefixtures("clock")
@@ -304,10 +306,11 @@ def test_a_table_from_elsewhere_is_said_to_be(dense: Dense, clock: Any) -> None:
     table = prices(dense, sites, WORK, Progress()).as_dict()
     table["hardware"]["threads"] = 999
     heard = Heard()
-    found = priced(LatencySpec(prompt=16, prices=table), dense, sites, None, heard)
+    found = Latency(prompt=16, prices=table).measured(dense, sites, None, heard).table
+    assert found is not None
     assert found == Prices.of(table)
     (line,) = said
     assert line.startswith("warning: the price table was measured elsewhere (threads 999, here ")
-    told = realised(dense.model, dense.model, found, 0.6, table["dense"] // 2, heard)
+    told = realised(dense.model, dense.model, found, 0.6, 0.5, heard)
     assert not told["kept"]
     assert told["miss"] == pytest.approx(1.0, rel=1e-4)

@@ -18,7 +18,7 @@ from prunekit.models import shards
 from prunekit.models.blocks import entered
 from prunekit.models.opening import opened, stored_as
 from prunekit.models.paging import pager_of, shapes_of, whole
-from prunekit.run import pipeline
+from prunekit.run import prune, session
 from prunekit.run.plan.plan import Stage
 from prunekit.run.workplace import written
 from prunekit.search.ledger import Ledger
@@ -135,14 +135,14 @@ def test_what_cannot_be_paged_is_refused_in_a_sentence(damage, says, folder):
 
 def made(path, output, *, paged, limit=GIB, **changes: Any):
     """A run; paged, it holds one block, no activation and nothing the dense model said, and may take `limit` bytes."""
-    plan = pipeline.planned
+    plan = session.planned
 
     def tight(*args, **options):
         return replace(plan(*args, **options), stages=(Stage("open", 0),), shares=Shares(0, 0, 0, 0, 0, 0), limit=limit)
 
     with pytest.MonkeyPatch.context() as patch:
         if paged:
-            patch.setattr(pipeline, "planned", tight)
+            patch.setattr(session, "planned", tight)
         return prunekit.prune(path, output=output, **(RUN | changes))
 
 
@@ -230,7 +230,7 @@ def test_a_paged_run_that_was_killed_goes_on_to_the_same_bytes(folder, tmp_path,
     partial = tmp_path / "out.partial"
     # in a walk, in a search, in the middle of the weights, before the rename
     for place, name, last in (
-        (CandidateStore, "put", 3), (Ledger, "answer", 2), (shards, "_written", 1), (pipeline, "publish", 1)
+        (CandidateStore, "put", 3), (Ledger, "answer", 2), (shards, "_written", 1), (prune, "publish", 1)
     ):  # fmt: skip
         with killed_at(place, name, last):
             made(path, tmp_path / "out", paged=True, **changes)

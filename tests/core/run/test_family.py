@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 import prunekit
 from prunekit.cli.main import app
 from prunekit.plugins.registry import OBJECTIVES
+from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
-from prunekit.run import family, pipeline
+from prunekit.run import family, session, stages
 from prunekit.search.ledger import Ledger
 from prunekit.search.store import CandidateStore
 
@@ -49,14 +50,14 @@ def folder(saved_tiny: Any) -> Path:
 @pytest.fixture(scope="module")
 def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, prunekit.Family, Counter[str]]:
     """An uninterrupted run, and how often a walk was begun by what it was for."""
-    output, walks, build = tmp_path_factory.mktemp("whole") / "out", Counter[str](), pipeline.build
+    output, walks, build = tmp_path_factory.mktemp("whole") / "out", Counter[str](), stages.build
 
     def counted(*args: Any, label: str, **kwargs: Any) -> Any:
         walks[label] += 1
         return build(*args, label=label, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "build", counted)
+        patch.setattr(stages, "build", counted)
         found = prunekit.prune(folder, output=output, sparsity=SHARES, **QUICK)
     return output, found, walks
 
@@ -113,11 +114,11 @@ def test_the_front_is_of_members_that_no_other_beats():
             "model": "m", "dense": {"parameters": 10}, "losses": losses,
             "seconds": {"a": 2.0}, "seconds_shared": {"a": 1.5},
             "pruned": {"parameters": parameters, "sparsity_of_blocks": 0.5}, "search": {"token_forwards": 3},
-            "budget": {"metric": "parameters", "of": "blocks", "sparsity_asked": 0.5},
+            "budget": {"metric": "parameters", "of": "blocks", "sparsity_asked": 0.5, "removed": 0.5},
         }  # fmt: skip
 
     reports = {"a": report(8, 2.0), "b": report(6, 3.0), "c": report(4, 2.5), "d": report(2, float("inf"))}
-    found = prunekit.Family(family.pareto(reports))
+    found = prunekit.Family(family.make_pareto(reports))
     assert [row["folder"] for row in found.front] == ["a", "c"]
     assert (found.document["seconds"], found.document["token_forwards"]) == (4 * 0.5 + 1.5, 12)
 
@@ -247,7 +248,7 @@ def test_every_choice_goes_with_a_family(folder, settings):
     ids=str,
 )
 def test_what_cannot_be_is_refused_before_any_work(folder, monkeypatch, settings, sentence):
-    monkeypatch.setattr(pipeline, "opened", None)
+    monkeypatch.setattr(session, "opened", None)
     with pytest.raises(prunekit.WrongInput, match=sentence):
         prunekit.prune(folder, **PLAIN | {"pruner": "magnitude"} | settings)
 
@@ -259,9 +260,9 @@ def test_a_recipe_with_another_sparsity_lets_go_of_its_family():
     assert [member.sparsity for member in first.members] == [0.3, 0.4]
     assert first.with_overrides({"seed": 1}).family == first.family
     assert first.with_overrides({"sparsity": 0.4}).family == ()
-    assert first.digest != first.with_overrides({"sparsity": 0.3}).digest
+    assert resolve(first).digest != resolve(first.with_overrides({"sparsity": 0.3})).digest
     with pytest.raises(prunekit.WrongInput, match=r"this recipe's 0.3 too, ascending, not \[0.4, 0.5\]"):
-        first.with_overrides({"family": [0.4, 0.5]}).checked()
+        resolve(first.with_overrides({"family": [0.4, 0.5]}))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 import prunekit
 from prunekit.cli import main as cli
 from prunekit.errors import CannotGoOn, WrongInput
+from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
-from prunekit.run import pipeline
+from prunekit.run import stages
+from prunekit.run.clock import Clock
 
 tuning = pytest.importorskip("prunekit.run.tune")
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
@@ -52,7 +54,7 @@ def quick(model: Path, text: Path, tmp_path: Path) -> dict[str, Any]:
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The pruner of every walk that was really walked."""
     seen: list[str] = []
-    whole = pipeline.build
+    whole = stages.build
 
     def build(*arguments: Any, **options: Any) -> Any:
         store, space = arguments[6], arguments[2]
@@ -60,7 +62,7 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             seen.append(type(arguments[4]).__name__)
         return whole(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "build", build)
+    monkeypatch.setattr(stages, "build", build)
     return seen
 
 
@@ -85,7 +87,7 @@ def test_the_best_recipe_is_the_best_row_and_prunes_to_what_was_measured(quick, 
 @pytest.mark.parametrize("after", [1, 9])
 def test_an_interrupted_study_goes_on_to_the_same_study(quick, tmp_path: Path, killed_at, after: int) -> None:
     whole = prunekit.tune(**quick | {"output": tmp_path / "whole"}, space=SPACE, trials=3)
-    with killed_at(pipeline.CandidateStore, "put", after + 1):
+    with killed_at(stages.CandidateStore, "put", after + 1):
         prunekit.tune(**quick, space=SPACE, trials=3)
     assert points(prunekit.tune(**quick, space=SPACE, trials=2))[:3] == points(whole)[:3]
     assert points(prunekit.tune(**quick, space=SPACE, trials=3)) == points(whole)
@@ -96,7 +98,7 @@ def test_generations_are_bred_and_survive_an_interruption(quick, tmp_path: Path,
     few = {"nsga-ii": tuning.optuna.samplers.NSGAIISampler, "nsga-iii": tuning.optuna.samplers.NSGAIIISampler}[sampler]
     monkeypatch.setitem(tuning.SAMPLERS, sampler, lambda seed: few(population_size=4, seed=seed))
     options = {"space": SPACE, "sampler": sampler, "metric": ["perplexity", "seconds"]}
-    monkeypatch.setattr(tuning.Clock, "add", lambda *_: None)  # seconds of this machine are no function of a recipe
+    monkeypatch.setattr(Clock, "add", lambda *_: None)  # seconds of this machine are no function of a recipe
     whole = prunekit.tune(**quick | {"output": tmp_path / "whole"}, **options, trials=10)
     prunekit.tune(**quick, **options, trials=6)
     assert points(prunekit.tune(**quick, **options, trials=10)) == points(whole)
@@ -120,8 +122,8 @@ def test_walks_are_shared_where_only_the_search_differs(quick, walks: list[str])
 
 def test_a_recipe_is_run_once(quick, monkeypatch) -> None:
     runs: list[Any] = []
-    judged = tuning.Bench.judged
-    monkeypatch.setattr(tuning.Bench, "judged", lambda self, recipe: runs.append(recipe.digest) or judged(self, recipe))
+    judge = tuning.Bench.judge
+    monkeypatch.setattr(tuning.Bench, "judge", lambda self, parts: runs.append(parts.digest) or judge(self, parts))
     tuned = prunekit.tune(**quick, space={"pruner": ["wanda", "magnitude"]}, trials=7)
     assert len(tuned.rows) == 8
     assert len(runs) == len(set(runs)) == 3  # the base is neither of them
@@ -134,7 +136,7 @@ def test_a_full_shelf_lets_the_longest_unused_walk_go(quick, walks: list[str]) -
     first, second = sorted(shelf.iterdir(), key=lambda walk: walk.stat().st_mtime)
     room = sum(file.stat().st_size for file in second.iterdir())
     nothing: Any = None
-    tuning.Bench(nothing, nothing, nothing, quick["output"], (), nothing, room)._tidy(shelf)
+    tuning.Bench(nothing, quick["output"], (), room)._tidy(shelf)
     assert list(shelf.iterdir()) == [second]
     assert first != second
     assert len(walks) == 2
@@ -157,14 +159,14 @@ def test_several_metrics_make_a_front(quick) -> None:
 
 def test_what_cannot_be_is_pruned_and_what_breaks_fails(quick, monkeypatch) -> None:
     space = {"of": ["blocks", "model"], "apart": [False, True], "pruner": ["magnitude", "wanda"]}
-    judged = tuning.Bench.judged
+    judge = tuning.Bench.judge
 
-    def breaking(self: Any, recipe: Recipe) -> Any:
-        if recipe.pruner["name"] == "wanda":
+    def breaking(self: Any, parts: Parts) -> Any:
+        if parts.recipe.pruner["name"] == "wanda":
             raise RuntimeError("out of memory\nand more")
-        return judged(self, recipe)
+        return judge(self, parts)
 
-    monkeypatch.setattr(tuning.Bench, "judged", breaking)
+    monkeypatch.setattr(tuning.Bench, "judge", breaking)
     tuned = prunekit.tune(**quick | {"sparsity": 0.1}, space=space, trials=12)
     for row in tuned.rows[1:]:
         chosen = row.overrides
@@ -180,7 +182,7 @@ def test_a_study_in_which_nothing_ends_well_says_why(quick, monkeypatch) -> None
     def broken(*_: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(tuning.Bench, "judged", broken)
+    monkeypatch.setattr(tuning.Bench, "judge", broken)
     with pytest.raises(CannotGoOn, match="none of 3 recipes ended well; the last said: RuntimeError: out of memory"):
         prunekit.tune(**quick, space=SPACE, trials=2)
 

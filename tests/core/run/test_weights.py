@@ -16,7 +16,7 @@ from prunekit.calibration.fill import build
 from prunekit.calibration.gradients import Gradients
 from prunekit.measure.speed import zeros
 from prunekit.plugins.registry import PRUNERS, Entry
-from prunekit.run.pipeline import check_finished, shapes
+from prunekit.run.finish import check_finished, shapes
 from prunekit.search.ledger import Ledger
 from prunekit.search.store import CandidateStore
 from prunekit.system.memory import Shares
@@ -234,14 +234,15 @@ def test_statistics_are_those_of_the_map(tmp_path):
     )  # fmt: skip
     assert list(seen) == [site.name for site in space.sites]
     q, k, o = (seen[f"model.layers.1.self_attn.{name}_proj"] for name in "qko")
-    for one, two in ((q.gram, k.gram), (q.absolute, k.absolute), (q.contrast, k.contrast)):
-        assert torch.equal(one, two)
+    for name in ("gram", "absolute", "contrast"):
+        assert torch.equal(q.require(name), k.require(name))
     assert q.cross.shape == q.weight.shape
     assert q.energy != k.energy
     for site in space.sites:
         layer, linear = seen[site.name], net.adapter.linear(net.blocks[site.block], site)
         assert torch.equal(layer.weight, linear.weight)
-        assert torch.equal(layer.gradient, gradients.read(site.block, net.adapter.path(site), torch.device("cpu"))[0])
+        gradient, _ = gradients.read(site.block, net.adapter.path(site), torch.device("cpu"))
+        assert torch.equal(layer.require("gradient"), gradient)
         assert (layer.structure, layer.feeders, layer.n_groups) == ("weights", (), linear.in_features)
         assert (layer.drift is not None) == site.name.endswith(("o_proj", "down_proj"))
     dense = torch.cat([*entered_inputs(net)])

@@ -14,7 +14,7 @@ from prunekit.data.tokens import TokenBatch
 from prunekit.engine.worker import Worker
 from prunekit.models import blocks as blocks_of
 from prunekit.plugins.dense import Dense
-from prunekit.run import pipeline
+from prunekit.run import session, stages
 from prunekit.search import supernet
 from prunekit.search.supernet import Supernet
 from prunekit.search.teacher import Teacher
@@ -153,7 +153,7 @@ def test_a_worker_keeps_what_it_has_heard_when_it_meets_another_walk(runs):
 @pytest.mark.parametrize("memory", [1 << 30, 0])
 def test_the_dense_model_is_heard_once_for_all_walks_of_a_family(memory, saved_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(blocks_of, "TOKENS_AT_ONCE", 128)
-    planned, walked, keep = pipeline.planned, pipeline.Run.walked, Teacher.keep
+    planned, calibrate, keep = session.planned, stages.Run.calibrate, Teacher.keep
     heard, files, labels = Counter[str](), list[bool](), list[str]()
 
     def kept(teacher, digest, k, pieces):
@@ -161,17 +161,17 @@ def test_the_dense_model_is_heard_once_for_all_walks_of_a_family(memory, saved_t
         heard[digest] += 1
         files.append(any((tmp_path / "out.partial" / "teacher").glob("*")))
 
-    def walking(run, space, centre, label, *rest):
+    def calibrating(run, space, centre, label, *rest, **options):
         labels.append(label)
-        return walked(run, space, centre, label, *rest)
+        return calibrate(run, space, centre, label, *rest, **options)
 
     def bounded(*args, **options):
         plan = planned(*args, **options)
         return replace(plan, shares=replace(plan.shares, teacher=memory))
 
     monkeypatch.setattr(Teacher, "keep", kept)
-    monkeypatch.setattr(pipeline.Run, "walked", walking)
-    monkeypatch.setattr(pipeline, "planned", bounded)
+    monkeypatch.setattr(stages.Run, "calibrate", calibrating)
+    monkeypatch.setattr(session, "planned", bounded)
     tyr = {"name": "tyr", "inner": {"name": "uniform"}, "stride": 0.25, "last_stride": 0.125}  # two walks
     made = prunekit.prune(
         saved_tiny(), output=tmp_path / "out", recipe="fast", quiet=True, verify=False, rebuild=True,

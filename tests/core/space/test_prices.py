@@ -62,6 +62,29 @@ def test_tiles_of_the_hardware_are_the_counts_worth_keeping() -> None:
     assert quantum(stairs(768, tile=8), 768) == 8
 
 
+@pytest.mark.parametrize(
+    ("shares", "found"),
+    [
+        ({32: "11/20"}, 32),
+        ({32: "1/2"}, 32),  # half is enough
+        ({32: "9/20"}, 64),
+        ({32: "11/20", 16: "9/20"}, 32),
+        ({32: "1", 16: "11/20", 8: "3/10", 4: "3/10"}, 16),
+        ({32: "3/10", 16: "1", 8: "1", 4: "1"}, 64),  # what comes after a padded step does not count
+        ({32: "3/4", 16: "3/4", 8: "3/4", 4: "3/4"}, 4),
+        ({32: "-1"}, 64),
+    ],
+)
+def test_the_quantum_is_halved_while_half_of_the_slopes_promise_is_saved(shares: dict[int, str], found: int) -> None:
+    slope, n = 2_000, 768  # nanoseconds per group
+    times = {k: slope * k for k in timed_counts(n)}
+    for place in places(n):
+        for step in quanta(n)[1:]:
+            times[place - step] = times[place] - int(slope * step * Fraction(shares.get(step, "0")))
+    assert quanta(n) == [64, 32, 16, 8, 4]
+    assert quantum(times, n) == found
+
+
 def test_a_count_that_a_larger_one_beats_is_raised_to_it() -> None:
     times = {0: 0, 1: 50, 2: 60, 3: 95, 4: 90, 5: 100, 6: 100, 7: 110, 8: 130}  # 3 and 5 are badly aligned
     found = curve(times, 8, sites=1)

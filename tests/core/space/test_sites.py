@@ -8,13 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunekit.errors import WrongInput
-from prunekit.space.budgets import Budget, Metric
+from prunekit.space.budgets import Budget
 from prunekit.space.forms import Groups, Pattern, parse_form
 from prunekit.space.ladders import Space
+from prunekit.space.metrics import PARAMETERS, Metric
 from prunekit.space.prices import Curve, Prices, Workload
 from prunekit.space.sites import Kind, Site
 from prunekit.testing.oracle import best_allocation
-from prunekit.testing.spaces import convex_table, rough_table, sites_of, small_llama, timed
+from prunekit.testing.spaces import Cached, Tiles, convex_table, rough_table, sites_of, small_llama
+from prunekit_strategies.metrics.formulas import Bytes, Flops, KVCache
+from prunekit_strategies.metrics.latency import Latency
 
 KINDS: tuple[Kind, ...] = ("attention", "mlp")
 
@@ -54,7 +57,7 @@ def spaces(draw: st.DrawFn, apart: bool | None = None) -> Space:
     if draw(st.booleans()):
         shapes = sorted({site.shape for site in sites})
         curves = {shape: draw(curves_of([s for s in sites if s.shape == shape])) for shape in shapes}
-        ruler = Budget(0, "latency", table=Prices(Workload(1, 8, 0), {}, 10**6, 0.0, curves))
+        ruler = Budget(0, Latency(prices=Prices(Workload(1, 8, 0), {}, 10**6, 0.0, curves).as_dict()))
     for kind in sorted({s.kind for s in sites}):
         some = [s for s in sites if s.kind == kind]
         least, full = (sum(ruler.price(s, k) for s, k in zip(some, ks, strict=True)) for ks in _ends(some))
@@ -217,7 +220,7 @@ def test_attention_and_mlp_trade_both_ways_at_unequal_prices() -> None:
 
 def test_sites_without_a_price_keep_all() -> None:
     sites = sites_of(3, attention=(4, 10), mlp=(16, 3))
-    space = Space.whole(sites, Budget.keeping(0.5, sites, metric="kv-cache"))
+    space = Space.whole(sites, Budget.keeping(0.5, sites, metric=KVCache()))
     assert space.uniform() == (2, 16, 2, 16, 2, 16)
     assert all(there[1::2] == (16, 16, 16) for there in space.exchanges(space.uniform()))
 
@@ -229,7 +232,7 @@ def test_one_site_has_no_neighbours() -> None:
     assert list(space.exchanges((8,))) == []
 
 
-@pytest.mark.parametrize(("metric", "unit"), [("parameters", 1), ("bytes", 2), ("flops", 2)])
+@pytest.mark.parametrize(("metric", "unit"), [(PARAMETERS, 1), (Bytes(), 2), (Bytes(4), 4), (Flops(), 2)])
 def test_keeping_a_share_is_exact(metric: Metric, unit: int) -> None:
     sites = sites_of(1, attention=(10, 7), mlp=(10, 3))
     assert Budget.keeping(0.3, sites, metric=metric).limit == 30 * unit  # 0.3 · 100, not 29.99
@@ -256,7 +259,22 @@ def test_an_unreachable_share_says_what_is_reachable() -> None:
 def test_a_metric_nobody_pays_is_refused() -> None:
     sites = [Site("s", 0, "mlp", 4, 1, 1)]
     with pytest.raises(WrongInput, match="no site has a price in kv-cache"):
-        Budget.keeping(0.5, sites, metric="kv-cache")
+        Budget.keeping(0.5, sites, metric=KVCache())
+
+
+def test_a_budget_knows_the_dense_model_and_what_is_outside() -> None:
+    sites = sites_of(1, attention=(10, 7), mlp=(10, 3))
+    budget = Budget.keeping(0.9, sites, metric=Flops(), outside=100)
+    assert (budget.outside, budget.dense, budget.limit) == (200, 400, 160)
+    apart = Budget.keeping(0.5, sites, metric=Cached(), outside=100)
+    assert (apart.outside, apart.dense, apart.limit) == (0, 10, 5)
+
+
+def test_what_is_outside_counts_for_kinds_apart_only_where_it_has_a_price_of_its_own() -> None:
+    sites = sites_of(2, attention=(4, 10), mlp=(16, 3))
+    assert Budget.keeping(0.5, sites, outside=10, apart=True).by_kind == (("attention", 40), ("mlp", 48))
+    budget = Budget.keeping(0.7, sites, metric=Tiles(), apart=True)
+    assert budget.by_kind == (("attention", 74), ("mlp", 111))  # 186 of 300, of 120 and 180
 
 
 def test_ladders_that_start_too_high_say_what_they_cost() -> None:
@@ -327,43 +345,3 @@ def test_a_count_between_patterns_is_no_rung():
     site = Site("s", 0, "linear", 8, 1, 3, form=Pattern(1, 4))
     with pytest.raises(ValueError, match="multiples of 2"):
         Space((site,), ((2, 3),), Budget(100))
-
-
-# -- prices from a table ------------------------------------------------------------------------------
-
-
-def test_a_table_is_a_budget_in_whole_nanoseconds() -> None:
-    sites = sites_of(2, attention=(4, 10), mlp=(16, 3))
-    table = timed(sites)  # attention 0, 30, 40, 50, 60; MLP in tiles of 4: 0, 30, 50, 70, 90; 80 outside
-    assert table.dense == 2 * 60 + 2 * 90 + 80 == 380
-    budget = Budget.keeping(0.7, sites, metric="latency", table=table)
-    assert budget.limit == 266 - 80
-    space = Space.whole(sites, budget)
-    assert space.ladders[:2] == ((0, 1, 2, 3, 4), (0, 4, 8, 12, 16))
-    assert [budget.price(sites[1], k) for k in (0, 1, 4, 5, 16)] == [0, 30, 30, 50, 90]  # 1 costs as much as 4
-    assert space.cost(space.nearest((2, 8, 2, 8))) <= 186
-
-
-def test_a_table_does_not_trade_between_kinds_where_these_are_apart() -> None:
-    sites = sites_of(2, attention=(4, 10), mlp=(16, 3))
-    budget = Budget.keeping(0.7, sites, metric="latency", table=timed(sites), apart=True)
-    assert budget.by_kind == (("attention", 74), ("mlp", 111))  # 186 of 300, of 120 and 180
-
-
-def test_a_table_says_which_targets_can_be_reached() -> None:
-    sites = sites_of(2, attention=(4, 10), mlp=(16, 3))
-    lowest = Budget.keeping(0.2106, sites, metric="latency", table=timed(sites))  # 80 of 380: all dropped
-    assert lowest.limit == 0
-    with pytest.raises(WrongInput, match=r"latency=0\.2105 cannot be met: reachable is 0\.2106 to 1"):
-        Budget.keeping(0.2105, sites, metric="latency", table=timed(sites))
-
-
-def test_a_table_of_another_model_is_refused() -> None:
-    sites = sites_of(2, attention=(4, 10), mlp=(16, 3))
-    other = sites_of(2, attention=(4, 10), mlp=(16, 4))
-    with pytest.raises(WrongInput, match=r"no mlp: 16 groups of 1 columns and 3 parameters, as 0\.mlp is"):
-        Budget.keeping(0.7, sites, metric="latency", table=timed(other))
-    with pytest.raises(WrongInput, match="another number of sub-layers"):
-        Budget.keeping(0.7, sites[:2], metric="latency", table=timed(sites))
-    with pytest.raises(WrongInput, match="no prices but those of a table"):
-        Budget.keeping(0.7, sites, metric="latency")

@@ -43,15 +43,23 @@ def test_a_room_without_folder_has_a_temporary_one():
 
 
 @pytest.mark.parametrize(
-    ("text", "bytes_"),
-    [("auto", None), ("8GiB", 8 * GIB), ("500MB", 500_000_000), ("1.5 gb", 1_500_000_000), (4096, 4096), ("2k", None)],
+    ("text", "size"),
+    [
+        ("auto", None), ("8GiB", 8 * GIB), ("500MB", 500_000_000), ("1.5 gb", 1_500_000_000), (4096, 4096),
+        (" 4096 ", 4096), ("1b", 1), ("2TIB", 2 << 40), ("0.5kB", 500),
+    ],
+)  # fmt: skip
+def test_amounts_are_read(text, size):
+    assert parsed(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2k", "", "much", "0", "0.4", -5, "-3GB", "1,5GB", "1 000MB", "8GiB of it", "8gbit", "8ib", "1e9", "nan", "GB"],
 )
-def test_amounts_are_read(text, bytes_):
-    if text == "2k":
-        with pytest.raises(WrongInput, match="no amount of memory '2k'"):
-            parsed(text)
-    else:
-        assert parsed(text) == bytes_
+def test_what_is_no_amount_is_refused(text):
+    with pytest.raises(WrongInput, match=f"^no amount of memory '{text}'; give auto, or as 8GiB, 500MB$"):
+        parsed(text)
 
 
 def test_amounts_are_said():

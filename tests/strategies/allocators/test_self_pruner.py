@@ -110,7 +110,7 @@ SPACES = {
 
 @pytest.mark.parametrize("name", SPACES)
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_repair_spends_the_budget_and_repairs_nothing_twice(name, seed):
     space = SPACES[name]
     rates, rng = Rates(space, space.uniform()), random.Random(seed)

@@ -34,7 +34,7 @@ def spaces(draw):
     return space, table
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(spaces())
 def test_the_lowest_are_those_of_brute_force_in_order_and_each_once(case):
     space, table = case

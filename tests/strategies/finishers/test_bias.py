@@ -83,4 +83,4 @@ def test_families_with_biases_pay_nothing():
 
 def test_nonsense_is_refused():
     with pytest.raises(prunekit.WrongInput, match="inputs"):
-        prunekit.Recipe.load().with_overrides({"finishers": [{"name": "bias", "inputs": "wet"}]}).checked()
+        prunekit.resolve(prunekit.Recipe.load().with_overrides({"finishers": [{"name": "bias", "inputs": "wet"}]}))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from prunekit import best_weights
-from prunekit.run.pipeline import check_finished, shapes
+from prunekit.run.finish import check_finished, shapes
 from prunekit.system.checkpoints import Checkpoints
 from prunekit.testing import toy_supernet, toy_tokens, toy_workpiece
 from prunekit_strategies.finishers.elsa import LARGEST, SMALLEST, Elsa, ElsaL, Map, Weights, rounded

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prunekit import Recipe, WrongInput
+from prunekit import Recipe, WrongInput, resolve
 from prunekit.calibration.twin import Twin
 from prunekit.layer.problem import LayerProblem
 from prunekit.testing import toy_supernet, toy_tokens, toy_workpiece
@@ -147,4 +147,4 @@ def test_nonsense_is_refused(options):
 def test_biases_are_refused_where_single_weights_go():
     single = {"structure": "weights", "pruner": "wanda", "finishers": [{"name": "least-squares", "bias": True}]}
     with pytest.raises(WrongInput, match="adds biases"):
-        Recipe.load().with_overrides(single).checked()
+        resolve(Recipe.load().with_overrides(single))

@@ -118,7 +118,7 @@ def test_ss_is_sparsegpt_row_by_row(block: int) -> None:
         torch.testing.assert_close(one.weight, two.weight)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40)
 @given(
     blocks=st.integers(1, 3),
     d_out=st.integers(1, 6),

@@ -8,20 +8,24 @@ from torch.nn import functional
 
 from prunekit import LayerProblem
 from prunekit.layer.problem import Feeder
-from prunekit.testing import toy_layer
+from prunekit.testing import toy_layer, with_statistics
 from prunekit_strategies.pruners.gradient import Gradient, HyWIA, LLMPruner
 
 HAND = LayerProblem(
     torch.tensor([[3.0, -1.0, 0.0, 2.0], [0.0, 2.0, 1.0, -2.0]]),
     torch.eye(4),
-    gradient=torch.tensor([[1.0, 2.0, 5.0, 1.0], [1.0, 1.0, -1.0, 0.5]]),  # w g: (3 -2 0 2), (0 2 -1 -1)
-    fisher=torch.tensor([[2.0, 1.0, 9.0, 0.5], [1.0, 1.0, 4.0, 1.0]]),  # w² F: (18 1 0 2), (0 4 4 4)
+    statistics={
+        "gradient": torch.tensor([[1.0, 2.0, 5.0, 1.0], [1.0, 1.0, -1.0, 0.5]]),  # w g: (3 -2 0 2), (0 2 -1 -1)
+        "fisher": torch.tensor([[2.0, 1.0, 9.0, 0.5], [1.0, 1.0, 4.0, 1.0]]),  # w² F: (18 1 0 2), (0 4 4 4)
+    },
     feeders=(
         Feeder(
             "up",
             torch.tensor([[1.0], [1.0], [2.0], [-1.0]]),
-            gradient=torch.tensor([[0.5], [2.0], [-1.0], [-3.0]]),  # w g: 0.5 2 -2 3
-            fisher=torch.tensor([[1.0], [2.0], [1.0], [4.0]]),  # w² F: 1 2 4 4
+            {
+                "gradient": torch.tensor([[0.5], [2.0], [-1.0], [-3.0]]),  # w g: 0.5 2 -2 3
+                "fisher": torch.tensor([[1.0], [2.0], [1.0], [4.0]]),  # w² F: 1 2 4 4
+            },
         ),
     ),
 )
@@ -65,9 +69,7 @@ def test_the_coarse_first_order_score_is_the_slope_of_the_loss_as_a_group_fades(
     labels = torch.randint(5, (30,), generator=generator)
     (gradient,) = torch.autograd.grad(functional.cross_entropy(x @ weight.T, labels), weight)
     weight = weight.detach()
-    layer = LayerProblem(
-        weight, x.T @ x / 30, group_size=2, gradient=gradient, fisher=torch.zeros(5, 6, dtype=torch.float64)
-    )
+    layer = LayerProblem(weight, x.T @ x / 30, group_size=2, statistics={"gradient": gradient})
     scores = Gradient(grain="coarse").scores(layer)
     step = 1e-6
     for g in range(3):
@@ -83,11 +85,11 @@ def test_the_coarse_first_order_score_is_the_slope_of_the_loss_as_a_group_fades(
 @pytest.mark.parametrize("grain", ["fine", "coarse", "mixed"])
 def test_the_sign_of_the_loss_does_not_matter(order: Any, grain: Any) -> None:
     layer, pruner = toy_layer(8, 3), Gradient(order=order, grain=grain)
-    assert layer.gradient is not None
     turned = replace(
-        layer,
-        gradient=-layer.gradient,
-        feeders=tuple(replace(f, gradient=-f.gradient) for f in layer.feeders if f.gradient is not None),
+        with_statistics(layer, gradient=-layer.require("gradient")),
+        feeders=tuple(
+            replace(f, statistics={**f.statistics, "gradient": -f.require("gradient")}) for f in layer.feeders
+        ),
     )
     assert torch.equal(pruner.scores(layer), pruner.scores(turned))
 

@@ -7,7 +7,7 @@ import torch
 from prunekit import LayerProblem
 from prunekit.layer.problem import Feeder
 from prunekit.space.forms import WEIGHTS
-from prunekit.testing import toy_layer
+from prunekit.testing import toy_layer, with_statistics
 from prunekit_strategies.pruners.score import (
     ACE,
     FASP,
@@ -28,11 +28,12 @@ GRAM = torch.diag(torch.tensor([4.0, 1.0, 49.0, 0.25]))  # rms: 2, 1, 7, 0.5
 HAND = LayerProblem(
     WEIGHT,
     GRAM,
-    mean=torch.tensor([0.0, 0.6, 7.0, 0.5]),
-    variance=torch.tensor([4.0, 0.64, 0.0, 0.0]),
-    absolute=torch.tensor([1.5, 0.5, 7.0, 0.5]),
-    contrast=torch.tensor([3.0, 2.0, 0.0, 0.25]),
-    feeders=(Feeder("up", torch.tensor([[0.0], [0.0], [3.0], [1.0]]), power=torch.tensor([4.0])),),
+    statistics={
+        "variance": torch.tensor([4.0, 0.64, 0.0, 0.0]),
+        "absolute": torch.tensor([1.5, 0.5, 7.0, 0.5]),
+        "contrast": torch.tensor([3.0, 2.0, 0.0, 0.25]),
+    },
+    feeders=(Feeder("up", torch.tensor([[0.0], [0.0], [3.0], [1.0]]), {"power": torch.tensor([4.0])}),),
 )
 PAIRS = replace(HAND, group_size=2)
 CASES: list[tuple[Any, list[float], list[float]]] = [  # by column, by pair of columns
@@ -110,7 +111,7 @@ def test_flap_is_the_exact_error_of_removing_a_column_whose_mean_goes_into_the_b
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, 6, generator=generator).double() @ torch.randn(6, 6, generator=generator).double() + 1
     weight = torch.randn(4, 6, generator=generator).double()
-    layer = LayerProblem(weight, x.T @ x / 50, mean=x.mean(0), variance=x.var(0, correction=0))
+    layer = LayerProblem(weight, x.T @ x / 50, statistics={"variance": x.var(0, correction=0)})
     score = FLAP().scores(layer)
     for j in range(6):
         lost = (x[:, j, None] - x[:, j].mean()) * weight[:, j]
@@ -132,8 +133,9 @@ def test_wanda_is_magnitude_on_white_inputs_and_weights_of_one_size_per_column()
 @pytest.mark.parametrize("pruner", [Wanda(), FLAP(), Minitron(), Channel(), SafetyPotential()], ids=repr)
 def test_loudness_of_all_inputs_does_not_matter(pruner: Score) -> None:
     layer = toy_layer(9, 2)
-    fields = {"gram": 64, "variance": 64, "contrast": 64, "absolute": 8}
-    louder = replace(layer, **{name: scale * getattr(layer, name) for name, scale in fields.items()})
+    scales = {"variance": 64, "contrast": 64, "absolute": 8}
+    louder = with_statistics(layer, **{name: scale * layer.require(name) for name, scale in scales.items()})
+    louder = replace(louder, gram=64 * layer.gram)
     for one, two in zip(pruner.prune(layer, range(10)), pruner.prune(louder, range(10)), strict=True):
         assert one.kept == two.kept
 
@@ -144,14 +146,14 @@ def test_magnitude_does_not_look_at_the_inputs() -> None:
 
 
 def test_inputs_that_the_second_data_set_drives_harder_count_nothing() -> None:
-    assert SafetyPotential().scores(replace(HAND, contrast=2 * GRAM.diagonal())).tolist() == [0, 0, 0, 0]
-    nothing = replace(HAND, contrast=torch.zeros(4))
+    assert SafetyPotential().scores(with_statistics(HAND, contrast=2 * GRAM.diagonal())).tolist() == [0, 0, 0, 0]
+    nothing = with_statistics(HAND, contrast=torch.zeros(4))
     assert torch.equal(SafetyPotential().scores(nothing), Wanda().scores(HAND))
 
 
 @pytest.mark.parametrize("pruner", [Wanda(), Magnitude(), Minitron()], ids=repr)
 def test_counts_are_exact_on_ties_and_the_lower_id_stays(pruner: Score) -> None:
-    layer = LayerProblem(torch.ones(2, 5), torch.eye(5), absolute=torch.ones(5))
+    layer = LayerProblem(torch.ones(2, 5), torch.eye(5), statistics={"absolute": torch.ones(5)})
     assert [c.kept for c in pruner.prune(layer, range(6))] == [tuple(range(k)) for k in range(6)]
 
 
@@ -215,7 +217,8 @@ def test_ace_squared_is_the_exact_error_of_removing_a_weight_whose_mean_goes_int
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, 6, generator=generator).double() @ torch.randn(6, 6, generator=generator).double() + 1
     weight = torch.randn(4, 6, generator=generator).double()
-    score = ACE().cells(LayerProblem(weight, x.T @ x / 50, variance=x.var(0, correction=0), form=WEIGHTS))
+    variance = {"variance": x.var(0, correction=0)}
+    score = ACE().cells(LayerProblem(weight, x.T @ x / 50, statistics=variance, form=WEIGHTS))
     for i, j in ((0, 0), (3, 5)):
         lost = (x[:, j] - x[:, j].mean()) * weight[i, j]
         assert float(score[i, j] ** 2) == pytest.approx(float(lost.square().mean()), rel=1e-12)
@@ -230,9 +233,9 @@ def test_ace_cosp_squared_is_twice_the_cosine_lost_with_a_small_weight() -> None
     lost[0, 2] = 0
     cosine = torch.nn.functional.cosine_similarity(y, x @ lost.T, dim=1)
     relative = (x.square() / y.square().sum(1, keepdim=True)).mean(0)
-    layer = LayerProblem(weight, x.T @ x / 50, relative=relative, form=WEIGHTS)
+    layer = LayerProblem(weight, x.T @ x / 50, statistics={"relative": relative}, form=WEIGHTS)
     assert float(ACEDirection().cells(layer)[0, 2] ** 2) == pytest.approx(float(2 * (1 - cosine).mean()), rel=0.03)
-    alike = replace(layer, relative=layer.gram.diagonal() / 9)  # outputs of one size
+    alike = with_statistics(layer, relative=layer.gram.diagonal() / 9)  # outputs of one size
     for one, two in zip(ACEDirection().prune(alike, range(7)), Wanda().prune(alike, range(7)), strict=True):
         assert torch.equal(one.weight, two.weight)
 

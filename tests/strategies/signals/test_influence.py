@@ -1,8 +1,8 @@
-from dataclasses import replace
+import torch
 
-from prunekit.testing import toy_layer
+from prunekit.testing import toy_layer, with_statistics
 from prunekit_strategies.signals.influence import Influence
 
 
 def test_it_is_what_calibration_measured():
-    assert Influence().measure(replace(toy_layer(), influence=0.25)) == 0.25
+    assert Influence().measure(with_statistics(toy_layer(), influence=torch.tensor(0.25))) == 0.25

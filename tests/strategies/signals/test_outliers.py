@@ -10,7 +10,7 @@ from prunekit_strategies.signals.outliers import Outliers
 def test_the_share_is_counted_over_all_maps_of_the_site_together():
     layer = toy_layer(6, 2, seed=3)
     scores = [layer.weight.double().abs() * layer.gram.diagonal().double().sqrt()]
-    scores += [f.weight.double().abs() * f.power.double().sqrt() for f in layer.feeders if f.power is not None]
+    scores += [f.weight.double().abs() * f.require("power").double().sqrt() for f in layer.feeders]
     pool = torch.cat([s.flatten() for s in scores])
     for multiple in (0.5, 1.0, 2.0, 5.0):
         assert Outliers(multiple).measure(layer) == float((pool > multiple * pool.mean()).double().mean())

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from prunekit import solved
+
 _FIRST = 1e-5  # r of the first round
 _GONE = 1e-6  # a group has vanished when ‖w_g‖² is this share of what it was
 
@@ -57,7 +59,7 @@ def fitted(
     gram: Float[Tensor, "d d"], reached: Float[Tensor, "d_out d"], price: Float[Tensor, " d"]
 ) -> Float[Tensor, "d_out d"]:
     """(2): W₀ A (A + diag s)⁻¹, the minimiser of tr[(W - W₀) A (W - W₀)ᵀ] + Σ_j s_j ‖w_j‖², from W₀ A."""
-    return torch.cholesky_solve(reached.T, torch.linalg.cholesky(gram + price.diag())).T
+    return solved(gram + price.diag(), reached.T).T
 
 
 def _power(w: Float[Tensor, "d_out d"], size: int) -> Float[Tensor, " n"]:

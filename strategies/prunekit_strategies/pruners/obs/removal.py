@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from prunekit import factored, inverted, solved
+
 Price = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(W (d_out, left), V (left, left), columns that are left (left,)) -> what each group's removal costs (groups,)."""
 
@@ -65,7 +67,7 @@ def remove_groups(
             return order[:picks]
         out = columns(cheapest, size)
         stays = torch.ones(len(left), dtype=torch.bool, device=left.device).index_fill(0, out, False)
-        gain = torch.cholesky_solve(v[out], torch.linalg.cholesky(v[out][:, out]))  # (V_PP)⁻¹ V_P:
+        gain = solved(v[out][:, out], v[out])  # (V_PP)⁻¹ V_P:
         w.addmm_(w[:, out], gain, alpha=-1)  # (1)
         v.addmm_(v[:, out], gain, alpha=-1)  # (2)
         left, floor, w, v = left[stays], floor[stays], w[:, stays], v[stays][:, stays]
@@ -165,7 +167,7 @@ def columns(groups: Int64[Tensor, " n"], size: int) -> Int64[Tensor, " columns"]
 
 def inverse(hessian: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """Of a positive definite matrix."""
-    return torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return inverted(hessian)
 
 
 def by_group(x: Float[Tensor, " d"], size: int) -> Float[Tensor, " n"]:
@@ -176,4 +178,4 @@ def by_group(x: Float[Tensor, " d"], size: int) -> Float[Tensor, " n"]:
 def _roots(v: Float[Tensor, "d d"], size: int) -> Float[Tensor, "n size size"]:
     """The Cholesky factor of every group's V_PP."""
     blocks = v.unflatten(0, (-1, size)).unflatten(2, (-1, size)).diagonal(dim1=0, dim2=2)  # (size, size, n)
-    return torch.linalg.cholesky(blocks.permute(2, 0, 1))
+    return factored(blocks.permute(2, 0, 1))

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.gradients import Gradients
+from prunekit.calibration.statistics import statistics_of
 from prunekit.measure.speed import speed
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.blocks import entered
@@ -136,7 +137,7 @@ def test_a_walk_in_half_precision_keeps_the_residual_stream_in_float32(family: s
     flow = BlockFlow(model, adapter, tokens, dense=True)
     for site in adapter.linear_sites(model, WEIGHTS):
         linear = adapter.linear(adapter.blocks(model)[site.block], site)
-        assert bool(torch.isfinite(flow.received(site, frozenset({"absolute", "relative"})).outer).all())
+        assert bool(torch.isfinite(flow.received(site, statistics_of({"absolute", "relative"})).outer).all())
         flow.carry(site, linear.weight.detach() * 0.9)
         if adapter.part(site) is not None:
             flow.advance(site.block)

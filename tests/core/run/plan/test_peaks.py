@@ -79,23 +79,25 @@ def assert_holds(kind: str, model: Path, output: Path, figures: Sequence[str]) -
 def run(kind: str, model: str, output: Path) -> dict[str, float]:
     """Plan and prune; bytes planned, and bytes taken beyond what the process has before."""
     from prunekit.models.opening import skeleton
+    from prunekit.recipe.resolve import resolve
     from prunekit.recipe.schema import Recipe
-    from prunekit.run import pipeline, workplace
+    from prunekit.run import prune, workplace
+    from prunekit.run.session import make_plan
 
     settings = dict(KINDS[kind])
     few = {"dataset": "python-docs", "seqlen": 128, "calibration_tokens": 4096, "search_tokens": 2048}
     data = {f"data.{key}": value for key, value in (few | {"evaluation_tokens": 2048}).items()}
     recipe = Recipe.load(str(settings.pop("recipe", "default"))).with_overrides({"model": model, **data, **settings})
-    plan = pipeline.foreseen(recipe.checked(), *skeleton(model), output, rehearse=True)
+    plan = make_plan(resolve(recipe), *skeleton(model), output, rehearse=True)
     written = [0]
 
     def publish(folder: Path, target: Path) -> None:
         written[0] = sum(file.stat().st_size for file in folder.parent.rglob("*") if file.is_file())
         workplace.publish(folder, target)
 
-    pipeline.publish = publish
+    prune.publish = publish
     before = peak()
-    pipeline.prune(recipe, output=output)
+    prune.prune(recipe, output=output)
     return {
         "planned memory": max(stage.memory + stage.shared for stage in plan.stages),
         "planned disk": plan.disk,

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +17,10 @@ import prunekit
 from prunekit import LayerProblem, WrongInput
 from prunekit.calibration.fill import build
 from prunekit.calibration.flow import BlockFlow
-from prunekit.calibration.moments import Moments, moments_bytes, moments_flops
+from prunekit.calibration.moments import GRAM, Moments
+from prunekit.calibration.statistics import Cross, Drift, statistics_of
 from prunekit.layer.problem import judging_flops
+from prunekit.layer.statistics import MapShape, Received
 from prunekit.measure import latency
 from prunekit.models import blocks as blocks_of
 from prunekit.models.adapters.find import adapter_for
@@ -26,13 +28,15 @@ from prunekit.models.blocks import forward_flops
 from prunekit.models.opening import opened, skeleton
 from prunekit.plugins.allocator import Problem
 from prunekit.plugins.objective import Objective
-from prunekit.plugins.registry import ALLOCATORS, PRUNERS
+from prunekit.plugins.registry import ALLOCATORS
+from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
-from prunekit.run import family, pipeline
-from prunekit.run import plan as planning
-from prunekit.run.pipeline import foreseen, whole_space
-from prunekit.run.plan.count import CUSHION
+from prunekit.run import family, session
+from prunekit.run.plan import make as planning
+from prunekit.run.plan.count import CUSHION, Shape
 from prunekit.run.plan.rehearsal import rehearsed, walks
+from prunekit.run.session import make_plan
+from prunekit.run.spaces import whole_space
 from prunekit.search.conversation import converse
 from prunekit.search.ledger import Ledger
 from prunekit.search.store import CandidateStore
@@ -62,18 +66,15 @@ def d_out(model, adapter, site):
 @pytest.mark.parametrize("structure", ["groups", "weights"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_moments_take_what_was_counted(family, structure, needs):
-    model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
+    model, adapter, tokens, statistics = tiny(family), adapter_for(family), toy_tokens(), statistics_of(needs)
     stream = BlockFlow(model, adapter, tokens, dense=bool({"cross", "drift"} & needs))
-    for site in sites_of(model, adapter, structure):
-        if site.block:
-            break
-        moments = stream.received(site, needs)
-        block = adapter.blocks(model)[0]
-        fed = [block.get_parameter(f"{cut.path}.weight").shape[1] for cut in adapter.cuts(block, site)[:-1]]
-        held = [getattr(moments, field.name) for field in fields(Moments)]
-        taken = sum(v.nbytes for v in (*held, *moments.fed.values()) if isinstance(v, torch.Tensor))
-        part = adapter.part(site) is not None
-        assert taken == moments_bytes(site.d_in, d_out(model, adapter, site), needs, part=part, fed=fed), site.name
+    sites = sites_of(model, adapter, structure)
+    shape = Shape(model, adapter, sites, torch.float64, torch.float64)
+    for site in (site for site in sites if not site.block):
+        moments = stream.received(site, statistics)
+        taken = sum(value.nbytes for sums in moments.sums.values() for value in sums.values())
+        there = shape.collected(site, statistics)
+        assert taken == Moments.bytes(there, shape.map(site), shape.producers(site)), site.name
         stream.carry(site, None)
 
 
@@ -140,17 +141,19 @@ def test_products_are_those_that_torch_counts():
         model(tokens.ids)
     head = 2 * tokens.n_tokens * model.lm_head.weight.numel()
     assert counter.get_total_flops() == head + forward_flops(tokens.n_tokens, weights, 3 * 24, tokens.seqlen)
-    moments = Moments.empty(17, torch.device("cpu"))
-    x, w = torch.randn(40, 17), torch.randn(24, 17)
-    with FlopCounterMode(display=False) as counter:
-        moments.add(x)
-        moments.add_made(torch.randn(40, 24), x)
-        moments.add_drift(torch.randn(40, 24), x)
-    assert counter.get_total_flops() == moments_flops(40, 17, 24, {"cross"})
-    with FlopCounterMode(display=False) as counter:
-        moments.add(x)
-        moments.add_paired(x, x)
-    assert counter.get_total_flops() == moments_flops(40, 17, 24, {"cross"}, part=False, paired=True)
+    for d_out in (8, 24):  # pairs of inputs are the larger product, or the smaller
+        linear, shape = nn.Linear(17, d_out), MapShape(17, d_out)
+        for values in linear.parameters():
+            values.requires_grad_(False)
+        inputs, residual = partial(torch.randn, 40, 17), partial(torch.randn, 40, d_out)
+        dense = Received(inputs, linear, residual=residual)
+        assert dense.made.shape == (40, d_out)  # the stream is in need of it anyway
+        for statistic in (GRAM, Cross(), Drift()):
+            sums = statistic.start(shape, torch.device("cpu"))
+            with FlopCounterMode(display=False) as counter:
+                statistic.add(sums, Received(inputs, linear, residual=residual, dense=dense))
+            assert counter.get_total_flops() == statistic.flops(shape, 40)
+    w = torch.randn(24, 17)
     layer = LayerProblem(w, torch.eye(17))
     with FlopCounterMode(display=False) as counter:
         for _ in range(3):
@@ -234,8 +237,8 @@ def plan_of(folder, output=None, **changes):
     base, overrides = Recipe.load("fast"), {"model": str(folder), **changes}
     several = base.spread(overrides)
     asked = None if several is None else list(several.family)
-    recipe = (several or base.with_overrides(overrides)).checked()
-    return foreseen(recipe, *skeleton(str(folder)), output, asked)
+    parts = resolve(several or base.with_overrides(overrides))
+    return make_plan(parts, *skeleton(str(folder)), output, asked)
 
 
 def test_what_fits_is_opened_whole_and_what_does_not_block_by_block(folder, large):
@@ -270,12 +273,11 @@ def test_a_plan_says_which_stages_there_are_and_what_nobody_knows(folder, tmp_pa
 def test_the_candidates_of_a_plan_are_those_of_the_run(folder, tmp_path):
     plan = plan_of(folder, allocator="uniform", rebuild=False)
     model, adapter = skeleton(str(folder))
-    recipe = Recipe.load("fast").with_overrides({"model": str(folder), "allocator": "uniform"}).checked()
-    space = whole_space(recipe, model, adapter, torch.bfloat16)
-    space = ALLOCATORS.build(recipe.allocator).first_space(space)
+    parts = resolve(Recipe.load("fast").with_overrides({"model": str(folder), "allocator": "uniform"}))
+    space = parts.allocator.first_space(whole_space(parts, model, adapter, torch.bfloat16))
     store, dense = CandidateStore(tmp_path, {}), tiny("llama").bfloat16().float()
     build(
-        dense, adapter, space, space.uniform(), PRUNERS.build(recipe.pruner), toy_tokens(), store,
+        dense, adapter, space, space.uniform(), parts.pruner, toy_tokens(), store,
         dtype=torch.bfloat16, progress=Progress(),
     )  # fmt: skip
     written = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
@@ -287,14 +289,14 @@ def test_the_candidates_of_a_plan_are_those_of_the_run(folder, tmp_path):
 def test_what_finds_no_room_in_memory_is_on_the_disk_of_the_plan(folder, tmp_path, monkeypatch, pruner):
     few = {"data.calibration_tokens": 48, "data.seqlen": 12, "allocator": "uniform", "pruner": pruner}
     plan, roomy = (plan_of(folder, memory=memory, rebuild=False, **few) for memory in ("1MB", "900GiB"))
-    recipe = Recipe.load("fast").with_overrides({"model": str(folder), **few}).checked()
+    parts = resolve(Recipe.load("fast").with_overrides({"model": str(folder), **few}))
     room, store, spilled = Room(plan.shares.activations, tmp_path / "room"), CandidateStore(tmp_path / "store", {}), []
     put = room.put
     monkeypatch.setattr(room, "put", lambda tensor: (put(tensor), spilled.append(files(tmp_path / "room")))[0])
     model, adapter = skeleton(str(folder))
-    space = ALLOCATORS.build(recipe.allocator).first_space(whole_space(recipe, model, adapter, torch.bfloat16))
+    space = parts.allocator.first_space(whole_space(parts, model, adapter, torch.bfloat16))
     build(
-        tiny("llama").bfloat16().float(), adapter, space, space.uniform(), PRUNERS.build(recipe.pruner),
+        tiny("llama").bfloat16().float(), adapter, space, space.uniform(), parts.pruner,
         toy_tokens(), store, dtype=torch.bfloat16, room=room, progress=Progress(),
     )  # fmt: skip
     disk, candidates = (next(s.disk for s in each.stages if s.name == "prune 1") for each in (plan, roomy))
@@ -355,8 +357,8 @@ def test_the_disk_of_a_family_is_counted_walk_by_walk(saved_tiny, tmp_path, kill
 
 
 def test_of_a_family_that_is_searched_for_one_member_one_is_made(folder):
-    recipe = Recipe.load("fast").with_overrides({"model": str(folder), "sparsity": 0.4, "family": [0.2, 0.4]}).checked()
-    plan = foreseen(recipe, *skeleton(str(folder)), None)
+    recipe = Recipe.load("fast").with_overrides({"model": str(folder), "sparsity": 0.4, "family": [0.2, 0.4]})
+    plan = make_plan(resolve(recipe), *skeleton(str(folder)), None)
     assert [stage.name for stage in plan.stages] == [
         "open", "prune 1", "search 1 for 0.2", "search 1 for 0.4", "rebuild for 0.4", "evaluate for 0.4",
         "export for 0.4",
@@ -384,7 +386,7 @@ def test_latency_is_timed_before_and_after_and_only_whole(folder, large, monkeyp
     assert names[-2:] == ["time the result", "export"]
     assert not plan.as_dict(Rates(1e9, 1e9, 1e8, 1e8))["seconds_complete"]
     assert not plan_of(large, memory="900GiB", target="latency=0.6").paged
-    monkeypatch.setattr(pipeline, "opened", None)
+    monkeypatch.setattr(session, "opened", None)
     with pytest.raises(WrongInput, match=r"takes at least .* give more, or another metric: latency is timed on whole"):
         prunekit.prune(large, target="latency=0.6", memory="1GB", recipe="fast", quiet=True)
     with pytest.raises(WrongInput, match=r"latency\.prompt \+ latency\.new_tokens"):
@@ -432,9 +434,9 @@ def test_what_cannot_fit_is_refused(folder, large, tmp_path):
 
 
 def test_a_model_in_memory_is_never_paged(folder):
-    recipe = Recipe.load("fast").with_overrides({"memory": "1MB"}).checked()
+    parts = resolve(Recipe.load("fast").with_overrides({"memory": "1MB"}))
     model, adapter = tiny("llama"), adapter_for("llama")
-    plan = foreseen(recipe, model, adapter, None)
+    plan = make_plan(parts, model, adapter, None)
     assert not plan.paged
     assert plan.shares == Shares(None, 0, 0, 0, 0, 0)
 

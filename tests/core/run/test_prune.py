@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunekit
 from prunekit.calibration.gradients import Gradients
 from prunekit.models.opening import fingerprint
 from prunekit.recipe.schema import Recipe
-from prunekit.run import pipeline
+from prunekit.run import results
 from prunekit.search.ledger import Ledger
 from prunekit.search.store import CandidateStore
 
@@ -86,7 +87,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, whole, tmp_path, k
         "walk": (CandidateStore, "put", 4),
         "search": (Ledger, "answer", 5),
         "rebuild": (CandidateStore, "put", 9),
-        "save": (pipeline, "verify", 1),
+        "save": (results, "verify", 1),
     }[when]
     with killed_at(place, name, last):
         prunekit.prune(folder, output=tmp_path / "out", **QUICK)
@@ -134,13 +135,9 @@ def test_another_recipe_does_not_go_on_with_an_unfinished_run(folder, tmp_path, 
 
 
 def test_two_runs_do_not_share_an_output(folder, tmp_path):
-    import fcntl
-
     (tmp_path / "out.partial").mkdir()
-    with (tmp_path / "out.partial" / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(prunekit.WrongInput, match="another process"):
-            prunekit.prune(folder, output=tmp_path / "out", **QUICK)
+    with FileLock(tmp_path / "out.partial" / ".lock"), pytest.raises(prunekit.WrongInput, match="another process"):
+        prunekit.prune(folder, output=tmp_path / "out", **QUICK)
 
 
 def test_a_model_in_memory_stays_as_it_is(folder, tmp_path, whole):

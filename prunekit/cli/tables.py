@@ -1,0 +1,122 @@
+"""Tables that commands print."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from prunekit.run.tune import Tuned
+
+
+def format_bytes(n: float) -> str:
+    """A size for people: 1.5 MB."""
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.4g} {unit}"
+        n /= 1000
+    return f"{n:,.4g} GB"
+
+
+ROWS: Mapping[str, Callable[[float], str]] = {
+    "parameters": "{:,.0f}".format,
+    "block parameters": "{:,.0f}".format,
+    "not zero in linear maps": "{:,.0f}".format,
+    "perplexity": "{:,.2f}".format,
+    "size on disk": format_bytes,
+    "prefill tokens/s": "{:,.0f}".format,
+    "decode tokens/s": "{:,.1f}".format,
+    "milliseconds": "{:,.4g}".format,
+}
+
+
+def comparison(title: str, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Table:
+    """Dense against pruned; keys are those of `ROWS`, what was not measured is left out."""
+    table = new_table(title, "dense", "pruned", "ratio")
+    for row, text in ROWS.items():
+        if row in dense and row in pruned:
+            ratio = f"{pruned[row] / dense[row]:.3f}" if dense[row] else ""
+            table.add_row(row, text(dense[row]), text(pruned[row]), ratio)
+    return table
+
+
+def members(title: str, document: Mapping[str, Any]) -> Table:
+    """A family, by ascending sparsity; * is on the front."""
+    table = new_table(title, "", "sparsity", "parameters", "perplexity", "token-forwards", "seconds")
+    dense = document["dense"]
+    table.add_row("dense", "", "", f"{dense['parameters']:,}", f"{dense['perplexity']:,.2f}")
+    for row in document["members"]:
+        numbers = f"{row['parameters']:,}", f"{row['perplexity']:,.2f}", f"{row['token_forwards']:,}"
+        table.add_row(
+            row["folder"], "*" if row["front"] else "", f"{row['realised']:.4f}", *numbers, f"{row['seconds']:,.0f}"
+        )
+    table.add_row("in all", *[""] * 4, f"{document['token_forwards']:,}", f"{document['seconds']:,.0f}")
+    return table
+
+
+def standings(tuned: Tuned, most: int = 12) -> Table:
+    """The base recipe and the best trials, the front first, then by the first metric; what failed is counted."""
+    table = new_table("recipe", "", *tuned.metrics, "differs in")
+    front = {row.name for row in tuned.front}
+    done = {row.recipe: row for row in reversed(tuned.rows) if row.values}.values()
+    ranked = sorted(done, key=lambda row: (row.name not in front, *row.values.values()))
+    for row in ranked[:most] + [row for row in ranked[most:] if row.name == "base"]:
+        values = [f"{value:,.0f}" if value > 1e5 else f"{value:.4g}" for value in row.values.values()]
+        table.add_row(row.name, "*" if row.name in front else "", *values, _differs(row.overrides))
+    table.columns[-1].justify = "left"
+    for state in ("pruned", "fail"):
+        if ended := [row for row in tuned.rows if row.state == state]:
+            table.add_row(f"{len(ended)} {state}", "", *[""] * len(tuned.metrics), ended[-1].reason)
+    return table
+
+
+def _differs(overrides: Mapping[str, Any]) -> str:
+    def words(key: str, value: Any) -> str:
+        if isinstance(value, Mapping) and "name" in value:
+            options = ", ".join(words(name, option) for name, option in value.items() if name != "name")
+            return f"{key} {value['name']}" + (f" ({options})" if options else "")
+        return f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+
+    return ", ".join(words(key, value) for key, value in overrides.items())
+
+
+def rows_of_report(report: Mapping[str, Any], model: str, output: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """The rows a report can fill, dense and pruned."""
+    from prunekit.report.document import promise
+
+    def rows(which: str, folder: Path) -> dict[str, float]:
+        found: dict[str, float] = {
+            "parameters": report[which]["parameters"],
+            "block parameters": report[which]["block_parameters"],
+            "perplexity": report["losses"][which]["perplexity"],
+        }
+        if (weights := report.get("weights")) is not None:
+            found["not zero in linear maps"] = weights["in_linear_maps" if which == "dense" else "not_zero"]
+        if (ms := (promise(report) or {}).get("milliseconds")) is not None:
+            found["milliseconds"] = ms[which]
+        stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        return {**found, "size on disk": stored} if stored else found
+
+    return rows("dense", Path(model).expanduser()), rows("pruned", output)
+
+
+def new_table(title: str, *columns: str) -> Table:
+    """An empty table: labels to the left, numbers to the right."""
+    from rich.table import Table
+
+    table = Table(title, *(columns or ("",)), box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for column in table.columns[1:] if columns else ():
+        column.justify = "right"
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Print it as wide as the terminal is."""
+    from rich.console import Console
+
+    # a pipe has no width: a label cut in two is of no use to a program
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)

@@ -1,0 +1,45 @@
+"""How a recipe writes plug-ins and structures, read into one form each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+from prunekit.errors import WrongInput
+from prunekit.space.forms import parse_form
+
+
+def as_spec(value: Any) -> Any:
+    """wanda is short for {name: wanda}."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def as_specs(value: Any) -> Any:
+    """One plug-in may stand where a list of them is asked for."""
+    return [value] if isinstance(value, (str, Mapping)) else value
+
+
+def as_engine(value: Any) -> Any:
+    """ray://head:10001 is short for {name: ray, address: ray://head:10001}."""
+    name, there, _ = value.partition("://") if isinstance(value, str) else ("", "", "")
+    return {"name": name, "address": value} if there else value
+
+
+def as_pattern(value: Any) -> Any:
+    """YAML 1.1 reads 2:4 as 2 · 60 + 4."""
+    return f"{value // 60}:{value % 60}" if isinstance(value, int) and value > 60 else value
+
+
+def own_share(structure: Any) -> Fraction | None:
+    """The share that a structure keeps by itself; None: any, or it is none (said where the recipe is resolved)."""
+    try:
+        return parse_form(structure).kept_share if isinstance(structure, str) else None
+    except WrongInput:
+        return None
+
+
+Spec = Annotated[dict[str, Any], BeforeValidator(as_spec)]
+"""A plug-in: {name: ..., option: value}; a bare name is short for {name: ...}."""

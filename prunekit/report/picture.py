@@ -1,0 +1,89 @@
+"""Sparsity per block as an SVG picture, attention and MLP side by side."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+LEFT, BAR, GAP = 44, 280, 76  # pixels: block numbers, the longest bar, room for its number
+TOP = 64
+COLOURS = ("#3b82f6", "#d97706", "#059669")
+STYLE = (
+    "text{font:12px system-ui,sans-serif;fill:#6e7781}.head{font-size:14px;font-weight:600}.side{text-anchor:end}"
+    ".all{fill:#8b949e;fill-opacity:.18}"
+    "@media(prefers-color-scheme:dark){text{fill:#c9d1d9}}"
+)
+
+
+def removed_shares(sites: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """Part of a block -> block -> share of its groups, or of its weights, that is removed; `sites` of a report."""
+    sizes: dict[str, float] = {}  # parameters per kept unit, of sites that differ in their block alone
+    for site in sites:
+        if site["kept"]:
+            sizes[_alike(site)] = site["parameters"] / site["kept"]
+    dense: dict[tuple[str, int], float] = {}
+    kept: dict[tuple[str, int], float] = {}
+    for site in sites:
+        key, size = (_part(site), site["block"]), sizes.get(_alike(site), 1.0)
+        dense[key] = dense.get(key, 0.0) + size * site["groups"]
+        kept[key] = kept.get(key, 0.0) + size * site["kept"]
+    found: dict[str, dict[int, float]] = {}
+    for (part, block), whole in dense.items():
+        found.setdefault(part, {})[block] = 1 - kept[part, block] / whole
+    return found
+
+
+def draw(sites: Sequence[Mapping[str, Any]]) -> str:
+    """The picture: one row per block, one bar per part, as long as the share that is removed."""
+    parts = removed_shares(sites)
+    blocks = range(max(site["block"] for site in sites) + 1)
+    row = 18 if len(blocks) <= 40 else 14
+    width, height = LEFT + len(parts) * (BAR + GAP), TOP + len(blocks) * row + 12
+    told = "; ".join(f"{part} {_mean(shares.values()):.1%}" for part, shares in parts.items())
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        'role="img" aria-labelledby="title desc">',
+        '<title id="title">Sparsity per block</title>',
+        f'<desc id="desc">{escape(f"Share removed of every block, in percent. Mean over blocks: {told}.")}</desc>',
+        f"<style>{STYLE}</style>",
+        f'<text x="{LEFT - 8}" y="{TOP - 12}" class="side">block</text>',
+    ]
+    lines += [_text(LEFT - 8, TOP + block * row + row - 5, str(block), "side") for block in blocks]
+    for column, (part, shares) in enumerate(parts.items()):
+        left, colour = LEFT + column * (BAR + GAP), COLOURS[column % len(COLOURS)]
+        lines.append(_text(left, 22, f"{part}, % removed", "head"))
+        lines += [
+            _text(left + BAR * mark // 100, TOP - 12, str(mark), "", anchor) for mark, anchor in
+            ((0, "start"), (50, "middle"), (100, "end"))
+        ]  # fmt: skip
+        for block, share in shares.items():
+            y = TOP + block * row
+            lines.append(f'<rect x="{left}" y="{y + 1}" width="{BAR}" height="{row - 4}" class="all"/>')
+            lines.append(f'<rect x="{left}" y="{y + 1}" width="{BAR * share:.1f}" height="{row - 4}" fill="{colour}"/>')
+            lines.append(_text(left + BAR + 6, y + row - 5, f"{100 * share:.1f}"))
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def _part(site: Mapping[str, Any]) -> str:
+    """The sub-layer that a site is in, from its kind, or its place in the block."""
+    inside = re.sub(r"^.*?\.\d+\.", "", site["name"]).split(".")[0]
+    if site["kind"] == "attention" or "att" in inside:
+        return "attention"
+    return "MLP" if site["kind"] == "mlp" or "mixer" not in inside else inside
+
+
+def _alike(site: Mapping[str, Any]) -> str:
+    return re.sub(r"\.\d+\.", ".", site["name"], count=1)
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "") -> str:
+    more = f' class="{kind}"' if kind else ""
+    more += f' text-anchor="{anchor}"' if anchor else ""
+    return f'<text x="{x}" y="{y}"{more}>{escape(text)}</text>'

@@ -1,0 +1,87 @@
+"""Runs the recipes of a study on one open model and measures them on one text."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from prunekit.data.draws import Draws, draw
+from prunekit.data.tokens import overlap
+from prunekit.errors import WrongInput
+from prunekit.measure.perplexity import perplexity
+from prunekit.models.opening import limits
+from prunekit.recipe.resolve import Parts
+from prunekit.recipe.schema import Recipe
+from prunekit.report import document as reporting
+from prunekit.run.clock import Clock
+from prunekit.run.finish import finish_model
+from prunekit.run.prune import run_search
+from prunekit.run.session import Session
+from prunekit.run.spaces import whole_space
+from prunekit.run.stages import assemble
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """One model, one text to be compared on, and a shelf of calibration passes."""
+
+    session: Session  # of the base recipe
+    place: Path
+    metrics: tuple[str, ...]
+    disk: int  # bytes of the shelf
+
+    def judge(self, parts: Parts) -> dict[str, float]:
+        """Run a recipe.
+
+        Returns:
+            Its metrics, by name.
+
+        Raises:
+            WrongInput: there can be no such recipe.
+        """
+        session, dense, recipe = self.session, self.session.dense, parts.recipe
+        shelf, folder = self.place / "walks", self.place / f"trial-{parts.digest[:16]}"
+        for path in (shelf, folder):
+            path.mkdir(exist_ok=True)
+        whole, draws = whole_space(parts, dense.model, dense.adapter, dense.dtype), self._draw(recipe)
+        parts.objective.check(draws.search)
+        (run,) = session.start_runs(parts, [whole], draws, folder, shelf, Clock())
+        net, plan = run.rebuild(*run_search([run])[0])
+        small = assemble(net, plan, parts)
+        finish_model(run, small, net, plan)
+        kept = reporting.count(small)
+        if not parts.form.shrinks:
+            single = reporting.weights(small, net, plan, recipe.structure)
+            kept -= single["in_linear_maps"] - single["not_zero"]
+        found: dict[str, float] = {"parameters": kept, "seconds": sum(run.clock.seconds.values())}
+        if {"perplexity", "loss"} & set(self.metrics):
+            measured = perplexity(small, draws.search, progress=session.progress)
+            found |= {"perplexity": measured.value, "loss": measured.nll}
+        if "objective" in self.metrics:
+            found["objective"] = parts.objective.loss(net, plan, draws.search)
+        shutil.rmtree(folder)
+        self._tidy(shelf)
+        return {metric: float(found[metric]) for metric in self.metrics}
+
+    def _draw(self, recipe: Recipe) -> Draws:
+        """The recipe's calibration tokens; what judges is the same for all."""
+        session = self.session
+        if recipe.data == session.parts.recipe.data:
+            return session.draws
+        dense = session.dense
+        draws = draw(dense.tokenizer, recipe.data, session.progress, seed=recipe.seed, **limits(dense.model))
+        if overlap(draws.calibration, session.draws.search):
+            raise WrongInput("it calibrates on text that trials are compared on; give data.search_dataset")
+        return replace(draws, search=session.draws.search)
+
+    def _tidy(self, shelf: Path) -> None:
+        """Remove the passes that were not used for the longest time, until the rest fits."""
+        passes = sorted(shelf.iterdir(), key=lambda one: one.stat().st_mtime)
+        sizes = [sum(file.stat().st_size for file in one.iterdir()) for one in passes]
+        total = sum(sizes)
+        for one, size in zip(passes, sizes, strict=True):
+            if total <= self.disk:
+                break
+            shutil.rmtree(one)
+            total -= size

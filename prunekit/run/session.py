@@ -1,0 +1,217 @@
+"""One opening for prune, family and tune: the model, its text, devices and engine, prices, and what tells runs apart.
+
+Everything the user may have got wrong is refused here, before any long work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from prunekit.data.draws import Draws, draw
+from prunekit.errors import WrongInput
+from prunekit.models.opening import limits, opened, resolved_devices, skeleton
+from prunekit.plugins.adapter import ModelAdapter
+from prunekit.plugins.dense import Dense
+from prunekit.plugins.engine import Opening, Team
+from prunekit.plugins.exporter import Order
+from prunekit.plugins.metric import MeasuredMetric
+from prunekit.recipe.resolve import Parts
+from prunekit.recipe.schema import Recipe
+from prunekit.report import document as reporting
+from prunekit.run.clock import Clock
+from prunekit.run.plan.make import planned
+from prunekit.run.plan.plan import Plan
+from prunekit.run.spaces import whole_space
+from prunekit.run.stages import Run, clear_folder
+from prunekit.search.ledger import Ledger
+from prunekit.search.teacher import Teacher
+from prunekit.space.ladders import Space
+from prunekit.space.prices import FILE
+from prunekit.system.files import write_json
+from prunekit.system.memory import amount
+from prunekit.system.progress import Progress
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """An open model and all that runs over it share."""
+
+    parts: Parts  # the model's name, every choice about the text and, once known, the prices written in
+    source: str | PreTrainedModel
+    dense: Dense
+    draws: Draws
+    plan: Plan
+    devices: Sequence[torch.device]
+    progress: Progress
+    clock: Clock  # of what is done once for all runs
+    team: Team | None = None  # who shares the work; None: nobody
+
+    def identify(self) -> dict[str, Any]:
+        """Say what a run must agree in to go on with an earlier one: recipe, weights, and versions of the code."""
+        mine = {"weights": self.dense.fingerprint, "versions": reporting.versions(self.parts)}
+        return self.parts.determining() | mine
+
+    def with_prices(self, past: Path | None) -> Session:
+        """Find the prices that a measured metric needs.
+
+        Args:
+            past: folder in which an earlier run of the same identity has left its table; None: there is none.
+
+        Returns:
+            This session, with the recipe's own table, that of `past`, or one measured now, in its recipe.
+        """
+        metric, dense = self.parts.metric, self.dense
+        with self.clock("time"):
+            if not isinstance(metric, MeasuredMetric):
+                return self
+            sites = dense.adapter.sites(dense.model, heads=self.parts.recipe.heads)
+            metric = metric.measured(dense, sites, None if past is None else past / FILE, self.progress)
+        return replace(self, parts=self.parts.with_metric(metric))
+
+    def make_spaces(self) -> list[Space]:
+        """Make the space of the recipe, or of every member of its family.
+
+        Raises:
+            WrongInput: a budget cannot be met.
+        """
+        dense = self.dense
+        return [whole_space(member, dense.model, dense.adapter, dense.dtype) for member in self.parts.members]
+
+    @contextmanager
+    def work_in(self, place: AbstractContextManager[Path]) -> Iterator[tuple[Session, Path]]:
+        """Work in a folder, with the engine's workers, until the work is done."""
+        opening = Opening(self.source, self.parts.recipe.dtype, self.parts.recipe.trust_remote_code)
+        with place as folder, self.parts.engine.team(self.dense, opening, self.devices) as team:
+            write_prices(self.parts.recipe, folder)  # beside the recipes that name it
+            yield replace(self, team=team), folder
+
+    def start_runs(
+        self, parts: Parts, spaces: Sequence[Space], draws: Draws, place: Path, shelf: Path, clock: Clock
+    ) -> list[Run]:
+        """Start a run for a recipe, or for every member of its family.
+
+        Args:
+            parts: of this recipe, or of another that is tried on the same model.
+            spaces: of every member, as of `make_spaces`.
+            draws: the text of this recipe.
+            place: folder for what these runs alone can use again.
+            shelf: folder for calibration passes, which other runs over the model may share.
+            clock: of what these runs share.
+        """
+        runs, teacher = list[Run](), Teacher(self.dense.shares, clear_folder(place / "teacher"))
+        for member, whole in zip(parts.members, spaces, strict=True):
+            own = place / str(member.recipe.sparsity) if parts.recipe.family else place
+            own.mkdir(exist_ok=True)
+            runs.append(Run(
+                member, self.dense, whole, draws, Ledger(own / "ledger.jsonl"), own, shelf, self.progress,
+                Clock(clock), teacher, self.plan.limit, self.team,
+            ))  # fmt: skip
+        return runs
+
+
+def open_session(
+    parts: Parts,
+    model: PreTrainedModel | None,
+    tokenizer: Any,
+    output: Path | None,
+    progress: Progress,
+    asked: Sequence[float] | None = None,
+) -> Session:
+    """Plan, then open the model and draw the text of a recipe.
+
+    Args:
+        parts: of the recipe.
+        model: in memory, with its tokenizer; None: the recipe names one.
+        tokenizer: of a model in memory.
+        output: folder of the result; None: it stays in memory.
+        progress: what the user is told.
+        asked: sparsities that a family makes results of; None: of the recipe's own.
+
+    Raises:
+        WrongInput: there is no model, it does not fit this machine, or its text cannot be read or judged.
+    """
+    recipe = parts.recipe
+    source = recipe.model if model is None else model
+    if source is None:
+        raise WrongInput("no model was given; name a folder or a hub id, or pass a model in memory")
+    plan = make_plan(parts, *skeleton(source, trust_remote_code=recipe.trust_remote_code), output, asked)
+    plan.check()
+    devices = choose_devices(recipe, plan)
+    if plan.paged:
+        progress.say(f"the model does not fit {amount(plan.limit)} of memory: blocks are read when they are needed")
+        if output is None:
+            raise WrongInput("a model that does not fit memory needs a folder for the result; give output")
+    clock = Clock()
+    with clock("open"):
+        dense = opened(
+            source, tokenizer,
+            device=str(devices[0]), dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, shares=plan.shares,
+        )  # fmt: skip
+        draws = draw(dense.tokenizer, recipe.data, progress, seed=recipe.seed, **limits(dense.model))
+        parts.objective.check(draws.search)
+    return Session(parts.with_text(dense.name, draws.spec), source, dense, draws, plan, devices, progress, clock)
+
+
+def make_plan(
+    parts: Parts,
+    shape: PreTrainedModel,
+    adapter: ModelAdapter,
+    output: Path | None,
+    asked: Sequence[float] | None = None,
+    *,
+    rehearse: bool = False,
+) -> Plan:
+    """Count what a recipe will take, from the model's shapes alone.
+
+    As long as nothing was measured, another metric stands in for one that is.
+
+    Args:
+        parts: of the recipe.
+        shape: the model, or its skeleton.
+        adapter: of its family.
+        output: folder of the result; None: it stays in memory.
+        asked: sparsities that a family makes results of; None: of the recipe's own.
+        rehearse: whether searches are held on a stand-in table, to say how long they take.
+
+    Raises:
+        WrongInput: the budget cannot be met, a finisher or an exporter cannot do what is asked, or memory is no amount.
+    """
+    counted = parts
+    if isinstance(parts.metric, MeasuredMetric) and parts.metric.prices is None:
+        counted = parts.with_metric(parts.metric.stand_in())
+        counted = replace(counted, recipe=counted.recipe.model_copy(update={"of": "blocks"}))
+    spaces = [whole_space(member, shape, adapter, next(shape.parameters()).dtype) for member in counted.members]
+    for finisher in parts.finishers:
+        finisher.check(adapter)
+    order = Order(adapter, parts.form.units, parts.recipe.code)
+    for exporter in parts.exporters:
+        exporter.check(order)
+    return planned(parts, shape, adapter, spaces, output, asked, rehearse=rehearse)
+
+
+def choose_devices(recipe: Recipe, plan: Plan) -> list[torch.device]:
+    """Find the devices that a run may use; the dense model is opened on the first.
+
+    Raises:
+        WrongInput: there is no such device, or work is to be shared out on a model that is read block by block.
+    """
+    devices = resolved_devices(recipe.device)
+    if plan.paged and (len(devices) > 1 or recipe.engine["name"] != "local"):
+        raise WrongInput(
+            f"device {recipe.device} and engine {recipe.engine['name']} share the work among copies of the model, and "
+            f"it does not fit {amount(plan.limit)} of memory; give one device and engine local, or more --memory"
+        )
+    return devices
+
+
+def write_prices(recipe: Recipe, folder: Path) -> None:
+    """Write the prices beside the recipe that names them."""
+    if isinstance(prices := recipe.metric_spec.get("prices"), dict):
+        write_json(folder / FILE, prices)

@@ -1,0 +1,191 @@
+"""The stages of one run: calibration pass, conversation of the search, rebuild, timing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from prunekit.calibration.fill import build
+from prunekit.calibration.gradients import Gradients
+from prunekit.data.draws import Draws
+from prunekit.export import hf
+from prunekit.measure.perplexity import Perplexity, perplexity
+from prunekit.models import paging
+from prunekit.plugins.allocator import Problem
+from prunekit.plugins.dense import Dense
+from prunekit.plugins.engine import Team
+from prunekit.plugins.metric import MeasuredMetric
+from prunekit.recipe.resolve import Parts
+from prunekit.report import document as reporting
+from prunekit.run.clock import Clock
+from prunekit.search.conversation import Known, converse
+from prunekit.search.ledger import Ledger
+from prunekit.search.shared import SharedSupernet
+from prunekit.search.store import CandidateStore
+from prunekit.search.supernet import Supernet
+from prunekit.search.teacher import Teacher
+from prunekit.space.ladders import Space
+from prunekit.space.sites import Allocation
+from prunekit.system.files import write_json
+from prunekit.system.memory import Room
+from prunekit.system.progress import Progress
+
+SECONDS = "seconds.json"  # beside the candidates: what their calibration pass took
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One small model in the making, and what its stages need."""
+
+    parts: Parts
+    dense: Dense
+    whole: Space  # every count of every site, under the budget
+    draws: Draws
+    ledger: Ledger
+    place: Path  # what this run alone can use again
+    shelf: Path  # calibration passes, which other runs over the model may share
+    progress: Progress
+    clock: Clock
+    teacher: Teacher  # of all runs over the model
+    limit: int  # bytes of memory that it may take
+    team: Team | None  # who shares the work; None: nobody
+
+    @cached_property
+    def room(self) -> Room:
+        """For activations."""
+        return Room(self.dense.shares.activations, clear_folder(self.place / "activations"))
+
+    def blocks(self, parameters: int) -> int | None:
+        """Bytes of blocks to hold at once, of a model of so many parameters; None: it fits whole, in float32."""
+        return None if 1.2 * 4 * parameters < self.limit else self.dense.shares.blocks
+
+    def label(self, stage: str) -> str:
+        """A stage that every member of a family has."""
+        recipe = self.parts.recipe
+        return f"{stage} for {recipe.sparsity}" if recipe.family else stage
+
+    def measure_dense(self) -> Perplexity:
+        """Measure the model as it was on the evaluation text."""
+        with self.clock.shared("evaluate"):
+            return perplexity(self.dense.model, self.draws.evaluation)
+
+    def calibrate(self, space: Space, centre: Allocation, label: str, clock: Clock, *, search: bool) -> Supernet:
+        """Make the calibration pass along all rungs, go on with one that was interrupted, or read a finished one.
+
+        Args:
+            space: one candidate is made for every rung of its ladders.
+            centre: what activation propagation follows where the recipe's `carry` is centre.
+            label: what the stage is called.
+            clock: whose seconds it takes.
+            search: whether what the allocator reads of layers, sensitivity metrics and scores, is measured on the way.
+
+        Returns:
+            The network that can be asked about every allocation of the space.
+        """
+        dense, parts, recipe, draws = self.dense, self.parts, self.parts.recipe, self.draws
+        signals, scores = (parts.signals, "scores" in parts.allocator.needs) if search else ((), False)
+        key = {  # whatever it depends on: a run that has made the same pass over this model need not again
+            "sites": [[site.name, site.n_groups] for site in space.sites],
+            "ladders": [list(ladder) for ladder in space.ladders],
+            "centre": list(centre) if recipe.carry == "centre" else None,
+            "tokens": [[t.digest, *t.ids.shape] for t in (draws.calibration, draws.contrast) if t is not None],
+            "measured": [*map(repr, signals), scores],
+            **{name: getattr(recipe, name) for name in ("structure", "pruner", "carry", "damping")},
+        }
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        store, started = CandidateStore(self.shelf / f"walk-{name}", key), time.perf_counter()
+        new, gradients = any(site not in store for site in space.sites), None
+        if new and any("gradient" in plugin.needs for plugin in (parts.pruner, *signals)):
+            # of the dense model: every pass reads the same
+            gradients = Gradients.collected(
+                dense.model, dense.adapter, draws.calibration,
+                self.shelf / f"gradients-{draws.calibration.digest[:16]}", self.progress, self.room,
+            )  # fmt: skip
+        errors = build(
+            dense.model, dense.adapter, space, centre, parts.pruner, draws.calibration, store,
+            signals=signals, scores=scores, carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype,
+            gradients=gradients, contrast=draws.contrast, room=self.room, team=self.team, progress=self.progress,
+            label=label,
+        )  # fmt: skip
+        if new or not (store.directory / SECONDS).exists():
+            write_json(store.directory / SECONDS, time.perf_counter() - started)
+        clock.add("prune", json.loads((store.directory / SECONDS).read_text()))
+        net = Supernet(dense.model, dense.adapter, space, errors, store, dense.shares, self.teacher)
+        return net if self.team is None else SharedSupernet(net, self.team)
+
+    def ask_allocator(self, net: Supernet, space: Space, start: Allocation, number: int, known: Known) -> Allocation:
+        """Hold the allocator's conversation about one calibration pass; all of it goes on record.
+
+        Args:
+            net: answers questions.
+            space: the ladders of this run, some of the rungs of `net`.
+            start: a feasible allocation.
+            number: of the pass, from 0.
+            known: losses that another run has learnt from the same pass; what is learnt is added.
+        """
+        recipe, allocator = self.parts.recipe, self.parts.allocator
+        signals, scores = net.store.measured(space.sites, scores="scores" in allocator.needs)
+        problem = Problem(
+            space, net.table(space), start, recipe.seed, self.draws.search.n_tokens, signals, scores,
+        )  # fmt: skip
+        self.ledger.note(reporting.space_record(number, problem))
+        with self.clock("search"):
+            answer = converse(
+                allocator, problem, net, self.parts.objective, self.draws.search, self.ledger,
+                walk=number, limit=recipe.search_budget, known=known, progress=self.progress,
+                label=self.label(f"search {number + 1}"),
+            ).answer  # fmt: skip
+        self.ledger.note({"kind": "choice", "walk": number, "allocation": list(answer)})
+        return answer
+
+    def rebuild(self, net: Supernet, answer: Allocation) -> tuple[Supernet, Allocation]:
+        """Prune once more around an answer, where the recipe says so.
+
+        Returns:
+            The network, and the allocation to be built of it.
+        """
+        if not self.parts.recipe.rebuild:
+            return net, answer
+        final = self.parts.allocator.last_space(self.whole, answer)
+        plan = tuple(kept for (kept,) in final.ladders)
+        if final.ladders == net.space.ladders:
+            return net, plan
+        return self.calibrate(final, plan, self.label("rebuild"), self.clock, search=False), plan
+
+    def time_result(self, small: PreTrainedModel, plan: Allocation) -> dict[str, Any] | None:
+        """Measure the model as it will be exported beside what a measured metric promised; None: nothing was."""
+        budget = self.whole.budget
+        if not isinstance(budget.metric, MeasuredMetric):
+            return None
+        with self.clock("time"):
+            found = budget.metric.realised(
+                self.dense.model, hf.to_transformers(small, self.dense.adapter),
+                target=float(1 - Fraction(str(self.parts.recipe.sparsity))),
+                promised=(budget.outside + self.whole.cost(plan)) / budget.dense, progress=self.progress,
+            )  # fmt: skip
+        if not found["kept"]:
+            self.progress.say(f"warning: {reporting.kept_promise(found)}")
+        return dict(found)
+
+
+def assemble(net: Supernet, plan: Allocation, parts: Parts) -> PreTrainedModel:
+    """Put the small model together, its tensors its own. Over a paged model it is paged, unless finishers change it."""
+    if paging.pager_of(net.model) is None or parts.finishers:
+        return paging.whole(net.assemble(plan))
+    weight = next(net.model.parameters())
+    return hf.paged(net, plan, weight.dtype, weight.device)
+
+
+def clear_folder(folder: Path) -> Path:
+    """Remove what an interrupted run has left in a folder that is of no use to another."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder

@@ -1,0 +1,1 @@
+"""Exporters: how a pruned model is written."""

@@ -1,0 +1,39 @@
+"""The folder that transformers loads."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import prunekit as pk
+from prunekit.export import save, verify
+from prunekit.models.classes import FAMILIES
+
+PATTERNS = (  # of what transformers writes; reports of ours and other exports lie beside them
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "modeling_prunekit.py",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt", "*.model",
+    "*.tiktoken", "spiece*", "*processor_config.json", "additional_chat_templates/*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HF(pk.Exporter):
+    """Config, safetensors and tokenizer as transformers saves them, proved by loading them in a fresh process."""
+
+    @property
+    def place(self) -> str:
+        return ""
+
+    def check(self, order: pk.Order) -> None:
+        family = getattr(order.adapter, "family", None)
+        if order.code == "bundled" and family is not None and FAMILIES.get(family.model_type) is not family:
+            raise pk.WrongInput(
+                f"the code of {family.prefix} models is not prunekit's own, so it cannot be bundled; take code=import"
+            )
+
+    def write(self, product: pk.Product, path: Path) -> None:
+        save(product.model, path, product.tokenizer, code=product.code)
+
+    def verify(self, path: Path, probe: pk.Probe) -> None:
+        verify(path, probe.ids, probe.logits, probe.parameters, blocks=probe.blocks)
+
+    def files(self, folder: Path) -> list[Path]:
+        return sorted(file for pattern in PATTERNS for file in folder.glob(pattern) if file.is_file())
