@@ -142,10 +142,14 @@ def test_an_exchange_raises_one_and_lowers_the_other(data: st.DataObject) -> Non
     space = data.draw(spaces())
     here = space.uniform()
     up, down = (data.draw(st.integers(0, len(space.sites) - 1)) for _ in range(2))
-    there = space.exchange(here, up, down)
-    if there is not None:
-        assert there[up] > here[up]
-        assert there[down] < here[down]
+    there, rungs, prices = space.exchange(here, up, down), space.rungs(here), space.prices
+    members, limit = next(purse for purse in space.purses if up in purse[0])
+    if up == down or down not in members or rungs[up] + 1 == len(space.ladders[up]) or not rungs[down]:
+        assert there is None
+        return
+    paid = sum(prices[i][0 if i == down else rungs[i]] for i in members)  # when `down` gives all it has
+    assert (there is not None) == (paid + prices[up][rungs[up] + 1] - prices[up][rungs[up]] <= limit)
+    assert there is None or (there[up] > here[up] and there[down] < here[down])
 
 
 @given(st.data())

@@ -57,6 +57,7 @@ def test_a_centre_may_be_dense_sub_layers_the_ladders_lack(toy):
     dense = tuple(site.n_groups for site in few.space.sites)
     queries, table = asked(Probes(1.0), few, dense, additive(few.errors, few.space))
     assert queries[0].allocation == dense
+    assert any(ladder[-1] < site.n_groups for ladder, site in zip(few.space.ladders, few.space.sites, strict=True))
     for row, ladder, site, errors in zip(table, few.space.ladders, few.space.sites, few.errors, strict=True):
         assert len(row) == len(ladder)
         assert list(row) == sorted(row, reverse=True)

@@ -100,12 +100,15 @@ def test_quadratic_energies_are_at_their_least(rule: str) -> None:
     marginal = [a * s / p for a, s, p in zip(energy, shares, price, strict=True) if s < 0.9 - 1e-9]
     assert max(marginal) == pytest.approx(min(marginal))  # d(A s²) per price is one multiplier
     total, rng = math.fsum(a * s * s for a, s in zip(energy, shares, strict=True)), random.Random(0)
+    judged = 0
     for _ in range(200):
         i, j = rng.sample(range(16), 2)
         moved, step = list(shares), rng.uniform(-0.05, 0.05) * price[0]
         moved[i], moved[j] = moved[i] + step / price[i], moved[j] - step / price[j]
         if min(moved) >= 0 and max(moved) <= 0.9:
+            judged += 1
             assert math.fsum(a * s * s for a, s in zip(energy, moved, strict=True)) >= total
+    assert judged > 20
 
 
 def test_with_one_price_sites_lose_groups_in_proportion_to_their_compliance() -> None:
