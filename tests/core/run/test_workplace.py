@@ -152,7 +152,7 @@ def whole(folder, text):
 
 @pytest.mark.parametrize("leftover", [False, True])
 def test_whenever_it_is_killed_the_old_or_the_new_result_is_there_whole(tmp_path, monkeypatch, leftover):
-    ended = False
+    ended, last = False, 0
     for last in range(1, 60):
         root = tmp_path / str(last)
         new, out = complete(root / "new", "new"), complete(root / "out", "old")
