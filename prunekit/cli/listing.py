@@ -87,7 +87,7 @@ def _overview(
             yield _line(f"  {entry.name:{longest}}  ", mark + _summary_of(entry))
     for kind, texts in files.items():
         yield from _heading(f"{kind}s", f"{USES[kind]} NAME")
-        for name, text in texts.items():
+        for name, text in sorted(texts.items()):
             yield _line(f"  {name:{longest}}  ", _comment_of(text))
     yield ""
     if incomplete:

@@ -26,6 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Structured, unstructured and semi-structured (N:M) pruning of language models.",
 )
 for command in (prune, plan, tune, evaluate, check, demo):

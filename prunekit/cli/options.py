@@ -98,6 +98,7 @@ def chosen_recipe(options: Mapping[str, Any], command: str) -> tuple[Recipe, str
     from prunekit.plugins.registry import KINDS
     from prunekit.recipe.overrides import parsed
     from prunekit.recipe.schema import Recipe
+    from prunekit.run.workplace import check_output
 
     for registry in KINDS:
         names = options.get(registry.kind)
@@ -114,6 +115,11 @@ def chosen_recipe(options: Mapping[str, Any], command: str) -> tuple[Recipe, str
     from prunekit.recipe.resolve import resolve
 
     model = needed_model(chosen.model, f"prunekit {command} MODEL --output DIR")
+    if command == "prune":  # a plan needs no place
+        if options["output"] is None:
+            raise WrongInput("no --output was given; name a new folder for the pruned model")
+        check_output(options["output"], overwrite=options["overwrite"])
+
     return resolve(chosen).recipe, model, several is not None
 
 

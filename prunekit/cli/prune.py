@@ -22,7 +22,6 @@ from prunekit.cli.options import (
 )
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.cli.tables import comparison, members, print_table, rows_of_report
-from prunekit.errors import WrongInput
 
 
 def prune(
@@ -143,12 +142,7 @@ def prune(
 ) -> None:
     """Prune a model, e.g. prunekit prune MODEL --sparsity 0.5 --output DIR. The recipe has the other values."""
     chosen, source, several = chosen_recipe(locals(), "prune")
-    if output is None:
-        raise WrongInput("no --output was given; name a new folder for the pruned model")
-    from prunekit.run.workplace import check_output
-
-    check_output(output, overwrite=overwrite)  # before anything heavy is imported
-
+    assert output is not None
     from prunekit.report.document import gained, kept_promise, promise
     from prunekit.run import prune as pruning
     from prunekit.system.progress import progress_for

@@ -245,7 +245,7 @@ def test_prune_then_evaluate(model: Path, text: Path, tmp_path: Path) -> None:
         (("MODEL", "-o", "out", "--sparsty", "0.5"), "No such option: --sparsty"),
         (("MODEL", "-o", "TEXT"), "is a file; choose another --output"),
         (("MODEL", "-o", "TEXT/below"), "cannot be made"),
-        (("TEXT", "-o", "out"), "is not a model that can be opened"),
+        (("TEXT", "-o", "out"), "is a file; give the folder that it is in"),
         (("MODEL", "-o", "out", "--pruner", "obz"), "did you mean 'obs'?"),
         (("MODEL", "-o", "out", "--allocator", "tir"), "did you mean 'tyr'?"),
         (("MODEL", "-o", "out", "--objective", "divergense"), "did you mean 'divergence'?"),
@@ -399,7 +399,9 @@ def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "needs 'optuna'" in refused("prune", "m", "-o", "out")
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("prune", "--help"), ("plan", "--help"), ("--version",)])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("-h",), ("prune", "--help"), ("list", "-h"), ("plan", "--help"), ("--version",)]
+)
 def test_help_and_version(arguments: tuple[str, ...]) -> None:
     assert run(*arguments).exit_code == 0
 
