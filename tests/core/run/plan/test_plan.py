@@ -32,7 +32,7 @@ from prunekit.plugins.registry import ALLOCATORS
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.run import family, session
-from prunekit.run import plan as planning
+from prunekit.run.plan import make as planning
 from prunekit.run.plan.count import CUSHION, Shape
 from prunekit.run.plan.rehearsal import rehearsed, walks
 from prunekit.run.session import make_plan
