@@ -49,14 +49,26 @@ def prune(
     overwrite: bool = False,
     **settings: Any,
 ) -> Result | Family:
-    """Prune a model: a folder, a hub id, or one in memory with its tokenizer (which stays as it is).
+    """Prune a model.
 
-    `settings` are recipe keys: sparsity=0.5, pruner="obs", allocator={"name": "tyr", ...}, data={...}; a key
-    of a nested part is written with two underscores, data__seqlen=256. A list of sparsities makes a family, for little
-    more than the price of one.
+    Args:
+        model: a folder, a hub id, or a model in memory, which stays as it is; None: the recipe names one.
+        tokenizer: of a model in memory.
+        recipe: a file, the folder of a pruned model, a preset by name, or a recipe.
+        output: folder of the result; None: it stays in memory.
+        quiet: whether nothing is said of the progress.
+        progress: what is told of it instead.
+        resume: whether to go on with an interrupted run of the same recipe.
+        overwrite: whether a result in `output` may be replaced.
+        settings: recipe keys: sparsity=0.5, pruner="obs", allocator={"name": "tyr", ...}, data={...}; a key of a
+            nested part is written with two underscores, data__seqlen=256.
+
+    Returns:
+        The result; of a list of sparsities a family of them, for little more than the price of one.
 
     Raises:
-        WrongInput: says what was asked, what there is and what to do.
+        WrongInput: says what was asked, what there is and what to do; before any long work.
+        PluginError: a plug-in broke its contract.
 
     Example:
         >>> small = prunekit.prune("my-model", sparsity=0.5)  # doctest: +SKIP
@@ -94,13 +106,33 @@ def tune(
     overwrite: bool = False,
     **settings: Any,
 ) -> Tuned:
-    """Search for a better recipe than `recipe` within a space: a file, a preset, or recipe keys with their choices.
+    """Search for a better recipe. Needs the extra prunekit[optuna].
 
-    The same call goes on with a study that was interrupted, or with more `trials`. Several metrics make a front.
-    `settings` are recipe keys, as in `prune`. Needs the extra prunekit[optuna].
+    The same call goes on with a study that was interrupted, or with more trials.
+
+    Args:
+        model: as of `prune`.
+        tokenizer: of a model in memory.
+        space: what may be chosen: a file, a preset by name, or recipe keys with their choices.
+        trials: recipes to try, those of earlier runs of the study included.
+        output: folder of the study.
+        metric: one, or several, which make a front; all are better when lower.
+        sampler: who proposes trials.
+        recipe: what is tuned, as of `prune`.
+        storage: URL of an Optuna storage; None: a journal in the folder.
+        study_name: in that storage; None: that of the folder.
+        quiet: whether nothing is said of the progress.
+        progress: what is told of it instead.
+        resume: whether to go on with a study that is there.
+        overwrite: whether another study in `output` may be replaced.
+        settings: recipe keys, as of `prune`.
+
+    Returns:
+        The study, its rows and the best recipe.
 
     Raises:
-        WrongInput: says what was asked, what there is and what to do.
+        WrongInput: says what was asked, what there is and what to do; before any long work.
+        CannotGoOn: not one trial ended well.
 
     Example:
         >>> space = {"pruner": ["wanda", {"name": "obs", "aim": ["own", "stream"]}]}

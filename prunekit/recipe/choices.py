@@ -104,7 +104,10 @@ class Choices:
 
     @classmethod
     def load(cls, name: str | Path) -> Choices:
-        """From a YAML file, or a preset by name.
+        """Read a space.
+
+        Args:
+            name: a YAML file, or a preset by name.
 
         Raises:
             WrongInput: there is no such file or preset, or it says something a space cannot say.
@@ -113,7 +116,10 @@ class Choices:
 
     @classmethod
     def of_mapping(cls, source: Mapping[str, Any]) -> Choices:
-        """From plain values.
+        """Read plain values.
+
+        Args:
+            source: recipe keys with their choices.
 
         Raises:
             WrongInput: one sentence for the first value that cannot be.
@@ -141,11 +147,21 @@ class Choices:
         return {key: node for key, node in self.nodes.items() if not isinstance(node, Value)}
 
     def suggested(self, trial: Suggests) -> dict[str, Any]:
-        """Recipe key -> a value of this trial's; parameters are called by their path: pruner.obs.aim."""
+        """Ask a trial for a value of everything that is open.
+
+        Args:
+            trial: is asked for parameters by their path: pruner.obs.aim.
+
+        Returns:
+            Recipe key -> value.
+        """
         return {key: node.suggested(trial, key) for key, node in self.open.items()}
 
     def check(self, recipe: Recipe) -> None:
-        """Every choice once, beside the first of all others.
+        """Resolve a recipe with every choice once, beside the first of all others.
+
+        Args:
+            recipe: to be tuned.
 
         Raises:
             WrongInput: a recipe cannot say so.

@@ -17,7 +17,17 @@ PRESETS = "prunekit.recipes"  # group of entry points
 
 @cache
 def presets(group: str = PRESETS) -> dict[str, str]:
-    """Name of every preset in the packages of a group -> its YAML text."""
+    """Find the presets that are installed.
+
+    Args:
+        group: of entry points, each of which names a package with YAML files.
+
+    Returns:
+        Name of every preset -> its YAML text.
+
+    Raises:
+        WrongInput: two of them have one name.
+    """
     found: dict[str, str] = {}
     for point in sorted(metadata.entry_points(group=group), key=lambda point: point.name):
         for file in sorted(resources.files(point.value).iterdir(), key=lambda file: file.name):
@@ -34,7 +44,12 @@ def presets(group: str = PRESETS) -> dict[str, str]:
 
 
 def read_yaml(name: str | Path, known: Mapping[str, str], what: str) -> dict[str, Any]:
-    """The mapping in a preset, a file, or the folder of a result; `what` it is.
+    """Read the mapping in a preset, a file, or the folder of a result.
+
+    Args:
+        name: of any of them.
+        known: text of the presets by name.
+        what: it is, for sentences.
 
     Raises:
         WrongInput: there is none, or it is no mapping.
