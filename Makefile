@@ -29,7 +29,7 @@ tests: $(VENV)/installed-dev
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"
 
 # other examples, in another order, than everybody's; `make random SEED=…` says again what one found
-SEED ?= $(shell date +%s)
+SEED := $(or $(SEED),$(shell date +%s))
 random: $(VENV)/installed-dev
 	HYPOTHESIS_PROFILE=random $(BIN)/pytest -n 2 -m "not slow and not gpu" --randomly-seed=$(SEED) --hypothesis-seed=$(SEED)
 
