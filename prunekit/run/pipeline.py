@@ -550,9 +550,10 @@ def priced(recipe: Recipe, dense: Dense, past: Path | None, progress: Progress) 
     metric = METRICS.build(recipe.metric_spec)
     if not isinstance(metric, MeasuredMetric):
         return recipe
-    return recipe.with_metric(
-        metric.measured(dense, dense.adapter.sites(dense.model, heads=recipe.heads), past, progress)
-    )
+    structure, adapter = Structure.parsed(recipe.structure), dense.adapter
+    groups = structure.units == "groups"
+    sites = adapter.sites(dense.model, recipe.heads) if groups else adapter.linear_sites(dense.model, structure)
+    return recipe.with_metric(metric.measured(dense, sites, past, progress))
 
 
 def write_prices(recipe: Recipe, folder: Path) -> None:
