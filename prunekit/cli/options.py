@@ -112,8 +112,6 @@ def chosen_recipe(options: Mapping[str, Any], command: str) -> tuple[Recipe, str
     base, overrides = Recipe.load(options["recipe"]), given | dict(map(parsed, options["set_"] or []))
     several = base.spread(overrides)
     chosen = several or base.with_overrides(overrides)
-    from prunekit.recipe.resolve import resolve
-
     model = needed_model(chosen.model, f"prunekit {command} MODEL --output DIR")
     if command == "prune":  # a plan needs no place
         if options["output"] is None:

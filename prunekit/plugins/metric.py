@@ -55,7 +55,7 @@ class MeasuredMetric(Metric):
 
     @abstractmethod
     def stand_in(self) -> Metric:
-        """What plans count as long as nothing was measured."""
+        """The registered metric that plans count as long as nothing was measured."""
 
     @abstractmethod
     def runs_before(self, model: PreTrainedModel, sites: Sequence[Site]) -> Runs:

@@ -71,7 +71,7 @@ class Session:
         with self.clock("time"):
             if not isinstance(metric, MeasuredMetric):
                 return self
-            sites = dense.adapter.sites(dense.model, heads=self.parts.recipe.heads)
+            sites = dense.adapter.sites_of(dense.model, self.parts.form, self.parts.recipe.heads)
             metric = metric.measured(dense, sites, None if past is None else past / FILE, self.progress)
         return replace(self, parts=self.parts.with_metric(metric))
 
