@@ -23,14 +23,8 @@ class Mean(Statistic):
 
     name: ClassVar[str] = "mean"
 
-    def sizes(self, shape: MapShape) -> Sizes:
-        return {"total": (shape.d_in,)}
-
     def add(self, sums: Sums, received: Received) -> None:
-        sums["total"] += received.inputs.sum(0, dtype=torch.float64)
-
-    def finish(self, sums: Sums, total: Total) -> Tensor:
-        return sums["total"] / total.tokens
+        sums["sum"] += received.inputs.sum(0, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -68,16 +62,10 @@ class Relative(Statistic):
     name: ClassVar[str] = "relative"
     sees: ClassVar[Sees] = frozenset({"output"})
 
-    def sizes(self, shape: MapShape) -> Sizes:
-        return {"ratio": (shape.d_in,)}
-
     def add(self, sums: Sums, received: Received) -> None:
         loud = received.output.double().square().sum(-1, keepdim=True)
         squares = received.inputs.double().square()
-        sums["ratio"] += torch.where(loud > 0, squares / torch.where(loud > 0, loud, 1), 0).sum(0)
-
-    def finish(self, sums: Sums, total: Total) -> Tensor:
-        return sums["ratio"] / total.tokens
+        sums["sum"] += torch.where(loud > 0, squares / torch.where(loud > 0, loud, 1), 0).sum(0)
 
 
 @dataclass(frozen=True)
@@ -88,14 +76,11 @@ class Influence(Statistic):
     sees: ClassVar[Sees] = frozenset({"residual", "output"})
 
     def sizes(self, shape: MapShape) -> Sizes:
-        return {"turn": ()}
+        return {"sum": ()}
 
     def add(self, sums: Sums, received: Received) -> None:
         before, added = received.residual.double(), received.output.double()  # 1 - cos of nearly equal vectors cancels
-        sums["turn"] += (1 - torch.nn.functional.cosine_similarity(before, before + added, dim=-1)).sum()
-
-    def finish(self, sums: Sums, total: Total) -> Tensor:
-        return sums["turn"] / total.tokens
+        sums["sum"] += (1 - torch.nn.functional.cosine_similarity(before, before + added, dim=-1)).sum()
 
 
 @dataclass(frozen=True)
@@ -105,14 +90,8 @@ class Power(Statistic):
     name: ClassVar[str] = "power"
     sees: ClassVar[Sees] = frozenset({"producers"})
 
-    def sizes(self, shape: MapShape) -> Sizes:
-        return {"squares": (shape.d_in,)}
-
     def add(self, sums: Sums, received: Received) -> None:
-        sums["squares"] += precise(received.inputs).square().sum(0, dtype=torch.float64)
-
-    def finish(self, sums: Sums, total: Total) -> Tensor:
-        return sums["squares"] / total.tokens
+        sums["sum"] += precise(received.inputs).square().sum(0, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -152,13 +131,10 @@ class Energy(Statistic):
     sees: ClassVar[Sees] = frozenset({"dense", "output"})
 
     def sizes(self, shape: MapShape) -> Sizes:
-        return {"squares": ()}
+        return {"sum": ()}
 
     def add(self, sums: Sums, received: Received) -> None:
-        sums["squares"] += precise(received.dense.product).square().sum(dtype=torch.float64)
-
-    def finish(self, sums: Sums, total: Total) -> Tensor:
-        return sums["squares"] / total.tokens
+        sums["sum"] += precise(received.dense.product).square().sum(dtype=torch.float64)
 
     def flops(self, shape: MapShape, tokens: int) -> int:
         return 2 * tokens * shape.d_out  # the dense stream is in need of the output anyway
@@ -172,13 +148,10 @@ class Drift(Statistic):
     sees: ClassVar[Sees] = frozenset({"dense", "residual"})
 
     def sizes(self, shape: MapShape) -> Sizes:
-        return {"lost": (shape.d_out, shape.d_in)}
+        return {"sum": (shape.d_out, shape.d_in)}
 
     def add(self, sums: Sums, received: Received) -> None:
-        add_product(sums["lost"], received.dense.residual - received.residual, received.inputs)
-
-    def finish(self, sums: Sums, total: Total) -> Tensor:
-        return sums["lost"] / total.tokens
+        add_product(sums["sum"], received.dense.residual - received.residual, received.inputs)
 
 
 STATISTICS: Mapping[str, tuple[Statistic, ...]] = {

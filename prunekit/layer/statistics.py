@@ -40,8 +40,8 @@ class MapShape:
 class Statistic(ABC):
     """Something that is added up over tokens. Subclass it as a frozen dataclass; its fields are its options.
 
-    Sums are float64 tensors that start at zero and add up, unless `start` and `merge` say otherwise. The value is one
-    number for the layer, of shape (), or of every input: its last dimension is d_in.
+    It is the mean over tokens of what `add` adds, for every input, unless it says otherwise: sums are float64 tensors
+    that start at zero and add up. The value is one number for the layer, of shape (), or its last dimension is d_in.
     """
 
     name: ClassVar[str]  # by which plug-ins `require` it
@@ -50,17 +50,17 @@ class Statistic(ABC):
     to, only there where it is the output of one; `dense`, the same in the dense model, which is streamed beside; or
     `producers`: it is taken of what every producer layer receives, not of what the map does."""
 
-    @abstractmethod
     def sizes(self, shape: MapShape) -> Mapping[str, tuple[int, ...]]:
         """The shapes of its sums, by name."""
+        return {"sum": (shape.d_in,)}
 
     @abstractmethod
     def add(self, sums: Sums, received: Received) -> None:
         """Add some tokens to the sums, in place."""
 
-    @abstractmethod
     def finish(self, sums: Sums, total: Total) -> Tensor:
         """The value, when all tokens are there; the sums are not changed."""
+        return sums["sum"] / total.tokens
 
     def start(self, shape: MapShape, device: torch.device) -> Sums:
         """Sums of no token."""

@@ -1,7 +1,7 @@
 """What every statistic promises, and one of a third party's kind."""
 
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,17 +21,14 @@ class Peak(Statistic):
 
     name: ClassVar[str] = "peak"
 
-    def sizes(self, shape: MapShape) -> Mapping[str, tuple[int, ...]]:
-        return {"peak": (shape.d_in,)}
-
     def add(self, sums: Sums, received: Received) -> None:
-        sums["peak"] = torch.maximum(sums["peak"], received.inputs.abs().amax(0))
+        sums["sum"] = torch.maximum(sums["sum"], received.inputs.abs().amax(0))
 
     def merge(self, one: Sums, other: Sums) -> Sums:
-        return {"peak": torch.maximum(one["peak"], other["peak"])}
+        return {"sum": torch.maximum(one["sum"], other["sum"])}
 
     def finish(self, sums: Sums, total: Total) -> Tensor:
-        return sums["peak"]
+        return sums["sum"]
 
 
 class StatisticSuite:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -52,15 +52,12 @@ class Kurtosis(pk.Statistic):
 
     name: ClassVar[str] = "kurtosis"
 
-    def sizes(self, shape: pk.MapShape) -> Mapping[str, tuple[int, ...]]:
-        return {"fourth": (shape.d_in,)}
-
     def add(self, sums: dict[str, torch.Tensor], received: pk.Received) -> None:
-        sums["fourth"] += received.inputs.double().pow(4).sum(0)
+        sums["sum"] += received.inputs.double().pow(4).sum(0)
 
     def finish(self, sums: dict[str, torch.Tensor], total: pk.Total) -> torch.Tensor:
-        squared = total.power.square()
-        return torch.where(squared > 0, sums["fourth"] / total.tokens / torch.where(squared > 0, squared, 1), 0)
+        fourth, squared = super().finish(sums, total), total.power.square()
+        return torch.where(squared > 0, fourth / torch.where(squared > 0, squared, 1), 0)
 
 
 @dataclass(frozen=True)
