@@ -13,7 +13,7 @@ import prunekit
 from prunekit.demo import MODEL
 
 FILE = Path(__file__).parent / "golden.json"
-WORSE, BETTER = 1.01, 0.97  # of the perplexity; processors and numbers of threads differ by less
+WORSE, BETTER = 1.02, 0.97  # of the perplexity; without vector instructions the default differs by 0.8 %
 TEXT: dict[str, Any] = {
     "dataset": "python-docs",
     "seqlen": 128,
