@@ -118,6 +118,8 @@ def chosen_recipe(options: Mapping[str, Any], command: str) -> tuple[Recipe, str
             raise WrongInput("no --output was given; name a new folder for the pruned model")
         check_output(options["output"], overwrite=options["overwrite"])
 
+    from prunekit.recipe.resolve import resolve
+
     return resolve(chosen).recipe, model, several is not None
 
 

@@ -87,7 +87,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, whole, tmp_path, k
         "walk": (CandidateStore, "put", 4),
         "search": (Ledger, "answer", 5),
         "rebuild": (CandidateStore, "put", 9),
-        "save": (results, "verify", 1),
+        "save": (results, "prove", 1),
     }[when]
     with killed_at(place, name, last):
         prunekit.prune(folder, output=tmp_path / "out", **QUICK)
