@@ -211,6 +211,6 @@ class PrunerSuite:
             layer = supplied(replace(layer, damping=damping), self.plugin)
             checked(self.plugin, layer, counts_of(layer))
 
-    def _layers(self, zoo: Mapping[str, Callable[[], LayerProblem]]) -> Iterator[tuple[str, LayerProblem]]:
+    def _layers(self, zoo: Mapping[str, Callable[..., LayerProblem]]) -> Iterator[tuple[str, LayerProblem]]:
         """The layers of a zoo, each as calibration hands it to this pruner."""
         return ((name, supplied(made(needs=self.plugin.needs), self.plugin)) for name, made in zoo.items())
