@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from prunekit.cli.main import app
 from prunekit.plugins.registry import KINDS
-from prunekit.run import family
+from prunekit.run import family, workplace
 from prunekit.run import prune as pruning
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +108,7 @@ def test_commands_are_understood(document: Path, tmp_path: Path, monkeypatch: py
         Path(recipe).write_text("model: some/model\n")
     side = {"parameters": 100, "block_parameters": 80}
     report = {"dense": side, "pruned": side, "losses": {"dense": {"perplexity": 9.0}, "pruned": {"perplexity": 9.0}}}
+    monkeypatch.setattr(workplace, "check_output", lambda *_, **__: None)  # results of earlier commands are there
     monkeypatch.setattr(pruning, "prune", lambda *_, **__: SimpleNamespace(report=report))
     curve = {"dense": report["losses"]["dense"] | side, "members": [], "token_forwards": 0, "seconds": 0.0}
     monkeypatch.setattr(family, "family", lambda *_, **__: SimpleNamespace(document=curve))

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 from prunekit.errors import WrongInput
 from prunekit.recipe.presets import presets, read_yaml
-from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 
 SPACES = "prunekit.spaces"  # group of entry points
@@ -166,6 +165,8 @@ class Choices:
         Raises:
             WrongInput: a recipe cannot say so.
         """
+        from prunekit.recipe.resolve import resolve  # which loads plug-ins
+
         for overrides in _each(self.open):
             resolve(recipe.with_overrides(overrides))
 

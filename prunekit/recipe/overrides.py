@@ -178,7 +178,7 @@ def _put_option(values: dict[str, Any], path: Sequence[str], value: Any) -> None
         here[step] = dict(inner) if isinstance(inner, Mapping) else {}
         here = here[step]
     old = here.get(path[-1])
-    if not (isinstance(old, Mapping) and old.get("name") == value):
+    if not (isinstance(value, str) and isinstance(old, Mapping) and old.get("name") == value):
         here[path[-1]] = value
 
 

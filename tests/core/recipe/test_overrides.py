@@ -135,14 +135,14 @@ def test_a_target_is_short_for_metric_and_sparsity(target: object) -> None:
         ("latency=1", "more than 0 and less than 1"),
         ("latency=1.2", "more than 0 and less than 1"),
         ("latency=half", "more than 0 and less than 1, not 'half'"),
-        ("latency", "more than 0 and less than 1, not ''"),
+        ("latency", "a target is one METRIC=SHARE, as in latency=0.6, not 'latency'"),
         ("latancy=0.6", "no metric 'latancy'; did you mean 'latency'"),
         ({"latency": 0.6, "flops": 0.5}, "one METRIC=SHARE"),
     ],
 )
 def test_what_is_no_target_is_refused(target: object, says: str) -> None:
     with pytest.raises(WrongInput, match=says):
-        Recipe.load().with_overrides({"target": target})
+        resolve(Recipe.load().with_overrides({"target": target}))
 
 
 @pytest.mark.parametrize("beside", [{"sparsity": 0.4}, {"metric": "flops"}])

@@ -106,7 +106,7 @@ def test_what_does_not_go_with_single_weights_is_one_sentence(
         ({"structure": "weights"}, "pruner 'obs' does not know structure weights; it knows groups"),
         ({"structure": "2:4"}, "pruner 'obs' does not know structure n:m; it knows groups"),
         ({"carry": "dens"}, "carry is one of 'dense', 'centre' or 'expected', not 'dens'"),
-        ({"metric": "joules"}, "metric is one of 'parameters'"),
+        ({"metric": "joules"}, "no metric 'joules'; there are bytes, flops"),
         ({"data.calibration_tokens": 0}, "data.calibration_tokens: input should be greater than 0, not 0"),
         ({"data.dataset": "gone.txt"}, "no file 'gone.txt'"),
         ({"data.evaluation_dataset": "gone.jsonl"}, "no file 'gone.jsonl'"),

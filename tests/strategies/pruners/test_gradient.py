@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from prunekit import LayerProblem
 from prunekit.layer.problem import Feeder
+from prunekit.space.forms import WEIGHTS, Pattern
 from prunekit.testing import toy_layer, with_statistics
 from prunekit_strategies.pruners.gradient import Gradient, HyWIA, LLMPruner
 
@@ -120,7 +121,7 @@ def test_refit_changes_the_weights_not_the_groups() -> None:
     ids=str,
 )
 def test_half_of_the_single_weights_by_hand(options: dict[str, Any], block: int, kept: list[str]) -> None:
-    layer = replace(HAND, structure="n:m" if block else "weights", block=block, feeders=())
+    layer = replace(HAND, form=Pattern(1, block) if block else WEIGHTS, feeders=())
     mask = torch.tensor([[cell == "1" for cell in row] for row in kept])
     (found,) = Gradient(**options).prune(layer, [2])
     assert found.kept is None

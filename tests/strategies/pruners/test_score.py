@@ -6,7 +6,7 @@ import torch
 
 from prunekit import LayerProblem
 from prunekit.layer.problem import Feeder
-from prunekit.space.forms import WEIGHTS
+from prunekit.space.forms import WEIGHTS, Pattern
 from prunekit.testing import toy_layer, with_statistics
 from prunekit_strategies.pruners.score import (
     ACE,
@@ -198,7 +198,7 @@ def test_single_weights_score_by_hand(pruner: Score, cells: list[list[float]]) -
     ids=str,
 )
 def test_half_of_the_single_weights_by_hand(pruner: Score, block: int, kept: list[str]) -> None:
-    layer = replace(SINGLE, structure="n:m" if block else "weights", block=block)
+    layer = replace(SINGLE, form=Pattern(1, block) if block else WEIGHTS)
     (found,) = pruner.prune(layer, [2])
     mask = torch.tensor([[cell == "1" for cell in row] for row in kept])
     assert found.kept is None
