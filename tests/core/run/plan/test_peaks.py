@@ -107,7 +107,11 @@ def run(kind: str, model: str, output: Path) -> dict[str, float]:
 
 
 def peak() -> int:
-    """Bytes of this process in memory at most, so far."""
+    """Bytes of this process in memory at most, so far; where /proc does not say, its parent's may be among them."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
