@@ -18,7 +18,7 @@ from prunekit.report.document import promise
 from prunekit.run.prune import make_result, open_runs, run_search
 from prunekit.run.results import Result, write_result
 from prunekit.run.stages import clear_folder
-from prunekit.run.workplace import check_output, publish
+from prunekit.run.workplace import check_output, new_folder, publish
 from prunekit.system.files import write_json
 from prunekit.system.progress import Progress
 
@@ -67,15 +67,13 @@ class Family:
         """
         target = Path(directory)
         check_output(target, overwrite=overwrite, sources=[] if self.directory is None else [self.directory])
-        folder = target.with_name(f".{target.name}.writing")
-        shutil.rmtree(folder, ignore_errors=True)
-        for row in self.rows:
-            if row["folder"] in self.held:
-                write_result(self.held[row["folder"]], folder / row["folder"])
-            else:
-                shutil.copytree(self._folder(row), folder / row["folder"])
-        write_json(folder / FILE, self.document)
-        publish(folder, target)
+        with new_folder(target) as folder:
+            for row in self.rows:
+                if row["folder"] in self.held:
+                    write_result(self.held[row["folder"]], folder / row["folder"])
+                else:
+                    shutil.copytree(self._folder(row), folder / row["folder"])
+            write_json(folder / FILE, self.document)
         return target
 
     def _folder(self, row: Mapping[str, Any]) -> Path:

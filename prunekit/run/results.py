@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from prunekit.report import document as reporting
 from prunekit.report.card import write as write_report
 from prunekit.run.session import write_prices
 from prunekit.run.stages import Run
-from prunekit.run.workplace import check_output, publish
+from prunekit.run.workplace import check_output, new_folder
 from prunekit.search.supernet import Supernet
 from prunekit.space.sites import Allocation
 
@@ -79,11 +78,8 @@ class Result:
         """
         target = Path(directory)
         check_output(target, overwrite=overwrite)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = target.with_name(f".{target.name}.writing")
-        shutil.rmtree(folder, ignore_errors=True)
-        write_result(self, folder)
-        publish(folder, target)
+        with new_folder(target) as folder:
+            write_result(self, folder)
         return target
 
 

@@ -139,6 +139,17 @@ def publish(folder: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder of its own beside `output`, to be filled and then published; gone when that fails."""
+    place = output.resolve()
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as made:
+        folder = Path(made) / "result"
+        folder.mkdir()
+        yield folder
+        publish(folder, output)
+
+
 def _beside(output: Path, suffix: str) -> Path:
     place = output.resolve()
     return place.with_name(f"{place.name}.{suffix}")

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from prunekit.errors import WrongInput
-from prunekit.run.workplace import check_output, publish, workplace
+from prunekit.run.workplace import check_output, new_folder, publish, workplace
 
 
 def result(folder):
@@ -214,3 +214,16 @@ def test_a_folder_beside_it_is_not_taken_for_an_old_result(tmp_path):
     assert whole(mine, "mine")
     shutil.rmtree(mine)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_folder_that_cannot_be_filled_leaves_what_was_there(tmp_path):
+    theirs = tmp_path / ".out.writing"
+    theirs.mkdir()
+    (theirs / "notes").touch()
+    with pytest.raises(OSError, match="full"), new_folder(tmp_path / "out"):
+        raise OSError("full")
+    assert [path.name for path in tmp_path.iterdir()] == [".out.writing"]
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "weights").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.writing", "out"]
+    assert (theirs / "notes").exists()
