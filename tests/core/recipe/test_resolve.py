@@ -33,11 +33,6 @@ SMALL: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def recipe() -> Recipe:
-    return Recipe.load()
-
-
 @pytest.mark.parametrize("name", sorted(presets()))
 def test_every_preset_names_parts_that_exist(name: str) -> None:
     assert resolve(Recipe.load(name)).recipe.pruner["name"]

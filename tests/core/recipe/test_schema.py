@@ -14,20 +14,8 @@ from prunekit.recipe.presets import presets
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.space.prices import Prices
-from prunekit.testing.spaces import sites_of
-from prunekit.testing.spaces import timed as priced
 
 MINIMAL = {"pruner": "wanda", "allocator": "uniform", "objective": "expected-error"}
-
-
-@pytest.fixture
-def recipe() -> Recipe:
-    return Recipe.load()
-
-
-@pytest.fixture
-def table() -> Prices:
-    return priced(sites_of(2, attention=(4, 10), mlp=(16, 3)))
 
 
 @pytest.mark.parametrize("name", sorted(presets()))
