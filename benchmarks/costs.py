@@ -141,7 +141,7 @@ def paper(shape: Shape, whole: Space, machine: Machine, tokens: int, seqlen: int
             held + max(line.held for line in rounds), rounds[0].note,
         )  # fmt: skip
     asked = [rehearsed(allocator, space, tokens, seqlen, patience=math.inf) for space in spaces]
-    forwards = sum(count for count in asked if count is not None)
+    forwards = sum(search.forwards or 0 for search in asked)
     flops, read = shape.forward(forwards, seqlen, head=True, share=0.5), again * QUESTIONS * len(spaces)
     yield Line(
         f"{len(spaces)} searches", flops / machine.forward / machine.devices + read / machine.disk, flops, read, held,

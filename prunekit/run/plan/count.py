@@ -26,6 +26,7 @@ from prunekit.plugins.metric import Runs
 from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.run.plan.plan import HEARING, Stage
+from prunekit.run.plan.rehearsal import Rehearsal
 from prunekit.search.store import CandidateStore
 from prunekit.search.teacher import Teacher
 from prunekit.space.ladders import Space
@@ -103,7 +104,7 @@ class Member:
     name: str  # its sparsity; "" alone
     whole: Space
     spaces: Sequence[Space]  # of every round
-    forwards: Sequence[int | None]  # token-forwards of every search
+    searches: Sequence[Rehearsal]  # of every round
     last: Space  # what is built in the end
     wanted: bool  # there is to be a result
 
@@ -169,11 +170,13 @@ class Count:
 
     def _stages(self, shares: Shares) -> Iterator[Stage]:
         paged, size = shares.blocks is not None, self.shape.computed.itemsize
+        shape = self.shape
         held = self.resident + self._page if paged else self.everything
         chunk = min(max(TOKENS_AT_ONCE, self.seqlen), max(self.tokens.values()))
         widest = max(site.d_in for site in self.shape.sites)
         working = chunk * size * (3 * widest + 6 * self.shape.width) + CUSHION
-        yield Stage("open", held + CUSHION, shares.blocks or 0, read=self._stored)
+        cast = 0 if paged or shape.stored == shape.computed else self._stored  # both are there for a moment
+        yield Stage("open", held + cast + CUSHION, shares.blocks or 0, read=self._stored)
         if self.before is not None:
             yield Stage(
                 "time sub-layers", self.everything + self.before.copied * size + CUSHION,
@@ -213,15 +216,16 @@ class Count:
             for member in self.members:
                 if number >= len(member.spaces):
                     continue
-                forwards, share = member.forwards[number], self._share(member)
+                search, share = member.searches[number], self._share(member)
+                forwards = search.forwards
                 flops = None if forwards is None else shape.forward(forwards, self.seqlen, head=True, share=share)
                 most = "" if recipe.search_budget is None else f"at most {recipe.search_budget:,} token-forwards"
                 why = most if forwards != 0 else ""
                 if forwards is None:
                     why = most or "what the allocator will ask"
-                ready = shares.hidden + shares.dense + shares.parts if forwards != 0 else 0
+                states, ready = self._searched(search, member.spaces[number], shares)
                 yield Stage(
-                    member.called(f"search {number + 1}"), held, (shares.blocks or 0) + ready,
+                    member.called(f"search {number + 1}"), held + states, (shares.blocks or 0) + ready,
                     flops=flops, unknown=why, member=member.name,
                 )  # fmt: skip
 
@@ -299,6 +303,24 @@ class Count:
         inside = min(said, shares.teacher)
         return inside, min(said - inside, shares.teacher_disk)
 
+    def _searched(self, search: Rehearsal, space: Space, shares: Shares) -> tuple[int, int]:
+        """(bytes of the states that go through a block together, bytes that are kept ready) while a search asks."""
+        if search.forwards == 0:
+            return 0, 0
+        shape, reads, tokens = self.shape, self.parts.objective.reads(len(self.shape.blocks)), self.tokens["search"]
+        each = shape.width * shape.computed.itemsize  # bytes of a token's state
+        one = tokens * each * len({*reads.depths, len(shape.blocks)})
+        hidden = shares.hidden if search.together is None else min(shares.hidden, one * search.together // tokens)
+        dense = min(shares.dense, tokens * each * (len(reads.depths) if shares.blocks is None else 2))
+        parts = 0
+        for site, ladder in zip(space.sites, space.ladders, strict=True):
+            maps = [shape.map(site), *shape.producers(site).values()]
+            whole, layout = sum(each.d_in * each.d_out for each in maps), layout_of(site)
+            parts += sum(whole - layout.freed(site, kept) for kept in ladder) * shape.computed.itemsize
+        most = max(1, hidden // one) if search.allocations is None else search.allocations
+        chunk = min(max(TOKENS_AT_ONCE, self.seqlen), tokens)
+        return 2 * min(most, max(1, hidden // one)) * chunk * each, hidden + dense + min(shares.parts, parts)
+
     def _walk(self, name: str, space: Space, shares: Shares, held: int, member: str = "") -> Stage:
         """`held`: bytes in memory beside what a site takes."""
         shape, needs, tokens = self.shape, self.parts.needs, self.tokens["calibration"]
@@ -322,7 +344,8 @@ class Count:
             # sums and what is added to them, or their means where they are shared; then means alone
             made = (site.d_in if paired else d_out) if streams == 2 else 0
             beside = moments if site.shares else FLOAT * site.d_in * max(next(strips(site.d_in)).stop, made)
-            memory = max(memory, moments + beside, moments + weights)
+            solve = 3 * DOUBLE * site.d_in**2 if "gram" in needs else 0  # damped, its factor, its inverse
+            memory = max(memory, moments + beside, moments + weights + solve)
             disk += CandidateStore.bytes(site, ladder, shape.stored, scores=scores)
             flops += Moments.flops(there, own, fed, tokens)
             cross = "cross" in needs and site.form.shrinks

@@ -18,7 +18,7 @@ from prunekit.plugins.metric import MeasuredMetric
 from prunekit.recipe.resolve import Parts
 from prunekit.run.plan.count import Count, Member, Shape
 from prunekit.run.plan.plan import Plan
-from prunekit.run.plan.rehearsal import rehearsed, walks
+from prunekit.run.plan.rehearsal import Rehearsal, rehearsed, walks
 from prunekit.run.workplace import written
 from prunekit.search.conversation import Known
 from prunekit.space.ladders import Space
@@ -60,16 +60,16 @@ def planned(
     allocator, known = parts.allocator, dict[int, Known]()
     free = not parts.objective.reads(1).tokens
 
-    def forwards(number: int, space: Space) -> int | None:
+    def searched(number: int, space: Space) -> Rehearsal:
         if free or not rehearse:
-            return 0 if free else None
+            return Rehearsal(0, 0, 0) if free else Rehearsal()
         learnt = known.setdefault(number, {})
         return rehearsed(allocator, space, tokens["search"], seqlen, recipe.search_budget, learnt)
 
     members = []
     for each, whole in zip(recipe.members, wholes, strict=True):
         *spaces, last = walks(allocator, whole)
-        counted = [forwards(number, space) for number, space in enumerate(spaces)]
+        counted = [searched(number, space) for number, space in enumerate(spaces)]
         wanted = each.sparsity in (asked or [recipe.sparsity])
         members.append(Member(str(each.sparsity) if recipe.family else "", whole, spaces, counted, last, wanted))
     metric, measured, before, after = parts.metric, "", None, None
@@ -88,8 +88,7 @@ def planned(
     can = next(model.parameters()).is_meta and tight.least < plan.least  # else it is in memory already, or very small
     if paged := can and not measured and plan.least > limit:
         plan = tight
-    room_to_solve = 3 * 8 * max(site.d_in for site in shape.sites) ** 2  # for pruners that factorise
-    return of(Shares.of(limit - plan.least - room_to_solve, paged=paged))
+    return of(Shares.of(limit - plan.least, paged=paged))
 
 
 def _taken(device: torch.device) -> int:

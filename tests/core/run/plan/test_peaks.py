@@ -16,7 +16,7 @@ KINDS = {  # what is run, beside a search of few tokens
     "groups": {"allocator": "evolution", "allocator.generations": 2, "allocator.offspring": 8},
     "closed form": {"recipe": "fast"},
     "patterns": {"structure": "2:4", "pruner": "sparsegpt", "allocator": "uniform"},
-    "paged": {"recipe": "fast", "memory": "700MB"},
+    "paged": {"recipe": "fast", "memory": "1050MB"},
     "recovery": {"recipe": "fast", "pruner": "wanda", "finishers": ["least-squares"]},
     "statistics": {"recipe": "fast", "pruner": "wanda", "allocator": "uniform", "data.calibration_tokens": 512},
 }

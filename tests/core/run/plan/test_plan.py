@@ -34,7 +34,7 @@ from prunekit.recipe.schema import Recipe
 from prunekit.run import family, session
 from prunekit.run.plan import make as planning
 from prunekit.run.plan.count import CUSHION, Shape
-from prunekit.run.plan.rehearsal import rehearsed, walks
+from prunekit.run.plan.rehearsal import Rehearsal, rehearsed, walks
 from prunekit.run.session import make_plan
 from prunekit.run.spaces import whole_space
 from prunekit.search.conversation import converse
@@ -189,8 +189,8 @@ def test_a_search_is_rehearsed_to_count_what_the_ledger_will(spec, tmp_path):
     problem = Problem(net.space, net.errors, net.space.uniform(), 0, tokens.n_tokens)
     converse(allocator, problem, net, _Price(), tokens, ledger, walk=0, progress=Progress())
     assert ledger.tokens > 0
-    assert rehearsed(allocator, net.space, tokens.n_tokens, tokens.seqlen) == ledger.tokens
-    assert rehearsed(allocator, net.space, tokens.n_tokens, tokens.seqlen, limit=10) == 10
+    assert rehearsed(allocator, net.space, tokens.n_tokens, tokens.seqlen).forwards == ledger.tokens
+    assert rehearsed(allocator, net.space, tokens.n_tokens, tokens.seqlen, limit=10).forwards == 10
 
 
 class _Price(Objective):
@@ -206,7 +206,7 @@ def test_what_asks_the_outside_world_is_not_rehearsed():
             problem.journal.once({"ask": "you"}, lambda: pytest.fail("asked"))
             return (yield from super().search(problem))
 
-    assert rehearsed(Asks(), whole(), 1024, 64) is None
+    assert rehearsed(Asks(), whole(), 1024, 64) == Rehearsal()
 
 
 # -- whole plans --------------------------------------------------------------------------------------
@@ -374,9 +374,9 @@ def test_zeros_are_written_like_other_numbers(folder, tmp_path):
 def test_what_one_search_knows_no_other_pays_for():
     allocator, space = ALLOCATORS.build({"name": "table", "around": "dense", "stride": 0.25, "candidates": 2}), whole()
     known: dict[Any, float] = {}
-    first = rehearsed(allocator, space, 128, 64, known=known)
+    first = rehearsed(allocator, space, 128, 64, known=known).forwards
     assert first == sum(tokens for _, tokens in known)
-    assert rehearsed(allocator, space, 128, 64, known=known) == 0
+    assert rehearsed(allocator, space, 128, 64, known=known).forwards == 0
 
 
 def test_latency_is_timed_before_and_after_and_only_whole(folder, large, monkeypatch):
