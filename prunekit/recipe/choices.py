@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prunekit.errors import WrongInput
-from prunekit.recipe.presets import presets, read_yaml
+from prunekit.recipe.presets import read_yaml
 from prunekit.recipe.schema import Recipe
 
 SPACES = "prunekit.spaces"  # group of entry points
@@ -111,7 +111,7 @@ class Choices:
         Raises:
             WrongInput: there is no such file or preset, or it says something a space cannot say.
         """
-        return cls.of_mapping(read_yaml(name, presets(SPACES), "space"))
+        return cls.of_mapping(read_yaml(name, SPACES))
 
     @classmethod
     def of_mapping(cls, source: Mapping[str, Any]) -> Choices:
