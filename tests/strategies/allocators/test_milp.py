@@ -1,9 +1,15 @@
 import math
+import sys
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 
-from prunekit import Budget, Space, WrongInput
+from prunekit import Budget, Metric, Space, WrongInput
+from prunekit.plugins.registry import ALLOCATORS, METRICS, Entry
+from prunekit.space.forms import WEIGHTS
 from prunekit.testing import converse
 from prunekit.testing.spaces import ZOO, additive, convex_table, problem, rough_table, sites_of, small_llama
 
@@ -88,9 +94,64 @@ def test_large_prices_are_kept_in_whole_numbers():
     assert [loss(a) for a in found] == pytest.approx(every[:5])
 
 
+@dataclass(frozen=True)
+class Joules(Metric):
+    """A third party's: attention is dear, in steps of two groups."""
+
+    unit = "joules"
+
+    dear: int = 7
+
+    def price(self, site, kept):
+        return (self.dear if site.kind == "attention" else 1) * (kept + kept % 2)
+
+    def outside(self, sites, parameters):
+        return 0
+
+
+@pytest.fixture
+def _joules(monkeypatch):
+    point = EntryPoint("joules", f"{__name__}:Joules", METRICS.group)
+    monkeypatch.setitem(METRICS._entries, "joules", Entry("metric", "joules", "their-package", point))
+    monkeypatch.setitem(sys.modules, __name__, SimpleNamespace(Joules=Joules))
+
+
+@pytest.mark.usefixtures("_joules")
+def test_any_metric_can_be_a_limit():
+    sites = sites_of(2, attention=(4, 10), mlp=(6, 3))
+    space = Space.whole(sites, Budget.keeping(0.8, sites))
+    table = rough_table(space)
+    allocator = ALLOCATORS.build({"name": "milp", "differ": 1, "limits": [[{"name": "joules", "dear": 5}, 0.5]]})
+    assert hash(allocator)
+    assert ALLOCATORS.build(ALLOCATORS.spec(allocator)) == allocator
+    metric, loss = Joules(5), additive(table, space)
+
+    def joules(plan):
+        return sum(metric.price(site, kept) for site, kept in zip(sites, plan, strict=True))
+
+    able = [a for a in product(*space.ladders) if space.is_feasible(a) and joules(a) <= 0.5 * joules((4, 6, 4, 6))]
+    found = list(allocator.solutions(space, table))
+    assert [loss(a) for a in found] == pytest.approx(sorted(map(loss, able))[: len(found)])
+    assert set(found) <= set(able)
+
+
+def test_a_limit_that_the_structure_does_not_free_is_refused():
+    sites = tuple(replace(site, form=WEIGHTS) for site in sites_of(2, attention=(4, 10), mlp=(6, 3)))
+    space = Space.whole(sites, Budget.keeping(0.8, sites))
+    with pytest.raises(WrongInput, match="structure weights frees nothing in kv-cache"):
+        MixedInteger(limits=(("kv-cache", 0.5),)).first_space(space)
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"limits": (("flops", 0.0),)}, {"limits": (("latency", 0.5),)}, {"differ": 0}, {"table": "x"}]
+    "wrong",
+    [
+        {"limits": (("flops", 0.0),)},
+        {"limits": (("latency", 0.5),)},
+        {"limits": (("flop", 0.5),)},
+        {"differ": 0},
+        {"table": "x"},
+    ],
 )
 def test_refuses_nonsense(wrong):
-    with pytest.raises(ValueError, match=r"shares|measured for the budget|differ|no table"):
+    with pytest.raises(ValueError, match=r"shares|measured for the budget|did you mean 'flops'|differ|no table"):
         MixedInteger(**wrong)
