@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
@@ -253,18 +253,28 @@ def _fields(plugin: Any) -> dict[str, dataclasses.Field[Any]]:
 
 
 def _typed(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
-    """A recipe's value as the field's type asks for it: a plug-in from its spec, tuples from lists, numbers checked."""
+    """A recipe's value as the field's type asks for it: plug-ins from specs, tuples from lists, numbers checked."""
+    parts, several = get_args(hint), get_origin(hint) is tuple
     for registry in KINDS:
-        if registry.contract in (hint, *get_args(hint)):
+        if registry.contract in (hint, *parts) and not several:
             if isinstance(value, Mapping) and "name" not in value and isinstance(default := _default(field), Mapping):
                 value = {**default, **value}
             return registry.build(value) if isinstance(value, (str, Mapping)) else value
+    if several and isinstance(value, (list, tuple)) and _holds_plugins(hint):
+        hints = parts[:1] * len(value) if parts[-1] is ... else parts
+        if len(hints) == len(value):
+            return tuple(_typed(field, each, item) for each, item in zip(hints, value, strict=True))
+        raise ValueError(f"{field.name} takes {_type_name(hint)}, not {value!r}")
     try:
         return TypeAdapter(hint).validate_python(value)
     except PydanticSchemaGenerationError:  # a type of the plug-in's own
         return value
     except ValidationError as error:
         raise ValueError(f"{field.name} takes {_type_name(hint)}, not {value!r}") from error
+
+
+def _holds_plugins(hint: Any) -> bool:
+    return any(registry.contract is hint for registry in KINDS) or any(map(_holds_plugins, get_args(hint)))
 
 
 def _type_name(hint: Any) -> str:

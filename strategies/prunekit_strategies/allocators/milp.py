@@ -2,16 +2,14 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from prunekit import Allocation, MeasuredMetric, Metric, Space, WrongInput
-from prunekit.plugins.registry import METRICS
 from prunekit_strategies.allocators.additive import Additive, Table
 
 
@@ -34,8 +32,7 @@ class MixedInteger(Additive):
     not replaced, solutions are judged again, and whole numbers are checked in whole numbers.
     """
 
-    # (metric, share of the dense sites that may be kept)
-    limits: tuple[tuple[str | dict[str, Any], float], ...] = field(default=(), hash=False)
+    limits: tuple[tuple[Metric, float], ...] = ()  # share of the dense sites that may be kept, in any metric
     differ: int = 2  # sites in which candidates must differ
 
     def __post_init__(self) -> None:
@@ -44,18 +41,14 @@ class MixedInteger(Additive):
             raise ValueError(f"candidates differ in at least 1 site, not {self.differ}")
         if not all(0 < share <= 1 for _, share in self.limits):
             raise ValueError(f"limits are shares in 0..1, not {self.limits}")
-        for metric, _ in self._metrics:
+        for metric, _ in self.limits:
             if isinstance(metric, MeasuredMetric):
                 raise ValueError(
                     f"{metric.unit} is measured for the budget alone; ask for it as the target, other metrics as limits"
                 )
 
-    @cached_property
-    def _metrics(self) -> list[tuple[Metric, float]]:
-        return [(METRICS.build(spec), share) for spec, share in self.limits]
-
     def first_space(self, whole: Space) -> Space:
-        for metric, _ in self._metrics:
+        for metric, _ in self.limits:
             metric.check(whole.sites[0].form.units)
         return super().first_space(whole)
 
@@ -97,7 +90,7 @@ class MixedInteger(Additive):
                 left -= 1
                 yield allocation
         if left == self.candidates:
-            said = ", ".join(f"{share:g} of {metric.unit}" for metric, share in self._metrics)
+            said = ", ".join(f"{share:g} of {metric.unit}" for metric, share in self.limits)
             raise WrongInput(f"no allocation keeps the budget and {said}; raise a limit, or lower the sparsity")
 
     def keeps(self, space: Space, allocation: Allocation) -> bool:
@@ -112,7 +105,7 @@ class MixedInteger(Additive):
         rows = []
         for members, limit in space.purses:
             rows.append(([[p * (i in members) for p in row] for i, row in enumerate(space.prices)], limit))
-        for metric, share in self._metrics:
+        for metric, share in self.limits:
             prices = [[metric.price(s, k) for k in each] for s, each in zip(space.sites, space.ladders, strict=True)]
             dense = sum(metric.price(site, site.n_groups) for site in space.sites)
             rows.append((prices, math.floor(Fraction(str(share)) * dense)))
