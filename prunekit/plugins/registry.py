@@ -177,8 +177,8 @@ class Registry(Mapping[str, Entry], Generic[T]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def build(self, spec: str | Mapping[str, Any]) -> T:
-        """A plug-in from its name, or from {name: ..., option: value}; fields that are plug-ins nest.
+    def build(self, spec: str | Mapping[str, Any] | T) -> T:
+        """A plug-in from its name, or from {name: ..., option: value}, or itself; fields that are plug-ins nest.
 
         Options of such a field without a name are of its default: {name: tyr, inner: {generations: 5}}.
 
@@ -187,7 +187,9 @@ class Registry(Mapping[str, Entry], Generic[T]):
             BrokenPlugin, ImportError: as of `Entry.load`.
             WrongInput: an option it does not have, or a value it refuses.
         """
-        options = {"name": spec} if isinstance(spec, str) else dict(spec)
+        if isinstance(spec, self.contract):
+            return spec
+        options = {"name": spec} if isinstance(spec, str) else dict(cast("Mapping[str, Any]", spec))
         name = options.pop("name", None)
         if not isinstance(name, str):
             raise WrongInput(f"a {self.kind} is given by its name, or as {{name: ..., option: value}}, not {spec!r}")
@@ -240,11 +242,6 @@ ENGINES: Registry[Engine] = Registry("engine", "prunekit.plugins.engine:Engine")
 KINDS: tuple[Registry[Any], ...] = (
     PRUNERS, SIGNALS, ALLOCATORS, OBJECTIVES, FINISHERS, METRICS, EXPORTERS, ENGINES, ADAPTERS,
 )  # fmt: skip
-
-
-def signals_of(allocator: Allocator) -> tuple[Signal, ...]:
-    """What an allocator wants to have measured, built."""
-    return tuple(SIGNALS.build(s) if isinstance(s, (str, Mapping)) else s for s in allocator.signals)
 
 
 def _fields(plugin: Any) -> dict[str, dataclasses.Field[Any]]:
