@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from itertools import product
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -123,7 +124,7 @@ def test_any_metric_can_be_a_limit():
     sites = sites_of(2, attention=(4, 10), mlp=(6, 3))
     space = Space.whole(sites, Budget.keeping(0.8, sites))
     table = rough_table(space)
-    allocator = ALLOCATORS.build({"name": "milp", "differ": 1, "limits": [[{"name": "joules", "dear": 5}, 0.5]]})
+    allocator: Any = ALLOCATORS.build({"name": "milp", "differ": 1, "limits": [[{"name": "joules", "dear": 5}, 0.5]]})
     assert hash(allocator)
     assert ALLOCATORS.build(ALLOCATORS.spec(allocator)) == allocator
     metric, loss = Joules(5), additive(table, space)
