@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -130,6 +131,12 @@ def progress_for(quiet: bool = False) -> Progress:
     if quiet:
         return Progress()
     return RichProgress() if sys.stderr.isatty() else PlainProgress()
+
+
+@cache
+def warn_once(sentence: str) -> None:
+    """Tell the user, once, what a command goes on without."""
+    progress_for().say(f"warning: {sentence}")
 
 
 def span(seconds: float) -> str:

@@ -132,6 +132,18 @@ def damped_loss(layer: LayerProblem, weight: torch.Tensor) -> float:
     return float(((lost @ layer.hessian) * lost).sum())
 
 
+def tensors_of(layer: LayerProblem) -> list[torch.Tensor]:
+    """All that a layer and its producer layers hold."""
+    owners = (layer, *layer.feeders)
+    parts = (part for owner in owners for part in (*vars(owner).values(), *owner.statistics.values()))
+    return [part for part in parts if isinstance(part, torch.Tensor)]
+
+
+def other_order(layer: LayerProblem) -> list[int]:
+    """The groups of a layer in an order in which none stays where it was."""
+    return [(5 * g + 1) % layer.n_groups for g in range(layer.n_groups)]
+
+
 def permuted(layer: LayerProblem, order: Sequence[int]) -> LayerProblem:
     """The same layer with its groups in another order: group g of the result is group order[g]."""
     columns = layer.columns(order)
@@ -167,32 +179,32 @@ def counts_of(layer: LayerProblem) -> range:
     return range(0, layer.n_groups + 1, layer.d_in // layer.m if layer.m else 1)
 
 
-LAYERS: dict[str, Callable[..., LayerProblem]] = {
-    **{f"{quirk} columns": partial(toy_layer, quirk=quirk) for quirk in QUIRKS},
-    **{f"{quirk} blocks": partial(toy_layer, 4, 3, quirk=quirk) for quirk in QUIRKS},
-    "one group": partial(toy_layer, 1, 4),
-    "one column": partial(toy_layer, 1, 1),
-    "one output": partial(toy_layer, d_out=1),
-    "bfloat16 weights": partial(toy_layer, dtype=torch.bfloat16),
-    "float16 weights": partial(toy_layer, 4, 3, dtype=torch.float16),
-    "float64 moments": partial(toy_layer, moments=torch.float64),
-}
+Zoo = dict[str, Callable[..., LayerProblem]]
 
 
-def _sparse(block: int) -> dict[str, Callable[..., LayerProblem]]:
+def _zoo(n: int, what: str, **options: Any) -> Zoo:
+    """Layers of n groups or weights per row with every quirk, and in every dtype."""
+    layer = partial(toy_layer, n, **options)
     return {
-        **{f"{quirk} rows": partial(toy_layer, 8, quirk=quirk, block=block) for quirk in QUIRKS},
-        "one block": partial(toy_layer, 4, block=block),
-        "one output": partial(toy_layer, 8, d_out=1, block=block),
-        "bfloat16 weights": partial(toy_layer, 8, dtype=torch.bfloat16, block=block),
-        "float16 weights": partial(toy_layer, 8, dtype=torch.float16, block=block),
-        "float64 moments": partial(toy_layer, 8, moments=torch.float64, block=block),
+        **{f"{quirk} {what}": partial(layer, quirk=quirk) for quirk in QUIRKS},
+        "one output": partial(layer, d_out=1),
+        "bfloat16 weights": partial(layer, dtype=torch.bfloat16),
+        "float16 weights": partial(layer, dtype=torch.float16),
+        "float64 moments": partial(layer, moments=torch.float64),
     }
 
 
-STRUCTURES: dict[str, dict[str, Callable[..., LayerProblem]]] = {
+LAYERS: Zoo = {
+    **_zoo(6, "columns"),
+    **{f"{quirk} blocks": partial(toy_layer, 4, 3, quirk=quirk) for quirk in QUIRKS},
+    "float16 blocks": partial(toy_layer, 4, 3, dtype=torch.float16),
+    "one group": partial(toy_layer, 1, 4),
+    "one column": partial(toy_layer, 1, 1),
+}
+STRUCTURES: dict[str, Zoo] = {
     "groups": LAYERS,
-    "weights": _sparse(0) | {"one weight": partial(toy_layer, 1, block=0)},
-    "n:m": _sparse(4) | {"pairs": partial(toy_layer, 6, block=2)},
+    "weights": _zoo(8, "rows", block=0) | {"one weight": partial(toy_layer, 1, block=0)},
+    "n:m": _zoo(8, "rows", block=4)
+    | {"one block": partial(toy_layer, 4, block=4), "pairs": partial(toy_layer, 6, block=2)},
 }
 """Layers for every structure, by its name."""

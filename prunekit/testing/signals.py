@@ -10,7 +10,7 @@ import torch
 from prunekit.calibration.statistics import statistics_of
 from prunekit.layer.problem import LayerProblem
 from prunekit.plugins.signal import Signal
-from prunekit.testing.layers import LAYERS, Quirk, permuted, toy_layer
+from prunekit.testing.layers import LAYERS, Quirk, other_order, permuted, tensors_of, toy_layer
 from prunekit.testing.shapes import on_any_shape
 
 
@@ -40,17 +40,13 @@ class SignalSuite:
         for name, made in LAYERS.items():
             with subtests.test(name):
                 layer, state = made(needs=self.plugin.needs), torch.get_rng_state()
-                owners = (layer, *layer.feeders)
-                parts = [part for o in owners for part in (*vars(o).values(), *o.statistics.values())]
-                tensors = [part for part in parts if isinstance(part, torch.Tensor)]
-                before = [tensor.clone() for tensor in tensors]
+                before = [tensor.clone() for tensor in tensors_of(layer)]
                 assert measured(self.plugin, layer) == measured(self.plugin, replace(layer))
                 assert torch.equal(state, torch.get_rng_state()), "the global random state is the caller's"
-                assert all(torch.equal(one, two) for one, two in zip(before, tensors, strict=True))
+                assert all(torch.equal(one, two) for one, two in zip(before, tensors_of(layer), strict=True))
 
     def test_does_not_depend_on_the_order_of_the_groups(self, plain: LayerProblem) -> None:
-        order = [(5 * g + 1) % plain.n_groups for g in range(plain.n_groups)]  # none stays
-        here, there = measured(self.plugin, plain), measured(self.plugin, permuted(plain, order))
+        here, there = (measured(self.plugin, layer) for layer in (plain, permuted(plain, other_order(plain))))
         assert there == pytest.approx(here, rel=1e-5, abs=1e-7)
 
     @pytest.mark.parametrize("scale", [2.0**-6, 2.0**6])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
-from prunekit_strategies.allocators.probes import Source, started
+from prunekit_strategies.allocators.probes import Source, judged_again, started
 
 Rows = list[np.ndarray]  # one array per site, one number per rung
 
@@ -67,10 +67,7 @@ class PolicyGradient(Allocator):
                 slope = gradient(pi, drawn, losses / scale)
                 bonus = entropy_gradient(pi)
                 theta = [t - self.rate * (g - self.entropy * h) for t, g, h in zip(theta, slope, bonus, strict=True)]
-        best = sorted(heard, key=heard.__getitem__)[: self.finalists]
-        finalists = list(dict.fromkeys([*best, problem.start]))
-        losses = yield [Query(a) for a in finalists]
-        return min(zip(losses, finalists, strict=True))[1]
+        return (yield from judged_again(sorted(heard, key=heard.__getitem__)[: self.finalists], problem))
 
     def _bell(self, space: Space, centre: Allocation) -> Rows:
         """Logits of a normal distribution of kept shares around a centre."""
