@@ -108,15 +108,10 @@ def _width() -> int:
 
 
 def _summary_of(entry: Entry) -> str:
-    """Its first line, behind where it comes from and what is wrong with it.
-
-    A plug-in of another package is imported, as nothing else tells whether it can be.
-    """
+    """Its first line, behind where it comes from and what is wrong with it, as far as an import is not needed."""
     marks = [] if entry.owner == "prunekit" else [f"of {entry.owner}"]
     marks += [f"needs {package}" for package in entry.missing]
     try:
-        if entry.owner != "prunekit" and not entry.missing:
-            entry.load()
         said = entry.summary
     except (WrongInput, ImportError) as error:
         marks += ["broken"] if isinstance(error, WrongInput) else []

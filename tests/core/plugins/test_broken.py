@@ -141,7 +141,7 @@ def test_the_list_goes_on_and_marks_the_broken() -> None:
     done = run("list")
     assert done.exit_code == 0
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("  ")}
-    for name in BROKEN:
+    for name in BROKEN.keys() - {"older", "stranger", "bare"}:  # which only an import can tell
         assert re.match(rf"  {name} +\[of one-package, broken\] pruner {name!r} of one-package is", lines[name])
     assert re.match(r"  contested +\[broken\] 2 recipes are called 'contested', in recipes_", lines["contested"])
     assert re.search(r"  contested +\[of \w+-package and \w+-package, broken\] 2 pruners are called", done.stdout)
