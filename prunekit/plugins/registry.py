@@ -109,6 +109,8 @@ class Entry:
         Raises:
             BrokenPlugin, ImportError: as of `load`.
         """
+        if self.fault:
+            raise BrokenPlugin(self.fault)
         return self._written.doc if self._written is not None else inspect.getdoc(self.load()) or ""
 
     @property
