@@ -9,10 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args
-
-from transformers import PreTrainedModel
 
 from prunekit.data.draws import Draws
 from prunekit.errors import CannotGoOn, WrongInput
@@ -20,7 +17,7 @@ from prunekit.recipe.choices import Choices
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.run.bench import Bench
-from prunekit.run.session import open_session
+from prunekit.run.session import Job, open_session
 from prunekit.run.study import (
     OURS,
     SAMPLERS,
@@ -39,7 +36,6 @@ from prunekit.run.study import (
 )
 from prunekit.run.workplace import claimed
 from prunekit.system.files import write_json
-from prunekit.system.progress import Progress
 
 Metric = Literal["perplexity", "loss", "objective", "parameters", "seconds"]
 """All are better when lower: of the small model on the search text, of the allocation, of its size, of the run."""
@@ -50,18 +46,13 @@ SHELF_BYTES = 20 << 30  # of candidates that are kept for later trials
 def tune(
     recipe: Recipe,
     choices: Choices,
+    job: Job,
     *,
     trials: int,
-    output: Path,
     metrics: Sequence[str] = ("perplexity",),
     sampler: Sampler = "tpe",
     storage: str | None = None,
     study_name: str | None = None,
-    model: PreTrainedModel | None = None,
-    tokenizer: Any = None,
-    progress: Progress | None = None,
-    resume: bool = True,
-    overwrite: bool = False,
     disk: int = SHELF_BYTES,
 ) -> Tuned:
     """Try recipes, those of earlier runs of the same study included, and write down the best.
@@ -73,32 +64,28 @@ def tune(
     Args:
         recipe: what is tuned.
         choices: what may be chosen.
-        trials: recipes to try.
-        output: folder of the study.
+        job: where the model comes from, the folder of the study, and whether an earlier one is continued or replaced.
+        trials: number of recipes to try.
         metrics: all are better when lower; several make a front.
         sampler: who proposes trials.
         storage: URL of an Optuna storage; None: a journal in the folder.
         study_name: in that storage; None: that of the folder.
-        model: in memory, with its tokenizer; None: the recipe names one.
-        tokenizer: of a model in memory.
-        progress: what the user is told; None: nothing.
-        resume: whether to go on with a study that is there.
-        overwrite: whether another study in `output` may be replaced.
         disk: bytes of candidates to keep.
 
     Raises:
         WrongInput: says what was asked, what there is and what to do; before any long work.
         CannotGoOn: not one trial ended well; says what the last said.
     """
-    progress = progress or Progress()
+    output, keep = job.output, job.resume and not job.overwrite
+    assert output is not None  # a study is on disk
     _check(metrics, choices, trials, study_name, sampler)
     most = choices.nodes.get("data.calibration_tokens")
     text = {"data.calibration_tokens": max(most.examples())} if most is not None else {}
     parts = resolve(recipe.with_overrides({"family": ()} | choices.fixed | text))  # trials are made one by one
     choices.check(parts.recipe)
-    session = open_session(parts, model, tokenizer, output, progress)
+    session = open_session(parts, job)
     _check_text(session.draws, choices, metrics)
-    session = session.with_prices(output if resume and not overwrite else None)
+    session = session.with_prices(output if keep else None)
     session.make_spaces()  # can the budget be met, at these prices?
     base, ours = session.parts.recipe, session.identify()
     identity = ours | {
@@ -107,9 +94,9 @@ def tune(
         "sampler": sampler,
         "versions": ours["versions"] | {"optuna": optuna.__version__},
     }
-    folder = claimed(output, identity, "a study", resume=resume, overwrite=overwrite)
+    folder = claimed(output, identity, "a study", resume=job.resume, overwrite=job.overwrite)
     with session.work_in(folder) as (session, place), silence_optuna():
-        study = open_study(place, storage, study_name or output.name, identity, len(metrics), resume and not overwrite)
+        study = open_study(place, storage, study_name or output.name, identity, len(metrics), keep)
         bench = Bench(session, place, tuple(metrics), disk)
         rows = [_base_row(bench)]
 
@@ -117,7 +104,7 @@ def tune(
             return Tuned(study, base, [*rows, *read_rows(study, metrics)], metrics)
 
         write_best(found(), place)
-        with progress.stage("tune", trials) as stage:
+        with job.progress.stage("tune", trials) as stage:
             ended = min(trials, len(read_rows(study, metrics)))
             stage.advance(ended, f"base: {format_values(rows[0].values) or rows[0].reason}")
             for trial, overrides in propose_trials(

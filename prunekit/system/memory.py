@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import os
 import shutil
 import tempfile
 import weakref
@@ -13,15 +13,11 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from pydantic import ByteSize, TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prunekit.errors import WrongInput
-
 GIB = 1 << 30
-SIZE = re.compile(r"\d+(\.\d+)?\s*([kmgt]?i?b)?", re.IGNORECASE)  # ByteSize reads as far as it can: 1,5GB as 1 byte
 
 
 @dataclass(frozen=True)
@@ -56,33 +52,6 @@ SHARES = Shares()
 """Nothing is bounded but what a search holds."""
 
 
-def parsed(text: str | int) -> int | None:
-    """Bytes; None for auto.
-
-    Raises:
-        WrongInput: it is no amount of memory.
-    """
-    text = str(text).strip()
-    if text == "auto":
-        return None
-    try:
-        size = TypeAdapter(ByteSize).validate_python(text) if SIZE.fullmatch(text) else 0
-    except ValidationError:
-        size = 0
-    if size < 1:
-        raise WrongInput(f"no amount of memory {text!r}; give auto, or as 8GiB, 500MB")
-    return int(size)
-
-
-def amount(number: float) -> str:
-    """Bytes for people: 1.50 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(number) < 1024 or unit == "GiB":
-            break
-        number /= 1024
-    return f"{number:,.0f} B" if unit == "B" else f"{number:,.2f} {unit}"
-
-
 def available(device: torch.device) -> int:
     """Bytes that may still be taken on a device: of the machine, or of what a container allows."""
     if device.type == "cuda":
@@ -97,8 +66,6 @@ def available(device: torch.device) -> int:
         taken = int((group / "memory.current").read_text()) - int(used.get("inactive_file", 0))
         free.append(int(most) - taken)
     if not free:  # no Linux: as much as there is; nobody says how much of it is free
-        import os
-
         free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return max(0, min(free))
 

@@ -271,7 +271,7 @@ def test_a_recipe_with_another_sparsity_lets_go_of_its_family():
 def test_the_command_prints_the_family(made, monkeypatch, flags):
     asked_for = []
 
-    def fake(recipe: Recipe, **_: Any) -> prunekit.Family:
+    def fake(recipe: Recipe, _: Any) -> prunekit.Family:
         asked_for.append(recipe)
         return made[1]
 
