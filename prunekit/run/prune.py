@@ -13,7 +13,7 @@ from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.run.finish import finish_model
-from prunekit.run.results import Result, load_small, pack_result, write_result
+from prunekit.run.results import Result, load_small, make_export, write_result
 from prunekit.run.session import Job, open_session
 from prunekit.run.stages import Run, assemble, clear_folder
 from prunekit.run.workplace import check_output, left, publish, unfinished, workplace
@@ -118,4 +118,11 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
             "nll_by_source": reporting.by_source(evaluation, before, after),
         } | ({} if raw is None else {"unfinished": raw.as_dict()})
     pace = run.time_result(small, plan)
-    return pack_result(run, net, plan, small, losses=losses, finishers=said, pace=pace, output=output)
+    exported, probe = make_export(run, net, plan, small)
+    document = reporting.report(
+        run.parts, run.dense, run.draws, run.whole, net, plan, exported, losses=losses, finishers=said, pace=pace,
+        search={"questions": run.ledger.questions, "token_forwards": run.ledger.tokens},
+        seconds=run.clock.seconds, seconds_shared=run.clock.shared.own,
+    )  # fmt: skip
+    blocks, recipe = run.blocks(reporting.count(exported)), run.parts.recipe
+    return Result(exported, run.dense.tokenizer, recipe, document, run.ledger.text(), output, probe, blocks)
