@@ -19,7 +19,7 @@ from prunekit.run.session import Job
 from prunekit.system.progress import Progress, progress_for
 
 if TYPE_CHECKING:
-    from prunekit.run.tune import Tuned
+    from prunekit.run.study import Tuned
 
 Source = str | Path | PreTrainedModel | None
 

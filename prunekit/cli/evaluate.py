@@ -52,23 +52,18 @@ def evaluate(
     from prunekit.models.places import check_device
 
     check_device(device)
+    from prunekit.data.spec import DataSpec
     from prunekit.measure.evaluate import evaluate as measure
     from prunekit.measure.rounds import Ratio
     from prunekit.system.progress import progress_for
 
     quiet_libraries()
+    data = DataSpec(
+        dataset=dataset, split=split, evaluation_split=split, field=field, seqlen=seqlen, evaluation_tokens=tokens
+    )
+    progress = progress_for(quiet)
     found = measure(
-        name,
-        dataset,
-        split=split,
-        field=field,
-        seqlen=seqlen,
-        tokens=tokens,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        against=against,
-        progress=progress_for(quiet),
+        name, data, device=device, dtype=dtype, trust_remote_code=trust_remote_code, against=against, progress=progress
     )
     if as_json:
         typer.echo(json.dumps(found, indent=2))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from prunekit.run.tune import Tuned
+    from prunekit.run.study import Tuned
 
 
 def format_bytes(n: float) -> str:
@@ -64,8 +64,7 @@ def standings(tuned: Tuned, most: int = 12) -> Table:
     """The base recipe and the best trials, the front first, then by the first metric; what failed is counted."""
     table = new_table("recipe", "", *tuned.metrics, "differs in")
     front = {row.name for row in tuned.front}
-    done = {row.recipe: row for row in reversed(tuned.rows) if row.values}.values()
-    ranked = sorted(done, key=lambda row: (row.name not in front, *row.values.values()))
+    ranked = sorted(tuned.done, key=lambda row: (row.name not in front, *row.values.values()))
     for row in ranked[:most] + [row for row in ranked[most:] if row.name == "base"]:
         values = [f"{value:,.0f}" if value > 1e5 else f"{value:.4g}" for value in row.values.values()]
         table.add_row(row.name, "*" if row.name in front else "", *values, _differs(row.overrides))

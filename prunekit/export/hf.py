@@ -159,12 +159,9 @@ def _kept(model: PreTrainedModel, adapter: ModelAdapter) -> list[int]:
     blocks = list(enumerate(adapter.blocks(model)))
     if not isinstance(adapter, Transformer):
         return [index for index, _ in blocks]
-    return [index for index, block in blocks if not _passes_through(adapter, block)] or [0]
-
-
-def _passes_through(adapter: Transformer, block: nn.Module) -> bool:
-    """Whether a block hands on what it gets: both parts dropped and no norm after the sum."""
-    return len(adapter.dropped(block)) == 2 and adapter.family.has_norms_first(block)
+    # a block without both parts, and no norm after the sum, hands on what it gets
+    there = [i for i, block in blocks if len(adapter.dropped(block)) < 2 or not adapter.family.has_norms_first(block)]
+    return there or [0]
 
 
 def _native_biases(family: Family, values: dict[str, Any]) -> set[Part]:

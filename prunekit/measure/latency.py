@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.layer.candidates import Candidate
-from prunekit.measure.rounds import elapsed, interleaved
+from prunekit.measure.rounds import interleaved
+from prunekit.measure.speed import timed
 from prunekit.models.modules import shallow
 from prunekit.plugins.dense import Dense
 from prunekit.plugins.metric import Runs
@@ -53,20 +54,9 @@ def workload(batch: int, prompt: int | None, new_tokens: int, model: PreTrainedM
     return Workload(batch, prompt, new_tokens)
 
 
-@torch.no_grad()
 def nanoseconds(model: PreTrainedModel, work: Workload) -> int:
-    """The time of one run of the workload; the text does not matter, its length does."""
-    network: Any = model
-    device = next(model.parameters()).device
-    ids = (torch.arange(work.prompt, device=device) % network.config.vocab_size).repeat(work.batch, 1)
-
-    def run() -> None:
-        seen = network(input_ids=ids, use_cache=work.new_tokens > 0, logits_to_keep=1)
-        for _ in range(work.new_tokens):
-            token = seen.logits[:, -1:].argmax(-1)
-            seen = network(input_ids=token, past_key_values=seen.past_key_values, use_cache=True)
-
-    return elapsed(run, device)
+    """Measure one run of a workload, in nanoseconds."""
+    return sum(timed(model, work))
 
 
 def sampled(

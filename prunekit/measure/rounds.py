@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 
 from prunekit.system.progress import Progress
+from prunekit.system.rates import wait_for
 
 FEWEST = 6  # pairs that an interval takes: with five, chance alone gives one side of 1 more often than ERROR
 ERROR = 0.05  # of all intervals miss the true ratio
@@ -118,10 +119,10 @@ def elapsed(run: Callable[[], object], device: torch.device) -> int:
     what other programs take.
     """
     clock = time.thread_time_ns if own_time(device) else time.perf_counter_ns
-    _wait(device)
+    wait_for(device)
     begun = clock()
     run()
-    _wait(device)
+    wait_for(device)
     return clock() - begun
 
 
@@ -139,8 +140,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -107,7 +107,7 @@ def workload(model: Any) -> Workload:
     while True:
         prompt = max(1, min(PROMPT, READ // batch, room - most))
         pilot = Workload(batch, prompt, min(fewest, most))
-        step = min(_timed(model, pilot)[1] for _ in range(2)) // pilot.new_tokens  # the first time pays for much
+        step = min(timed(model, pilot)[1] for _ in range(2)) // pilot.new_tokens  # the first time pays for much
         if step >= STEP or batch >= BATCH:
             return Workload(batch, prompt, max(pilot.new_tokens, min(most, TURN // max(1, step))))
         batch *= 2
@@ -140,19 +140,27 @@ def zeros(model: Any) -> float:
 
 def _turn(model: Any, work: Workload) -> tuple[int, int]:
     """Nanoseconds of reading and of decoding, after a pass and a step that do not count."""
-    _timed(model, Workload(work.batch, work.prompt, 1))
-    return _timed(model, work)
+    timed(model, Workload(work.batch, work.prompt, 1))
+    return timed(model, work)
 
 
 @torch.no_grad()
-def _timed(model: Any, work: Workload) -> tuple[int, int]:
-    """Nanoseconds of reading and of decoding. The text does not matter, its length does."""
+def timed(model: Any, work: Workload) -> tuple[int, int]:
+    """Measure one run of a workload; its text does not matter.
+
+    Args:
+        model: a causal language model.
+        work: (batch, prompt) tokens read in one pass, then `new_tokens` made one by one from the cache.
+
+    Returns:
+        Nanoseconds of reading, and of decoding.
+    """
     device = next(model.parameters()).device
     ids = (torch.arange(work.prompt, device=device) % model.config.vocab_size).repeat(work.batch, 1)
     seen: list[Any] = []
 
     def run(**given: Any) -> None:
-        seen.append(model(use_cache=True, logits_to_keep=1, **given))
+        seen.append(model(use_cache=work.new_tokens > 0, logits_to_keep=1, **given))
 
     def write() -> None:
         for _ in range(work.new_tokens):

@@ -16,7 +16,7 @@ from prunekit.data.tokens import TokenBatch
 from prunekit.measure.perplexity import Perplexity
 from prunekit.plugins.allocator import Problem
 from prunekit.plugins.dense import Dense
-from prunekit.plugins.registry import ALLOCATORS, EXPORTERS, FINISHERS, METRICS, OBJECTIVES, PRUNERS, SIGNALS
+from prunekit.plugins.registry import KINDS, METRICS, SIGNALS
 from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.search.supernet import Supernet
@@ -186,10 +186,9 @@ def by_source(batch: TokenBatch, dense: Perplexity, pruned: Perplexity) -> dict[
 
 def versions(parts: Parts) -> dict[str, str]:
     """Of everything that has a say in the result: libraries, Python, and the distributions of plug-ins."""
-    registries = {"pruner": PRUNERS, "allocator": ALLOCATORS, "objective": OBJECTIVES, "finisher": FINISHERS}
-    owners = {registries[kind][spec["name"]].owner for kind, spec in parts_of(parts.recipe)}
-    owners |= {METRICS[parts.recipe.metric_spec["name"]].owner}
-    owners |= {EXPORTERS[spec["name"]].owner for spec in parts.recipe.exporters}
+    recipe = parts.recipe
+    specs = [*parts_of(recipe), ("metric", recipe.metric_spec), *(("exporter", spec) for spec in recipe.exporters)]
+    owners = {registry[spec["name"]].owner for registry in KINDS for kind, spec in specs if kind == registry.kind}
     owners |= {SIGNALS[name].owner for name in map(SIGNALS.name_of, parts.signals) if name is not None}
     names = sorted({"prunekit", "torch", "transformers", *owners} - {"unknown"})
     return {name: metadata.version(name) for name in names} | {"python": platform.python_version()}

@@ -12,28 +12,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from prunekit.data.draws import Draws
-from prunekit.errors import CannotGoOn, WrongInput
+from prunekit.errors import CannotGoOn, WrongInput, first_line
 from prunekit.recipe.choices import Choices
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
+from prunekit.run import study as studies
 from prunekit.run.bench import Bench
 from prunekit.run.session import Job, open_session
-from prunekit.run.study import (
-    OURS,
-    SAMPLERS,
-    FrozenTrial,
-    Row,
-    Sampler,
-    TrialState,
-    Tuned,
-    format_values,
-    open_study,
-    optuna,
-    propose_trials,
-    read_rows,
-    silence_optuna,
-    write_best,
-)
+from prunekit.run.study import OURS, SAMPLERS, FrozenTrial, Row, Sampler, TrialState, Tuned, optuna
 from prunekit.run.workplace import claimed
 from prunekit.system.files import write_json
 
@@ -95,26 +81,26 @@ def tune(
         "versions": ours["versions"] | {"optuna": optuna.__version__},
     }
     folder = claimed(output, identity, "a study", resume=job.resume, overwrite=job.overwrite)
-    with session.work_in(folder) as (session, place), silence_optuna():
-        study = open_study(place, storage, study_name or output.name, identity, len(metrics), keep)
+    with session.work_in(folder) as (session, place), studies.silence_optuna():
+        study = studies.open_study(place, storage, study_name or output.name, identity, len(metrics), keep)
         bench = Bench(session, place, tuple(metrics), disk)
         rows = [_base_row(bench)]
 
         def found() -> Tuned:
-            return Tuned(study, base, [*rows, *read_rows(study, metrics)], metrics)
+            tuned = Tuned(study, base, [*rows, *studies.read_rows(study, metrics)], metrics)
+            studies.write_best(tuned, place)
+            return tuned
 
-        write_best(found(), place)
+        tuned = found()
         with job.progress.stage("tune", trials) as stage:
-            ended = min(trials, len(read_rows(study, metrics)))
-            stage.advance(ended, f"base: {format_values(rows[0].values) or rows[0].reason}")
-            for trial, overrides in propose_trials(
+            ended = min(trials, len(studies.read_rows(study, metrics)))
+            stage.advance(ended, f"base: {studies.format_values(rows[0].values) or rows[0].reason}")
+            for trial, overrides in studies.propose_trials(
                 study, choices, trials, base.seed, place, sampler, ours=storage is None
             ):
                 _run(study, trial, overrides, bench)
                 tuned = found()
-                write_best(tuned, place)
                 stage.advance(1, _standing(tuned, trial))
-        tuned = found()
         if not any(row.values for row in tuned.rows):
             raise CannotGoOn(f"none of {len(tuned.rows)} recipes ended well; the last said: {tuned.rows[-1].reason}")
     return tuned
@@ -130,7 +116,7 @@ def _run(study: optuna.Study, trial: FrozenTrial, overrides: Mapping[str, Any], 
     try:
         parts = resolve(bench.session.parts.recipe.with_overrides(overrides))
         note["recipe"] = parts.digest
-        known = {row.recipe: row for row in [_base_row(bench), *read_rows(study, bench.metrics)] if row.recipe}
+        known = {row.recipe: row for row in [_base_row(bench), *studies.read_rows(study, bench.metrics)] if row.recipe}
         if (same := known.get(parts.digest)) is not None:
             note |= {"same": same.name, "reason": same.reason}
             state, values = TrialState[same.state.upper()], [same.values[m] for m in bench.metrics if same.values]
@@ -141,7 +127,7 @@ def _run(study: optuna.Study, trial: FrozenTrial, overrides: Mapping[str, Any], 
     except WrongInput as error:  # a sampler learns from what cannot be, not from what broke
         state, note["reason"] = TrialState.PRUNED, str(error)
     except (RuntimeError, ArithmeticError) as error:  # a plug-in's broken promise, memory, a factorisation
-        state, note["reason"] = TrialState.FAIL, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        state, note["reason"] = TrialState.FAIL, f"{type(error).__name__}: {first_line(error)}"
     study._storage.set_trial_user_attr(trial._trial_id, OURS, note)  # a trial taken over has no public way to note
     study.tell(trial.number, values if state == TrialState.COMPLETE else None, state=state)
 
@@ -193,6 +179,6 @@ def _check_text(draws: Draws, choices: Choices, metrics: Sequence[str]) -> None:
 
 def _standing(tuned: Tuned, trial: FrozenTrial) -> str:
     row = next(row for row in tuned.rows if row.name == str(trial.number))
-    said = format_values(row.values) or f"{row.state}, {row.reason}"
+    said = studies.format_values(row.values) or f"{row.state}, {row.reason}"
     best = next(iter(tuned.front), None) if any(r.values for r in tuned.rows) else None
-    return f"trial {row.name}: {said}" + (f"; best {format_values(best.values)} of {best.name}" if best else "")
+    return f"trial {row.name}: {said}" + (f"; best {studies.format_values(best.values)} of {best.name}" if best else "")

@@ -102,8 +102,8 @@ class Room:
         save_file({"": tensor.detach().cpu().contiguous()}, file)
         return Kept(self, file, tensor.device, tensor.nbytes)
 
-    def _changed(self, kept: Tensor | Path, size: int) -> None:
-        if isinstance(kept, Path):
+    def _count(self, size: int, *, in_file: bool) -> None:
+        if in_file:
             self.spilled += size
         else:
             self.held += size
@@ -114,8 +114,9 @@ class Kept:
 
     def __init__(self, room: Room, kept: Tensor | Path, device: torch.device | None, size: int) -> None:
         self._kept, self._device = kept, device
-        room._changed(kept, size)
-        weakref.finalize(self, _let_go, room, kept if isinstance(kept, Path) else None, size)
+        file = kept if isinstance(kept, Path) else None
+        room._count(size, in_file=file is not None)
+        weakref.finalize(self, _release, room, file, size)
 
     def get(self) -> Tensor:
         """The tensor, bit for bit."""
@@ -125,11 +126,9 @@ class Kept:
             return file.get_tensor("").to(self._device)
 
 
-def _let_go(room: Room, file: Path | None, size: int) -> None:
-    if file is None:
-        room.held -= size
-    else:
-        room.spilled -= size
+def _release(room: Room, file: Path | None, size: int) -> None:
+    room._count(-size, in_file=file is not None)
+    if file is not None:
         file.unlink(missing_ok=True)
 
 

@@ -45,16 +45,16 @@ class Rates:
 def _rate(a: torch.Tensor) -> float:
     """FLOP/s of products of a square matrix with itself, over half a second."""
     out = torch.mm(a, a)  # the first time pays for what later ones find ready
-    _finished(a)
+    wait_for(a.device)
     done, begun = 0, time.perf_counter()
     while time.perf_counter() - begun < 0.5:
         torch.mm(a, a, out=out)
         done += 2 * len(a) ** 3
-        _finished(a)
+        wait_for(a.device)
     return done / (time.perf_counter() - begun)
 
 
-def _finished(a: torch.Tensor) -> None:
-    """Its device may still be busy."""
-    if a.is_cuda:
-        torch.cuda.synchronize(a.device)
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -312,7 +312,7 @@ def test_evaluate_times_two_models_in_turns(
     from prunekit.measure import speed
 
     drawn = iter([1, 2, 4, 3, 5, 9] * 1000)
-    monkeypatch.setattr(speed, "_timed", lambda net, work: (work.batch * work.prompt * 1000, next(drawn) * 10**8))
+    monkeypatch.setattr(speed, "timed", lambda net, work: (work.batch * work.prompt * 1000, next(drawn) * 10**8))
     shared = ("evaluate", model, "--dataset", text, "--seqlen", 16, "--tokens", 64, "--quiet", "--against", model)
     found = json.loads(run(*shared, "--json").stdout)
     assert found["against"]["model"] == str(model)

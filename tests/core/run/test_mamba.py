@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import prunekit
 from prunekit import WrongInput
 from prunekit.cli.main import app
+from prunekit.data.spec import DataSpec
 from prunekit.demo import MODEL
 from prunekit.measure.evaluate import evaluate
 from prunekit.search.ledger import Ledger
@@ -175,6 +176,6 @@ def test_what_cannot_be_done_is_said_before_any_work(
 
 
 def test_a_pruned_model_is_evaluated_with_its_speed(folder: Path) -> None:
-    found = evaluate(str(folder), str(folder / "text.txt"), seqlen=16, tokens=256)
+    found = evaluate(str(folder), DataSpec(dataset=str(folder / "text.txt"), seqlen=16, evaluation_tokens=256))
     assert found["decode_tokens_per_second"] > 0
     assert found["perplexity"] > 1
