@@ -17,7 +17,15 @@ METHOD, SEARCH, TEXT, MACHINE, RUN = "Method", "Search", "Text", "Machine", "Run
 
 
 def option(help: str, heading: str | None = None, *names: str, metavar: str | None = "NAME", **more: Any) -> Any:
-    """Describe an option with a value: its help, the heading that it stands below, other names than its own."""
+    """Describe an option with a value.
+
+    Args:
+        help: a noun phrase.
+        heading: of its part of the help page; None: the first part.
+        names: on the command line; without them, that of the parameter.
+        metavar: stands for the value; None: its type does.
+        more: as of `typer.Option`.
+    """
     return typer.Option(*names, help=help, rich_help_panel=heading, metavar=metavar, **more)
 
 

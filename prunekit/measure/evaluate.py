@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity with its label, size, and speed.
+"""Perplexity with its label, size, and speed of a model.
 
 There is no "the perplexity": a value without data, split, window length and count compares with nothing.
 """
@@ -99,7 +99,7 @@ def _ratios(pace: Speed, other: Speed) -> dict[str, Any]:
 
 
 def load(model: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Any:
-    """A causal language model, dense or pruned, to be measured. On a CPU `auto` computes in float32.
+    """Load a causal language model, dense or pruned, to be measured. On a CPU `auto` computes in float32.
 
     Raises:
         WrongInput: it cannot be opened, or is not whole.

@@ -88,7 +88,7 @@ def interleaved(
     seconds: float,
     more_of_first: int = 0,
 ) -> dict[K, list[T]]:
-    """What every turn gave, in the order of rounds.
+    """Take turns in rounds, in each in an order of its own.
 
     Args:
         turns: measures once.
@@ -98,13 +98,16 @@ def interleaved(
         fewest: rounds, however long they take.
         seconds: on the wall clock.
         more_of_first: turns that the first has in every round beside its own.
+
+    Returns:
+        What every turn gave, in the order of rounds.
     """
     results: dict[K, list[T]] = {key: [] for key in turns}
     order = [*turns, *[next(iter(turns))] * more_of_first]
-    begun = time.monotonic()
+    started = time.monotonic()
     with progress.stage(label, rounds * len(order)) as stage:
         for each in range(rounds):
-            if each >= fewest and time.monotonic() - begun > seconds:
+            if each >= fewest and time.monotonic() - started > seconds:
                 break
             for key in random.Random(each).sample(order, len(order)):
                 results[key].append(turns[key]())
@@ -113,17 +116,17 @@ def interleaved(
 
 
 def elapsed(run: Callable[[], object], device: torch.device) -> int:
-    """Nanoseconds of `run`, with all that it has left to the device.
+    """Measure the nanoseconds of `run`, with all that it has left to the device.
 
     Of a computation in one CPU thread it is that thread's time: the same on an idle machine, and on a busy one without
     what other programs take.
     """
     clock = time.thread_time_ns if own_time(device) else time.perf_counter_ns
     wait_for(device)
-    begun = clock()
+    started = clock()
     run()
     wait_for(device)
-    return clock() - begun
+    return clock() - started
 
 
 def own_time(device: torch.device) -> bool:
@@ -133,7 +136,7 @@ def own_time(device: torch.device) -> bool:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Computations on CPUs take one thread meanwhile."""
+    """Compute in one CPU thread meanwhile."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -20,7 +20,14 @@ STYLE = (
 
 
 def removed_shares(sites: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    """Part of a block -> block -> share of its groups, or of its weights, that is removed; `sites` of a report."""
+    """Compute the share that is removed, of groups or weights.
+
+    Args:
+        sites: of a report.
+
+    Returns:
+        Part of a block -> block -> share, 0 to 1.
+    """
     sizes: dict[str, float] = {}  # parameters per kept unit, of sites that differ in their block alone
     for site in sites:
         if site["kept"]:
@@ -35,7 +42,7 @@ def removed_shares(sites: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, fl
 
 
 def draw(sites: Sequence[Mapping[str, Any]]) -> str:
-    """The picture: one row per block, one bar per part, as long as the share that is removed."""
+    """Draw one row per block with one bar per part, as long as the share that is removed; `sites` of a report."""
     parts = removed_shares(sites)
     blocks = range(max(site["block"] for site in sites) + 1)
     row = 18 if len(blocks) <= 40 else 14

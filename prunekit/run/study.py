@@ -95,9 +95,9 @@ def open_study(
         place: folder of the study.
         storage: URL of a database; None: a journal in `place`.
         name: of the study in its storage.
-        identity: what must agree for a study to be gone on with.
+        identity: what must agree for a study to be continued.
         directions: how many metrics there are, all minimized.
-        keep: whether a study that is there is gone on with, else deleted.
+        keep: whether a study that is there is continued, else deleted.
 
     Raises:
         WrongInput: the storage cannot be opened, or holds another study of that name.

@@ -53,14 +53,14 @@ def tune(
         job: where the model comes from, the folder of the study, and whether an earlier one is continued or replaced.
         trials: number of recipes to try.
         metrics: all are better when lower; several make a front.
-        sampler: who proposes trials.
+        sampler: the algorithm that proposes trials.
         storage: URL of an Optuna storage; None: a journal in the folder.
         study_name: in that storage; None: that of the folder.
         disk: bytes of candidates to keep.
 
     Raises:
         WrongInput: says what was asked, what there is and what to do; before any long work.
-        CannotGoOn: not one trial ended well; says what the last said.
+        CannotGoOn: no recipe was completed; gives the reason of the last.
     """
     output, keep = job.output, job.resume and not job.overwrite
     assert output is not None  # a study is on disk

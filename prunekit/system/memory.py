@@ -34,16 +34,16 @@ class Shares:
 
     @classmethod
     def of(cls, free: int, *, paged: bool) -> Shares:
-        """`free` bytes beside what cannot be done without, shared out.
+        """Share out `free` bytes, which nothing indispensable needs.
 
-        A walk holds blocks and activations, a search blocks, hidden states and parts, never all of them; what the
-        teacher said is held by both.
+        A calibration pass holds blocks and activations, a search blocks, hidden states and parts, never all of them;
+        logits of the dense model are held by both.
         """
         fifth = max(0, free) // 5
         return cls(fifth if paged else None, fifth * (3 if paged else 4), fifth, fifth, fifth, fifth)
 
     def split(self, activations: int) -> tuple[int, int]:
-        """So many bytes of activations, as (bytes in memory, bytes on disk)."""
+        """Split bytes of activations into (bytes in memory, bytes on disk)."""
         inside = activations if self.activations is None else min(activations, self.activations)
         return inside, activations - inside
 
@@ -53,7 +53,7 @@ SHARES = Shares()
 
 
 def available(device: torch.device) -> int:
-    """Bytes that may still be taken on a device: of the machine, or of what a container allows."""
+    """Count the free bytes of a device: of the machine, or of what its container allows."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     meminfo, free = Path("/proc/meminfo"), []
@@ -65,16 +65,16 @@ def available(device: torch.device) -> int:
         used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         taken = int((group / "memory.current").read_text()) - int(used.get("inactive_file", 0))
         free.append(int(most) - taken)
-    if not free:  # no Linux: as much as there is; nobody says how much of it is free
+    if not free:  # no Linux: all of it, for how much is free is unknown
         free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return max(0, min(free))
 
 
 class Room:
-    """Where activations are kept: in memory as long as the bound allows, the others in files, which nobody else reads.
+    """Where activations are kept: in memory as far as the bound allows, the others in files of its own.
 
-    Those that came first stay in memory: streams are gone through in circles, and whatever was let go
-    to make room would be what is needed next.
+    The first ones stay in memory: they are read in turn, again and again, so that a tensor that was moved out to make
+    room would be the next to be read.
     """
 
     def __init__(self, bound: int | None = None, folder: Path | None = None) -> None:
@@ -85,7 +85,7 @@ class Room:
         self._names = count()
 
     def row(self, tensors: Iterable[Tensor] = ()) -> Row:
-        """A list of tensors kept here."""
+        """Make a list of tensors that are kept here."""
         row = Row(self)
         row.extend(tensors)
         return row
@@ -110,7 +110,7 @@ class Room:
 
 
 class Kept:
-    """A tensor in a room; it makes place when nobody refers to it."""
+    """A tensor in a room; its memory or file is freed with the last reference to it."""
 
     def __init__(self, room: Room, kept: Tensor | Path, device: torch.device | None, size: int) -> None:
         self._kept, self._device = kept, device

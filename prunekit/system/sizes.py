@@ -36,7 +36,7 @@ def parse_size(text: str | int) -> int | None:
 
 
 def amount(number: float) -> str:
-    """Bytes for people: 1.50 GiB."""
+    """Format bytes: 1.50 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(number) < 1024 or unit == "GiB":
             break
