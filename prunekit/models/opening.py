@@ -18,7 +18,7 @@ from transformers.utils import logging
 from prunekit.errors import WrongInput, first_line
 from prunekit.models import paging
 from prunekit.models.adapters.find import adapter_for
-from prunekit.models.places import located
+from prunekit.models.places import check_device, located
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.dense import Dense
 from prunekit.system.memory import SHARES, Shares
@@ -135,14 +135,10 @@ def resolved_device(device: str) -> torch.device:
     Raises:
         WrongInput: no such device here.
     """
+    check_device(device)
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise WrongInput(f"no device {device!r}; there are auto, cpu, cuda, cuda:N") from error
-    if found.type not in ("cpu", "cuda"):
-        raise WrongInput(f"no device {device!r}; there are auto, cpu, cuda, cuda:N")
+    found = torch.device(device)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count() > 0:
         raise WrongInput(f"no device {device!r}; this machine has {torch.cuda.device_count()} CUDA devices")
     if found.type == "cuda" and not torch.cuda.is_available():

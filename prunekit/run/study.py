@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 from warnings import catch_warnings, simplefilter
 
-from prunekit.errors import WrongInput
+from prunekit.errors import WrongInput, first_line
 from prunekit.recipe.choices import Choices
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
@@ -59,17 +59,21 @@ class Tuned:
     rows: Sequence[Row]  # the base first, then the trials
     metrics: Sequence[str]
 
+    @property
+    def done(self) -> list[Row]:
+        """The first row of every recipe that ended well."""
+        return list({row.recipe: row for row in reversed(self.rows) if row.values}.values())[::-1]
+
     @cached_property
     def front(self) -> list[Row]:
         """The rows that no other row beats, best first in the first metric; one for one metric."""
-        done = list({row.recipe: row for row in reversed(self.rows) if row.values}.values())[::-1]
-        points = {row.name: tuple(row.values[m] for m in self.metrics) for row in done}
+        points = {row.name: tuple(row.values[m] for m in self.metrics) for row in self.done}
 
         def beaten(row: Row) -> bool:
             mine = points[row.name]
             return any(other != mine and all(map(float.__le__, other, mine)) for other in points.values())
 
-        front = sorted((row for row in done if not beaten(row)), key=lambda row: points[row.name])
+        front = sorted((row for row in self.done if not beaten(row)), key=lambda row: points[row.name])
         return front if len(self.metrics) > 1 else front[:1]
 
     @property
@@ -91,9 +95,9 @@ def open_study(
         place: folder of the study.
         storage: URL of a database; None: a journal in `place`.
         name: of the study in its storage.
-        identity: what must agree for a study to be gone on with.
+        identity: what must agree for a study to be continued.
         directions: how many metrics there are, all minimized.
-        keep: whether a study that is there is gone on with, else deleted.
+        keep: whether a study that is there is continued, else deleted.
 
     Raises:
         WrongInput: the storage cannot be opened, or holds another study of that name.
@@ -107,12 +111,11 @@ def open_study(
             optuna.delete_study(study_name=name, storage=where)
         minimized = [optuna.study.StudyDirection.MINIMIZE] * directions
         study = optuna.create_study(storage=where, study_name=name, directions=minimized, load_if_exists=True)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        raise WrongInput(f"the storage {storage!r} cannot be opened: {str(error).strip().splitlines()[0]}") from error
-    except Exception as error:  # SQLAlchemy's own, which is not imported for this
-        if type(error).__module__.split(".")[0] not in ("sqlalchemy", "optuna"):
+    except Exception as error:
+        theirs = type(error).__module__.split(".")[0] in ("sqlalchemy", "optuna")  # which is not imported for this
+        if not (theirs or isinstance(error, (ImportError, OSError, RuntimeError, ValueError))):
             raise
-        raise WrongInput(f"the storage {storage!r} cannot be opened: {str(error).strip().splitlines()[0]}") from error
+        raise WrongInput(f"the storage {storage!r} cannot be opened: {first_line(error)}") from error
     if study.user_attrs.setdefault(OURS, mine) != mine:
         raise WrongInput(f"{storage} holds another study called {name!r}; choose another --study-name, or --overwrite")
     study.set_user_attr(OURS, mine)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def settle(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one."""
+    """Write a file beside its place and rename it: a reader sees the old content or the new one."""
     temporary = path.with_name(f".{path.name}")
     with temporary.open("wb") as file:
         file.write(content)
@@ -23,5 +23,5 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """The same of JSON."""
+    """Write JSON in the same way."""
     write_bytes(path, json.dumps(content, indent=1).encode())

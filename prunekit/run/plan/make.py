@@ -22,7 +22,8 @@ from prunekit.run.plan.rehearsal import Rehearsal, rehearsed, walks
 from prunekit.run.workplace import written
 from prunekit.search.conversation import Known
 from prunekit.space.ladders import Space
-from prunekit.system.memory import Shares, available, parsed
+from prunekit.system.memory import Shares, available
+from prunekit.system.sizes import parse_size
 
 SPARE = 0.9  # of what is free on the machine; the rest is for others
 
@@ -51,7 +52,7 @@ def planned(
     computed = computing_dtype(stored, recipe.dtype, device)
     seqlen = window_of(recipe.data, limits(model)["max_seqlen"])
     tokens = amounts(recipe.data, seqlen)
-    limit_asked = parsed(recipe.memory)
+    limit_asked = parse_size(recipe.memory)
     limit = round(available(device) * SPARE) if limit_asked is None else limit_asked - _taken(device)
     free_disk = place = None
     if output is not None:

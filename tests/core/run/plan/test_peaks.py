@@ -82,7 +82,7 @@ def run(kind: str, model: str, output: Path) -> dict[str, float]:
     from prunekit.recipe.resolve import resolve
     from prunekit.recipe.schema import Recipe
     from prunekit.run import prune, workplace
-    from prunekit.run.session import make_plan
+    from prunekit.run.session import Job, make_plan
 
     settings = dict(KINDS[kind])
     few = {"dataset": "python-docs", "seqlen": 128, "calibration_tokens": 4096, "search_tokens": 2048}
@@ -97,7 +97,7 @@ def run(kind: str, model: str, output: Path) -> dict[str, float]:
 
     prune.publish = publish
     before = peak()
-    prune.prune(recipe, output=output)
+    prune.prune(recipe, Job(output=output))
     return {
         "planned memory": max(stage.memory + stage.shared for stage in plan.stages),
         "planned disk": plan.disk,
