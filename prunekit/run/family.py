@@ -17,8 +17,8 @@ from prunekit.run.prune import make_result, open_runs, run_search
 from prunekit.run.results import Result, write_result
 from prunekit.run.session import Job
 from prunekit.run.stages import clear_folder
-from prunekit.run.workplace import check_output, new_folder, publish
-from prunekit.system.files import write_json
+from prunekit.run.workplace import check_output, new_folder, publish, published
+from prunekit.system.files import changed, seal, write_json
 
 SCHEMA = 1
 FILE = "pareto.json"
@@ -98,18 +98,25 @@ def family(recipe: Recipe, job: Job) -> Family:
     """
     asked, output = [member.sparsity for member in recipe.members], job.output
     with open_runs(recipe, job, asked) as (place, runs):
+        if output is not None and published(place, output.resolve()):  # it was stopped while it tidied up
+            document = json.loads((output / FILE).read_text(encoding="utf-8"))
+            return Family(document, output, {}, runs[0].blocks(sum(row["parameters"] for row in document["members"])))
         done, results, before = place / "result", dict[str, Result](), None
         done.mkdir(exist_ok=True)
         for run, (net, answer) in zip(runs, run_search(runs), strict=True):
             name = str(run.parts.recipe.sparsity)
             if (done / name).exists():
-                continue
+                if not (faults := changed(done / name)):
+                    continue
+                run.progress.say(f"{name}: {faults[0]} is not what was written; it is made anew")
+                clear_folder(done / name)
             before = before or run.measure_dense()
             result = make_result(run, net, answer, before, None if output is None else output / name)
             if output is None:
                 results[name] = result
                 continue
             write_result(result, clear_folder(run.place / "written"))
+            seal(run.place / "written")
             (run.place / "written").replace(done / name)
         reports = {
             str(share): results[str(share)].report if output is None else _report(done / str(share)) for share in asked

@@ -16,7 +16,7 @@ from prunekit.run.finish import finish_model
 from prunekit.run.results import Result, load_small, make_export, write_result
 from prunekit.run.session import Job, open_session
 from prunekit.run.stages import Run, assemble, clear_folder
-from prunekit.run.workplace import check_output, left, publish, unfinished, workplace
+from prunekit.run.workplace import check_output, left, publish, published, unfinished, workplace
 from prunekit.search.conversation import Known
 from prunekit.search.supernet import Supernet
 from prunekit.space.sites import Allocation
@@ -39,6 +39,8 @@ def prune(recipe: Recipe, job: Job) -> Result:
     """
     output = job.output
     with open_runs(recipe, job) as (place, runs):
+        if output is not None and published(place, output.resolve()):  # it was stopped while it tidied up
+            return Result.load(output, blocks=runs[0].dense.shares.blocks)
         found = dict(zip(runs, run_search(runs), strict=True))
         run = next(run for run in runs if run.parts.recipe.sparsity == recipe.sparsity)
         result = make_result(run, *found[run], run.measure_dense(), output)

@@ -121,8 +121,11 @@ class Session:
         for member, whole in zip(parts.members, spaces, strict=True):
             own = place / str(member.recipe.sparsity) if parts.recipe.family else place
             own.mkdir(exist_ok=True)
+            ledger = Ledger(own / "ledger.jsonl")
+            if ledger.damaged is not None:
+                self.progress.say(f"{ledger.path} is damaged from line {ledger.damaged} on: that is asked anew")
             runs.append(Run(
-                member, self.dense, whole, draws, Ledger(own / "ledger.jsonl"), own, shelf, self.progress,
+                member, self.dense, whole, draws, ledger, own, shelf, self.progress,
                 Clock(clock), teacher, self.plan.limit, self.team,
             ))  # fmt: skip
         return runs

@@ -6,7 +6,6 @@ twice: the model is opened once, a calibration pass lies on a shelf by what dete
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -21,7 +20,7 @@ from prunekit.run.bench import Bench
 from prunekit.run.session import Job, open_session
 from prunekit.run.study import OURS, SAMPLERS, FrozenTrial, Row, Sampler, TrialState, Tuned, optuna
 from prunekit.run.workplace import claimed
-from prunekit.system.files import write_json
+from prunekit.system.files import Damaged, read_state, write_state
 
 Metric = Literal["perplexity", "loss", "objective", "parameters", "seconds"]
 """All are better when lower: of the small model on the search text, of the allocation, of its size, of the run."""
@@ -135,13 +134,17 @@ def _run(study: optuna.Study, trial: FrozenTrial, overrides: Mapping[str, Any], 
 def _base_row(bench: Bench) -> Row:
     """The base recipe, run once for a study: what every trial is compared with, and the first pass on the shelf."""
     file = bench.place / "base.json"
-    if not file.exists():
+    try:
+        found: dict[str, Any] = read_state(file)
+    except Damaged as error:
+        if file.exists():
+            bench.session.progress.say(f"{error}; the base recipe is judged anew")
         try:
-            found: dict[str, Any] = {"state": "complete", "values": bench.judge(bench.session.parts)}
+            found = {"state": "complete", "values": bench.judge(bench.session.parts)}
         except (WrongInput, RuntimeError, ArithmeticError) as error:
             found = {"state": "fail", "values": {}, "reason": str(error)}
-        write_json(file, found)
-    return Row("base", overrides={}, recipe=bench.session.parts.digest, **json.loads(file.read_text()))
+        write_state(file, found)
+    return Row("base", overrides={}, recipe=bench.session.parts.digest, **found)
 
 
 # -- checks and words ---------------------------------------------------------------------------------

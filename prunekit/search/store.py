@@ -6,7 +6,6 @@ where it stopped.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,17 +17,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prunekit.errors import CannotGoOn
 from prunekit.layer.candidates import Candidate
 from prunekit.layer.layouts import layout_of
 from prunekit.models.shards import file_bytes
 from prunekit.space.sites import Site
-from prunekit.system.files import settle, write_json
+from prunekit.system.files import Damaged, digest, read_state, settle, settle_folder, temporary_of, write_state
 
 Table = tuple[tuple[float, ...], ...]
 
 
-class DamagedStore(CannotGoOn):
+class DamagedStore(Damaged):
     """A file of the store is not what was written."""
 
 
@@ -47,7 +45,7 @@ class CandidateStore:
         self._verified: set[str] = set()
         os.utime(directory)  # where stores are shared, the longest unused goes first
         if self._manifest.exists():
-            self._entries = json.loads(self._manifest.read_text())
+            self._entries = read_state(self._manifest)
             if self._entries["key"] != json.loads(json.dumps(key)):
                 raise DamagedStore(f"{directory} holds candidates of another walk; remove it to begin again")
         else:
@@ -100,19 +98,20 @@ class CandidateStore:
         if scores is not None:
             tensors["scores"] = torch.tensor(scores, dtype=torch.float64)
         name = f"{site.name}.safetensors"
-        temporary = self.directory / f".{name}"
+        temporary = temporary_of(self.directory / name)
         save_file(tensors, temporary)
         settle(temporary)  # a manifest must never name what a power cut can still take
-        digest = _digest(temporary)
+        sha256 = digest(temporary)
         temporary.replace(self.directory / name)
+        settle_folder(self.directory)
         self._entries["sites"][site.name] = {
             "file": name,
-            "sha256": digest,
+            "sha256": sha256,
             "kept": counts,
             "errors": list(errors),
             "signals": list(signals),
         }
-        write_json(self._manifest, self._entries)
+        write_state(self._manifest, self._entries)
 
     def get(self, site: Site, kept: int, device: torch.device | str = "cpu") -> Candidate:
         """The candidate that keeps `kept` groups, or weights per row, with a full-width weight.
@@ -143,12 +142,7 @@ class CandidateStore:
         entry = self._entries["sites"][site.name]
         path = self.directory / entry["file"]
         if site.name not in self._verified:
-            if not path.exists() or _digest(path) != entry["sha256"]:
+            if not path.exists() or digest(path) != entry["sha256"]:
                 raise DamagedStore(f"{path} is missing or damaged; remove {self.directory} to prune again")
             self._verified.add(site.name)
         return path
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -73,7 +73,7 @@ def asked(ledger: str) -> list[dict[str, Any]]:
 
 def test_every_member_is_an_ordinary_result_that_loads_alone_and_keeps_its_budget(made, folder):
     output, found, _ = made
-    assert sorted(p.name for p in output.iterdir()) == [*NAMES, "pareto.json"]
+    assert sorted(p.name for p in output.iterdir()) == [*NAMES, "files.json", "pareto.json"]
     assert not output.with_name("out.partial").exists()
     dense = AutoModelForCausalLM.from_pretrained(folder)
     blocks = sum(p.numel() for p in dense.model.layers.parameters())
@@ -287,4 +287,4 @@ def test_only_a_family_of_ours_is_replaced(made, folder, tmp_path, plain):
     with pytest.raises(prunekit.WrongInput, match="--overwrite"):
         prunekit.prune(folder, output=tmp_path / "out", sparsity=SHARES, **plain)
     prunekit.prune(folder, output=tmp_path / "out", sparsity=[0.3, 0.4], overwrite=True, **plain)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.3", "0.4", "pareto.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.3", "0.4", "files.json", "pareto.json"]

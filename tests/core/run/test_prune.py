@@ -14,6 +14,7 @@ from prunekit.calibration.gradients import Gradients
 from prunekit.models.opening import fingerprint
 from prunekit.recipe.schema import Recipe
 from prunekit.run import results
+from prunekit.run.workplace import LOCK
 from prunekit.search.ledger import Ledger
 from prunekit.search.store import CandidateStore
 
@@ -111,7 +112,7 @@ def test_another_recipe_does_not_go_on_with_an_unfinished_run(folder, tmp_path, 
 
 def test_two_runs_do_not_share_an_output(folder, tmp_path, quick):
     (tmp_path / "out.partial").mkdir()
-    with FileLock(tmp_path / "out.partial" / ".lock"), pytest.raises(prunekit.WrongInput, match="another process"):
+    with FileLock(tmp_path / "out.partial" / LOCK), pytest.raises(prunekit.WrongInput, match="another process"):
         prunekit.prune(folder, output=tmp_path / "out", **quick())
 
 
