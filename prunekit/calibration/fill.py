@@ -1,4 +1,4 @@
-"""The walk that fills a supernet: block by block, site by site, all rungs at once.
+"""The calibration pass that fills a supernet: block by block, site by site, all rungs at once.
 
 For every site: add up what it receives, state the layer problem, let the pruner answer, measure the
 errors, store the candidates, and carry the activations on, so that the next site is pruned for what
@@ -25,7 +25,7 @@ from prunekit.data.tokens import TokenBatch
 from prunekit.errors import PluginError, WrongInput
 from prunekit.layer.candidates import Candidate
 from prunekit.layer.layouts import layout_of
-from prunekit.layer.problem import Feeder, LayerProblem
+from prunekit.layer.problem import LayerProblem, Producer
 from prunekit.layer.statistics import Need
 from prunekit.plugins.adapter import Cut, ModelAdapter
 from prunekit.plugins.engine import Team
@@ -98,12 +98,14 @@ def build(
         moments, against = flow.received(site, statistics), None if other is None else other.received(site)
         if site in store:
             return None
-        return layer_problem(model, adapter, site, moments, needs, damping, gradients, against, last=not site.shares)
+        return layer_problem(
+            model, adapter, site, moments, needs, damping, gradients, against, last=not site.input_group
+        )
 
     def fill(site: Site) -> None:
         if (whole := stated(site)) is None:
             return
-        layer, ladder = whole.knowing(pruner.needs), rungs_of[site]
+        layer, ladder = whole.restricted_to(pruner.needs), rungs_of[site]
         candidates = answers(pruner, layer, site, ladder, dtype)
         store.put(
             site,
@@ -171,18 +173,18 @@ def layer_problem(
         gradient, fisher = gradients.read(site.block, cut.path, order.device)
         return {"gradient": gradient[index], "fisher": fisher[index]}
 
-    def feeder(cut: Cut) -> Feeder:
+    def producer(cut: Cut) -> Producer:
         rows = cut.index.flatten().to(order.device)
         weight: Tensor = block.get_parameter(f"{cut.path}.weight").detach()
         whole = torch.equal(rows, torch.arange(len(weight), device=rows.device))
         statistics = {**moments.values(weight, cut.path), **learnt(cut, (rows,))}
-        return Feeder(cut.path, weight if whole else weight[rows], statistics)
+        return Producer(cut.path, weight if whole else weight[rows], statistics)
 
     weight = adapter.linear(block, site).weight.detach()
     values = moments.values(weight) | ({} if contrast is None else {"contrast": contrast.power})
     values = {name: arranged(value) for name, value in values.items()}
     cross, drift, energy = (values.pop(name, None) for name in ("cross", "drift", "energy"))
-    producers = "feeders" in needs or any("producers" in each.sees for each in moments.statistics)
+    producers = "producers" in needs or any("producers" in each.sees for each in moments.statistics)
     gram = moments.settled() if last else moments.gram
     return LayerProblem(
         weight=arranged(weight),
@@ -194,7 +196,7 @@ def layer_problem(
         drift=drift,
         energy=None if energy is None else float(energy),
         statistics={**values, **learnt(own, (slice(None), order))},
-        feeders=tuple(feeder(cut) for cut in fed) if producers else (),
+        producers=tuple(producer(cut) for cut in fed) if producers else (),
         name=site.name,
     )
 
@@ -234,7 +236,7 @@ def measured(signal: Signal, layer: LayerProblem, site: Site) -> float:
     Raises:
         PluginError: it is not finite.
     """
-    value = float(signal.measure(layer.knowing(signal.needs)))
+    value = float(signal.measure(layer.restricted_to(signal.needs)))
     if not math.isfinite(value):
         raise PluginError(f"{type(signal).__name__} on {site.name}: a finite number was asked, not {value}")
     return value

@@ -24,7 +24,7 @@ class SharedFlow:
         """`device`: where moments are added up."""
         self.team, self.device = team, device
         self.shards = shards(batch, team.size)
-        team.knows = None
+        team.supernet = None
         team.ask("stream", [(shard, dense) for shard in self.shards])
 
     def received(self, site: Site, statistics: Sequence[Statistic] = ()) -> Moments:

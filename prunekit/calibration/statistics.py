@@ -159,7 +159,7 @@ STATISTICS: Mapping[str, tuple[Statistic, ...]] = {
     "cross": (Cross(), Energy()),
     "drift": (Cross(), Energy(), Drift()),  # nothing aims at it alone
     "gram": (),  # every site has it
-    "feeders": (),  # weights
+    "producers": (),  # weights
     "gradient": (),  # of a pass back through the model
     "contrast": (),  # the powers of a second data set
 }

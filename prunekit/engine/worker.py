@@ -43,7 +43,7 @@ class Worker:
         return cls(opened(opening.source, (), device=device, dtype=opening.dtype, trust_remote_code=trusted))
 
     def stream(self, tokens: TokenBatch, dense: bool) -> None:
-        """Begin a walk with these calibration tokens."""
+        """Begin a calibration pass over these tokens."""
         self._flow = BlockFlow(self.dense.model, self.dense.adapter, tokens, dense=dense)
 
     def received(self, site: Site, statistics: Sequence[Statistic]) -> Moments:
@@ -61,8 +61,8 @@ class Worker:
         assert self._flow is not None
         self._flow.advance(block)
 
-    def meet(self, space: Space, errors: Table, store: CandidateStore) -> None:
-        """The candidates that questions will be about; a walk is over."""
+    def open_supernet(self, space: Space, errors: Table, store: CandidateStore) -> None:
+        """The candidates that questions will be about; the calibration pass is over."""
         self._flow = None
         dense = self.dense
         self._net = Supernet(dense.model, dense.adapter, space, errors, store, dense.shares, self.teacher)

@@ -27,15 +27,15 @@ from prunekit.space.sites import Allocation
 SCHEMA = 1
 
 
-def space_record(walk: int, problem: Problem) -> dict[str, Any]:
-    """All that is needed to read the questions of a walk without the model."""
+def space_record(pass_number: int, problem: Problem) -> dict[str, Any]:
+    """All that is needed to read the questions of a calibration pass without the model."""
     space = problem.space
     measured: dict[str, Any] = {"signals": [list(row) for row in problem.signals]} if problem.signals else {}
     if problem.scores is not None:  # as many as there are groups: the candidates' files have them
         measured["scores"] = hashlib.sha256(repr(problem.scores).encode()).hexdigest()
     return {
         "kind": "space",
-        "walk": walk,
+        "walk": pass_number,
         "sites": [site.name for site in space.sites],
         "ladders": [list(ladder) for ladder in space.ladders],
         "prices": [list(row) for row in space.prices],

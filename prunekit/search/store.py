@@ -1,6 +1,6 @@
 """Candidates on disk: kept columns, or a bit mask and values, in safetensors; a manifest with checksums.
 
-A store belongs to one walk. A site is in it whole or not at all, so an interrupted walk goes on
+A store belongs to one calibration pass. A site is in it whole or not at all, so an interrupted pass goes on
 where it stopped.
 """
 
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from prunekit.errors import CannotGoOn
@@ -23,7 +22,8 @@ from prunekit.layer.candidates import Candidate
 from prunekit.layer.layouts import layout_of
 from prunekit.models.shards import file_bytes
 from prunekit.space.sites import Site
-from prunekit.system.files import settle, write_json
+from prunekit.system.checkpoints import write_tensors
+from prunekit.system.files import write_json
 
 Table = tuple[tuple[float, ...], ...]
 
@@ -33,13 +33,13 @@ class DamagedStore(CannotGoOn):
 
 
 class CandidateStore:
-    """The candidates of one walk, by site and kept count."""
+    """The candidates of one calibration pass, by site and kept count."""
 
     def __init__(self, directory: Path, key: Mapping[str, Any]) -> None:
-        """Open or begin the store of the walk that `key` describes.
+        """Open or begin the store of the calibration pass that `key` describes.
 
         Raises:
-            DamagedStore: the directory holds the candidates of another walk.
+            DamagedStore: the directory holds the candidates of another calibration pass.
         """
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,9 @@ class CandidateStore:
         if self._manifest.exists():
             self._entries = json.loads(self._manifest.read_text())
             if self._entries["key"] != json.loads(json.dumps(key)):
-                raise DamagedStore(f"{directory} holds candidates of another walk; remove it to begin again")
+                raise DamagedStore(
+                    f"{directory} holds candidates of another calibration pass; remove it to begin again"
+                )
         else:
             self._entries = {"version": 1, "key": key, "sites": {}}
 
@@ -100,14 +102,10 @@ class CandidateStore:
         if scores is not None:
             tensors["scores"] = torch.tensor(scores, dtype=torch.float64)
         name = f"{site.name}.safetensors"
-        temporary = self.directory / f".{name}"
-        save_file(tensors, temporary)
-        settle(temporary)  # a manifest must never name what a power cut can still take
-        digest = _digest(temporary)
-        temporary.replace(self.directory / name)
+        write_tensors(self.directory / name, tensors)  # which no power cut can take after this: the manifest names it
         self._entries["sites"][site.name] = {
             "file": name,
-            "sha256": digest,
+            "sha256": _digest(self.directory / name),
             "kept": counts,
             "errors": list(errors),
             "signals": list(signals),

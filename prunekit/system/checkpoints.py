@@ -11,6 +11,14 @@ from torch import Tensor
 from prunekit.system.files import settle
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file beside, then rename: a reader sees the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}")
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
+    settle(temporary)
+    temporary.replace(path)
+
+
 class Checkpoints:
     """Tensors that a long piece of work has made so far: after an interruption they are read, not made again."""
 
@@ -28,10 +36,7 @@ class Checkpoints:
         if (path := self._path(name)) is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)
-        settle(temporary)
-        temporary.replace(path)
+        write_tensors(path, tensors)
 
     def _path(self, name: str) -> Path | None:
         return None if self.directory is None else self.directory / f"{name}.safetensors"

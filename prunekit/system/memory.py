@@ -40,8 +40,8 @@ class Shares:
     def of(cls, free: int, *, paged: bool) -> Shares:
         """`free` bytes beside what cannot be done without, shared out.
 
-        A walk holds blocks and activations, a search blocks, hidden states and parts, never all of them; what the
-        teacher said is held by both.
+        A calibration pass holds blocks and activations, a search blocks, hidden states and parts, never all of them;
+        what the teacher said is held by both.
         """
         fifth = max(0, free) // 5
         return cls(fifth if paged else None, fifth * (3 if paged else 4), fifth, fifth, fifth, fifth)

@@ -114,7 +114,7 @@ class AdapterSuite:
             for block in self.plugin.blocks(model):
                 stack.enter_context(self.plugin.exposed(block))
             _logits(model)
-        shared = {site.name: site.shares or site.name for site in sites}
+        shared = {site.name: site.input_group or site.name for site in sites}
         stages = [name for name, _ in groupby(shared[name] for name, _ in seen)]
         assert stages == [name for name, _ in groupby(shared.values())], "an input is whole before it is asked for"
         inputs = dict(seen)

@@ -19,7 +19,7 @@ from prunekit.testing.shapes import on_any_shape
 
 def supplied(layer: LayerProblem, pruner: LocalPruner) -> LayerProblem:
     """The layer as calibration on dense inputs hands it to this pruner: what it needs, nothing more."""
-    layer = layer.knowing(pruner.needs)
+    layer = layer.restricted_to(pruner.needs)
     if "cross" not in pruner.needs:
         return layer
     weight, gram = layer.weight.double(), layer.gram.double()
@@ -110,7 +110,7 @@ class PrunerSuite:
     ) -> None:
         for name, layer in self._layers(SHARED[structure]):
             with subtests.test(name):
-                owners = (layer, *layer.feeders)
+                owners = (layer, *layer.producers)
                 parts = [part for o in owners for part in (*vars(o).values(), *o.statistics.values())]
                 tensors = [part for part in parts if isinstance(part, torch.Tensor)]
                 before, state = [tensor.clone() for tensor in tensors], torch.get_rng_state()
@@ -183,8 +183,8 @@ class PrunerSuite:
             plain = checked(self.plugin, layer, counts_of(layer))
             for scale in (2.0**-6, 2.0**6):
                 with subtests.test(name, scale=scale):
-                    feeders = tuple(scaled(feeder, scale) for feeder in layer.feeders)
-                    louder = checked(self.plugin, replace(scaled(layer, scale), feeders=feeders), counts_of(layer))
+                    producers = tuple(scaled(producer, scale) for producer in layer.producers)
+                    louder = checked(self.plugin, replace(scaled(layer, scale), producers=producers), counts_of(layer))
                     for one, two in zip(plain, louder, strict=True):
                         assert one.kept == two.kept
                         assert torch.equal(one.weight != 0, two.weight != 0)
