@@ -22,6 +22,7 @@ from prunekit.calibration.flow import BlockFlow, Stream
 from prunekit.calibration.moments import Moments, precise
 from prunekit.data.draws import draw
 from prunekit.data.tokens import TokenBatch
+from prunekit.layer.problem import LayerProblem
 from prunekit.models.blocks import chunks, entered
 from prunekit.models.opening import opened
 from prunekit.plugins.dense import Dense
@@ -36,7 +37,7 @@ STAGES: dict[str, list[tuple[Any, str]]] = {
     "forward": [(BlockFlow, "__init__"), (Stream, "caught"), (BlockFlow, "carry"), (BlockFlow, "advance")],
     "moments": [(Moments, "add"), (Moments, "of_map")],
     "pruner": [(fill, "answers")],
-    "errors": [(fill, "_error")],
+    "errors": [(LayerProblem, "error")],
     "store": [(CandidateStore, "put"), (fill, "expected_weight")],
 }
 PRUNER = ("wanda", "obs", "obs dense", "obs stream")

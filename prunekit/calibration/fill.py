@@ -61,25 +61,45 @@ def build(
     progress: Progress,
     label: str = "prune",
 ) -> tuple[tuple[float, ...], ...]:
-    """Fill `store` with a candidate for every rung of `space`; return their relative errors by site and rung.
+    """Fill `store` with a candidate for every rung of `space`. Sites that are already stored are not pruned again.
 
-    `carry` says which activations reach the next site: those of the dense model, of the candidate at
-    `centre`, or the expectation over the ladder. Candidates are rounded to `dtype` before they are
-    judged: what is measured is what will be saved. Sites that are already stored are not pruned again.
-    At every site the `signals` are measured, and what the pruner says its groups are worth if `scores` are asked.
-    `gradients` and `contrast`, a second data set, are there when any of them needs these; activations are kept in
-    `room`. A `team` streams the calibration tokens side by side.
+    Candidates are rounded to `dtype` before they are judged: what is measured is what will be saved.
+
+    Args:
+        model: the dense model; left as it was.
+        adapter: of its family.
+        space: the sites and their ladders.
+        centre: an allocation of it.
+        pruner: asked for all rungs of a site at once.
+        tokens: of calibration.
+        store: receives candidates, errors, and what signals and the pruner say.
+        signals: measured at every site.
+        scores: whether the pruner is asked what its groups are worth.
+        carry: activation propagation, what reaches the next site: the activations of the dense model, of the
+            candidate at `centre`, or the expectation over the ladder.
+        damping: ridge, as a share of the mean of diag H.
+        dtype: of the checkpoint.
+        gradients: of the dense model's loss, for plug-ins that need them.
+        contrast: a second data set, for plug-ins that need it.
+        room: where activations are kept.
+        team: workers that stream the calibration tokens side by side; None: nobody else.
+        progress: told of every site.
+        label: of the stage.
+
+    Returns:
+        Relative output errors by site and rung: 0 lossless, 1 as bad as zeros.
+
+    Raises:
+        PluginError: a plug-in needs what cannot be collected, or its answer is wrong.
+        WrongInput: what reaches a site is not finite.
     """
     if all(site in store for site in space.sites):
         return tuple(tuple(store.errors(site)) for site in space.sites)
-    missing = {name for name, source in (("gradient", gradients), ("contrast", contrast)) if source is None}
+    other_passes = {"gradient": gradients, "contrast": contrast}
+    there = {name for name in STATISTICS if other_passes.get(name, ...) is not None}
     for plugin in (pruner, *signals):
-        if (
-            unmet := {need for need in plugin.needs if isinstance(need, str)} - STATISTICS.keys()
-            | plugin.needs & missing
-        ):
-            them = ", ".join(sorted(map(str, unmet)))
-            raise PluginError(f"{type(plugin).__name__} needs {them}, which calibration cannot collect")
+        if unmet := sorted(need for need in plugin.needs if isinstance(need, str) and need not in there):
+            raise PluginError(f"{type(plugin).__name__} needs {', '.join(unmet)}, which calibration cannot collect")
     needs = pruner.needs.union(*(signal.needs for signal in signals))
     statistics, room, other = statistics_of(needs), room or Room(), None
     two = any("dense" in each.sees for each in statistics)
@@ -107,14 +127,10 @@ def build(
             return
         layer, ladder = whole.restricted_to(pruner.needs), rungs_of[site]
         candidates = answers(pruner, layer, site, ladder, dtype)
-        store.put(
-            site,
-            candidates,
-            [_error(layer, site, c) for c in candidates],
-            [measured(signal, whole, site) for signal in signals],
-            scored(pruner, layer, site) if scores else None,
-            keeps=ladder,
-        )
+        errors = [layer.error(candidate.weight) for candidate in candidates]
+        numbers = [measured(signal, whole, site) for signal in signals]
+        worth = scored(pruner, layer, site) if scores else None
+        store.put(site, [_in_model(site, c) for c in candidates], errors, numbers, worth, keeps=ladder)
 
     with progress.stage(label, len(space.sites)) as stage:
         for index, sites in groupby(space.sites, key=lambda site: site.block):
@@ -204,7 +220,7 @@ def layer_problem(
 def answers(
     pruner: LocalPruner, layer: LayerProblem, site: Site, keeps: Sequence[int], dtype: torch.dtype
 ) -> list[Candidate]:
-    """The pruner's candidates for `keeps`, checked, rounded to `dtype`, columns in the model's order.
+    """The pruner's candidates for `keeps`, checked and rounded to `dtype`.
 
     Raises:
         PluginError: a candidate is missing, keeps another count, is not finite or not zero elsewhere.
@@ -213,7 +229,6 @@ def answers(
     proposed = list(pruner.prune(layer, list(keeps)))
     if len(proposed) != len(keeps):
         raise PluginError(f"{who}: {len(keeps)} counts were asked, {len(proposed)} candidates came")
-    order = _order(site, layer.weight.device)
     checked = []
     for keep in keeps:
         candidate = proposed.pop(0)  # let go when it is rounded
@@ -224,9 +239,7 @@ def answers(
             raise PluginError(f"{who}: the weight of count {keep} is not finite")
         if fault := layout_of(site).fault(site, keep, candidate, layer.columns):
             raise PluginError(f"{who}: {fault}")
-        weight = torch.empty_like(candidate.weight, dtype=dtype)
-        weight[:, order] = candidate.weight.to(dtype)
-        checked.append(Candidate(candidate.kept, weight))
+        checked.append(Candidate(candidate.kept, candidate.weight.to(dtype)))
     return checked
 
 
@@ -268,8 +281,13 @@ def expected_weight(store: CandidateStore, site: Site, counts: Sequence[int]) ->
     return mean
 
 
-def _error(layer: LayerProblem, site: Site, candidate: Candidate) -> float:
-    return layer.error(candidate.weight[:, _order(site, candidate.weight.device)])
+def _in_model(site: Site, candidate: Candidate) -> Candidate:
+    """With columns in the order of the model."""
+    if site.spread == 1:
+        return candidate
+    weight = torch.empty_like(candidate.weight)
+    weight[:, _order(site, weight.device)] = candidate.weight
+    return Candidate(candidate.kept, weight)
 
 
 def _order(site: Site, device: torch.device) -> Tensor:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
 from prunekit.data.sources import Source, slices
+from prunekit.data.spec import DataSpec
 from prunekit.errors import WrongInput
 from prunekit.system.progress import Progress
-
-if TYPE_CHECKING:
-    from prunekit.data.spec import DataSpec
 
 DEFAULTS = {"calibration": 131_072, "search": 131_072, "evaluation": 65_536}  # tokens
 LEAST = 2_048  # tokens; with less than this in a part nobody asked for less, so we refuse

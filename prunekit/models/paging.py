@@ -191,7 +191,7 @@ def attach(model: PreTrainedModel, adapter: ModelAdapter, read: Read, dtype: tor
     for prefix, part in parts:
         names = [f"{prefix}.{name}" for name, _ in part.named_parameters()]
         size = sum(p.numel() for p in part.parameters()) * dtype.itemsize
-        page = Page(pager, size, partial(_read, read, names))
+        page = Page(pager, size, lambda names=names: {name: read(name) for name in names})
         for path, module in part.named_modules():
             own = list(module.named_parameters(recurse=False))
             for name, parameter in own:
@@ -210,10 +210,6 @@ def attach(model: PreTrainedModel, adapter: ModelAdapter, read: Read, dtype: tor
                     found[id(parameter)] = nn.Parameter(value, requires_grad=False)
                 setattr(module, name, found[id(parameter)])
     pager.device = next(iter(found.values())).device
-
-
-def _read(read: Read, names: list[str]) -> dict[str, Tensor]:
-    return {name: read(name) for name in names}
 
 
 def whole(model: PreTrainedModel) -> PreTrainedModel:
@@ -240,7 +236,9 @@ class Checkpoint:
         self.shards = Shards.of(source)
         there, state = self.shards.tensors, model.state_dict()
         dtype = getattr(config, "dtype", None)
-        self.dtype = dtype if isinstance(dtype, torch.dtype) else self._dtype_there()
+        # where a config says none, transformers takes that of the first parameter
+        there_first = next((t.dtype for t in there.values() if t.dtype.is_floating_point), torch.float32)
+        self.dtype = dtype if isinstance(dtype, torch.dtype) else there_first
         self.origin = _origins(list(there), model, state)
         missing = sorted(state.keys() - self.origin.keys() - set(getattr(model, "all_tied_weights_keys", {})))
         if missing:
@@ -251,10 +249,6 @@ class Checkpoint:
                 raise WrongInput(
                     f"{source!r}: {name} is {there[origin].shape}, and its config asks for {tuple(state[name].shape)}"
                 )
-
-    def _dtype_there(self) -> torch.dtype:
-        """That of the first parameter, which is what transformers takes where a config says none."""
-        return next((t.dtype for t in self.shards.tensors.values() if t.dtype.is_floating_point), torch.float32)
 
     def read(self, name: str, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A parameter in another dtype, rounded to the checkpoint's before, as a model opened whole is."""
@@ -289,17 +283,6 @@ def real(parameter: Tensor) -> Tensor:
     return parameter
 
 
-def skeleton_of(path: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
-    """A model on the meta device as `from_pretrained` would make it, and its config."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    with suppress(OSError):  # it has none: that of the class stays
-        model.generation_config = GenerationConfig.from_pretrained(path)
-    model.config.name_or_path = path
-    return model, config
-
-
 def opened(
     path: str,
     computed: Callable[[torch.dtype], torch.dtype],
@@ -313,7 +296,12 @@ def opened(
     Raises:
         WrongInput: it is not whole, or cannot be read block by block.
     """
-    model, config = skeleton_of(path, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    with suppress(OSError):  # it has none: that of the class stays
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    model.config.name_or_path = path
     checkpoint = Checkpoint(path, config, model)
     dtype = computed(checkpoint.dtype)
     attach(model, adapter_for(config.model_type), partial(checkpoint.read, dtype=dtype, device=device), dtype, bound)

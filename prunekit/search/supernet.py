@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import chain
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,7 +22,7 @@ from prunekit.models.blocks import TOKENS_AT_ONCE, chunks, entered
 from prunekit.models.modules import grafted, shallow
 from prunekit.models.paging import pager_of
 from prunekit.plugins.adapter import ModelAdapter
-from prunekit.plugins.objective import Objective, TopLogProbs
+from prunekit.plugins.objective import Logits, Objective, TopLogProbs
 from prunekit.search.store import CandidateStore
 from prunekit.search.teacher import Teacher
 from prunekit.space.ladders import Space
@@ -111,15 +111,11 @@ class Supernet:
                 yield allocation, objective.loss(self, allocation, batch)
             rest = rest[len(ready) :]
 
-    def logits(
-        self, allocation: Allocation, batch: TokenBatch
-    ) -> Iterator[tuple[Int64[Tensor, "windows length"], Float[Tensor, "windows length vocabulary"]]]:
+    def logits(self, allocation: Allocation, batch: TokenBatch) -> Iterator[Logits]:
         """(token ids, logits) of a few windows at a time, float32."""
         return chain.from_iterable(self._headed(allocation, batch))
 
-    def dense_logits(
-        self, batch: TokenBatch
-    ) -> Iterator[tuple[Int64[Tensor, "windows length"], Float[Tensor, "windows length vocabulary"]]]:
+    def dense_logits(self, batch: TokenBatch) -> Iterator[Logits]:
         """As `logits`, of the dense model."""
         return chain.from_iterable(self._headed(None, batch))
 
@@ -144,7 +140,7 @@ class Supernet:
         self, allocation: Allocation, batch: TokenBatch, depths: Sequence[int]
     ) -> Iterator[tuple[Float[Tensor, "windows length d"], ...]]:
         """The residual stream behind the first `depth` blocks, one tensor per depth, some windows at a time."""
-        yield from self._states(allocation, batch, depths)
+        return self._states(allocation, batch, depths)
 
     def dense_hidden(
         self, batch: TokenBatch, depths: Sequence[int]
@@ -231,13 +227,13 @@ class Supernet:
         for states in self._run([allocation], batch, depths):
             yield tuple(states[allocation, depth] for depth in depths)
 
-    def _headed(self, allocation: Allocation | None, batch: TokenBatch) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    def _headed(self, allocation: Allocation | None, batch: TokenBatch) -> Iterator[Iterator[Logits]]:
         """Chunk by chunk, (token ids, logits) of a few windows at a time."""
         windows = max(1, LOGITS_AT_ONCE // (batch.seqlen * self._vocabulary))
         for ids, (states,) in zip(chunks(batch), self._states(allocation, batch, [len(self.blocks)]), strict=True):
             yield self._logits(ids.split(windows), states.split(windows))
 
-    def _logits(self, windows: Sequence[Tensor], states: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _logits(self, windows: Sequence[Tensor], states: Sequence[Tensor]) -> Iterator[Logits]:
         for ids, part in zip(windows, states, strict=True):
             with torch.no_grad():
                 logits = self.adapter.logits(self.model, part)

@@ -172,9 +172,16 @@ class Space:
     # -- neighbours ---------------------------------------------------------------------------------
 
     def swap(self, here: Allocation, up: int, down: int) -> Allocation | None:
-        """Take from site `down`, give to site `up`: one rung of the dearer, what it pays for of the cheaper.
+        """A neighbour by one swap: one rung of the dearer site, what it pays for of the cheaper.
 
-        What is then left over goes to other sites. None when the ladders or the partitions do not allow it.
+        Args:
+            here: a feasible allocation.
+            up: index of the site that gains.
+            down: index of the site that loses.
+
+        Returns:
+            A tight allocation; what is left over of the price went to other sites of the partition. None when the
+            ladders or the partitions do not allow it.
         """
         rungs = self.rungs(here)
         moved = self._trade(rungs, self._spare(rungs, *self.partitions[self._partition_of[up]]), up, down)

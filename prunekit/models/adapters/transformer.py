@@ -30,7 +30,11 @@ class Transformer(ModelAdapter):
     """
 
     family: ClassVar[Family]
-    final: ClassVar[tuple[str, ...]]  # modules after the last block, in order; absent ones are passed over
+    layers = "model.layers"
+    final: ClassVar[tuple[str, ...]] = (
+        "model.norm",
+        "lm_head",
+    )  # modules after the last block, in order; absent ones are passed over
 
     def sites(self, model: nn.Module, heads: Heads = "kv") -> tuple[Site, ...]:
         return tuple(
