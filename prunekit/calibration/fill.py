@@ -83,7 +83,7 @@ def build(
         contrast: a second data set, for plug-ins that need it.
         room: where activations are kept.
         team: workers that stream the calibration tokens side by side; None: nobody else.
-        progress: told of every site.
+        progress: advanced at every site.
         label: of the stage.
 
     Returns:
@@ -161,9 +161,20 @@ def layer_problem(
     *,
     last: bool = False,
 ) -> LayerProblem:
-    """What plug-ins with these needs are told of a site; groups made contiguous.
+    """State the layer problem of a site for plug-ins with these needs; groups made contiguous.
 
-    What need not be arranged is not copied: of wide maps it is large. `last`: nobody reads the moments afterwards.
+    What need not be arranged is not copied: of wide maps it is large.
+
+    Args:
+        model: the dense model.
+        adapter: of its family.
+        site: a place in it.
+        moments: of what the site receives.
+        needs: of all plug-ins together.
+        damping: ridge, as a share of the mean of diag H.
+        gradients: read where "gradient" is needed.
+        contrast: of what the site receives of a second data set.
+        last: nobody reads the moments afterwards, so that the gram may take their place.
 
     Raises:
         WrongInput: what reaches the site is not finite, or it has no influence to measure.
@@ -177,13 +188,13 @@ def layer_problem(
     if unseen and not joins:
         why = "a norm comes after the sum" if adapter.part(site) is not None else "it is no whole sub-layer"
         raise WrongInput(f"{site.name}: {why}, so there is no {unseen[0]}; choose another signal")
-    *fed, own = adapter.cuts(block, site)
+    *front, own = adapter.cuts(block, site)
     straight = site.spread == 1  # wide matrices are not copied for nothing
 
     def arranged(value: Tensor) -> Tensor:
         return value if straight or not value.ndim else value[..., order]
 
-    def learnt(cut: Cut, index: tuple[Any, ...]) -> dict[str, Tensor]:
+    def gradient_of(cut: Cut, index: tuple[Any, ...]) -> dict[str, Tensor]:
         if gradients is None or "gradient" not in needs:
             return {}
         gradient, fisher = gradients.read(site.block, cut.path, order.device)
@@ -193,7 +204,7 @@ def layer_problem(
         rows = cut.index.flatten().to(order.device)
         weight: Tensor = block.get_parameter(f"{cut.path}.weight").detach()
         whole = torch.equal(rows, torch.arange(len(weight), device=rows.device))
-        statistics = {**moments.values(weight, cut.path), **learnt(cut, (rows,))}
+        statistics = {**moments.values(weight, cut.path), **gradient_of(cut, (rows,))}
         return Producer(cut.path, weight if whole else weight[rows], statistics)
 
     weight = adapter.linear(block, site).weight.detach()
@@ -211,8 +222,8 @@ def layer_problem(
         cross=cross,
         drift=drift,
         energy=None if energy is None else float(energy),
-        statistics={**values, **learnt(own, (slice(None), order))},
-        producers=tuple(producer(cut) for cut in fed) if producers else (),
+        statistics={**values, **gradient_of(own, (slice(None), order))},
+        producers=tuple(producer(cut) for cut in front) if producers else (),
         name=site.name,
     )
 
@@ -231,7 +242,7 @@ def answers(
         raise PluginError(f"{who}: {len(keeps)} counts were asked, {len(proposed)} candidates came")
     checked = []
     for keep in keeps:
-        candidate = proposed.pop(0)  # let go when it is rounded
+        candidate = proposed.pop(0)  # freed when it is rounded
         there, asked = tuple(candidate.weight.shape), tuple(layer.weight.shape)
         if there != asked:
             raise PluginError(f"{who}: the weight of count {keep} has shape {there}, and {asked} was asked")
@@ -273,6 +284,14 @@ def expected_weight(store: CandidateStore, site: Site, counts: Sequence[int]) ->
 
     Týr-the-Pruner (arXiv 2503.09657), expectation error accumulation: rungs weigh by what they keep;
     by linearity one forward with W̄ is the weighted mean of one forward per rung.
+
+    Args:
+        store: holds the candidates.
+        site: whose.
+        counts: kept groups, or weights per row, of the rungs.
+
+    Returns:
+        W̄ in float64; zeros where all counts are 0.
     """
     total = sum(counts)
     mean = store.get(site, counts[0]).weight.double() * (counts[0] / total if total else 0.0)

@@ -55,8 +55,8 @@ class BlockFlow:
             if stream is not None:
                 stream.inputs.clear()  # of an input that was shared
         there = collected(statistics, residual=self.adapter.adds_up(block) and self.adapter.part(site) is not None)
-        fed = self.adapter.cuts(block, site)[:-1] if any("producers" in each.sees for each in there) else ()
-        layers = {cut.path: linear_at(block, cut.path) for cut in fed}
+        front = self.adapter.cuts(block, site)[:-1] if any("producers" in each.sees for each in there) else ()
+        layers = {cut.path: linear_at(block, cut.path) for cut in front}
         producers = {path: MapShape(layer.in_features, layer.out_features) for path, layer in layers.items()}
         moments = Moments.empty(there, shape, linear.weight.device, producers)
 
@@ -170,14 +170,16 @@ class Stream:
         Raises:
             UnsupportedModel: the map is never called.
         """
-        of, seen = of or self, list[Tensor]()
+        hidden, seen = self.hidden[i], list[Tensor]()
+        if of is not None:
+            hidden = hidden.to(of.dtype)
 
         def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append(args[0].reshape(*self.hidden[i].shape[:-1], -1))  # OPT flattens windows
+            seen.append(args[0].reshape(*hidden.shape[:-1], -1))  # OPT flattens windows
             raise Seen
 
         with self.replaying(block, i, of), linear.register_forward_pre_hook(catch), suppress(Seen):
-            of.calls[i][site.block](block, self.hidden[i].to(of.dtype))
+            (self if of is None else of).calls[i][site.block](block, hidden)
             raise UnsupportedModel(f"{site.name} is never called: other code, say a fused kernel, reads its weight")
         return seen[0]
 
@@ -201,21 +203,21 @@ class Stream:
     def advance(self, block: nn.Module, index: int) -> None:
         """Through a block, in place."""
         for i, calls in enumerate(self.calls):
-            with self.replaying(block, i, self):
+            with self.replaying(block, i):
                 self.hidden[i] = calls[index](block, self.hidden[i])
         self.inputs.clear()
         self.weights.clear()
         self.outputs.clear()
 
     @contextmanager
-    def replaying(self, block: nn.Module, i: int, of: Stream) -> Iterator[None]:
+    def replaying(self, block: nn.Module, i: int, of: Stream | None = None) -> Iterator[None]:
         """Within: sub-layers whose output for chunk i is known give it, others run with the weight of their site."""
         with ExitStack() as stack:
             for site, weight in self.weights.items():
                 holder = self.adapter.holder(site)
                 if site in self.outputs and holder is not None:
                     output = self.outputs[site][i]
-                    output = output if of is self else output.to(of.dtype)
+                    output = output if of is None else output.to(of.dtype)
                     stack.enter_context(replayed(block.get_submodule(holder), output, self.adapter.part(site)))
                 elif weight is not None:
                     stack.enter_context(installed(self.adapter.linear(block, site), site, weight))

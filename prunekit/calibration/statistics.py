@@ -63,9 +63,9 @@ class Relative(Statistic):
     sees: ClassVar[Sees] = frozenset({"output"})
 
     def add(self, sums: Sums, received: Received) -> None:
-        loud = received.output.double().square().sum(-1, keepdim=True)
+        squared = received.output.double().square().sum(-1, keepdim=True)
         squares = received.inputs.double().square()
-        sums["sum"] += torch.where(loud > 0, squares / torch.where(loud > 0, loud, 1), 0).sum(0)
+        sums["sum"] += torch.where(squared > 0, squares / torch.where(squared > 0, squared, 1), 0).sum(0)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ def position(order: Sequence[Source], source: Source, n: int) -> int:
 
 
 def interleaved(order: Sequence[Source], stretches: Mapping[Source, Tensor]) -> TokenBatch:
+    """The windows of all sources, (windows, length) each, in the order of their turns."""
     labels: dict[Source, str] = {}
     for source in stretches:
         alike = sum(source.label == other.label for other in labels)

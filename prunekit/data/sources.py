@@ -117,7 +117,18 @@ def same_data(one: str, two: str) -> bool:
 
 
 def source_of(name: str, config: str | None, split: str | None, field: str, held_out_from: str | None = None) -> Source:
-    """A stream with its split chosen: a held-out one, or else `held_out_from`, when that is given."""
+    """A stream with its split chosen.
+
+    Args:
+        name: of a data set, or a file.
+        config: of a data set on the hub; None: its usual one.
+        split: None: train, or the first there is.
+        field: of rows that holds the text.
+        held_out_from: the split that others read: with it a held-out split is chosen, or this one where there is none.
+
+    Raises:
+        WrongInput: no such data set, or a split or config of a file.
+    """
     if is_file(name):
         if split or config:
             raise WrongInput(f"a file has no split or config; {name!r} was asked for {split or config!r}")
@@ -136,6 +147,7 @@ def source_of(name: str, config: str | None, split: str | None, field: str, held
 
 
 def named(dataset: str, progress: Progress) -> str:
+    """The data set that `auto` stands for, with a warning where the hub cannot be read; others are themselves."""
     if dataset != "auto":
         return dataset
     why = _hub_is_away()

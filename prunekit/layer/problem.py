@@ -105,23 +105,23 @@ class LayerProblem:
         return required(self.name, {**own, **self.statistics}, statistic)
 
     def restricted_to(self, needs: frozenset[Need]) -> LayerProblem:
-        """The same layer with what `needs` names and no more: one plug-in's wishes are not another's hints."""
+        """The same layer with what `needs` names and no more, so that no plug-in depends on the needs of another."""
         names = named(needs)
         asked = names | {"fisher"} if "gradient" in names else names  # comes with it
 
         def known(statistics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             return {name: value for name, value in statistics.items() if name in asked}
 
-        fed = {"producers"}.union(*(producer.statistics.keys() - self.statistics.keys() for producer in self.producers))
+        of_producers = {"producers", *(name for producer in self.producers for name in producer.statistics)}
         producers = tuple(replace(producer, statistics=known(producer.statistics)) for producer in self.producers)
-        crossed = bool({"cross", "drift"} & names)
+        paired = bool({"cross", "drift"} & names)
         return replace(
             self,
-            cross=self.cross if crossed else None,
-            energy=self.energy if crossed else None,
+            cross=self.cross if paired else None,
+            energy=self.energy if paired else None,
             drift=self.drift if "drift" in names else None,
             statistics=known(self.statistics),
-            producers=producers if fed & names else (),
+            producers=producers if names & of_producers - self.statistics.keys() else (),
         )
 
     @property

@@ -60,6 +60,14 @@ def opened(
     Where `shares` bound its blocks, those of a folder or hub id are read when they are needed (`prunekit.paging`);
     nothing else about the model differs.
 
+    Args:
+        source: a folder, a hub id, or a model in memory.
+        tokenizer: of the model; None: the one beside it.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: of the computation; auto: that of the checkpoint, on a CPU at least float32.
+        trust_remote_code: whether code in the checkpoint may be run.
+        shares: of the memory.
+
     Raises:
         WrongInput: it cannot be opened, has no adapter, or holds weights that are not finite.
     """

@@ -1,8 +1,8 @@
-"""Models larger than memory: blocks are read when a parameter of theirs is asked for, and let go for others.
+"""Models larger than memory: blocks are read when a parameter of theirs is asked for, and freed for others.
 
 A paged model is an ordinary one whose blocks, and head, hold placeholders on the meta device. Whoever asks a module
 for a parameter (`linear.weight`, a forward pass) gets the real one, and with it the whole part it belongs to. Shapes
-need no reading, copies share what is read, and what somebody still holds when its part is let go stays as it is.
+need no reading, copies share what is read, and what somebody still holds when its part is freed stays as it is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Read = Callable[[str], Tensor]
 
 
 class Page:
-    """A part of a model: its parameters are read together and let go together."""
+    """A part of a model: its parameters are read together and freed together."""
 
     def __init__(self, pager: Pager, bytes_: int, read: Callable[[], Mapping[str, Tensor]]) -> None:
         self.pager, self.bytes, self.read = pager, bytes_, read
@@ -75,7 +75,7 @@ class Pager:
         return self._held[page][name]
 
     def clear(self) -> None:
-        """Let go of everything."""
+        """Free all pages."""
         self._held.clear()
         self._forget()
 
@@ -158,7 +158,7 @@ def pager_of(model: nn.Module) -> Pager | None:
 
 
 def rest(model: nn.Module) -> None:
-    """Let a paged model go of what it holds: pages know their pager, so that nobody does when the model is gone."""
+    """Free what a paged model holds: pages know their pager, so that nobody does when the model is gone."""
     if (pager := pager_of(model)) is not None:
         pager.clear()
 
@@ -179,7 +179,12 @@ def shapes_of(model: nn.Module) -> Iterator[None]:
 def attach(model: PreTrainedModel, adapter: ModelAdapter, read: Read, dtype: torch.dtype, bound: int) -> None:
     """Let a model on the meta device read its blocks, and its head, through `read`; what is left is read now.
 
-    `read` is asked for the parameters of one part, then for those of the next.
+    Args:
+        model: changed in place.
+        adapter: of its family.
+        read: asked for the parameters of one part, then for those of the next.
+        dtype: of all parameters.
+        bound: bytes of parts that are held at once.
     """
     model.pager = pager = Pager(bound)  # type: ignore[assignment]
     parts: list[tuple[str, nn.Module]] = [
@@ -291,7 +296,17 @@ def opened(
     *,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, torch.dtype]:
-    """(a paged model, the dtype of its checkpoint), of which `computed` makes that of the computation.
+    """Open a model whose blocks are read when they are needed.
+
+    Args:
+        path: a folder or a hub id.
+        computed: makes of the dtype of the checkpoint that of the computation.
+        device: of the computation.
+        bound: bytes of blocks that are held at once.
+        trust_remote_code: whether code in the checkpoint may be run.
+
+    Returns:
+        (the model, the dtype of its checkpoint).
 
     Raises:
         WrongInput: it is not whole, or cannot be read block by block.

@@ -136,7 +136,11 @@ def write(
 ) -> None:
     """Write a checkpoint as transformers does, its files and their index, holding one tensor at a time.
 
-    `tensors` say names, dtypes and shapes, on the meta device or not; `read` gives each when its turn comes.
+    Args:
+        folder: of the checkpoint.
+        tensors: say names, dtypes and shapes, on the meta device or not.
+        read: gives each when its turn comes.
+        shard_bytes: of the largest file.
     """
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")

@@ -75,9 +75,22 @@ def converse(
 ) -> Outcome:
     """Hold the conversation; return the allocator's answer.
 
-    What another conversation about `net` has learnt from the same tokens is in `known` and not judged again; what this
-    one learns is added. Token-forwards are counted per new question. When the next ask would take the ledger past
-    `limit` (token-forwards of the whole run) the search ends with the best allocation judged so far, or the start.
+    Token-forwards are counted per new question.
+
+    Args:
+        allocator: asks.
+        problem: what it is told.
+        net: answers for the objective; of the problem's space.
+        objective: judges.
+        tokens: of the search.
+        ledger: records, or replays, every question.
+        pass_number: of the calibration pass that filled `net`, from 0.
+        limit: token-forwards of the whole run; when the next ask would take the ledger past it the search ends with
+            the best allocation judged so far, or the start.
+        known: what other conversations about `net` have learnt from the same tokens, not judged again; what this one
+            learns is added.
+        progress: advanced at every question.
+        label: of the stage.
 
     Raises:
         PluginError: a question or the answer breaks the space, or nothing was asked.
@@ -120,8 +133,7 @@ def converse(
 
 def best(judged: Known) -> Judgement:
     """The lowest loss among those judged on the most tokens; the earlier on a tie."""
-    most = max(tokens for _, tokens in judged)
-    (allocation, tokens), loss = min((item for item in judged.items() if item[0][1] == most), key=lambda item: item[1])
+    (allocation, tokens), loss = min(judged.items(), key=lambda item: (-item[0][1], item[1]))
     return Judgement(allocation, tokens, loss)
 
 

@@ -303,7 +303,7 @@ class Space:
         return replace(self, ladders=tuple(tuple(sorted(set().union(*ladders))) for ladders in all_))
 
     def zoomed(self, centre: Allocation, stride: float | None = None, reach: int = 4) -> Space:
-        """Ladders of `reach` rungs on both sides of a centre; half the present stride unless told.
+        """Ladders of `reach` rungs on both sides of a centre; half the present stride where none is given.
 
         A stride is a share of a site's counts that are worth keeping, never less than one of them. Rungs beyond the
         ends are cut at the ends, so the smallest and the largest count stay reachable from near them.
