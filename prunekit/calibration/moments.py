@@ -144,7 +144,7 @@ class Moments:
         total = Total(self.tokens, weight, None if producer else self.power)
         values = {}
         for each in self.statistics:
-            if each is GRAM or (each.name, producer) not in self.sums:
+            if each == GRAM or (each.name, producer) not in self.sums:
                 continue
             value = each.finish(self.sums[each.name, producer], total)
             if value.ndim and value.shape[-1] != weight.shape[1]:
