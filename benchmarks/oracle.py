@@ -2,7 +2,7 @@
 
     python benchmarks/oracle.py MODEL --dataset calibration.txt --seqlen 256
 
-One walk fills the table; after that no token is paid, and no allocator can be below 0 %.
+One calibration pass fills the table; after that no token is paid, and no allocator can be below 0 %.
 """
 
 from __future__ import annotations

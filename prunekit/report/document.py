@@ -27,11 +27,11 @@ from prunekit.space.sites import Allocation
 SCHEMA = 1
 
 
-def space_record(walk: int, problem: Problem) -> dict[str, Any]:
+def space_record(pass_number: int, problem: Problem) -> dict[str, Any]:
     """Make the ledger's record of a calibration pass: all that is needed to read its questions without the model.
 
     Args:
-        walk: number of the pass, from 0.
+        pass_number: number of the pass, from 0.
         problem: as the allocator gets it.
     """
     space = problem.space
@@ -40,7 +40,7 @@ def space_record(walk: int, problem: Problem) -> dict[str, Any]:
         measured["scores"] = hashlib.sha256(repr(problem.scores).encode()).hexdigest()
     return {
         "kind": "space",
-        "walk": walk,
+        "walk": pass_number,
         "sites": [site.name for site in space.sites],
         "ladders": [list(ladder) for ladder in space.ladders],
         "prices": [list(row) for row in space.prices],

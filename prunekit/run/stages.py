@@ -153,7 +153,7 @@ class Run:
         with self.clock("search"):
             answer = converse(
                 allocator, problem, net, self.parts.objective, self.draws.search, self.ledger,
-                walk=number, limit=recipe.search_budget, known=known, progress=self.progress,
+                pass_number=number, limit=recipe.search_budget, known=known, progress=self.progress,
                 label=self.label(f"search {number + 1}"),
             ).answer  # fmt: skip
         self.ledger.note({"kind": "choice", "walk": number, "allocation": list(answer)})

@@ -1,6 +1,6 @@
 """Candidates on disk: kept columns, or a bit mask and values, in safetensors; a manifest with checksums.
 
-A store belongs to one walk. A site is in it whole or not at all, so an interrupted walk goes on
+A store belongs to one calibration pass. A site is in it whole or not at all, so an interrupted pass goes on
 where it stopped.
 """
 
@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from prunekit.layer.candidates import Candidate
 from prunekit.layer.layouts import layout_of
 from prunekit.models.shards import file_bytes
 from prunekit.space.sites import Site
-from prunekit.system.files import Damaged, digest, read_state, settle, settle_folder, temporary_of, write_state
+from prunekit.system.checkpoints import write_tensors
+from prunekit.system.files import Damaged, digest, read_state, write_state
 
 Table = tuple[tuple[float, ...], ...]
 
@@ -31,13 +31,13 @@ class DamagedStore(Damaged):
 
 
 class CandidateStore:
-    """The candidates of one walk, by site and kept count."""
+    """The candidates of one calibration pass, by site and kept count."""
 
     def __init__(self, directory: Path, key: Mapping[str, Any]) -> None:
-        """Open or begin the store of the walk that `key` describes.
+        """Open or begin the store of the calibration pass that `key` describes.
 
         Raises:
-            DamagedStore: the directory holds the candidates of another walk.
+            DamagedStore: the directory holds the candidates of another calibration pass.
         """
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,9 @@ class CandidateStore:
         if self._manifest.exists():
             self._entries = read_state(self._manifest)
             if self._entries["key"] != json.loads(json.dumps(key)):
-                raise DamagedStore(f"{directory} holds candidates of another walk; remove it to begin again")
+                raise DamagedStore(
+                    f"{directory} holds candidates of another calibration pass; remove it to begin again"
+                )
         else:
             self._entries = {"version": 1, "key": key, "sites": {}}
 
@@ -98,15 +100,10 @@ class CandidateStore:
         if scores is not None:
             tensors["scores"] = torch.tensor(scores, dtype=torch.float64)
         name = f"{site.name}.safetensors"
-        temporary = temporary_of(self.directory / name)
-        save_file(tensors, temporary)
-        settle(temporary)  # a manifest must never name what a power cut can still take
-        sha256 = digest(temporary)
-        temporary.replace(self.directory / name)
-        settle_folder(self.directory)
+        write_tensors(self.directory / name, tensors)  # which no power cut can take after this: the manifest names it
         self._entries["sites"][site.name] = {
             "file": name,
-            "sha256": sha256,
+            "sha256": digest(self.directory / name),
             "kept": counts,
             "errors": list(errors),
             "signals": list(signals),

@@ -11,6 +11,15 @@ from torch import Tensor
 from prunekit.system.files import Damaged, digest, read_state, settle, settle_folder, temporary_of, write_state
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file beside, then rename: a reader sees the old file or the new one, whole."""
+    temporary = temporary_of(path)
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
+    settle(temporary)
+    temporary.replace(path)
+    settle_folder(path.parent)
+
+
 class Checkpoints:
     """Tensors that a long piece of work has made so far: after an interruption they are read, not made again."""
 
@@ -33,13 +42,8 @@ class Checkpoints:
         if (path := self._path(name)) is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_of(path)
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)
-        settle(temporary)
-        sha256 = digest(temporary)
-        temporary.replace(path)
-        settle_folder(path.parent)
-        write_state(_seal(path), sha256)  # until it is there, the tensors are not trusted
+        write_tensors(path, tensors)
+        write_state(_seal(path), digest(path))  # until it is there, the tensors are not trusted
 
     def _path(self, name: str) -> Path | None:
         return None if self.directory is None else self.directory / f"{name}.safetensors"

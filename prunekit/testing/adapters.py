@@ -107,7 +107,7 @@ class AdapterSuite:
                 stack.enter_context(model.get_submodule(site.name).register_forward_pre_hook(listen))
             self._expose(model, stack)
             _logits(model)
-        shared = {site.name: site.shares or site.name for site in sites}
+        shared = {site.name: site.input_group or site.name for site in sites}
         stages = [name for name, _ in groupby(shared[name] for name, _ in seen)]
         assert stages == [name for name, _ in groupby(shared.values())], "an input is whole before it is asked for"
         inputs = dict(seen)

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from prunekit.calibration.moments import Moments, collected
-from prunekit.layer.problem import Feeder, LayerProblem
+from prunekit.layer.problem import LayerProblem, Producer
 from prunekit.layer.statistics import MapShape, Need, Received, Statistic
 from prunekit.space.forms import GROUPS, WEIGHTS, Pattern
 
@@ -81,8 +81,8 @@ def toy_layer(
         group_size=group_size,
         form=GROUPS if block is None else Pattern(1, block) if block else WEIGHTS,
         statistics={name: value.to(moments) for name, value in (statistics | own[""]).items()},
-        feeders=tuple(
-            Feeder(name, w.to(dtype), {key: value.to(moments) for key, value in (learnt[name] | own[name]).items()})
+        producers=tuple(
+            Producer(name, w.to(dtype), {key: value.to(moments) for key, value in (learnt[name] | own[name]).items()})
             for name, w in fed.items()
         ),
         name=f"{quirk} toy",
@@ -134,7 +134,7 @@ def damped_loss(layer: LayerProblem, weight: torch.Tensor) -> float:
 
 def tensors_of(layer: LayerProblem) -> list[torch.Tensor]:
     """All that a layer and its producer layers hold."""
-    owners = (layer, *layer.feeders)
+    owners = (layer, *layer.producers)
     parts = (part for owner in owners for part in (*vars(owner).values(), *owner.statistics.values()))
     return [part for part in parts if isinstance(part, torch.Tensor)]
 
@@ -151,18 +151,20 @@ def permuted(layer: LayerProblem, order: Sequence[int]) -> LayerProblem:
     def moved(values: torch.Tensor) -> torch.Tensor:
         return values[..., columns] if values.ndim else values
 
-    def fed(feeder: Feeder) -> Feeder:
+    def fed(producer: Producer) -> Producer:
         def blocks(values: torch.Tensor) -> torch.Tensor:
             return values.unflatten(0, (layer.n_groups, -1))[list(order)].flatten(0, 1)
 
-        statistics = {key: blocks(v) if v.shape == feeder.weight.shape else v for key, v in feeder.statistics.items()}
-        return replace(feeder, weight=blocks(feeder.weight), statistics=statistics)
+        statistics = {
+            key: blocks(v) if v.shape == producer.weight.shape else v for key, v in producer.statistics.items()
+        }
+        return replace(producer, weight=blocks(producer.weight), statistics=statistics)
 
     return replace(
         layer,
         weight=layer.weight[:, columns],
         gram=layer.gram[columns][:, columns],
-        feeders=tuple(fed(feeder) for feeder in layer.feeders),
+        producers=tuple(fed(producer) for producer in layer.producers),
         cross=None if layer.cross is None else moved(layer.cross),
         drift=None if layer.drift is None else moved(layer.drift),
         statistics={name: moved(value) for name, value in layer.statistics.items()},

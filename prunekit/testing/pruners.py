@@ -19,7 +19,7 @@ from prunekit.testing.shapes import on_any_shape
 
 def supplied(layer: LayerProblem, pruner: LocalPruner) -> LayerProblem:
     """The layer as calibration on dense inputs hands it to this pruner: what it needs, nothing more."""
-    layer = layer.knowing(pruner.needs)
+    layer = layer.restricted_to(pruner.needs)
     if "cross" not in pruner.needs:
         return layer
     weight, gram = layer.weight.double(), layer.gram.double()
@@ -177,8 +177,8 @@ class PrunerSuite:
             plain = checked(self.plugin, layer, counts_of(layer))
             for scale in (2.0**-6, 2.0**6):
                 with subtests.test(name, scale=scale):
-                    feeders = tuple(scaled(feeder, scale) for feeder in layer.feeders)
-                    louder = checked(self.plugin, replace(scaled(layer, scale), feeders=feeders), counts_of(layer))
+                    producers = tuple(scaled(producer, scale) for producer in layer.producers)
+                    louder = checked(self.plugin, replace(scaled(layer, scale), producers=producers), counts_of(layer))
                     for one, two in zip(plain, louder, strict=True):
                         assert one.kept == two.kept
                         assert torch.equal(one.weight != 0, two.weight != 0)

@@ -16,7 +16,7 @@ from prunekit.testing.shapes import on_any_shape
 
 def measured(signal: Signal, layer: LayerProblem) -> float:
     """Measure what calibration tells this signal, and check what holds for every number."""
-    value = signal.measure(layer.knowing(signal.needs))
+    value = signal.measure(layer.restricted_to(signal.needs))
     assert type(value) is float
     assert math.isfinite(value)
     return value
@@ -53,8 +53,8 @@ class SignalSuite:
     def test_is_the_same_in_other_units_if_it_says_so(self, plain: LayerProblem, scale: float) -> None:
         if not self.plugin.unitless:
             pytest.skip("it does not say so")
-        feeders = tuple(replace(feeder, weight=scale * feeder.weight) for feeder in plain.feeders)
-        louder = replace(plain, weight=scale * plain.weight, feeders=feeders)
+        producers = tuple(replace(producer, weight=scale * producer.weight) for producer in plain.producers)
+        louder = replace(plain, weight=scale * plain.weight, producers=producers)
         assert measured(self.plugin, louder) == pytest.approx(measured(self.plugin, plain), rel=1e-5, abs=1e-7)
 
     @on_any_shape

@@ -70,7 +70,7 @@ class Shape:
 
     def map(self, site: Site) -> MapShape:
         """Of its linear map."""
-        return MapShape(site.d_in, site.d_out, shared=bool(site.shares))
+        return MapShape(site.d_in, site.d_out, shared=bool(site.input_group))
 
     def producers(self, site: Site) -> dict[str, MapShape]:
         """Of the linear maps whose rows go with its groups, by path."""
@@ -204,10 +204,10 @@ class Count:
         )  # fmt: skip
 
     def _rounds(self, shares: Shares, held: int) -> Iterator[Stage]:
-        """A walk along the rungs of all, then the search of each."""
+        """A calibration pass along the rungs of all, then the search of each."""
         recipe, shape, (heard, written) = self.recipe, self.shape, self._heard(shares)
-        for number, every in enumerate(self._walked):
-            yield self._walk(f"prune {number + 1}", every, shares, held)
+        for number, every in enumerate(self._passes):
+            yield self._pass(f"prune {number + 1}", every, shares, held)
             if number == 0 and heard + written:
                 yield Stage(
                     HEARING, held, shares.blocks or 0, written, read=0 if shares.blocks is None else self._stored,
@@ -233,8 +233,8 @@ class Count:
         """Rebuilt, finished, measured, saved; the first measures the dense model too."""
         recipe, shape, judged = self.recipe, self.shape, self.tokens["evaluation"]
         paged, size, kept = shares.blocks is not None, shape.computed.itemsize, shares.blocks or 0
-        if recipe.rebuild and member.last.ladders != self._walked[len(member.spaces) - 1].ladders:
-            yield self._walk(member.called("rebuild"), member.last, shares, held + working, member.name)
+        if recipe.rebuild and member.last.ladders != self._passes[len(member.spaces) - 1].ladders:
+            yield self._pass(member.called("rebuild"), member.last, shares, held + working, member.name)
         stays = self.everything // size - member.freed  # parameters
         logits = 2 * FLOAT * min(judged, max(self.seqlen, LOGITS_AT_ONCE // shape.vocabulary)) * shape.vocabulary
         hidden = min(HIDDEN_BYTES, judged * shape.width * size)
@@ -267,7 +267,7 @@ class Count:
         yield Stage(member.called("export"), exported + CUSHION, kept, saved, read, member=member.name)
 
     @cached_property
-    def _walked(self) -> list[Space]:
+    def _passes(self) -> list[Space]:
         """Of every round, the rungs of all that still search."""
         rounds = []
         for number in range(max(len(member.spaces) for member in self.members)):
@@ -321,7 +321,7 @@ class Count:
         chunk = min(max(TOKENS_AT_ONCE, self.seqlen), tokens)
         return 2 * min(most, max(1, hidden // one)) * chunk * each, hidden + dense + min(shares.parts, parts)
 
-    def _walk(self, name: str, space: Space, shares: Shares, held: int, member: str = "") -> Stage:
+    def _pass(self, name: str, space: Space, shares: Shares, held: int, member: str = "") -> Stage:
         """`held`: bytes in memory beside what a site takes."""
         shape, needs, tokens = self.shape, self.parts.needs, self.tokens["calibration"]
         statistics = statistics_of(needs)
@@ -330,7 +330,7 @@ class Count:
         memory = disk = spill = doubles = 0
         flops = streams * shape.forward(tokens, self.seqlen, head=False)
         for _, members in groupby(space.sites, key=lambda site: site.block):
-            block = [(s.d_in, shape.adapter.part(s) is not None, bool(s.shares)) for s in members]
+            block = [(s.d_in, shape.adapter.part(s) is not None, bool(s.input_group)) for s in members]
             spill = max(spill, BlockFlow.peak(tokens, shape.width, size, block, streams))
         for site, ladder in zip(space.sites, space.ladders, strict=True):
             own, there, fed = shape.map(site), shape.collected(site, statistics), shape.producers(site)
@@ -343,7 +343,7 @@ class Count:
             weights = site.d_in * d_out * (len(ladder) * each + 2 * DOUBLE + 2 * size)
             # sums and what is added to them, or their means where they are shared; then means alone
             made = (site.d_in if paired else d_out) if streams == 2 else 0
-            beside = moments if site.shares else FLOAT * site.d_in * max(next(strips(site.d_in)).stop, made)
+            beside = moments if site.input_group else FLOAT * site.d_in * max(next(strips(site.d_in)).stop, made)
             solve = 3 * DOUBLE * site.d_in**2 if "gram" in needs else 0  # damped, its factor, its inverse
             memory = max(memory, moments + beside, moments + weights + solve)
             disk += CandidateStore.bytes(site, ladder, shape.stored, scores=scores)

@@ -18,7 +18,7 @@ from prunekit.plugins.metric import MeasuredMetric
 from prunekit.recipe.resolve import Parts
 from prunekit.run.plan.count import Count, Member, Shape
 from prunekit.run.plan.plan import Plan
-from prunekit.run.plan.rehearsal import Rehearsal, rehearsed, walks
+from prunekit.run.plan.rehearsal import Rehearsal, list_passes, rehearsed
 from prunekit.run.workplace import written
 from prunekit.search.conversation import Known
 from prunekit.space.ladders import Space
@@ -69,7 +69,7 @@ def planned(
 
     members = []
     for each, whole in zip(recipe.members, wholes, strict=True):
-        *spaces, last = walks(allocator, whole)
+        *spaces, last = list_passes(allocator, whole)
         counted = [searched(number, space) for number, space in enumerate(spaces)]
         wanted = each.sparsity in (asked or [recipe.sparsity])
         members.append(Member(str(each.sparsity) if recipe.family else "", whole, spaces, counted, last, wanted))

@@ -16,7 +16,7 @@ from prunekit.space.ladders import Space
 PATIENCE = 2.0  # seconds that a search is rehearsed
 
 
-def walks(allocator: Allocator, whole: Space) -> list[Space]:
+def list_passes(allocator: Allocator, whole: Space) -> list[Space]:
     """The spaces of a search whose answers stay in the middle, and the one that is built in the end."""
     spaces = [allocator.first_space(whole)]
     while len(spaces) < 32:

@@ -101,9 +101,9 @@ class MixedInteger(Additive):
         )
 
     def _rows(self, space: Space) -> list[tuple[list[list[int]], int]]:
-        """(price of every rung, limit) for each purse and each limit, in units of the prices' greatest divisor."""
+        """(price of every rung, limit) for each partition and each limit, in units of the prices' greatest divisor."""
         rows = []
-        for members, limit in space.purses:
+        for members, limit in space.partitions:
             rows.append(([[p * (i in members) for p in row] for i, row in enumerate(space.prices)], limit))
         for metric, share in self.limits:
             prices = [[metric.price(s, k) for k in each] for s, each in zip(space.sites, space.ladders, strict=True)]

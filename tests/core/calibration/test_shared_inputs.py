@@ -33,7 +33,7 @@ def test_sites_are_all_linear_maps_of_the_blocks_in_order_of_execution(family, i
     for one, two in pairwise(sites):
         if one.block == two.block:
             same = one.d_in == two.d_in and torch.equal(caught[one], caught[two])
-            assert same == (one.shares == two.shares != ""), (one.name, two.name)
+            assert same == (one.input_group == two.input_group != ""), (one.name, two.name)
 
 
 @pytest.mark.parametrize("family", list(ADAPTERS))

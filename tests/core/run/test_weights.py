@@ -224,7 +224,7 @@ def test_statistics_are_those_of_the_map(tmp_path):
         assert torch.equal(layer.weight, linear.weight)
         gradient, _ = gradients.read(site.block, net.adapter.path(site), torch.device("cpu"))
         assert torch.equal(layer.require("gradient"), gradient)
-        assert (layer.structure, layer.feeders, layer.n_groups) == ("weights", (), linear.in_features)
+        assert (layer.structure, layer.producers, layer.n_groups) == ("weights", (), linear.in_features)
         assert (layer.drift is not None) == site.name.endswith(("o_proj", "down_proj"))
     dense = torch.cat([*entered_inputs(net)])
     torch.testing.assert_close(o.energy, float((dense @ o.weight.T).square().sum() / len(dense)), rtol=1e-6, atol=0)

@@ -83,9 +83,9 @@ def test_a_changed_file_is_refused(tmp_path):
         CandidateStore(tmp_path, {}).get(SITE, 1)
 
 
-def test_the_store_of_another_walk_is_refused(tmp_path):
+def test_the_store_of_another_pass_is_refused(tmp_path):
     CandidateStore(tmp_path, {"centre": [1]}).put(SITE, [candidate(SITE, [1])], [0.5])
-    with pytest.raises(DamagedStore, match="another walk"):
+    with pytest.raises(DamagedStore, match="another calibration pass"):
         CandidateStore(tmp_path, {"centre": [2]})
 
 

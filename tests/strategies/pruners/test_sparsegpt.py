@@ -85,7 +85,7 @@ def test_dead_columns_cost_nothing_and_go_first() -> None:
 def test_it_asks_for_what_its_aim_and_its_mask_read() -> None:
     assert SparseGPT().needs == {"gram"}
     assert SparseGPT(aim="stream").needs == {"gram", "cross", "drift"}
-    assert SparseGPT(mask=Magnitude()).needs == {"gram", "feeders"}
+    assert SparseGPT(mask=Magnitude()).needs == {"gram", "producers"}
 
 
 @pytest.mark.parametrize(
