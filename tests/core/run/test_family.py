@@ -17,7 +17,7 @@ from prunekit.cli.main import app
 from prunekit.plugins.registry import OBJECTIVES
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
-from prunekit.run import family, session, stages
+from prunekit.run import family, session, stages, workplace
 from prunekit.search.ledger import Ledger
 from prunekit.search.store import CandidateStore
 
@@ -288,3 +288,35 @@ def test_only_a_family_of_ours_is_replaced(made, folder, tmp_path, plain):
         prunekit.prune(folder, output=tmp_path / "out", sparsity=SHARES, **plain)
     prunekit.prune(folder, output=tmp_path / "out", sparsity=[0.3, 0.4], overwrite=True, **plain)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.3", "0.4", "files.json", "pareto.json"]
+
+
+@pytest.mark.parametrize("damage", ["short", "bit", "gone", "list"])
+def test_a_member_that_was_damaged_before_the_command_goes_on_is_made_anew(folder, tmp_path, plain, damage, killed_at):
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    prunekit.prune(folder, output=whole, sparsity=SHARES, **plain)
+    with killed_at(family, "make_result", 2):
+        prunekit.prune(folder, output=output, sparsity=SHARES, **plain)
+    member = tmp_path / "out.partial/result/0.2"
+    file = member / ("files.json" if damage == "list" else "model.safetensors")
+    weights = bytearray(file.read_bytes())
+    if damage == "gone":
+        file.unlink()
+    elif damage == "short":
+        file.write_bytes(weights[:1000])
+    else:
+        weights[len(weights) // 2] ^= 1
+        file.write_bytes(weights)
+    prunekit.prune(folder, output=output, sparsity=SHARES, **plain)
+    assert content(output) == content(whole)
+
+
+def test_a_family_that_was_stopped_while_it_tidied_up_is_not_made_again(folder, tmp_path, plain, killed_at):
+    with killed_at(workplace, "_clear", 2):  # the first makes the place
+        prunekit.prune(folder, output=tmp_path / "out", sparsity=SHARES, **plain)
+    assert (tmp_path / "out.partial").exists()
+    before = content(tmp_path / "out")
+    found = prunekit.prune(folder, output=tmp_path / "out", sparsity=SHARES, **plain)
+    assert [row["folder"] for row in found.rows] == ["0.2", "0.4"]
+    assert len(found.members) == 2
+    assert content(tmp_path / "out") == before
+    assert not (tmp_path / "out.partial").exists()

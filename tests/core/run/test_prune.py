@@ -13,7 +13,7 @@ import prunekit
 from prunekit.calibration.gradients import Gradients
 from prunekit.models.opening import fingerprint
 from prunekit.recipe.schema import Recipe
-from prunekit.run import results
+from prunekit.run import results, workplace
 from prunekit.run.workplace import LOCK
 from prunekit.search.ledger import Ledger
 from prunekit.search.store import CandidateStore
@@ -108,6 +108,18 @@ def test_another_recipe_does_not_go_on_with_an_unfinished_run(folder, tmp_path, 
     with pytest.raises(prunekit.WrongInput, match=r"unfinished run \(another seed\)"):
         prunekit.prune(folder, output=tmp_path / "out", **quick(seed=1))
     prunekit.prune(folder, output=tmp_path / "out", overwrite=True, **quick(seed=1))
+
+
+def test_a_run_that_was_stopped_while_it_tidied_up_is_not_made_again(folder, tmp_path, quick, killed_at):
+    with killed_at(workplace, "_clear", 2):  # the first makes the place
+        prunekit.prune(folder, output=tmp_path / "out", **quick(allocator="uniform", rebuild=False))
+    written = (tmp_path / "out/report.json").read_bytes()
+    found = prunekit.prune(folder, output=tmp_path / "out", **quick(allocator="uniform", rebuild=False))
+    assert found.directory == tmp_path / "out"
+    assert (tmp_path / "out/report.json").read_bytes() == written
+    assert not (tmp_path / "out.partial").exists()
+    with pytest.raises(prunekit.WrongInput, match="not empty"):
+        prunekit.prune(folder, output=tmp_path / "out", **quick(allocator="uniform", rebuild=False))
 
 
 def test_two_runs_do_not_share_an_output(folder, tmp_path, quick):
