@@ -86,11 +86,3 @@ def test_large_prices_are_kept_in_whole_numbers():
     assert all(space.is_feasible(a) for a in found)
     every = sorted(loss(a) for a in product(*space.ladders) if space.is_feasible(a))
     assert [loss(a) for a in found] == pytest.approx(every[:5])
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"limits": (("flops", 0.0),)}, {"limits": (("latency", 0.5),)}, {"differ": 0}, {"table": "x"}]
-)
-def test_refuses_nonsense(wrong):
-    with pytest.raises(ValueError, match=r"shares|measured for the budget|differ|no table"):
-        MixedInteger(**wrong)

@@ -12,8 +12,6 @@ import prunekit
 from prunekit.calibration.twin import Twin, whole_parts
 from prunekit.testing import toy_supernet, toy_tokens, toy_workpiece
 from prunekit_strategies.finishers.sparsellm import MLP, SparseLLM, derivatives, downhill, gated, hidden, rectified
-from prunekit_strategies.pruners.apt import APT
-from prunekit_strategies.pruners.obs import OBS
 from prunekit_strategies.pruners.score import Wanda
 
 MANY = toy_tokens(windows=12)
@@ -189,19 +187,3 @@ def test_another_mlp_is_refused():
     here.block.get_submodule("mlp").act_fn = nn.Identity()
     with pytest.raises(prunekit.WrongInput, match="activation"):
         MLP.of(here, piece)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"aim": "west"},
-        {"rounds": 0},
-        {"alpha": 0.0},
-        {"damping": -1.0},
-        {"pruner": OBS()},
-        {"pruner": APT(aim="dense")},
-    ],
-)
-def test_nonsense_is_refused(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        SparseLLM(**options)

@@ -116,12 +116,3 @@ def test_dead_columns_cost_nothing_and_go_first() -> None:
     (found,) = ALPS(per="row").prune(problem, [11])
     assert not found.weight[:, 0].any()
     assert problem.error(found.weight) < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [({"rho": 0.0}, "rho > 0"), ({"rounds": -1}, "rounds ≥ 0"), ({"per": "all"}, "no per 'all'")],
-)
-def test_nonsense_is_refused(options: dict[str, object], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        ALPS(**options)  # type: ignore[arg-type]

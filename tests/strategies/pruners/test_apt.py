@@ -167,17 +167,3 @@ def test_counts_are_exact_all_is_lossless_and_dead_columns_go_first(variant: str
     if not block:
         (found,) = APT(variant=variant).prune(sparse_layer(quirk="dead"), [11])  # type: ignore[arg-type]
         assert sparse_layer(quirk="dead").error(found.weight) < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"variant": "MX"}, "no variant 'MX'; there are SS, SM, MS, MM"),
-        ({"width": 0}, "width ≥ 1"),
-        ({"steps": 0}, "steps ≥ 1"),
-        ({"exact": -1}, "exact ≥ 0"),
-    ],
-)
-def test_nonsense_is_refused(options: dict[str, object], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        APT(**options)  # type: ignore[arg-type]

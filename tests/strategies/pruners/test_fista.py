@@ -97,12 +97,3 @@ def test_dead_columns_cost_nothing_and_go_first() -> None:
     (found,) = FISTA().prune(problem, [11])
     assert not found.weight[:, 0].any()
     assert problem.error(found.weight) < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [({"rounds": 0}, "rounds, steps ≥ 1"), ({"share": 1.0}, "share lies between"), ({"aim": "x"}, "no aim 'x'")],
-)
-def test_nonsense_is_refused(options: dict[str, object], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        FISTA(**options)  # type: ignore[arg-type]

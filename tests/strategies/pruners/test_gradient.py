@@ -133,11 +133,3 @@ def test_half_of_the_single_weights_by_hand(options: dict[str, Any], block: int,
 def test_asks_for_what_it_uses() -> None:
     assert Gradient().needs == {"gradient", "feeders"}
     assert Gradient(refit=True).needs == {"gradient", "feeders", "gram"}
-
-
-@pytest.mark.parametrize(
-    ("option", "value"), [("order", "third"), ("grain", "medium"), ("reduce", "median"), ("per", "column")]
-)
-def test_nonsense_is_refused(option: str, value: str) -> None:
-    with pytest.raises(ValueError, match=f"no {option} '{value}'; there are "):
-        Gradient(**{option: value})  # type: ignore[arg-type]

@@ -238,22 +238,3 @@ def test_ace_cosp_squared_is_twice_the_cosine_lost_with_a_small_weight() -> None
     alike = with_statistics(layer, relative=layer.gram.diagonal() / 9)  # outputs of one size
     for one, two in zip(ACEDirection().prune(alike, range(7)), Wanda().prune(alike, range(7)), strict=True):
         assert torch.equal(one.weight, two.weight)
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"weight_norm": 0}, "weight_norm > 0"),
-        ({"activation_power": -1}, "activation_power ≥ 0"),
-        ({"weight_power": 0, "activation_power": 0}, "all groups score alike"),
-        ({"activation": "l2"}, "no activation 'l2'; there are rms, std, absolute, relative, contrast"),
-        ({"reduce": "median"}, "no reduce 'median'"),
-        ({"scope": "all"}, "no scope 'all'"),
-        ({"per": "column"}, "no per 'column'; there are row, layer"),
-        ({"scope": "coupled", "activation": "std"}, "scope coupled"),
-        ({"scope": "coupled", "weight_power": 0}, "scope coupled"),
-    ],
-)
-def test_nonsense_is_refused(options: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        Score(**options)

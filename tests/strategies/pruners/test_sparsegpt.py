@@ -4,7 +4,6 @@ from torch import Tensor
 
 from prunekit import LayerProblem
 from prunekit.testing.layers import correlated_layer, sparse_layer
-from prunekit_strategies.pruners.admm import ADMM
 from prunekit_strategies.pruners.score import Magnitude, Wanda
 from prunekit_strategies.pruners.sparsegpt import SparseGPT
 
@@ -86,17 +85,3 @@ def test_it_asks_for_what_its_aim_and_its_mask_read() -> None:
     assert SparseGPT().needs == {"gram"}
     assert SparseGPT(aim="stream").needs == {"gram", "cross", "drift"}
     assert SparseGPT(mask=Magnitude()).needs == {"gram", "feeders"}
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"width": 0}, "width is at least one column, not 0"),
-        ({"aim": "all"}, "no aim 'all'; there are own, dense, stream"),
-        ({"per": "column"}, "no per 'column'"),
-        ({"mask": ADMM()}, "ADMM chooses no single weights; it knows groups"),
-    ],
-)
-def test_nonsense_is_refused(options: dict[str, object], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        SparseGPT(**options)  # type: ignore[arg-type]

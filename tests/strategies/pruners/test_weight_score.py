@@ -107,19 +107,3 @@ def test_n_of_m_is_exact(pruner: Any) -> None:
     problem = replace(sparse_layer(), form=Pattern(1, 4))
     for n, found in enumerate(pruner.prune(problem, range(0, 13, 3))):
         assert bool(((found.weight != 0).unflatten(1, (3, 4)).sum(2) == n).all())
-
-
-@pytest.mark.parametrize(
-    ("build", "sentence"),
-    [
-        (lambda: RIA(activation_power=-1), "activation_power ≥ 0"),
-        (lambda: RIA(per="all"), "no per 'all'"),  # type: ignore[arg-type]
-        (lambda: ZPruner(per="all"), "no per 'all'; there are row, layer"),  # type: ignore[arg-type]
-        (lambda: OptiShear(weights="cube"), "no weights 'cube'"),  # type: ignore[arg-type]
-        (lambda: OptiShear(input_share="max"), "no input_share 'max'"),  # type: ignore[arg-type]
-        (lambda: OptiShear(weights="one", inputs="one"), "all weights score alike"),
-    ],
-)
-def test_nonsense_is_refused(build: Any, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        build()
