@@ -10,7 +10,6 @@ from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.statistics import statistics_of
 from prunekit.models import blocks as blocks_of
 from prunekit.models.adapters.find import adapter_for
-from prunekit.models.blocks import entered
 from prunekit.testing import tiny, toy_tokens
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox"]
@@ -19,23 +18,6 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox"]
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(blocks_of, "TOKENS_AT_ONCE", 24)  # two windows: several chunks per batch
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_blocks_one_by_one_are_the_model(family):
-    model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
-    hidden, calls = entered(model, adapter, tokens.ids)
-    with torch.no_grad():
-        for call, block in zip(calls, adapter.blocks(model), strict=True):
-            hidden = call(block, hidden)
-        torch.testing.assert_close(adapter.logits(model, hidden), model(tokens.ids).logits)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_entering_leaves_the_model_as_it_was(family):
-    model, adapter = tiny(family), adapter_for(family)
-    entered(model, adapter, toy_tokens().ids)
-    assert all("forward" not in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
