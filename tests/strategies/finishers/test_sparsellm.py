@@ -170,15 +170,6 @@ def test_no_mlp_gets_worse_and_errors_are_the_errors(aim, structure):
     assert all(torch.equal(attention[n], p) for n, p in piece.model.named_parameters() if n in attention)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
-def test_a_dense_model_stays_what_it_is(family):
-    net = toy_supernet(family, structure="weights")
-    piece = toy_workpiece(net, plan=tuple(site.n_groups for site in net.space.sites), tokens=MANY)
-    assert SparseLLM().finish(piece)["errors"].keys()
-    for one, two in zip(piece.dense.parameters(), piece.model.parameters(), strict=True):
-        torch.testing.assert_close(two, one, rtol=0, atol=1e-9)
-
-
 def test_another_mlp_is_refused():
     piece = toy_workpiece(toy_supernet(structure="weights"), tokens=replace(MANY))
     here, mlp, x, _ = next(mlps(piece))
