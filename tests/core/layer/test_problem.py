@@ -191,6 +191,8 @@ def test_ridge_grows_until_the_hessian_has_a_factor() -> None:
     assert replace(layer, damping=0.01).ridge == pytest.approx(0.01 * float(layer.gram.diagonal().mean()))
     saved = replace(layer, gram=layer.gram - 1e-6 * torch.eye(6, dtype=torch.float64), damping=0.0)
     assert saved.ridge > 1e-6
+    indefinite = LayerProblem(torch.ones(1, 2), torch.tensor([[1.0, 1.5], [1.5, 1.0]]), damping=1e-4)
+    assert indefinite.ridge == pytest.approx(1.0)  # after four times ten
     assert bool(torch.isfinite(saved.refitted([1, 2]).weight).all())
 
 
