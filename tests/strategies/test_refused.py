@@ -11,6 +11,10 @@ from prunekit_strategies.pruners.apt import APT
 from prunekit_strategies.pruners.obs import OBS
 
 REFUSED: dict[str, dict[str, list[dict[str, Any]]]] = {  # options by what the sentence says
+    "pruner admm": {
+        "iterations": [{"iterations": -1}, {"rho": 0.0}, {"first_rho": 2.0}],
+        "start": [{"start": "random"}],
+    },
     "pruner alps": {"rho > 0": [{"rho": 0.0}], "rounds ≥ 0": [{"rounds": -1}], "no per 'all'": [{"per": "all"}]},
     "pruner apt": {
         "no variant 'MX'; there are SS, SM, MS, MM": [{"variant": "MX"}],
@@ -24,6 +28,13 @@ REFUSED: dict[str, dict[str, list[dict[str, Any]]]] = {  # options by what the s
     "pruner gradient": {
         "no order 'x'; there are |no grain 'x'; there are ": [{"order": "x"}, {"grain": "x"}],
         "no reduce 'x'; there are |no per 'x'; there are ": [{"reduce": "x"}, {"per": "x"}],
+    },
+    "pruner obs": {
+        "no search 'random'; there are greedy, score, swap, penalty": [{"search": "random"}],
+        "no score 'best'; there are exact": [{"score": "best"}],
+        "step": [{"step": (8, 4)}, {"step": (0, 4)}, {"head_step": 0}],
+        "exchange|tries|above 1": [{"exchange": 0}, {"tries": -1}, {"growth": 1.0}],
+        "first-order": [{"first_order": "signed", "score": "wanda"}],
     },
     "pruner optishear": {
         "no weights 'cube'|no input_share 'max'": [{"weights": "cube"}, {"input_share": "max"}],

@@ -267,7 +267,7 @@ def test_known_hub_sets_name_config_split_and_field(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_what_cannot_be_drawn_is_one_sentence(
-    text: Path, tmp_path: Path, data: dict[str, Any], limits: dict[str, int], sentence: str
+    text: Path, tmp_path: Path, data: dict[str, Any], limits: dict[str, Any], sentence: str
 ) -> None:
     (tmp_path / "EMPTY").touch()
     given = {"EMPTY": str(tmp_path / "EMPTY")}.get(data.get("dataset", ""), data.get("dataset", str(text)))
