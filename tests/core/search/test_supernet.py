@@ -50,6 +50,17 @@ def test_prefixes_are_shared_and_change_nothing():
         assert torch.equal(logits(net, plan, batch), expected)
 
 
+def test_no_more_is_kept_ready_than_there_is_room_for(monkeypatch):
+    net, one, other = toy_supernet(), toy_tokens(), toy_tokens(seed=1)
+    each = one.n_tokens * 24 * 8  # bytes of the hidden states of an allocation at one depth
+    monkeypatch.setattr(net, "shares", Shares(hidden=3 * each - 1, dense=2 * each - 1))
+    plans = [net.space.uniform(), *list(net.space.exchanges(net.space.uniform()))[:3]]
+    assert net.prefetch(plans, [one]) == plans[:2]
+    for batch in (one, other, one):
+        list(net.dense_hidden(batch, [1]))
+    assert {digest for allocation, digest, _ in net._hidden if allocation is None} == {one.digest}
+
+
 def test_assembling_leaves_the_dense_model_as_it_was():
     net = toy_supernet()
     before = fingerprint(net.model)
