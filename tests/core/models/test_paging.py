@@ -265,35 +265,32 @@ def noted(read: Any, index: int, seen: list[str], lock: Any) -> Any:
     return read()
 
 
-def test_where_three_blocks_fit_the_next_is_read_ahead(folder):
+@pytest.fixture
+def roomy(folder):
+    """Of five blocks, with room for three."""
     dense = opened(str(folder("llama", sizes={"num_hidden_layers": 5})), shares=ONE_BLOCK)
-    pager = pager_of(dense.model)
-    assert pager is not None
-    one = pager.pages[0].bytes
+    pager: Any = pager_of(dense.model)
     pager.clear()
-    pager.bound, before = 3 * one, pager.reads
+    pager.bound = 3 * pager.pages[0].bytes
+    return dense, pager
+
+
+def test_where_three_blocks_fit_the_next_is_read_ahead(roomy):
+    dense, pager = roomy
+    before = pager.reads
     assert asked(dense, 0, 1, 2) == ["?0", "0", "1", "?1", "2", "?2", "3"]
-    assert pager.held == 3 * one  # 1 and 2, and 3 which nobody has asked for
+    assert pager.held == pager.bound  # 1 and 2, and 3 which nobody has asked for
     assert pager.reads == before + 3
 
 
-def test_what_came_after_the_last_time_is_read_ahead(folder):
-    dense = opened(str(folder("llama", sizes={"num_hidden_layers": 5})), shares=ONE_BLOCK)
-    pager = pager_of(dense.model)
-    assert pager is not None
-    pager.clear()
-    pager.bound = 3 * pager.pages[0].bytes
+def test_what_came_after_the_last_time_is_read_ahead(roomy):
     # one by one when the model was opened; then 3 came after 0
-    assert asked(dense, 0, 3, 1, 2, 0) == ["?0", "0", "1", "?3", "3", "4", "?1", "1", "2", "?2", "?0", "0", "3"]
+    assert asked(roomy[0], 0, 3, 1, 2, 0) == ["?0", "0", "1", "?3", "3", "4", "?1", "1", "2", "?2", "?0", "0", "3"]
 
 
-def test_what_cannot_be_read_ahead_is_said_when_it_is_asked_for(folder):
-    dense = opened(str(folder("llama", sizes={"num_hidden_layers": 5})), shares=ONE_BLOCK)
-    pager = pager_of(dense.model)
-    assert pager is not None
+def test_what_cannot_be_read_ahead_is_said_when_it_is_asked_for(roomy):
+    dense, pager = roomy
     blocks: Any = dense.adapter.blocks(dense.model)
-    pager.clear()
-    pager.bound = 3 * pager.pages[0].bytes
 
     def broken():
         raise OSError("no such disk")
