@@ -121,8 +121,10 @@ def test_scores_are_asked_of_pruners_that_have_them(recipe: Recipe, monkeypatch:
 def test_the_workload_has_no_say_where_nothing_is_timed() -> None:
     plain = Recipe.load()
     assert resolve(plain.with_overrides({"latency.prompt": 8})).digest == resolve(plain).digest
-    timed = plain.with_overrides({"target": "latency=0.5"})
-    assert resolve(timed).digest != resolve(timed.with_overrides({"latency.prompt": 8})).digest
+    table = timed(sites_of(2, attention=(4, 10), mlp=(16, 3))).as_dict()
+    assert resolve(plain.with_overrides({"latency.prices": table})).recipe.latency.prices is None
+    fast = plain.with_overrides({"target": "latency=0.5"})
+    assert resolve(fast).digest != resolve(fast.with_overrides({"latency.prompt": 8})).digest
 
 
 @pytest.fixture

@@ -48,6 +48,10 @@ class TestEveryAdapter(AdapterSuite):
         self.variant = VARIANTS.get(name, (name, {}))
         type(self).plugin = adapter_for(self.variant[0])
 
+    @pytest.fixture
+    def model(self) -> PreTrainedModel:
+        return self._model()
+
     def _model(self) -> PreTrainedModel:
         return tiny(self.variant[0], **self.variant[1]).requires_grad_(False)
 
