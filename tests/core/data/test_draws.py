@@ -15,7 +15,7 @@ from prunekit.data.blends import in_shares
 from prunekit.data.draws import draw, draw_evaluation
 from prunekit.data.spec import DataSpec
 from prunekit.data.tokens import TokenBatch, overlap
-from prunekit.data.windows import LEAST
+from prunekit.data.windows import LEAST, POOL
 from prunekit.errors import WrongInput
 from prunekit.system.progress import Progress
 
@@ -113,6 +113,8 @@ def test_shuffled_windows_hang_on_the_seed_and_stay_disjoint(text: Path) -> None
     first, again, other = (draw(Letters(), spec(text, shuffle=True), seed=seed) for seed in (1, 1, 2))
     assert first.calibration.digest == again.calibration.digest != other.calibration.digest
     assert first.evaluation.digest == other.evaluation.digest
+    pool = numbered(8 * 14 * POOL)  # whatever is drawn, evaluation is its end
+    assert first.evaluation.ids.flatten().tolist() == [ord(c) for c in pool[-16:]]
     parts = [ids(b) for b in (first.calibration, first.search, first.evaluation)]
     assert len(set.union(*parts)) == sum(map(len, parts)) == 112
 
@@ -263,6 +265,7 @@ def test_known_hub_sets_name_config_split_and_field(monkeypatch: pytest.MonkeyPa
         ({"seqlen": 8}, {"vocab_size": 100}, "the model knows 100"),
         ({"calibration_tokens": 64, "calibration_draw": 400}, {}, r"not enough for data\.calibration_draw 400"),
         ({"calibration_tokens": 19_000}, {"max_seqlen": 16}, r"too little text: .*20,000 tokens.* are needed"),
+        ({"calibration_tokens": 15_000, "seqlen": 1000}, {}, r"21,000 are needed \(.*search 3,000, evaluation 3,000"),
         ({"search_tokens": 30_000}, {"max_seqlen": 16}, r"too little text: .*20,000 tokens.* are needed"),
     ],
 )
