@@ -32,9 +32,10 @@ def test_only_a_result_is_overwritten(tmp_path):
 
 def test_a_result_that_this_run_reads_or_is_in_is_not_overwritten(tmp_path, monkeypatch):
     ours = result(tmp_path / "ours")
-    with monkeypatch.context() as patch, pytest.raises(WrongInput, match=r"ours, which this run needs"):
+    with monkeypatch.context() as patch:
         patch.chdir(ours)
-        check_output(ours, overwrite=True)
+        with pytest.raises(WrongInput, match="ours, which this run needs"):
+            check_output(ours, overwrite=True)
     with pytest.raises(WrongInput, match="which this run needs"):
         check_output(ours, overwrite=True, sources=[ours / "text.txt"])
 
