@@ -8,7 +8,8 @@ The paper counts from shapes, as `prunekit plan` does, and knows beside that wha
     4 d_in³ + 6 d_in² d_out   in float64: inverse, removal, factor, weights                 (1)
 
 and one round trip to the device per launch, of which a removed group needs `LAUNCHES`. Rates are peaks times a share
-that is reached. `--check` holds the same paper, with rates measured here, to a walk and a search measured here.
+that is reached. `--check` holds the same paper, with rates measured here, to a calibration pass and a search measured
+here.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from typing import Annotated
 
 import torch
 import typer
+from calibration_pass import calibrate, forward, now, products
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
-from walk import forward, now, products, walk
 
 from prunekit.calibration.fill import build
 from prunekit.calibration.moments import Moments
@@ -37,7 +38,7 @@ from prunekit.plugins.registry import ALLOCATORS, OBJECTIVES, PRUNERS
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.run.plan.count import Shape
-from prunekit.run.plan.rehearsal import rehearsed, walks
+from prunekit.run.plan.rehearsal import list_passes, rehearsed
 from prunekit.run.spaces import whole_space
 from prunekit.search.store import CandidateStore
 from prunekit.search.supernet import Supernet
@@ -125,23 +126,24 @@ def shaped(model: PreTrainedModel, adapter: ModelAdapter, computed: torch.dtype)
 
 
 def paper(shape: Shape, whole: Space, machine: Machine, tokens: int, seqlen: int) -> Iterator[Line]:
-    """The stages of the preset `default`: every round walks and searches, and the answer is built."""
+    """The stages of the preset `default`: every round calibrates and searches, and the answer is built."""
     size, allocator = shape.computed.itemsize, ALLOCATORS.build(Recipe.load().allocator)
     weights, block = shape.parameters(shape.model) * size, max(shape.parameters(b) for b in shape.blocks) * size
     fits = weights < 0.9 * machine.memory
     held, again = (weights, 0) if fits else (4 * block, weights)  # bytes read whenever all blocks are gone through
     yield Line("read the checkpoint", weights / machine.disk, moved=weights, held=held)
-    *spaces, last = walks(allocator, whole)
-    parts = [list(walked(shape, space, machine, tokens, seqlen)) for space in (*spaces, last)]
+    *spaces, last = list_passes(allocator, whole)
+    parts = [list(calibrated(shape, space, machine, tokens, seqlen)) for space in (*spaces, last)]
     for rounds in zip(*parts, strict=True):
         read = again * len(rounds) if rounds[0].name == "forward" else 0
         yield Line(
-            f"{len(rounds)} walks: {rounds[0].name}", sum(line.seconds for line in rounds) + read / machine.disk,
+            f"{len(rounds)} calibration passes: {rounds[0].name}",
+            sum(line.seconds for line in rounds) + read / machine.disk,
             sum(line.flops for line in rounds), sum(line.moved for line in rounds) + read,
             held + max(line.held for line in rounds), rounds[0].note,
         )  # fmt: skip
     asked = [rehearsed(allocator, space, tokens, seqlen, patience=math.inf) for space in spaces]
-    forwards = sum(count for count in asked if count is not None)
+    forwards = sum(search.forwards or 0 for search in asked)
     flops, read = shape.forward(forwards, seqlen, head=True, share=0.5), again * QUESTIONS * len(spaces)
     yield Line(
         f"{len(spaces)} searches", flops / machine.forward / machine.devices + read / machine.disk, flops, read, held,
@@ -150,8 +152,8 @@ def paper(shape: Shape, whole: Space, machine: Machine, tokens: int, seqlen: int
     yield Line("write the result", weights / 2 / machine.disk, moved=weights / 2, held=held)
 
 
-def walked(shape: Shape, space: Space, machine: Machine, tokens: int, seqlen: int) -> Iterator[Line]:
-    """The parts of a walk by the preset's `obs`, which has the dense model beside it."""
+def calibrated(shape: Shape, space: Space, machine: Machine, tokens: int, seqlen: int) -> Iterator[Line]:
+    """The parts of a calibration pass by the preset's `obs`, which has the dense model beside it."""
     double, statistics = torch.float64.itemsize, statistics_of(PRUNERS.build(Recipe.load().pruner).needs)
     passes = 2 * shape.forward(tokens, seqlen, head=False)
     hidden = 2 * tokens * shape.width * shape.computed.itemsize / machine.devices
@@ -167,7 +169,7 @@ def walked(shape: Shape, space: Space, machine: Machine, tokens: int, seqlen: in
         most = max(most, Moments.bytes(there, own, {}) + 3 * double * d_in**2)
     yield Line("forward", passes / machine.forward / machine.devices, passes, held=hidden)
     yield Line("moments", moments / machine.products / machine.devices, moments)
-    note = f"of one walk, {launches:,.0f} s are launches; on one device"
+    note = f"of one calibration pass, {launches:,.0f} s are launches; on one device"
     yield Line("obs", pruned / machine.doubles + launches, pruned, held=most, note=note)
     yield Line("errors", judged / machine.doubles, judged, note="on one device")
     yield Line("store", stored / machine.disk, moved=stored)
@@ -191,13 +193,13 @@ def checked(source: str, dataset: str, *, rungs: int = 9, seqlen: int = 256, tok
         products=products(dense, recipe, draws.calibration)["rate"], doubles=rate(), launch=launch(),
     )  # fmt: skip
     space = whole.zoomed(whole.uniform(), stride=1 / (rungs - 1), reach=rungs)
-    told = {line.name: line.seconds for line in walked(shape, space, machine, tokens, seqlen)}
-    spent = walk(dense, recipe, draws.calibration, "obs stream", rungs)
+    told = {line.name: line.seconds for line in calibrated(shape, space, machine, tokens, seqlen)}
+    spent = calibrate(dense, recipe, draws.calibration, "obs stream", rungs)
     print("| stage | seconds on paper | measured | measured / paper |\n|---|---|---|---|")
     for name, there in {"forward": "forward", "moments": "moments", "obs": "pruner", "errors": "errors"}.items():
-        print(f"| walk: {name} | {told[name]:.2f} | {spent[there]:.2f} | {spent[there] / told[name]:.2f} |")
+        print(f"| calibration pass: {name} | {told[name]:.2f} | {spent[there]:.2f} | {spent[there] / told[name]:.2f} |")
     paper_all = told["forward"] + told["moments"] + told["obs"] + told["errors"]
-    print(f"| walk: all | {paper_all:.2f} | {spent['all']:.2f} | {spent['all'] / paper_all:.2f} |")
+    print(f"| calibration pass: all | {paper_all:.2f} | {spent['all']:.2f} | {spent['all'] / paper_all:.2f} |")
     objective = OBJECTIVES.build("divergence")
     with tempfile.TemporaryDirectory() as folder:
         store, centre = CandidateStore(Path(folder), {}), space.nearest(whole.uniform())

@@ -20,6 +20,7 @@ from prunekit.recipe.schema import Recipe
 from prunekit.run.family import family
 from prunekit.run.prune import prune
 from prunekit.run.results import Result
+from prunekit.run.session import Job
 from prunekit.system.progress import progress_for
 
 
@@ -38,15 +39,15 @@ def main(
     shared |= {"data.evaluation_dataset": evaluation}
     shared |= {f"data.{part}_tokens": tokens for part in ("calibration", "search", "evaluation")}
     shared |= dict(map(parsed, setting or []))
-    base, progress = Recipe.load(recipe).with_overrides(shared), progress_for()
+    base, job = Recipe.load(recipe).with_overrides(shared), Job(progress=progress_for())
     together = base.spread({"sparsity": [float(share) for share in sparsity.split(",")]})
     assert together is not None
     begun = time.perf_counter()
-    made = family(together, progress=progress)
+    made = family(together, job)
     took, alone, seconds = time.perf_counter() - begun, list[Result](), list[float]()
     for share in together.family or (together.sparsity,):
         begun = time.perf_counter()
-        alone.append(prune(base.with_overrides({"sparsity": share}), progress=progress))
+        alone.append(prune(base.with_overrides({"sparsity": share}), job))
         seconds.append(time.perf_counter() - begun)
 
     paid = [result.report["search"]["token_forwards"] for result in alone]
@@ -61,7 +62,7 @@ def main(
         print(f"| {name} | {spent:.1f} | {spent / seconds[-1]:.2f} | {forwards:,} | {ratio} |")
 
     print("\n| sparsity | parameters | perplexity in the family | alone | rise of nll, paired |\n|---|---|---|---|---|")
-    text = draw(alone[0].tokenizer, base.data, progress, seed=base.seed, **limits(alone[0].model)).evaluation
+    text = draw(alone[0].tokenizer, base.data, job.progress, seed=base.seed, **limits(alone[0].model)).evaluation
     for one, other in zip(made.members, alone, strict=True):
         ours, theirs = perplexity(one.model, text), perplexity(other.model, text)
         rise, error = ours.above(theirs)

@@ -100,7 +100,7 @@ def jobs(name: str, base: Size, pruner: str, most: int) -> Iterator[tuple[int, C
             yield neurons, lambda layer=layer: nested(layer, pruner)
     elif name == "candidates":
         with tempfile.TemporaryDirectory() as folder:
-            net, _ = walked(base, pruner, folder)
+            net, _ = calibrated(base, pruner, folder)
             for count in (1, 2, 4, 8, 16, 32):  # of 57 that are one exchange away
                 yield count, lambda count=count: generation(net, base.batch, count)
     else:
@@ -110,13 +110,13 @@ def jobs(name: str, base: Size, pruner: str, most: int) -> Iterator[tuple[int, C
 
             def job(size: Size = size) -> float:
                 with tempfile.TemporaryDirectory() as folder:
-                    return walked(size, pruner, folder)[1]
+                    return calibrated(size, pruner, folder)[1]
 
             yield count, job
 
 
-def walked(size: Size, pruner: str, folder: str) -> tuple[Supernet, float]:
-    """A supernet, and the seconds of its walk."""
+def calibrated(size: Size, pruner: str, folder: str) -> tuple[Supernet, float]:
+    """A supernet, and the seconds of its calibration pass."""
     model, store = size.model, CandidateStore(Path(folder), {})
     space, begun = size.space(model), time.perf_counter()
     centre = space.nearest(space.uniform())

@@ -26,7 +26,7 @@ from prunekit.models.shards import write
 from prunekit.recipe.overrides import parsed
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
-from prunekit.system.memory import amount
+from prunekit.system.sizes import amount
 
 ALLOWED = 1.5e9  # bytes beside one block and the activations
 

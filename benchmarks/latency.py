@@ -18,6 +18,7 @@ from prunekit.measure.evaluate import load
 from prunekit.recipe.overrides import parsed
 from prunekit.recipe.schema import Recipe
 from prunekit.run.prune import prune
+from prunekit.run.session import Job
 from prunekit.space.prices import Prices
 from prunekit.system.progress import progress_for
 
@@ -41,7 +42,7 @@ def main(
         folders = {share: Path(scratch, share) for share in targets.split(",")}
         for share, folder in folders.items():
             chosen = base.with_overrides({"target": f"latency={share}", **table})
-            reports[share] = prune(chosen, output=folder, progress=progress).report
+            reports[share] = prune(chosen, Job(output=folder, progress=progress)).report
             table = {"latency.prices": str(folder)}
         prices = Prices.load(table["latency.prices"])
         nets = {"dense": load(model, device=device), **{s: load(str(f), device=device) for s, f in folders.items()}}

@@ -2,7 +2,7 @@
 
     python benchmarks/oracle.py MODEL --dataset calibration.txt --seqlen 256
 
-One walk fills the table; after that no token is paid, and no allocator can be below 0 %.
+One calibration pass fills the table; after that no token is paid, and no allocator can be below 0 %.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from prunekit.data.draws import draw
 from prunekit.models.opening import opened
 from prunekit.plugins.allocator import Problem
 from prunekit.plugins.pruner import LocalPruner
-from prunekit.plugins.registry import ALLOCATORS, PRUNERS, signals_of
+from prunekit.plugins.registry import ALLOCATORS, PRUNERS, SIGNALS
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.run.spaces import whole_space
@@ -50,7 +50,7 @@ def main(
             scored = type(pruner).scores is not LocalPruner.scores
             allocators = {name: ALLOCATORS.build(name) for name in ALLOCATORS}
             allocators = {name: a for name, a in allocators.items() if scored or "scores" not in a.needs}
-            asked_for = [(name, signal) for name, a in allocators.items() for signal in signals_of(a)]
+            asked_for = [(name, signal) for name, a in allocators.items() for signal in map(SIGNALS.build, a.signals)]
             errors = build(
                 dense.model, dense.adapter, space, start, pruner, calibration, store,
                 signals=[signal for _, signal in asked_for], scores=scored, dtype=dense.dtype, progress=Progress(),

@@ -1,4 +1,4 @@
-"""`prunekit.prune` and `prunekit.tune`, for people who have a model at hand and a few wishes."""
+"""`prunekit.prune` and `prunekit.tune`: pruning from Python."""
 
 from __future__ import annotations
 
@@ -15,30 +15,23 @@ from prunekit.run.family import Family
 from prunekit.run.family import family as run_all
 from prunekit.run.prune import prune as run
 from prunekit.run.results import Result
+from prunekit.run.session import Job
 from prunekit.system.progress import Progress, progress_for
 
 if TYPE_CHECKING:
-    from prunekit.run.tune import Tuned
+    from prunekit.run.study import Tuned
+
+Source = str | Path | PreTrainedModel | None
 
 
 @overload
 def prune(
-    model: str | Path | PreTrainedModel | None = None,
-    tokenizer: Any = None,
-    *,
-    sparsity: list[float] | tuple[float, ...],
-    **settings: Any,
+    model: Source = None, tokenizer: Any = None, *, sparsity: list[float] | tuple[float, ...], **settings: Any
 ) -> Family: ...
 @overload
+def prune(model: Source = None, tokenizer: Any = None, *, sparsity: float = ..., **settings: Any) -> Result: ...
 def prune(
-    model: str | Path | PreTrainedModel | None = None,
-    tokenizer: Any = None,
-    *,
-    sparsity: float = ...,
-    **settings: Any,
-) -> Result: ...
-def prune(
-    model: str | Path | PreTrainedModel | None = None,
+    model: Source = None,
     tokenizer: Any = None,
     *,
     recipe: str | Path | Recipe = "default",
@@ -52,23 +45,24 @@ def prune(
     """Prune a model.
 
     Args:
-        model: a folder, a hub id, or a model in memory, which stays as it is; None: the recipe names one.
+        model: a folder, a hub id, or a model in memory, which is not changed; None: the recipe names one.
         tokenizer: of a model in memory.
-        recipe: a file, the folder of a pruned model, a preset by name, or a recipe.
+        recipe: a YAML file, the folder of a pruned model, a preset by name, or a recipe.
         output: folder of the result; None: it stays in memory.
-        quiet: whether nothing is said of the progress.
-        progress: what is told of it instead.
-        resume: whether to go on with an interrupted run of the same recipe.
-        overwrite: whether a result in `output` may be replaced.
+        quiet: whether progress is not shown.
+        progress: receives the progress instead of the terminal.
+        resume: whether an interrupted run of the same recipe is continued.
+        overwrite: whether an earlier result in `output` may be replaced.
         settings: recipe keys: sparsity=0.5, pruner="obs", allocator={"name": "tyr", ...}, data={...}; a key of a
             nested part is written with two underscores, data__seqlen=256.
 
     Returns:
-        The result; of a list of sparsities a family of them, for little more than the price of one.
+        The result; for a list of sparsities a family of results, at little more than the cost of one.
 
     Raises:
-        WrongInput: says what was asked, what there is and what to do; before any long work.
+        WrongInput: what cannot be done, what there is instead and what to do; before any long work.
         PluginError: a plug-in broke its contract.
+        CannotGoOn: what was written is not the same model when it is loaded.
 
     Example:
         >>> small = prunekit.prune("my-model", sparsity=0.5)  # doctest: +SKIP
@@ -77,19 +71,13 @@ def prune(
     """
     base, overrides, in_memory = _chosen(model, recipe, settings)
     several = base.spread(overrides)
-    options: dict[str, Any] = {
-        "model": in_memory,
-        "tokenizer": tokenizer,
-        "output": None if output is None else Path(output),
-        "progress": progress or progress_for(quiet),
-        "resume": resume,
-        "overwrite": overwrite,
-    }
-    return run(base.with_overrides(overrides), **options) if several is None else run_all(several, **options)
+    place = None if output is None else Path(output)
+    job = Job(in_memory, tokenizer, place, progress or progress_for(quiet), resume, overwrite)
+    return run(base.with_overrides(overrides), job) if several is None else run_all(several, job)
 
 
 def tune(
-    model: str | Path | PreTrainedModel | None = None,
+    model: Source = None,
     tokenizer: Any = None,
     *,
     space: str | Path | Mapping[str, Any] = "default",
@@ -108,22 +96,22 @@ def tune(
 ) -> Tuned:
     """Search for a better recipe. Needs the extra prunekit[optuna].
 
-    The same call goes on with a study that was interrupted, or with more trials.
+    The same call continues a study that was interrupted, or adds trials to it.
 
     Args:
         model: as of `prune`.
         tokenizer: of a model in memory.
-        space: what may be chosen: a file, a preset by name, or recipe keys with their choices.
-        trials: recipes to try, those of earlier runs of the study included.
+        space: choices to search: a YAML file, a preset by name, or recipe keys with their choices.
+        trials: number of recipes to try, those of earlier runs of the study included.
         output: folder of the study.
-        metric: one, or several, which make a front; all are better when lower.
-        sampler: who proposes trials.
-        recipe: what is tuned, as of `prune`.
+        metric: what is minimised; several give a Pareto front.
+        sampler: the algorithm that proposes trials.
+        recipe: the recipe to improve, as of `prune`.
         storage: URL of an Optuna storage; None: a journal in the folder.
         study_name: in that storage; None: that of the folder.
-        quiet: whether nothing is said of the progress.
-        progress: what is told of it instead.
-        resume: whether to go on with a study that is there.
+        quiet: whether progress is not shown.
+        progress: receives the progress instead of the terminal.
+        resume: whether an earlier run of the study is continued.
         overwrite: whether another study in `output` may be replaced.
         settings: recipe keys, as of `prune`.
 
@@ -131,8 +119,8 @@ def tune(
         The study, its rows and the best recipe.
 
     Raises:
-        WrongInput: says what was asked, what there is and what to do; before any long work.
-        CannotGoOn: not one trial ended well.
+        WrongInput: what cannot be done, what there is instead and what to do; before any long work.
+        CannotGoOn: no trial was completed.
 
     Example:
         >>> space = {"pruner": ["wanda", {"name": "obs", "aim": ["own", "stream"]}]}
@@ -145,29 +133,23 @@ def tune(
     return tuning.tune(
         base.with_overrides(overrides),
         Choices.of_mapping(space) if isinstance(space, Mapping) else Choices.load(space),
+        Job(in_memory, tokenizer, Path(output), progress or progress_for(quiet), resume, overwrite),
         trials=trials,
-        output=Path(output),
         metrics=(metric,) if isinstance(metric, str) else tuple(metric),
         sampler=sampler,
         storage=storage,
         study_name=study_name,
-        model=in_memory,
-        tokenizer=tokenizer,
-        progress=progress or progress_for(quiet),
-        resume=resume,
-        overwrite=overwrite,
     )
 
 
 def _chosen(
-    model: str | Path | PreTrainedModel | None, recipe: str | Path | Recipe, settings: dict[str, Any]
+    model: Source, recipe: str | Path | Recipe, settings: dict[str, Any]
 ) -> tuple[Recipe, dict[str, Any], PreTrainedModel | None]:
-    """The recipe, what of it is to be replaced, the model's name too, and the model where it is in memory."""
+    """(the recipe, the values to replace in it, the model's name among them, the model where it is in memory)."""
     base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     if isinstance(data := settings.pop("data", None), dict):
         settings |= {f"data__{key}": value for key, value in data.items()}
     overrides = {key.replace("__", "."): plain(value) for key, value in settings.items()}
-    in_memory = model if isinstance(model, PreTrainedModel) else None
-    if model is not None and in_memory is None:
-        overrides["model"] = str(model)
-    return base, overrides, in_memory
+    if model is None or isinstance(model, PreTrainedModel):
+        return base, overrides, model
+    return base, overrides | {"model": str(model)}, None

@@ -20,7 +20,7 @@ class PluginError(CannotGoOn):
     """A plug-in broke its contract; names the plug-in and the promise."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What another library said, in one line to go into a sentence of ours."""
     return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
 

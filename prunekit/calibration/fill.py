@@ -1,4 +1,4 @@
-"""The walk that fills a supernet: block by block, site by site, all rungs at once.
+"""The calibration pass that fills a supernet: block by block, site by site, all rungs at once.
 
 For every site: add up what it receives, state the layer problem, let the pruner answer, measure the
 errors, store the candidates, and carry the activations on, so that the next site is pruned for what
@@ -25,7 +25,7 @@ from prunekit.data.tokens import TokenBatch
 from prunekit.errors import PluginError, WrongInput
 from prunekit.layer.candidates import Candidate
 from prunekit.layer.layouts import layout_of
-from prunekit.layer.problem import Feeder, LayerProblem
+from prunekit.layer.problem import LayerProblem, Producer
 from prunekit.layer.statistics import Need
 from prunekit.plugins.adapter import Cut, ModelAdapter
 from prunekit.plugins.engine import Team
@@ -61,25 +61,45 @@ def build(
     progress: Progress,
     label: str = "prune",
 ) -> tuple[tuple[float, ...], ...]:
-    """Fill `store` with a candidate for every rung of `space`; return their relative errors by site and rung.
+    """Fill `store` with a candidate for every rung of `space`. Sites that are already stored are not pruned again.
 
-    `carry` says which activations reach the next site: those of the dense model, of the candidate at
-    `centre`, or the expectation over the ladder. Candidates are rounded to `dtype` before they are
-    judged: what is measured is what will be saved. Sites that are already stored are not pruned again.
-    At every site the `signals` are measured, and what the pruner says its groups are worth if `scores` are asked.
-    `gradients` and `contrast`, a second data set, are there when any of them needs these; activations are kept in
-    `room`. A `team` streams the calibration tokens side by side.
+    Candidates are rounded to `dtype` before they are judged: what is measured is what will be saved.
+
+    Args:
+        model: the dense model; left as it was.
+        adapter: of its family.
+        space: the sites and their ladders.
+        centre: an allocation of it.
+        pruner: asked for all rungs of a site at once.
+        tokens: of calibration.
+        store: receives candidates, errors, and what signals and the pruner say.
+        signals: measured at every site.
+        scores: whether the pruner is asked what its groups are worth.
+        carry: activation propagation, what reaches the next site: the activations of the dense model, of the
+            candidate at `centre`, or the expectation over the ladder.
+        damping: ridge, as a share of the mean of diag H.
+        dtype: of the checkpoint.
+        gradients: of the dense model's loss, for plug-ins that need them.
+        contrast: a second data set, for plug-ins that need it.
+        room: where activations are kept.
+        team: workers that stream the calibration tokens side by side; None: nobody else.
+        progress: advanced at every site.
+        label: of the stage.
+
+    Returns:
+        Relative output errors by site and rung: 0 lossless, 1 as bad as zeros.
+
+    Raises:
+        PluginError: a plug-in needs what cannot be collected, or its answer is wrong.
+        WrongInput: what reaches a site is not finite.
     """
     if all(site in store for site in space.sites):
         return tuple(tuple(store.errors(site)) for site in space.sites)
-    missing = {name for name, source in (("gradient", gradients), ("contrast", contrast)) if source is None}
+    other_passes = {"gradient": gradients, "contrast": contrast}
+    there = {name for name in STATISTICS if other_passes.get(name, ...) is not None}
     for plugin in (pruner, *signals):
-        if (
-            unmet := {need for need in plugin.needs if isinstance(need, str)} - STATISTICS.keys()
-            | plugin.needs & missing
-        ):
-            them = ", ".join(sorted(map(str, unmet)))
-            raise PluginError(f"{type(plugin).__name__} needs {them}, which calibration cannot collect")
+        if unmet := sorted(need for need in plugin.needs if isinstance(need, str) and need not in there):
+            raise PluginError(f"{type(plugin).__name__} needs {', '.join(unmet)}, which calibration cannot collect")
     needs = pruner.needs.union(*(signal.needs for signal in signals))
     statistics, room, other = statistics_of(needs), room or Room(), None
     two = any("dense" in each.sees for each in statistics)
@@ -98,21 +118,19 @@ def build(
         moments, against = flow.received(site, statistics), None if other is None else other.received(site)
         if site in store:
             return None
-        return layer_problem(model, adapter, site, moments, needs, damping, gradients, against, last=not site.shares)
+        return layer_problem(
+            model, adapter, site, moments, needs, damping, gradients, against, last=not site.input_group
+        )
 
     def fill(site: Site) -> None:
         if (whole := stated(site)) is None:
             return
-        layer, ladder = whole.knowing(pruner.needs), rungs_of[site]
+        layer, ladder = whole.restricted_to(pruner.needs), rungs_of[site]
         candidates = answers(pruner, layer, site, ladder, dtype)
-        store.put(
-            site,
-            candidates,
-            [_error(layer, site, c) for c in candidates],
-            [measured(signal, whole, site) for signal in signals],
-            scored(pruner, layer, site) if scores else None,
-            keeps=ladder,
-        )
+        errors = [layer.error(candidate.weight) for candidate in candidates]
+        numbers = [measured(signal, whole, site) for signal in signals]
+        worth = scored(pruner, layer, site) if scores else None
+        store.put(site, [_in_model(site, c) for c in candidates], errors, numbers, worth, keeps=ladder)
 
     with progress.stage(label, len(space.sites)) as stage:
         for index, sites in groupby(space.sites, key=lambda site: site.block):
@@ -143,9 +161,20 @@ def layer_problem(
     *,
     last: bool = False,
 ) -> LayerProblem:
-    """What plug-ins with these needs are told of a site; groups made contiguous.
+    """State the layer problem of a site for plug-ins with these needs; groups made contiguous.
 
-    What need not be arranged is not copied: of wide maps it is large. `last`: nobody reads the moments afterwards.
+    What need not be arranged is not copied: of wide maps it is large.
+
+    Args:
+        model: the dense model.
+        adapter: of its family.
+        site: a place in it.
+        moments: of what the site receives.
+        needs: of all plug-ins together.
+        damping: ridge, as a share of the mean of diag H.
+        gradients: read where "gradient" is needed.
+        contrast: of what the site receives of a second data set.
+        last: nobody reads the moments afterwards, so that the gram may take their place.
 
     Raises:
         WrongInput: what reaches the site is not finite, or it has no influence to measure.
@@ -159,30 +188,30 @@ def layer_problem(
     if unseen and not joins:
         why = "a norm comes after the sum" if adapter.part(site) is not None else "it is no whole sub-layer"
         raise WrongInput(f"{site.name}: {why}, so there is no {unseen[0]}; choose another signal")
-    *fed, own = adapter.cuts(block, site)
+    *front, own = adapter.cuts(block, site)
     straight = site.spread == 1  # wide matrices are not copied for nothing
 
     def arranged(value: Tensor) -> Tensor:
         return value if straight or not value.ndim else value[..., order]
 
-    def learnt(cut: Cut, index: tuple[Any, ...]) -> dict[str, Tensor]:
+    def gradient_of(cut: Cut, index: tuple[Any, ...]) -> dict[str, Tensor]:
         if gradients is None or "gradient" not in needs:
             return {}
         gradient, fisher = gradients.read(site.block, cut.path, order.device)
         return {"gradient": gradient[index], "fisher": fisher[index]}
 
-    def feeder(cut: Cut) -> Feeder:
+    def producer(cut: Cut) -> Producer:
         rows = cut.index.flatten().to(order.device)
         weight: Tensor = block.get_parameter(f"{cut.path}.weight").detach()
         whole = torch.equal(rows, torch.arange(len(weight), device=rows.device))
-        statistics = {**moments.values(weight, cut.path), **learnt(cut, (rows,))}
-        return Feeder(cut.path, weight if whole else weight[rows], statistics)
+        statistics = {**moments.values(weight, cut.path), **gradient_of(cut, (rows,))}
+        return Producer(cut.path, weight if whole else weight[rows], statistics)
 
     weight = adapter.linear(block, site).weight.detach()
     values = moments.values(weight) | ({} if contrast is None else {"contrast": contrast.power})
     values = {name: arranged(value) for name, value in values.items()}
     cross, drift, energy = (values.pop(name, None) for name in ("cross", "drift", "energy"))
-    producers = "feeders" in needs or any("producers" in each.sees for each in moments.statistics)
+    producers = "producers" in needs or any("producers" in each.sees for each in moments.statistics)
     gram = moments.settled() if last else moments.gram
     return LayerProblem(
         weight=arranged(weight),
@@ -193,8 +222,8 @@ def layer_problem(
         cross=cross,
         drift=drift,
         energy=None if energy is None else float(energy),
-        statistics={**values, **learnt(own, (slice(None), order))},
-        feeders=tuple(feeder(cut) for cut in fed) if producers else (),
+        statistics={**values, **gradient_of(own, (slice(None), order))},
+        producers=tuple(producer(cut) for cut in front) if producers else (),
         name=site.name,
     )
 
@@ -202,7 +231,7 @@ def layer_problem(
 def answers(
     pruner: LocalPruner, layer: LayerProblem, site: Site, keeps: Sequence[int], dtype: torch.dtype
 ) -> list[Candidate]:
-    """The pruner's candidates for `keeps`, checked, rounded to `dtype`, columns in the model's order.
+    """The pruner's candidates for `keeps`, checked and rounded to `dtype`.
 
     Raises:
         PluginError: a candidate is missing, keeps another count, is not finite or not zero elsewhere.
@@ -211,10 +240,9 @@ def answers(
     proposed = list(pruner.prune(layer, list(keeps)))
     if len(proposed) != len(keeps):
         raise PluginError(f"{who}: {len(keeps)} counts were asked, {len(proposed)} candidates came")
-    order = _order(site, layer.weight.device)
     checked = []
     for keep in keeps:
-        candidate = proposed.pop(0)  # let go when it is rounded
+        candidate = proposed.pop(0)  # freed when it is rounded
         there, asked = tuple(candidate.weight.shape), tuple(layer.weight.shape)
         if there != asked:
             raise PluginError(f"{who}: the weight of count {keep} has shape {there}, and {asked} was asked")
@@ -222,9 +250,7 @@ def answers(
             raise PluginError(f"{who}: the weight of count {keep} is not finite")
         if fault := layout_of(site).fault(site, keep, candidate, layer.columns):
             raise PluginError(f"{who}: {fault}")
-        weight = torch.empty_like(candidate.weight, dtype=dtype)
-        weight[:, order] = candidate.weight.to(dtype)
-        checked.append(Candidate(candidate.kept, weight))
+        checked.append(Candidate(candidate.kept, candidate.weight.to(dtype)))
     return checked
 
 
@@ -234,7 +260,7 @@ def measured(signal: Signal, layer: LayerProblem, site: Site) -> float:
     Raises:
         PluginError: it is not finite.
     """
-    value = float(signal.measure(layer.knowing(signal.needs)))
+    value = float(signal.measure(layer.restricted_to(signal.needs)))
     if not math.isfinite(value):
         raise PluginError(f"{type(signal).__name__} on {site.name}: a finite number was asked, not {value}")
     return value
@@ -258,6 +284,14 @@ def expected_weight(store: CandidateStore, site: Site, counts: Sequence[int]) ->
 
     Týr-the-Pruner (arXiv 2503.09657), expectation error accumulation: rungs weigh by what they keep;
     by linearity one forward with W̄ is the weighted mean of one forward per rung.
+
+    Args:
+        store: holds the candidates.
+        site: whose.
+        counts: kept groups, or weights per row, of the rungs.
+
+    Returns:
+        W̄ in float64; zeros where all counts are 0.
     """
     total = sum(counts)
     mean = store.get(site, counts[0]).weight.double() * (counts[0] / total if total else 0.0)
@@ -266,8 +300,13 @@ def expected_weight(store: CandidateStore, site: Site, counts: Sequence[int]) ->
     return mean
 
 
-def _error(layer: LayerProblem, site: Site, candidate: Candidate) -> float:
-    return layer.error(candidate.weight[:, _order(site, candidate.weight.device)])
+def _in_model(site: Site, candidate: Candidate) -> Candidate:
+    """With columns in the order of the model."""
+    if site.spread == 1:
+        return candidate
+    weight = torch.empty_like(candidate.weight)
+    weight[:, _order(site, weight.device)] = candidate.weight
+    return Candidate(candidate.kept, weight)
 
 
 def _order(site: Site, device: torch.device) -> Tensor:

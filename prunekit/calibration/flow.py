@@ -38,14 +38,9 @@ class BlockFlow:
     def __init__(
         self, model: nn.Module, adapter: ModelAdapter, batch: TokenBatch, *, dense: bool, room: Room | None = None
     ) -> None:
-        room = room or Room()
         self.adapter, self.blocks, self.seqlen = adapter, adapter.blocks(model), batch.seqlen
-        self.stream, self.calls = _Stream(room), list[list[Call]]()
-        for ids in chunks(batch):
-            hidden, calls = entered(model, adapter, ids)
-            self.stream.hidden.append(hidden)
-            self.calls.append(calls)
-        self.dense = _Stream(room, self.stream.hidden) if dense else None
+        self.stream = Stream.entering(model, adapter, batch, room or Room())
+        self.dense = self.stream.copy() if dense else None
         self._shared: tuple[str, Moments | None] = "", None
 
     @torch.no_grad()
@@ -53,15 +48,15 @@ class BlockFlow:
         """Moments of what `site` receives: its gram, and those of the `statistics` that there are."""
         block = self.blocks[site.block]
         linear, (name, shared) = self.adapter.linear(block, site), self._shared
-        shape = MapShape(linear.in_features, linear.out_features, shared=bool(site.shares))
-        if shared is not None and site.shares == name:
-            return shared.of_map(shape, (self._received(site, linear, i) for i in range(len(self.calls))))
+        shape = MapShape(linear.in_features, linear.out_features, shared=bool(site.input_group))
+        if shared is not None and site.input_group == name:
+            return shared.of_map(shape, (self._received(site, linear, i) for i in range(len(self.stream))))
         for stream in (self.stream, self.dense):
             if stream is not None:
                 stream.inputs.clear()  # of an input that was shared
         there = collected(statistics, residual=self.adapter.adds_up(block) and self.adapter.part(site) is not None)
-        fed = self.adapter.cuts(block, site)[:-1] if any("producers" in each.sees for each in there) else ()
-        layers = {cut.path: linear_at(block, cut.path) for cut in fed}
+        front = self.adapter.cuts(block, site)[:-1] if any("producers" in each.sees for each in there) else ()
+        layers = {cut.path: linear_at(block, cut.path) for cut in front}
         producers = {path: MapShape(layer.in_features, layer.out_features) for path, layer in layers.items()}
         moments = Moments.empty(there, shape, linear.weight.device, producers)
 
@@ -71,11 +66,11 @@ class BlockFlow:
         with ExitStack() as listening:
             for path, layer in layers.items():
                 listening.enter_context(layer.register_forward_pre_hook(partial(listen, path)))
-            self.stream.inputs.extend(self._caught(self.stream, site, linear, i) for i in range(len(self.calls)))
-        for i in range(len(self.calls)):
+            self.stream.inputs.extend(self.stream.caught(linear, block, site, i) for i in range(len(self.stream)))
+        for i in range(len(self.stream)):
             self._add(moments, site, linear, i)
         # where nobody will ask again they are not kept: of wide maps they are large
-        self._shared = (site.shares, moments) if site.shares else ("", None)
+        self._shared = (site.input_group, moments) if site.input_group else ("", None)
         return moments
 
     @torch.no_grad()
@@ -84,22 +79,16 @@ class BlockFlow:
 
         All zeros: the sub-layer is dropped; of a map that loses single weights, its bias stays.
         """
-        linear = self.adapter.linear(self.blocks[site.block], site)
-        feeds = self.adapter.part(site) is None
-        self.stream.pass_through(site, linear, weight, feeds=feeds)
+        self.stream.pass_through(self.blocks[site.block], site, weight)
         if self.dense is not None:
-            self.dense.pass_through(site, linear, None, feeds=feeds)
+            self.dense.pass_through(self.blocks[site.block], site, None)
 
     @torch.no_grad()
     def advance(self, block: int) -> None:
         """Send the streams through a block, in place."""
-        for stream in (self.stream, self.dense):
-            if stream is None:
-                continue
-            for i, calls in enumerate(self.calls):
-                with stream.replaying(self.adapter, self.blocks[block], i):
-                    stream.hidden[i] = calls[block](self.blocks[block], stream.hidden[i])
-            stream.leave()
+        self.stream.advance(self.blocks[block], block)
+        if self.dense is not None:
+            self.dense.advance(self.blocks[block], block)
 
     @staticmethod
     def peak(tokens: int, d: int, itemsize: int, block: Sequence[tuple[int, bool, bool]], streams: int) -> int:
@@ -119,8 +108,8 @@ class BlockFlow:
         """Add chunk i of what the site has received; keep what is used again of the dense stream."""
         dense, own = self.dense, None
         if dense is not None:
-            own = self._caught(dense, site, linear, i)
-            if site.shares:
+            own = dense.caught(linear, self.blocks[site.block], site, i)
+            if site.input_group:
                 dense.inputs.append(own)
         received = self._received(site, linear, i, own)
         moments.add(received)
@@ -130,66 +119,108 @@ class BlockFlow:
     def _received(self, site: Site, linear: nn.Linear, i: int, own: Tensor | None = None) -> Received:
         """Chunk i at a site, `own` caught of the dense stream or kept for maps that share it."""
 
-        def at(stream: _Stream, caught: Tensor | None, dense: Received | None = None) -> Received:
+        def at(stream: Stream, caught: Tensor | None, dense: Received | None = None) -> Received:
             inputs = partial(stream.inputs.__getitem__, i) if caught is None else lambda: caught
             return Received(inputs, linear, self.seqlen, partial(stream.residual, i), dense)
 
         return at(self.stream, None, None if self.dense is None else at(self.dense, own))
 
-    def _caught(self, stream: _Stream, site: Site, linear: nn.Linear, i: int) -> Float[Tensor, "windows length d_in"]:
-        """What reaches the linear map in chunk i; the block runs as far as that and no further."""
-        block, seen = self.blocks[site.block], list[Tensor]()
+
+class Stream:
+    """One model's hidden states before the present block, chunk by chunk, and what its sub-layers have made of them."""
+
+    def __init__(self, adapter: ModelAdapter, calls: list[list[Call]], hidden: Iterable[Tensor], room: Room) -> None:
+        """`calls`: of every block, by chunk."""
+        self.adapter, self.calls, self.room = adapter, calls, room
+        self.hidden = room.row(hidden)
+        self.inputs = room.row()  # of the present site's linear map
+        self.made = room.row()  # what its own weight makes of them, where that is known already
+        self.weights: dict[Site, Tensor | None] = {}  # of the sites that are done; None: their own
+        self.outputs: dict[Site, Row] = {}  # of the sub-layers that are done
+
+    @classmethod
+    def entering(
+        cls, model: nn.Module, adapter: ModelAdapter, batch: TokenBatch, room: Room, tokens: int | None = None
+    ) -> Stream:
+        """Before the first block. `tokens`: as many in one chunk; None: what suits a cache."""
+        self = cls(adapter, [], (), room)
+        for ids in chunks(batch, tokens):
+            hidden, calls = entered(model, adapter, ids)
+            self.hidden.append(hidden)
+            self.calls.append(calls)
+        return self
+
+    def copy(self) -> Stream:
+        """Another stream of the same hidden states, before a block."""
+        return Stream(self.adapter, self.calls, self.hidden, self.room)
+
+    def __len__(self) -> int:
+        """Chunks."""
+        return len(self.calls)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden[0].dtype
+
+    def caught(
+        self, linear: nn.Linear, block: nn.Module, site: Site, i: int, of: Stream | None = None
+    ) -> Float[Tensor, "windows length d_in"]:
+        """What reaches a linear map in chunk i; the block, of this model or of that stream's, runs no further.
+
+        Raises:
+            UnsupportedModel: the map is never called.
+        """
+        hidden, seen = self.hidden[i], list[Tensor]()
+        if of is not None:
+            hidden = hidden.to(of.dtype)
 
         def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append(args[0])
+            seen.append(args[0].reshape(*hidden.shape[:-1], -1))  # OPT flattens windows
             raise Seen
 
-        with stream.replaying(self.adapter, block, i), linear.register_forward_pre_hook(catch), suppress(Seen):
-            self.calls[i][site.block](block, stream.hidden[i])
+        with self.replaying(block, i, of), linear.register_forward_pre_hook(catch), suppress(Seen):
+            (self if of is None else of).calls[i][site.block](block, hidden)
             raise UnsupportedModel(f"{site.name} is never called: other code, say a fused kernel, reads its weight")
         return seen[0]
 
-
-class _Stream:
-    """Hidden states before the present block, chunk by chunk, and what its sub-layers have made of them."""
-
-    def __init__(self, room: Room, hidden: Iterable[Tensor] = ()) -> None:
-        self.hidden = room.row(hidden)
-        self.inputs = room.row()  # of the site that is being pruned
-        self.made = room.row()  # what its own weight makes of them, where that is known already
-        self.weights: dict[Site, Tensor | None] = {}
-        self.outputs: dict[Site, Row] = {}
-
-    def pass_through(self, site: Site, linear: nn.Linear, weight: Tensor | None, *, feeds: bool) -> None:
+    def pass_through(self, block: nn.Module, site: Site, weight: Tensor | None) -> None:
+        """The present site is done, with this weight; None: with its own."""
         self.weights[site] = weight
         if weight is None and self.made:
-            self.outputs[site], self.made = self.made, self.inputs.room.row()
-        elif self.inputs and not feeds:
+            self.outputs[site], self.made = self.made, self.room.row()
+        elif self.inputs and self.adapter.part(site) is not None:
+            linear = self.adapter.linear(block, site)
             with installed(linear, site, weight):
-                self.outputs[site] = self.inputs.room.row(linear(x) for x in self.inputs)
-        if not site.shares:
+                self.outputs[site] = self.room.row(linear(x) for x in self.inputs)
+        if not site.input_group:
             self.inputs.clear()
 
     def residual(self, i: int) -> Tensor:
         """Chunk i of the sum that the present sub-layer will be added to."""
         return sum((outputs[i] for outputs in self.outputs.values()), self.hidden[i])
 
-    def leave(self) -> None:
+    @torch.no_grad()
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Through a block, in place."""
+        for i, calls in enumerate(self.calls):
+            with self.replaying(block, i):
+                self.hidden[i] = calls[index](block, self.hidden[i])
         self.inputs.clear()
         self.weights.clear()
         self.outputs.clear()
 
     @contextmanager
-    def replaying(self, adapter: ModelAdapter, block: nn.Module, i: int) -> Iterator[None]:
-        """Within: sub-layers whose output for chunk i is known give it, others run with the carried weight."""
+    def replaying(self, block: nn.Module, i: int, of: Stream | None = None) -> Iterator[None]:
+        """Within: sub-layers whose output for chunk i is known give it, others run with the weight of their site."""
         with ExitStack() as stack:
             for site, weight in self.weights.items():
-                holder = adapter.holder(site)
+                holder = self.adapter.holder(site)
                 if site in self.outputs and holder is not None:
-                    module, output = block.get_submodule(holder), self.outputs[site][i]
-                    stack.enter_context(replayed(module, output, adapter.part(site)))
-                else:
-                    stack.enter_context(installed(adapter.linear(block, site), site, weight))
+                    output = self.outputs[site][i]
+                    output = output if of is None else output.to(of.dtype)
+                    stack.enter_context(replayed(block.get_submodule(holder), output, self.adapter.part(site)))
+                elif weight is not None:
+                    stack.enter_context(installed(self.adapter.linear(block, site), site, weight))
             yield
 
 

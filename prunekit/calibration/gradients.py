@@ -1,11 +1,11 @@
 """Gradients of the dense model's loss, one block at a time: block inputs are kept, blocks are run again backwards.
 
-Only one block's gradients are ever in memory; they go to disk, and the walk reads those of a site when it gets there.
+Only one block's gradients are ever in memory; they go to disk, and the calibration pass reads those of
+a site when it gets there.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int64
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,6 +24,7 @@ from prunekit.data.tokens import TokenBatch
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.models.blocks import Call, chunks, entered
 from prunekit.plugins.adapter import ModelAdapter
+from prunekit.system.checkpoints import write_tensors
 from prunekit.system.memory import Room
 from prunekit.system.progress import Progress
 
@@ -109,13 +109,9 @@ class Gradients:
     def _write(self, block: int, sums: dict[str, tuple[Tensor, Tensor]], windows: int) -> None:
         means = {}
         for path, (gradient, fisher) in sums.items():
-            means[f"{path}.gradient"] = (gradient / windows).cpu()
-            means[f"{path}.fisher"] = (fisher / windows).cpu()
-        temporary = self.directory / f".block-{block}.safetensors"
-        save_file(means, temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(self._file(block))
+            means[f"{path}.gradient"] = gradient / windows
+            means[f"{path}.fisher"] = fisher / windows
+        write_tensors(self._file(block), means)
 
 
 def _slope(

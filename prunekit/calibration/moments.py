@@ -98,7 +98,7 @@ class Moments:
 
     def of_map(self, shape: MapShape, batches: Iterable[Received]) -> Moments:
         """Of another map with the same input, for the same tokens: what is of the map is added up anew."""
-        own = [each for each in self.statistics if each.per_map]
+        own = [each for each in self.statistics if "output" in each.sees]
         sums = {(each.name, ""): each.start(shape, self.outer.device) for each in own}
         for received in batches if own else ():
             for each in own:
@@ -144,7 +144,7 @@ class Moments:
         total = Total(self.tokens, weight, None if producer else self.power)
         values = {}
         for each in self.statistics:
-            if each is GRAM or (each.name, producer) not in self.sums:
+            if each == GRAM or (each.name, producer) not in self.sums:
                 continue
             value = each.finish(self.sums[each.name, producer], total)
             if value.ndim and value.shape[-1] != weight.shape[1]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ class SharedFlow:
     def __init__(self, team: Team, batch: TokenBatch, device: torch.device, *, dense: bool) -> None:
         """`device`: where moments are added up."""
         self.team, self.device = team, device
-        self.shards = shards(batch, team.size)
-        team.knows = None
+        self.shards = [batch.rows(rows) for rows in dealt(range(len(batch)), team.size)]
+        team.supernet = None
         team.ask("stream", [(shard, dense) for shard in self.shards])
 
     def received(self, site: Site, statistics: Sequence[Statistic] = ()) -> Moments:
@@ -44,12 +43,3 @@ class SharedFlow:
 
     def _ask(self, method: str, *args: Any) -> list[Any]:
         return self.team.ask(method, [args] * len(self.shards))
-
-
-def shards(batch: TokenBatch, count: int) -> list[TokenBatch]:
-    """The windows of a batch in at most `count` runs of nearly equal length, none empty."""
-    return [
-        replace(batch, ids=ids, origins=tuple(batch.origins[i] for i in rows) if batch.origins else ())
-        for rows in dealt(range(len(batch.ids)), count)
-        for ids in [batch.ids[rows[0] : rows[-1] + 1]]
-    ]

@@ -63,9 +63,9 @@ class Relative(Statistic):
     sees: ClassVar[Sees] = frozenset({"output"})
 
     def add(self, sums: Sums, received: Received) -> None:
-        loud = received.output.double().square().sum(-1, keepdim=True)
+        squared = received.output.double().square().sum(-1, keepdim=True)
         squares = received.inputs.double().square()
-        sums["sum"] += torch.where(loud > 0, squares / torch.where(loud > 0, loud, 1), 0).sum(0)
+        sums["sum"] += torch.where(squared > 0, squares / torch.where(squared > 0, squared, 1), 0).sum(0)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ STATISTICS: Mapping[str, tuple[Statistic, ...]] = {
     "cross": (Cross(), Energy()),
     "drift": (Cross(), Energy(), Drift()),  # nothing aims at it alone
     "gram": (),  # every site has it
-    "feeders": (),  # weights
+    "producers": (),  # weights
     "gradient": (),  # of a pass back through the model
     "contrast": (),  # the powers of a second data set
 }

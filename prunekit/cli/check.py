@@ -13,18 +13,6 @@ from prunekit.errors import WrongInput, unknown
 if TYPE_CHECKING:
     from prunekit.plugins.registry import Registry
 
-SUITES = {
-    "pruner": "PrunerSuite",
-    "signal": "SignalSuite",
-    "allocator": "AllocatorSuite",
-    "objective": "ObjectiveSuite",
-    "finisher": "FinisherSuite",
-    "metric": "MetricSuite",
-    "exporter": "ExporterSuite",
-    "engine": "EngineSuite",
-    "adapter": "AdapterSuite",
-}  # in prunekit.testing
-
 
 def check(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a plug-in, as in `prunekit list`.")],
@@ -40,9 +28,9 @@ def check(
     from prunekit.plugins.registry import KINDS
     from prunekit.recipe.overrides import parsed
 
-    if kind is not None and kind not in SUITES:
-        raise WrongInput(unknown("kind of plug-in", kind, SUITES))
     asked = [registry for registry in KINDS if kind in (None, registry.kind)]
+    if not asked:
+        raise WrongInput(unknown("kind of plug-in", str(kind), [registry.kind for registry in KINDS]))
     registry = next((registry for registry in asked if name in registry), None)
     if registry is None:
         raise WrongInput(unknown(kind or "plug-in", name, {n for registry in asked for n in registry}))
@@ -55,19 +43,20 @@ def check(
 
 
 def _run_suite(registry: Registry[Any], spec: Mapping[str, Any]) -> int:
-    """Exit code of the suite, run on a module of three lines as an author would write it."""
+    """Run the suite of the kind on a module of three lines, as an author would write it, and return its exit code."""
     import tempfile
     from pathlib import Path
 
     import pytest
 
+    kind = registry.kind
     module = (
         "import pytest\n"
         'pytest.register_assert_rewrite("prunekit.testing")\n'
         "from prunekit import testing\n"
         "from prunekit.plugins import registry\n\n\n"
-        f"class Test{registry.kind.capitalize()}(testing.{SUITES[registry.kind]}):\n"
-        f"    plugin = next(r for r in registry.KINDS if r.kind == {registry.kind!r}).build({dict(spec)!r})\n"
+        f"class Test{kind.capitalize()}(testing.{kind.capitalize()}Suite):\n"
+        f"    plugin = next(r for r in registry.KINDS if r.kind == {kind!r}).build({dict(spec)!r})\n"
     )
     with tempfile.TemporaryDirectory(prefix="prunekit-check-") as folder:
         file = Path(folder) / "test_plugin.py"

@@ -14,10 +14,10 @@ BROKEN, WRONG, INTERRUPTED = 1, 2, 130  # exit codes
 
 
 class Sentences(TyperGroup):
-    """A group of commands whose errors are sentences."""
+    """A group of commands that report errors as one sentence."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        asked = list(args)  # it is emptied
+        asked = list(args)  # the parser empties it
         try:
             return super().make_context(info_name, args, parent, **extra)
         except Exception as error:

@@ -7,86 +7,63 @@ from typing import Annotated
 
 import typer
 
-from prunekit.cli.options import MACHINE, TEXT, Json, Model, ModelOption, Quiet, given_model, needed_model
+from prunekit.cli.options import (
+    DATASET_HELP,
+    DTYPE,
+    MACHINE,
+    TEXT,
+    Json,
+    Model,
+    ModelOption,
+    Quiet,
+    given_model,
+    needed_model,
+    option,
+    switch,
+)
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.cli.tables import format_bytes, new_table, print_table
+
+TRUST = "Permission to run code that comes with the model."
+SPLIT = "Split of the data set; otherwise a held-out one."
+SEQLEN = "Number of tokens per window; otherwise 2048, or the model's maximum."
+TOKENS = "Number of tokens from the start of the text; otherwise all."
+AGAINST = "Second model, timed in turns with the first."
 
 
 def evaluate(
     model: Model = None,
     *,
     model_option: ModelOption = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Permission to run code that comes with the model.")
-    ] = False,
-    dataset: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="python-docs, a text, jsonl or parquet file, or a data set on the hub.",
-            rich_help_panel=TEXT,
-        ),
-    ] = "python-docs",
-    split: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Split of the data set; otherwise a held-out one.", rich_help_panel=TEXT),
-    ] = None,
-    field: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="Field with the text in jsonl, parquet and hub rows.", rich_help_panel=TEXT),
-    ] = "text",
-    seqlen: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=2,
-            help="Number of tokens per window; otherwise 2048, or the model's maximum.",
-            rich_help_panel=TEXT,
-        ),
-    ] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="Number of tokens from the start of the text; otherwise all.", rich_help_panel=TEXT
-        ),
-    ] = None,
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.", rich_help_panel=MACHINE)
-    ] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Number format of the computation: auto, float32, bfloat16, float16 or float64.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = "auto",
-    against: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="Second model, timed in turns with the first.", rich_help_panel=MACHINE),
-    ] = None,
+    trust_remote_code: Annotated[bool, switch(TRUST, None, "--trust-remote-code")] = False,
+    dataset: Annotated[str, option(DATASET_HELP, TEXT)] = "python-docs",
+    split: Annotated[str | None, option(SPLIT, TEXT)] = None,
+    field: Annotated[str, option("Field with the text in jsonl, parquet and hub rows.", TEXT)] = "text",
+    seqlen: Annotated[int | None, option(SEQLEN, TEXT, metavar="N", min=2)] = None,
+    tokens: Annotated[int | None, option(TOKENS, TEXT, metavar="N", min=1)] = None,
+    device: Annotated[str, option("auto, cpu, cuda or cuda:1.", MACHINE)] = "auto",
+    dtype: Annotated[str, DTYPE] = "auto",
+    against: Annotated[str | None, option(AGAINST, MACHINE, metavar="MODEL")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure perplexity, size and speed of a model, dense or pruned."""
     name = needed_model(given_model(model, model_option), "prunekit evaluate MODEL")
+    from prunekit.models.places import check_device
+
+    check_device(device)
+    from prunekit.data.spec import DataSpec
     from prunekit.measure.evaluate import evaluate as measure
     from prunekit.measure.rounds import Ratio
     from prunekit.system.progress import progress_for
 
     quiet_libraries()
+    data = DataSpec(
+        dataset=dataset, split=split, evaluation_split=split, field=field, seqlen=seqlen, evaluation_tokens=tokens
+    )
+    progress = progress_for(quiet)
     found = measure(
-        name,
-        dataset,
-        split=split,
-        field=field,
-        seqlen=seqlen,
-        tokens=tokens,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        against=against,
-        progress=progress_for(quiet),
+        name, data, device=device, dtype=dtype, trust_remote_code=trust_remote_code, against=against, progress=progress
     )
     if as_json:
         typer.echo(json.dumps(found, indent=2))

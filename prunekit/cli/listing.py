@@ -38,10 +38,12 @@ def list_(
 ) -> None:
     """List plug-ins, recipes and spaces, one line each; describe those called NAME in full."""
     from prunekit.plugins.registry import KINDS
-    from prunekit.recipe.choices import SPACES
-    from prunekit.recipe.presets import presets
+    from prunekit.recipe.presets import broken_presets, presets
 
-    files = {"recipe": presets(), "space": presets(SPACES)}
+    files = {
+        kind: presets(group) | {name: f"# [broken] {fault}" for name, fault in broken_presets(group).items()}
+        for kind, group in (("recipe", "prunekit.recipes"), ("space", "prunekit.spaces"))
+    }
     kinds = [*(registry.kind for registry in KINDS), *files]
     if kind is not None and kind not in kinds:
         raise WrongInput(unknown("kind", kind, kinds))
@@ -80,11 +82,8 @@ def _overview(
     for registry in registries:
         yield from _heading(f"{registry.kind}s", registry.summary)
         for entry in registry.values():
-            marks = [] if entry.owner == "prunekit" else [f"of {entry.owner}"]
-            marks += [f"needs {package}" for package in entry.missing]
             incomplete |= bool(entry.missing)
-            mark = f"[{', '.join(marks)}] " if marks else ""
-            yield _line(f"  {entry.name:{longest}}  ", mark + _summary_of(entry))
+            yield _line(f"  {entry.name:{longest}}  ", _summary_of(entry))
     for kind, texts in files.items():
         yield from _heading(f"{kind}s", f"{USES[kind]} NAME")
         for name, text in sorted(texts.items()):
@@ -109,10 +108,15 @@ def _width() -> int:
 
 
 def _summary_of(entry: Entry) -> str:
+    """Its first line, behind where it comes from and what is wrong with it, as far as an import is not needed."""
+    marks = [] if entry.owner == "prunekit" else [f"of {entry.owner}"]
+    marks += [f"needs {package}" for package in entry.missing]
     try:
-        return entry.summary
-    except Exception as error:
-        return str(error)
+        said = entry.summary
+    except (WrongInput, ImportError) as error:
+        marks += ["broken"] if isinstance(error, WrongInput) else []
+        said = str(error)
+    return f"[{', '.join(marks)}] {said}" if marks else said
 
 
 def _comment_of(text: str) -> str:

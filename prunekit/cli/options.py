@@ -1,4 +1,4 @@
-"""Options that several commands share, and the recipe they ask for."""
+"""Options that several commands share, and the recipe that they ask for."""
 
 from __future__ import annotations
 
@@ -13,31 +13,38 @@ from prunekit.errors import WrongInput
 if TYPE_CHECKING:
     from prunekit.recipe.schema import Recipe
 
-METHOD, TEXT, MACHINE, RUN = "Method", "Text", "Machine", "Run"  # headings of help pages
+METHOD, SEARCH, TEXT, MACHINE, RUN = "Method", "Search", "Text", "Machine", "Run"  # headings of help pages
+
+
+def option(help: str, heading: str | None = None, *names: str, metavar: str | None = "NAME", **more: Any) -> Any:
+    """Describe an option with a value.
+
+    Args:
+        help: a noun phrase.
+        heading: of its part of the help page; None: the first part.
+        names: on the command line; without them, that of the parameter.
+        metavar: stands for the value; None: its type does.
+        more: as of `typer.Option`.
+    """
+    return typer.Option(*names, help=help, rich_help_panel=heading, metavar=metavar, **more)
+
+
+def switch(help: str, heading: str | None = None, *names: str) -> Any:
+    """Describe an option without a value."""
+    return option(help, heading, *names, metavar=None)
+
 
 Model = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="Folder of a model, or its id on the hub.", show_default=False)
 ]
-ModelOption = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="Same as the argument.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Any value of the recipe, e.g. damping=0.1 or pruner.refit=true. Repeatable.",
-        rich_help_panel=METHOD,
-    ),
-]
-Dataset = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME",
-        help="python-docs, a text, jsonl or parquet file, or a data set on the hub. Repeatable, or several by comma.",
-        rich_help_panel=TEXT,
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No output except results and errors.", rich_help_panel=RUN)]
+ModelOption = Annotated[str | None, option("Same as the argument.", None, "--model", metavar="MODEL")]
+SET_HELP = "Any value of the recipe, e.g. damping=0.1 or pruner.refit=true. Repeatable."
+Set = Annotated[list[str] | None, option(SET_HELP, METHOD, "--set", metavar="KEY=VALUE")]
+DATASET_HELP = "python-docs, a text, jsonl or parquet file, or a data set on the hub."
+Dataset = Annotated[list[str] | None, option(f"{DATASET_HELP} Repeatable, or several by comma.", TEXT)]
+DTYPE = option("Number format of the computation: auto, float32, bfloat16, float16 or float64.", MACHINE)
+Json = Annotated[bool, switch("JSON instead of a table.", None, "--json")]
+Quiet = Annotated[bool, switch("No output except results and errors.", RUN, "--quiet", "-q")]
 
 FLAGS: Mapping[str, str] = {  # of `prune` -> recipe key
     **{key: key for key in ("sparsity", "target", "pruner", "allocator", "objective", "carry", "structure")},
@@ -49,7 +56,7 @@ FLAGS: Mapping[str, str] = {  # of `prune` -> recipe key
 
 
 def parse_shares(text: str) -> float | list[float]:
-    """One number, or several by comma.
+    """Parse one number, or several by comma.
 
     Raises:
         typer.BadParameter: it is something else.
@@ -57,13 +64,12 @@ def parse_shares(text: str) -> float | list[float]:
     try:
         shares = [float(share) for share in text.split(",")]
     except ValueError:
-        message = f"{text!r} is no number between 0 and 1, nor several by comma"
-        raise typer.BadParameter(message) from None
+        raise typer.BadParameter(f"{text!r} is no number between 0 and 1, nor several by comma") from None
     return shares if len(shares) > 1 else shares[0]
 
 
 def given_model(argument: str | None, option: str | None) -> str | None:
-    """The model that was given, as argument or as option.
+    """Choose the model that was given, as argument or as option.
 
     Raises:
         WrongInput: two were given.
@@ -74,7 +80,11 @@ def given_model(argument: str | None, option: str | None) -> str | None:
 
 
 def needed_model(model: str | None, usage: str) -> str:
-    """The model, which is there or may be on the hub; `usage` is the command with one.
+    """Check that there is a model: a folder, or perhaps an id on the hub.
+
+    Args:
+        model: as it was given.
+        usage: the command with a model, for the message.
 
     Raises:
         WrongInput: none was given, or a folder that is not there.
@@ -87,44 +97,66 @@ def needed_model(model: str | None, usage: str) -> str:
     return model
 
 
-def chosen_recipe(options: Mapping[str, Any], command: str) -> tuple[Recipe, str, bool]:
-    """(the recipe that options of `prune` ask for, its model, whether it is the first of a family to be made).
+def choose_recipe(options: Mapping[str, Any], command: str) -> tuple[Recipe, str, bool]:
+    """Make the recipe that the options of `prune` ask for.
 
-    What can be refused without torch is refused first, so that a typing error is told at once.
+    What can be refused without torch is refused here, so that a typing error is answered at once.
+
+    Args:
+        options: of `prune`, by parameter.
+        command: `prune` or `plan`, which needs no output.
+
+    Returns:
+        The recipe, its model, and whether it is the first of a family that is asked for.
 
     Raises:
-        WrongInput: says what was asked, what there is and what to do.
+        WrongInput: what was asked, what there is and what to do.
     """
-    from prunekit.plugins.registry import KINDS
     from prunekit.recipe.overrides import parsed
     from prunekit.recipe.schema import Recipe
     from prunekit.run.workplace import check_output
 
-    for registry in KINDS:
-        names = options.get(registry.kind)
-        for name in [names] if isinstance(names, str) else names or []:
-            if "://" not in name:  # an engine with its address
-                _ = registry[name]
     given = {FLAGS[name]: value for name, value in options.items() if name in FLAGS}
     given["model"] = given_model(options["model"], options["model_option"])
-    given["data.dataset"] = several_datasets(options["dataset"])
+    given["data.dataset"] = split_datasets(options["dataset"])
     given = {key: value for key, value in given.items() if value not in (None, [])}
     base, overrides = Recipe.load(options["recipe"]), given | dict(map(parsed, options["set_"] or []))
     several = base.spread(overrides)
     chosen = several or base.with_overrides(overrides)
+    check_words(chosen)
     model = needed_model(chosen.model, f"prunekit {command} MODEL --output DIR")
-    if command == "prune":  # a plan needs no place
+    if command == "prune":
         if options["output"] is None:
             raise WrongInput("no --output was given; name a new folder for the pruned model")
         check_output(options["output"], overwrite=options["overwrite"])
-
-    from prunekit.recipe.resolve import resolve
-
-    return resolve(chosen).recipe, model, several is not None
+    return chosen, model, several is not None
 
 
-def several_datasets(names: Sequence[str] | None) -> list[str] | None:
-    """Data sets, also those given by comma; a file may have commas in its name."""
+def check_words(recipe: Recipe) -> None:
+    """Refuse a plug-in, structure, device or amount of memory that does not exist, without loading torch.
+
+    Raises:
+        WrongInput: what was asked and what there is.
+    """
+    from prunekit.models.places import check_device
+    from prunekit.plugins.registry import KINDS
+    from prunekit.space.forms import parse_form
+    from prunekit.system.sizes import parse_size
+
+    specs = {kind: [getattr(recipe, kind)] for kind in ("pruner", "allocator", "objective", "engine")}
+    specs |= {"finisher": recipe.finishers, "exporter": recipe.exporters, "metric": [recipe.metric_spec]}
+    for registry in KINDS:
+        for spec in specs.get(registry.kind, ()):
+            if isinstance(name := spec.get("name"), str):  # else it is refused where it is built
+                _ = registry[name]
+    parse_form(recipe.structure)
+    parse_size(recipe.memory)
+    for device in recipe.device.split(","):
+        check_device(device.strip())
+
+
+def split_datasets(names: Sequence[str] | None) -> list[str] | None:
+    """Split data sets that are given by comma; a file may have commas in its name."""
     if not names:
         return None
     return [name for text in names for name in ([text] if Path(text).is_file() else text.split(","))]

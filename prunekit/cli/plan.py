@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from prunekit.cli.options import Json, chosen_recipe
+from prunekit.cli.options import Json, choose_recipe
 from prunekit.cli.prune import prune
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.cli.tables import new_table, print_table
@@ -17,13 +17,13 @@ from prunekit.cli.tables import new_table, print_table
 
 def plan(*, as_json: Json = False, **options: Any) -> None:
     """Memory, disk space and time that `prune` with the same options takes on this machine, stage by stage."""
-    chosen, source, several = chosen_recipe(options, "plan")
+    chosen, source, several = choose_recipe(options, "plan")
     from prunekit.models.opening import skeleton
     from prunekit.recipe.resolve import resolve
     from prunekit.run.session import make_plan
-    from prunekit.system.memory import amount
     from prunekit.system.progress import span
     from prunekit.system.rates import Rates
+    from prunekit.system.sizes import amount
 
     quiet_libraries()
     output = options["output"] or Path("prunekit-output")  # a run without --output is refused; its disk is this one's

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from prunekit.run.tune import Tuned
+    from prunekit.run.study import Tuned
 
 
 def format_bytes(n: float) -> str:
-    """A size for people: 1.5 MB."""
+    """Format bytes: 1.5 MB."""
     for unit in ("B", "kB", "MB"):
         if n < 1000:
             return f"{n:.4g} {unit}"
@@ -35,7 +35,14 @@ ROWS: Mapping[str, Callable[[float], str]] = {
 def comparison(
     title: str, dense: Mapping[str, float], pruned: Mapping[str, float], more: Sequence[Sequence[str]] = ()
 ) -> Table:
-    """Dense against pruned; keys are those of `ROWS`, what was not measured is left out. `more`: further rows."""
+    """Make a table of dense against pruned.
+
+    Args:
+        title: of the first column.
+        dense: values by the keys of `ROWS`; what was not measured is left out.
+        pruned: the same of the pruned model.
+        more: further rows, as they are printed.
+    """
     table = new_table(title, "dense", "pruned", "ratio")
     for row, text in ROWS.items():
         if row in dense and row in pruned:
@@ -47,7 +54,12 @@ def comparison(
 
 
 def members(title: str, document: Mapping[str, Any]) -> Table:
-    """A family, by ascending sparsity; * is on the front."""
+    """Make a table of a family, by ascending sparsity; * is on the Pareto front.
+
+    Args:
+        title: of the first column.
+        document: the content of pareto.json.
+    """
     table = new_table(title, "", "sparsity", "parameters", "perplexity", "token-forwards", "seconds")
     dense = document["dense"]
     table.add_row("dense", "", "", f"{dense['parameters']:,}", f"{dense['perplexity']:,.2f}")
@@ -61,11 +73,15 @@ def members(title: str, document: Mapping[str, Any]) -> Table:
 
 
 def standings(tuned: Tuned, most: int = 12) -> Table:
-    """The base recipe and the best trials, the front first, then by the first metric; what failed is counted."""
+    """Make a table of a study: the front, then by the first metric, then how many trials failed.
+
+    Args:
+        tuned: the study.
+        most: number of recipes; the base recipe is among them or follows.
+    """
     table = new_table("recipe", "", *tuned.metrics, "differs in")
     front = {row.name for row in tuned.front}
-    done = {row.recipe: row for row in reversed(tuned.rows) if row.values}.values()
-    ranked = sorted(done, key=lambda row: (row.name not in front, *row.values.values()))
+    ranked = sorted(tuned.done, key=lambda row: (row.name not in front, *row.values.values()))
     for row in ranked[:most] + [row for row in ranked[most:] if row.name == "base"]:
         values = [f"{value:,.0f}" if value > 1e5 else f"{value:.4g}" for value in row.values.values()]
         table.add_row(row.name, "*" if row.name in front else "", *values, _differs(row.overrides))
@@ -87,7 +103,16 @@ def _differs(overrides: Mapping[str, Any]) -> str:
 
 
 def rows_of_report(report: Mapping[str, Any], model: str, output: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """The rows a report can fill, dense and pruned."""
+    """Read the values of `comparison` out of a report.
+
+    Args:
+        report: the content of report.json.
+        model: folder or hub id of the dense model.
+        output: folder of the result.
+
+    Returns:
+        (dense, pruned), values by the keys of `ROWS`.
+    """
     from prunekit.report.document import promise
 
     def rows(which: str, folder: Path) -> dict[str, float]:
@@ -107,7 +132,7 @@ def rows_of_report(report: Mapping[str, Any], model: str, output: Path) -> tuple
 
 
 def new_table(title: str, *columns: str) -> Table:
-    """An empty table: labels to the left, numbers to the right."""
+    """Make an empty table: labels to the left, numbers to the right."""
     from rich.table import Table
 
     table = Table(title, *(columns or ("",)), box=None, header_style="bold", padding=(0, 2, 0, 0))
@@ -117,7 +142,7 @@ def new_table(title: str, *columns: str) -> Table:
 
 
 def print_table(table: Table) -> None:
-    """Print it as wide as the terminal is."""
+    """Print a table as wide as the terminal is."""
     from rich.console import Console
 
     # a pipe has no width: a label cut in two is of no use to a program

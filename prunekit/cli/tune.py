@@ -9,79 +9,50 @@ import typer
 
 from prunekit.cli.options import (
     RUN,
+    SEARCH,
     Dataset,
     Model,
     ModelOption,
     Quiet,
     Set,
+    check_words,
     given_model,
     needed_model,
-    several_datasets,
+    option,
+    split_datasets,
+    switch,
 )
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.cli.tables import print_table, standings
 from prunekit.errors import WrongInput
 
-SEARCH = "Search"  # heading of its options
+RECIPE = "Recipe to improve: preset, YAML file, or folder of a pruned model."
+METRIC = (
+    "What to minimise: perplexity (if none is given), loss, objective, parameters or seconds. Repeatable; several give "
+    "a Pareto front."
+)
+STORAGE = "Optuna storage, e.g. sqlite:///my.db; otherwise study.log in the folder."
+DISK = "Disk space for candidates that later trials reuse."
 
 
 def tune(
     model: Model = None,
     *,
     model_option: ModelOption = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the study.")] = None,
-    recipe: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="Recipe to improve: preset, YAML file, or folder of a pruned model."),
-    ] = "default",
-    sparsity: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Share of the blocks' parameters to remove.")
-    ] = None,
+    output: Annotated[Path | None, switch("Folder for the study.", None, "--output", "-o")] = None,
+    recipe: Annotated[str, option(RECIPE)] = "default",
+    sparsity: Annotated[float | None, option("Share of the blocks' parameters to remove.", metavar="SHARE")] = None,
     set_: Set = None,
-    space: Annotated[
-        str, typer.Option(metavar="NAME", help="Choices to search: preset or YAML file.", rich_help_panel=SEARCH)
-    ] = "default",
-    trials: Annotated[
-        int,
-        typer.Option(
-            metavar="N", min=1, help="Number of recipes to try, earlier runs included.", rich_help_panel=SEARCH
-        ),
-    ] = 50,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="What to minimise: perplexity (if none is given), loss, objective, parameters or seconds. Repeatable; "
-            "several give a Pareto front.",
-            rich_help_panel=SEARCH,
-        ),
-    ] = None,
-    sampler: Annotated[
-        str, typer.Option(metavar="NAME", help="tpe, nsga-ii or nsga-iii.", rich_help_panel=SEARCH)
-    ] = "tpe",
+    space: Annotated[str, option("Choices to search: preset or YAML file.", SEARCH)] = "default",
+    trials: Annotated[int, option("Number of recipes to try, earlier runs included.", SEARCH, metavar="N", min=1)] = 50,
+    metric: Annotated[list[str] | None, option(METRIC, SEARCH)] = None,
+    sampler: Annotated[str, option("tpe, nsga-ii or nsga-iii.", SEARCH)] = "tpe",
     dataset: Dataset = None,
-    storage: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="Optuna storage, e.g. sqlite:///my.db; otherwise study.log in the folder.",
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    study_name: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Name in that storage; otherwise that of the folder.", rich_help_panel=RUN),
-    ] = None,
-    disk: Annotated[
-        float,
-        typer.Option(
-            metavar="GB", min=0, help="Disk space for candidates that later trials reuse.", rich_help_panel=RUN
-        ),
-    ] = 20,
-    resume: Annotated[bool, typer.Option(help="Continuation of an interrupted study.", rich_help_panel=RUN)] = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replacement of an earlier study in --output.", rich_help_panel=RUN)
-    ] = False,
+    storage: Annotated[str | None, option(STORAGE, RUN, metavar="URL")] = None,
+    study_name: Annotated[str | None, option("Name in that storage; otherwise that of the folder.", RUN)] = None,
+    disk: Annotated[float, option(DISK, RUN, metavar="GB", min=0)] = 20,
+    resume: Annotated[bool, switch("Continuation of an interrupted study.", RUN)] = True,
+    overwrite: Annotated[bool, switch("Replacement of an earlier study in --output.", RUN, "--overwrite")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Search for a better recipe. Trials are compared on the search text, never on the test text."""
@@ -89,30 +60,29 @@ def tune(
     from prunekit.recipe.overrides import parsed
     from prunekit.recipe.schema import Recipe
 
-    flags = {"model": given_model(model, model_option), "sparsity": sparsity, "data.dataset": several_datasets(dataset)}
+    flags = {"model": given_model(model, model_option), "sparsity": sparsity, "data.dataset": split_datasets(dataset)}
     given = {key: value for key, value in flags.items() if value is not None}
     chosen = Recipe.load(recipe).with_overrides(given | dict(map(parsed, set_ or [])))
     choices = Choices.load(space)
+    check_words(chosen)
     needed_model(chosen.model, "prunekit tune MODEL --output DIR")
     if output is None:
         raise WrongInput("no --output was given; name a new folder for the study")
 
     from prunekit.run import tune as tuning
+    from prunekit.run.session import Job
     from prunekit.system.progress import progress_for
 
     quiet_libraries()
     tuned = tuning.tune(
         chosen,
         choices,
+        Job(output=output, progress=progress_for(quiet), resume=resume, overwrite=overwrite),
         trials=trials,
-        output=output,
         metrics=[name for text in metric or ["perplexity"] for name in text.split(",")],
         sampler=sampler,  # type: ignore[arg-type]  # checked there
         storage=storage,
         study_name=study_name,
-        progress=progress_for(quiet),
-        resume=resume,
-        overwrite=overwrite,
         disk=round(disk * 1e9),
     )
     print_table(standings(tuned))

@@ -6,18 +6,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prunekit.data.sources import Source, named, same_data, source_of
+from prunekit.data.spec import DataSpec, TextSpec
 from prunekit.data.tokens import TokenBatch
 from prunekit.errors import WrongInput
 from prunekit.system.progress import Progress
-
-if TYPE_CHECKING:
-    from prunekit.data.spec import DataSpec, TextSpec
 
 Blend = Mapping[Source, Fraction]
 """The sources of one part with their shares, which add up to 1."""
@@ -104,6 +102,7 @@ def position(order: Sequence[Source], source: Source, n: int) -> int:
 
 
 def interleaved(order: Sequence[Source], stretches: Mapping[Source, Tensor]) -> TokenBatch:
+    """The windows of all sources, (windows, length) each, in the order of their turns."""
     labels: dict[Source, str] = {}
     for source in stretches:
         alike = sum(source.label == other.label for other in labels)

@@ -10,20 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from prunekit.data.blends import Blend, blends_of, in_shares, interleaved, position, resolved
 from prunekit.data.questions import drawn
 from prunekit.data.sources import Source, named, source_of
+from prunekit.data.spec import DataSpec
 from prunekit.data.tokens import TokenBatch
 from prunekit.data.windows import DEFAULTS, cut, reach, read, shares, whole_windows
 from prunekit.errors import WrongInput
 from prunekit.system.progress import Progress
-
-if TYPE_CHECKING:
-    from prunekit.data.spec import DataSpec
 
 LONGEST_WINDOW = 2_048  # tokens, unless asked for
 

@@ -17,6 +17,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal, get_args
 
+from prunekit.errors import WrongInput
+
 Split = Literal["train", "validation", "test"]
 
 # no prose of the library itself: other people's packages, tests, whole applications
@@ -35,9 +37,13 @@ PLAIN_WORD = re.compile(r"[\"'(*]*[A-Za-z][a-z]*(?:['’-][a-z]+)*[\"').,:;?!*]*
 
 @cache
 def text(split: Split) -> str:
-    """The documents of a split, in the order of their hashes (so mixed in subject), joined by blank lines."""
+    """The documents of a split, in the order of their hashes (so mixed in subject), joined by blank lines.
+
+    Raises:
+        WrongInput: no such split, or this Python comes without its library.
+    """
     if split not in get_args(Split):
-        raise ValueError(f"no split {split!r} of python-docs; there are {', '.join(get_args(Split))}")
+        raise WrongInput(f"no split {split!r} of python-docs; there are {', '.join(get_args(Split))}")
     return "\n\n".join(_documents()[split])
 
 
@@ -46,7 +52,7 @@ def _documents() -> dict[Split, list[str]]:
     found = sorted(set(_cleaned([*_topics(), *_docstrings()])), key=_digest)
     characters = sum(map(len, found))
     if characters < SMALLEST_CORPUS:
-        raise RuntimeError(
+        raise WrongInput(
             f"python-docs needs at least {SMALLEST_CORPUS:,} characters of documentation; this Python "
             f"({sys.executable}) carries {characters:,}, looked up in pydoc_data and "
             f"{sysconfig.get_paths()['stdlib']}. Use a full CPython with its library as .py files, "
@@ -63,7 +69,7 @@ def _topics() -> Iterator[str]:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise RuntimeError(
+        raise WrongInput(
             f"python-docs needs the standard module pydoc_data.topics; this Python ({sys.executable}) comes "
             "without it. Install the full standard library, or give calibration text of your own."
         ) from error

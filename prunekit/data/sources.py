@@ -11,6 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
+from huggingface_hub import constants
+
+from prunekit.data import python_docs
 from prunekit.errors import WrongInput, first_line
 from prunekit.system.progress import Progress
 
@@ -58,12 +61,7 @@ class Source:
             path = Path(self.dataset).expanduser()
             return _ROWS.get(path.suffix.lower(), _plain_text)(path, self.field)
         if self.dataset == "python-docs":
-            from prunekit.data.python_docs import text
-
-            try:
-                return iter([text(self.split)])  # type: ignore[arg-type]
-            except RuntimeError as error:  # a Python without its library
-                raise WrongInput(str(error)) from error
+            return iter([python_docs.text(self.split)])  # type: ignore[arg-type]
         return _hub_rows(self)
 
 
@@ -119,15 +117,23 @@ def same_data(one: str, two: str) -> bool:
 
 
 def source_of(name: str, config: str | None, split: str | None, field: str, held_out_from: str | None = None) -> Source:
-    """A stream with its split chosen: a held-out one, or else `held_out_from`, when that is given."""
+    """A stream with its split chosen.
+
+    Args:
+        name: of a data set, or a file.
+        config: of a data set on the hub; None: its usual one.
+        split: None: train, or the first there is.
+        field: of rows that holds the text.
+        held_out_from: the split that others read: with it a held-out split is chosen, or this one where there is none.
+
+    Raises:
+        WrongInput: no such data set, or a split or config of a file.
+    """
     if is_file(name):
         if split or config:
             raise WrongInput(f"a file has no split or config; {name!r} was asked for {split or config!r}")
         return Source(name, None, None, field)
     if name == "python-docs":
-        splits = ("train", "validation", "test")
-        if split is not None and split not in splits:
-            raise WrongInput(f"no split {split!r} of python-docs; there are {', '.join(splits)}")
         return Source(name, None, split or ("test" if held_out_from else "train"), "text")
     known = KNOWN.get(name)
     if known is not None:
@@ -141,6 +147,7 @@ def source_of(name: str, config: str | None, split: str | None, field: str, held
 
 
 def named(dataset: str, progress: Progress) -> str:
+    """The data set that `auto` stands for, with a warning where the hub cannot be read; others are themselves."""
     if dataset != "auto":
         return dataset
     why = _hub_is_away()
@@ -157,7 +164,6 @@ def _hub_is_away() -> str | None:
     """Why nothing new can be read from the hub, or None."""
     if find_spec("datasets") is None:
         return "reading data sets from the hub needs the extra prunekit[data]"
-    from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     if constants.HF_HUB_OFFLINE:
@@ -242,8 +248,6 @@ _ROWS: Mapping[str, Callable[[Path, str], Iterator[str]]] = dict.fromkeys(_JSON,
 
 
 def _hub_rows(source: Source) -> Iterator[str]:
-    from huggingface_hub import constants
-
     datasets = _datasets(source.dataset)
     known = KNOWN.get(source.dataset, Known(source.dataset))
     # offline only what was downloaded whole can be read
@@ -267,7 +271,6 @@ def _datasets(name: str) -> Any:
     """The library, when there is something for it to read: it would try a silent hub for half a minute."""
     try:
         import datasets
-        from huggingface_hub import constants
     except ImportError as error:
         raise ImportError(f"data set {name!r} is read from the hub: pip install 'prunekit[data]'") from error
     if not constants.HF_HUB_OFFLINE and (why := _hub_is_away()):

@@ -21,6 +21,7 @@ class TextSpec(Strict):
 
 
 def as_texts(value: Any) -> Any:
+    """A list of data sets in one form, {dataset: ...}; of a list of one name the name."""
     if not isinstance(value, (list, tuple)):
         return value
     if len(value) == 1 and isinstance(value[0], str):
@@ -38,6 +39,7 @@ Texts = Annotated[
 
 
 def names_of(texts: str | tuple[TextSpec, ...] | None) -> list[str]:
+    """The names of some data sets."""
     return [texts] if isinstance(texts, str) else [text.dataset for text in texts or ()]
 
 

@@ -58,7 +58,7 @@ class TokenBatch:
         if not self.origins:
             return {self.source: self}
         return {
-            name: replace(self._rows([i for i, origin in enumerate(self.origins) if origin == name]), source=name)
+            name: replace(self.rows([i for i, origin in enumerate(self.origins) if origin == name]), source=name)
             for name in dict.fromkeys(self.origins)
         }
 
@@ -70,12 +70,13 @@ class TokenBatch:
         if self.answers is not None:  # back to where a question begins, or on to the end of the only one
             question = self.answers.question
             count = int((question < question[count]).sum()) or int((question == question[0]).sum())
-        return self._rows(list(range(count)))
+        return self.rows(list(range(count)))
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def _rows(self, rows: list[int]) -> TokenBatch:
+    def rows(self, rows: list[int]) -> TokenBatch:
+        """Some windows, by number."""
         origins = tuple(self.origins[i] for i in rows) if self.origins else ()
         several = len(set(origins)) > 1
         return TokenBatch(

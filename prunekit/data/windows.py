@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
 from prunekit.data.sources import Source, slices
+from prunekit.data.spec import DataSpec
 from prunekit.errors import WrongInput
 from prunekit.system.progress import Progress
-
-if TYPE_CHECKING:
-    from prunekit.data.spec import DataSpec
 
 DEFAULTS = {"calibration": 131_072, "search": 131_072, "evaluation": 65_536}  # tokens
 LEAST = 2_048  # tokens; with less than this in a part nobody asked for less, so we refuse
@@ -33,7 +31,19 @@ def reach(windows: Mapping[str, int], data: DataSpec) -> int:
 def cut(
     pool: Tensor, counts: Mapping[str, int], source: Source, data: DataSpec, seqlen: int, seed: int
 ) -> dict[str, Int64[Tensor, "windows seqlen"]]:
-    """Disjoint windows of one stream for each part."""
+    """Disjoint windows of one stream for each part.
+
+    Args:
+        pool: its first windows, (windows, seqlen).
+        counts: windows for each part.
+        source: the stream, for messages.
+        data: whether to shuffle, and which draw calibrates.
+        seqlen: tokens of a window.
+        seed: with `data.shuffle`, which windows.
+
+    Raises:
+        WrongInput: too little text for the draw.
+    """
     pool = pool[: reach(counts, data)]  # where a run with these counts, which reads no further, ends too
     c, s, e = (counts.get(part, 0) for part in DEFAULTS)
     if data.shuffle and counts.keys() != {"evaluation"}:
@@ -70,6 +80,7 @@ def read(
 
 
 def whole_windows(tokens: int, seqlen: int) -> int:
+    """Windows of `seqlen` tokens that hold at most so many tokens, at least one."""
     return max(1, tokens // seqlen)
 
 

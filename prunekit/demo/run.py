@@ -13,6 +13,7 @@ from prunekit.measure.rounds import one_thread
 from prunekit.measure.speed import compared, size, speeds
 from prunekit.recipe.schema import Recipe
 from prunekit.run.prune import prune
+from prunekit.run.session import Job
 from prunekit.system.progress import Progress
 
 # amounts that end in two minutes on two cores
@@ -50,7 +51,8 @@ def run(output: Path, progress: Progress | None = None) -> Demo:
         raise WrongInput(f"the bundled model is not at {MODEL}; install prunekit from its wheel, or train it again")
     progress = progress or Progress()
     ours = (output / "recipe.yaml").is_file()  # an earlier demo may be replaced, nothing else
-    result = prune(Recipe.load().with_overrides(SETTINGS), output=output, progress=progress, overwrite=ours)
+    job = Job(output=output, progress=progress, overwrite=ours)
+    result = prune(Recipe.load().with_overrides(SETTINGS), job)
     assert result.probe is not None
     difference = verify(output, *result.probe, result.report["pruned"]["parameters"]).difference
     folders = {"dense": MODEL, "pruned": output}

@@ -33,8 +33,8 @@ class Worker:
     def __init__(self, dense: Dense) -> None:
         self.dense = dense
         self.teacher = Teacher(replace(dense.shares, teacher_disk=0))  # nobody clears up where a worker is lost
-        self._flow: BlockFlow | None = None
-        self._net: Supernet | None = None
+        self._flow: BlockFlow  # of the calibration pass under way
+        self._net: Supernet  # that questions are about
 
     @classmethod
     def opened(cls, opening: Opening, device: str) -> Worker:
@@ -43,31 +43,27 @@ class Worker:
         return cls(opened(opening.source, (), device=device, dtype=opening.dtype, trust_remote_code=trusted))
 
     def stream(self, tokens: TokenBatch, dense: bool) -> None:
-        """Begin a walk with these calibration tokens."""
+        """Begin a calibration pass over these tokens."""
         self._flow = BlockFlow(self.dense.model, self.dense.adapter, tokens, dense=dense)
 
     def received(self, site: Site, statistics: Sequence[Statistic]) -> Moments:
         """As `BlockFlow.received`, of its tokens."""
-        assert self._flow is not None
         return self._flow.received(site, statistics)
 
     def carry(self, site: Site, weight: Float[Tensor, "d_out d_in"] | None) -> None:
         """As `BlockFlow.carry`."""
-        assert self._flow is not None
         self._flow.carry(site, weight)
 
     def advance(self, block: int) -> None:
         """As `BlockFlow.advance`."""
-        assert self._flow is not None
         self._flow.advance(block)
 
-    def meet(self, space: Space, errors: Table, store: CandidateStore) -> None:
-        """The candidates that questions will be about; a walk is over."""
-        self._flow = None
+    def open_supernet(self, space: Space, errors: Table, store: CandidateStore) -> None:
+        """The candidates that questions will be about; the calibration pass is over."""
+        vars(self).pop("_flow", None)  # with its activations
         dense = self.dense
         self._net = Supernet(dense.model, dense.adapter, space, errors, store, dense.shares, self.teacher)
 
     def judge(self, objective: Objective, allocations: Sequence[Allocation], batch: TokenBatch) -> list[float]:
         """The losses of some allocations."""
-        assert self._net is not None
         return [loss for _, loss in self._net.judged(objective, allocations, batch)]

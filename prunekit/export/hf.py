@@ -34,7 +34,7 @@ REWRITTEN = ("architectures", "auto_map", "dtype", "model_type", "per_layer_conf
 
 
 def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrainedModel:
-    """The model that `adapter` has cut, as an object of the right class, sharing its tensors."""
+    """Make a model that `adapter` has cut an object of the right class, which shares its tensors."""
     blocks, kept = adapter.blocks(model), _kept(model, adapter)
     if not isinstance(adapter, Transformer):  # nothing but single weights can be removed
         return _filled(type(model), copy.deepcopy(model.config), model, adapter.layers, kept)
@@ -58,7 +58,7 @@ def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrained
 
 
 def paged(net: Supernet, plan: Allocation, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model of an allocation over a paged one, itself paged: every block is cut when it is read.
+    """Make the model of an allocation over a paged one, itself paged: every block is cut when it is read.
 
     What `to_transformers` makes of `net.assemble(plan)`, and no more than two blocks of it in memory.
     """
@@ -159,12 +159,9 @@ def _kept(model: PreTrainedModel, adapter: ModelAdapter) -> list[int]:
     blocks = list(enumerate(adapter.blocks(model)))
     if not isinstance(adapter, Transformer):
         return [index for index, _ in blocks]
-    return [index for index, block in blocks if not _passes_through(adapter, block)] or [0]
-
-
-def _passes_through(adapter: Transformer, block: nn.Module) -> bool:
-    """Whether a block hands on what it gets: both parts dropped and no norm after the sum."""
-    return len(adapter.dropped(block)) == 2 and adapter.family.has_norms_first(block)
+    # a block without both parts, and no norm after the sum, hands on what it gets
+    there = [i for i, block in blocks if len(adapter.dropped(block)) < 2 or not adapter.family.has_norms_first(block)]
+    return there or [0]
 
 
 def _native_biases(family: Family, values: dict[str, Any]) -> set[Part]:

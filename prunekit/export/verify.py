@@ -59,15 +59,9 @@ def verify(
         probe = Path(scratch, "probe.safetensors")
         save_file({"ids": probe_ids.cpu().contiguous(), "logits": expected_logits.detach().cpu().contiguous()}, probe)
         # -P: the folder of this file is no place to import from; modules of remote code go to the scratch folder
+        paged = [] if blocks is None else [str(blocks)]
         child = subprocess.run(
-            [
-                sys.executable,
-                "-P",
-                __file__,
-                str(directory.resolve()),
-                str(probe),
-                *([] if blocks is None else [str(blocks)]),
-            ],
+            [sys.executable, "-P", __file__, str(directory.resolve()), str(probe), *paged],
             env=os.environ | OFFLINE | {"HF_MODULES_CACHE": str(Path(scratch, "modules"))},
             cwd=scratch,
             capture_output=True,

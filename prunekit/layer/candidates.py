@@ -56,8 +56,14 @@ def best_weights(
 ) -> list[Bool[Tensor, "d_out d_in"]]:
     """For every count k, the mask of the k · d_out weights of largest score; on a tie the lower column stays.
 
-    Per row each row keeps k; per layer rows may keep more or less. With an m, whatever `per` says, each row keeps
-    k · m / d_in in every m consecutive columns.
+    Args:
+        score: of every weight, larger is better; finite.
+        keeps: counts of weights per row.
+        per: row, each row keeps k; layer, rows may keep more or less.
+        m: not 0: whatever `per` says, each row keeps k · m / d_in in every m consecutive columns.
+
+    Returns:
+        One mask for every count, in the order of `keeps`.
 
     Raises:
         ValueError: a score is not finite, or blocks do not fit the columns or a count.

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Feeder:
+class Producer:
     """A linear map in front of the layer, whose rows feed its groups.
 
     Its rows are n_groups equal blocks in the order of the groups: gate or up rows of a neuron, query, key or value
@@ -70,7 +70,7 @@ class LayerProblem:
     drift: Float[Tensor, "d_out d_in"] | None = None  # D = E[δ x̂ᵀ], δ what earlier layers lost in the residual stream
     energy: float | None = None  # E‖W x‖² on dense inputs; from the gram when there is no cross
     statistics: Mapping[str, Tensor] = field(default_factory=dict)  # by name; `require` one
-    feeders: tuple[Feeder, ...] = ()
+    producers: tuple[Producer, ...] = ()
     name: str = "layer"
 
     def __post_init__(self) -> None:
@@ -85,10 +85,10 @@ class LayerProblem:
                 f"{self.name}: its cross moment E[y x̂ᵀ] is {tuple(self.weight.shape)}, as its weight is, "
                 f"not {tuple(self.cross.shape)}"
             )
-        for feeder in self.feeders:
-            if len(feeder.weight) % self.n_groups:
-                raise ValueError(f"{self.name}: {len(feeder.weight)} rows of {feeder.name}, {self.n_groups} groups")
-        for whose, owner in (("its", self), *((f"{feeder.name}'s", feeder) for feeder in self.feeders)):
+        for producer in self.producers:
+            if len(producer.weight) % self.n_groups:
+                raise ValueError(f"{self.name}: {len(producer.weight)} rows of {producer.name}, {self.n_groups} groups")
+        for whose, owner in (("its", self), *((f"{producer.name}'s", producer) for producer in self.producers)):
             for name, value in {**vars(owner), **owner.statistics}.items():
                 if isinstance(value, Tensor) and not _finite(torch.atleast_1d(value)):
                     raise ValueError(
@@ -104,24 +104,24 @@ class LayerProblem:
         own = {"gram": self.gram, "cross": self.cross, "drift": self.drift}
         return required(self.name, {**own, **self.statistics}, statistic)
 
-    def knowing(self, needs: frozenset[Need]) -> LayerProblem:
-        """The same layer with what `needs` names and no more: one plug-in's wishes are not another's hints."""
+    def restricted_to(self, needs: frozenset[Need]) -> LayerProblem:
+        """The same layer with what `needs` names and no more, so that no plug-in depends on the needs of another."""
         names = named(needs)
         asked = names | {"fisher"} if "gradient" in names else names  # comes with it
 
         def known(statistics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             return {name: value for name, value in statistics.items() if name in asked}
 
-        fed = {"feeders"}.union(*(feeder.statistics.keys() - self.statistics.keys() for feeder in self.feeders))
-        feeders = tuple(replace(feeder, statistics=known(feeder.statistics)) for feeder in self.feeders)
-        crossed = bool({"cross", "drift"} & names)
+        of_producers = {"producers", *(name for producer in self.producers for name in producer.statistics)}
+        producers = tuple(replace(producer, statistics=known(producer.statistics)) for producer in self.producers)
+        paired = bool({"cross", "drift"} & names)
         return replace(
             self,
-            cross=self.cross if crossed else None,
-            energy=self.energy if crossed else None,
+            cross=self.cross if paired else None,
+            energy=self.energy if paired else None,
             drift=self.drift if "drift" in names else None,
             statistics=known(self.statistics),
-            feeders=feeders if fed & names else (),
+            producers=producers if names & of_producers - self.statistics.keys() else (),
         )
 
     @property

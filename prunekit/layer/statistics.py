@@ -1,7 +1,7 @@
 """The contract of statistics: what is added up over the tokens that reach a linear map.
 
 A statistic is one object in one file, the core's or a third party's: what it has to see, how it adds up, what comes of
-it, what it takes. Whoever moves sums about, between devices and machines, knows no statistic by name.
+it, what it takes. Whoever moves sums between devices and machines needs no names of statistics.
 """
 
 from __future__ import annotations
@@ -78,11 +78,6 @@ class Statistic(ABC):
         """Of adding up: a product and a sum for every value and token, and the output of the map where it is seen."""
         made = shape.d_in * shape.d_out if "output" in self.sees else 0
         return 2 * tokens * (self._values(shape) + made)
-
-    @property
-    def per_map(self) -> bool:
-        """Whether maps that receive the same input have sums of their own."""
-        return "output" in self.sees
 
     def _values(self, shape: MapShape) -> int:
         return sum(math.prod(size) for size in self.sizes(shape).values())

@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity, speed, time."""
+"""Measurements of a model: perplexity, speed, time."""

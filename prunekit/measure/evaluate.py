@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity with its label, size, and speed.
+"""Perplexity with its label, size, and speed of a model.
 
 There is no "the perplexity": a value without data, split, window length and count compares with nothing.
 """
@@ -26,27 +26,32 @@ FEW_ROUNDS = 3  # of a model alone, however long they take
 
 def evaluate(
     model: str,
-    dataset: str = "python-docs",
+    data: DataSpec,
     *,
-    split: str | None = None,
-    field: str = "text",
-    seqlen: int | None = None,
-    tokens: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
     against: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure a model in a folder or on the hub; its speed in turns with that of another one, `against`.
+    """Measure perplexity, size and speed of a model.
+
+    Args:
+        model: a folder or a hub id.
+        data: the text, its window length and its number of tokens, of which the evaluation part is read.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: of the computation; auto: float32 on a CPU, else that of the checkpoint.
+        trust_remote_code: whether code that comes with the model may run.
+        against: a second model, timed in turns with the first.
+        progress: what the user is told; None: nothing.
+
+    Returns:
+        The measurements by name, as JSON values; speeds in tokens per second, the loss in nats per token.
 
     Raises:
         WrongInput: no such model or data, or too little text.
     """
     progress = progress or Progress()
-    data = DataSpec(
-        dataset=dataset, split=split, evaluation_split=split, field=field, seqlen=seqlen, evaluation_tokens=tokens
-    )
     loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     batch = draw_evaluation(
         load_tokenizer(model, trust_remote_code),
@@ -94,7 +99,7 @@ def _ratios(pace: Speed, other: Speed) -> dict[str, Any]:
 
 
 def load(model: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Any:
-    """A causal language model, dense or pruned, to be measured. On a CPU `auto` computes in float32.
+    """Load a causal language model, dense or pruned, to be measured. On a CPU `auto` computes in float32.
 
     Raises:
         WrongInput: it cannot be opened, or is not whole.

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.layer.candidates import Candidate
-from prunekit.measure.rounds import elapsed, interleaved
+from prunekit.measure.rounds import interleaved
+from prunekit.measure.speed import timed
 from prunekit.models.modules import shallow
 from prunekit.plugins.dense import Dense
 from prunekit.plugins.metric import Runs
@@ -39,7 +40,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 def workload(batch: int, prompt: int | None, new_tokens: int, model: PreTrainedModel) -> Workload:
-    """What is asked, with the length of the prompt resolved; None: as `PROMPT` says.
+    """Resolve the length of the prompt; None: as `PROMPT` says, or what fits.
 
     Raises:
         WrongInput: the model has no room for so many tokens.
@@ -53,20 +54,9 @@ def workload(batch: int, prompt: int | None, new_tokens: int, model: PreTrainedM
     return Workload(batch, prompt, new_tokens)
 
 
-@torch.no_grad()
 def nanoseconds(model: PreTrainedModel, work: Workload) -> int:
-    """The time of one run of the workload; the text does not matter, its length does."""
-    network: Any = model
-    device = next(model.parameters()).device
-    ids = (torch.arange(work.prompt, device=device) % network.config.vocab_size).repeat(work.batch, 1)
-
-    def run() -> None:
-        seen = network(input_ids=ids, use_cache=work.new_tokens > 0, logits_to_keep=1)
-        for _ in range(work.new_tokens):
-            token = seen.logits[:, -1:].argmax(-1)
-            seen = network(input_ids=token, past_key_values=seen.past_key_values, use_cache=True)
-
-    return elapsed(run, device)
+    """Measure one run of a workload, in nanoseconds."""
+    return sum(timed(model, work))
 
 
 def sampled(
@@ -76,9 +66,12 @@ def sampled(
     label: str,
     rounds: int = ROUNDS,
 ) -> dict[K, list[int]]:
-    """Nanoseconds of the workload on each of the models, which are made when it is their turn.
+    """Time the workload on each of the models, which are made when it is their turn.
 
     The first, against which the others are held, has more turns. A turn begins with a run that does not count.
+
+    Returns:
+        Nanoseconds of every run, by model.
     """
     first = next(iter(models))
     repeats = max(1, min(10, TURN // max(1, min(nanoseconds(models[first](), work) for _ in range(2)))))
@@ -94,7 +87,7 @@ def sampled(
 
 
 def typical(samples: Mapping[K, Sequence[int]]) -> tuple[dict[K, int], float]:
-    """The median time of every model, and the noise: how far half of a model's times lie from it, as a share.
+    """Find the median time of every model, and the noise: how far half of a model's times lie from it, as a share.
 
     The median, because on a machine that does other things, the least time is that of a moment when it did not.
     """
@@ -104,7 +97,7 @@ def typical(samples: Mapping[K, Sequence[int]]) -> tuple[dict[K, int], float]:
 
 
 def prices(dense: Dense, sites: Sequence[Site], work: Workload, progress: Progress) -> Prices:
-    """The price table of a model on this machine.
+    """Measure the price table of a model on this machine.
 
     Where all sub-layers are cut together to a quarter, half and three quarters, more or less is saved than the sum of
     what each shape saves alone; prices are scaled by the ratio.
@@ -134,7 +127,7 @@ def prices(dense: Dense, sites: Sequence[Site], work: Workload, progress: Progre
 
 
 def trials(sites: Sequence[Site]) -> dict[Hashable, dict[Site, int]]:
-    """The models that are timed for a table, as what is kept of which sites; what is not named stays whole.
+    """List the models that are timed for a table, as what is kept of which sites; what is not named stays whole.
 
     "dense" comes first; (shape, kept) has all sites of a shape cut alike; 0, 1 and 2 have all sites cut, to a quarter,
     half and three quarters.
@@ -148,7 +141,7 @@ def trials(sites: Sequence[Site]) -> dict[Hashable, dict[Site, int]]:
 
 
 def cut(dense: Dense, keeps: Mapping[Site, int]) -> PreTrainedModel:
-    """The dense model with the first so many groups of some sites; shares what is not cut."""
+    """Cut the dense model to the first so many groups of some sites; what is not cut is shared."""
     small, blocks = shallow(dense.model), dense.adapter.blocks(dense.model)
     for site, kept in keeps.items():
         if kept < site.n_groups:
@@ -158,13 +151,13 @@ def cut(dense: Dense, keeps: Mapping[Site, int]) -> PreTrainedModel:
 
 
 def runs(work: Workload, models: int) -> Runs:
-    """Of so many models in turns; a turn is a run that does not count and one that does."""
+    """Count the runs of so many models in turns; a turn is a run that does not count and one that does."""
     unknown = f"more rounds, as long as {SECONDS:.0f} s are not over"
     return Runs(FEWEST * models * 2, work.batch * (work.prompt + work.new_tokens), work.prompt, unknown=unknown)
 
 
 def runs_before(work: Workload, sites: Sequence[Site]) -> Runs:
-    """Of a table: the dense model, and one at a time those cut from it."""
+    """Count the runs of a table: the dense model, and one at a time those cut from it."""
     keeps = trials(sites).values()
     copied = max(sum(s.params_per_group * k for s, k in some.items() if k < s.n_groups) for some in keeps)
     return replace(runs(work, len(keeps) + len(keeps) // OFTEN), copied=copied)
@@ -173,7 +166,7 @@ def runs_before(work: Workload, sites: Sequence[Site]) -> Runs:
 def realised(
     dense: PreTrainedModel, small: PreTrainedModel, table: Prices, target: float, promised: float, progress: Progress
 ) -> dict[str, Any]:
-    """Both models' time, measured in turns, against the `promised` share of the dense model's."""
+    """Measure both models' time in turns, against the `promised` share of the dense model's; for the report."""
     models = {"dense": lambda: dense, "pruned": lambda: small}
     times, noise = typical(sampled(models, table.workload, progress, "time the result", rounds=2 * ROUNDS))
     found = times["pruned"] / times["dense"]
@@ -191,7 +184,7 @@ def realised(
 
 
 def hardware(model: PreTrainedModel) -> dict[str, str | int]:
-    """What times depend on besides shapes."""
+    """Describe what times depend on besides shapes."""
     weight = next(model.parameters())
     gpu = weight.device.type == "cuda"
     return {

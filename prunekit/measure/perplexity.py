@@ -39,7 +39,7 @@ class Perplexity:
     losses: tuple[float, ...]  # nll of each window, to be paired with another model's
 
     def above(self, dense: Perplexity) -> tuple[float, float]:
-        """Rise of nll over another model's on the same windows, and its paired standard error."""
+        """Compute the rise of nll over another model's on the same windows, and its paired standard error."""
         if (self.windows, self.label.rsplit("/", 1)[0]) != (dense.windows, dense.label.rsplit("/", 1)[0]):
             raise ValueError(f"{self.label} and {dense.label} are not the same measurement")
         return _mean_and_error([a - b for a, b in zip(self.losses, dense.losses, strict=True)])
@@ -59,10 +59,13 @@ class Perplexity:
 def perplexity(
     model: nn.Module, batch: TokenBatch, *, batch_size: int | None = None, progress: Progress | None = None
 ) -> Perplexity:
-    """Perplexity of a causal language model; inf where its loss is not finite.
+    """Measure the perplexity of a causal language model; inf where its loss is not finite.
 
     Args:
+        model: a causal language model, whole or paged.
+        batch: its text, (windows, length) token ids.
         batch_size: windows per forward pass; None: as many as keep the logits small.
+        progress: what the user is told; None: nothing.
     """
     if batch.seqlen < 2 or len(batch) == 0:
         raise ValueError(f"perplexity needs windows of at least 2 tokens, not {tuple(batch.ids.shape)}")

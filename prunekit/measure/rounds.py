@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 
 from prunekit.system.progress import Progress
+from prunekit.system.rates import wait_for
 
 FEWEST = 6  # pairs that an interval takes: with five, chance alone gives one side of 1 more often than ERROR
 ERROR = 0.05  # of all intervals miss the true ratio
@@ -87,7 +88,7 @@ def interleaved(
     seconds: float,
     more_of_first: int = 0,
 ) -> dict[K, list[T]]:
-    """What every turn gave, in the order of rounds.
+    """Take turns in rounds, in each in an order of its own.
 
     Args:
         turns: measures once.
@@ -97,13 +98,16 @@ def interleaved(
         fewest: rounds, however long they take.
         seconds: on the wall clock.
         more_of_first: turns that the first has in every round beside its own.
+
+    Returns:
+        What every turn gave, in the order of rounds.
     """
     results: dict[K, list[T]] = {key: [] for key in turns}
     order = [*turns, *[next(iter(turns))] * more_of_first]
-    begun = time.monotonic()
+    started = time.monotonic()
     with progress.stage(label, rounds * len(order)) as stage:
         for each in range(rounds):
-            if each >= fewest and time.monotonic() - begun > seconds:
+            if each >= fewest and time.monotonic() - started > seconds:
                 break
             for key in random.Random(each).sample(order, len(order)):
                 results[key].append(turns[key]())
@@ -112,17 +116,17 @@ def interleaved(
 
 
 def elapsed(run: Callable[[], object], device: torch.device) -> int:
-    """Nanoseconds of `run`, with all that it has left to the device.
+    """Measure the nanoseconds of `run`, with all that it has left to the device.
 
     Of a computation in one CPU thread it is that thread's time: the same on an idle machine, and on a busy one without
     what other programs take.
     """
     clock = time.thread_time_ns if own_time(device) else time.perf_counter_ns
-    _wait(device)
-    begun = clock()
+    wait_for(device)
+    started = clock()
     run()
-    _wait(device)
-    return clock() - begun
+    wait_for(device)
+    return clock() - started
 
 
 def own_time(device: torch.device) -> bool:
@@ -132,15 +136,10 @@ def own_time(device: torch.device) -> bool:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Computations on CPUs take one thread meanwhile."""
+    """Compute in one CPU thread meanwhile."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

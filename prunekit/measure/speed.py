@@ -38,7 +38,7 @@ class Speed:
     own_time: bool  # time of that one thread, not on the wall: other programs count little
 
     def as_dict(self) -> dict[str, Any]:
-        """The medians, the ranges of the middle half, and what was timed."""
+        """Give the medians, the ranges of the middle half, and what was timed, for reports."""
         prefill, decode = Spread.of(self.prefill), Spread.of(self.decode)
         return {
             "prefill_tokens_per_second": prefill.median,
@@ -99,7 +99,7 @@ def speeds(
 
 
 def workload(model: Any) -> Workload:
-    """One sequence; or, for a small model, as many as it takes to time more than calls, with shorter prompts."""
+    """Choose what is timed of a model: one sequence; of a small model so many that calls are not most of the time."""
     fewest, most = STEPS
     room = int(getattr(model.config, "max_position_embeddings", None) or PROMPT + most)
     most = max(1, min(most, room // 4))
@@ -107,14 +107,14 @@ def workload(model: Any) -> Workload:
     while True:
         prompt = max(1, min(PROMPT, READ // batch, room - most))
         pilot = Workload(batch, prompt, min(fewest, most))
-        step = min(_timed(model, pilot)[1] for _ in range(2)) // pilot.new_tokens  # the first time pays for much
+        step = min(timed(model, pilot)[1] for _ in range(2)) // pilot.new_tokens  # the first time pays for much
         if step >= STEP or batch >= BATCH:
             return Workload(batch, prompt, max(pilot.new_tokens, min(most, TURN // max(1, step))))
         batch *= 2
 
 
 def compared(dense: Speed, pruned: Speed) -> list[tuple[str, str, str, str]]:
-    """Rows of a table: what, dense, pruned, and their ratio where it is clear."""
+    """Make the rows of a table: what, dense, pruned, and their ratio where it is clear."""
     return [
         (f"{what} tokens/s", str(Spread.of(a)), str(Spread.of(b)), str(Ratio.of(b, a)))
         for what, a, b in (("prefill", dense.prefill, pruned.prefill), ("decode", dense.decode, pruned.decode))
@@ -122,7 +122,7 @@ def compared(dense: Speed, pruned: Speed) -> list[tuple[str, str, str, str]]:
 
 
 def size(model: nn.Module, directory: str | Path | None = None) -> Size:
-    """Exact counts; `directory` is where the model was saved."""
+    """Count parameters and bytes; `directory` is where the model was saved."""
     parameters = list(model.parameters())
     files = list(Path(directory).expanduser().glob("*.safetensors")) if directory is not None else []
     stored = sum(file.stat().st_size for file in files) or sum(p.numel() * p.element_size() for p in parameters)
@@ -131,7 +131,7 @@ def size(model: nn.Module, directory: str | Path | None = None) -> Size:
 
 @torch.no_grad()
 def zeros(model: Any) -> float:
-    """Share of zeros among the weights of linear maps, the one that makes logits apart."""
+    """Compute the share of zeros in the weights of linear maps, but for the one that makes logits."""
     head = model.get_output_embeddings()
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     total = sum(weight.numel() for weight in weights)
@@ -140,19 +140,27 @@ def zeros(model: Any) -> float:
 
 def _turn(model: Any, work: Workload) -> tuple[int, int]:
     """Nanoseconds of reading and of decoding, after a pass and a step that do not count."""
-    _timed(model, Workload(work.batch, work.prompt, 1))
-    return _timed(model, work)
+    timed(model, Workload(work.batch, work.prompt, 1))
+    return timed(model, work)
 
 
 @torch.no_grad()
-def _timed(model: Any, work: Workload) -> tuple[int, int]:
-    """Nanoseconds of reading and of decoding. The text does not matter, its length does."""
+def timed(model: Any, work: Workload) -> tuple[int, int]:
+    """Measure one run of a workload; its text does not matter.
+
+    Args:
+        model: a causal language model.
+        work: (batch, prompt) tokens read in one pass, then `new_tokens` made one by one from the cache.
+
+    Returns:
+        Nanoseconds of reading, and of decoding.
+    """
     device = next(model.parameters()).device
     ids = (torch.arange(work.prompt, device=device) % model.config.vocab_size).repeat(work.batch, 1)
     seen: list[Any] = []
 
     def run(**given: Any) -> None:
-        seen.append(model(use_cache=True, logits_to_keep=1, **given))
+        seen.append(model(use_cache=work.new_tokens > 0, logits_to_keep=1, **given))
 
     def write() -> None:
         for _ in range(work.new_tokens):

@@ -102,7 +102,7 @@ class Family:
             raise ValueError(f"layer {index}: {self.width} is {width}; an absent MLP is written as skip: [mlp]")
         for name in ("skip", "biased"):
             if strange := set(getattr(layer_config, name, ())) - {"attention", "mlp"}:
-                raise ValueError(f"layer {index}: {name} knows attention and mlp, not {', '.join(sorted(strange))}")
+                raise ValueError(f"layer {index}: {name} lists attention and mlp, not {', '.join(sorted(strange))}")
 
 
 SEPARATE: Mapping[str, Unit] = {"self_attn.q_proj": "query", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"}
@@ -264,13 +264,11 @@ def _resize(
 
 def __getattr__(name: str) -> type:
     """PrunekitLlamaConfig, PrunekitLlamaModel, PrunekitLlamaForCausalLM, ...: defined when asked for."""
-    if name.startswith("Prunekit"):
-        for family in FAMILIES.values():
-            if name.startswith(f"Prunekit{family.prefix}"):
-                for defined in define(family):
-                    if defined.__name__ == name:
-                        return defined
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    family = next((each for each in FAMILIES.values() if name.startswith(f"Prunekit{each.prefix}")), None)
+    found = {} if family is None else {each.__name__: each for each in define(family)}
+    if name not in found:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found[name]
 
 
 if __name__ == "prunekit.models.classes":  # a copy in a model folder is registered by who loads it

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from prunekit.errors import WrongInput, first_line
 from prunekit.models import paging
 from prunekit.models.adapters.find import adapter_for
-from prunekit.models.places import located
+from prunekit.models.places import check_device, located
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.dense import Dense
 from prunekit.system.memory import SHARES, Shares
@@ -60,29 +60,37 @@ def opened(
     Where `shares` bound its blocks, those of a folder or hub id are read when they are needed (`prunekit.paging`);
     nothing else about the model differs.
 
+    Args:
+        source: a folder, a hub id, or a model in memory.
+        tokenizer: of the model; None: the one beside it.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: of the computation; auto: that of the checkpoint, on a CPU at least float32.
+        trust_remote_code: whether code in the checkpoint may be run.
+        shares: of the memory.
+
     Raises:
         WrongInput: it cannot be opened, has no adapter, or holds weights that are not finite.
     """
     place = resolved_device(device)
-
     computed = partial(computing_dtype, dtype=dtype, device=place)
     if isinstance(source, PreTrainedModel):
-        model, name = source, str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
-        tokenizer = tokenizer if tokenizer is not None else _no_tokenizer()
-        model = copy.deepcopy(model)
+        if tokenizer is None:
+            raise WrongInput("a model in memory needs its tokenizer: prune(model, tokenizer, ...)")
+        name = str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
+        model, stored = copy.deepcopy(source), next(source.parameters()).dtype
     else:
-        _, _ = skeleton(source, trust_remote_code=trust_remote_code)
-        name = source
-        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(source, trust_remote_code)
-        model = None if shares.blocks is not None else loaded(source, trust_remote_code=trust_remote_code)
-    if model is None:
-        model, stored = paging.opened(
-            located(name), computed, place, shares.blocks or 0, trust_remote_code=trust_remote_code
-        )
-    else:
-        stored = next(model.parameters()).dtype
+        skeleton(source, trust_remote_code=trust_remote_code)  # wrong input fails before weights are read
+        name, tokenizer = source, tokenizer if tokenizer is not None else load_tokenizer(source, trust_remote_code)
+        if shares.blocks is None:
+            model = loaded(source, trust_remote_code=trust_remote_code)
+            stored = next(model.parameters()).dtype
+        else:
+            model, stored = paging.opened(
+                located(source), computed, place, shares.blocks, trust_remote_code=trust_remote_code
+            )
+    if paging.pager_of(model) is None:
         stored_as(model.to(place), computed(stored)).eval().requires_grad_(False)  # type: ignore[arg-type]
-    adapter, digest = adapter_for(model.config.model_type), _fingerprint(model, name)
+    adapter, digest = adapter_for(model.config.model_type), fingerprint(model, name)
     return Dense(model, tokenizer, adapter, stored, name, digest, shares)
 
 
@@ -135,14 +143,10 @@ def resolved_device(device: str) -> torch.device:
     Raises:
         WrongInput: no such device here.
     """
+    check_device(device)
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise WrongInput(f"no device {device!r}; there are auto, cpu, cuda, cuda:N") from error
-    if found.type not in ("cpu", "cuda"):
-        raise WrongInput(f"no device {device!r}; there are auto, cpu, cuda, cuda:N")
+    found = torch.device(device)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count() > 0:
         raise WrongInput(f"no device {device!r}; this machine has {torch.cuda.device_count()} CUDA devices")
     if found.type == "cuda" and not torch.cuda.is_available():
@@ -150,13 +154,16 @@ def resolved_device(device: str) -> torch.device:
     return found
 
 
-def fingerprint(model: nn.Module) -> str:
-    """sha256 over the names, shapes and values of all parameters and buffers."""
-    return _fingerprint(model)
+def fingerprint(model: nn.Module, name: str | None = None) -> str:
+    """sha256 over the names, shapes and values of all parameters and buffers, of a paged model one at a time.
 
+    Args:
+        model: whole or paged.
+        name: of a model that is opened, whose values must be finite.
 
-def _fingerprint(model: nn.Module, name: str | None = None) -> str:
-    """The same; parameters of a model that is named must be finite. One tensor of a paged model is read at a time."""
+    Raises:
+        WrongInput: they are not.
+    """
     digest = hashlib.sha256()
     for key, value in paging.tensors(model):
         if name is not None and value.is_floating_point() and not bool(torch.isfinite(value).all()):
@@ -200,10 +207,6 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _no_tokenizer() -> Any:
-    raise WrongInput("a model in memory needs its tokenizer: prune(model, tokenizer, ...)")
 
 
 def limits(model: Any) -> dict[str, int]:

@@ -1,8 +1,8 @@
-"""Models larger than memory: blocks are read when a parameter of theirs is asked for, and let go for others.
+"""Models larger than memory: blocks are read when a parameter of theirs is asked for, and freed for others.
 
 A paged model is an ordinary one whose blocks, and head, hold placeholders on the meta device. Whoever asks a module
 for a parameter (`linear.weight`, a forward pass) gets the real one, and with it the whole part it belongs to. Shapes
-need no reading, copies share what is read, and what somebody still holds when its part is let go stays as it is.
+need no reading, copies share what is read, and what somebody still holds when its part is freed stays as it is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Read = Callable[[str], Tensor]
 
 
 class Page:
-    """A part of a model: its parameters are read together and let go together."""
+    """A part of a model: its parameters are read together and freed together."""
 
     def __init__(self, pager: Pager, bytes_: int, read: Callable[[], Mapping[str, Tensor]]) -> None:
         self.pager, self.bytes, self.read = pager, bytes_, read
@@ -75,7 +75,7 @@ class Pager:
         return self._held[page][name]
 
     def clear(self) -> None:
-        """Let go of everything."""
+        """Free all pages."""
         self._held.clear()
         self._forget()
 
@@ -158,7 +158,7 @@ def pager_of(model: nn.Module) -> Pager | None:
 
 
 def rest(model: nn.Module) -> None:
-    """Let a paged model go of what it holds: pages know their pager, so that nobody does when the model is gone."""
+    """Free what a paged model holds: pages know their pager, so that nobody does when the model is gone."""
     if (pager := pager_of(model)) is not None:
         pager.clear()
 
@@ -179,7 +179,12 @@ def shapes_of(model: nn.Module) -> Iterator[None]:
 def attach(model: PreTrainedModel, adapter: ModelAdapter, read: Read, dtype: torch.dtype, bound: int) -> None:
     """Let a model on the meta device read its blocks, and its head, through `read`; what is left is read now.
 
-    `read` is asked for the parameters of one part, then for those of the next.
+    Args:
+        model: changed in place.
+        adapter: of its family.
+        read: asked for the parameters of one part, then for those of the next.
+        dtype: of all parameters.
+        bound: bytes of parts that are held at once.
     """
     model.pager = pager = Pager(bound)  # type: ignore[assignment]
     parts: list[tuple[str, nn.Module]] = [
@@ -191,7 +196,7 @@ def attach(model: PreTrainedModel, adapter: ModelAdapter, read: Read, dtype: tor
     for prefix, part in parts:
         names = [f"{prefix}.{name}" for name, _ in part.named_parameters()]
         size = sum(p.numel() for p in part.parameters()) * dtype.itemsize
-        page = Page(pager, size, partial(_read, read, names))
+        page = Page(pager, size, lambda names=names: {name: read(name) for name in names})
         for path, module in part.named_modules():
             own = list(module.named_parameters(recurse=False))
             for name, parameter in own:
@@ -210,10 +215,6 @@ def attach(model: PreTrainedModel, adapter: ModelAdapter, read: Read, dtype: tor
                     found[id(parameter)] = nn.Parameter(value, requires_grad=False)
                 setattr(module, name, found[id(parameter)])
     pager.device = next(iter(found.values())).device
-
-
-def _read(read: Read, names: list[str]) -> dict[str, Tensor]:
-    return {name: read(name) for name in names}
 
 
 def whole(model: PreTrainedModel) -> PreTrainedModel:
@@ -240,7 +241,9 @@ class Checkpoint:
         self.shards = Shards.of(source)
         there, state = self.shards.tensors, model.state_dict()
         dtype = getattr(config, "dtype", None)
-        self.dtype = dtype if isinstance(dtype, torch.dtype) else self._dtype_there()
+        # where a config says none, transformers takes that of the first parameter
+        there_first = next((t.dtype for t in there.values() if t.dtype.is_floating_point), torch.float32)
+        self.dtype = dtype if isinstance(dtype, torch.dtype) else there_first
         self.origin = _origins(list(there), model, state)
         missing = sorted(state.keys() - self.origin.keys() - set(getattr(model, "all_tied_weights_keys", {})))
         if missing:
@@ -251,10 +254,6 @@ class Checkpoint:
                 raise WrongInput(
                     f"{source!r}: {name} is {there[origin].shape}, and its config asks for {tuple(state[name].shape)}"
                 )
-
-    def _dtype_there(self) -> torch.dtype:
-        """That of the first parameter, which is what transformers takes where a config says none."""
-        return next((t.dtype for t in self.shards.tensors.values() if t.dtype.is_floating_point), torch.float32)
 
     def read(self, name: str, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A parameter in another dtype, rounded to the checkpoint's before, as a model opened whole is."""
@@ -289,17 +288,6 @@ def real(parameter: Tensor) -> Tensor:
     return parameter
 
 
-def skeleton_of(path: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
-    """A model on the meta device as `from_pretrained` would make it, and its config."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    with suppress(OSError):  # it has none: that of the class stays
-        model.generation_config = GenerationConfig.from_pretrained(path)
-    model.config.name_or_path = path
-    return model, config
-
-
 def opened(
     path: str,
     computed: Callable[[torch.dtype], torch.dtype],
@@ -308,12 +296,27 @@ def opened(
     *,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, torch.dtype]:
-    """(a paged model, the dtype of its checkpoint), of which `computed` makes that of the computation.
+    """Open a model whose blocks are read when they are needed.
+
+    Args:
+        path: a folder or a hub id.
+        computed: makes of the dtype of the checkpoint that of the computation.
+        device: of the computation.
+        bound: bytes of blocks that are held at once.
+        trust_remote_code: whether code in the checkpoint may be run.
+
+    Returns:
+        (the model, the dtype of its checkpoint).
 
     Raises:
         WrongInput: it is not whole, or cannot be read block by block.
     """
-    model, config = skeleton_of(path, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    with suppress(OSError):  # it has none: that of the class stays
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    model.config.name_or_path = path
     checkpoint = Checkpoint(path, config, model)
     dtype = computed(checkpoint.dtype)
     attach(model, adapter_for(config.model_type), partial(checkpoint.read, dtype=dtype, device=device), dtype, bound)

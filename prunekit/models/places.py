@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from prunekit.errors import WrongInput
+
+DEVICE = re.compile(r"auto|(cpu|cuda)(:\d+)?")
+
+
+def check_device(device: str) -> None:
+    """Refuse what is not the name of a device, whether or not this machine has it.
+
+    Raises:
+        WrongInput: the names that there are.
+    """
+    if DEVICE.fullmatch(device) is None:
+        raise WrongInput(f"no device {device!r}; there are auto, cpu, cuda, cuda:N")
 
 
 def located(source: str) -> str:

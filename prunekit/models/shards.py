@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -64,7 +63,7 @@ class Shards:
         if not folder.exists():
             try:
                 folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
-            except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+            except (OSError, ValueError) as error:
                 raise WrongInput(f"{source!r} is not a model that can be opened: {first_line(error)}") from error
         names = [WEIGHTS]
         if (index := folder / INDEX).exists():
@@ -137,7 +136,11 @@ def write(
 ) -> None:
     """Write a checkpoint as transformers does, its files and their index, holding one tensor at a time.
 
-    `tensors` say names, dtypes and shapes, on the meta device or not; `read` gives each when its turn comes.
+    Args:
+        folder: of the checkpoint.
+        tensors: say names, dtypes and shapes, on the meta device or not.
+        read: gives each when its turn comes.
+        shard_bytes: of the largest file.
     """
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")

@@ -155,7 +155,7 @@ class ModelAdapter(ABC):
             )
         return Site(
             name, index, "linear", d_in, 1, d_out,
-            d_out=d_out, form=form, shares=f"{prefix}.{shared[0]}" if len(shared) > 1 else "",
+            d_out=d_out, form=form, input_group=f"{prefix}.{shared[0]}" if len(shared) > 1 else "",
         )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ class Problem:
     """All an allocator may see: numbers, no torch.
 
     errors[i][r] is the relative output error of site i at rung r of its ladder. Signals and scores are there when
-    the allocator asks for them; in every walk they are measured on what reaches the site in that walk.
+    the allocator asks for them; in every calibration pass they are measured on what reaches the site in it.
     """
 
     space: Space
@@ -71,7 +71,7 @@ class Allocator(ABC):
 
     @property
     def signals(self) -> tuple[Measurable, ...]:
-        """What to measure at every site, in every walk; `Problem.signals` has one row for each."""
+        """What to measure at every site, in every calibration pass; `Problem.signals` has one row for each."""
         return ()
 
     @property

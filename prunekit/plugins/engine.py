@@ -37,7 +37,7 @@ class Team(ABC):
     """Workers by number. Who has been asked something waits for nobody else."""
 
     size: int
-    knows: object = None  # the supernet that all were told to `meet`
+    supernet: object = None  # the supernet that all were told to `open_supernet`
 
     @abstractmethod
     def ask(self, method: str, each: Sequence[tuple[Any, ...]]) -> list[Any]:

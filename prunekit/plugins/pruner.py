@@ -23,9 +23,9 @@ class LocalPruner(ABC):
     def needs(self) -> frozenset[Need]:
         """What calibration must tell of a layer: names in `prunekit.calibration.statistics.STATISTICS`, or statistics.
 
-        gram, cross, drift, feeders: the fields of a `LayerProblem`. All else the layer is to `require` by its name.
-        power: of every feeder. contrast: a second data set is read. gradient: gradient and fisher of the layer, and of
-        feeders if asked.
+        gram, cross, drift, producers: the fields of a `LayerProblem`. All else the layer is to `require` by its name.
+        power: of every producer. contrast: a second data set is read. gradient: gradient and fisher of the layer, and
+        of producers if asked.
         """
         return frozenset({"gram"})
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, get_args, get_type_hints
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
-from prunekit.errors import WrongInput, unknown
+from prunekit.errors import WrongInput, first_line, unknown
 from prunekit.plugins.source import Written, written
+from prunekit.system.progress import warn_once
 
 if TYPE_CHECKING:
     from prunekit.plugins.adapter import ModelAdapter
@@ -37,6 +39,10 @@ T = TypeVar("T")
 
 class UnknownName(WrongInput, LookupError):
     """A name nobody registered."""
+
+
+class BrokenPlugin(WrongInput):
+    """A plug-in that cannot be used: one sentence with its package and its entry point."""
 
 
 @dataclass(frozen=True)
@@ -57,33 +63,54 @@ class Entry:
     name: str
     owner: str  # the distribution it comes from
     point: metadata.EntryPoint
+    contract: str = "builtins:object"  # where the class is that it derives from, as module:name
+    fault: str = ""  # why it cannot be used, as far as is known before it is imported
 
     def load(self) -> type:
         """Import it.
 
+        Returns:
+            A dataclass that derives from the contract of its kind.
+
         Raises:
-            ImportError: something it needs is not installed; says what.
+            BrokenPlugin: it cannot be imported, or is something else; names its package and entry point.
+            ImportError: a package that it needs is not installed; says which.
         """
+        if self.fault:
+            raise BrokenPlugin(self.fault)
+        home, contract = self.point.value.partition(":")[0].partition(".")[0], pkgutil.resolve_name(self.contract)
         try:
-            return self.point.load()
-        except ImportError as error:
-            missing = getattr(error, "name", None) or str(error)
-            raise ImportError(
-                f"{self.kind} {self.name!r} of {self.owner} needs {missing!r}, which is not installed: "
-                f"pip install {missing}"
-            ) from error
+            loaded = self.point.load()
+        except (Exception, SystemExit) as error:
+            if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != home:
+                raise ImportError(
+                    f"{self.kind} {self.name!r} of {self.owner} needs {error.name!r}, which is not installed: "
+                    f"pip install {error.name}"
+                ) from error
+            raise self._broken(f"cannot be imported ({type(error).__name__}: {first_line(error)})") from error
+        if not (inspect.isclass(loaded) and issubclass(loaded, contract) and dataclasses.is_dataclass(loaded)):
+            raise self._broken(f"is no dataclass that derives from {contract.__name__}")
+        return loaded
+
+    def _broken(self, what: str) -> BrokenPlugin:
+        return BrokenPlugin(
+            f"{self.kind} {self.name!r} of {self.owner} is broken: {self.point.value} {what}; "
+            f"repair or uninstall {self.owner}"
+        )
 
     @property
     def _written(self) -> Written | None:
-        return written(f"{self.point.module}:{self.point.attr}")
+        return written(self.point.value)
 
     @property
     def doc(self) -> str:
         """Its docstring. It is imported only where its source cannot be read.
 
         Raises:
-            ImportError: as of `load`.
+            BrokenPlugin, ImportError: as of `load`.
         """
+        if self.fault:
+            raise BrokenPlugin(self.fault)
         return self._written.doc if self._written is not None else inspect.getdoc(self.load()) or ""
 
     @property
@@ -94,19 +121,16 @@ class Entry:
     @property
     def missing(self) -> tuple[str, ...]:
         """Packages that it needs and that are not installed, as far as its source tells."""
-        return self._written.missing if self._written is not None else ()
+        return () if self.fault or self._written is None else self._written.missing
 
     @property
     def options(self) -> tuple[Option, ...]:
         """Its fields with types and defaults; nested plug-ins by the repr of their default."""
         loaded = self.load()
-        if not dataclasses.is_dataclass(loaded):
-            return ()
         hints = get_type_hints(loaded)  # so that a named type says what it allows
         return tuple(
-            Option(f.name, _type_name(hints[f.name]), _default(f), hints[f.name])
-            for f in dataclasses.fields(loaded)
-            if f.init
+            Option(name, _type_name(hints[name]), _default(field), hints[name])
+            for name, field in _fields(loaded).items()
         )
 
 
@@ -127,9 +151,19 @@ class Registry(Mapping[str, Entry], Generic[T]):
         """What plug-ins of this kind do: first line of the contract's docstring."""
         return found.doc.split("\n")[0] if (found := written(self._contract)) is not None else ""
 
-    @property
+    @cached_property
     def _entries(self) -> dict[str, Entry]:
-        return _entries(self.kind, self.group)
+        points = sorted(metadata.entry_points(group=self.group), key=lambda point: point.name)
+        return {name: self._entry(name, list(same)) for name, same in groupby(points, key=lambda point: point.name)}
+
+    def _entry(self, name: str, points: Sequence[metadata.EntryPoint]) -> Entry:
+        """One of several that say the same, or a broken one where they do not."""
+        owners = {point.value: point.dist.name if point.dist is not None else "unknown" for point in points}
+        fault = ""
+        if len(owners) > 1:
+            claims = " and ".join(f"of {owner} ({value})" for value, owner in owners.items())
+            fault = f"{len(owners)} {self.kind}s are called {name!r}, {claims}; uninstall all but one of them"
+        return Entry(self.kind, name, " and ".join(owners.values()), points[0], self._contract, fault)
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self._entries:
@@ -145,54 +179,57 @@ class Registry(Mapping[str, Entry], Generic[T]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def build(self, spec: str | Mapping[str, Any]) -> T:
-        """A plug-in from its name, or from {name: ..., option: value}; fields that are plug-ins nest.
+    def build(self, spec: str | Mapping[str, Any] | T) -> T:
+        """A plug-in from its name, or from {name: ..., option: value}, or itself; fields that are plug-ins nest.
 
         Options of such a field without a name are of its default: {name: tyr, inner: {generations: 5}}.
 
         Raises:
             UnknownName: no such plug-in.
-            ValueError: an option it does not have, or a value it refuses.
+            BrokenPlugin, ImportError: as of `Entry.load`.
+            WrongInput: an option it does not have, or a value it refuses.
         """
-        options = {"name": spec} if isinstance(spec, str) else dict(spec)
+        if isinstance(spec, self.contract):
+            return spec
+        options = {"name": spec} if isinstance(spec, str) else dict(cast("Mapping[str, Any]", spec))
         name = options.pop("name", None)
         if not isinstance(name, str):
             raise WrongInput(f"a {self.kind} is given by its name, or as {{name: ..., option: value}}, not {spec!r}")
-        loaded = self[name].load()
-        if not (inspect.isclass(loaded) and issubclass(loaded, self.contract)):
-            raise ValueError(f"{self.kind} {name!r} is not a {self.contract.__name__} but {loaded!r}")
-        fields = dataclasses.fields(loaded) if dataclasses.is_dataclass(loaded) else ()
-        known = {f.name: f for f in fields if f.init}
+        entry = self[name]
+        loaded = entry.load()
+        for other in self.values():
+            if other.fault:
+                warn_once(other.fault)
+        known = _fields(loaded)
         for option in options:
             if option not in known:
                 raise WrongInput(unknown(f"option of {self.kind} {name!r}", option, known))
-        hints = get_type_hints(loaded) if options else {}
         try:
+            hints = get_type_hints(loaded) if options else {}
             values = {option: _typed(known[option], hints[option], value) for option, value in options.items()}
             return cast(T, loaded(**values))
         except WrongInput:
             raise
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # of a plug-in's own checks too
             raise WrongInput(f"{self.kind} {name!r}: {error}") from error
 
     def name_of(self, plugin: object) -> str | None:
         """The name under which a plug-in's class is registered."""
-        return next(
-            (
-                n
-                for n, e in self._entries.items()
-                if e.point.value.endswith(f":{type(plugin).__name__}") and e.load() is type(plugin)
-            ),
-            None,
-        )
+        for name, entry in self._entries.items():
+            if entry.point.value.endswith(f":{type(plugin).__name__}"):
+                try:
+                    if entry.load() is type(plugin):
+                        return name
+                except (BrokenPlugin, ImportError) as error:  # of another of that class name
+                    warn_once(str(error))
+        return None
 
     def spec(self, plugin: Any) -> dict[str, Any]:
         """The inverse of `build`: name and all options of a plug-in."""
         name = self.name_of(plugin)
         if name is None:
             raise ValueError(f"{plugin!r} is not registered as a {self.kind}; a recipe cannot name it")
-        options = {f.name: getattr(plugin, f.name) for f in dataclasses.fields(plugin) if f.init}
-        return {"name": name} | {k: plain(v) for k, v in options.items()}
+        return {"name": name} | {option: plain(getattr(plugin, option)) for option in _fields(plugin)}
 
 
 PRUNERS: Registry[LocalPruner] = Registry("pruner", "prunekit.plugins.pruner:LocalPruner")
@@ -209,36 +246,34 @@ KINDS: tuple[Registry[Any], ...] = (
 )  # fmt: skip
 
 
-def signals_of(allocator: Allocator) -> tuple[Signal, ...]:
-    """What an allocator wants to have measured, built."""
-    return tuple(SIGNALS.build(s) if isinstance(s, (str, Mapping)) else s for s in allocator.signals)
-
-
-@cache
-def _entries(kind: str, group: str) -> dict[str, Entry]:
-    found: dict[str, Entry] = {}
-    for point in metadata.entry_points(group=group):
-        owner = point.dist.name if point.dist is not None else "unknown"
-        entry = Entry(kind, point.name, owner, point)
-        if (other := found.get(point.name)) is not None and other.point.value != point.value:
-            raise ValueError(f"two {kind}s are called {point.name!r}: of {other.owner} and of {owner}; uninstall one")
-        found[point.name] = entry
-    return dict(sorted(found.items()))
+def _fields(plugin: Any) -> dict[str, dataclasses.Field[Any]]:
+    """The options of a plug-in or of its class, by name."""
+    return {field.name: field for field in dataclasses.fields(plugin) if field.init}
 
 
 def _typed(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
-    """A recipe's value as the field's type asks for it: a plug-in from its spec, tuples from lists, numbers checked."""
+    """A recipe's value as the field's type asks for it: plug-ins from specs, tuples from lists, numbers checked."""
+    parts, several = get_args(hint), get_origin(hint) is tuple
     for registry in KINDS:
-        if registry.contract in (hint, *get_args(hint)):
+        if registry.contract in (hint, *parts) and not several:
             if isinstance(value, Mapping) and "name" not in value and isinstance(default := _default(field), Mapping):
                 value = {**default, **value}
             return registry.build(value) if isinstance(value, (str, Mapping)) else value
+    if several and isinstance(value, (list, tuple)) and _holds_plugins(hint):
+        hints = parts[:1] * len(value) if parts[-1] is ... else parts
+        if len(hints) == len(value):
+            return tuple(_typed(field, each, item) for each, item in zip(hints, value, strict=True))
+        raise ValueError(f"{field.name} takes {_type_name(hint)}, not {value!r}")
     try:
         return TypeAdapter(hint).validate_python(value)
     except PydanticSchemaGenerationError:  # a type of the plug-in's own
         return value
     except ValidationError as error:
         raise ValueError(f"{field.name} takes {_type_name(hint)}, not {value!r}") from error
+
+
+def _holds_plugins(hint: Any) -> bool:
+    return any(registry.contract is hint for registry in KINDS) or any(map(_holds_plugins, get_args(hint)))
 
 
 def _type_name(hint: Any) -> str:

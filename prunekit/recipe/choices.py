@@ -8,28 +8,21 @@ rebuild: false                                    a value is taken as it is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from prunekit.errors import WrongInput
-from prunekit.recipe.presets import presets, read_yaml
+from prunekit.recipe.presets import read_yaml
 from prunekit.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from optuna.trial import BaseTrial
 
 SPACES = "prunekit.spaces"  # group of entry points
 SETTLED = ("version", "model", "structure", "seed", "device", "dtype", "memory", "trust_remote_code", "code", "verify")
 TEXT = ("data.dataset", "data.calibration_tokens", "data.calibration_draw")  # what may be tuned of `data`
-
-
-class Suggests(Protocol):
-    """What is asked of an Optuna trial."""
-
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
-    ) -> float: ...
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int: ...
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,7 @@ class Value:
 
     value: Any
 
-    def suggested(self, trial: Suggests, name: str) -> Any:
+    def suggested(self, trial: BaseTrial, name: str) -> Any:
         return self.value
 
     def examples(self) -> list[Any]:
@@ -54,7 +47,7 @@ class Range:
     log: bool = False
     step: float | None = None
 
-    def suggested(self, trial: Suggests, name: str) -> Any:
+    def suggested(self, trial: BaseTrial, name: str) -> Any:
         if isinstance(self.low, int) and isinstance(self.high, int):
             return trial.suggest_int(name, self.low, self.high, step=int(self.step or 1), log=self.log)
         return trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
@@ -70,7 +63,7 @@ class Plugin:
     name: str
     options: Mapping[str, Node]
 
-    def suggested(self, trial: Suggests, name: str) -> Any:
+    def suggested(self, trial: BaseTrial, name: str) -> Any:
         chosen = {key: node.suggested(trial, f"{name}.{self.name}.{key}") for key, node in self.options.items()}
         return {"name": self.name, **chosen}
 
@@ -84,7 +77,7 @@ class Choice:
 
     options: Mapping[str | float | None, Node]
 
-    def suggested(self, trial: Suggests, name: str) -> Any:
+    def suggested(self, trial: BaseTrial, name: str) -> Any:
         return self.options[trial.suggest_categorical(name, list(self.options))].suggested(trial, name)
 
     def examples(self) -> list[Any]:
@@ -111,7 +104,7 @@ class Choices:
         Raises:
             WrongInput: there is no such file or preset, or it says something a space cannot say.
         """
-        return cls.of_mapping(read_yaml(name, presets(SPACES), "space"))
+        return cls.of_mapping(read_yaml(name, SPACES))
 
     @classmethod
     def of_mapping(cls, source: Mapping[str, Any]) -> Choices:
@@ -145,7 +138,7 @@ class Choices:
         """What is chosen for each."""
         return {key: node for key, node in self.nodes.items() if not isinstance(node, Value)}
 
-    def suggested(self, trial: Suggests) -> dict[str, Any]:
+    def suggested(self, trial: BaseTrial) -> dict[str, Any]:
         """Ask a trial for a value of everything that is open.
 
         Args:

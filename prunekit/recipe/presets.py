@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from importlib import metadata, resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from prunekit.errors import WrongInput, unknown
+from prunekit.errors import WrongInput, first_line, unknown
+from prunekit.system.progress import warn_once
 
 PRESETS = "prunekit.recipes"  # group of entry points
 
 
-@cache
 def presets(group: str = PRESETS) -> dict[str, str]:
     """Find the presets that are installed.
 
@@ -24,36 +25,67 @@ def presets(group: str = PRESETS) -> dict[str, str]:
 
     Returns:
         Name of every preset -> its YAML text.
-
-    Raises:
-        WrongInput: two of them have one name.
     """
-    found: dict[str, str] = {}
+    return _found(group)[0]
+
+
+def broken_presets(group: str = PRESETS) -> dict[str, str]:
+    """Find what cannot be used: names that two packages claim, and entry points that lead to no files.
+
+    Args:
+        group: of entry points, as of `presets`.
+
+    Returns:
+        Name of the preset, or of the entry point -> a sentence with the packages.
+    """
+    return _found(group)[1]
+
+
+@cache
+def _found(group: str) -> tuple[dict[str, str], dict[str, str]]:
+    kind, texts, faults = _kind(group), dict[str, dict[str, str]](), dict[str, str]()
     for point in sorted(metadata.entry_points(group=group), key=lambda point: point.name):
-        for file in sorted(resources.files(point.value).iterdir(), key=lambda file: file.name):
-            name, _, suffix = file.name.rpartition(".")
-            if suffix != "yaml":
-                continue
-            if name in found:
-                raise WrongInput(f"two presets are called {name!r}, one of them in {point.value}; uninstall one")
-            found[name] = file.read_text(encoding="utf-8")
-    return found
+        owner = f"{point.value} of {point.dist.name}" if point.dist is not None else point.value
+        try:
+            files = {file.name: file.read_text("utf-8") for file in _yaml_files(point.value)}
+        except (Exception, SystemExit) as error:
+            what = f"cannot be read ({type(error).__name__}: {first_line(error)})"
+            faults[point.name] = f"{kind}s {point.name!r} are broken: {owner} {what}; repair or uninstall it"
+            continue
+        for name, text in files.items():
+            texts.setdefault(name.removesuffix(".yaml"), {})[owner] = text
+    for name, claims in texts.items():
+        if len(claims) > 1:
+            faults[name] = f"{len(claims)} {kind}s are called {name!r}, in {' and in '.join(claims)}; uninstall one"
+    return {name: text for name, claims in texts.items() if name not in faults for text in claims.values()}, faults
+
+
+def _yaml_files(package: str) -> list[Traversable]:
+    return sorted((f for f in resources.files(package).iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+
+
+def _kind(group: str) -> str:
+    return group.removeprefix("prunekit.").removesuffix("s")
 
 
 # -- reading ------------------------------------------------------------------------------------------
 
 
-def read_yaml(name: str | Path, known: Mapping[str, str], what: str) -> dict[str, Any]:
+def read_yaml(name: str | Path, group: str = PRESETS) -> dict[str, Any]:
     """Read the mapping in a preset, a file, or the folder of a result.
 
     Args:
         name: of any of them.
-        known: text of the presets by name.
-        what: it is, for sentences.
+        group: of entry points, as of `presets`.
 
     Raises:
-        WrongInput: there is none, or it is no mapping.
+        WrongInput: there is none, it is broken, or it is no mapping.
     """
+    known, faults, what = presets(group), broken_presets(group), _kind(group)
+    if str(name) in faults:
+        raise WrongInput(faults[str(name)])
+    for fault in faults.values():
+        warn_once(fault)
     path = Path(name).expanduser()
     path = path / "recipe.yaml" if (path / "recipe.yaml").is_file() else path
     if str(name) in known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,17 +19,7 @@ from prunekit.plugins.exporter import Exporter
 from prunekit.plugins.finisher import Finisher
 from prunekit.plugins.objective import Objective
 from prunekit.plugins.pruner import LocalPruner
-from prunekit.plugins.registry import (
-    ALLOCATORS,
-    ENGINES,
-    EXPORTERS,
-    FINISHERS,
-    METRICS,
-    OBJECTIVES,
-    PRUNERS,
-    SIGNALS,
-    signals_of,
-)
+from prunekit.plugins.registry import ALLOCATORS, ENGINES, EXPORTERS, FINISHERS, METRICS, OBJECTIVES, PRUNERS, SIGNALS
 from prunekit.plugins.signal import Signal
 from prunekit.recipe.schema import Recipe
 from prunekit.space.forms import Form, parse_form
@@ -98,29 +89,31 @@ def resolve(recipe: Recipe) -> Parts:
             there.
     """
     _check_budget(recipe)
-    form = parse_form(recipe.structure)
-    pruner = PRUNERS.build(recipe.pruner)
-    finishers = tuple(map(FINISHERS.build, recipe.finishers))
     allocator = ALLOCATORS.build(recipe.allocator)
-    signals = signals_of(allocator)
-    _check_scores(recipe, pruner, allocator)
-    metric, exporters = METRICS.build(recipe.metric_spec), _exporters(recipe)
-    _check_form(recipe, form, pruner, finishers, exporters)
-    metric.check(form.units)
-    if not form.shrinks:
-        _check_zeros(recipe, form, allocator, signals, finishers)
-    _check_data(recipe, pruner, signals)
-    objective, engine = OBJECTIVES.build(recipe.objective), ENGINES.build(recipe.engine)
+    parts = Parts(
+        recipe,
+        parse_form(recipe.structure),
+        PRUNERS.build(recipe.pruner),
+        allocator,
+        tuple(map(SIGNALS.build, allocator.signals)),
+        OBJECTIVES.build(recipe.objective),
+        tuple(map(FINISHERS.build, recipe.finishers)),
+        ENGINES.build(recipe.engine),
+        METRICS.build(recipe.metric_spec),
+        _exporters(recipe),
+    )
     complete = {
-        "pruner": PRUNERS.spec(pruner),
+        "pruner": PRUNERS.spec(parts.pruner),
         "allocator": ALLOCATORS.spec(allocator),
-        "objective": OBJECTIVES.spec(objective),
-        "finishers": tuple(map(FINISHERS.spec, finishers)),
-        "engine": ENGINES.spec(engine),
-        "exporters": tuple(map(EXPORTERS.spec, exporters)),
+        "objective": OBJECTIVES.spec(parts.objective),
+        "finishers": tuple(map(FINISHERS.spec, parts.finishers)),
+        "engine": ENGINES.spec(parts.engine),
+        "exporters": tuple(map(EXPORTERS.spec, parts.exporters)),
     }
-    recipe = _with_metric(recipe, metric).model_copy(update=complete)
-    return Parts(recipe, form, pruner, allocator, signals, objective, finishers, engine, metric, exporters)
+    parts = replace(parts, recipe=_with_metric(recipe, parts.metric).model_copy(update=complete))
+    _check_structure(parts)
+    _check_readers(parts)
+    return parts
 
 
 def _with_metric(recipe: Recipe, metric: Metric) -> Recipe:
@@ -156,52 +149,38 @@ def _check_budget(recipe: Recipe) -> None:
         )
 
 
-def _check_scores(recipe: Recipe, pruner: LocalPruner, allocator: Allocator) -> None:
-    if "scores" in allocator.needs and type(pruner).scores is LocalPruner.scores:
-        raise WrongInput(
-            f"allocator {recipe.allocator['name']!r} ranks groups by the pruner's scores, and pruner "
-            f"{recipe.pruner['name']!r} has none; choose another of either"
-        )
-
-
-def _check_form(
-    recipe: Recipe, form: Form, pruner: LocalPruner, finishers: tuple[Finisher, ...], exporters: tuple[Exporter, ...]
-) -> None:
+def _check_structure(parts: Parts) -> None:
     """Every part must know what is removed."""
-    if form.kept_share is not None and recipe.family:
+    recipe, form = parts.recipe, parts.form
+    own = form.kept_share
+    if own is not None and recipe.family:
         raise WrongInput(
             f"structure {recipe.structure} says its own sparsity, so there is no family of several; "
             "take structure groups or weights"
         )
-    named = [("pruner", recipe.pruner, pruner)]
-    named += [("finisher", spec, each) for spec, each in zip(recipe.finishers, finishers, strict=True)]
-    named += [("exporter", EXPORTERS.spec(each), each) for each in exporters]
+    named: list[tuple[str, Mapping[str, Any], LocalPruner | Finisher | Exporter]] = [
+        ("pruner", recipe.pruner, parts.pruner),
+        *(("finisher", *each) for each in zip(recipe.finishers, parts.finishers, strict=True)),
+        *(("exporter", *each) for each in zip(recipe.exporters, parts.exporters, strict=True)),
+    ]
     for kind, spec, plugin in named:
         if form.units not in plugin.structures:
             there = ", ".join(sorted(plugin.structures))
             raise WrongInput(f"{kind} {spec['name']!r} does not know structure {form.units}; it knows {there}")
-
-
-def _check_zeros(
-    recipe: Recipe,
-    form: Form,
-    allocator: Allocator,
-    signals: tuple[Signal, ...],
-    finishers: tuple[Finisher, ...],
-) -> None:
-    """What goes with whole groups alone."""
-    for spec, finisher in zip(recipe.finishers, finishers, strict=True):
-        if finisher.adds_biases:
-            raise WrongInput(f"finisher {spec['name']!r} adds biases, paid for with groups; leave them away here")
+    parts.metric.check(form.units)
+    if form.shrinks:
+        return
+    for kind, spec, plugin in named:
+        if isinstance(plugin, Finisher) and plugin.adds_biases:
+            raise WrongInput(f"{kind} {spec['name']!r} adds biases, paid for with groups; leave them away here")
     if recipe.apart:
         raise WrongInput("apart gives attention and MLP each their share of groups; it goes with structure groups")
-    if "scores" in allocator.needs:
+    if "scores" in parts.allocator.needs:
         raise WrongInput(f"allocator {recipe.allocator['name']!r} ranks groups; it goes with structure groups")
-    for signal in signals:
+    for signal in parts.signals:
         if "influence" in signal.needs:
             name = SIGNALS.name_of(signal)
             raise WrongInput(f"signal {name!r} is of whole sub-layers; it goes with structure groups")
-    own = form.kept_share
     if own is not None and (recipe.sparsity != float(1 - own) or recipe.of == "model"):
         raise WrongInput(
             f"structure {recipe.structure} removes {float(1 - own):.4g} of the weights of all linear maps in "
@@ -209,11 +188,17 @@ def _check_zeros(
         )
 
 
-def _check_data(recipe: Recipe, pruner: LocalPruner, signals: tuple[Signal, ...]) -> None:
-    """Files are there, and a second data set where one is read."""
-    readers = {f"pruner {recipe.pruner['name']!r}": pruner} | {f"signal {SIGNALS.name_of(s)!r}": s for s in signals}
-    for who, plugin in readers.items():
-        if "contrast" in plugin.needs and recipe.data.contrast_dataset is None:
+def _check_readers(parts: Parts) -> None:
+    """What one part reads another has: scores, a second data set, files."""
+    recipe, pruner = parts.recipe, parts.pruner
+    if "scores" in parts.allocator.needs and type(pruner).scores is LocalPruner.scores:
+        raise WrongInput(
+            f"allocator {recipe.allocator['name']!r} ranks groups by the pruner's scores, and pruner "
+            f"{recipe.pruner['name']!r} has none; choose another of either"
+        )
+    readers = {f"signal {SIGNALS.name_of(signal)!r}": signal.needs for signal in parts.signals}
+    for who, needs in {f"pruner {recipe.pruner['name']!r}": pruner.needs, **readers}.items():
+        if "contrast" in needs and recipe.data.contrast_dataset is None:
             raise WrongInput(
                 f"{who} compares two data sets; give the second with --set data.contrast_dataset=NAME_OR_FILE"
             )

@@ -76,8 +76,7 @@ class Recipe(Strict):
         Raises:
             WrongInput: there is no such file or preset, or it says something a recipe cannot say.
         """
-        found = read_yaml(name, presets(), "recipe")
-        default = yaml.safe_load(presets()["default"])
+        found, default = read_yaml(name), read_yaml("default")
         if str(name) not in presets():
             path = Path(name).expanduser()
             priced = {key: found[key] for key in ("latency", "metric") if isinstance(found.get(key), dict)}

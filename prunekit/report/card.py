@@ -19,7 +19,7 @@ PICTURE = "sparsity.svg"
 
 
 def card(document: Mapping[str, Any], recipe: Recipe, facts: Mapping[str, Any]) -> str:
-    """README.md of a pruned model.
+    """Write the text of README.md of a pruned model.
 
     Args:
         document: the report.
@@ -85,7 +85,7 @@ tokenizer = AutoTokenizer.from_pretrained("this folder")
 
 
 def write(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
-    """report.json, README.md with its picture, and the legal files of the source."""
+    """Write report.json, README.md with its picture, and the legal files of the source."""
     facts, legal = taken_over(str(document["model"]))
     write_json(folder / "report.json", document)
     for name, content in legal.items():
@@ -95,7 +95,7 @@ def write(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
 
 
 def _named(source: str, recipe: Recipe) -> str:
-    """Data sets in words, files by their name alone: where they lay is nobody's business."""
+    """Name the data sets, files by their name alone: a card holds no path of this machine."""
     for name in sorted(recipe.data.names, key=len, reverse=True):
         if hub_id(name) is None:
             source = source.replace(name, re.split(r"[/\\]", name)[-1])

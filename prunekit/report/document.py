@@ -1,4 +1,4 @@
-"""What a run has to say for itself: a report for machines, a card for people, records for the ledger."""
+"""report.json: its content, and sentences and records made of the same numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prunekit.data.tokens import TokenBatch
 from prunekit.measure.perplexity import Perplexity
 from prunekit.plugins.allocator import Problem
 from prunekit.plugins.dense import Dense
-from prunekit.plugins.registry import ALLOCATORS, EXPORTERS, FINISHERS, METRICS, OBJECTIVES, PRUNERS, SIGNALS
+from prunekit.plugins.registry import KINDS, METRICS, SIGNALS
 from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.search.supernet import Supernet
@@ -27,15 +27,20 @@ from prunekit.space.sites import Allocation
 SCHEMA = 1
 
 
-def space_record(walk: int, problem: Problem) -> dict[str, Any]:
-    """All that is needed to read the questions of a walk without the model."""
+def space_record(pass_number: int, problem: Problem) -> dict[str, Any]:
+    """Make the ledger's record of a calibration pass: all that is needed to read its questions without the model.
+
+    Args:
+        pass_number: number of the pass, from 0.
+        problem: as the allocator gets it.
+    """
     space = problem.space
     measured: dict[str, Any] = {"signals": [list(row) for row in problem.signals]} if problem.signals else {}
     if problem.scores is not None:  # as many as there are groups: the candidates' files have them
         measured["scores"] = hashlib.sha256(repr(problem.scores).encode()).hexdigest()
     return {
         "kind": "space",
-        "walk": walk,
+        "walk": pass_number,
         "sites": [site.name for site in space.sites],
         "ladders": [list(ladder) for ladder in space.ladders],
         "prices": [list(row) for row in space.prices],
@@ -63,7 +68,23 @@ def report(
     finishers: Sequence[Mapping[str, Any]] = (),
     pace: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of report.json. Parameters are counted in the tensors, never taken from the request."""
+    """Make the content of report.json. Parameters are counted in the tensors, never taken from the request.
+
+    Args:
+        parts: of the recipe.
+        dense: the model before.
+        draws: its text.
+        whole: every count of every site, under the budget.
+        net: the network that the small model was assembled from.
+        plan: kept groups, or weights per row, by site.
+        small: the model as it is exported.
+        losses: what was measured on the texts, in nats per token.
+        search: number of questions, and of token-forwards.
+        seconds: by stage.
+        seconds_shared: of these, what was spent once for a family.
+        finishers: what each reports.
+        pace: what a measured metric reports; None: nothing was measured.
+    """
     recipe, errors, shrinks = parts.recipe, net.site_errors(plan), parts.form.shrinks
     before, after = count(dense.model), count(small)
     blocks = count(dense.adapter.blocks(dense.model))
@@ -118,7 +139,17 @@ def report(
 
 
 def weights(small: nn.Module, net: Supernet, plan: Allocation, structure: str) -> dict[str, Any]:
-    """What is zero in the linear maps of the blocks, counted in the tensors, and what the rest would take to store."""
+    """Count zeros in the linear maps of the blocks.
+
+    Args:
+        small: the pruned model.
+        net: the network that it was assembled from.
+        plan: weights kept per row, by site.
+        structure: of the recipe.
+
+    Returns:
+        Numbers of weights, and bytes as they are stored and as a bit mask with values.
+    """
     blocks, sites = net.adapter.blocks(small), net.space.sites
     total = kept = size = packed = 0
     for site in sites:  # one at a time: the model may be paged
@@ -139,7 +170,7 @@ def weights(small: nn.Module, net: Supernet, plan: Allocation, structure: str) -
 
 
 def gained(found: Mapping[str, Any]) -> str:
-    """What zeros are good for, and what not; `found` is of `weights`."""
+    """Say in words what zeros save and what they do not; `found` is of `weights`."""
     size, small = found["bytes"], found["bytes_as_mask_and_values"]
     said = (
         "Nothing is smaller or faster by itself: zeros are stored and multiplied like other numbers. "
@@ -155,13 +186,13 @@ def gained(found: Mapping[str, Any]) -> str:
 
 
 def promise(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a report says of a measured metric: what was promised, and realised; None: nothing was measured."""
+    """Find what a report says of a measured metric, promised and realised; None: nothing was measured."""
     found = document.get(document.get("budget", {}).get("metric"))
     return found if isinstance(found, Mapping) and "realised" in found else None
 
 
 def kept_promise(found: Mapping[str, Any]) -> str:
-    """Promised and realised share of the dense model's in words; `found` is of `MeasuredMetric.realised`."""
+    """Put the promised and the realised share into words; `found` is of `MeasuredMetric.realised`."""
     timed = "workload" in found
     said = (
         (f"{Workload(**found['workload'])}: " if timed else "")
@@ -175,7 +206,7 @@ def kept_promise(found: Mapping[str, Any]) -> str:
 
 
 def by_source(batch: TokenBatch, dense: Perplexity, pruned: Perplexity) -> dict[str, dict[str, float]]:
-    """Mean loss of each data set's windows, in nats per token; nothing where there is one."""
+    """Average the losses of each data set's windows, in nats per token; empty where there is one data set."""
     found: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(batch.origins):
         here = [i for i, origin in enumerate(batch.origins) if origin == name]
@@ -185,18 +216,17 @@ def by_source(batch: TokenBatch, dense: Perplexity, pruned: Perplexity) -> dict[
 
 
 def versions(parts: Parts) -> dict[str, str]:
-    """Of everything that has a say in the result: libraries, Python, and the distributions of plug-ins."""
-    registries = {"pruner": PRUNERS, "allocator": ALLOCATORS, "objective": OBJECTIVES, "finisher": FINISHERS}
-    owners = {registries[kind][spec["name"]].owner for kind, spec in parts_of(parts.recipe)}
-    owners |= {METRICS[parts.recipe.metric_spec["name"]].owner}
-    owners |= {EXPORTERS[spec["name"]].owner for spec in parts.recipe.exporters}
+    """Find the versions of all that the result depends on: libraries, Python, and the distributions of plug-ins."""
+    recipe = parts.recipe
+    specs = [*parts_of(recipe), ("metric", recipe.metric_spec), *(("exporter", spec) for spec in recipe.exporters)]
+    owners = {registry[spec["name"]].owner for registry in KINDS for kind, spec in specs if kind == registry.kind}
     owners |= {SIGNALS[name].owner for name in map(SIGNALS.name_of, parts.signals) if name is not None}
     names = sorted({"prunekit", "torch", "transformers", *owners} - {"unknown"})
     return {name: metadata.version(name) for name in names} | {"python": platform.python_version()}
 
 
 def count(module: nn.Module) -> int:
-    """Parameters, tied ones once."""
+    """Count parameters, tied ones once."""
     return sum(p.numel() for p in module.parameters())
 
 

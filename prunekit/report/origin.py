@@ -1,4 +1,4 @@
-"""What a pruned model takes over from its source: licence, language and legal files, and nothing else of it."""
+"""What a pruned model takes over from its source: licence, language and legal files, nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECONDS = 10  # to wait for the hub
 
 
 def hub_id(source: str) -> str | None:
-    """The source, where it is owner/name on the hub and not a folder."""
+    """Find the hub id that a source is, owner/name; None: it is a folder."""
     return source if HUB_ID.fullmatch(source) and not Path(source).expanduser().exists() else None
 
 

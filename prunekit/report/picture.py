@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from html import escape
+from statistics import fmean
 from typing import Any
 
 LEFT, BAR, GAP = 44, 280, 76  # pixels: block numbers, the longest bar, room for its number
@@ -18,30 +20,34 @@ STYLE = (
 
 
 def removed_shares(sites: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    """Part of a block -> block -> share of its groups, or of its weights, that is removed; `sites` of a report."""
+    """Compute the share that is removed, of groups or weights.
+
+    Args:
+        sites: of a report.
+
+    Returns:
+        Part of a block -> block -> share, 0 to 1.
+    """
     sizes: dict[str, float] = {}  # parameters per kept unit, of sites that differ in their block alone
     for site in sites:
         if site["kept"]:
             sizes[_alike(site)] = site["parameters"] / site["kept"]
-    dense: dict[tuple[str, int], float] = {}
-    kept: dict[tuple[str, int], float] = {}
+    dense, kept = defaultdict[tuple[str, int], float](float), defaultdict[tuple[str, int], float](float)
     for site in sites:
         key, size = (_part(site), site["block"]), sizes.get(_alike(site), 1.0)
-        dense[key] = dense.get(key, 0.0) + size * site["groups"]
-        kept[key] = kept.get(key, 0.0) + size * site["kept"]
-    found: dict[str, dict[int, float]] = {}
-    for (part, block), whole in dense.items():
-        found.setdefault(part, {})[block] = 1 - kept[part, block] / whole
-    return found
+        dense[key] += size * site["groups"]
+        kept[key] += size * site["kept"]
+    parts = dict.fromkeys(part for part, _ in dense)
+    return {each: {b: 1 - kept[each, b] / dense[each, b] for part, b in dense if part == each} for each in parts}
 
 
 def draw(sites: Sequence[Mapping[str, Any]]) -> str:
-    """The picture: one row per block, one bar per part, as long as the share that is removed."""
+    """Draw one row per block with one bar per part, as long as the share that is removed; `sites` of a report."""
     parts = removed_shares(sites)
     blocks = range(max(site["block"] for site in sites) + 1)
     row = 18 if len(blocks) <= 40 else 14
     width, height = LEFT + len(parts) * (BAR + GAP), TOP + len(blocks) * row + 12
-    told = "; ".join(f"{part} {_mean(shares.values()):.1%}" for part, shares in parts.items())
+    told = "; ".join(f"{part} {fmean(shares.values()):.1%}" for part, shares in parts.items())
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         'role="img" aria-labelledby="title desc">',
@@ -76,11 +82,6 @@ def _part(site: Mapping[str, Any]) -> str:
 
 def _alike(site: Mapping[str, Any]) -> str:
     return re.sub(r"\.\d+\.", ".", site["name"], count=1)
-
-
-def _mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers)
 
 
 def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "") -> str:

@@ -77,8 +77,8 @@ class Bench:
 
     def _tidy(self, shelf: Path) -> None:
         """Remove the passes that were not used for the longest time, until the rest fits."""
-        passes = sorted(shelf.iterdir(), key=lambda one: one.stat().st_mtime)
-        sizes = [sum(file.stat().st_size for file in one.iterdir()) for one in passes]
+        passes = sorted((one for one in shelf.iterdir() if one.is_dir()), key=lambda one: one.stat().st_mtime)
+        sizes = [sum(file.stat().st_size for file in one.rglob("*") if file.is_file()) for one in passes]
         total = sum(sizes)
         for one, size in zip(passes, sizes, strict=True):
             if total <= self.disk:

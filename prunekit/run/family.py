@@ -11,16 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from prunekit.recipe.schema import Recipe
 from prunekit.report.document import promise
 from prunekit.run.prune import make_result, open_runs, run_search
 from prunekit.run.results import Result, write_result
+from prunekit.run.session import Job
 from prunekit.run.stages import clear_folder
-from prunekit.run.workplace import check_output, new_folder, publish
-from prunekit.system.files import write_json
-from prunekit.system.progress import Progress
+from prunekit.run.workplace import check_output, new_folder, publish, published
+from prunekit.system.files import changed, seal, write_json
 
 SCHEMA = 1
 FILE = "pareto.json"
@@ -81,49 +79,44 @@ class Family:
         return self.directory / row["folder"]
 
 
-def family(
-    recipe: Recipe,
-    *,
-    model: PreTrainedModel | None = None,
-    tokenizer: Any = None,
-    output: Path | None = None,
-    progress: Progress | None = None,
-    resume: bool = True,
-    overwrite: bool = False,
-) -> Family:
+def family(recipe: Recipe, job: Job) -> Family:
     """Prune after every recipe of a family (`Recipe.spread`); a recipe that names none is one of its own.
 
     A member that was finished before an interruption is not made again.
 
     Args:
         recipe: names its family.
-        model: in memory, with its tokenizer; None: the recipe names one.
-        tokenizer: of a model in memory.
-        output: folder of the family; None: it stays in memory.
-        progress: what the user is told; None: nothing.
-        resume: whether to go on with an interrupted run of the same recipe.
-        overwrite: whether a family in `output` may be replaced.
+        job: where the model comes from and the family goes.
+
+    Returns:
+        The results, by ascending sparsity.
 
     Raises:
         WrongInput: says what was asked, what there is and what to do; before any long work.
         PluginError: a plug-in broke its contract.
         CannotGoOn: what was written is not the same model when it is loaded.
     """
-    asked = [member.sparsity for member in recipe.members]
-    work = open_runs(recipe, model, tokenizer, output, progress, asked, resume=resume, overwrite=overwrite)
-    with work as (place, runs):
+    asked, output = [member.sparsity for member in recipe.members], job.output
+    with open_runs(recipe, job, asked) as (place, runs):
+        if output is not None and published(place, output.resolve()):  # it was stopped while it tidied up
+            document = json.loads((output / FILE).read_text(encoding="utf-8"))
+            return Family(document, output, {}, runs[0].blocks(sum(row["parameters"] for row in document["members"])))
         done, results, before = place / "result", dict[str, Result](), None
         done.mkdir(exist_ok=True)
         for run, (net, answer) in zip(runs, run_search(runs), strict=True):
             name = str(run.parts.recipe.sparsity)
             if (done / name).exists():
-                continue
+                if not (faults := changed(done / name)):
+                    continue
+                run.progress.say(f"{name}: {faults[0]} is not what was written; it is made anew")
+                clear_folder(done / name)
             before = before or run.measure_dense()
             result = make_result(run, net, answer, before, None if output is None else output / name)
             if output is None:
                 results[name] = result
                 continue
             write_result(result, clear_folder(run.place / "written"))
+            seal(run.place / "written")
             (run.place / "written").replace(done / name)
         reports = {
             str(share): results[str(share)].report if output is None else _report(done / str(share)) for share in asked

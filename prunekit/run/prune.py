@@ -6,9 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
 
 from prunekit.measure.perplexity import Perplexity, perplexity
 from prunekit.models import paging
@@ -16,43 +13,34 @@ from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.run.finish import finish_model
-from prunekit.run.results import Result, load_small, pack_result, write_result
-from prunekit.run.session import open_session
+from prunekit.run.results import Result, load_small, make_export, write_result
+from prunekit.run.session import Job, open_session
 from prunekit.run.stages import Run, assemble, clear_folder
-from prunekit.run.workplace import check_output, left, publish, unfinished, workplace
+from prunekit.run.workplace import check_output, left, publish, published, unfinished, workplace
 from prunekit.search.conversation import Known
 from prunekit.search.supernet import Supernet
 from prunekit.space.sites import Allocation
-from prunekit.system.progress import Progress
 
 
-def prune(
-    recipe: Recipe,
-    *,
-    model: PreTrainedModel | None = None,
-    tokenizer: Any = None,
-    output: Path | None = None,
-    progress: Progress | None = None,
-    resume: bool = True,
-    overwrite: bool = False,
-) -> Result:
+def prune(recipe: Recipe, job: Job) -> Result:
     """Prune after a recipe. One that names its family is searched together with all of it, to come out as it did there.
 
     Args:
-        recipe: says everything but what follows.
-        model: in memory, with its tokenizer; None: the recipe names one.
-        tokenizer: of a model in memory.
-        output: folder of the result; None: it stays in memory.
-        progress: what the user is told; None: nothing.
-        resume: whether to go on with an interrupted run of the same recipe.
-        overwrite: whether a result in `output` may be replaced.
+        recipe: every choice that makes the model.
+        job: where the model comes from and the result goes.
+
+    Returns:
+        The pruned model and its report.
 
     Raises:
         WrongInput: says what was asked, what there is and what to do; before any long work.
         PluginError: a plug-in broke its contract.
         CannotGoOn: what was written is not the same model when it is loaded.
     """
-    with open_runs(recipe, model, tokenizer, output, progress, resume=resume, overwrite=overwrite) as (place, runs):
+    output = job.output
+    with open_runs(recipe, job) as (place, runs):
+        if output is not None and published(place, output.resolve()):  # it was stopped while it tidied up
+            return Result.load(output, blocks=runs[0].dense.shares.blocks)
         found = dict(zip(runs, run_search(runs), strict=True))
         run = next(run for run in runs if run.parts.recipe.sparsity == recipe.sparsity)
         result = make_result(run, *found[run], run.measure_dense(), output)
@@ -65,32 +53,23 @@ def prune(
 
 
 @contextmanager
-def open_runs(
-    recipe: Recipe,
-    model: PreTrainedModel | None,
-    tokenizer: Any,
-    output: Path | None,
-    progress: Progress | None,
-    asked: Sequence[float] | None = None,
-    *,
-    resume: bool,
-    overwrite: bool,
-) -> Iterator[tuple[Path, list[Run]]]:
+def open_runs(recipe: Recipe, job: Job, asked: Sequence[float] | None = None) -> Iterator[tuple[Path, list[Run]]]:
     """Open a folder to work in, and a run for the recipe or for every one of its family.
 
     `asked` are the sparsities that a family makes results of; None: of the recipe's own, and no family is made.
     """
-    parts = resolve(recipe)
+    parts, output = resolve(recipe), job.output
     if output is not None:
-        files = [*recipe.data.names, *([recipe.model] if model is None and recipe.model else [])]
-        check_output(output, overwrite=overwrite, sources=[f for f in files if Path(f).exists()])
-    if not (resume and output is not None and unfinished(output)):  # what goes on may have all it needs on record
+        files = [*recipe.data.names, *([recipe.model] if job.model is None and recipe.model else [])]
+        check_output(output, overwrite=job.overwrite, sources=[f for f in files if Path(f).exists()])
+    earlier = output if job.resume else None
+    if earlier is None or not unfinished(earlier):  # a run that is continued may have all it needs on record
         parts.allocator.ready()
-    session = open_session(parts, model, tokenizer, output, progress or Progress(), asked)
+    session = open_session(parts, job, asked)
     identity = session.identify() | ({} if asked is None else {"sparsity": list(asked)})
-    session = session.with_prices(left(output, identity) if resume and output is not None else None)
+    session = session.with_prices(None if earlier is None else left(earlier, identity))
     spaces = session.make_spaces()
-    with session.work_in(workplace(output, identity, resume=resume, overwrite=overwrite)) as (session, place):
+    with session.work_in(workplace(output, identity, resume=job.resume, overwrite=job.overwrite)) as (session, place):
         yield place, session.start_runs(session.parts, spaces, session.draws, place, place, session.clock)
 
 
@@ -141,4 +120,11 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
             "nll_by_source": reporting.by_source(evaluation, before, after),
         } | ({} if raw is None else {"unfinished": raw.as_dict()})
     pace = run.time_result(small, plan)
-    return pack_result(run, net, plan, small, losses=losses, finishers=said, pace=pace, output=output)
+    exported, probe = make_export(run, net, plan, small)
+    document = reporting.report(
+        run.parts, run.dense, run.draws, run.whole, net, plan, exported, losses=losses, finishers=said, pace=pace,
+        search={"questions": run.ledger.questions, "token_forwards": run.ledger.tokens},
+        seconds=run.clock.seconds, seconds_shared=run.clock.shared.own,
+    )  # fmt: skip
+    blocks, recipe = run.blocks(reporting.count(exported)), run.parts.recipe
+    return Result(exported, run.dense.tokenizer, recipe, document, run.ledger.text(), output, probe, blocks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,45 +82,28 @@ class Result:
         return target
 
 
-def pack_result(
-    run: Run,
-    net: Supernet,
-    plan: Allocation,
-    small: PreTrainedModel,
-    *,
-    losses: Mapping[str, Any],
-    finishers: Sequence[Mapping[str, Any]],
-    pace: Mapping[str, Any] | None,
-    output: Path | None,
-) -> Result:
-    """Turn a small model into the one that will be exported, with its report and what verifies it.
+def make_export(
+    run: Run, net: Supernet, plan: Allocation, small: PreTrainedModel
+) -> tuple[PreTrainedModel, tuple[torch.Tensor, torch.Tensor]]:
+    """Turn a small model into the one that will be exported.
 
     Args:
-        run: that has made it.
-        net: of which it was assembled.
+        run: the run that made it.
+        net: the network that it was assembled from.
         plan: kept groups, or weights per row, by site.
         small: the model that was measured; afterwards in the dtype of the checkpoint.
-        losses: what was measured.
-        finishers: what each reports.
-        pace: the time that was promised and measured; None: no time was.
-        output: folder of the result; None: it stays in memory.
+
+    Returns:
+        (the model as it is exported, the probe that verifies it, as of `make_probe`).
     """
-    dense, draws, parts = run.dense, run.draws, run.parts
+    dense, tokens = run.dense, run.draws.evaluation
     if paging.pager_of(small) is None:
-        probe = make_probe(stored_as(small.cpu(), dense.dtype), draws.evaluation)
-        exported = hf.to_transformers(stored_as(small, dense.dtype), dense.adapter)
-    else:
-        paging.rest(small)
-        cpu = torch.device("cpu")
-        probe = make_probe(hf.paged(net, plan, torch.float32, cpu), draws.evaluation)
-        exported = hf.paged(net, plan, dense.dtype, cpu)
-    document = reporting.report(
-        parts, dense, draws, run.whole, net, plan, exported, losses=losses, finishers=finishers, pace=pace,
-        search={"questions": run.ledger.questions, "token_forwards": run.ledger.tokens},
-        seconds=run.clock.seconds, seconds_shared=run.clock.shared.own,
-    )  # fmt: skip
-    blocks = run.blocks(reporting.count(exported))
-    return Result(exported, dense.tokenizer, parts.recipe, document, run.ledger.text(), output, probe, blocks)
+        probe = make_probe(stored_as(small.cpu(), dense.dtype), tokens)
+        return hf.to_transformers(stored_as(small, dense.dtype), dense.adapter), probe
+    paging.rest(small)
+    cpu = torch.device("cpu")
+    probe = make_probe(hf.paged(net, plan, torch.float32, cpu), tokens)
+    return hf.paged(net, plan, dense.dtype, cpu), probe
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,20 @@ from prunekit.search.teacher import Teacher
 from prunekit.space.ladders import Space
 from prunekit.space.prices import FILE
 from prunekit.system.files import write_json
-from prunekit.system.memory import amount
 from prunekit.system.progress import Progress
+from prunekit.system.sizes import amount
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is asked of a run beside its recipe."""
+
+    model: PreTrainedModel | None = None  # in memory, with its tokenizer; None: the recipe names one
+    tokenizer: Any = None
+    output: Path | None = None  # folder of the result; None: it stays in memory
+    progress: Progress = field(default_factory=Progress)  # what the user is told; the base class says nothing
+    resume: bool = True  # whether an interrupted run of the same recipe is continued
+    overwrite: bool = False  # whether an earlier result in `output` may be replaced
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,49 +121,42 @@ class Session:
         for member, whole in zip(parts.members, spaces, strict=True):
             own = place / str(member.recipe.sparsity) if parts.recipe.family else place
             own.mkdir(exist_ok=True)
+            ledger = Ledger(own / "ledger.jsonl")
+            if ledger.damaged is not None:
+                self.progress.say(f"{ledger.path} is damaged from line {ledger.damaged} on: that is asked anew")
             runs.append(Run(
-                member, self.dense, whole, draws, Ledger(own / "ledger.jsonl"), own, shelf, self.progress,
+                member, self.dense, whole, draws, ledger, own, shelf, self.progress,
                 Clock(clock), teacher, self.plan.limit, self.team,
             ))  # fmt: skip
         return runs
 
 
-def open_session(
-    parts: Parts,
-    model: PreTrainedModel | None,
-    tokenizer: Any,
-    output: Path | None,
-    progress: Progress,
-    asked: Sequence[float] | None = None,
-) -> Session:
+def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -> Session:
     """Plan, then open the model and draw the text of a recipe.
 
     Args:
         parts: of the recipe.
-        model: in memory, with its tokenizer; None: the recipe names one.
-        tokenizer: of a model in memory.
-        output: folder of the result; None: it stays in memory.
-        progress: what the user is told.
+        job: the model in memory, the output and what the user is told.
         asked: sparsities that a family makes results of; None: of the recipe's own.
 
     Raises:
         WrongInput: there is no model, it does not fit this machine, or its text cannot be read or judged.
     """
-    recipe = parts.recipe
-    source = recipe.model if model is None else model
+    recipe, progress = parts.recipe, job.progress
+    source = recipe.model if job.model is None else job.model
     if source is None:
         raise WrongInput("no model was given; name a folder or a hub id, or pass a model in memory")
-    plan = make_plan(parts, *skeleton(source, trust_remote_code=recipe.trust_remote_code), output, asked)
+    plan = make_plan(parts, *skeleton(source, trust_remote_code=recipe.trust_remote_code), job.output, asked)
     plan.check()
     devices = choose_devices(recipe, plan)
     if plan.paged:
         progress.say(f"the model does not fit {amount(plan.limit)} of memory: blocks are read when they are needed")
-        if output is None:
+        if job.output is None:
             raise WrongInput("a model that does not fit memory needs a folder for the result; give output")
     clock = Clock()
     with clock("open"):
         dense = opened(
-            source, tokenizer,
+            source, job.tokenizer,
             device=str(devices[0]), dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, shares=plan.shares,
         )  # fmt: skip
         draws = draw(dense.tokenizer, recipe.data, progress, seed=recipe.seed, **limits(dense.model))

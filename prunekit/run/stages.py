@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -35,7 +36,7 @@ from prunekit.search.supernet import Supernet
 from prunekit.search.teacher import Teacher
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
-from prunekit.system.files import write_json
+from prunekit.system.files import Damaged, read_state, write_state
 from prunekit.system.memory import Room
 from prunekit.system.progress import Progress
 
@@ -102,7 +103,7 @@ class Run:
             **{name: getattr(recipe, name) for name in ("structure", "pruner", "carry", "damping")},
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        store, started = CandidateStore(self.shelf / f"walk-{name}", key), time.perf_counter()
+        store, started = self._store(self.shelf / f"walk-{name}", key), time.perf_counter()
         new, gradients = any(site not in store for site in space.sites), None
         if new and any("gradient" in plugin.needs for plugin in (parts.pruner, *signals)):
             # of the dense model: every pass reads the same
@@ -116,11 +117,22 @@ class Run:
             gradients=gradients, contrast=draws.contrast, room=self.room, team=self.team, progress=self.progress,
             label=label,
         )  # fmt: skip
-        if new or not (store.directory / SECONDS).exists():
-            write_json(store.directory / SECONDS, time.perf_counter() - started)
-        clock.add("prune", json.loads((store.directory / SECONDS).read_text()))
+        try:
+            spent = time.perf_counter() - started if new else float(read_state(store.directory / SECONDS))
+        except Damaged:  # nothing hangs on it but what the report says
+            spent = time.perf_counter() - started
+        write_state(store.directory / SECONDS, spent)
+        clock.add("prune", spent)
         net = Supernet(dense.model, dense.adapter, space, errors, store, dense.shares, self.teacher)
         return net if self.team is None else SharedSupernet(net, self.team)
+
+    def _store(self, folder: Path, key: Mapping[str, Any]) -> CandidateStore:
+        """Open what is there of a pass, or begin anew where it cannot be trusted."""
+        try:
+            return CandidateStore(folder, key)
+        except Damaged as error:
+            self.progress.say(f"{error}; the pass is made anew")
+            return CandidateStore(clear_folder(folder), key)
 
     def ask_allocator(self, net: Supernet, space: Space, start: Allocation, number: int, known: Known) -> Allocation:
         """Hold the allocator's conversation about one calibration pass; all of it goes on record.
@@ -141,7 +153,7 @@ class Run:
         with self.clock("search"):
             answer = converse(
                 allocator, problem, net, self.parts.objective, self.draws.search, self.ledger,
-                walk=number, limit=recipe.search_budget, known=known, progress=self.progress,
+                pass_number=number, limit=recipe.search_budget, known=known, progress=self.progress,
                 label=self.label(f"search {number + 1}"),
             ).answer  # fmt: skip
         self.ledger.note({"kind": "choice", "walk": number, "allocation": list(answer)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 from warnings import catch_warnings, simplefilter
 
-from prunekit.errors import WrongInput
+from prunekit.errors import WrongInput, first_line
 from prunekit.recipe.choices import Choices
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
@@ -34,6 +35,7 @@ SAMPLERS: Mapping[Sampler, Callable[[int], optuna.samplers.BaseSampler]] = {  # 
     "nsga-ii": lambda seed: optuna.samplers.NSGAIISampler(seed=seed),
     "nsga-iii": lambda seed: optuna.samplers.NSGAIIISampler(seed=seed),
 }
+ATTEMPTS = 5  # to open a database
 OURS = "prunekit"  # key of what a trial notes of itself
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -59,17 +61,21 @@ class Tuned:
     rows: Sequence[Row]  # the base first, then the trials
     metrics: Sequence[str]
 
+    @property
+    def done(self) -> list[Row]:
+        """The first row of every recipe that ended well."""
+        return list({row.recipe: row for row in reversed(self.rows) if row.values}.values())[::-1]
+
     @cached_property
     def front(self) -> list[Row]:
         """The rows that no other row beats, best first in the first metric; one for one metric."""
-        done = list({row.recipe: row for row in reversed(self.rows) if row.values}.values())[::-1]
-        points = {row.name: tuple(row.values[m] for m in self.metrics) for row in done}
+        points = {row.name: tuple(row.values[m] for m in self.metrics) for row in self.done}
 
         def beaten(row: Row) -> bool:
             mine = points[row.name]
             return any(other != mine and all(map(float.__le__, other, mine)) for other in points.values())
 
-        front = sorted((row for row in done if not beaten(row)), key=lambda row: points[row.name])
+        front = sorted((row for row in self.done if not beaten(row)), key=lambda row: points[row.name])
         return front if len(self.metrics) > 1 else front[:1]
 
     @property
@@ -91,32 +97,48 @@ def open_study(
         place: folder of the study.
         storage: URL of a database; None: a journal in `place`.
         name: of the study in its storage.
-        identity: what must agree for a study to be gone on with.
+        identity: what must agree for a study to be continued.
         directions: how many metrics there are, all minimized.
-        keep: whether a study that is there is gone on with, else deleted.
+        keep: whether a study that is there is continued, else deleted.
 
     Raises:
         WrongInput: the storage cannot be opened, or holds another study of that name.
     """
     mine = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-    try:
+    minimized = [optuna.study.StudyDirection.MINIMIZE] * directions
+
+    def opened(attempts: int) -> optuna.Study:
         where: Any = storage
-        if storage is None:
-            where = optuna.storages.JournalStorage(JournalFileBackend(str(place / "study.log")))
-        elif not keep and name in optuna.get_all_study_names(where):
-            optuna.delete_study(study_name=name, storage=where)
-        minimized = [optuna.study.StudyDirection.MINIMIZE] * directions
-        study = optuna.create_study(storage=where, study_name=name, directions=minimized, load_if_exists=True)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        raise WrongInput(f"the storage {storage!r} cannot be opened: {str(error).strip().splitlines()[0]}") from error
-    except Exception as error:  # SQLAlchemy's own, which is not imported for this
-        if type(error).__module__.split(".")[0] not in ("sqlalchemy", "optuna"):
-            raise
-        raise WrongInput(f"the storage {storage!r} cannot be opened: {str(error).strip().splitlines()[0]}") from error
+        try:
+            if storage is None:
+                _end_whole(place / "study.log")
+                where = optuna.storages.JournalStorage(JournalFileBackend(str(place / "study.log")))
+            elif not keep and name in optuna.get_all_study_names(where):
+                optuna.delete_study(study_name=name, storage=where)
+            return optuna.create_study(storage=where, study_name=name, directions=minimized, load_if_exists=True)
+        except Exception as error:
+            database = type(error).__module__.split(".")[0] in ("sqlalchemy", "optuna")  # not imported for this
+            if not (database or isinstance(error, ImportError | OSError | RuntimeError | ValueError | KeyError)):
+                raise
+            if database and attempts > 1:  # another process may make the same tables or the same study
+                time.sleep(0.5 / attempts)
+                return opened(attempts - 1)
+            what = place / "study.log" if storage is None else storage
+            raise WrongInput(f"the storage {str(what)!r} cannot be opened: {first_line(error)}") from error
+
+    study = opened(ATTEMPTS)
     if study.user_attrs.setdefault(OURS, mine) != mine:
         raise WrongInput(f"{storage} holds another study called {name!r}; choose another --study-name, or --overwrite")
     study.set_user_attr(OURS, mine)
     return study
+
+
+def _end_whole(log: Path) -> None:
+    """Forget the half line of a writer that was killed: what comes next would be added to it."""
+    text = log.read_bytes() if log.exists() else b""
+    if text and not text.endswith(b"\n"):
+        with log.open("r+b") as file:
+            file.truncate(text.rfind(b"\n") + 1)
 
 
 def propose_trials(

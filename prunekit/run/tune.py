@@ -6,40 +6,21 @@ twice: the model is opened once, a calibration pass lies on a shelf by what dete
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-from transformers import PreTrainedModel
-
 from prunekit.data.draws import Draws
-from prunekit.errors import CannotGoOn, WrongInput
+from prunekit.errors import CannotGoOn, WrongInput, first_line
 from prunekit.recipe.choices import Choices
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
+from prunekit.run import study as studies
 from prunekit.run.bench import Bench
-from prunekit.run.session import open_session
-from prunekit.run.study import (
-    OURS,
-    SAMPLERS,
-    FrozenTrial,
-    Row,
-    Sampler,
-    TrialState,
-    Tuned,
-    format_values,
-    open_study,
-    optuna,
-    propose_trials,
-    read_rows,
-    silence_optuna,
-    write_best,
-)
+from prunekit.run.session import Job, open_session
+from prunekit.run.study import OURS, SAMPLERS, FrozenTrial, Row, Sampler, TrialState, Tuned, optuna
 from prunekit.run.workplace import claimed
-from prunekit.system.files import write_json
-from prunekit.system.progress import Progress
+from prunekit.system.files import Damaged, read_state, write_state
 
 Metric = Literal["perplexity", "loss", "objective", "parameters", "seconds"]
 """All are better when lower: of the small model on the search text, of the allocation, of its size, of the run."""
@@ -50,18 +31,13 @@ SHELF_BYTES = 20 << 30  # of candidates that are kept for later trials
 def tune(
     recipe: Recipe,
     choices: Choices,
+    job: Job,
     *,
     trials: int,
-    output: Path,
     metrics: Sequence[str] = ("perplexity",),
     sampler: Sampler = "tpe",
     storage: str | None = None,
     study_name: str | None = None,
-    model: PreTrainedModel | None = None,
-    tokenizer: Any = None,
-    progress: Progress | None = None,
-    resume: bool = True,
-    overwrite: bool = False,
     disk: int = SHELF_BYTES,
 ) -> Tuned:
     """Try recipes, those of earlier runs of the same study included, and write down the best.
@@ -73,32 +49,28 @@ def tune(
     Args:
         recipe: what is tuned.
         choices: what may be chosen.
-        trials: recipes to try.
-        output: folder of the study.
+        job: where the model comes from, the folder of the study, and whether an earlier one is continued or replaced.
+        trials: number of recipes to try.
         metrics: all are better when lower; several make a front.
-        sampler: who proposes trials.
+        sampler: the algorithm that proposes trials.
         storage: URL of an Optuna storage; None: a journal in the folder.
         study_name: in that storage; None: that of the folder.
-        model: in memory, with its tokenizer; None: the recipe names one.
-        tokenizer: of a model in memory.
-        progress: what the user is told; None: nothing.
-        resume: whether to go on with a study that is there.
-        overwrite: whether another study in `output` may be replaced.
         disk: bytes of candidates to keep.
 
     Raises:
         WrongInput: says what was asked, what there is and what to do; before any long work.
-        CannotGoOn: not one trial ended well; says what the last said.
+        CannotGoOn: no recipe was completed; gives the reason of the last.
     """
-    progress = progress or Progress()
+    output, keep = job.output, job.resume and not job.overwrite
+    assert output is not None  # a study is on disk
     _check(metrics, choices, trials, study_name, sampler)
     most = choices.nodes.get("data.calibration_tokens")
     text = {"data.calibration_tokens": max(most.examples())} if most is not None else {}
     parts = resolve(recipe.with_overrides({"family": ()} | choices.fixed | text))  # trials are made one by one
     choices.check(parts.recipe)
-    session = open_session(parts, model, tokenizer, output, progress)
+    session = open_session(parts, job)
     _check_text(session.draws, choices, metrics)
-    session = session.with_prices(output if resume and not overwrite else None)
+    session = session.with_prices(output if keep else None)
     session.make_spaces()  # can the budget be met, at these prices?
     base, ours = session.parts.recipe, session.identify()
     identity = ours | {
@@ -107,27 +79,27 @@ def tune(
         "sampler": sampler,
         "versions": ours["versions"] | {"optuna": optuna.__version__},
     }
-    folder = claimed(output, identity, "a study", resume=resume, overwrite=overwrite)
-    with session.work_in(folder) as (session, place), silence_optuna():
-        study = open_study(place, storage, study_name or output.name, identity, len(metrics), resume and not overwrite)
+    folder = claimed(output, identity, "a study", resume=job.resume, overwrite=job.overwrite)
+    with session.work_in(folder) as (session, place), studies.silence_optuna():
+        study = studies.open_study(place, storage, study_name or output.name, identity, len(metrics), keep)
         bench = Bench(session, place, tuple(metrics), disk)
         rows = [_base_row(bench)]
 
         def found() -> Tuned:
-            return Tuned(study, base, [*rows, *read_rows(study, metrics)], metrics)
+            tuned = Tuned(study, base, [*rows, *studies.read_rows(study, metrics)], metrics)
+            studies.write_best(tuned, place)
+            return tuned
 
-        write_best(found(), place)
-        with progress.stage("tune", trials) as stage:
-            ended = min(trials, len(read_rows(study, metrics)))
-            stage.advance(ended, f"base: {format_values(rows[0].values) or rows[0].reason}")
-            for trial, overrides in propose_trials(
+        tuned = found()
+        with job.progress.stage("tune", trials) as stage:
+            ended = min(trials, len(studies.read_rows(study, metrics)))
+            stage.advance(ended, f"base: {studies.format_values(rows[0].values) or rows[0].reason}")
+            for trial, overrides in studies.propose_trials(
                 study, choices, trials, base.seed, place, sampler, ours=storage is None
             ):
                 _run(study, trial, overrides, bench)
                 tuned = found()
-                write_best(tuned, place)
                 stage.advance(1, _standing(tuned, trial))
-        tuned = found()
         if not any(row.values for row in tuned.rows):
             raise CannotGoOn(f"none of {len(tuned.rows)} recipes ended well; the last said: {tuned.rows[-1].reason}")
     return tuned
@@ -143,7 +115,7 @@ def _run(study: optuna.Study, trial: FrozenTrial, overrides: Mapping[str, Any], 
     try:
         parts = resolve(bench.session.parts.recipe.with_overrides(overrides))
         note["recipe"] = parts.digest
-        known = {row.recipe: row for row in [_base_row(bench), *read_rows(study, bench.metrics)] if row.recipe}
+        known = {row.recipe: row for row in [_base_row(bench), *studies.read_rows(study, bench.metrics)] if row.recipe}
         if (same := known.get(parts.digest)) is not None:
             note |= {"same": same.name, "reason": same.reason}
             state, values = TrialState[same.state.upper()], [same.values[m] for m in bench.metrics if same.values]
@@ -154,7 +126,7 @@ def _run(study: optuna.Study, trial: FrozenTrial, overrides: Mapping[str, Any], 
     except WrongInput as error:  # a sampler learns from what cannot be, not from what broke
         state, note["reason"] = TrialState.PRUNED, str(error)
     except (RuntimeError, ArithmeticError) as error:  # a plug-in's broken promise, memory, a factorisation
-        state, note["reason"] = TrialState.FAIL, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        state, note["reason"] = TrialState.FAIL, f"{type(error).__name__}: {first_line(error)}"
     study._storage.set_trial_user_attr(trial._trial_id, OURS, note)  # a trial taken over has no public way to note
     study.tell(trial.number, values if state == TrialState.COMPLETE else None, state=state)
 
@@ -162,13 +134,17 @@ def _run(study: optuna.Study, trial: FrozenTrial, overrides: Mapping[str, Any], 
 def _base_row(bench: Bench) -> Row:
     """The base recipe, run once for a study: what every trial is compared with, and the first pass on the shelf."""
     file = bench.place / "base.json"
-    if not file.exists():
+    try:
+        found: dict[str, Any] = read_state(file)
+    except Damaged as error:
+        if file.exists():
+            bench.session.progress.say(f"{error}; the base recipe is judged anew")
         try:
-            found: dict[str, Any] = {"state": "complete", "values": bench.judge(bench.session.parts)}
+            found = {"state": "complete", "values": bench.judge(bench.session.parts)}
         except (WrongInput, RuntimeError, ArithmeticError) as error:
             found = {"state": "fail", "values": {}, "reason": str(error)}
-        write_json(file, found)
-    return Row("base", overrides={}, recipe=bench.session.parts.digest, **json.loads(file.read_text()))
+        write_state(file, found)
+    return Row("base", overrides={}, recipe=bench.session.parts.digest, **found)
 
 
 # -- checks and words ---------------------------------------------------------------------------------
@@ -206,6 +182,6 @@ def _check_text(draws: Draws, choices: Choices, metrics: Sequence[str]) -> None:
 
 def _standing(tuned: Tuned, trial: FrozenTrial) -> str:
     row = next(row for row in tuned.rows if row.name == str(trial.number))
-    said = format_values(row.values) or f"{row.state}, {row.reason}"
+    said = studies.format_values(row.values) or f"{row.state}, {row.reason}"
     best = next(iter(tuned.front), None) if any(r.values for r in tuned.rows) else None
-    return f"trial {row.name}: {said}" + (f"; best {format_values(best.values)} of {best.name}" if best else "")
+    return f"trial {row.name}: {said}" + (f"; best {studies.format_values(best.values)} of {best.name}" if best else "")

@@ -1,7 +1,8 @@
 """Where a run works: beside its output, until all of it is there.
 
 `DIR.partial` holds candidates, ledger and the half-written result; a rename makes it `DIR`. A killed
-run leaves only `DIR.partial`, and the same command goes on from it.
+run leaves only `DIR.partial`, and the same command goes on from it. A folder of ours is known by the lock in it,
+which is made first; its card, `run.json`, says whose it is, and goes last.
 """
 
 from __future__ import annotations
@@ -11,16 +12,28 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from prunekit.errors import WrongInput
-from prunekit.system.files import write_json
+from prunekit.system.files import (
+    SEAL,
+    Damaged,
+    digest,
+    others,
+    read_state,
+    seal,
+    sealed,
+    settle_folder,
+    temporary_of,
+    write_state,
+)
 
-LOCK = ".lock"  # in a folder that one process at a time may use
+LOCK = ".prunekit.lock"  # in a folder that one process at a time may use
+CARD = "run.json"
 
 
 @contextmanager
@@ -43,7 +56,11 @@ def workplace(
         _beside(output, "partial"), identity, "an unfinished run", resume=resume, overwrite=overwrite
     ) as place:
         yield place
-        shutil.rmtree(place, ignore_errors=True)  # Windows keeps the lock, which is open
+        _clear(place)
+        (place / CARD).unlink(missing_ok=True)  # last: as long as there is anything else, it says whose that is
+        with suppress(OSError):  # Windows keeps what is open
+            (place / LOCK).unlink()
+            place.rmdir()
 
 
 @contextmanager
@@ -55,6 +72,8 @@ def claimed(
     Raises:
         WrongInput: it holds something else, or another process works on it.
     """
+    if place.is_dir() and any(place.iterdir()) and not (place / LOCK).exists():
+        raise WrongInput(f"{place} is where this run would work, but holds other files; choose another --output")
     place.mkdir(parents=True, exist_ok=True)
     lock = FileLock(place / LOCK, blocking=False)  # the system gives it back when a process is killed
     try:
@@ -76,11 +95,16 @@ def check_output(output: Path, *, overwrite: bool, sources: Iterable[str | Path]
     Raises:
         WrongInput: says what is in the way.
     """
-    place = output.resolve()
+    try:
+        place = output.resolve()
+        partial = _beside(place, "partial")
+        kinds = {path: path.is_dir() for path in (place, partial) if path.exists()}
+    except (OSError, RuntimeError) as error:  # a link that leads to itself, a name too long
+        raise WrongInput(f"{output} cannot be made: {getattr(error, 'strerror', None) or error}") from error
     if place.is_mount():
         raise WrongInput(f"{output} is a mount point and cannot be renamed into; choose a folder inside it")
-    for path in (place, _beside(place, "partial")):
-        if path.exists() and not path.is_dir():
+    for path, is_folder in kinds.items():
+        if not is_folder:
             raise WrongInput(f"{path} is a file; choose another --output")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -88,12 +112,14 @@ def check_output(output: Path, *, overwrite: bool, sources: Iterable[str | Path]
         raise WrongInput(f"{output} cannot be made: {error.strerror}: {error.filename}") from error
     if not os.access(place.parent, os.W_OK | os.X_OK):
         raise WrongInput(f"{output} cannot be made: {place.parent} cannot be written to")
-    if not place.exists() or not any(place.iterdir()):
+    if not place.exists() or not any(place.iterdir()) or published(partial, place):
         return
     if not overwrite:
         raise WrongInput(f"{output} exists and is not empty; choose another --output, or replace it with --overwrite")
     if not _is_result(place):
         raise WrongInput(f"{output} is no result of prunekit, so it is not overwritten; choose another --output")
+    if mine := others(place):
+        raise WrongInput(f"{output} holds {mine[0]}, which prunekit has not made; move it, or choose another --output")
     for source in (Path.cwd(), *sources):
         if Path(source).expanduser().resolve().is_relative_to(place):
             raise WrongInput(f"{output} holds {source}, which this run needs; choose another --output")
@@ -101,7 +127,7 @@ def check_output(output: Path, *, overwrite: bool, sources: Iterable[str | Path]
 
 def unfinished(output: Path) -> bool:
     """Whether a run towards `output` was begun and not ended."""
-    return (_beside(output, "partial") / "run.json").exists()
+    return (_beside(output, "partial") / CARD).exists()
 
 
 def written(output: Path) -> int:
@@ -112,23 +138,34 @@ def written(output: Path) -> int:
 def left(output: Path, identity: Mapping[str, Any]) -> Path | None:
     """The folder of an unfinished run of the same identity; None: there is none."""
     place = _beside(output, "partial")
-    try:
-        found = json.loads((place / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return place if found == json.loads(json.dumps(identity)) else None
+    card = _card(place)
+    return place if card is not None and card["identity"] == _plain(identity) else None
+
+
+def published(place: Path, output: Path) -> bool:
+    """Whether the run that works in `place` has put its result in the place of `output`, and was stopped after it."""
+    card = _card(place)
+    return (
+        card is not None
+        and card.get("published") is not None
+        and (output / SEAL).is_file()
+        and digest(output / SEAL) == card["published"]
+    )
 
 
 def publish(folder: Path, output: Path) -> None:
-    """Put a finished folder in the place of `output`, by rename; what was there goes when that is done.
+    """Put a finished folder in the place of `output`, by rename, when all of it is on disk.
 
     At every moment the old result or the new one is there whole: in the place of `output`, or, between two renames,
-    beside it as `.NAME.replaced`, from where it comes back when the second one fails.
+    as `replaced` beside the new one, from where it comes back when the second rename fails.
     """
-    output = output.resolve()
-    old = output.with_name(f".{output.name}.replaced")
+    output, place = output.resolve(), folder.parent
+    name = seal(folder)
+    if (card := _card(place)) is not None:
+        write_state(place / CARD, card | {"published": name})
+    old = place / "replaced"
     if replaced := output.exists():
-        shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed at the end of this function
+        shutil.rmtree(old, ignore_errors=True)
         output.replace(old)
     try:
         folder.replace(output)
@@ -136,6 +173,7 @@ def publish(folder: Path, output: Path) -> None:
         if replaced:
             old.replace(output)
         raise
+    settle_folder(output.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -156,26 +194,49 @@ def _beside(output: Path, suffix: str) -> Path:
 
 
 def _is_result(folder: Path) -> bool:
-    file = next((file for name in ("report.json", "pareto.json") if (file := folder / name).exists()), None)
+    """Whether we have made it: one model, or a family of them."""
+    listed = sealed(folder)
+    return listed is not None and (
+        {"report.json", "recipe.yaml", "ledger.jsonl"} <= listed.keys() or "pareto.json" in listed
+    )
+
+
+def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """As it will be read."""
+    return json.loads(json.dumps(identity))
+
+
+def _card(place: Path) -> dict[str, Any] | None:
+    """What the run in a folder says of itself; None: nothing that can be read."""
     try:
-        return file is not None and "schema" in json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+        card = read_state(place / CARD)
+    except Damaged:
+        return None
+    return card if isinstance(card, dict) and "identity" in card else None
+
+
+def _clear(place: Path) -> None:
+    """Remove all but the lock and the card."""
+    for path in place.iterdir():
+        if path.name not in (LOCK, CARD):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _take(place: Path, identity: Mapping[str, Any], held: str, *, resume: bool, overwrite: bool) -> None:
-    card, wanted = place / "run.json", json.loads(json.dumps(identity))
-    left = [path for path in place.iterdir() if path.name != LOCK]
-    if left and not card.exists():
+    file, wanted = place / CARD, _plain(identity)
+    ours = {LOCK, CARD, temporary_of(file).name}
+    if not file.exists() and any(path.name not in ours for path in place.iterdir()):
         raise WrongInput(f"{place} is where this run would work, but holds other files; choose another --output")
-    if card.exists():
-        found = json.loads(card.read_text(encoding="utf-8"))
+    if file.exists():
+        card = _card(place)
+        found = {} if card is None else card["identity"]
         differ = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
-        if not differ and resume:
+        if card is not None and not differ and resume:
             return
         if not overwrite:
             what = f"(another {', '.join(differ)})" if differ else "and --no-resume was asked"
+            if card is None:
+                what = f"of which {file} is damaged"
             raise WrongInput(f"{place} holds {held} {what}; go on with its own command, or discard it with --overwrite")
-    for old in left:
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-    write_json(card, wanted)
+    _clear(place)
+    write_state(file, {"identity": wanted})

@@ -48,14 +48,14 @@ class Recorded(Journal):
     """The journal of a run: its ledger, so that it is replayed with the questions."""
 
     ledger: Ledger
-    walk: int
+    pass_number: int
     progress: Progress
 
     def once(self, question: Mapping[str, Any], answer: Callable[[], Any]) -> Any:
-        return self.ledger.once({"kind": "note", "walk": self.walk, **question}, answer)
+        return self.ledger.once({"kind": "note", "walk": self.pass_number, **question}, answer)
 
     def note(self, line: str) -> None:
-        self.ledger.note({"kind": "note", "walk": self.walk, "note": line})
+        self.ledger.note({"kind": "note", "walk": self.pass_number, "note": line})
         self.progress.say(line)
 
 
@@ -67,7 +67,7 @@ def converse(
     tokens: TokenBatch,
     ledger: Ledger,
     *,
-    walk: int,
+    pass_number: int,
     limit: int | None = None,
     known: Known | None = None,
     progress: Progress,
@@ -75,9 +75,22 @@ def converse(
 ) -> Outcome:
     """Hold the conversation; return the allocator's answer.
 
-    What another conversation about `net` has learnt from the same tokens is in `known` and not judged again; what this
-    one learns is added. Token-forwards are counted per new question. When the next ask would take the ledger past
-    `limit` (token-forwards of the whole run) the search ends with the best allocation judged so far, or the start.
+    Token-forwards are counted per new question.
+
+    Args:
+        allocator: asks.
+        problem: what it is told.
+        net: answers for the objective; of the problem's space.
+        objective: judges.
+        tokens: of the search.
+        ledger: records, or replays, every question.
+        pass_number: of the calibration pass that filled `net`, from 0.
+        limit: token-forwards of the whole run; when the next ask would take the ledger past it the search ends with
+            the best allocation judged so far, or the start.
+        known: what other conversations about `net` have learnt from the same tokens, not judged again; what this one
+            learns is added.
+        progress: advanced at every question.
+        label: of the stage.
 
     Raises:
         PluginError: a question or the answer breaks the space, or nothing was asked.
@@ -86,7 +99,7 @@ def converse(
     known = {} if known is None else known
     judged: Known = {}
     able: Known = {}  # those that can win: not probes
-    search = allocator.search(replace(problem, journal=Recorded(ledger, walk, progress)))
+    search = allocator.search(replace(problem, journal=Recorded(ledger, pass_number, progress)))
     losses: list[float] | None = None
     with progress.stage(label, 0) as stage:
         while True:
@@ -106,7 +119,7 @@ def converse(
                 progress.say(f"search stops at {ledger.tokens:,} token-forwards; the limit is {limit:,}")
                 answer = best(able).allocation if able else problem.start
                 break
-            _judge(new, known, problem.space, net, objective, tokens, ledger, walk)
+            _judge(new, known, problem.space, net, objective, tokens, ledger, pass_number)
             judged |= {key: known[key] for key in new}
             losses = [judged[key] for key in asked]
             able |= {key: judged[key] for key in new if problem.space.is_feasible(key[0])}
@@ -120,8 +133,7 @@ def converse(
 
 def best(judged: Known) -> Judgement:
     """The lowest loss among those judged on the most tokens; the earlier on a tie."""
-    most = max(tokens for _, tokens in judged)
-    (allocation, tokens), loss = min((item for item in judged.items() if item[0][1] == most), key=lambda item: item[1])
+    (allocation, tokens), loss = min(judged.items(), key=lambda item: (-item[0][1], item[1]))
     return Judgement(allocation, tokens, loss)
 
 
@@ -141,12 +153,12 @@ def _judge(
     objective: Objective,
     tokens: TokenBatch,
     ledger: Ledger,
-    walk: int,
+    pass_number: int,
 ) -> None:
     """Answer new questions from the ledger, then from what is known, then from the network, one fidelity together."""
     answers: dict[int, Iterator[tuple[Allocation, float]]] = {}  # by fidelity
     for i, (allocation, count) in enumerate(new):
-        question = {"kind": "question", "walk": walk, "allocation": list(allocation), "tokens": count}
+        question = {"kind": "question", "walk": pass_number, "allocation": list(allocation), "tokens": count}
         if not space.is_feasible(allocation):
             question["probe"] = True
         if shared := (allocation, count) in known:

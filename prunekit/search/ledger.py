@@ -1,12 +1,14 @@
 """Every question, answer and price as JSON lines; the memory that makes a run resumable.
 
-A run writes records in an order that depends on nothing but the recipe. A second run of the same
-recipe meets the records of the first: where they agree it is replayed, answers included; where they
-do not, something else has changed and the run stops.
+Every record has a check, over itself and all before it: from the first that was changed on, all are made anew. A run
+writes records in an order that depends on nothing but the recipe. A second run of the same recipe meets the records
+of the first: where they agree it is replayed, answers included; where they do not, something else has changed and the
+run stops.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -29,11 +31,17 @@ class Ledger:
         self.tokens = 0  # token-forwards paid, replayed ones included; what is shared was paid elsewhere
         self.questions = 0
         text = path.read_bytes() if path.exists() else b""
-        whole = text[: text.rfind(b"\n") + 1]  # a killed writer leaves half a line
-        if whole != text:
+        self._past, self._check, length = list[dict[str, Any]](), "", 0
+        for line in text[: text.rfind(b"\n") + 1].splitlines(keepends=True):  # a killed writer leaves half a line
+            record = _record(line)
+            if record is None or record.pop("check", None) != (check := self._next(record)):
+                break
+            self._past.append(record)
+            self._check, length = check, length + len(line)
+        self.damaged = len(self._past) + 1 if b"\n" in text[length:] else None  # the first line that was changed
+        if length != len(text):
             with path.open("r+b") as file:
-                file.truncate(len(whole))
-        self._past = [json.loads(line) for line in whole.splitlines()]
+                file.truncate(length)
         self._met = 0
 
     def note(self, record: Mapping[str, Any]) -> None:
@@ -90,7 +98,21 @@ class Ledger:
         return found
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record, separators=(",", ":")) + "\n")
+        self._check = self._next(record)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**record, "check": self._check}, separators=(",", ":")) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def _next(self, record: Mapping[str, Any]) -> str:
+        """The check of a record that follows those so far: it depends on all of them."""
+        line = self._check + json.dumps(record, separators=(",", ":"))
+        return hashlib.sha256(line.encode()).hexdigest()[:16]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

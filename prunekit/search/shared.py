@@ -25,9 +25,9 @@ class SharedSupernet(Supernet):
         if len(allocations) < 2:
             yield from super().judged(objective, allocations, batch)
             return
-        if self.team.knows is not self:
-            self.team.ask("meet", [(self.space, self.errors, self.store)] * self.team.size)
-            self.team.knows = self
+        if self.team.supernet is not self:
+            self.team.ask("open_supernet", [(self.space, self.errors, self.store)] * self.team.size)
+            self.team.supernet = self
         shares = dealt(sorted(set(allocations)), self.team.size)
         losses = self.team.ask("judge", [(objective, share, batch) for share in shares])
         found = dict(zip((a for share in shares for a in share), (x for part in losses for x in part), strict=True))

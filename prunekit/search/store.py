@@ -1,12 +1,11 @@
 """Candidates on disk: kept columns, or a bit mask and values, in safetensors; a manifest with checksums.
 
-A store belongs to one walk. A site is in it whole or not at all, so an interrupted walk goes on
+A store belongs to one calibration pass. A site is in it whole or not at all, so an interrupted pass goes on
 where it stopped.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,31 +14,30 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from prunekit.errors import CannotGoOn
 from prunekit.layer.candidates import Candidate
 from prunekit.layer.layouts import layout_of
 from prunekit.models.shards import file_bytes
 from prunekit.space.sites import Site
-from prunekit.system.files import settle, write_json
+from prunekit.system.checkpoints import write_tensors
+from prunekit.system.files import Damaged, digest, read_state, write_state
 
 Table = tuple[tuple[float, ...], ...]
 
 
-class DamagedStore(CannotGoOn):
+class DamagedStore(Damaged):
     """A file of the store is not what was written."""
 
 
 class CandidateStore:
-    """The candidates of one walk, by site and kept count."""
+    """The candidates of one calibration pass, by site and kept count."""
 
     def __init__(self, directory: Path, key: Mapping[str, Any]) -> None:
-        """Open or begin the store of the walk that `key` describes.
+        """Open or begin the store of the calibration pass that `key` describes.
 
         Raises:
-            DamagedStore: the directory holds the candidates of another walk.
+            DamagedStore: the directory holds the candidates of another calibration pass.
         """
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
@@ -47,9 +45,11 @@ class CandidateStore:
         self._verified: set[str] = set()
         os.utime(directory)  # where stores are shared, the longest unused goes first
         if self._manifest.exists():
-            self._entries = json.loads(self._manifest.read_text())
+            self._entries = read_state(self._manifest)
             if self._entries["key"] != json.loads(json.dumps(key)):
-                raise DamagedStore(f"{directory} holds candidates of another walk; remove it to begin again")
+                raise DamagedStore(
+                    f"{directory} holds candidates of another calibration pass; remove it to begin again"
+                )
         else:
             self._entries = {"version": 1, "key": key, "sites": {}}
 
@@ -100,19 +100,15 @@ class CandidateStore:
         if scores is not None:
             tensors["scores"] = torch.tensor(scores, dtype=torch.float64)
         name = f"{site.name}.safetensors"
-        temporary = self.directory / f".{name}"
-        save_file(tensors, temporary)
-        settle(temporary)  # a manifest must never name what a power cut can still take
-        digest = _digest(temporary)
-        temporary.replace(self.directory / name)
+        write_tensors(self.directory / name, tensors)  # which no power cut can take after this: the manifest names it
         self._entries["sites"][site.name] = {
             "file": name,
-            "sha256": digest,
+            "sha256": digest(self.directory / name),
             "kept": counts,
             "errors": list(errors),
             "signals": list(signals),
         }
-        write_json(self._manifest, self._entries)
+        write_state(self._manifest, self._entries)
 
     def get(self, site: Site, kept: int, device: torch.device | str = "cpu") -> Candidate:
         """The candidate that keeps `kept` groups, or weights per row, with a full-width weight.
@@ -143,12 +139,7 @@ class CandidateStore:
         entry = self._entries["sites"][site.name]
         path = self.directory / entry["file"]
         if site.name not in self._verified:
-            if not path.exists() or _digest(path) != entry["sha256"]:
+            if not path.exists() or digest(path) != entry["sha256"]:
                 raise DamagedStore(f"{path} is missing or damaged; remove {self.directory} to prune again")
             self._verified.add(site.name)
         return path
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import chain
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,7 +22,7 @@ from prunekit.models.blocks import TOKENS_AT_ONCE, chunks, entered
 from prunekit.models.modules import grafted, shallow
 from prunekit.models.paging import pager_of
 from prunekit.plugins.adapter import ModelAdapter
-from prunekit.plugins.objective import Objective, TopLogProbs
+from prunekit.plugins.objective import Logits, Objective, TopLogProbs
 from prunekit.search.store import CandidateStore
 from prunekit.search.teacher import Teacher
 from prunekit.space.ladders import Space
@@ -45,7 +45,7 @@ class Supernet:
         shares: Shares = SHARES,
         teacher: Teacher | None = None,
     ) -> None:
-        """`teacher`: what other supernets over the model have heard it say; None: there are no others."""
+        """`teacher`: predictions of the model, shared with other supernets over it; None: there are no others."""
         self.model, self.adapter, self.space, self.store, self.shares = model, adapter, space, store, shares
         self.teacher = teacher or Teacher(shares)
         self.errors = tuple(tuple(row) for row in errors)
@@ -54,7 +54,7 @@ class Supernet:
         self._spans = list(zip([0, *ends[:-1]], ends, strict=True))  # sites of a block: allocation[start:end]
         self._parts: OrderedDict[tuple[int, int], dict[str, nn.Module]] = OrderedDict()
         self._parts_bytes = 0
-        paged = pager_of(model) is not None  # then blocks are gone through one by one, not one allocation after another
+        paged = pager_of(model) is not None  # then work goes block by block, not one allocation after another
         self._least = max((end - start for start, end in self._spans), default=0) if paged else len(space.sites)
         self._hidden: dict[tuple[Allocation | None, str, int], list[Tensor]] = {}  # chunk by chunk
         self._dense_bytes = 0
@@ -87,7 +87,7 @@ class Supernet:
     ) -> list[Allocation]:
         """Run allocations together; `logits` and `hidden` of them on the same batches then only read.
 
-        `depths` counts blocks; the last is always there. Earlier results are let go. As many allocations are run as
+        `depths` counts blocks; the last is always there. Earlier results are freed. As many allocations are run as
         fit the memory bound, at least one, from the first on; says which.
         """
         self._hidden = {key: value for key, value in self._hidden.items() if key[0] is None}
@@ -111,15 +111,11 @@ class Supernet:
                 yield allocation, objective.loss(self, allocation, batch)
             rest = rest[len(ready) :]
 
-    def logits(
-        self, allocation: Allocation, batch: TokenBatch
-    ) -> Iterator[tuple[Int64[Tensor, "windows length"], Float[Tensor, "windows length vocabulary"]]]:
+    def logits(self, allocation: Allocation, batch: TokenBatch) -> Iterator[Logits]:
         """(token ids, logits) of a few windows at a time, float32."""
         return chain.from_iterable(self._headed(allocation, batch))
 
-    def dense_logits(
-        self, batch: TokenBatch
-    ) -> Iterator[tuple[Int64[Tensor, "windows length"], Float[Tensor, "windows length vocabulary"]]]:
+    def dense_logits(self, batch: TokenBatch) -> Iterator[Logits]:
         """As `logits`, of the dense model."""
         return chain.from_iterable(self._headed(None, batch))
 
@@ -127,11 +123,11 @@ class Supernet:
         """The dense model's k most probable next tokens, in the pieces of `logits`; computed once where the teacher
         has place for them."""
         k, parts = min(k, self._vocabulary), [TokenBatch(ids, batch.source) for ids in chunks(batch)]
-        heard = [self.teacher.top(part.digest, k) for part in parts]
-        new = [part.ids for part, pieces in zip(parts, heard, strict=True) if pieces is None]
-        unheard = batch if len(new) == len(parts) else TokenBatch(torch.cat([batch.ids[:0], *new]), batch.source)
-        chunk_by_chunk = self._headed(None, unheard)  # the same chunks: only the last of a batch is shorter
-        for part, pieces in zip(parts, heard, strict=True):
+        kept = [self.teacher.top(part.digest, k) for part in parts]
+        new = [part.ids for part, pieces in zip(parts, kept, strict=True) if pieces is None]
+        unkept = batch if len(new) == len(parts) else TokenBatch(torch.cat([batch.ids[:0], *new]), batch.source)
+        chunk_by_chunk = self._headed(None, unkept)  # the same chunks: only the last of a batch is shorter
+        for part, pieces in zip(parts, kept, strict=True):
             if pieces is not None:
                 yield from pieces
                 continue
@@ -144,7 +140,7 @@ class Supernet:
         self, allocation: Allocation, batch: TokenBatch, depths: Sequence[int]
     ) -> Iterator[tuple[Float[Tensor, "windows length d"], ...]]:
         """The residual stream behind the first `depth` blocks, one tensor per depth, some windows at a time."""
-        yield from self._states(allocation, batch, depths)
+        return self._states(allocation, batch, depths)
 
     def dense_hidden(
         self, batch: TokenBatch, depths: Sequence[int]
@@ -176,7 +172,7 @@ class Supernet:
         return small
 
     def rest(self) -> None:
-        """Let go of what is kept ready; whoever asks again waits for it."""
+        """Free what is kept ready; it is computed again when it is asked for."""
         self._hidden, self._dense_bytes = {}, 0
         self._parts.clear()
         self._parts_bytes = 0
@@ -209,17 +205,11 @@ class Supernet:
 
     def _together(self, batch: TokenBatch, states: int) -> Iterator[list[Tensor]]:
         """Chunks that go through a block before the next block does: one, and of a paged model as many as may."""
-        some, many = list[Tensor](), 1
+        every, many = list(chunks(batch)), 1
         if pager_of(self.model) is not None:
             each = states * self._bytes_of(batch, [0]) * TOKENS_AT_ONCE // batch.n_tokens
             many = max(1, self.shares.dense // max(1, each))
-        for ids in chunks(batch):
-            some.append(ids)
-            if len(some) == many:
-                yield some
-                some = []
-        if some:
-            yield some
+        yield from (every[start : start + many] for start in range(0, len(every), many))
 
     def _states(
         self, allocation: Allocation | None, batch: TokenBatch, depths: Sequence[int]
@@ -231,13 +221,13 @@ class Supernet:
         for states in self._run([allocation], batch, depths):
             yield tuple(states[allocation, depth] for depth in depths)
 
-    def _headed(self, allocation: Allocation | None, batch: TokenBatch) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    def _headed(self, allocation: Allocation | None, batch: TokenBatch) -> Iterator[Iterator[Logits]]:
         """Chunk by chunk, (token ids, logits) of a few windows at a time."""
         windows = max(1, LOGITS_AT_ONCE // (batch.seqlen * self._vocabulary))
         for ids, (states,) in zip(chunks(batch), self._states(allocation, batch, [len(self.blocks)]), strict=True):
             yield self._logits(ids.split(windows), states.split(windows))
 
-    def _logits(self, windows: Sequence[Tensor], states: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _logits(self, windows: Sequence[Tensor], states: Sequence[Tensor]) -> Iterator[Logits]:
         for ids, part in zip(windows, states, strict=True):
             with torch.no_grad():
                 logits = self.adapter.logits(self.model, part)

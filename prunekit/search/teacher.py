@@ -1,4 +1,4 @@
-"""What the dense model says of tokens, heard once for all questions about them."""
+"""What the dense model predicts for tokens, computed once for all questions about them."""
 
 from __future__ import annotations
 

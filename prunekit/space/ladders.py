@@ -50,8 +50,8 @@ class Space:
         )
 
     @cached_property
-    def purses(self) -> tuple[tuple[tuple[int, ...], int], ...]:
-        """(site indices, limit) for each part of the budget that is kept by itself."""
+    def partitions(self) -> tuple[tuple[tuple[int, ...], int], ...]:
+        """(site indices, limit) of every budget partition; every site is in one."""
         if not self.budget.by_kind:
             return ((tuple(range(len(self.sites))), self.budget.limit),)
         return tuple(
@@ -63,16 +63,16 @@ class Space:
         return sum(self.budget.price(s, k) for s, k in zip(self.sites, allocation, strict=True))
 
     def is_feasible(self, allocation: Allocation) -> bool:
-        """Every count is a rung and no purse is overdrawn."""
-        if len(allocation) != len(self.sites):
-            return False
-        if any(k not in position for k, position in zip(allocation, self._positions, strict=True)):
+        """Whether every count is a rung and every budget partition within its limit."""
+        if len(allocation) != len(self.sites) or any(
+            k not in at for k, at in zip(allocation, self._positions, strict=True)
+        ):
             return False
         rungs = self.rungs(allocation)
-        return all(self._spare(rungs, members, limit) >= 0 for members, limit in self.purses)
+        return all(self._spare(rungs, *partition) >= 0 for partition in self.partitions)
 
     def is_probe(self, allocation: Allocation) -> bool:
-        """Every count is a rung or all groups of its site; the price may be any."""
+        """Whether every count is a rung or all groups of its site; the price may be any."""
         return len(allocation) == len(self.sites) and all(
             k in position or k == site.n_groups
             for k, position, site in zip(allocation, self._positions, self.sites, strict=True)
@@ -86,24 +86,27 @@ class Space:
         """Inverse of `rungs`."""
         return tuple(ladder[r] for r, ladder in zip(rungs, self.ladders, strict=True))
 
-    # -- the road to feasibility ------------------------------------------------------------------
+    # -- from a relaxed target to a feasible allocation -----------------------------------------------
 
-    def nearest(self, wish: Sequence[float]) -> Allocation:
-        """The allocation next to a wish (kept groups, any real numbers) that spends the budget.
+    def nearest(self, target: Sequence[float]) -> Allocation:
+        """The allocation nearest to a relaxed target that spends the budget.
 
-        All wishes of a purse move by one common share of their sites until the rounded counts just
-        fit; what is left goes, rung by rung, to the sites that are furthest below their wish. The
+        All targets of a partition move by one common share of their sites until the rounded counts just
+        fit; what is left goes, rung by rung, to the sites that are furthest below their target. The
         result is tight: no site can be raised by one rung. A feasible, tight allocation is its own
-        nearest. Only a common shift is applied, so wishes that differ by one are the same wish.
+        nearest. Only a common shift is applied, so targets that differ by one are the same target.
+
+        Args:
+            target: kept groups of every site, any real numbers.
 
         Raises:
-            ValueError: the wish has the wrong length or is not finite, or even the lowest rungs cost too much.
+            ValueError: the target has the wrong length or is not finite, or even the lowest rungs cost too much.
         """
-        if len(wish) != len(self.sites) or not all(math.isfinite(w) for w in wish):
-            raise ValueError(f"a wish is {len(self.sites)} finite numbers of kept groups, not {list(wish)}")
-        share = [w / s.n_groups for w, s in zip(wish, self.sites, strict=True)]
+        if len(target) != len(self.sites) or not all(map(math.isfinite, target)):
+            raise ValueError(f"a target is {len(self.sites)} finite numbers of kept groups, not {list(target)}")
+        share = [t / s.n_groups for t, s in zip(target, self.sites, strict=True)]
         rungs = [0] * len(self.sites)
-        for members, limit in self.purses:
+        for members, limit in self.partitions:
             shift = self._shift(share, members, limit)
             for i in members:
                 rungs[i] = self._rung(i, share[i] + shift)
@@ -168,21 +171,27 @@ class Space:
 
     # -- neighbours ---------------------------------------------------------------------------------
 
-    def exchange(self, here: Allocation, up: int, down: int) -> Allocation | None:
-        """Take from site `down`, give to site `up`: one rung of the dearer, what it pays for of the cheaper.
+    def swap(self, here: Allocation, up: int, down: int) -> Allocation | None:
+        """A neighbour by one swap: one rung of the dearer site, what it pays for of the cheaper.
 
-        What is then left over goes to other sites. None when the ladders or the purses do not allow it.
+        Args:
+            here: a feasible allocation.
+            up: index of the site that gains.
+            down: index of the site that loses.
+
+        Returns:
+            A tight allocation; what is left over of the price went to other sites of the partition. None when the
+            ladders or the partitions do not allow it.
         """
         rungs = self.rungs(here)
-        purse = next((p for p in self.purses if up in p[0]), ((), 0))
-        moved = self._trade(rungs, self._spare(rungs, *purse), up, down)
+        moved = self._trade(rungs, self._spare(rungs, *self.partitions[self._partition_of[up]]), up, down)
         if moved is None:
             return None
         return tuple(self.ladders[i][moved[i]] if i in moved else k for i, k in enumerate(here))
 
     def _trade(self, rungs: Sequence[int], spare: int, up: int, down: int) -> dict[int, int] | None:
-        """The rungs an exchange changes, given what the purse has to spare; None where it is not possible."""
-        if up == down or self._purse_of[up] != self._purse_of[down]:
+        """The rungs that a swap changes, given what the partition has to spare; None where it is not possible."""
+        if up == down or self._partition_of[up] != self._partition_of[down]:
             return None
         high, low = rungs[up] + 1, rungs[down] - 1
         if high >= len(self.ladders[up]) or low < 0:
@@ -197,8 +206,9 @@ class Space:
             spare -= self._step(up, high)
             high += 1
         moved = {up: high, down: low}
-        members, cheapest = self._cheapest[self._purse_of[up]]
-        raised = spare >= cheapest
+        p = self._partition_of[up]
+        members, _ = self.partitions[p]
+        raised = spare >= self._cheapest[p]
         while raised:  # one rung each in turn, so that the result is tight again
             raised = False
             for i in members:
@@ -210,24 +220,21 @@ class Space:
         return moved
 
     @cached_property
-    def _purse_of(self) -> tuple[int, ...]:
-        """Position in `purses` of every site; -1 for a site of no purse."""
-        of = {i: p for p, (members, _) in enumerate(self.purses) for i in members}
-        return tuple(of.get(i, -1) for i in range(len(self.sites)))
+    def _partition_of(self) -> dict[int, int]:
+        """Position in `partitions` of every site."""
+        return {i: p for p, (members, _) in enumerate(self.partitions) for i in members}
 
     @cached_property
-    def _cheapest(self) -> tuple[tuple[tuple[int, ...], int], ...]:
-        """(site indices, price of the cheapest step on any of their ladders) of every purse."""
-        return tuple(
-            (members, min((self._step(i, r) for i in members for r in range(len(self.ladders[i]) - 1)), default=0))
-            for members, _ in self.purses
-        )
+    def _cheapest(self) -> list[int]:
+        """Price of the cheapest step on any ladder of every partition."""
+        steps = [[self._step(i, r) for r in range(len(ladder) - 1)] for i, ladder in enumerate(self.ladders)]
+        return [min((price for i in members for price in steps[i]), default=0) for members, _ in self.partitions]
 
-    def exchanges(self, here: Allocation) -> Iterator[Allocation]:
-        """All neighbours of an allocation by one exchange, each once."""
+    def swaps(self, here: Allocation) -> Iterator[Allocation]:
+        """All neighbours of an allocation by one swap, each once."""
         seen = {here}
         for up, down in permutations(range(len(self.sites)), 2):
-            there = self.exchange(here, up, down)
+            there = self.swap(here, up, down)
             if there is not None and there not in seen:
                 seen.add(there)
                 yield there
@@ -235,27 +242,27 @@ class Space:
     def lowest(self, table: Sequence[Sequence[float]]) -> Allocation:
         """A tight allocation with a low sum of table[i][r] over the sites: near the optimum, not always it.
 
-        Every site takes its rung of least table[i][r] + λ price, λ as small as the purse allows; then
-        exchanges lower the sum until none does.
+        Every site takes its rung of least table[i][r] + λ price, λ as small as the partition allows; then
+        swaps lower the sum until none does.
         """
         table = [[min(t, 1e300) for t in row] for row in table]  # differences of inf would be nan
         bids = [0] * len(self.sites)
-        for members, limit in self.purses:
+        for members, limit in self.partitions:
             for i, r in zip(members, self._bids(table, members, limit), strict=True):
                 bids[i] = r
         rungs = list(self.rungs(self.nearest(self.allocation(bids))))
-        spare = [self._spare(rungs, *purse) for purse in self.purses]
-        pairs = [(up, down) for members, _ in self.purses for up, down in permutations(members, 2)]
+        spare = [self._spare(rungs, *partition) for partition in self.partitions]
+        pairs = [(up, down) for members, _ in self.partitions for up, down in permutations(members, 2)]
         idle = 0
         for up, down in cycle(pairs):
-            p = self._purse_of[up]
+            p = self._partition_of[up]
             moved = self._trade(rungs, spare[p], up, down) or {}
             terms = [t for i, r in moved.items() for t in (table[i][r], -table[i][rungs[i]])]
             idle += 1
-            if math.fsum(terms) < 0:  # the exact sign: no walk in circles
+            if math.fsum(terms) < 0:  # the exact sign: never in circles
                 for i, r in moved.items():
                     rungs[i] = r
-                spare[p], idle = self._spare(rungs, *self.purses[p]), 0
+                spare[p], idle = self._spare(rungs, *self.partitions[p]), 0
             if idle == len(pairs):
                 break
         return self.allocation(rungs)
@@ -271,14 +278,14 @@ class Space:
             return sum(self.prices[i][r] for i, r in zip(members, rungs, strict=True)) <= limit
 
         gains = (
-            (table[i][r] - table[i][r + 1]) / (self.prices[i][r + 1] - self.prices[i][r])
+            (table[i][r] - table[i][r + 1]) / self._step(i, r)
             for i in members
             for r in range(len(self.ladders[i]) - 1)
-            if self.prices[i][r + 1] > self.prices[i][r]
+            if self._step(i, r) > 0
         )
         low, high = 0.0, 2 * max(filter(math.isfinite, gains), default=0.0)  # beyond the largest gain nobody buys
-        if fits(free := bids(low)):
-            return free
+        if fits(best := bids(low)):
+            return best
         best = bids(high) if fits(bids(high)) else [0] * len(members)
         for _ in range(50):
             middle = (low + high) / 2
@@ -296,7 +303,7 @@ class Space:
         return replace(self, ladders=tuple(tuple(sorted(set().union(*ladders))) for ladders in all_))
 
     def zoomed(self, centre: Allocation, stride: float | None = None, reach: int = 4) -> Space:
-        """Ladders of `reach` rungs on both sides of a centre; half the present stride unless told.
+        """Ladders of `reach` rungs on both sides of a centre; half the present stride where none is given.
 
         A stride is a share of a site's counts that are worth keeping, never less than one of them. Rungs beyond the
         ends are cut at the ends, so the smallest and the largest count stay reachable from near them.

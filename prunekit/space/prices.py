@@ -14,6 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from prunekit.errors import WrongInput
 
 FILE = "prices.json"  # beside a result, and where a run works
@@ -80,15 +82,9 @@ class Prices:
             WrongInput: they are none.
         """
         try:
-            values = json.loads(json.dumps(values))
-            curves = {
-                shape: Curve(tuple(map(int, c["counts"])), tuple(map(int, c["prices"])), int(c["sites"]))
-                for shape, c in values["curves"].items()
-            }
-            work, hardware = Workload(**values["workload"]), dict(values["hardware"])
-            found = cls(work, hardware, int(values["dense"]), float(values["noise"]), curves)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            what = f"{type(error).__name__}: {error}"
+            found = _TABLE.validate_python(json.loads(json.dumps(values)))
+        except (TypeError, ValueError) as error:
+            what = str(error).replace("\n", " ")
             raise WrongInput(f"{source} is no price table of prunekit ({what}); measure anew without it") from error
         if found.outside < 0:
             raise WrongInput(f"{source}: its sub-layers take longer than its model; measure anew without it")
@@ -113,6 +109,9 @@ class Prices:
         except ValueError as error:
             raise WrongInput(f"{path} is not JSON; measure anew with --set latency.prices=null") from error
         return cls.of(values, str(path))
+
+
+_TABLE = TypeAdapter(Prices)
 
 
 # -- from times to a curve ------------------------------------------------------------------------------

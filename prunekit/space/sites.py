@@ -36,7 +36,7 @@ class Site:
     spread: int = 1  # a group takes group_size/spread columns from each of `spread` equal parts
     d_out: int = 1  # rows of the linear map
     form: Form = GROUPS
-    shares: str = ""  # sites that say the same receive the same input; "": nobody else does
+    input_group: str = ""  # sites of one input group receive the same input; "": nobody else does
 
     @property
     def d_in(self) -> int:

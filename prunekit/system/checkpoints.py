@@ -8,7 +8,16 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prunekit.system.files import settle
+from prunekit.system.files import Damaged, digest, read_state, settle, settle_folder, temporary_of, write_state
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file beside, then rename: a reader sees the old file or the new one, whole."""
+    temporary = temporary_of(path)
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
+    settle(temporary)
+    temporary.replace(path)
+    settle_folder(path.parent)
 
 
 class Checkpoints:
@@ -19,19 +28,26 @@ class Checkpoints:
         self.directory = directory
 
     def load(self, name: str) -> dict[str, Tensor] | None:
-        """The tensors that were saved under a name; None: there are none."""
+        """The tensors that were saved under a name; None: there are none, or not as they were saved."""
         path = self._path(name)
-        return load_file(path) if path is not None and path.exists() else None
+        if path is None or not path.exists():
+            return None
+        try:
+            return load_file(path) if read_state(_seal(path)) == digest(path) else None
+        except Damaged:
+            return None
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Remember tensors, in the place of those of that name; all of them or none."""
         if (path := self._path(name)) is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)
-        settle(temporary)
-        temporary.replace(path)
+        write_tensors(path, tensors)
+        write_state(_seal(path), digest(path))  # until it is there, the tensors are not trusted
 
     def _path(self, name: str) -> Path | None:
         return None if self.directory is None else self.directory / f"{name}.safetensors"
+
+
+def _seal(path: Path) -> Path:
+    return path.with_suffix(".json")

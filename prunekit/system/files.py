@@ -1,27 +1,147 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and that say so themselves when they have been changed."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from prunekit.errors import CannotGoOn
+
+SEAL = "files.json"  # in a folder of ours: what we have put there
+_MADE_BY = "prunekit"
+
+
+class Damaged(CannotGoOn):
+    """A file is not what was written."""
 
 
 def settle(path: Path) -> None:
+    """Wait until a file is on disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
+def settle_folder(path: Path) -> None:
+    """Wait until what a folder names is on disk: a file whose name is lost is lost."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write beside, then rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}")
+    temporary = temporary_of(path)
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    settle_folder(path.parent)
+
+
+def temporary_of(path: Path) -> Path:
+    """Where a file is written until it is whole."""
+    return path.with_name(f".{path.name}")
 
 
 def write_json(path: Path, content: object) -> None:
-    """The same of JSON."""
+    """As `write_bytes`, of JSON."""
     write_bytes(path, json.dumps(content, indent=1).encode())
+
+
+def write_state(path: Path, content: object) -> None:
+    """Write JSON that is read again after an interruption, with its digest."""
+    write_json(path, {"sha256": _digest_of(content), "content": content})
+
+
+def read_state(path: Path) -> Any:
+    """Read what `write_state` has written.
+
+    Raises:
+        Damaged: it is something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        content, said = found["content"], found["sha256"]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
+        raise Damaged(f"{path} is damaged: it is not what prunekit has written") from error
+    if _digest_of(content) != said:
+        raise Damaged(f"{path} is damaged: it was changed after it was written")
+    return content
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(folder: Path) -> str:
+    """Write down what is in a folder, with digests, and wait until all of it is on disk.
+
+    Returns:
+        The digest of that list.
+    """
+    for old in (folder / SEAL, temporary_of(folder / SEAL)):
+        old.unlink(missing_ok=True)
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path)}
+        for path in _files(folder)
+    }
+    for path in _files(folder):
+        settle(path)
+    for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        settle_folder(path)
+    write_json(folder / SEAL, {"made by": _MADE_BY, "files": files})
+    return digest(folder / SEAL)
+
+
+def sealed(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """What is written down of a folder, by file; None: it is no folder of ours."""
+    try:
+        found = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        if found["made by"] != _MADE_BY:
+            return None
+        return {
+            str(name): {"bytes": int(said["bytes"]), "sha256": str(said["sha256"])}
+            for name, said in found["files"].items()
+        }
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def changed(folder: Path) -> list[str]:
+    """Files of a sealed folder that are gone, or not what they were."""
+    listed = sealed(folder)
+    if listed is None:
+        return [SEAL]
+    return [name for name, said in listed.items() if not _is_as(folder / name, said)]
+
+
+def others(folder: Path) -> list[str]:
+    """Files in a sealed folder that were not there when it was sealed."""
+    listed = (sealed(folder) or {}).keys() | {SEAL}
+    return sorted({path.relative_to(folder).as_posix() for path in _files(folder)} - listed)
+
+
+def _is_as(path: Path, said: dict[str, Any]) -> bool:
+    try:
+        return path.stat().st_size == said["bytes"] and digest(path) == said["sha256"]
+    except OSError:
+        return False
+
+
+def _files(folder: Path) -> Sequence[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+
+
+def _digest_of(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

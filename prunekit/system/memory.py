@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import os
 import shutil
 import tempfile
 import weakref
@@ -13,15 +13,11 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from pydantic import ByteSize, TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prunekit.errors import WrongInput
-
 GIB = 1 << 30
-SIZE = re.compile(r"\d+(\.\d+)?\s*([kmgt]?i?b)?", re.IGNORECASE)  # ByteSize reads as far as it can: 1,5GB as 1 byte
 
 
 @dataclass(frozen=True)
@@ -38,16 +34,16 @@ class Shares:
 
     @classmethod
     def of(cls, free: int, *, paged: bool) -> Shares:
-        """`free` bytes beside what cannot be done without, shared out.
+        """Share out `free` bytes, which nothing indispensable needs.
 
-        A walk holds blocks and activations, a search blocks, hidden states and parts, never all of them; what the
-        teacher said is held by both.
+        A calibration pass holds blocks and activations, a search blocks, hidden states and parts, never all of them;
+        logits of the dense model are held by both.
         """
         fifth = max(0, free) // 5
         return cls(fifth if paged else None, fifth * (3 if paged else 4), fifth, fifth, fifth, fifth)
 
     def split(self, activations: int) -> tuple[int, int]:
-        """So many bytes of activations, as (bytes in memory, bytes on disk)."""
+        """Split bytes of activations into (bytes in memory, bytes on disk)."""
         inside = activations if self.activations is None else min(activations, self.activations)
         return inside, activations - inside
 
@@ -56,35 +52,8 @@ SHARES = Shares()
 """Nothing is bounded but what a search holds."""
 
 
-def parsed(text: str | int) -> int | None:
-    """Bytes; None for auto.
-
-    Raises:
-        WrongInput: it is no amount of memory.
-    """
-    text = str(text).strip()
-    if text == "auto":
-        return None
-    try:
-        size = TypeAdapter(ByteSize).validate_python(text) if SIZE.fullmatch(text) else 0
-    except ValidationError:
-        size = 0
-    if size < 1:
-        raise WrongInput(f"no amount of memory {text!r}; give auto, or as 8GiB, 500MB")
-    return int(size)
-
-
-def amount(number: float) -> str:
-    """Bytes for people: 1.50 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(number) < 1024 or unit == "GiB":
-            break
-        number /= 1024
-    return f"{number:,.0f} B" if unit == "B" else f"{number:,.2f} {unit}"
-
-
 def available(device: torch.device) -> int:
-    """Bytes that may still be taken on a device: of the machine, or of what a container allows."""
+    """Count the free bytes of a device: of the machine, or of what its container allows."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     meminfo, free = Path("/proc/meminfo"), []
@@ -96,18 +65,16 @@ def available(device: torch.device) -> int:
         used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         taken = int((group / "memory.current").read_text()) - int(used.get("inactive_file", 0))
         free.append(int(most) - taken)
-    if not free:  # no Linux: as much as there is; nobody says how much of it is free
-        import os
-
+    if not free:  # no Linux: all of it, for how much is free is unknown
         free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return max(0, min(free))
 
 
 class Room:
-    """Where activations are kept: in memory as long as the bound allows, the others in files, which nobody else reads.
+    """Where activations are kept: in memory as far as the bound allows, the others in files of its own.
 
-    Those that came first stay in memory: streams are gone through in circles, and whatever was let go
-    to make room would be what is needed next.
+    The first ones stay in memory: they are read in turn, again and again, so that a tensor that was moved out to make
+    room would be the next to be read.
     """
 
     def __init__(self, bound: int | None = None, folder: Path | None = None) -> None:
@@ -118,7 +85,7 @@ class Room:
         self._names = count()
 
     def row(self, tensors: Iterable[Tensor] = ()) -> Row:
-        """A list of tensors kept here."""
+        """Make a list of tensors that are kept here."""
         row = Row(self)
         row.extend(tensors)
         return row
@@ -135,20 +102,21 @@ class Room:
         save_file({"": tensor.detach().cpu().contiguous()}, file)
         return Kept(self, file, tensor.device, tensor.nbytes)
 
-    def _changed(self, kept: Tensor | Path, size: int) -> None:
-        if isinstance(kept, Path):
+    def _count(self, size: int, *, in_file: bool) -> None:
+        if in_file:
             self.spilled += size
         else:
             self.held += size
 
 
 class Kept:
-    """A tensor in a room; it makes place when nobody refers to it."""
+    """A tensor in a room; its memory or file is freed with the last reference to it."""
 
     def __init__(self, room: Room, kept: Tensor | Path, device: torch.device | None, size: int) -> None:
         self._kept, self._device = kept, device
-        room._changed(kept, size)
-        weakref.finalize(self, _let_go, room, kept if isinstance(kept, Path) else None, size)
+        file = kept if isinstance(kept, Path) else None
+        room._count(size, in_file=file is not None)
+        weakref.finalize(self, _release, room, file, size)
 
     def get(self) -> Tensor:
         """The tensor, bit for bit."""
@@ -158,11 +126,9 @@ class Kept:
             return file.get_tensor("").to(self._device)
 
 
-def _let_go(room: Room, file: Path | None, size: int) -> None:
-    if file is None:
-        room.held -= size
-    else:
-        room.spilled -= size
+def _release(room: Room, file: Path | None, size: int) -> None:
+    room._count(-size, in_file=file is not None)
+    if file is not None:
         file.unlink(missing_ok=True)
 
 

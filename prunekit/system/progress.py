@@ -1,4 +1,4 @@
-"""What a long run tells a person: stage, step, estimate; nothing when quiet.
+"""Progress of a long run: stage, step, time left; nothing when quiet.
 
 All of it goes to stderr: stdout is for results.
 """
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -18,26 +19,36 @@ EVERY = 5.0  # seconds between two plain lines of a stage
 
 
 class Stage:
-    """One part of a run, with a known number of steps; 0: nobody knows how many."""
+    """One part of a run, with its number of steps; 0: unknown."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """`steps` more are done; `note` says what the last one was."""
+        """Count steps that are done.
+
+        Args:
+            steps: how many more.
+            note: what the last one was.
+        """
 
 
 class Progress:
-    """Says nothing. The base of those that do."""
+    """Shows nothing. The base class of what does."""
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Stage]:
-        """A stage of `total` steps."""
+        """Show a stage while it lasts.
+
+        Args:
+            name: as it is shown.
+            total: number of its steps; 0: unknown.
+        """
         yield Stage()
 
     def say(self, line: str) -> None:
-        """One line for the user."""
+        """Show one line."""
 
 
 class PlainProgress(Progress):
-    """Lines for a log file: the start and end of every stage, and where it stands every few seconds."""
+    """Lines for a log file: where a stage stands every few seconds, and its end."""
 
     def __init__(
         self, file: TextIO | None = None, *, every: float = EVERY, clock: Callable[[], float] = time.monotonic
@@ -48,7 +59,7 @@ class PlainProgress(Progress):
     def stage(self, name: str, total: int) -> Iterator[Stage]:
         stage = _PlainStage(self, name, total)
         yield stage
-        self.say(f"{stage.standing}, done in {span(self.clock() - stage.begun)}")
+        self.say(f"{stage.standing}, done in {span(self.clock() - stage.started)}")
 
     def say(self, line: str) -> None:
         print(line, file=self.file or sys.stderr, flush=True)
@@ -57,7 +68,7 @@ class PlainProgress(Progress):
 class _PlainStage(Stage):
     def __init__(self, progress: PlainProgress, name: str, total: int) -> None:
         self.progress, self.name, self.total, self.done = progress, name, total, 0
-        self.begun = self.told = progress.clock()
+        self.started = self.last_line = progress.clock()
 
     @property
     def standing(self) -> str:
@@ -66,12 +77,12 @@ class _PlainStage(Stage):
     def advance(self, steps: int = 1, note: str = "") -> None:
         self.done += steps
         now = self.progress.clock()
-        if now - self.told < self.progress.every or self.done == self.total:  # the end has its own line
+        if now - self.last_line < self.progress.every or self.done == self.total:  # the end has its own line
             return
-        self.told = now
+        self.last_line = now
         left = ""
         if self.done and self.total > self.done:
-            left = f", about {span((now - self.begun) / self.done * (self.total - self.done))} left"
+            left = f", about {span((now - self.started) / self.done * (self.total - self.done))} left"
         self.progress.say(f"{self.standing}{left}" + (f": {note}" if note else ""))
 
 
@@ -94,7 +105,7 @@ class RichProgress(Progress):
             console=self.console,
             transient=True,
         )
-        self.open = 0  # stages that have begun and not ended; the display lives as long as there is one
+        self.open = 0  # stages under way; the display is there as long as there is one
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Stage]:
@@ -102,10 +113,10 @@ class RichProgress(Progress):
             self.bars.start()
         self.open += 1
         task = self.bars.add_task(name, total=total or None, note="")
-        begun = time.monotonic()
+        started = time.monotonic()
         try:
             yield _RichStage(self, task)
-            self.say(f"✓ {name}, {span(time.monotonic() - begun)}")
+            self.say(f"✓ {name}, {span(time.monotonic() - started)}")
         finally:
             self.bars.remove_task(task)
             self.open -= 1
@@ -126,14 +137,20 @@ class _RichStage(Stage):
 
 
 def progress_for(quiet: bool = False) -> Progress:
-    """Bars on a terminal, lines elsewhere, nothing when quiet."""
+    """Choose how progress is shown: bars on a terminal, lines elsewhere, nothing when quiet."""
     if quiet:
         return Progress()
     return RichProgress() if sys.stderr.isatty() else PlainProgress()
 
 
+@cache
+def warn_once(sentence: str) -> None:
+    """Tell the user, once, what a command goes on without."""
+    progress_for().say(f"warning: {sentence}")
+
+
 def span(seconds: float) -> str:
-    """A length of time for people: 4.2 s, 3:05 min, 2:10 h."""
+    """Format seconds: 4.2 s, 3:05 min, 2:10 h."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -22,39 +22,45 @@ class Rates:
 
     @classmethod
     def measured(cls, device: torch.device, dtype: torch.dtype, folder: Path) -> Rates:
-        """A square product, and a file written, dropped from the cache and read again."""
+        """Time a square product, and a file written, dropped from the cache and read again.
+
+        Args:
+            device: of the products.
+            dtype: of the computation; float64 is timed beside it.
+            folder: on the disk that is timed.
+        """
         flops, doubles = (_rate(torch.randn(1024, 1024, device=device).to(kind)) for kind in (dtype, torch.float64))
         block, count = os.urandom(1 << 20), 64
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".prunekit-") as file:
-            begun = time.perf_counter()
+            started = time.perf_counter()
             for _ in range(count):
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-            write = count * len(block) / (time.perf_counter() - begun)
+            write = count * len(block) / (time.perf_counter() - started)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             file.seek(0)
-            begun = time.perf_counter()
+            started = time.perf_counter()
             while file.read(1 << 20):
                 pass
-            read = count * len(block) / (time.perf_counter() - begun)
+            read = count * len(block) / (time.perf_counter() - started)
         return cls(flops, doubles, read, write)
 
 
 def _rate(a: torch.Tensor) -> float:
     """FLOP/s of products of a square matrix with itself, over half a second."""
     out = torch.mm(a, a)  # the first time pays for what later ones find ready
-    _finished(a)
-    done, begun = 0, time.perf_counter()
-    while time.perf_counter() - begun < 0.5:
+    wait_for(a.device)
+    done, started = 0, time.perf_counter()
+    while time.perf_counter() - started < 0.5:
         torch.mm(a, a, out=out)
         done += 2 * len(a) ** 3
-        _finished(a)
-    return done / (time.perf_counter() - begun)
+        wait_for(a.device)
+    return done / (time.perf_counter() - started)
 
 
-def _finished(a: torch.Tensor) -> None:
-    """Its device may still be busy."""
-    if a.is_cuda:
-        torch.cuda.synchronize(a.device)
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

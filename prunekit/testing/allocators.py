@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,10 +84,9 @@ class AllocatorSuite:
         assert converse(self.plugin, problem) == talk, "one seed is one conversation"
 
     def test_leaves_the_global_random_state_alone(self, uneven: Problem) -> None:
-        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]
+        before = _random_state()
         converse(self.plugin, uneven)
-        after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]
-        assert before == after
+        assert _random_state() == before
 
     def test_survives_strange_losses(self, uneven: Problem, subtests: pytest.Subtests) -> None:
         for name, loss in STRANGE.items():
@@ -121,6 +121,10 @@ class AllocatorSuite:
                 return
             best = space.lowest(convex_table(space))
         raise AssertionError(f"{self.plugin} zooms for ever")
+
+
+def _random_state() -> list[Any]:
+    return [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]
 
 
 @cache

@@ -20,39 +20,33 @@ from prunekit.plugins.exporter import Exporter, Order, Probe, Product
 from prunekit.space.forms import parse_form
 from prunekit.testing.models import tiny
 
-COUNTS: dict[str, Sequence[int]] = {  # groups of attention, of the MLP, of attention, ... in three layers
-    "uneven, sub-layers lost": (1, 7, 0, 17, 3, 0),
-    "a layer lost, the others even": (0, 0, 2, 9, 2, 9),
+CASES: dict[str, tuple[str, Sequence[int]]] = {  # structure, and groups of attention, of the MLP, ... in three layers
+    "uneven, sub-layers lost": ("groups", (1, 7, 0, 17, 3, 0)),
+    "a layer lost, the others even": ("groups", (0, 0, 2, 9, 2, 9)),
+    "weights": ("weights", ()),
+    "n:m": ("2:4", ()),
 }
-WEIGHTS = {"weights": "weights", "n:m": "2:4"}
-UNEVEN, EVEN = COUNTS
+UNEVEN, EVEN, *_ = CASES
 SLACK = 1 << 16  # bytes of configs, which no plan counts
 Made = tuple[Product, Probe, Order]
 
 
 def made(case: str, model_type: str = "llama", seed: int = 0) -> Made:
     """A pruned tiny model as it reaches exporters, its probe, and how it was ordered."""
-    adapter, rows = adapter_for(model_type), list[dict[str, Any]]()
-    model = (
-        tiny(model_type, seed, **({} if case in COUNTS else {"intermediate_size": 16})).float().requires_grad_(False)
-    )
-    sites = adapter.sites(model) if case in COUNTS else adapter.linear_sites(model, parse_form(WEIGHTS[case]))
-    for number, site in enumerate(sites):
+    (structure, counts), adapter, rows = CASES[case], adapter_for(model_type), list[dict[str, Any]]()
+    form = parse_form(structure)
+    model = tiny(model_type, seed, **({} if counts else {"intermediate_size": 16})).float().requires_grad_(False)
+    for number, site in enumerate(adapter.sites_of(model, form)):
         weight = adapter.linear(adapter.blocks(model)[site.block], site).weight
-        if case in COUNTS:
-            kept = COUNTS[case][number]
-            candidate = Candidate(tuple(range(kept)), weight)
-        else:
-            kept = site.n_groups // 2
-            candidate = Candidate(None, weight * (torch.arange(site.d_in) % 2))
-        adapter.remove(model, site, candidate)
+        kept = counts[number] if counts else site.n_groups // 2
+        half = Candidate(None, weight * (torch.arange(site.d_in) % 2))
+        adapter.remove(model, site, Candidate(tuple(range(kept)), weight) if counts else half)
         rows.append({"name": site.name, "groups": site.n_groups, "kept": kept})
     exported, ids = to_transformers(model, adapter), torch.arange(2, 14)[None]
     with torch.no_grad():
         logits = exported(ids, use_cache=False).logits
     parameters = sum(p.numel() for p in exported.parameters())
-    units = "groups" if case in COUNTS else parse_form(WEIGHTS[case]).units
-    order = Order(adapter, units, "import", parameters, exported.dtype.itemsize)
+    order = Order(adapter, form.units, "import", parameters, exported.dtype.itemsize)
     return Product(exported, None, {"sites": rows}), Probe(ids, logits, parameters), order
 
 
@@ -64,11 +58,8 @@ class ExporterSuite:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Models of every structure it can write."""
         if "case" in metafunc.fixturenames:
-            known = ["groups"] * len(COUNTS) + list(WEIGHTS)
-            cases = [
-                case for case, units in zip([*COUNTS, *WEIGHTS], known, strict=True) if units in self.plugin.structures
-            ]
-            metafunc.parametrize("case", cases)
+            units = {case: parse_form(structure).units for case, (structure, _) in CASES.items()}
+            metafunc.parametrize("case", [case for case in CASES if units[case] in self.plugin.structures])
 
     def test_is_a_frozen_dataclass_with_a_place(self) -> None:
         assert dataclasses.is_dataclass(self.plugin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from functools import cache
@@ -101,10 +102,10 @@ class FinisherSuite:
 
     def test_all_it_needs_is_in_the_piece_and_the_rest_is_left_alone(self) -> None:
         piece = toy_workpiece(toy_supernet(structure=self._structure))
-        dense, state = _content(piece), torch.get_rng_state()
+        dense, state = copy.deepcopy(piece.dense.state_dict()), torch.get_rng_state()
         self._finished(piece)
         assert torch.equal(state, torch.get_rng_state()), "the global random state is the caller's"
-        _assert_same(dense, _content(piece))
+        _assert_same(dense, piece.dense.state_dict())
         parameters = [*piece.dense.parameters(), *piece.model.parameters()]
         assert not any(p.requires_grad or p.grad is not None for p in parameters)
         for module in (*piece.dense.modules(), *piece.model.modules()):
@@ -141,10 +142,6 @@ class FinisherSuite:
         assert isinstance(said, dict)
         check_finished(piece, self.plugin, before)
         return piece.model.state_dict()
-
-
-def _content(piece: Workpiece) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in piece.dense.state_dict().items()}
 
 
 def _assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from prunekit.calibration.moments import Moments, collected
-from prunekit.layer.problem import Feeder, LayerProblem
+from prunekit.layer.problem import LayerProblem, Producer
 from prunekit.layer.statistics import MapShape, Need, Received, Statistic
 from prunekit.space.forms import GROUPS, WEIGHTS, Pattern
 
@@ -81,8 +81,8 @@ def toy_layer(
         group_size=group_size,
         form=GROUPS if block is None else Pattern(1, block) if block else WEIGHTS,
         statistics={name: value.to(moments) for name, value in (statistics | own[""]).items()},
-        feeders=tuple(
-            Feeder(name, w.to(dtype), {key: value.to(moments) for key, value in (learnt[name] | own[name]).items()})
+        producers=tuple(
+            Producer(name, w.to(dtype), {key: value.to(moments) for key, value in (learnt[name] | own[name]).items()})
             for name, w in fed.items()
         ),
         name=f"{quirk} toy",
@@ -132,6 +132,18 @@ def damped_loss(layer: LayerProblem, weight: torch.Tensor) -> float:
     return float(((lost @ layer.hessian) * lost).sum())
 
 
+def tensors_of(layer: LayerProblem) -> list[torch.Tensor]:
+    """All that a layer and its producer layers hold."""
+    owners = (layer, *layer.producers)
+    parts = (part for owner in owners for part in (*vars(owner).values(), *owner.statistics.values()))
+    return [part for part in parts if isinstance(part, torch.Tensor)]
+
+
+def other_order(layer: LayerProblem) -> list[int]:
+    """The groups of a layer in an order in which none stays where it was."""
+    return [(5 * g + 1) % layer.n_groups for g in range(layer.n_groups)]
+
+
 def permuted(layer: LayerProblem, order: Sequence[int]) -> LayerProblem:
     """The same layer with its groups in another order: group g of the result is group order[g]."""
     columns = layer.columns(order)
@@ -139,18 +151,20 @@ def permuted(layer: LayerProblem, order: Sequence[int]) -> LayerProblem:
     def moved(values: torch.Tensor) -> torch.Tensor:
         return values[..., columns] if values.ndim else values
 
-    def fed(feeder: Feeder) -> Feeder:
+    def fed(producer: Producer) -> Producer:
         def blocks(values: torch.Tensor) -> torch.Tensor:
             return values.unflatten(0, (layer.n_groups, -1))[list(order)].flatten(0, 1)
 
-        statistics = {key: blocks(v) if v.shape == feeder.weight.shape else v for key, v in feeder.statistics.items()}
-        return replace(feeder, weight=blocks(feeder.weight), statistics=statistics)
+        statistics = {
+            key: blocks(v) if v.shape == producer.weight.shape else v for key, v in producer.statistics.items()
+        }
+        return replace(producer, weight=blocks(producer.weight), statistics=statistics)
 
     return replace(
         layer,
         weight=layer.weight[:, columns],
         gram=layer.gram[columns][:, columns],
-        feeders=tuple(fed(feeder) for feeder in layer.feeders),
+        producers=tuple(fed(producer) for producer in layer.producers),
         cross=None if layer.cross is None else moved(layer.cross),
         drift=None if layer.drift is None else moved(layer.drift),
         statistics={name: moved(value) for name, value in layer.statistics.items()},
@@ -167,32 +181,32 @@ def counts_of(layer: LayerProblem) -> range:
     return range(0, layer.n_groups + 1, layer.d_in // layer.m if layer.m else 1)
 
 
-LAYERS: dict[str, Callable[..., LayerProblem]] = {
-    **{f"{quirk} columns": partial(toy_layer, quirk=quirk) for quirk in QUIRKS},
-    **{f"{quirk} blocks": partial(toy_layer, 4, 3, quirk=quirk) for quirk in QUIRKS},
-    "one group": partial(toy_layer, 1, 4),
-    "one column": partial(toy_layer, 1, 1),
-    "one output": partial(toy_layer, d_out=1),
-    "bfloat16 weights": partial(toy_layer, dtype=torch.bfloat16),
-    "float16 weights": partial(toy_layer, 4, 3, dtype=torch.float16),
-    "float64 moments": partial(toy_layer, moments=torch.float64),
-}
+Zoo = dict[str, Callable[..., LayerProblem]]
 
 
-def _sparse(block: int) -> dict[str, Callable[..., LayerProblem]]:
+def _zoo(n: int, what: str, **options: Any) -> Zoo:
+    """Layers of n groups or weights per row with every quirk, and in every dtype."""
+    layer = partial(toy_layer, n, **options)
     return {
-        **{f"{quirk} rows": partial(toy_layer, 8, quirk=quirk, block=block) for quirk in QUIRKS},
-        "one block": partial(toy_layer, 4, block=block),
-        "one output": partial(toy_layer, 8, d_out=1, block=block),
-        "bfloat16 weights": partial(toy_layer, 8, dtype=torch.bfloat16, block=block),
-        "float16 weights": partial(toy_layer, 8, dtype=torch.float16, block=block),
-        "float64 moments": partial(toy_layer, 8, moments=torch.float64, block=block),
+        **{f"{quirk} {what}": partial(layer, quirk=quirk) for quirk in QUIRKS},
+        "one output": partial(layer, d_out=1),
+        "bfloat16 weights": partial(layer, dtype=torch.bfloat16),
+        "float16 weights": partial(layer, dtype=torch.float16),
+        "float64 moments": partial(layer, moments=torch.float64),
     }
 
 
-STRUCTURES: dict[str, dict[str, Callable[..., LayerProblem]]] = {
+LAYERS: Zoo = {
+    **_zoo(6, "columns"),
+    **{f"{quirk} blocks": partial(toy_layer, 4, 3, quirk=quirk) for quirk in QUIRKS},
+    "float16 blocks": partial(toy_layer, 4, 3, dtype=torch.float16),
+    "one group": partial(toy_layer, 1, 4),
+    "one column": partial(toy_layer, 1, 1),
+}
+STRUCTURES: dict[str, Zoo] = {
     "groups": LAYERS,
-    "weights": _sparse(0) | {"one weight": partial(toy_layer, 1, block=0)},
-    "n:m": _sparse(4) | {"pairs": partial(toy_layer, 6, block=2)},
+    "weights": _zoo(8, "rows", block=0) | {"one weight": partial(toy_layer, 1, block=0)},
+    "n:m": _zoo(8, "rows", block=4)
+    | {"one block": partial(toy_layer, 4, block=4), "pairs": partial(toy_layer, 6, block=2)},
 }
 """Layers for every structure, by its name."""

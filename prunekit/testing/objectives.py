@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import cache, partial
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 
 from prunekit.data.tokens import TokenBatch
 from prunekit.errors import WrongInput
 from prunekit.models.opening import fingerprint
-from prunekit.plugins.objective import Logits, Objective, TopLogProbs
+from prunekit.plugins.objective import Answers, Objective
 from prunekit.search.supernet import Supernet
 from prunekit.space.sites import Allocation
 from prunekit.testing.supernets import spoken, toy_questions, toy_supernet, toy_tokens
@@ -28,40 +29,24 @@ class Listening:
     """The protocol of answers and nothing behind it; notes what is asked for."""
 
     def __init__(self, net: Supernet) -> None:
-        self.net, self.space, self.depth = net, net.space, net.depth
+        self._net = net
         self.top, self.depths, self.digests = 0, set[int](), set[str]()
 
-    def site_errors(self, allocation: Allocation) -> Sequence[float]:
-        return self.net.site_errors(allocation)
+    def __getattr__(self, name: str) -> Any:
+        if name not in vars(Answers):
+            raise AttributeError(f"answers have no {name}")
+        answer = getattr(self._net, name)
+        if not callable(answer):
+            return answer
 
-    def logits(self, allocation: Allocation, batch: TokenBatch) -> Iterator[Logits]:
-        self.digests.add(batch.digest)
-        return self.net.logits(allocation, batch)
+        def noted(*arguments: Any, **options: Any) -> Any:
+            asked = inspect.signature(answer).bind(*arguments, **options).arguments
+            self.digests |= {asked["batch"].digest} if "batch" in asked else set()
+            self.depths |= {*asked.get("depths", ())}
+            self.top = max(self.top, asked.get("k", 0))
+            return answer(*arguments, **options)
 
-    def dense_logits(self, batch: TokenBatch) -> Iterator[Logits]:
-        self.digests.add(batch.digest)
-        return self.net.dense_logits(batch)
-
-    def dense_top(self, batch: TokenBatch, k: int) -> Iterator[TopLogProbs]:
-        self.digests.add(batch.digest)
-        self.top = max(self.top, k)
-        return self.net.dense_top(batch, k)
-
-    def hidden(
-        self, allocation: Allocation, batch: TokenBatch, depths: Sequence[int]
-    ) -> Iterator[tuple[torch.Tensor, ...]]:
-        self.digests.add(batch.digest)
-        self.depths |= {*depths}
-        return self.net.hidden(allocation, batch, depths)
-
-    def dense_hidden(self, batch: TokenBatch, depths: Sequence[int]) -> Iterator[tuple[torch.Tensor, ...]]:
-        self.digests.add(batch.digest)
-        self.depths |= {*depths}
-        return self.net.dense_hidden(batch, depths)
-
-    def dense_loss(self, objective: Objective, batch: TokenBatch) -> float:
-        self.digests.add(batch.digest)
-        return self.net.dense_loss(objective, batch)
+        return noted
 
 
 class ObjectiveSuite:
@@ -118,7 +103,7 @@ class ObjectiveSuite:
     def test_no_more_is_read_than_was_said(self) -> None:
         batch = self.tokens()
         reads, listening = self.plugin.reads(_net().depth), Listening(_net())
-        self.plugin.loss(listening, self.some[0], batch)
+        self.plugin.loss(cast("Answers", listening), self.some[0], batch)
         assert listening.top <= reads.top
         assert listening.depths <= {*reads.depths}
         assert listening.digests <= ({part.digest for part in reads.parts(batch)} if reads.tokens else set())

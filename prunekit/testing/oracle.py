@@ -23,7 +23,7 @@ def best_allocation(space: Space, errors: Sequence[Sequence[float]]) -> tuple[Al
         ValueError: even the lowest rungs cost too much.
     """
     rungs = [0] * len(space.sites)
-    for members, limit in space.purses:
+    for members, limit in space.partitions:
         extra = {i: [p - space.prices[i][0] for p in space.prices[i]] for i in members}
         unit = math.gcd(*(p for steps in extra.values() for p in steps)) or 1
         most = sum(steps[-1] for steps in extra.values())

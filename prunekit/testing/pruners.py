@@ -1,7 +1,7 @@
 """What every local pruner promises."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,13 +13,13 @@ from prunekit.calibration.statistics import statistics_of
 from prunekit.layer.candidates import Candidate, is_sparse
 from prunekit.layer.problem import LayerProblem
 from prunekit.plugins.pruner import LocalPruner
-from prunekit.testing.layers import STRUCTURES, Quirk, counts_of, permuted, toy_layer
+from prunekit.testing.layers import STRUCTURES, Quirk, Zoo, counts_of, other_order, permuted, tensors_of, toy_layer
 from prunekit.testing.shapes import on_any_shape
 
 
 def supplied(layer: LayerProblem, pruner: LocalPruner) -> LayerProblem:
     """The layer as calibration on dense inputs hands it to this pruner: what it needs, nothing more."""
-    layer = layer.knowing(pruner.needs)
+    layer = layer.restricted_to(pruner.needs)
     if "cross" not in pruner.needs:
         return layer
     weight, gram = layer.weight.double(), layer.gram.double()
@@ -32,11 +32,8 @@ def checked(pruner: LocalPruner, layer: LayerProblem, keeps: Sequence[int]) -> l
     assert len(candidates) == len(keeps), "one candidate for every count"
     for keep, candidate in zip(keeps, candidates, strict=True):
         kept, weight = candidate.kept, candidate.weight
-        assert (weight.shape, weight.dtype, weight.device) == (
-            layer.weight.shape,
-            layer.weight.dtype,
-            layer.weight.device,
-        )
+        of_layer = layer.weight
+        assert (weight.shape, weight.dtype, weight.device) == (of_layer.shape, of_layer.dtype, of_layer.device)
         assert bool(torch.isfinite(weight).all())
         if layer.structure != "groups":
             assert kept is None
@@ -52,7 +49,7 @@ def checked(pruner: LocalPruner, layer: LayerProblem, keeps: Sequence[int]) -> l
     return candidates
 
 
-PLAIN: dict[str, dict[str, Callable[..., LayerProblem]]] = {
+PLAIN: dict[str, Zoo] = {
     "groups": {"columns": partial(toy_layer, 12), "blocks": partial(toy_layer, 6, 4)},
     "weights": {"weights": partial(toy_layer, 12, block=0)},
     "n:m": {"fours": partial(toy_layer, 12, block=4)},
@@ -110,10 +107,7 @@ class PrunerSuite:
     ) -> None:
         for name, layer in self._layers(SHARED[structure]):
             with subtests.test(name):
-                owners = (layer, *layer.feeders)
-                parts = [part for o in owners for part in (*vars(o).values(), *o.statistics.values())]
-                tensors = [part for part in parts if isinstance(part, torch.Tensor)]
-                before, state = [tensor.clone() for tensor in tensors], torch.get_rng_state()
+                before, state = [tensor.clone() for tensor in tensors_of(layer)], torch.get_rng_state()
                 answers = [checked(self.plugin, replace(layer), counts_of(layer)) for _ in range(2)]
                 assert torch.equal(state, torch.get_rng_state()), "the global random state is the caller's"
                 for one, two in zip(*answers, strict=True):
@@ -121,7 +115,7 @@ class PrunerSuite:
                     assert torch.equal(one.weight, two.weight)
                 for candidate in (candidate for answer in answers for candidate in answer):
                     candidate.weight.fill_(7)  # an answer is the caller's own
-                assert all(torch.equal(one, two) for one, two in zip(before, tensors, strict=True))
+                assert all(torch.equal(one, two) for one, two in zip(before, tensors_of(layer), strict=True))
 
     def test_wastes_no_weight(self, single: str) -> None:
         for _, layer in self._layers(PLAIN[single]):
@@ -143,7 +137,7 @@ class PrunerSuite:
         for name, layer in self._layers(PLAIN[groups]):
             with subtests.test(name):
                 counts = range(layer.n_groups + 1)
-                order = [(5 * g + 1) % layer.n_groups for g in range(layer.n_groups)]  # none stays
+                order = other_order(layer)
                 here = checked(self.plugin, layer, counts)
                 there = checked(self.plugin, permuted(layer, order), counts)
                 for one, two in zip(here, there, strict=True):
@@ -162,7 +156,7 @@ class PrunerSuite:
     def test_its_scores_follow_the_groups(self, groups: str, subtests: pytest.Subtests) -> None:
         for name, layer in self._layers(PLAIN[groups]):
             with subtests.test(name):
-                order = [(5 * g + 1) % layer.n_groups for g in range(layer.n_groups)]  # none stays
+                order = other_order(layer)
                 here, there = self.plugin.scores(layer), self.plugin.scores(permuted(layer, order))
                 assert (here is None) == (there is None)
                 if here is not None and there is not None:
@@ -183,8 +177,8 @@ class PrunerSuite:
             plain = checked(self.plugin, layer, counts_of(layer))
             for scale in (2.0**-6, 2.0**6):
                 with subtests.test(name, scale=scale):
-                    feeders = tuple(scaled(feeder, scale) for feeder in layer.feeders)
-                    louder = checked(self.plugin, replace(scaled(layer, scale), feeders=feeders), counts_of(layer))
+                    producers = tuple(scaled(producer, scale) for producer in layer.producers)
+                    louder = checked(self.plugin, replace(scaled(layer, scale), producers=producers), counts_of(layer))
                     for one, two in zip(plain, louder, strict=True):
                         assert one.kept == two.kept
                         assert torch.equal(one.weight != 0, two.weight != 0)
@@ -198,19 +192,11 @@ class PrunerSuite:
             if structure == "groups":
                 layer = toy_layer(n_groups, group_size, d_out, quirk=quirk, seed=seed, needs=self.plugin.needs)
             else:
-                block = group_size + 1
-                layer = toy_layer(
-                    n_groups * block,
-                    1,
-                    d_out,
-                    quirk=quirk,
-                    seed=seed,
-                    block=block if structure == "n:m" else 0,
-                    needs=self.plugin.needs,
-                )
+                d_in, block = n_groups * (group_size + 1), group_size + 1 if structure == "n:m" else 0
+                layer = toy_layer(d_in, 1, d_out, quirk=quirk, seed=seed, block=block, needs=self.plugin.needs)
             layer = supplied(replace(layer, damping=damping), self.plugin)
             checked(self.plugin, layer, counts_of(layer))
 
-    def _layers(self, zoo: Mapping[str, Callable[..., LayerProblem]]) -> Iterator[tuple[str, LayerProblem]]:
+    def _layers(self, zoo: Zoo) -> Iterator[tuple[str, LayerProblem]]:
         """The layers of a zoo, each as calibration hands it to this pruner."""
         return ((name, supplied(made(needs=self.plugin.needs), self.plugin)) for name, made in zoo.items())

@@ -10,13 +10,13 @@ import torch
 from prunekit.calibration.statistics import statistics_of
 from prunekit.layer.problem import LayerProblem
 from prunekit.plugins.signal import Signal
-from prunekit.testing.layers import LAYERS, Quirk, permuted, toy_layer
+from prunekit.testing.layers import LAYERS, Quirk, other_order, permuted, tensors_of, toy_layer
 from prunekit.testing.shapes import on_any_shape
 
 
 def measured(signal: Signal, layer: LayerProblem) -> float:
     """Measure what calibration tells this signal, and check what holds for every number."""
-    value = signal.measure(layer.knowing(signal.needs))
+    value = signal.measure(layer.restricted_to(signal.needs))
     assert type(value) is float
     assert math.isfinite(value)
     return value
@@ -40,25 +40,21 @@ class SignalSuite:
         for name, made in LAYERS.items():
             with subtests.test(name):
                 layer, state = made(needs=self.plugin.needs), torch.get_rng_state()
-                owners = (layer, *layer.feeders)
-                parts = [part for o in owners for part in (*vars(o).values(), *o.statistics.values())]
-                tensors = [part for part in parts if isinstance(part, torch.Tensor)]
-                before = [tensor.clone() for tensor in tensors]
+                before = [tensor.clone() for tensor in tensors_of(layer)]
                 assert measured(self.plugin, layer) == measured(self.plugin, replace(layer))
                 assert torch.equal(state, torch.get_rng_state()), "the global random state is the caller's"
-                assert all(torch.equal(one, two) for one, two in zip(before, tensors, strict=True))
+                assert all(torch.equal(one, two) for one, two in zip(before, tensors_of(layer), strict=True))
 
     def test_does_not_depend_on_the_order_of_the_groups(self, plain: LayerProblem) -> None:
-        order = [(5 * g + 1) % plain.n_groups for g in range(plain.n_groups)]  # none stays
-        here, there = measured(self.plugin, plain), measured(self.plugin, permuted(plain, order))
+        here, there = (measured(self.plugin, layer) for layer in (plain, permuted(plain, other_order(plain))))
         assert there == pytest.approx(here, rel=1e-5, abs=1e-7)
 
     @pytest.mark.parametrize("scale", [2.0**-6, 2.0**6])
     def test_is_the_same_in_other_units_if_it_says_so(self, plain: LayerProblem, scale: float) -> None:
         if not self.plugin.unitless:
             pytest.skip("it does not say so")
-        feeders = tuple(replace(feeder, weight=scale * feeder.weight) for feeder in plain.feeders)
-        louder = replace(plain, weight=scale * plain.weight, feeders=feeders)
+        producers = tuple(replace(producer, weight=scale * producer.weight) for producer in plain.producers)
+        louder = replace(plain, weight=scale * plain.weight, producers=producers)
         assert measured(self.plugin, louder) == pytest.approx(measured(self.plugin, plain), rel=1e-5, abs=1e-7)
 
     @on_any_shape

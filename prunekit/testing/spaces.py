@@ -2,10 +2,10 @@
 
 import random
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 from prunekit.plugins.allocator import Problem
 from prunekit.space.budgets import Budget
@@ -21,15 +21,7 @@ def sites_of(blocks: int, attention: tuple[int, int], mlp: tuple[int, int]) -> t
     """Attention and MLP sites in turn, each kind given as (groups, parameters per group)."""
 
     def site(block: int, kind: Kind, groups: int, price: int) -> Site:
-        return Site(
-            f"{block}.{kind}",
-            block,
-            kind,
-            groups,
-            group_size=1,
-            params_per_group=price,
-            cached_per_group=kind == "attention",
-        )
+        return Site(f"{block}.{kind}", block, kind, groups, 1, price, cached_per_group=kind == "attention")
 
     return tuple(s for b in range(blocks) for s in (site(b, "attention", *attention), site(b, "mlp", *mlp)))
 
@@ -79,10 +71,9 @@ class Cached(Metric):
 def timed(sites: Sequence[Site]) -> Prices:
     """The price table of a model on hardware that works in `Tiles`."""
     metric, curves = Tiles(), dict[str, Curve]()
-    for shape, many in Counter(site.shape for site in sites).items():
-        site = next(site for site in sites if site.shape == shape)
-        counts = tuple(metric.counts(site))
-        curves[shape] = Curve(counts, tuple(metric.price(site, kept) for kept in counts), many)
+    for site in sites:
+        counts, many = tuple(metric.counts(site)), sum(other.shape == site.shape for other in sites)
+        curves[site.shape] = Curve(counts, tuple(metric.price(site, kept) for kept in counts), many)
     dense = metric.outside(sites, 0) + sum(metric.price(site, site.n_groups) for site in sites)
     return Prices(Workload(1, 8, 0), {}, dense, 0.0, curves)
 
@@ -116,9 +107,14 @@ def problem(space: Space, errors: Table | None = None, seed: int = 0, tokens: in
     return Problem(space, errors or convex_table(space, seed), space.uniform(), seed, tokens)
 
 
+def _of(blocks: int, share: float, **budget: Any) -> Problem:
+    """Attention of 4 groups and MLPs of 16, every count of both."""
+    sites = sites_of(blocks, attention=(4, 10), mlp=(16, 3))
+    return problem(Space.whole(sites, Budget.keeping(share, sites, **budget)))
+
+
 def _even() -> Problem:
-    sites = tuple(Site(str(i), i, "mlp", 4, 1, 1) for i in range(4))
-    space = Space.whole(sites, Budget(8))
+    space = Space.whole(tuple(Site(str(i), i, "mlp", 4, 1, 1) for i in range(4)), Budget(8))
     return problem(space, rough_table(space, 1))
 
 
@@ -128,58 +124,22 @@ def _uneven() -> Problem:
     return problem(Space.whole(sites, Budget.keeping(0.6, sites)).zoomed((2, 384) * 3, stride=1 / 8, reach=8))
 
 
-def _apart() -> Problem:
-    sites = sites_of(3, attention=(4, 10), mlp=(16, 3))
-    return problem(Space.whole(sites, Budget.keeping(0.5, sites, apart=True)))
-
-
-def _cached() -> Problem:
-    """Only attention has a price."""
-    sites = sites_of(3, attention=(4, 10), mlp=(16, 3))
-    return problem(Space.whole(sites, Budget.keeping(0.5, sites, metric=Cached())))
-
-
-def _timed() -> Problem:
-    """Prices from a table: most counts are not worth keeping, and the first group is dearer than the next."""
-    sites = sites_of(3, attention=(4, 10), mlp=(16, 3))
-    return problem(Space.whole(sites, Budget.keeping(0.6, sites, metric=Tiles())))
-
-
-def _nearly_all() -> Problem:
-    sites = sites_of(2, attention=(4, 10), mlp=(16, 3))
-    return problem(Space.whole(sites, Budget.keeping(0.95, sites)))
-
-
-def _nearly_none() -> Problem:
-    sites = sites_of(2, attention=(4, 10), mlp=(16, 3))
-    return problem(Space.whole(sites, Budget.keeping(0.05, sites)))
-
-
 def _one_site() -> Problem:
     sites = (Site("only", 0, "mlp", 16, 1, 3),)
     return problem(Space.whole(sites, Budget.keeping(0.5, sites)))
 
 
-def _one_rung() -> Problem:
-    """Nothing to exchange."""
-    one = _even().space
-    return problem(replace(one, ladders=tuple((2,) for _ in one.sites)))
-
-
-def _no_tokens() -> Problem:
-    return replace(_uneven(), tokens=0)
-
-
 ZOO: Mapping[str, Callable[[], Problem]] = {
     "even": _even,
     "uneven": _uneven,
-    "apart": _apart,
-    "cached": _cached,
-    "timed": _timed,
-    "nearly all": _nearly_all,
-    "nearly none": _nearly_none,
+    "apart": partial(_of, 3, 0.5, apart=True),
+    "cached": partial(_of, 3, 0.5, metric=Cached()),  # only attention has a price
+    # prices from a table: most counts are not worth keeping, and the first group is dearer than the next
+    "timed": partial(_of, 3, 0.6, metric=Tiles()),
+    "nearly all": partial(_of, 2, 0.95),
+    "nearly none": partial(_of, 2, 0.05),
     "one site": _one_site,
-    "one rung": _one_rung,
-    "no tokens": _no_tokens,
+    "one rung": lambda: problem(replace(_even().space, ladders=((2,),) * 4)),  # nothing to swap
+    "no tokens": lambda: replace(_uneven(), tokens=0),
 }
 """Problems every allocator meets, by what is hard about them."""

@@ -65,7 +65,7 @@ def test_stages_add_up(net):
 
 def test_after_a_prefetch_no_block_runs_for_an_allocation(net, monkeypatch):
     batch, objective = toy_tokens(seed=5), HiddenState()
-    plans = [net.space.uniform(), *list(net.space.exchanges(net.space.uniform()))[:3]]
+    plans = [net.space.uniform(), *list(net.space.swaps(net.space.uniform()))[:3]]
     alone = [objective.loss(net, plan, batch) for plan in plans]
     assert net.prefetch(plans, objective.reads(3).parts(batch), objective.reads(3).depths) == plans
     monkeypatch.setattr(type(net), "_run", lambda *_: pytest.fail("ran again"))

@@ -94,7 +94,7 @@ def test_the_dense_model_is_asked_once(monkeypatch):
     net, batch, asked = toy_supernet(), toy_tokens(sources=2), []
     plain = Perplexity.loss
     monkeypatch.setattr(Perplexity, "loss", lambda self, net, a, batch: asked.append(a) or plain(self, net, a, batch))
-    for plan in [net.space.uniform(), *list(net.space.exchanges(net.space.uniform()))[:2]]:
+    for plan in [net.space.uniform(), *list(net.space.swaps(net.space.uniform()))[:2]]:
         Robust(Perplexity()).loss(net, plan, batch)
     assert asked.count(()) == 2
     assert len(asked) == 2 + 3 * 2

@@ -84,7 +84,7 @@ class Descent(pk.Allocator):
         here = problem.start
         (best,) = yield [pk.Query(here)]
         for _ in range(self.steps):
-            neighbours = list(problem.space.exchanges(here))
+            neighbours = list(problem.space.swaps(here))
             if not neighbours:
                 break
             losses = yield [pk.Query(there) for there in neighbours]

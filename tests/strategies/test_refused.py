@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from prunekit.plugins.registry import KINDS
+from prunekit_strategies.metrics.formulas import Flops
+from prunekit_strategies.metrics.latency import Latency
 from prunekit_strategies.pruners.admm import ADMM
 from prunekit_strategies.pruners.apt import APT
 from prunekit_strategies.pruners.obs import OBS
@@ -72,7 +74,7 @@ REFUSED: dict[str, dict[str, list[dict[str, Any]]]] = {  # options by what the s
         "0 < spread < 2, not 0": [{"spread": 0.0}],
     },
     "allocator milp": {
-        "shares|measured for the budget": [{"limits": (("flops", 0.0),)}, {"limits": (("latency", 0.5),)}],
+        "shares|measured for the budget": [{"limits": ((Flops(), 0.0),)}, {"limits": ((Latency(), 0.5),)}],
         "differ|no table": [{"differ": 0}, {"table": "x"}],
     },
     "allocator nevergrad": {

@@ -13,5 +13,3 @@ class Llama(Transformer):
     """Separate q, k, v and o with grouped KV heads; a gated MLP."""
 
     family = FAMILIES["llama"]
-    layers = "model.layers"
-    final = ("model.norm", "lm_head")

@@ -13,5 +13,3 @@ class Mistral(Transformer):
     """As Llama; head width need not be hidden size / heads."""
 
     family = FAMILIES["mistral"]
-    layers = "model.layers"
-    final = ("model.norm", "lm_head")

@@ -13,5 +13,3 @@ class Qwen2(Transformer):
     """As Llama, with biases on q, k and v."""
 
     family = FAMILIES["qwen2"]
-    layers = "model.layers"
-    final = ("model.norm", "lm_head")

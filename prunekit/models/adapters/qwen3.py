@@ -13,5 +13,3 @@ class Qwen3(Transformer):
     """As Llama, with a norm of one head's width on queries and keys, which all heads share."""
 
     family = FAMILIES["qwen3"]
-    layers = "model.layers"
-    final = ("model.norm", "lm_head")

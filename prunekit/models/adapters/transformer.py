@@ -30,7 +30,11 @@ class Transformer(ModelAdapter):
     """
 
     family: ClassVar[Family]
-    final: ClassVar[tuple[str, ...]]  # modules after the last block, in order; absent ones are passed over
+    layers = "model.layers"
+    final: ClassVar[tuple[str, ...]] = (
+        "model.norm",
+        "lm_head",
+    )  # modules after the last block, in order; absent ones are passed over
 
     def sites(self, model: nn.Module, heads: Heads = "kv") -> tuple[Site, ...]:
         return tuple(
@@ -44,7 +48,7 @@ class Transformer(ModelAdapter):
         stages: list[tuple[str, ...]] = []
         for part in PARTS:
             if part not in self.dropped(block):
-                stages += [self._fed(part), (self.family.columns[part],)]
+                stages += [self._producers(part), (self.family.columns[part],)]
         return stages
 
     def part(self, site: Site) -> Part | None:
@@ -69,7 +73,7 @@ class Transformer(ModelAdapter):
         if not site.form.shrinks:
             return super().maps(block, site)
         part = _part(site)
-        return [linear_at(block, path) for path in (*self._fed(part), self.family.columns[part])]
+        return [linear_at(block, path) for path in (*self._producers(part), self.family.columns[part])]
 
     def pruned(self, block: nn.Module, site: Site, candidate: Candidate) -> dict[str, nn.Module]:
         if not site.form.shrinks:
@@ -79,9 +83,9 @@ class Transformer(ModelAdapter):
         if not candidate.kept:
             return self._stubs(block, site)
         kept = torch.tensor(candidate.kept)
-        *fed, own = self.cuts(block, site)
+        *producers, own = self.cuts(block, site)
         # ascending, because query head h reads KV head h // n_rep also where a group is spread over all of them
-        changed = {cut.path: sliced(linear_at(block, cut.path), cut.dim, _rows(cut, kept)) for cut in fed}
+        changed = {cut.path: sliced(linear_at(block, cut.path), cut.dim, _rows(cut, kept)) for cut in producers}
         columns = _rows(own, kept)
         changed[own.path] = sliced(linear_at(block, own.path), 1, columns, source=candidate.weight)
         if (holder := self.holder(site)) is None:
@@ -108,8 +112,8 @@ class Transformer(ModelAdapter):
             if not _by_query(site, kv):  # by query head, keys and values stay: each still has readers
                 index |= {"kv": torch.arange(kv * width).reshape(kv, -1)}
                 index |= {"qkv": torch.arange(3 * kv * width).reshape(kv, -1)}  # q, k, v side by side in every head
-        fed = [Cut(path, 0, index[unit]) for path, unit in self.family.rows.items() if unit in index]
-        return *fed, Cut(self.family.columns[_part(site)], 1, own)
+        producers = [Cut(path, 0, index[unit]) for path, unit in self.family.rows.items() if unit in index]
+        return *producers, Cut(self.family.columns[_part(site)], 1, own)
 
     def heads(self, block: nn.Module) -> tuple[int, int, int]:
         """(query heads, KV heads, head width) of the block's attention, read from its modules."""
@@ -172,7 +176,7 @@ class Transformer(ModelAdapter):
         total = sum(p.numel() for module in gone for p in module.parameters())
         return replace(site, params_per_group=each, params_fixed=total - n_groups * each)
 
-    def _fed(self, part: Part) -> tuple[str, ...]:
+    def _producers(self, part: Part) -> tuple[str, ...]:
         """The linear maps in front of the one whose columns are cut."""
         inside = f"{self.family.attention}."
         return tuple(path for path in self.family.rows if path.startswith(inside) == (part == "attention"))

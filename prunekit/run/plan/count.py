@@ -26,6 +26,7 @@ from prunekit.plugins.metric import Runs
 from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.run.plan.plan import HEARING, Stage
+from prunekit.run.plan.rehearsal import Rehearsal
 from prunekit.search.store import CandidateStore
 from prunekit.search.teacher import Teacher
 from prunekit.space.ladders import Space
@@ -69,7 +70,7 @@ class Shape:
 
     def map(self, site: Site) -> MapShape:
         """Of its linear map."""
-        return MapShape(site.d_in, site.d_out, shared=bool(site.shares))
+        return MapShape(site.d_in, site.d_out, shared=bool(site.input_group))
 
     def producers(self, site: Site) -> dict[str, MapShape]:
         """Of the linear maps whose rows go with its groups, by path."""
@@ -103,7 +104,7 @@ class Member:
     name: str  # its sparsity; "" alone
     whole: Space
     spaces: Sequence[Space]  # of every round
-    forwards: Sequence[int | None]  # token-forwards of every search
+    searches: Sequence[Rehearsal]  # of every round
     last: Space  # what is built in the end
     wanted: bool  # there is to be a result
 
@@ -169,11 +170,13 @@ class Count:
 
     def _stages(self, shares: Shares) -> Iterator[Stage]:
         paged, size = shares.blocks is not None, self.shape.computed.itemsize
+        shape = self.shape
         held = self.resident + self._page if paged else self.everything
         chunk = min(max(TOKENS_AT_ONCE, self.seqlen), max(self.tokens.values()))
         widest = max(site.d_in for site in self.shape.sites)
         working = chunk * size * (3 * widest + 6 * self.shape.width) + CUSHION
-        yield Stage("open", held + CUSHION, shares.blocks or 0, read=self._stored)
+        cast = 0 if paged or shape.stored == shape.computed else self._stored  # both are there for a moment
+        yield Stage("open", held + cast + CUSHION, shares.blocks or 0, read=self._stored)
         if self.before is not None:
             yield Stage(
                 "time sub-layers", self.everything + self.before.copied * size + CUSHION,
@@ -201,10 +204,10 @@ class Count:
         )  # fmt: skip
 
     def _rounds(self, shares: Shares, held: int) -> Iterator[Stage]:
-        """A walk along the rungs of all, then the search of each."""
+        """A calibration pass along the rungs of all, then the search of each."""
         recipe, shape, (heard, written) = self.recipe, self.shape, self._heard(shares)
-        for number, every in enumerate(self._walked):
-            yield self._walk(f"prune {number + 1}", every, shares, held)
+        for number, every in enumerate(self._passes):
+            yield self._pass(f"prune {number + 1}", every, shares, held)
             if number == 0 and heard + written:
                 yield Stage(
                     HEARING, held, shares.blocks or 0, written, read=0 if shares.blocks is None else self._stored,
@@ -213,15 +216,16 @@ class Count:
             for member in self.members:
                 if number >= len(member.spaces):
                     continue
-                forwards, share = member.forwards[number], self._share(member)
+                search, share = member.searches[number], self._share(member)
+                forwards = search.forwards
                 flops = None if forwards is None else shape.forward(forwards, self.seqlen, head=True, share=share)
                 most = "" if recipe.search_budget is None else f"at most {recipe.search_budget:,} token-forwards"
                 why = most if forwards != 0 else ""
                 if forwards is None:
                     why = most or "what the allocator will ask"
-                ready = shares.hidden + shares.dense + shares.parts if forwards != 0 else 0
+                states, ready = self._searched(search, member.spaces[number], shares)
                 yield Stage(
-                    member.called(f"search {number + 1}"), held, (shares.blocks or 0) + ready,
+                    member.called(f"search {number + 1}"), held + states, (shares.blocks or 0) + ready,
                     flops=flops, unknown=why, member=member.name,
                 )  # fmt: skip
 
@@ -229,8 +233,8 @@ class Count:
         """Rebuilt, finished, measured, saved; the first measures the dense model too."""
         recipe, shape, judged = self.recipe, self.shape, self.tokens["evaluation"]
         paged, size, kept = shares.blocks is not None, shape.computed.itemsize, shares.blocks or 0
-        if recipe.rebuild and member.last.ladders != self._walked[len(member.spaces) - 1].ladders:
-            yield self._walk(member.called("rebuild"), member.last, shares, held + working, member.name)
+        if recipe.rebuild and member.last.ladders != self._passes[len(member.spaces) - 1].ladders:
+            yield self._pass(member.called("rebuild"), member.last, shares, held + working, member.name)
         stays = self.everything // size - member.freed  # parameters
         logits = 2 * FLOAT * min(judged, max(self.seqlen, LOGITS_AT_ONCE // shape.vocabulary)) * shape.vocabulary
         hidden = min(HIDDEN_BYTES, judged * shape.width * size)
@@ -263,7 +267,7 @@ class Count:
         yield Stage(member.called("export"), exported + CUSHION, kept, saved, read, member=member.name)
 
     @cached_property
-    def _walked(self) -> list[Space]:
+    def _passes(self) -> list[Space]:
         """Of every round, the rungs of all that still search."""
         rounds = []
         for number in range(max(len(member.spaces) for member in self.members)):
@@ -299,7 +303,25 @@ class Count:
         inside = min(said, shares.teacher)
         return inside, min(said - inside, shares.teacher_disk)
 
-    def _walk(self, name: str, space: Space, shares: Shares, held: int, member: str = "") -> Stage:
+    def _searched(self, search: Rehearsal, space: Space, shares: Shares) -> tuple[int, int]:
+        """(bytes of the states that go through a block together, bytes that are kept ready) while a search asks."""
+        if search.forwards == 0:
+            return 0, 0
+        shape, reads, tokens = self.shape, self.parts.objective.reads(len(self.shape.blocks)), self.tokens["search"]
+        each = shape.width * shape.computed.itemsize  # bytes of a token's state
+        one = tokens * each * len({*reads.depths, len(shape.blocks)})
+        hidden = shares.hidden if search.together is None else min(shares.hidden, one * search.together // tokens)
+        dense = min(shares.dense, tokens * each * (len(reads.depths) if shares.blocks is None else 2))
+        parts = 0
+        for site, ladder in zip(space.sites, space.ladders, strict=True):
+            maps = [shape.map(site), *shape.producers(site).values()]
+            whole, layout = sum(each.d_in * each.d_out for each in maps), layout_of(site)
+            parts += sum(whole - layout.freed(site, kept) for kept in ladder) * shape.computed.itemsize
+        most = max(1, hidden // one) if search.allocations is None else search.allocations
+        chunk = min(max(TOKENS_AT_ONCE, self.seqlen), tokens)
+        return 2 * min(most, max(1, hidden // one)) * chunk * each, hidden + dense + min(shares.parts, parts)
+
+    def _pass(self, name: str, space: Space, shares: Shares, held: int, member: str = "") -> Stage:
         """`held`: bytes in memory beside what a site takes."""
         shape, needs, tokens = self.shape, self.parts.needs, self.tokens["calibration"]
         statistics = statistics_of(needs)
@@ -308,7 +330,7 @@ class Count:
         memory = disk = spill = doubles = 0
         flops = streams * shape.forward(tokens, self.seqlen, head=False)
         for _, members in groupby(space.sites, key=lambda site: site.block):
-            block = [(s.d_in, shape.adapter.part(s) is not None, bool(s.shares)) for s in members]
+            block = [(s.d_in, shape.adapter.part(s) is not None, bool(s.input_group)) for s in members]
             spill = max(spill, BlockFlow.peak(tokens, shape.width, size, block, streams))
         for site, ladder in zip(space.sites, space.ladders, strict=True):
             own, there, fed = shape.map(site), shape.collected(site, statistics), shape.producers(site)
@@ -321,8 +343,9 @@ class Count:
             weights = site.d_in * d_out * (len(ladder) * each + 2 * DOUBLE + 2 * size)
             # sums and what is added to them, or their means where they are shared; then means alone
             made = (site.d_in if paired else d_out) if streams == 2 else 0
-            beside = moments if site.shares else FLOAT * site.d_in * max(next(strips(site.d_in)).stop, made)
-            memory = max(memory, moments + beside, moments + weights)
+            beside = moments if site.input_group else FLOAT * site.d_in * max(next(strips(site.d_in)).stop, made)
+            solve = 3 * DOUBLE * site.d_in**2 if "gram" in needs else 0  # damped, its factor, its inverse
+            memory = max(memory, moments + beside, moments + weights + solve)
             disk += CandidateStore.bytes(site, ladder, shape.stored, scores=scores)
             flops += Moments.flops(there, own, fed, tokens)
             cross = "cross" in needs and site.form.shrinks

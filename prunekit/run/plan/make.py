@@ -18,11 +18,12 @@ from prunekit.plugins.metric import MeasuredMetric
 from prunekit.recipe.resolve import Parts
 from prunekit.run.plan.count import Count, Member, Shape
 from prunekit.run.plan.plan import Plan
-from prunekit.run.plan.rehearsal import rehearsed, walks
+from prunekit.run.plan.rehearsal import Rehearsal, list_passes, rehearsed
 from prunekit.run.workplace import written
 from prunekit.search.conversation import Known
 from prunekit.space.ladders import Space
-from prunekit.system.memory import Shares, available, parsed
+from prunekit.system.memory import Shares, available
+from prunekit.system.sizes import parse_size
 
 SPARE = 0.9  # of what is free on the machine; the rest is for others
 
@@ -51,7 +52,7 @@ def planned(
     computed = computing_dtype(stored, recipe.dtype, device)
     seqlen = window_of(recipe.data, limits(model)["max_seqlen"])
     tokens = amounts(recipe.data, seqlen)
-    limit_asked = parsed(recipe.memory)
+    limit_asked = parse_size(recipe.memory)
     limit = round(available(device) * SPARE) if limit_asked is None else limit_asked - _taken(device)
     free_disk = place = None
     if output is not None:
@@ -60,16 +61,16 @@ def planned(
     allocator, known = parts.allocator, dict[int, Known]()
     free = not parts.objective.reads(1).tokens
 
-    def forwards(number: int, space: Space) -> int | None:
+    def searched(number: int, space: Space) -> Rehearsal:
         if free or not rehearse:
-            return 0 if free else None
+            return Rehearsal(0, 0, 0) if free else Rehearsal()
         learnt = known.setdefault(number, {})
         return rehearsed(allocator, space, tokens["search"], seqlen, recipe.search_budget, learnt)
 
     members = []
     for each, whole in zip(recipe.members, wholes, strict=True):
-        *spaces, last = walks(allocator, whole)
-        counted = [forwards(number, space) for number, space in enumerate(spaces)]
+        *spaces, last = list_passes(allocator, whole)
+        counted = [searched(number, space) for number, space in enumerate(spaces)]
         wanted = each.sparsity in (asked or [recipe.sparsity])
         members.append(Member(str(each.sparsity) if recipe.family else "", whole, spaces, counted, last, wanted))
     metric, measured, before, after = parts.metric, "", None, None
@@ -88,8 +89,7 @@ def planned(
     can = next(model.parameters()).is_meta and tight.least < plan.least  # else it is in memory already, or very small
     if paged := can and not measured and plan.least > limit:
         plan = tight
-    room_to_solve = 3 * 8 * max(site.d_in for site in shape.sites) ** 2  # for pruners that factorise
-    return of(Shares.of(limit - plan.least - room_to_solve, paged=paged))
+    return of(Shares.of(limit - plan.least, paged=paged))
 
 
 def _taken(device: torch.device) -> int:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from prunekit.errors import WrongInput
-from prunekit.system.memory import Shares, amount
+from prunekit.system.memory import Shares
 from prunekit.system.rates import Rates
+from prunekit.system.sizes import amount
 
 HEARING = "dense model"  # a stage of nobody's own: the first question waits for it
 

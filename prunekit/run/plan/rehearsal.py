@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from prunekit.errors import WrongInput
 from prunekit.plugins.allocator import Allocator, Journal, Problem, Query
 from prunekit.search.conversation import Known
 from prunekit.space.ladders import Space
@@ -13,7 +16,7 @@ from prunekit.space.ladders import Space
 PATIENCE = 2.0  # seconds that a search is rehearsed
 
 
-def walks(allocator: Allocator, whole: Space) -> list[Space]:
+def list_passes(allocator: Allocator, whole: Space) -> list[Space]:
     """The spaces of a search whose answers stay in the middle, and the one that is built in the end."""
     spaces = [allocator.first_space(whole)]
     while len(spaces) < 32:
@@ -22,6 +25,15 @@ def walks(allocator: Allocator, whole: Space) -> list[Space]:
             break
         spaces.append(finer)
     return [*spaces, allocator.last_space(whole, spaces[-1].nearest(whole.uniform()))]
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a search asks; None: it cannot be known, or a rehearsal was not asked for."""
+
+    forwards: int | None = None  # tokens of all questions, those of every allocation counted
+    allocations: int | None = None  # in one ask at most
+    together: int | None = None  # tokens of the allocations that one ask has on the same tokens, at most
 
 
 class _Mute(Journal):
@@ -39,11 +51,23 @@ def rehearsed(
     limit: int | None = None,
     known: Known | None = None,
     patience: float = PATIENCE,
-) -> int | None:
-    """Token-forwards of a search, counted by holding it on a stand-in table; None: it would not be rehearsed.
+) -> Rehearsal:
+    """What a search will ask, counted by holding it on a stand-in table.
 
     Losses are additive in errors that fall with the square of what is removed. A search that goes on until it is
-    content may ask more or less of a real model. What is `known` from another's is free; what is learnt is added.
+    content may ask more or less of a real model.
+
+    Args:
+        allocator: whose search is held.
+        space: what it searches.
+        tokens: of the search text.
+        seqlen: tokens in a window.
+        limit: token-forwards at most; None: as many as it asks.
+        known: losses that are free, learnt from another search; what is learnt is added.
+        patience: seconds.
+
+    Raises:
+        WrongInput: what the allocator itself refuses.
     """
     errors = tuple(
         tuple((1 + i % 3) * (1 - kept / site.n_groups) ** 2 for kept in ladder)
@@ -53,6 +77,7 @@ def rehearsed(
     signals = tuple(tuple(1.0 + (i % 5) / 10 for i in range(len(space.sites))) for _ in allocator.signals)
     start, judged, paid = space.nearest(space.uniform()), {} if known is None else known, 0
     problem = Problem(space, errors, start, 0, tokens, signals, scores, _Mute())
+    allocations = together = 0
 
     def loss(query: Query) -> float:
         return sum(
@@ -69,14 +94,19 @@ def rehearsed(
                 (q.allocation, tokens if q.tokens is None else min(tokens, max(1, q.tokens // seqlen) * seqlen))
                 for q in queries
             ]
-            paid += sum(count for key, count in dict.fromkeys((k, k[1]) for k in asked) if key not in judged)
+            new = Counter(count for key, count in dict.fromkeys((k, k[1]) for k in asked) if key not in judged)
+            paid += sum(count * times for count, times in new.items())
             if limit is not None and paid > limit:
-                return limit
+                return Rehearsal(limit, allocations, together)
+            allocations = max([allocations, *new.values()])
+            together = max([together, *(count * times for count, times in new.items())])
             judged |= {key: loss(query) for key, query in zip(asked, queries, strict=True)}
             if time.monotonic() > ends:
-                return None
+                return Rehearsal()
             queries = search.send([judged[key] for key in asked])
     except StopIteration:
-        return paid
-    except Exception:
-        return None
+        return Rehearsal(paid, allocations, together)
+    except WrongInput:
+        raise
+    except Exception:  # a stand-in is no model: whatever is wrong with it is told of the real one
+        return Rehearsal()

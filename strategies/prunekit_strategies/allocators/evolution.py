@@ -121,7 +121,7 @@ def _around(space: Space, centre: Allocation, most: int, rng: random.Random) -> 
     for _ in range(most):
         ring, inner = [], ring
         for here in inner:
-            there = [a for a in space.exchanges(here) if a not in seen]
+            there = [a for a in space.swaps(here) if a not in seen]
             rng.shuffle(there)
             seen.update(there)
             ring += there
@@ -129,10 +129,10 @@ def _around(space: Space, centre: Allocation, most: int, rng: random.Random) -> 
 
 
 def _exchanged(space: Space, here: Allocation, rng: random.Random) -> Allocation | None:
-    """A random exchange between two sites that share a purse; None where that one is not possible."""
-    purses = [members for members, _ in space.purses if len(members) > 1]
-    if not purses:
+    """A random exchange between two sites that share a partition; None where that one is not possible."""
+    partitions = [members for members, _ in space.partitions if len(members) > 1]
+    if not partitions:
         return None
-    (members,) = rng.choices(purses, weights=[len(members) for members in purses])
+    (members,) = rng.choices(partitions, weights=[len(members) for members in partitions])
     up, down = rng.sample(members, 2)
-    return space.exchange(here, up, down)
+    return space.swap(here, up, down)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
 
-FINE = 1 / 128  # stride of the second walk, share of a site's groups
+FINE = 1 / 128  # stride of the second calibration pass, share of a site's groups
 Normalise = Literal["z-score", "l2", "none"]
 
 
@@ -28,7 +28,8 @@ class GlobalRank(Allocator):
     LLM-Pruner (Ma et al. 2023, arXiv 2305.11627), its global mode. Ours: exact integer prices (a head is worth its
     price in neurons), the protected share, and `compete`: the start is among the answers the objective chooses from.
     Which units of a site go stays with the pruner, in the same order. Normalised scores differ little between sites, so
-    that coarse rungs would round them to the start: a second walk around the first answer has rungs of FINE.
+    that coarse rungs would round them to the start: a second calibration pass around the first answer has rungs
+    of FINE.
     """
 
     normalise: Normalise = "z-score"
@@ -61,7 +62,7 @@ class GlobalRank(Allocator):
         assert problem.scores is not None
         space = problem.space
         kept = [site.n_groups for site in space.sites]
-        for members, limit in space.purses:
+        for members, limit in space.partitions:
             units: list[tuple[float, float, int]] = []  # (t, place in its site, site): ties go evenly
             for i in members:
                 site = space.sites[i]

@@ -44,7 +44,7 @@ class Greedy(Allocator):
             tokens = min(self.tokens, problem.tokens) or None
             (least,) = yield [Query(here, tokens)]
             for _ in range(self.steps):
-                around = list(space.exchanges(here))
+                around = list(space.swaps(here))
                 if self.width is not None:
                     around = nsmallest(self.width, around, key=lambda a: (total(space, table, a), a))
                 losses = (yield [Query(a, tokens) for a in around]) if around else [math.inf]
@@ -59,7 +59,7 @@ class Greedy(Allocator):
 def descended(space: Space, table: Table, here: Allocation) -> Allocation:
     """The end of (1) on a table."""
     least = total(space, table, here)
-    while around := list(space.exchanges(here)):
+    while around := list(space.swaps(here)):
         low, there = min((total(space, table, a), a) for a in around)
         if not low < least:
             break

@@ -73,7 +73,7 @@ class MetricMap(Allocator):
         """Kept groups per site, before rounding."""
         space, x = problem.space, self.standing(problem)
         wish = [float(site.n_groups) for site in space.sites]  # a site without a price keeps all
-        for members, limit in space.purses:
+        for members, limit in space.partitions:
             price = {i: p for i in members if (p := space.budget.price(space.sites[i], space.sites[i].n_groups))}
             total = sum(price.values())
             mean = 1 - limit / max(total, 1)
@@ -178,10 +178,10 @@ def to_unit(values: Sequence[float], scale: Scale) -> list[float]:
 
 
 def mean_errors(problem: Problem) -> list[float]:
-    """Every site's error where all keep the same share, read between the rungs; by purse."""
+    """Every site's error where all keep the same share, read between the rungs; by partition."""
     space = problem.space
     found = [0.0] * len(space.sites)
-    for members, _ in space.purses:
+    for members, _ in space.partitions:
         groups = sum(space.budget.price(space.sites[i], space.sites[i].n_groups) for i in members)
         spent = sum(space.budget.price(space.sites[i], problem.start[i]) for i in members)
         for i in members:

@@ -4,17 +4,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from prunekit import Allocation, Metric, Parameters, Space, WrongInput
+from prunekit import Allocation, MeasuredMetric, Metric, Space, WrongInput
 from prunekit_strategies.allocators.additive import Additive, Table
-from prunekit_strategies.metrics.formulas import Bytes, Flops, KVCache
-
-Formula = Literal["parameters", "bytes", "flops", "kv-cache"]
-FORMULAS: dict[str, Metric] = {m.unit: m for m in (Parameters(), Bytes(), Flops(), KVCache())}
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class MixedInteger(Additive):
     not replaced, solutions are judged again, and whole numbers are checked in whole numbers.
     """
 
-    limits: tuple[tuple[Formula, float], ...] = ()  # (metric, share of the dense sites that may be kept)
+    limits: tuple[tuple[Metric, float], ...] = ()  # share of the dense sites that may be kept, in any metric
     differ: int = 2  # sites in which candidates must differ
 
     def __post_init__(self) -> None:
@@ -45,10 +41,16 @@ class MixedInteger(Additive):
             raise ValueError(f"candidates differ in at least 1 site, not {self.differ}")
         if not all(0 < share <= 1 for _, share in self.limits):
             raise ValueError(f"limits are shares in 0..1, not {self.limits}")
-        if any(metric == "latency" for metric, _ in self.limits):
-            raise ValueError(
-                "latency is measured for the budget alone; ask for it as the target, other metrics as limits"
-            )
+        for metric, _ in self.limits:
+            if isinstance(metric, MeasuredMetric):
+                raise ValueError(
+                    f"{metric.unit} is measured for the budget alone; ask for it as the target, other metrics as limits"
+                )
+
+    def first_space(self, whole: Space) -> Space:
+        for metric, _ in self.limits:
+            metric.check(whole.sites[0].form.units)
+        return super().first_space(whole)
 
     def last_space(self, whole: Space, best: Allocation) -> Space:
         # what the budget has left might be spent on what a limit forbids
@@ -88,7 +90,7 @@ class MixedInteger(Additive):
                 left -= 1
                 yield allocation
         if left == self.candidates:
-            said = ", ".join(f"{share:g} of {metric}" for metric, share in self.limits)
+            said = ", ".join(f"{share:g} of {metric.unit}" for metric, share in self.limits)
             raise WrongInput(f"no allocation keeps the budget and {said}; raise a limit, or lower the sparsity")
 
     def keeps(self, space: Space, allocation: Allocation) -> bool:
@@ -99,14 +101,14 @@ class MixedInteger(Additive):
         )
 
     def _rows(self, space: Space) -> list[tuple[list[list[int]], int]]:
-        """(price of every rung, limit) for each purse and each limit, in units of the prices' greatest divisor."""
+        """(price of every rung, limit) for each partition and each limit, in units of the prices' greatest divisor."""
         rows = []
-        for members, limit in space.purses:
+        for members, limit in space.partitions:
             rows.append(([[p * (i in members) for p in row] for i, row in enumerate(space.prices)], limit))
         for metric, share in self.limits:
-            price = FORMULAS[metric].price
-            prices = [[price(s, k) for k in ladder] for s, ladder in zip(space.sites, space.ladders, strict=True)]
-            rows.append((prices, math.floor(Fraction(str(share)) * sum(price(s, s.n_groups) for s in space.sites))))
+            prices = [[metric.price(s, k) for k in each] for s, each in zip(space.sites, space.ladders, strict=True)]
+            dense = sum(metric.price(site, site.n_groups) for site in space.sites)
+            rows.append((prices, math.floor(Fraction(str(share)) * dense)))
         units = [math.gcd(*(p for row in prices for p in row)) or 1 for prices, _ in rows]
         return [
             ([[p // unit for p in row] for row in prices], limit // unit)

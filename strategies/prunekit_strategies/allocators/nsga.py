@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
-from prunekit_strategies.allocators.probes import Source, started
+from prunekit_strategies.allocators.probes import Source, judged_again, started
 
 Against = Literal["price", "error"]
 Aims = Mapping[Allocation, tuple[float, float]]
@@ -69,10 +69,7 @@ class NSGA(Allocator):
         if strangers := [a for a in rounded if a not in aims]:
             losses = yield [Query(a, tokens) for a in strangers]
             aims |= {a: (loss, 0.0) for a, loss in zip(strangers, losses, strict=True)}
-        best = sorted(rounded, key=lambda a: aims[a][0])[: self.finalists]
-        finalists = list(dict.fromkeys([*best, problem.start]))
-        losses = yield [Query(a) for a in finalists]
-        return min(zip(losses, finalists, strict=True))[1]
+        return (yield from judged_again(sorted(rounded, key=lambda a: aims[a][0])[: self.finalists], problem))
 
     def _second(self, problem: Problem, allocation: Allocation) -> float:
         if self.against == "price":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
-from prunekit_strategies.allocators.probes import Source, started
+from prunekit_strategies.allocators.probes import Source, judged_again, started
 
 Rows = list[np.ndarray]  # one array per site, one number per rung
 
@@ -21,7 +21,7 @@ class PolicyGradient(Allocator):
         A_k = ℓ_k - Σ_{j≠k} ℓ_j / (K - 1)                                                      (3)
         θ_i ← θ_i - rate (1/K Σ_k A_k / s (onehot(r_i^k) - π_i) - entropy ∇H(π_i))             (4)
 
-    over sites i, with p_i the prices of the rungs as shares of the purse and s the range of the first losses. (3)
+    over sites i, with p_i the prices of the rungs as shares of the partition and s the range of the first losses. (3)
     makes the mean in (4) an unbiased estimate of the gradient of E ℓ with respect to the logits, whatever J is. θ
     starts as a bell of `width` around the optimum of a table (see Probes). The best few draws and the start are judged
     again on all tokens: the answer is the best allocation met, not the likeliest.
@@ -67,10 +67,7 @@ class PolicyGradient(Allocator):
                 slope = gradient(pi, drawn, losses / scale)
                 bonus = entropy_gradient(pi)
                 theta = [t - self.rate * (g - self.entropy * h) for t, g, h in zip(theta, slope, bonus, strict=True)]
-        best = sorted(heard, key=heard.__getitem__)[: self.finalists]
-        finalists = list(dict.fromkeys([*best, problem.start]))
-        losses = yield [Query(a) for a in finalists]
-        return min(zip(losses, finalists, strict=True))[1]
+        return (yield from judged_again(sorted(heard, key=heard.__getitem__)[: self.finalists], problem))
 
     def _bell(self, space: Space, centre: Allocation) -> Rows:
         """Logits of a normal distribution of kept shares around a centre."""
@@ -87,9 +84,9 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def shifted(theta: Rows, space: Space) -> Rows:
-    """(1), purse by purse; as near as λ gets where the rungs cannot cost the budget."""
+    """(1), partition by partition; as near as λ gets where the rungs cannot cost the budget."""
     pi = [softmax(t) for t in theta]
-    for members, limit in space.purses:
+    for members, limit in space.partitions:
         prices = {i: np.array(space.prices[i]) / max(limit, 1) for i in members}
 
         def at(rise: float, prices: dict[int, np.ndarray] = prices) -> dict[int, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Tables for additive methods: layer errors as they come, or what each site alone does to the objective."""
+"""Tables for additive methods: layer errors as they come, or what each site alone does to the objective; finals."""
 
 import math
 from bisect import bisect_left
@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from prunekit import Allocation, Problem, Query, Space
+from prunekit import Allocation, Problem, Query, Search, Space
 
 Table = tuple[tuple[float, ...], ...]
 Source = Literal["errors", "probes"]  # the layers' output errors, or what single changes do to the objective
@@ -66,6 +66,13 @@ def started(problem: Problem, source: Source, tokens: int = 1_024) -> Asking:
     if source == "errors":
         return problem.errors
     return (yield from Probes(tokens=tokens).table(problem, problem.start))
+
+
+def judged_again(finalists: Sequence[Allocation], problem: Problem) -> Search:
+    """The best of some allocations and the start, on all tokens."""
+    several = list(dict.fromkeys([*finalists, problem.start]))
+    losses = yield [Query(a) for a in several]
+    return min(zip(losses, several, strict=True))[1]
 
 
 def total(space: Space, table: Sequence[Sequence[float]], allocation: Allocation) -> float:

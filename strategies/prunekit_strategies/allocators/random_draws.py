@@ -4,15 +4,16 @@ import random
 from dataclasses import dataclass
 
 from prunekit import Allocator, Problem, Query, Search
+from prunekit_strategies.allocators.probes import judged_again
 
 
 @dataclass(frozen=True)
 class RandomDraws(Allocator):
-    """Draw wishes, round each to the allocation that spends the budget, judge, keep the best.
+    """Draw relaxed targets, round each to the allocation that spends the budget, judge, keep the best.
 
-        wish_i = c_i + reach n_i u,   u ~ Uniform(-1, 1)                                       (1)
+        target_i = c_i + reach n_i u,   u ~ Uniform(-1, 1)                                       (1)
 
-    with the start c and n_i groups. With reach 1 a wish may be anything, so every tight allocation has its chance; a
+    with the start c and n_i groups. With reach 1 a target may be anything, so every tight allocation has its chance; a
     smaller reach stays near the start. What is drawn again is not asked again. The best few and the start are judged
     once more, on all tokens.
     """
@@ -20,7 +21,7 @@ class RandomDraws(Allocator):
     draws: int = 200  # allocations to ask for
     tokens: int = 8_192  # to judge a draw on
     finalists: int = 4  # draws judged again on all tokens
-    reach: float = 1.0  # largest deviation of a wish, share of a site's groups
+    reach: float = 1.0  # largest deviation of a target, share of a site's groups
 
     def __post_init__(self) -> None:
         if min(self.draws, self.tokens, self.finalists) < 1 or not 0 < self.reach <= 1:
@@ -32,10 +33,8 @@ class RandomDraws(Allocator):
         for _ in range(4 * self.draws):
             if len(drawn) > self.draws:
                 break
-            wish = [k + self.reach * s.n_groups * rng.uniform(-1, 1) for k, s in zip(start, space.sites, strict=True)]
-            drawn[space.nearest(wish)] = None  # (1)
+            target = [k + self.reach * s.n_groups * rng.uniform(-1, 1) for k, s in zip(start, space.sites, strict=True)]
+            drawn[space.nearest(target)] = None  # (1)
         losses = yield [Query(a, min(self.tokens, problem.tokens) or None) for a in drawn]
         ranked = [a for _, a in sorted(zip(losses, drawn, strict=True))]
-        finalists = list(dict.fromkeys([*ranked[: self.finalists], start]))
-        losses = yield [Query(a) for a in finalists]
-        return min(zip(losses, finalists, strict=True))[1]
+        return (yield from judged_again(ranked[: self.finalists], problem))

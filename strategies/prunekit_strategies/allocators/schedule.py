@@ -65,7 +65,7 @@ class Schedule(Allocator):
         """Kept groups per site, before rounding."""
         space = problem.space
         wish = [0.0] * len(space.sites)
-        for members, limit in space.purses:
+        for members, limit in space.partitions:
             price = {i: space.budget.price(space.sites[i], space.sites[i].n_groups) for i in members}
             mean = 1 - limit / max(sum(price.values()), 1)
             bent = [i for i in members if self.bends in ("all", space.sites[i].kind)]

@@ -171,12 +171,12 @@ class Twin:
         return None
 
     def _exchanged(self, here: Allocation) -> Allocation:
-        purses = [members for members, _ in self.space.purses if len(members) > 1]
-        if not purses:
+        partitions = [members for members, _ in self.space.partitions if len(members) > 1]
+        if not partitions:
             return here
-        (members,) = self.rng.choices(purses, weights=[len(members) for members in purses])
+        (members,) = self.rng.choices(partitions, weights=[len(members) for members in partitions])
         up, down = self.rng.sample(members, 2)
-        return self.space.exchange(here, up, down) or here
+        return self.space.swap(here, up, down) or here
 
 
 # -- what a language model sees -------------------------------------------------------------------------

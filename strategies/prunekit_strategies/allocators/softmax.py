@@ -18,8 +18,8 @@ class ClosedForm(Allocator):
     """Remove more where the error curve is flat, by a formula; no search.
 
     Site l costs p_l when whole and loses the share s_l. q_l is the slope of its error curve at the start, error per
-    unit of price, and e_l its energy: log q_l as a price-weighted z-score within the purse. The level μ is where the
-    budget is spent, Σ p_l (1 - s_l) = limit:
+    unit of price, and e_l its energy: log q_l as a price-weighted z-score within the partition. The level μ is where
+    the budget is spent, Σ p_l (1 - s_l) = limit:
 
         fermi          s_l = 1 / (1 + exp((e_l - μ)/T))                                       (1)
         softmax        s_l = min(1, exp((μ - e_l)/T))                                         (2)
@@ -74,7 +74,7 @@ class ClosedForm(Allocator):
         problem = separable(problem) if self.energy == "scores" else problem
         space = problem.space
         wish = [float(ladder[-1]) for ladder in space.ladders]
-        for members, limit in space.purses:
+        for members, limit in space.partitions:
             whole = {i: space.budget.price(space.sites[i], space.sites[i].n_groups) for i in members}
             paid = [i for i in members if whole[i]]
             if self.rule == "threshold":

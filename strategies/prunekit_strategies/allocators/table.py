@@ -40,14 +40,14 @@ class DynamicProgramming(Additive):
 def lowest(space: Space, table: Sequence[Sequence[float]], count: int = 1) -> list[Allocation]:
     """The feasible allocations of least Σ_i table[i][r_i], ascending.
 
-    Exact while a purse is at most `CELLS` times the greatest common divisor of its prices. Above that prices are
-    rounded up, by at most a share of 1 / `CELLS` of the purse for each site.
+    Exact while a partition is at most `CELLS` times the greatest common divisor of its prices. Above that prices are
+    rounded up, by at most a share of 1 / `CELLS` of the partition for each site.
 
     Raises:
         ValueError: even the lowest rungs cost too much.
     """
     found: list[tuple[float, dict[int, int]]] = [(0.0, {})]
-    for members, limit in space.purses:
+    for members, limit in space.partitions:
         some = list(islice(_ascending(space, table, members, limit), count))
         both = ((a + b, x | y) for (a, x), (b, y) in product(found, some))
         found = sorted(both, key=lambda item: (item[0], sorted(item[1].items())))[:count]
@@ -83,7 +83,7 @@ def _restricted(
 def _ascending(
     space: Space, table: Sequence[Sequence[float]], members: Sequence[int], limit: int
 ) -> Iterator[tuple[float, dict[int, int]]]:
-    """(sum, rung by site) for the sites of a purse, lowest first, each once."""
+    """(sum, rung by site) for the sites of a partition, lowest first, each once."""
     extra = {i: [p - space.prices[i][0] for p in space.prices[i]] for i in members}
     money = min(limit - sum(space.prices[i][0] for i in members), sum(steps[-1] for steps in extra.values()))
     if money < 0:

@@ -1,11 +1,19 @@
 """Level space for samplers: real numbers in -1..1 become allocations with the exact budget."""
 
 import math
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, ClassVar
 
-from prunekit import Allocation, Space
+from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
+from prunekit_strategies.allocators.probes import Source, judged_again, started
+
+Ask = Callable[[int], list[tuple[Any, Sequence[float]]]]
+"""So many new points of a sampler, and the x in -1..1 of each."""
+Tell = Callable[[list[tuple[Any, float]]], None]
+"""Points and their losses."""
 
 
 @dataclass(frozen=True)
@@ -53,3 +61,47 @@ class Unknowns:
                 for c, s, d in zip(self.centre, self.space.sites, self.directions, strict=True)
             ]
         )
+
+
+@dataclass(frozen=True)
+class Sampled(Allocator):
+    """A sampler of another library proposes deviations from the lowest allocation on a table.
+
+    Allocations that were asked before answer from memory; the best few and the start are judged again on all tokens.
+    """
+
+    samples: ClassVar[int]  # per trial, at most: those that decode to known allocations cost nothing, but end too
+
+    trials: int = 200  # allocations to ask for
+    batch: int = 4  # allocations per ask
+    tokens: int = 8_192  # to judge a trial on
+    finalists: int = 4  # trials judged again on all tokens
+    reach: float = 0.25  # largest deviation, share of a site's groups
+    waves: int | None = None  # cosines over depth per kind of site instead of one unknown per site: for deep models
+    warm_start: Source = "probes"  # the table whose optimum the search begins from
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if min(self.trials, self.batch, self.tokens, self.finalists) < 1 or not 0 < self.reach <= 1:
+            raise ValueError("trials, batch, tokens and finalists are at least 1, reach is in 0..1")
+        if self.waves is not None and self.waves < 0:
+            raise ValueError(f"waves are counted from 0, not {self.waves}")
+
+    @abstractmethod
+    def opened(self, size: int, seed: int) -> tuple[Ask, Tell]:
+        """A sampler of `size` unknowns; its first point is 0."""
+
+    def search(self, problem: Problem) -> Search:
+        table = yield from started(problem, self.warm_start)
+        unknowns = Unknowns(problem.space, problem.space.lowest(table), self.reach, self.waves)
+        ask, tell = self.opened(unknowns.size, problem.seed)
+        tokens, samples = min(self.tokens, problem.tokens) or None, self.samples * self.trials
+        heard = dict(zip([problem.start], (yield [Query(problem.start, tokens)]), strict=True))
+        while (size := min(self.batch, samples, self.trials - len(heard))) > 0:
+            samples -= size
+            decoded = [(point, unknowns.decode(x)) for point, x in ask(size)]
+            new = list(dict.fromkeys(a for _, a in decoded if a not in heard))
+            if new:
+                heard |= zip(new, (yield [Query(a, tokens) for a in new]), strict=True)
+            tell([(point, heard[allocation]) for point, allocation in decoded])
+        return (yield from judged_again(sorted(heard, key=heard.__getitem__)[: self.finalists], problem))

@@ -23,8 +23,12 @@ import torch
 from prunekit import CandidateStore, Dense, Engine, Moments, Opening, Team, Worker
 from prunekit.errors import CannotGoOn, WrongInput
 
-EVERYTHING = ("stream", "received", "carry", "advance", "meet")  # what changes a worker
-OVER = {"stream": EVERYTHING, "meet": EVERYTHING, "advance": ("received",)}  # what need not be told any more after it
+EVERYTHING = ("stream", "received", "carry", "advance", "open_supernet")  # what changes a worker
+OVER = {
+    "stream": EVERYTHING,
+    "open_supernet": EVERYTHING,
+    "advance": ("received",),
+}  # what need not be told after it
 PATIENCE = 10.0  # seconds for a cluster to answer
 LIVES = 5  # of a worker's place within one question
 
@@ -99,7 +103,7 @@ class Actors(Team):
     def ask(self, method: str, each: Sequence[tuple[Any, ...]]) -> list[Any]:
         import ray
 
-        if method == "meet":
+        if method == "open_supernet":
             far = len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}) > 1
             (space, errors, store), *_ = each
             each = [(space, errors, Shipment.of(store, far))] * len(each)

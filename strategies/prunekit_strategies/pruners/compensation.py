@@ -50,7 +50,7 @@ def check(solver: LocalPruner, mask: LocalPruner | None) -> None:
 
 def given(layer: LayerProblem, pruner: LocalPruner, keeps: Sequence[int]) -> list[Bool[Tensor, "d_out d_in"]]:
     """The masks of another pruner, which is shown what it needs and no more."""
-    return [candidate.weight != 0 for candidate in pruner.prune(layer.knowing(pruner.needs), keeps)]
+    return [candidate.weight != 0 for candidate in pruner.prune(layer.restricted_to(pruner.needs), keeps)]
 
 
 def factor(layer: LayerProblem) -> Float[Tensor, "d_in d_in"]:

@@ -71,7 +71,7 @@ class FISTA(LocalPruner):
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
         starts = [None] * len(keeps)
         if self.start is not None:
-            starts = [c.weight for c in self.start.prune(layer.knowing(self.start.needs), keeps)]
+            starts = [c.weight for c in self.start.prune(layer.restricted_to(self.start.needs), keeps)]
         layer = aimed(layer, self.aim)
         scale = layer.hessian.diagonal().sqrt() if self.scaled else layer.hessian.new_ones(layer.d_in)  # s
         gram, target = (layer.hessian / scale / scale[:, None]).float(), (layer.target * scale).float()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunekit import LayerProblem, check_choices
 from prunekit.layer.candidates import Per
-from prunekit.layer.problem import Feeder
+from prunekit.layer.problem import Producer
 from prunekit_strategies.pruners.ranking import Ranking
 
 Order = Literal["first", "second", "mix"]
@@ -50,7 +50,7 @@ class Gradient(Ranking):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"gradient", "feeders", *(("gram",) if self.refit else ())})
+        return frozenset({"gradient", "producers", *(("gram",) if self.refit else ())})
 
     def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"]:
         """u_g in float64: the change of L, in nats per token, as far as (1) sees it; for `mixed` without unit."""
@@ -71,9 +71,9 @@ class Gradient(Ranking):
 
     def _tensors(self, layer: LayerProblem) -> list[Float[Tensor, "fibres _"]]:
         """(1) for every tensor, its rows in blocks by group."""
-        return [*map(self._expanded, layer.feeders), self._expanded(layer).T]
+        return [*map(self._expanded, layer.producers), self._expanded(layer).T]
 
-    def _expanded(self, linear: LayerProblem | Feeder) -> Tensor:
+    def _expanded(self, linear: LayerProblem | Producer) -> Tensor:
         w = linear.weight.double()
         if self.order == "first":
             return w * linear.require("gradient").double()

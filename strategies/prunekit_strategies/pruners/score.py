@@ -86,7 +86,7 @@ class Score(Ranking):
         if not self._quiet:
             needs |= NEEDS[self.activation]
         if self.scope == "coupled":
-            needs |= {"feeders"} if self._quiet else {"feeders", "power"}
+            needs |= {"producers"} if self._quiet else {"producers", "power"}
         return needs
 
     def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"]:
@@ -95,9 +95,9 @@ class Score(Ranking):
         if self.scope == "columns":
             return score
         fed = torch.zeros_like(score)
-        for feeder in layer.feeders:
-            inputs = None if self._quiet else feeder.require("power").double().sqrt()
-            fed += self._reduced(self._fibres(feeder.weight, inputs, 1), layer.n_groups)
+        for producer in layer.producers:
+            inputs = None if self._quiet else producer.require("power").double().sqrt()
+            fed += self._reduced(self._fibres(producer.weight, inputs, 1), layer.n_groups)
         return score + fed  # (3)
 
     def cells(self, layer: LayerProblem) -> Float[Tensor, "d_out d_in"]:

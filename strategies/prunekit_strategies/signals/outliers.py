@@ -37,7 +37,7 @@ class Outliers(Signal):
 
     def measure(self, layer: LayerProblem) -> float:
         maps = [(layer.weight, layer.gram.diagonal())]
-        maps += [(feeder.weight, feeder.require("power")) for feeder in layer.feeders]
+        maps += [(producer.weight, producer.require("power")) for producer in layer.producers]
         total, count, above = 0.0, 0, 0
         for scores in map(_scores, maps):
             total, count = total + float(scores.sum()), count + scores.numel()

@@ -42,10 +42,10 @@ class TailExponent(Signal):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"feeders"})
+        return frozenset({"producers"})
 
     def measure(self, layer: LayerProblem) -> float:
-        weights = [layer.weight, *(feeder.weight for feeder in layer.feeders)]
+        weights = [layer.weight, *(producer.weight for producer in layer.producers)]
         return sum(tail_exponent(spectrum(weight), self.bins) for weight in weights) / len(weights)
 
 

@@ -214,22 +214,22 @@ def test_feeders_are_the_rows_that_go_when_a_group_goes(family, heads):
     net = toy_supernet(family, heads=heads)
     attention, mlp = net.space.sites[:2]
     for site in (attention, mlp):
-        layer = problem(net, site, frozenset({"feeders"}))
+        layer = problem(net, site, frozenset({"producers"}))
         kept = tuple(range(1, site.n_groups))
         own = net.adapter.linear(net.blocks[0], site).weight
         block = copy.deepcopy(net.blocks[0])
         for path, module in net.adapter.pruned(block, site, Candidate(kept, own)).items():
             block.set_submodule(path, module)
-        names = {feeder.name for feeder in layer.feeders}
+        names = {producer.name for producer in layer.producers}
         changed = {
             name.removesuffix(".weight")
             for name, value in block.named_parameters()
             if name.endswith(".weight") and value.shape[0] != net.blocks[0].get_parameter(name).shape[0]
         }
         assert names == changed
-        for feeder in layer.feeders:
-            rows = feeder.weight.unflatten(0, (site.n_groups, -1))[1:].flatten(0, 1)
-            cut = block.get_parameter(f"{feeder.name}.weight")
+        for producer in layer.producers:
+            rows = producer.weight.unflatten(0, (site.n_groups, -1))[1:].flatten(0, 1)
+            cut = block.get_parameter(f"{producer.name}.weight")
             assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, cut.tolist()))
 
 
@@ -250,15 +250,15 @@ def test_the_power_of_feeders_is_that_of_the_stream_that_reaches_them():
     with torch.no_grad():
         hidden, calls = entered(net.model, net.adapter, toy_tokens().ids)
         calls[0](block, hidden)
-    assert [feeder.name for feeder in layer.feeders] == ["mlp.gate_proj", "mlp.up_proj"]
-    for feeder in layer.feeders:
-        torch.testing.assert_close(feeder.require("power"), seen[0].square().mean(0))
+    assert [producer.name for producer in layer.producers] == ["mlp.gate_proj", "mlp.up_proj"]
+    for producer in layer.producers:
+        torch.testing.assert_close(producer.require("power"), seen[0].square().mean(0))
 
 
 def test_what_nobody_needs_is_not_there():
     net = toy_supernet()
     layer = problem(net, net.space.sites[0], frozenset({"gram"}))
-    assert layer.feeders == ()
+    assert layer.producers == ()
     assert not layer.statistics
 
 

@@ -112,7 +112,7 @@ class Impostor(Mean):
 
 
 def test_needs_become_statistics_and_names_are_one_each() -> None:
-    assert statistics_of({"gram", "feeders", "gradient", "contrast"}) == ()
+    assert statistics_of({"gram", "producers", "gradient", "contrast"}) == ()
     assert [each.name for each in statistics_of({"mean", "drift", Peak()})] == [
         "cross", "drift", "energy", "mean", "peak",
     ]  # fmt: skip

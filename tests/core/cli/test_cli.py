@@ -18,6 +18,7 @@ from prunekit.cli.tables import comparison
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.run import prune as pruning
+from prunekit.run.session import Job
 from prunekit.testing import PrunerSuite
 from prunekit_strategies.pruners.obs import OBS
 
@@ -62,9 +63,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     side = {"parameters": 100, "block_parameters": 80}
     report = {"dense": side, "pruned": side, "losses": {k: {"perplexity": 9.0} for k in ("dense", "pruned")}}
 
-    def prune(recipe: Recipe, **options: Any) -> Any:
-        calls.append((recipe, options))
-        return SimpleNamespace(report=report, directory=options["output"])
+    def prune(recipe: Recipe, job: Job) -> Any:
+        calls.append((recipe, job))
+        return SimpleNamespace(report=report, directory=job.output)
 
     monkeypatch.setattr(pruning, "prune", prune)
     return calls
@@ -76,9 +77,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_prune_needs_no_more_than_model_and_output(asked: list[Any]) -> None:
     result = run("prune", "some/model", "--output", "out")
     assert result.exit_code == 0, result.output
-    recipe, options = asked[0]
-    assert recipe == resolve(Recipe.load().with_overrides({"model": "some/model"})).recipe
-    assert (options["output"], options["resume"], options["overwrite"]) == (Path("out"), True, False)
+    recipe, job = asked[0]
+    assert resolve(recipe).recipe == resolve(Recipe.load().with_overrides({"model": "some/model"})).recipe
+    assert (job.output, job.resume, job.overwrite) == (Path("out"), True, False)
 
 
 def test_every_flag_has_its_place_in_the_recipe(asked: list[Any]) -> None:
@@ -89,7 +90,7 @@ def test_every_flag_has_its_place_in_the_recipe(asked: list[Any]) -> None:
         --memory 3GiB --no-resume --overwrite --quiet"""
     result = run("prune", *flags.split())
     assert result.exit_code == 0, result.output
-    recipe, options = asked[0]
+    recipe, job = asked[0]
     assert recipe.pruner.items() >= {"name": "magnitude", "refit": True}.items()
     assert (recipe.allocator["name"], recipe.objective["name"]) == ("uniform", "perplexity")
     assert [spec["name"] for spec in recipe.finishers] == ["least-squares", "bias"]
@@ -99,7 +100,7 @@ def test_every_flag_has_its_place_in_the_recipe(asked: list[Any]) -> None:
     assert recipe.memory == "3GiB"
     data = recipe.data
     assert (data.calibration_tokens, data.search_tokens, data.evaluation_tokens, data.seqlen) == (64, 32, 16, 8)
-    assert (options["resume"], options["overwrite"]) == (False, True)
+    assert (job.resume, job.overwrite) == (False, True)
 
 
 def test_a_target_is_given_in_place_of_sparsity(asked: list[Any]) -> None:
@@ -122,7 +123,7 @@ def test_what_was_promised_of_the_time_stands_below_the_table(monkeypatch: pytes
     losses = {k: {"perplexity": 9.0} for k in ("dense", "pruned")}
     report = {"dense": side, "pruned": side, "losses": losses, "latency": pace}
     report |= {"budget": {"metric": "latency"}}
-    monkeypatch.setattr(pruning, "prune", lambda recipe, **options: SimpleNamespace(report=report))
+    monkeypatch.setattr(pruning, "prune", lambda *_: SimpleNamespace(report=report))
     said = run("prune", "m", "-o", "out", "--target", "latency=0.6").stdout
     assert re.search(r"milliseconds +20 +13 +0\.650", said)
     assert "0.590 of the dense model's time was promised (0.6 asked), 0.650 was measured, +10.2%" in said
@@ -311,7 +312,7 @@ def test_evaluate_times_two_models_in_turns(
     from prunekit.measure import speed
 
     drawn = iter([1, 2, 4, 3, 5, 9] * 1000)
-    monkeypatch.setattr(speed, "_timed", lambda net, work: (work.batch * work.prompt * 1000, next(drawn) * 10**8))
+    monkeypatch.setattr(speed, "timed", lambda net, work: (work.batch * work.prompt * 1000, next(drawn) * 10**8))
     shared = ("evaluate", model, "--dataset", text, "--seqlen", 16, "--tokens", 64, "--quiet", "--against", model)
     found = json.loads(run(*shared, "--json").stdout)
     assert found["against"]["model"] == str(model)

@@ -10,9 +10,9 @@ from typer.testing import CliRunner, Result
 
 from prunekit.cli.main import app
 from prunekit.cli.words import type_in_words, value_in_words
-from prunekit.plugins import registry, source
+from prunekit.plugins import source
 from prunekit.plugins.allocator import Allocator
-from prunekit.plugins.registry import KINDS, PRUNERS, Entry
+from prunekit.plugins.registry import KINDS, PRUNERS, BrokenPlugin, Entry
 
 
 def run(*arguments: str) -> Result:
@@ -139,17 +139,20 @@ def test_a_source_is_followed_through_imports_and_bases_and_not_run(theirs: Path
 @pytest.mark.parametrize("value", ["theirs.inner:Loop", "theirs.inner.broken:Broken", "theirs.gone:Gone", "nowhere:X"])
 def test_what_cannot_be_read_is_imported(theirs: Path, value: str) -> None:
     assert entry(value).missing == ()
-    with pytest.raises((RuntimeError, ImportError)):
+    with pytest.raises(BrokenPlugin, match=f"of their-package is broken: {value} cannot be imported"):
         _ = entry(value).summary
 
 
 def test_owner_and_missing_packages_are_marked(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strangers = {"mine": entry("theirs.inner:Mine"), "nowhere": entry("nowhere:X", "nowhere")}
-    monkeypatch.setattr(registry, "_entries", lambda kind, group: strangers if kind == "pruner" else {})
+    for kind in KINDS:
+        monkeypatch.setitem(vars(kind), "_entries", strangers if kind is PRUNERS else {})
     said = run("--kind", "pruner").stdout
     assert re.search(r"  mine +\[of their-package, needs not_there_a, needs not_there_b\] What a base says\.", said)
-    assert re.search(r"  nowhere +\[of their-package\] pruner 'nowhere' of their-package needs 'nowhere'", said)
-    assert "is not installed" in said
+    assert re.search(
+        r"  nowhere +\[of their-package, broken\] pruner 'nowhere' of their-package is broken: nowhere:X", said
+    )
+    assert "[needs X]: X is not installed" in said
     assert "of their-package" in run("nowhere").stdout
     rows = json.loads(run("--json").stdout)
     assert [row["options"] for row in rows] == [[], []]

@@ -8,6 +8,7 @@ import pytest
 
 from prunekit.data import python_docs
 from prunekit.data.python_docs import Split, text
+from prunekit.errors import WrongInput
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -80,16 +81,16 @@ def test_cleaning_keeps_new_prose_only() -> None:
 
 
 def test_too_little_text_says_what_there_is_and_what_to_do(library: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"needs at least 500,000 characters.*carries.*Use a full CPython"):
+    with pytest.raises(WrongInput, match=r"needs at least 500,000 characters.*carries.*Use a full CPython"):
         fresh_reading()
 
 
 def test_missing_topics_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(RuntimeError, match=r"pydoc_data\.topics.*Install the full standard library"):
+    with pytest.raises(WrongInput, match=r"pydoc_data\.topics.*Install the full standard library"):
         fresh_reading()
 
 
 def test_an_unknown_split_names_those_there_are() -> None:
-    with pytest.raises(ValueError, match="no split 'dev' of python-docs; there are train, validation, test"):
+    with pytest.raises(WrongInput, match="no split 'dev' of python-docs; there are train, validation, test"):
         text("dev")  # pyright: ignore[reportArgumentType]

@@ -11,7 +11,7 @@ from torch import Tensor
 from prunekit import LayerProblem, PluginError, best_groups
 from prunekit.layer import problem as problem_of
 from prunekit.layer.candidates import ranked
-from prunekit.layer.problem import Feeder
+from prunekit.layer.problem import Producer
 from prunekit.layer.solving import margin
 from prunekit.testing import toy_layer, with_statistics
 from prunekit.testing.layers import QUIRKS, Quirk
@@ -253,12 +253,12 @@ def test_what_is_not_finite_is_refused_by_name(part: str, value: float) -> None:
 @pytest.mark.parametrize("part", ["weight", "power", "gradient", "fisher"])
 def test_a_feeder_that_is_not_finite_is_refused_by_name(part: str) -> None:
     layer = toy_layer()
-    feeder = layer.feeders[0]
-    bad = (feeder.weight if part == "weight" else feeder.require(part)).clone()
+    producer = layer.producers[0]
+    bad = (producer.weight if part == "weight" else producer.require(part)).clone()
     bad.view(-1)[0] = torch.nan
-    other = {"weight": bad} if part == "weight" else {"statistics": {**feeder.statistics, part: bad}}
+    other = {"weight": bad} if part == "weight" else {"statistics": {**producer.statistics, part: bad}}
     with pytest.raises(ValueError, match=f"plain toy: wide's {part} is not finite"):
-        replace(layer, feeders=(replace(feeder, **other),))  # type: ignore[arg-type]
+        replace(layer, producers=(replace(producer, **other),))  # type: ignore[arg-type]
 
 
 def test_what_is_required_is_there_or_the_sentence_says_what_to_do() -> None:
@@ -266,8 +266,8 @@ def test_what_is_required_is_there_or_the_sentence_says_what_to_do() -> None:
     assert torch.equal(layer.require("mean"), layer.statistics["mean"])
     assert layer.require(Peak()) is layer.require("peak")
     assert layer.require("gram") is layer.gram
-    told = layer.knowing(frozenset({"variance", "gradient"}))
-    for owner, have in ((told, "fisher, gradient, gram, variance"), (layer.feeders[0], "fisher, gradient, power")):
+    told = layer.restricted_to(frozenset({"variance", "gradient"}))
+    for owner, have in ((told, "fisher, gradient, gram, variance"), (layer.producers[0], "fisher, gradient, power")):
         sentence = f"no statistic 'cross': a plug-in has to name it in its `needs`; there are {have}"
         with pytest.raises(PluginError, match=f"^{owner.name} has {sentence}$"):
             owner.require("cross")
@@ -278,15 +278,15 @@ def test_a_layer_knows_what_is_asked_for_and_no_more() -> None:
     layer = replace(layer, cross=layer.weight, drift=layer.weight, energy=1.0)
 
     def known(*needs: str | Peak) -> tuple[LayerProblem, set[str], list[set[str]]]:
-        told = layer.knowing(frozenset(needs))
-        return told, {*told.statistics}, [{*feeder.statistics} for feeder in told.feeders]
+        told = layer.restricted_to(frozenset(needs))
+        return told, {*told.statistics}, [{*producer.statistics} for producer in told.producers]
 
     assert known("gram")[1:] == (set(), [])
     assert known("mean", Peak())[1:] == ({"mean", "peak"}, [])
     assert known("gradient")[1:] == ({"gradient", "fisher"}, [])
-    assert known("gradient", "feeders")[1:] == ({"gradient", "fisher"}, [{"gradient", "fisher"}] * 2)
+    assert known("gradient", "producers")[1:] == ({"gradient", "fisher"}, [{"gradient", "fisher"}] * 2)
     assert known("power")[1:] == (set(), [{"power"}] * 2)
-    assert known("feeders")[1:] == (set(), [set()] * 2)
+    assert known("producers")[1:] == (set(), [set()] * 2)
     for needs, cross, drift in ((("mean",), False, False), (("cross",), True, False), (("drift",), True, True)):
         told, *_ = known(*needs)
         assert (told.cross is not None, told.energy is not None, told.drift is not None) == (cross, cross, drift)
@@ -294,7 +294,7 @@ def test_a_layer_knows_what_is_asked_for_and_no_more() -> None:
 
 def test_rows_that_are_no_equal_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match="7 rows of up, 6 groups"):
-        replace(toy_layer(), feeders=(Feeder("up", torch.ones(7, 2)),))
+        replace(toy_layer(), producers=(Producer("up", torch.ones(7, 2)),))
 
 
 def test_half_precision_weights_are_finite_however_many() -> None:

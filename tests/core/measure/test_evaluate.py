@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prunekit.data.spec import DataSpec
 from prunekit.data.tokens import TokenBatch
 from prunekit.errors import WrongInput
 from prunekit.measure import perplexity as module
@@ -133,6 +134,6 @@ def test_wrong_input_is_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(WrongInput) as caught:
-        evaluate(**({"model": "."} | more))  # type: ignore[arg-type]
+        evaluate(**({"model": ".", "data": DataSpec()} | more))  # type: ignore[arg-type]
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)

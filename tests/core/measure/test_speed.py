@@ -35,7 +35,7 @@ def noise(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         read = CALLS + model.per_token * work.batch * work.prompt
         return round(factor * read), round(factor * work.new_tokens * (CALLS + model.per_token * work.batch))
 
-    monkeypatch.setattr(module, "_timed", timed)
+    monkeypatch.setattr(module, "timed", timed)
     return noise
 
 

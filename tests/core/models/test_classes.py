@@ -43,7 +43,7 @@ def test_a_layer_may_have_biases_its_stock_class_has_not(model_type: str) -> Non
     expected = ["0.self_attn.o_proj", "0.mlp.down_proj", "2.mlp.down_proj"]
     assert set(biases) == {f"model.layers.{path}.bias" for path in expected}
     assert not any(p.any() for p in biases.values())  # as transformers starts biases
-    with pytest.raises(Exception, match="layer 0: biased knows attention and mlp, not q"):
+    with pytest.raises(Exception, match="layer 0: biased lists attention and mlp, not q"):
         config_of(model_type, {i: {"biased": ["q"]} for i in range(3)})
 
 
@@ -55,7 +55,7 @@ def test_a_layer_may_have_biases_its_stock_class_has_not(model_type: str) -> Non
         pytest.param(
             "gpt_neox", {"intermediate_size": 0}, r"layer 1: intermediate_size is 0; .* skip: \[mlp\]", id="width"
         ),
-        pytest.param("qwen3", {"skip": ["norm"]}, "layer 1: skip knows attention and mlp, not norm", id="skip"),
+        pytest.param("qwen3", {"skip": ["norm"]}, "layer 1: skip lists attention and mlp, not norm", id="skip"),
     ],
 )
 def test_impossible_layers_are_refused(model_type: str, layer: dict[str, Any], sentence: str) -> None:

@@ -45,12 +45,24 @@ def test_plug_ins_nest():
         (PRUNERS, {"name": "obs", "aime": "own"}, "did you mean 'aim'"),
         (ALLOCATORS, {"name": "metric-map", "signal": "outlier"}, "no signal 'outlier'; did you mean 'outliers'"),
         (PRUNERS, {"refit": True}, "given by its name"),
+        (ALLOCATORS, {"name": "milp", "limits": [["flop", 0.5]]}, "no metric 'flop'; did you mean 'flops'"),
+        (ALLOCATORS, {"name": "milp", "limits": [["flops"]]}, "limits takes tuple"),
+        (ALLOCATORS, {"name": "milp", "limits": [["flops", "half"]]}, "limits takes float, not 'half'"),
+        (ALLOCATORS, {"name": "milp", "limits": [["latency", 0.5]]}, "latency is measured for the budget alone"),
     ],
     ids=lambda value: getattr(value, "kind", str(value)),
 )
 def test_a_value_that_cannot_be_is_refused_before_any_work(registry, spec, sentence):
     with pytest.raises(WrongInput, match=sentence):
         registry.build(spec)
+
+
+def test_plug_ins_nest_in_lists():
+    milp = ALLOCATORS.build(
+        {"name": "milp", "limits": [["kv-cache", 0.4], [{"name": "bytes", "per_parameter": 1}, 0.5]]}
+    )
+    assert [(metric.unit, share) for metric, share in vars(milp)["limits"]] == [("kv-cache", 0.4), ("bytes", 0.5)]
+    assert ALLOCATORS.build(ALLOCATORS.spec(milp)) == milp
 
 
 def test_lists_of_a_recipe_become_the_tuples_of_a_plug_in():

@@ -24,7 +24,7 @@ allocator.stride: {low: 0.125, high: 0.5, step: 0.125}
 """
 
 
-class Script:
+class _Script:
     """Answers every question with the choice of this index, and writes down what was asked."""
 
     def __init__(self, index: int) -> None:
@@ -43,6 +43,11 @@ class Script:
         return choices[self.index]
 
 
+def script(index: int) -> Any:
+    """As much of an Optuna trial as is asked for."""
+    return _Script(index)
+
+
 def space(text: str = SPACE) -> Choices:
     return Choices.of_mapping(yaml.safe_load(text))
 
@@ -59,7 +64,7 @@ def test_values_are_fixed_and_a_list_of_one_is_its_value() -> None:
     ],
 )
 def test_a_trial_is_asked_for_what_is_open(index: int, expected: dict[str, Any]) -> None:
-    found = space().suggested(Script(index))
+    found = space().suggested(script(index))
     inner = [{"name": "tyr", "reach": 1, "inner": "uniform"}]
     inner += [{"name": "tyr", "reach": 4, "inner": {"name": "evolution", "generations": 5}}]
     assert found == expected | {"allocator": inner[index]}
@@ -68,9 +73,9 @@ def test_a_trial_is_asked_for_what_is_open(index: int, expected: dict[str, Any])
 
 
 def test_parameters_are_called_by_their_path_and_options_only_where_they_are() -> None:
-    first, second = Script(0), Script(1)
-    for script in (first, second):
-        space().suggested(script)
+    first, second = script(0), script(1)
+    for trial in (first, second):
+        space().suggested(trial)
     assert first.asked.keys() == {
         *("damping", "carry", "pruner", "allocator.tyr.reach", "allocator.tyr.inner", "allocator.stride")
     }
@@ -85,8 +90,8 @@ def test_parameters_are_called_by_their_path_and_options_only_where_they_are() -
 
 def test_lists_and_none_can_be_chosen() -> None:
     found = space("allocator.inner.selections: [[[4, 512]], [[8, 512], [1, 1024]]]\nsearch_budget: [null, 5000]")
-    assert found.suggested(Script(1)) == {"allocator.inner.selections": [[8, 512], [1, 1024]], "search_budget": 5000}
-    assert found.suggested(Script(0))["search_budget"] is None
+    assert found.suggested(script(1)) == {"allocator.inner.selections": [[8, 512], [1, 1024]], "search_budget": 5000}
+    assert found.suggested(script(0))["search_budget"] is None
 
 
 @pytest.mark.parametrize("name", sorted(presets(SPACES)))

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -77,22 +76,6 @@ def test_a_broken_recipe_file_is_one_sentence(tmp_path: Path, text: str, sentenc
     with pytest.raises(WrongInput) as caught:
         Recipe.load(tmp_path / "broken.yaml")
     assert sentence in str(caught.value)
-
-
-def test_two_presets_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for package in ("one_pkg", "two_pkg"):
-        (tmp_path / package).mkdir()
-        (tmp_path / package / "__init__.py").touch()
-        (tmp_path / package / "same.yaml").write_text("sparsity: 0.5")
-    monkeypatch.syspath_prepend(tmp_path)
-
-    class Point:
-        def __init__(self, value: str) -> None:
-            self.name = self.value = value
-
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [Point("one_pkg"), Point("two_pkg")])
-    with pytest.raises(WrongInput, match="two presets are called 'same'"):
-        presets.__wrapped__()
 
 
 def test_a_price_table_lies_beside_the_recipe(tmp_path: Path, table: Prices) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,18 @@ from prunekit.search.store import CandidateStore
 SHARES = [0.4, 0.2]  # in any order
 NAMES = ("0.2", "0.4")
 FILES = ("model.safetensors", "config.json", "recipe.yaml", "ledger.jsonl", "tokenizer.json")
-QUICK: dict[str, Any] = {
-    "pruner": "obs",
-    "allocator": {
-        "name": "tyr",
-        "inner": {"name": "evolution", "generations": 2, "offspring": 4},
-        "last_stride": 0.0625,  # two rounds
-    },
-    "objective": "divergence",
-    "data__dataset": "python-docs",
-    "data__calibration_tokens": 512,
-    "data__search_tokens": 512,
-    "data__evaluation_tokens": 512,
-    "data__seqlen": 32,
-    "verify": False,
-    "quiet": True,
-}
-PLAIN = QUICK | {"pruner": "magnitude", "allocator": "uniform", "objective": "expected-error"}
+
+
+@pytest.fixture(scope="module")
+def searched(quick: Callable[..., Any]) -> dict[str, Any]:
+    """A search in two rounds."""
+    return quick(last_stride=0.0625, verify=False)
+
+
+@pytest.fixture(scope="module")
+def plain(searched: dict[str, Any]) -> dict[str, Any]:
+    """No search."""
+    return searched | {"pruner": "magnitude", "allocator": "uniform", "objective": "expected-error"}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +44,9 @@ def folder(saved_tiny: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, prunekit.Family, Counter[str]]:
+def made(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, searched: dict[str, Any]
+) -> tuple[Path, prunekit.Family, Counter[str]]:
     """An uninterrupted run, and how often a walk was begun by what it was for."""
     output, walks, build = tmp_path_factory.mktemp("whole") / "out", Counter[str](), stages.build
 
@@ -58,7 +56,7 @@ def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "build", counted)
-        found = prunekit.prune(folder, output=output, sparsity=SHARES, **QUICK)
+        found = prunekit.prune(folder, output=output, sparsity=SHARES, **searched)
     return output, found, walks
 
 
@@ -75,7 +73,7 @@ def asked(ledger: str) -> list[dict[str, Any]]:
 
 def test_every_member_is_an_ordinary_result_that_loads_alone_and_keeps_its_budget(made, folder):
     output, found, _ = made
-    assert sorted(p.name for p in output.iterdir()) == [*NAMES, "pareto.json"]
+    assert sorted(p.name for p in output.iterdir()) == [*NAMES, "files.json", "pareto.json"]
     assert not output.with_name("out.partial").exists()
     dense = AutoModelForCausalLM.from_pretrained(folder)
     blocks = sum(p.numel() for p in dense.model.layers.parameters())
@@ -141,7 +139,7 @@ def test_conversations_are_on_their_own_ladders_and_budgets(made):
         assert [len(row) for row in small["errors"]] == [len(ladder) for ladder in small["ladders"]]
 
 
-def test_what_one_member_has_learnt_no_other_pays_for(folder, monkeypatch):
+def test_what_one_member_has_learnt_no_other_pays_for(folder, monkeypatch, searched):
     calls, objective = [], type(OBJECTIVES.build({"name": "divergence"}))
     loss = objective.loss
 
@@ -151,7 +149,7 @@ def test_what_one_member_has_learnt_no_other_pays_for(folder, monkeypatch):
 
     monkeypatch.setattr(objective, "loss", counted)
     around = {"name": "table", "around": "dense", "stride": 0.25, "candidates": 2}
-    found = prunekit.prune(folder, sparsity=SHARES, **QUICK | {"allocator": around})
+    found = prunekit.prune(folder, sparsity=SHARES, **searched | {"allocator": around})
     first, second = (asked(member.ledger) for member in found.members)
     paid = [q for q in (*first, *second) if "shared" not in q]
     known = {(*q["allocation"], q["tokens"]): q["loss"] for q in first}
@@ -167,7 +165,9 @@ def test_what_one_member_has_learnt_no_other_pays_for(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("when", ["walk", "second conversation", "second member"])
-def test_an_interrupted_family_goes_on_to_the_same_bytes(folder, made, tmp_path, killed_at, monkeypatch, when):
+def test_an_interrupted_family_goes_on_to_the_same_bytes(
+    folder, made, tmp_path, killed_at, monkeypatch, when, searched
+):
     output, first = tmp_path / "out", asked(made[1].members[0].ledger)
     place, name, last = {
         "walk": (CandidateStore, "put", 6),
@@ -175,11 +175,11 @@ def test_an_interrupted_family_goes_on_to_the_same_bytes(folder, made, tmp_path,
         "second member": (family, "write_result", 2),
     }[when]
     with killed_at(place, name, last, after=when == "second member"):
-        prunekit.prune(folder, output=output, sparsity=SHARES, **QUICK)
+        prunekit.prune(folder, output=output, sparsity=SHARES, **searched)
     assert not output.exists()
     written, write = [], family.write_result
     monkeypatch.setattr(family, "write_result", lambda *args: (written.append(args[0].recipe.sparsity), write(*args)))
-    again = prunekit.prune(folder, output=output, sparsity=SHARES, **QUICK)
+    again = prunekit.prune(folder, output=output, sparsity=SHARES, **searched)
     assert content(output) == content(made[0])
     assert written == ([0.4] if when == "second member" else [0.2, 0.4])
     assert [row["parameters"] for row in again.rows] == [row["parameters"] for row in made[1].rows]
@@ -191,17 +191,17 @@ def test_the_recipe_of_a_member_makes_it_again_to_the_same_bytes(made, tmp_path)
     assert {f"0.2/{f}": (tmp_path / "again" / f).read_bytes() for f in FILES}.items() <= content(made[0]).items()
 
 
-def test_a_family_of_one_is_a_single_run(folder, tmp_path):
-    prunekit.prune(folder, output=tmp_path / "single", sparsity=0.4, **PLAIN)
-    prunekit.prune(folder, output=tmp_path / "one", sparsity=[0.4], **PLAIN)
+def test_a_family_of_one_is_a_single_run(folder, tmp_path, plain):
+    prunekit.prune(folder, output=tmp_path / "single", sparsity=0.4, **plain)
+    prunekit.prune(folder, output=tmp_path / "one", sparsity=[0.4], **plain)
     for file in (*FILES, "README.md"):
         assert (tmp_path / "one" / "0.4" / file).read_bytes() == (tmp_path / "single" / file).read_bytes()
     assert "family" not in (tmp_path / "single" / "recipe.yaml").read_text()
 
 
-def test_a_family_in_memory_is_saved_as_one_with_an_output(folder, tmp_path):
-    prunekit.prune(folder, output=tmp_path / "there", sparsity=SHARES, **PLAIN)
-    held = prunekit.prune(folder, sparsity=SHARES, **PLAIN)
+def test_a_family_in_memory_is_saved_as_one_with_an_output(folder, tmp_path, plain):
+    prunekit.prune(folder, output=tmp_path / "there", sparsity=SHARES, **plain)
+    held = prunekit.prune(folder, sparsity=SHARES, **plain)
     saved = held.save(tmp_path / "saved")
     assert content(saved) == content(tmp_path / "there")
     there = prunekit.Family(json.loads((saved / "pareto.json").read_text()), saved)
@@ -222,8 +222,8 @@ def test_a_family_in_memory_is_saved_as_one_with_an_output(folder, tmp_path):
     ],
     ids=str,
 )
-def test_every_choice_goes_with_a_family(folder, settings):
-    found = prunekit.prune(folder, **{"sparsity": SHARES, **PLAIN, **settings})
+def test_every_choice_goes_with_a_family(folder, settings, plain):
+    found = prunekit.prune(folder, **{"sparsity": SHARES, **plain, **settings})
     rows = found.rows
     assert rows[0]["realised"] < rows[1]["realised"]
     for row, member in zip(rows, found.members, strict=True):
@@ -248,10 +248,10 @@ def test_every_choice_goes_with_a_family(folder, settings):
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused_before_any_work(folder, monkeypatch, settings, sentence):
+def test_what_cannot_be_is_refused_before_any_work(folder, monkeypatch, settings, sentence, plain):
     monkeypatch.setattr(session, "opened", None)
     with pytest.raises(prunekit.WrongInput, match=sentence):
-        prunekit.prune(folder, **PLAIN | {"pruner": "magnitude"} | settings)
+        prunekit.prune(folder, **plain | {"pruner": "magnitude"} | settings)
 
 
 def test_a_recipe_with_another_sparsity_lets_go_of_its_family():
@@ -272,7 +272,7 @@ def test_a_recipe_with_another_sparsity_lets_go_of_its_family():
 def test_the_command_prints_the_family(made, monkeypatch, flags):
     asked_for = []
 
-    def fake(recipe: Recipe, **_: Any) -> prunekit.Family:
+    def fake(recipe: Recipe, _: Any) -> prunekit.Family:
         asked_for.append(recipe)
         return made[1]
 
@@ -283,9 +283,9 @@ def test_the_command_prints_the_family(made, monkeypatch, flags):
     assert all(f"{row['perplexity']:,.2f}" in result.stdout for row in made[1].rows)
 
 
-def test_only_a_family_of_ours_is_replaced(made, folder, tmp_path):
+def test_only_a_family_of_ours_is_replaced(made, folder, tmp_path, plain):
     shutil.copytree(made[0], tmp_path / "out")
     with pytest.raises(prunekit.WrongInput, match="--overwrite"):
-        prunekit.prune(folder, output=tmp_path / "out", sparsity=SHARES, **PLAIN)
-    prunekit.prune(folder, output=tmp_path / "out", sparsity=[0.3, 0.4], overwrite=True, **PLAIN)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.3", "0.4", "pareto.json"]
+        prunekit.prune(folder, output=tmp_path / "out", sparsity=SHARES, **plain)
+    prunekit.prune(folder, output=tmp_path / "out", sparsity=[0.3, 0.4], overwrite=True, **plain)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.3", "0.4", "files.json", "pareto.json"]

@@ -1,7 +1,7 @@
 """State space models by name: pruned, verified, and loaded again by transformers alone."""
 
 import json
-import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +13,25 @@ from typer.testing import CliRunner
 import prunekit
 from prunekit import WrongInput
 from prunekit.cli.main import app
+from prunekit.data.spec import DataSpec
 from prunekit.demo import MODEL
 from prunekit.measure.evaluate import evaluate
 from prunekit.search.ledger import Ledger
 from prunekit.testing import tiny
 
+Fixture = Callable[..., Any]
 FAMILIES = ["mamba", "mamba2"]
-QUICK: dict[str, Any] = {
-    "allocator": "uniform",
-    "objective": "divergence",
-    "data__calibration_tokens": 512,
-    "data__search_tokens": 256,
-    "data__evaluation_tokens": 256,
-    "data__seqlen": 16,
-    "quiet": True,
-    "verify": False,
-}
-SEARCHED: dict[str, Any] = {
-    "pruner": "magnitude",
-    "allocator": {
-        "name": "tyr",
-        "inner": {"name": "evolution", "generations": 2, "offspring": 4},
-        "last_stride": 0.125,
-    },
-}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory, numbers: Fixture) -> dict[str, Path]:
     """A tiny model of each family with a tokenizer and a text."""
-    rng, found = random.Random(0), {}
+    found = {}
     for family in FAMILIES:
         found[family] = path = tmp_path_factory.mktemp(family) / "model"
         tiny(family, vocab_size=2048, num_hidden_layers=2).float().save_pretrained(path)
         AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
-        words = [f"{rng.randrange(10 ** rng.randint(1, 6))}" for _ in range(2000)]
-        (path / "text.txt").write_text(" ".join(words))
+        (path / "text.txt").write_text(numbers(2000))
     return found
 
 
@@ -57,19 +40,19 @@ def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
     return folders[request.param]
 
 
-def pruned(folder: Path, output: Path, structure: str, **changes: Any) -> dict[str, Any]:
+@pytest.fixture
+def pruned(quick: Fixture) -> Callable[..., dict[str, Any]]:
     """The report of a run."""
-    text = str(folder / "text.txt")
-    return prunekit.prune(folder, output=output, structure=structure, data__dataset=text, **QUICK | changes).report
+
+    def run(folder: Path, output: Path, structure: str, **changes: Any) -> dict[str, Any]:
+        few = {"data__search_tokens": 256, "data__evaluation_tokens": 256, "data__seqlen": 16, "verify": False}
+        settings = {"allocator": "uniform", "data__dataset": str(folder / "text.txt"), "structure": structure}
+        return prunekit.prune(folder, output=output, **quick(**settings | few | changes)).report
+
+    return run
 
 
-def linears(folder: Path) -> dict[str, torch.Tensor]:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    blocks = model.backbone.layers
-    return {name: m.weight.detach() for name, m in blocks.named_modules() if isinstance(m, torch.nn.Linear)}
-
-
-def test_a_run_by_name_is_a_stock_model_with_zeros(folder: Path, tmp_path: Path) -> None:
+def test_a_run_by_name_is_a_stock_model_with_zeros(folder: Path, tmp_path: Path, linears: Fixture) -> None:
     out = tmp_path / "out"
     tokens = ["--calibration-tokens", "512", "--search-tokens", "256", "--set", "data.evaluation_tokens=256"]
     given = ["--dataset", str(folder / "text.txt"), "--seqlen", "16", *tokens, "--allocator", "uniform", "--quiet"]
@@ -96,14 +79,18 @@ def test_a_run_by_name_is_a_stock_model_with_zeros(folder: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("pruner", ["magnitude", "apt", {"name": "apt", "exact": 0}], ids=["magnitude", "apt", "cg"])
-def test_a_pattern_is_in_every_row_of_every_map(folder: Path, tmp_path: Path, pruner: str | dict[str, Any]) -> None:
+def test_a_pattern_is_in_every_row_of_every_map(
+    folder: Path, tmp_path: Path, pruner: str | dict[str, Any], linears: Fixture, pruned: Fixture
+) -> None:
     report = pruned(folder, tmp_path / "out", "2:4", pruner=pruner)
     for weight in linears(tmp_path / "out").values():
         assert bool((weight.unflatten(1, (-1, 4)).count_nonzero(-1) == 2).all())
     assert report["weights"]["patterns"] == {"2:4": len(linears(folder))}
 
 
-def test_conjugate_gradients_go_where_exact_solves_go(folder: Path, tmp_path: Path) -> None:
+def test_conjugate_gradients_go_where_exact_solves_go(
+    folder: Path, tmp_path: Path, linears: Fixture, pruned: Fixture
+) -> None:
     for name, exact in {"exact": 1024, "cg": 0}.items():
         pruned(folder, tmp_path / name, "weights", pruner={"name": "apt", "exact": exact, "steps": 300})
     one, two = linears(tmp_path / "exact"), linears(tmp_path / "cg")
@@ -113,33 +100,26 @@ def test_conjugate_gradients_go_where_exact_solves_go(folder: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("structure", ["weights", "2:4"])
 def test_a_search_moves_weights_between_maps_and_goes_on_after_a_kill(
-    folder: Path, tmp_path: Path, structure: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    structure: str,
+    killed_at: Fixture,
+    quick: Fixture,
+    pruned: Fixture,
+    content: Fixture,
 ) -> None:
-    class Killed(BaseException):
-        pass
-
-    report = pruned(folder, tmp_path / "whole", structure, **SEARCHED)
+    searched = {"pruner": "magnitude", "allocator": quick()["allocator"]}
+    report = pruned(folder, tmp_path / "whole", structure, **searched)
     assert len({site["kept"] / site["groups"] for site in report["sites"]}) > 1
     assert report["budget"]["spent"] <= report["budget"]["limit"]
 
-    answer, asked = Ledger.answer, []
-
-    def killing(self: Ledger, *args: Any) -> None:
-        asked.append(1)
-        if len(asked) == 5:
-            raise Killed
-        answer(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "answer", killing)
-        with pytest.raises(Killed):
-            pruned(folder, tmp_path / "out", structure, **SEARCHED)
-    pruned(folder, tmp_path / "out", structure, **SEARCHED)
-    for file in ("model.safetensors", "config.json", "recipe.yaml", "ledger.jsonl"):
-        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    with killed_at(Ledger, "answer", 5):
+        pruned(folder, tmp_path / "out", structure, **searched)
+    pruned(folder, tmp_path / "out", structure, **searched)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_a_distilled_model_keeps_its_zeros(folder: Path, tmp_path: Path) -> None:
+def test_a_distilled_model_keeps_its_zeros(folder: Path, tmp_path: Path, pruned: Fixture) -> None:
     more: dict[str, Any] = {"pruner": "wanda", "finishers": [{"name": "distillation", "epochs": 1, "rate": 1e-3}]}
     report = pruned(folder, tmp_path / "out", "weights", **more)
     assert report["finishers"][0]["held_out_loss"][1] <= report["finishers"][0]["held_out_loss"][0]
@@ -147,12 +127,12 @@ def test_a_distilled_model_keeps_its_zeros(folder: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("finisher", ["dsnot", "least-squares"])
-def test_maps_are_polished_one_by_one(folder: Path, tmp_path: Path, finisher: str) -> None:
+def test_maps_are_polished_one_by_one(folder: Path, tmp_path: Path, finisher: str, pruned: Fixture) -> None:
     report = pruned(folder, tmp_path / "out", "weights", pruner="wanda", finishers=[finisher])
     assert report["finishers"][0]["errors"].keys() == {site["name"] for site in report["sites"]}
 
 
-def test_gradient_scores_are_there_for_every_map(folder: Path, tmp_path: Path) -> None:
+def test_gradient_scores_are_there_for_every_map(folder: Path, tmp_path: Path, pruned: Fixture) -> None:
     report = pruned(folder, tmp_path / "out", "weights", pruner="gradient")
     assert report["weights"]["not_zero"] == report["budget"]["spent"]
 
@@ -167,7 +147,7 @@ def test_gradient_scores_are_there_for_every_map(folder: Path, tmp_path: Path) -
     ids=["groups", "finisher", "pattern"],
 )
 def test_what_cannot_be_done_is_said_before_any_work(
-    folders: dict[str, Path], tmp_path: Path, changes: dict[str, Any], sentence: str
+    folders: dict[str, Path], tmp_path: Path, changes: dict[str, Any], sentence: str, pruned: Fixture
 ) -> None:
     with pytest.raises(WrongInput, match=sentence):
         pruned(folders["mamba"], tmp_path / "out", **{"pruner": "wanda"} | changes)
@@ -175,6 +155,6 @@ def test_what_cannot_be_done_is_said_before_any_work(
 
 
 def test_a_pruned_model_is_evaluated_with_its_speed(folder: Path) -> None:
-    found = evaluate(str(folder), str(folder / "text.txt"), seqlen=16, tokens=256)
+    found = evaluate(str(folder), DataSpec(dataset=str(folder / "text.txt"), seqlen=16, evaluation_tokens=256))
     assert found["decode_tokens_per_second"] > 0
     assert found["perplexity"] > 1

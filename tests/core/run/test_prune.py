@@ -14,29 +14,9 @@ from prunekit.calibration.gradients import Gradients
 from prunekit.models.opening import fingerprint
 from prunekit.recipe.schema import Recipe
 from prunekit.run import results
+from prunekit.run.workplace import LOCK
 from prunekit.search.ledger import Ledger
 from prunekit.search.store import CandidateStore
-
-FILES = ("model.safetensors", "config.json", "recipe.yaml", "ledger.jsonl", "tokenizer.json")
-QUICK: dict[str, Any] = {
-    "pruner": "obs",
-    "allocator": {
-        "name": "tyr",
-        "inner": {"name": "evolution", "generations": 2, "offspring": 4},
-        "last_stride": 0.125,
-    },
-    "objective": "divergence",
-    "data__dataset": "python-docs",
-    "data__calibration_tokens": 512,
-    "data__search_tokens": 512,
-    "data__evaluation_tokens": 512,
-    "data__seqlen": 32,
-    "quiet": True,
-}
-
-
-def quick(**changes: Any) -> dict[str, Any]:
-    return QUICK | changes
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +24,11 @@ def folder(saved_tiny):
     return saved_tiny()
 
 
-def content(directory):
-    return {name: (directory / name).read_bytes() for name in FILES}
-
-
 @pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory):
+def whole(folder, tmp_path_factory, quick):
     """An uninterrupted run."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    prunekit.prune(folder, output=output, **QUICK)
+    prunekit.prune(folder, output=output, **quick())
     return output
 
 
@@ -76,13 +52,13 @@ def test_what_is_saved_loads_and_meets_its_budget(whole, folder):
     }
 
 
-def test_the_recipe_beside_a_result_runs_again_to_the_same_bytes(whole, tmp_path):
+def test_the_recipe_beside_a_result_runs_again_to_the_same_bytes(whole, tmp_path, content):
     prunekit.prune(recipe=whole / "recipe.yaml", output=tmp_path / "again", quiet=True)
     assert content(tmp_path / "again") == content(whole)
 
 
 @pytest.mark.parametrize("when", ["walk", "search", "rebuild", "save"])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, whole, tmp_path, killed_at, when):
+def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, whole, tmp_path, killed_at, when, quick, content):
     place, name, last = {
         "walk": (CandidateStore, "put", 4),
         "search": (Ledger, "answer", 5),
@@ -90,15 +66,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, whole, tmp_path, k
         "save": (results, "prove", 1),
     }[when]
     with killed_at(place, name, last):
-        prunekit.prune(folder, output=tmp_path / "out", **QUICK)
+        prunekit.prune(folder, output=tmp_path / "out", **quick())
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial").exists()
-    prunekit.prune(folder, output=tmp_path / "out", **QUICK)
+    prunekit.prune(folder, output=tmp_path / "out", **quick())
     assert content(tmp_path / "out") == content(whole)
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_gradient_pass_that_is_interrupted_goes_on_to_the_same_bytes(folder, tmp_path, killed_at):
+def test_a_gradient_pass_that_is_interrupted_goes_on_to_the_same_bytes(folder, tmp_path, killed_at, quick, content):
     settings = quick(pruner="gradient", allocator="uniform", objective="expected-error", verify=False)
     prunekit.prune(folder, output=tmp_path / "whole", **settings)
     with killed_at(Gradients, "_write", 2):
@@ -108,7 +84,7 @@ def test_a_gradient_pass_that_is_interrupted_goes_on_to_the_same_bytes(folder, t
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_a_second_data_set_reaches_the_pruner_and_the_report(folder, tmp_path):
+def test_a_second_data_set_reaches_the_pruner_and_the_report(folder, tmp_path, quick):
     second = tmp_path / "second.txt"
     second.write_text("A quiet text that says one thing again and again. " * 500, encoding="utf-8")
     plain = {"allocator": "uniform", "objective": "expected-error", "verify": False}
@@ -126,24 +102,24 @@ def test_a_second_data_set_reaches_the_pruner_and_the_report(folder, tmp_path):
     assert any(not torch.equal(state[name], other[name]) for name in state)
 
 
-def test_another_recipe_does_not_go_on_with_an_unfinished_run(folder, tmp_path, killed_at):
+def test_another_recipe_does_not_go_on_with_an_unfinished_run(folder, tmp_path, killed_at, quick):
     with killed_at(Ledger, "answer", 1):
-        prunekit.prune(folder, output=tmp_path / "out", **QUICK)
+        prunekit.prune(folder, output=tmp_path / "out", **quick())
     with pytest.raises(prunekit.WrongInput, match=r"unfinished run \(another seed\)"):
         prunekit.prune(folder, output=tmp_path / "out", **quick(seed=1))
     prunekit.prune(folder, output=tmp_path / "out", overwrite=True, **quick(seed=1))
 
 
-def test_two_runs_do_not_share_an_output(folder, tmp_path):
+def test_two_runs_do_not_share_an_output(folder, tmp_path, quick):
     (tmp_path / "out.partial").mkdir()
-    with FileLock(tmp_path / "out.partial" / ".lock"), pytest.raises(prunekit.WrongInput, match="another process"):
-        prunekit.prune(folder, output=tmp_path / "out", **QUICK)
+    with FileLock(tmp_path / "out.partial" / LOCK), pytest.raises(prunekit.WrongInput, match="another process"):
+        prunekit.prune(folder, output=tmp_path / "out", **quick())
 
 
-def test_a_model_in_memory_stays_as_it_is(folder, tmp_path, whole):
+def test_a_model_in_memory_stays_as_it_is(folder, tmp_path, whole, quick):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     before = fingerprint(model)
-    result = prunekit.prune(model, tokenizer, **QUICK)
+    result = prunekit.prune(model, tokenizer, **quick())
     assert fingerprint(model) == before
     assert result.directory is None
     saved = result.save(tmp_path / "saved")
@@ -152,7 +128,7 @@ def test_a_model_in_memory_stays_as_it_is(folder, tmp_path, whole):
         result.save(tmp_path / "saved")
 
 
-def test_a_pruned_model_can_be_pruned_again(whole, tmp_path):
+def test_a_pruned_model_can_be_pruned_again(whole, tmp_path, quick):
     result = prunekit.prune(whole, output=tmp_path / "twice", **quick(allocator="uniform", sparsity=0.2))
     ids = torch.randint(3, 2000, (1, 8))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
@@ -174,14 +150,14 @@ def test_a_pruned_model_can_be_pruned_again(whole, tmp_path):
     ],
     ids=str,
 )
-def test_every_choice_runs_and_verifies(folder, settings):
+def test_every_choice_runs_and_verifies(folder, settings, quick):
     result = prunekit.prune(folder, **quick(**settings))
     assert result.report["budget"]["spent"] <= result.report["budget"]["limit"]
     ids = torch.randint(3, 2000, (2, 8))
     assert torch.isfinite(result.model(ids).logits).all()
 
 
-def test_several_data_sets_are_judged_robustly_and_reported_apart(folder, tmp_path):
+def test_several_data_sets_are_judged_robustly_and_reported_apart(folder, tmp_path, quick):
     for name in ("one", "two"):
         (tmp_path / f"{name}.txt").write_text(f"{name} by {name} and so on, " * 400)
     texts = [str(tmp_path / "one.txt"), {"dataset": str(tmp_path / "two.txt"), "weight": 2}]
@@ -197,7 +173,7 @@ def test_several_data_sets_are_judged_robustly_and_reported_apart(folder, tmp_pa
     assert again.ledger == result.ledger
 
 
-def test_questions_judge_allocations(folder, tmp_path):
+def test_questions_judge_allocations(folder, tmp_path, quick):
     rows = [{"prompt": f"{i} and {i} is", "choices": [f"{2 * i}", f"{i}", "nothing"], "answer": 0} for i in range(20)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     there = {"data__search_dataset": str(tmp_path / "sums.jsonl")}
@@ -209,14 +185,14 @@ def test_questions_judge_allocations(folder, tmp_path):
     assert result.report["data"]["search"]["source"] == "sums"
 
 
-def test_weights_that_are_not_finite_are_refused(folder, tmp_path):
+def test_weights_that_are_not_finite_are_refused(folder, tmp_path, quick):
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(prunekit.WrongInput, match=r"layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
-        prunekit.prune(model, AutoTokenizer.from_pretrained(folder), **QUICK)
+        prunekit.prune(model, AutoTokenizer.from_pretrained(folder), **quick())
 
 
-def test_a_budget_that_cannot_be_met_says_what_can(folder):
+def test_a_budget_that_cannot_be_met_says_what_can(folder, quick):
     with pytest.raises(prunekit.WrongInput, match="reachable is 0 to 0"):
         prunekit.prune(folder, **quick(of="model", sparsity=0.9))
 
@@ -237,7 +213,7 @@ def test_the_seed_is_all_the_randomness_there_is(folder, whole):
     ids=["a signal inside tyr", "scores"],
 )
 def test_what_an_allocator_asks_for_is_measured_recorded_and_resumed(
-    folder, tmp_path, monkeypatch, pruner, allocator, record
+    folder, tmp_path, monkeypatch, pruner, allocator, record, quick
 ):
     options = quick(pruner=pruner, allocator=allocator, objective="expected-error", verify=False)
     first = prunekit.prune(folder, **options)

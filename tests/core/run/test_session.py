@@ -12,8 +12,7 @@ from prunekit.errors import WrongInput
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.run import session
-from prunekit.run.session import open_session
-from prunekit.system.progress import Progress
+from prunekit.run.session import Job, open_session
 
 QUICK: dict[str, Any] = {
     "recipe": "fast",
@@ -67,7 +66,7 @@ def test_a_session_is_of_the_complete_recipe_and_tells_runs_apart(saved_tiny: Ca
     recipe = Recipe.load("fast").with_overrides({"model": str(saved_tiny()), **text})
 
     def opened(changes: dict[str, Any]) -> session.Session:
-        return open_session(resolve(recipe.with_overrides(changes)), None, None, None, Progress())
+        return open_session(resolve(recipe.with_overrides(changes)), Job())
 
     one, same, other = opened({}), opened({"device": "cpu", "verify": False}), opened({"seed": 1})
     assert one.parts.recipe.data == one.draws.spec

@@ -51,7 +51,7 @@ def quick(model: Path, text: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def list_passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The pruner of every walk that was really walked."""
     seen: list[str] = []
     whole = stages.build

@@ -1,14 +1,11 @@
 """Weights and patterns through a whole run: exact counts, the same bytes after a kill, what is saved loads."""
 
 import json
-import random
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import prunekit
 from prunekit import Candidate, WrongInput
@@ -24,20 +21,6 @@ from prunekit.system.progress import Progress
 from prunekit.testing import KeepLargest, toy_supernet, toy_tokens, toy_workpiece
 
 FILES = ("model.safetensors", "config.json", "recipe.yaml", "ledger.jsonl")
-QUICK: dict[str, Any] = {
-    "pruner": "keep-largest",
-    "allocator": {
-        "name": "tyr",
-        "inner": {"name": "evolution", "generations": 2, "offspring": 4},
-        "last_stride": 0.125,
-    },
-    "objective": "divergence",
-    "data__calibration_tokens": 512,
-    "data__search_tokens": 512,
-    "data__evaluation_tokens": 512,
-    "data__seqlen": 32,
-    "quiet": True,
-}
 
 
 def register(patch):
@@ -52,27 +35,25 @@ def registered(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def folder(saved_tiny):
+def folder(saved_tiny, numbers):
     path = saved_tiny(intermediate_size=32)
-    rng = random.Random(0)
-    words = [f"{rng.randrange(10 ** rng.randint(1, 6))}" for _ in range(4000)]
-    (path / "text.txt").write_text(" ".join(words))
+    (path / "text.txt").write_text(numbers(4000))
     return path
 
 
-def pruned(folder, output, structure, **changes):
-    """A run of `QUICK`."""
-    text = str(folder / "text.txt")
-    return prunekit.prune(folder, output=output, structure=structure, data__dataset=text, **QUICK | changes)
+@pytest.fixture(scope="module")
+def pruned(quick):
+    """A run."""
 
+    def run(folder, output, structure, **changes):
+        settings = {"pruner": "keep-largest", "data__dataset": str(folder / "text.txt"), "structure": structure}
+        return prunekit.prune(folder, output=output, **quick(**settings | changes))
 
-def linears(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    return {name: m.weight for name, m in model.model.layers.named_modules() if isinstance(m, torch.nn.Linear)}
+    return run
 
 
 @pytest.mark.parametrize("structure", ["2:4", "1:4", "2:8"])
-def test_uniform_is_the_pattern_everywhere(folder, tmp_path, structure):
+def test_uniform_is_the_pattern_everywhere(folder, tmp_path, structure, linears, pruned):
     n, m = map(int, structure.split(":"))
     out = tmp_path / "out"
     pruned(folder, out, structure, allocator="uniform", verify=False)
@@ -87,7 +68,7 @@ def test_uniform_is_the_pattern_everywhere(folder, tmp_path, structure):
 
 
 @pytest.fixture(scope="module")
-def searched(folder, tmp_path_factory):
+def searched(folder, tmp_path_factory, pruned):
     """Uninterrupted runs that search."""
     outputs = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -99,7 +80,7 @@ def searched(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("structure", ["weights", "2:4"])
-def test_counts_are_exact_and_what_is_saved_is_a_stock_model(folder, searched, structure):
+def test_counts_are_exact_and_what_is_saved_is_a_stock_model(folder, searched, structure, linears):
     out = searched[structure]
     report, dense = json.loads((out / "report.json").read_text()), linears(folder)
     kept = 0
@@ -126,7 +107,7 @@ def test_counts_are_exact_and_what_is_saved_is_a_stock_model(folder, searched, s
 
 @pytest.mark.parametrize("structure", ["weights", "2:4"])
 @pytest.mark.parametrize("when", ["walk", "search", "rebuild"])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, searched, tmp_path, killed_at, structure, when):
+def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, searched, tmp_path, killed_at, structure, when, pruned):
     # between two maps with one input, on a question, in the second walk
     place, name, last = {
         "walk": (CandidateStore, "put", 9),
@@ -141,7 +122,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, searched, tmp_path
         assert mine.replace(b"verify: false", b"verify: true") == theirs, file
 
 
-def test_rows_that_are_no_whole_blocks_are_one_sentence(folder, tmp_path):
+def test_rows_that_are_no_whole_blocks_are_one_sentence(folder, tmp_path, pruned):
     with pytest.raises(WrongInput, match="has rows of 24 weights, which are no whole blocks of 16"):
         pruned(folder, tmp_path / "out", "2:16")
     assert not (tmp_path / "out.partial").exists()
@@ -243,7 +224,7 @@ def test_statistics_are_those_of_the_map(tmp_path):
         assert torch.equal(layer.weight, linear.weight)
         gradient, _ = gradients.read(site.block, net.adapter.path(site), torch.device("cpu"))
         assert torch.equal(layer.require("gradient"), gradient)
-        assert (layer.structure, layer.feeders, layer.n_groups) == ("weights", (), linear.in_features)
+        assert (layer.structure, layer.producers, layer.n_groups) == ("weights", (), linear.in_features)
         assert (layer.drift is not None) == site.name.endswith(("o_proj", "down_proj"))
     dense = torch.cat([*entered_inputs(net)])
     torch.testing.assert_close(o.energy, float((dense @ o.weight.T).square().sum() / len(dense)), rtol=1e-6, atol=0)

@@ -6,16 +6,20 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
 from prunekit.errors import WrongInput
-from prunekit.run.workplace import check_output, new_folder, publish, workplace
+from prunekit.run.workplace import check_output, new_folder, publish, published, workplace
+from prunekit.system.files import changed, seal
 
 
 def result(folder):
     folder.mkdir(parents=True)
-    (folder / "report.json").write_text(json.dumps({"schema": 1}))
+    for name in ("report.json", "recipe.yaml", "ledger.jsonl"):
+        (folder / name).write_text(json.dumps({"schema": 1}))
+    seal(folder)
     return folder
 
 
@@ -59,12 +63,14 @@ def test_a_place_that_cannot_be_made_is_refused_before_any_work(tmp_path, where)
 def test_a_link_is_followed_and_an_old_result_replaced_whole(tmp_path):
     (tmp_path / "link").symlink_to(result(tmp_path / "real"))
     (tmp_path / "real" / "stale.txt").write_text("old")
-    new = result(tmp_path / "new")
+    new = result(tmp_path / "work" / "new")
     (new / "fresh.txt").write_text("new")
     publish(new, tmp_path / "link")
-    assert sorted(p.name for p in (tmp_path / "link").iterdir()) == ["fresh.txt", "report.json"]
+    assert (tmp_path / "link/fresh.txt").exists()
+    assert not (tmp_path / "link/stale.txt").exists()
     assert (tmp_path / "link").is_symlink()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real", "work"]
+    assert not any((tmp_path / "work").iterdir())
 
 
 def test_an_unfinished_run_is_gone_on_with_also_under_overwrite(tmp_path):
@@ -94,6 +100,7 @@ def test_a_finished_place_is_gone(tmp_path):
 HOLDS = """
 import sys, time
 from pathlib import Path
+from prunekit.system.files import changed, seal
 from prunekit.run.workplace import workplace
 with workplace(Path(sys.argv[1]), {}) as place:
     (place / "work").write_text("done")
@@ -145,13 +152,12 @@ def complete(folder, text):
     (folder / "below").mkdir()
     (folder / "below/weights").write_text(text)
     (folder / "which").write_text(text)
+    seal(folder)
     return folder
 
 
 def whole(folder, text):
-    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} if folder.exists() else set()
-    names = {"report.json", "which", "below/weights"}
-    return files == names and (folder / "which").read_text() == (folder / "below/weights").read_text() == text
+    return folder.exists() and not changed(folder) and (folder / "which").read_text() == text
 
 
 @pytest.mark.parametrize("leftover", [False, True])
@@ -159,9 +165,9 @@ def test_whenever_it_is_killed_the_old_or_the_new_result_is_there_whole(tmp_path
     ended, last = False, 0
     for last in range(1, 60):
         root = tmp_path / str(last)
-        new, out = complete(root / "new", "new"), complete(root / "out", "old")
+        new, out = complete(root / "work/new", "new"), complete(root / "out", "old")
         if leftover:
-            complete(root / ".out.replaced", "older")
+            complete(root / "work/replaced", "older")
         calls = iter(range(1, 1000))
 
         def dying(real, calls=calls, last=last):
@@ -180,9 +186,9 @@ def test_whenever_it_is_killed_the_old_or_the_new_result_is_there_whole(tmp_path
                 ended = True
             except Dead:
                 pass
-        assert whole(out, "new") or whole(out, "old") or whole(root / ".out.replaced", "old"), last
-        if whole(root / "new", "new"):
-            publish(root / "new", out)  # what the same command does in the end
+        assert whole(out, "new") or whole(out, "old") or whole(root / "work/replaced", "old"), last
+        if (root / "work/new").exists():
+            publish(root / "work/new", out)  # what the same command does in the end
         assert whole(out, "new")
         if ended:
             break
@@ -192,7 +198,7 @@ def test_whenever_it_is_killed_the_old_or_the_new_result_is_there_whole(tmp_path
 
 @pytest.mark.parametrize("error", [OSError("busy"), KeyboardInterrupt()])
 def test_a_rename_that_fails_leaves_the_old_result_in_its_place(tmp_path, monkeypatch, error):
-    new, out = complete(tmp_path / "new", "new"), complete(tmp_path / "out", "old")
+    new, out = complete(tmp_path / "work/new", "new"), complete(tmp_path / "out", "old")
     real = os.replace
 
     def failing(source, target):
@@ -207,17 +213,114 @@ def test_a_rename_that_fails_leaves_the_old_result_in_its_place(tmp_path, monkey
             publish(new, out)
     assert whole(out, "old")
     assert whole(new, "new")
-    assert not (tmp_path / ".out.replaced").exists()
+    assert not (tmp_path / "work/replaced").exists()
 
 
-def test_a_folder_beside_it_is_not_taken_for_an_old_result(tmp_path):
-    mine = complete(tmp_path / "out.old", "mine")
+@pytest.mark.parametrize("name", ["out.old", ".out.replaced", "replaced", ".out.writing"])
+@pytest.mark.parametrize("is_file", [False, True])
+def test_what_stands_beside_it_is_not_taken_for_an_old_result(tmp_path, name, is_file):
+    mine = tmp_path / name
+    if is_file:
+        mine.write_text("mine")
+    else:
+        complete(mine, "mine")
     complete(tmp_path / "out", "old")
-    publish(complete(tmp_path / "new", "new"), tmp_path / "out")
+    with workplace(tmp_path / "out", {"seed": 0}, overwrite=True) as place:
+        publish(complete(place / "result", "new"), tmp_path / "out")
     assert whole(tmp_path / "out", "new")
-    assert whole(mine, "mine")
-    shutil.rmtree(mine)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert mine.read_text() == "mine" if is_file else whole(mine, "mine")
+    assert {p.name for p in tmp_path.iterdir()} == {"out", name}
+
+
+def test_a_result_in_which_the_user_keeps_something_is_not_replaced(tmp_path):
+    (complete(tmp_path / "out", "old") / "below/thesis.txt").write_text("years of work")
+    with pytest.raises(WrongInput, match=r"holds below/thesis\.txt, which prunekit has not made"):
+        check_output(tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("files", [{"report.json"}, {"report.json", "recipe.yaml", "ledger.jsonl"}, {"pareto.json"}])
+def test_a_folder_that_looks_like_a_result_but_does_not_say_so_is_left_alone(tmp_path, files):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name in files:
+        (theirs / name).write_text(json.dumps({"schema": 1}))
+    for marker in (None, "[]", '{"made by": "somebody", "files": {}}', '{"made by": "prunekit", "files": {}}', "["):
+        if marker is not None:
+            (theirs / "files.json").write_text(marker)
+        with pytest.raises(WrongInput, match="no result of prunekit"):
+            check_output(theirs, overwrite=True)
+
+
+def test_a_place_of_another_kind_is_refused_before_any_work(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for place in (tmp_path / "loop", tmp_path / ("x" * 250), tmp_path / ("x" * 300)):
+        with pytest.raises(WrongInput, match="cannot be made"):
+            check_output(place, overwrite=False)
+    (tmp_path / "out.partial").write_text("")
+    with pytest.raises(WrongInput, match="is a file"):
+        check_output(tmp_path / "out", overwrite=False)
+
+
+# -- stopped at any moment ------------------------------------------------------------------------------
+
+
+def test_wherever_it_is_stopped_the_same_command_goes_on(tmp_path, monkeypatch):
+    """Making the place, discarding another's, publishing and tidying up: stopped before every change of a file."""
+    ended, last = False, 0
+    for last in range(1, 200):
+        out = tmp_path / str(last) / "out"
+        complete(out, "old")
+        with suppress(KeyboardInterrupt), workplace(out, {"seed": 1}, overwrite=True) as place:
+            (place / "walk").mkdir()
+            (place / "walk/other").write_text("another run's")
+            raise KeyboardInterrupt
+
+        def run(out=out):
+            check_output(out, overwrite=True)
+            with workplace(out, {"seed": 0}, overwrite=True) as place:
+                if not published(place, out):
+                    assert not (place / "walk").exists()
+                    (place / "work").write_text("half")
+                    shutil.rmtree(place / "result", ignore_errors=True)
+                    publish(complete(place / "result", "new"), out)
+
+        calls = iter(range(1, 1000))
+
+        def dying(real, calls=calls, last=last):
+            def call(*args, **kwargs):
+                if next(calls) >= last:
+                    raise Dead
+                return real(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for module, name in [*CALLS, (os, "mkdir")]:
+                patch.setattr(module, name, dying(getattr(module, name)))
+            try:
+                run()
+                ended = True
+            except Dead:
+                pass
+        run()
+        assert whole(out, "new"), last
+        assert [path.name for path in out.parent.iterdir()] == ["out"], last
+        if ended:
+            break
+    assert ended
+    assert last > 20
+
+
+def test_a_damaged_card_is_one_sentence_and_can_be_discarded(tmp_path):
+    with pytest.raises(RuntimeError), workplace(tmp_path / "out", {"seed": 0}) as place:
+        raise RuntimeError("stopped")
+    for content in ("[", "[]", '{"sha256": 1}', "\x00" * 100, "[" * 100_000):
+        (place / "run.json").write_text(content)
+        with pytest.raises(WrongInput, match=r"run.json is damaged; .*--overwrite"), workplace(tmp_path / "out", {}):
+            pass
+    with workplace(tmp_path / "out", {}, overwrite=True) as place:
+        assert place.exists()
+    assert not place.exists()
 
 
 def test_a_folder_that_cannot_be_filled_leaves_what_was_there(tmp_path):

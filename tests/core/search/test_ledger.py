@@ -67,3 +67,36 @@ def test_what_could_not_be_answered_is_asked_again(tmp_path):
     with pytest.raises(ZeroDivisionError):
         Ledger(tmp_path / "l").once({"kind": "note"}, lambda: 1 / 0)
     assert Ledger(tmp_path / "l").once({"kind": "note"}, lambda: 1) == 1
+
+
+@pytest.mark.parametrize("line", [0, 1, 2])
+@pytest.mark.parametrize("damage", ["bit", "garbage", "gone", "nan", "deep", "list"])
+def test_from_a_changed_line_on_all_is_asked_anew(tmp_path, line, damage):
+    path = tmp_path / "ledger.jsonl"
+    written(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = b"".join(lines)
+    lines[line] = {
+        "bit": lines[line].replace(b"k", b"j", 1),
+        "garbage": b"\xff\n",
+        "gone": b"",
+        "nan": lines[line].replace(b"0.30000000000000004", b"NaN"),
+        "deep": b"[" * 100_000 + b"\n",
+        "list": b"[]\n",
+    }[damage]
+    changed = b"".join(lines) != whole
+    path.write_bytes(b"".join(lines))
+    again = Ledger(path)
+    assert again.damaged == (line + 1 if changed and not (damage == "gone" and line == 2) else None)
+    assert written_again(again) == (0.1 + 0.2, math.inf)
+    assert path.read_bytes() == whole
+
+
+def written_again(ledger):
+    ledger.note({"kind": "space"})
+    found = []
+    for question, loss in ((QUESTION, 0.1 + 0.2), (QUESTION | {"tokens": 8}, math.inf)):
+        if (said := ledger.recall(question)) is None:
+            ledger.answer(question, said := loss)
+        found.append(said)
+    return tuple(found)

@@ -1,7 +1,5 @@
 """Candidates come back as they were put, or not at all."""
 
-import json
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ from prunekit.layer.candidates import Candidate
 from prunekit.search.store import CandidateStore, DamagedStore
 from prunekit.space.forms import WEIGHTS
 from prunekit.space.sites import Site
+from prunekit.system.files import read_state
 
 SITE = Site("model.layers.0.mlp.down_proj", 0, "mlp", n_groups=4, group_size=2, params_per_group=1)
 SPREAD = Site("model.layers.0.self_attn.o_proj", 0, "attention", n_groups=2, group_size=4, params_per_group=1, spread=2)
@@ -84,19 +83,19 @@ def test_a_changed_file_is_refused(tmp_path):
         CandidateStore(tmp_path, {}).get(SITE, 1)
 
 
-def test_the_store_of_another_walk_is_refused(tmp_path):
+def test_the_store_of_another_pass_is_refused(tmp_path):
     CandidateStore(tmp_path, {"centre": [1]}).put(SITE, [candidate(SITE, [1])], [0.5])
-    with pytest.raises(DamagedStore, match="another walk"):
+    with pytest.raises(DamagedStore, match="another calibration pass"):
         CandidateStore(tmp_path, {"centre": [2]})
 
 
 def test_a_writer_that_dies_before_the_manifest_leaves_the_site_out(tmp_path, monkeypatch):
     store = CandidateStore(tmp_path, {})
     store.put(SITE, [candidate(SITE, [1])], [0.5])
-    monkeypatch.setattr("prunekit.search.store.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("prunekit.search.store.write_state", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         store.put(SPREAD, [candidate(SPREAD, [1])], [0.5])
     again = CandidateStore(tmp_path, {})
     assert SITE in again
     assert SPREAD not in again
-    assert SPREAD.name not in json.loads((tmp_path / "manifest.json").read_text())["sites"]
+    assert SPREAD.name not in read_state(tmp_path / "manifest.json")["sites"]

@@ -43,7 +43,7 @@ def test_all_groups_without_a_rung_are_the_dense_sub_layer():
 
 def test_prefixes_are_shared_and_change_nothing():
     net, batch = toy_supernet(), toy_tokens()
-    plans = [net.space.uniform(), *list(net.space.exchanges(net.space.uniform()))[:6]]
+    plans = [net.space.uniform(), *list(net.space.swaps(net.space.uniform()))[:6]]
     alone = [logits(net, plan, batch) for plan in plans]
     net.prefetch(plans, [batch])
     for plan, expected in zip(plans, alone, strict=True):
@@ -54,7 +54,7 @@ def test_no_more_is_kept_ready_than_there_is_room_for(monkeypatch):
     net, one, other = toy_supernet(), toy_tokens(), toy_tokens(seed=1)
     each = one.n_tokens * 24 * 8  # bytes of the hidden states of an allocation at one depth
     monkeypatch.setattr(net, "shares", Shares(hidden=3 * each - 1, dense=2 * each - 1))
-    plans = [net.space.uniform(), *list(net.space.exchanges(net.space.uniform()))[:3]]
+    plans = [net.space.uniform(), *list(net.space.swaps(net.space.uniform()))[:3]]
     assert net.prefetch(plans, [one]) == plans[:2]
     for batch in (one, other, one):
         list(net.dense_hidden(batch, [1]))
@@ -73,7 +73,7 @@ def test_parts_are_let_go_when_they_take_too_much_room(monkeypatch):
     net, batch = toy_supernet(), toy_tokens()
     monkeypatch.setattr(net, "shares", Shares(parts=1))
     first = logits(net, net.space.uniform(), batch)
-    for plan in net.space.exchanges(net.space.uniform()):
+    for plan in net.space.swaps(net.space.uniform()):
         logits(net, plan, batch)
     assert len(net._parts) <= len(net.space.sites)
     assert torch.equal(logits(net, net.space.uniform(), batch), first)

@@ -144,7 +144,7 @@ def test_a_worker_keeps_what_it_has_heard_when_it_meets_another_walk(runs):
     net, batch = toy_supernet(), toy_tokens()
     worker = Worker(Dense(net.model, None, net.adapter, torch.float64, "toy", ""))
     for each in (net, other(net)):
-        worker.meet(each.space, each.errors, each.store)
+        worker.open_supernet(each.space, each.errors, each.store)
         found = worker.judge(Divergence(K), [net.space.uniform()], batch)
         assert found == [Divergence(K).loss(toy_supernet(), net.space.uniform(), batch)]
     assert runs == [4] * 3  # and those of two others that judge it alone

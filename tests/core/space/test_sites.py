@@ -129,7 +129,7 @@ def test_a_common_shift_is_the_same_wish(data: st.DataObject) -> None:
 def test_exchanges_are_feasible_tight_and_distinct(data: st.DataObject) -> None:
     space = data.draw(spaces())
     here = space.nearest(data.draw(wishes(space)))
-    found = list(space.exchanges(here))
+    found = list(space.swaps(here))
     assert len(set(found)) == len(found)
     assert here not in found
     for there in found:
@@ -142,8 +142,8 @@ def test_an_exchange_raises_one_and_lowers_the_other(data: st.DataObject) -> Non
     space = data.draw(spaces())
     here = space.uniform()
     up, down = (data.draw(st.integers(0, len(space.sites) - 1)) for _ in range(2))
-    there, rungs, prices = space.exchange(here, up, down), space.rungs(here), space.prices
-    members, limit = next(purse for purse in space.purses if up in purse[0])
+    there, rungs, prices = space.swap(here, up, down), space.rungs(here), space.prices
+    members, limit = next(partition for partition in space.partitions if up in partition[0])
     if up == down or down not in members or rungs[up] + 1 == len(space.ladders[up]) or not rungs[down]:
         assert there is None
         return
@@ -157,7 +157,7 @@ def test_kinds_apart_never_trade(data: st.DataObject) -> None:
     space = data.draw(spaces(apart=True))
     here = space.uniform()
     limits = dict(space.budget.by_kind)
-    for there in space.exchanges(here):
+    for there in space.swaps(here):
         changed = {s.kind for s, a, b in zip(space.sites, here, there, strict=True) if a != b}
         assert len(changed) == 1
         for kind, limit in limits.items():
@@ -189,7 +189,7 @@ def test_lowest_lies_between_the_optimum_and_what_exchanges_can_reach(data: st.D
     assert space.is_feasible(found)
     assert is_tight(space, found)
     assert loss(found) >= best_allocation(space, table)[1] - 1e-9
-    assert all(loss(there) >= loss(found) - 1e-9 for there in space.exchanges(found))
+    assert all(loss(there) >= loss(found) - 1e-9 for there in space.swaps(found))
     assert space.lowest([[2.0**-60 * t for t in row] for row in table]) == found  # whatever the unit of the losses
 
 
@@ -214,7 +214,7 @@ def test_attention_and_mlp_trade_both_ways_at_unequal_prices() -> None:
     space = Space.whole(sites, Budget.keeping(0.5, sites)).zoomed((2, 384, 2, 384), stride=1 / 8, reach=4)
     here = space.uniform()
     assert space.cost(here) == space.budget.limit
-    to_mlp, to_attention = space.exchange(here, up=1, down=0), space.exchange(here, up=0, down=1)
+    to_mlp, to_attention = space.swap(here, up=1, down=0), space.swap(here, up=0, down=1)
     assert to_mlp == (0, 480, 2, 384)  # a rung of 96 neurons costs two groups of 64
     assert to_attention == (3, 288, 2, 384)  # and pays for one
 
@@ -233,14 +233,14 @@ def test_sites_without_a_price_keep_all() -> None:
     sites = sites_of(3, attention=(4, 10), mlp=(16, 3))
     space = Space.whole(sites, Budget.keeping(0.5, sites, metric=KVCache()))
     assert space.uniform() == (2, 16, 2, 16, 2, 16)
-    assert all(there[1::2] == (16, 16, 16) for there in space.exchanges(space.uniform()))
+    assert all(there[1::2] == (16, 16, 16) for there in space.swaps(space.uniform()))
 
 
 def test_one_site_has_no_neighbours() -> None:
     sites = [Site("only", 0, "mlp", 16, 1, 3)]
     space = Space.whole(sites, Budget.keeping(0.5, sites))
     assert space.uniform() == (8,)
-    assert list(space.exchanges((8,))) == []
+    assert list(space.swaps((8,))) == []
 
 
 @pytest.mark.parametrize(("metric", "unit"), [(PARAMETERS, 1), (Bytes(), 2), (Bytes(4), 4), (Flops(), 2)])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from prunekit import WrongInput
-from prunekit.system.memory import GIB, Room, Shares, amount, parsed
+from prunekit.system.memory import GIB, Room, Shares
+from prunekit.system.sizes import amount, parse_size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -50,7 +51,7 @@ def test_a_room_without_folder_has_a_temporary_one():
     ],
 )  # fmt: skip
 def test_amounts_are_read(text, size):
-    assert parsed(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_amounts_are_read(text, size):
 )
 def test_what_is_no_amount_is_refused(text):
     with pytest.raises(WrongInput, match=f"^no amount of memory '{text}'; give auto, or as 8GiB, 500MB$"):
-        parsed(text)
+        parse_size(text)
 
 
 def test_amounts_are_said():

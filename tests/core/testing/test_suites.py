@@ -27,7 +27,7 @@ class Heaviest(LocalPruner):
 
     @property
     def needs(self):
-        return frozenset({"no such"} if self.fault == "needs what is not" else {"gram", "feeders"})
+        return frozenset({"no such"} if self.fault == "needs what is not" else {"gram", "producers"})
 
     def prune(self, layer, keeps):
         if layer.structure == "groups":
@@ -106,7 +106,7 @@ FAULTS = {
     "a row of its own": changed(lambda layer, w: torch.cat([w[:1] * 0.5, w[1:]])),
     "writes on the weight": after(lambda layer, keeps: layer.weight.mul_(0.5)),
     "writes on a gram in double": after(lambda layer, keeps: layer.gram.double().diagonal().add_(1e-3)),
-    "writes on a feeder": after(lambda layer, keeps: [feeder.weight.mul_(0.5) for feeder in layer.feeders]),
+    "writes on a producer": after(lambda layer, keeps: [producer.weight.mul_(0.5) for producer in layer.producers]),
 }
 PROMISES = {  # faults by the test that finds them
     "frozen_dataclass": ["needs what is not"],
@@ -123,7 +123,7 @@ PROMISES = {  # faults by the test that finds them
     "any_order_and_alone": ["in another order", "nothing asked is an error", "what else is asked counts"],
     "same_answer_twice": [
         *("another answer every time", "the weight itself", "the weight itself in half precision"),
-        *("writes on the weight", "writes on a gram in double", "writes on a feeder"),
+        *("writes on the weight", "writes on a gram in double", "writes on a producer"),
         "scores drawn from the global generator",
     ],
     "wastes_no_weight": ["wastes a weight"],

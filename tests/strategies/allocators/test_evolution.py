@@ -93,7 +93,7 @@ def test_asks_every_neighbour_before_it_gives_up() -> None:
     talk = converse(
         Evolution(exchanges=1, warm_start="none", selections=((1, 1),), patience=99, filter=1), even, lambda _: 1.0
     )
-    assert talk.asked == {even.start, *even.space.exchanges(even.start)}
+    assert talk.asked == {even.start, *even.space.swaps(even.start)}
 
 
 def test_trades_a_dear_group_for_many_cheap_ones_and_back() -> None:
@@ -152,7 +152,7 @@ def test_a_search_that_goes_on_from_its_ledger_asks_nothing_anew(tmp_path: Path)
         start = Problem(net.space, net.errors, net.space.uniform(), tokens=tokens.n_tokens)
         evolution = Evolution(generations=5, selections=((2, 12), (1, 48)))
         return search.converse(
-            evolution, start, net, Uneven(), tokens, Ledger(tmp_path / "l"), walk=0, progress=Progress()
+            evolution, start, net, Uneven(), tokens, Ledger(tmp_path / "l"), pass_number=0, progress=Progress()
         )  # fmt: skip
 
     first, questions = held(), len(asked)

@@ -31,7 +31,7 @@ def test_every_step_is_the_best_of_all_neighbours():
     assert len(talk.asks) > 3
     for ask in talk.asks[1:-1]:
         around = {q.allocation for q in ask}
-        assert around == set(toy.space.exchanges(here))
+        assert around == set(toy.space.swaps(here))
         best = min(around, key=loss)
         if loss(best) >= loss(here):
             assert ask is talk.asks[-2]

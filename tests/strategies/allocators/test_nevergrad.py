@@ -11,4 +11,4 @@ from prunekit_strategies.allocators.nevergrad import NevergradSearch
 def test_any_optimizer_may_search(optimizer: str) -> None:
     toy = ZOO["uneven"]()
     loss = additive(toy.errors, toy.space)
-    assert loss(converse(NevergradSearch(optimizer, trials=20), toy).answer) < loss(toy.start)
+    assert loss(converse(NevergradSearch(optimizer=optimizer, trials=20), toy).answer) < loss(toy.start)

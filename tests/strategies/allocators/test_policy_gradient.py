@@ -76,7 +76,7 @@ def test_the_expected_price_is_the_budget(share, apart):
     space = Space.whole(sites, Budget.keeping(share, sites, apart=apart))
     rng = np.random.default_rng(0)
     pi = shifted([rng.normal(size=len(ladder)) for ladder in space.ladders], space)
-    for members, limit in space.purses:
+    for members, limit in space.partitions:
         assert sum(float(pi[i] @ np.array(space.prices[i])) for i in members) == pytest.approx(limit)
     assert all(p.sum() == pytest.approx(1) for p in pi)
 

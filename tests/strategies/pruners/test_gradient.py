@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from prunekit import LayerProblem
-from prunekit.layer.problem import Feeder
+from prunekit.layer.problem import Producer
 from prunekit.space.forms import WEIGHTS, Pattern
 from prunekit.testing import toy_layer, with_statistics
 from prunekit_strategies.pruners.gradient import Gradient, HyWIA, LLMPruner
@@ -19,8 +19,8 @@ HAND = LayerProblem(
         "gradient": torch.tensor([[1.0, 2.0, 5.0, 1.0], [1.0, 1.0, -1.0, 0.5]]),  # w g: (3 -2 0 2), (0 2 -1 -1)
         "fisher": torch.tensor([[2.0, 1.0, 9.0, 0.5], [1.0, 1.0, 4.0, 1.0]]),  # w² F: (18 1 0 2), (0 4 4 4)
     },
-    feeders=(
-        Feeder(
+    producers=(
+        Producer(
             "up",
             torch.tensor([[1.0], [1.0], [2.0], [-1.0]]),
             {
@@ -88,8 +88,8 @@ def test_the_sign_of_the_loss_does_not_matter(order: Any, grain: Any) -> None:
     layer, pruner = toy_layer(8, 3), Gradient(order=order, grain=grain)
     turned = replace(
         with_statistics(layer, gradient=-layer.require("gradient")),
-        feeders=tuple(
-            replace(f, statistics={**f.statistics, "gradient": -f.require("gradient")}) for f in layer.feeders
+        producers=tuple(
+            replace(f, statistics={**f.statistics, "gradient": -f.require("gradient")}) for f in layer.producers
         ),
     )
     assert torch.equal(pruner.scores(layer), pruner.scores(turned))
@@ -114,7 +114,7 @@ def test_refit_changes_the_weights_not_the_groups() -> None:
     ids=str,
 )
 def test_half_of_the_single_weights_by_hand(options: dict[str, Any], block: int, kept: list[str]) -> None:
-    layer = replace(HAND, form=Pattern(1, block) if block else WEIGHTS, feeders=())
+    layer = replace(HAND, form=Pattern(1, block) if block else WEIGHTS, producers=())
     mask = torch.tensor([[cell == "1" for cell in row] for row in kept])
     (found,) = Gradient(**options).prune(layer, [2])
     assert found.kept is None
@@ -124,5 +124,5 @@ def test_half_of_the_single_weights_by_hand(options: dict[str, Any], block: int,
 
 
 def test_asks_for_what_it_uses() -> None:
-    assert Gradient().needs == {"gradient", "feeders"}
-    assert Gradient(refit=True).needs == {"gradient", "feeders", "gram"}
+    assert Gradient().needs == {"gradient", "producers"}
+    assert Gradient(refit=True).needs == {"gradient", "producers", "gram"}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from prunekit import LayerProblem
-from prunekit.layer.problem import Feeder
+from prunekit.layer.problem import Producer
 from prunekit.space.forms import WEIGHTS, Pattern
 from prunekit.testing import toy_layer, with_statistics
 from prunekit_strategies.pruners.score import (
@@ -33,7 +33,7 @@ HAND = LayerProblem(
         "absolute": torch.tensor([1.5, 0.5, 7.0, 0.5]),
         "contrast": torch.tensor([3.0, 2.0, 0.0, 0.25]),
     },
-    feeders=(Feeder("up", torch.tensor([[0.0], [0.0], [3.0], [1.0]]), {"power": torch.tensor([4.0])}),),
+    producers=(Producer("up", torch.tensor([[0.0], [0.0], [3.0], [1.0]]), {"power": torch.tensor([4.0])}),),
 )
 PAIRS = replace(HAND, group_size=2)
 CASES: list[tuple[Any, list[float], list[float]]] = [  # by column, by pair of columns
@@ -57,7 +57,7 @@ CASES: list[tuple[Any, list[float], list[float]]] = [  # by column, by pair of c
 def test_scores_by_hand(pruner: Score, columns: list[float], pairs: list[float]) -> None:
     assert pruner.scores(HAND).tolist() == pytest.approx(columns, rel=1e-6, abs=1e-12)
     if pairs:
-        even = replace(PAIRS, feeders=(replace(HAND.feeders[0]),))
+        even = replace(PAIRS, producers=(replace(HAND.producers[0]),))
         assert pruner.scores(even).tolist() == pytest.approx(pairs, rel=1e-6, abs=1e-12)
 
 
@@ -66,7 +66,7 @@ def test_every_paper_asks_for_what_it_uses() -> None:
     assert needs == {
         "Wanda": {"gram"},
         "FASP": {"gram"},
-        "Magnitude": {"feeders"},
+        "Magnitude": {"producers"},
         "FLAP": {"variance"},
         "FLAPVariance": {"variance"},
         "FLAPNorm": {"gram"},
@@ -74,8 +74,8 @@ def test_every_paper_asks_for_what_it_uses() -> None:
         "Channel": {"absolute"},
         "SafetyPotential": {"gram", "contrast"},
     }
-    assert Magnitude(refit=True).needs == {"feeders", "gram"}
-    assert Score(scope="coupled").needs == {"gram", "feeders", "power"}
+    assert Magnitude(refit=True).needs == {"producers", "gram"}
+    assert Score(scope="coupled").needs == {"gram", "producers", "power"}
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -83,7 +83,7 @@ def test_wanda_and_magnitude_are_to_the_bit_what_their_formulas_say(size: int) -
     layer = toy_layer(24, size, 7)
     norm = layer.gram.diagonal().double().clamp_min(0).sqrt()
     assert torch.equal(Wanda().scores(layer), layer.group_sum(layer.weight.double().abs() * norm))
-    fed = [f.weight.double().square().sum(1).reshape(layer.n_groups, -1).sum(1) for f in layer.feeders]
+    fed = [f.weight.double().square().sum(1).reshape(layer.n_groups, -1).sum(1) for f in layer.producers]
     own = layer.group_sum(layer.weight.double().square())
     assert torch.equal(Magnitude().scores(layer), own + (fed[0] + fed[1]))
 
@@ -132,7 +132,7 @@ def test_refit_changes_the_weights_not_the_groups(pruner: Score) -> None:
         assert layer.error(fitted.weight) < layer.error(plain.weight)
 
 
-SINGLE = replace(HAND, form=WEIGHTS, feeders=())
+SINGLE = replace(HAND, form=WEIGHTS, producers=())
 CELLS: list[tuple[Score, list[list[float]]]] = [
     (Magnitude(), [[9, 1, 0, 4], [0, 4, 1, 4]]),
     (Wanda(), [[6, 1, 0, 1], [0, 2, 7, 1]]),

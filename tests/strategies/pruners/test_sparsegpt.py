@@ -70,4 +70,4 @@ def test_a_given_mask_stays() -> None:
 def test_it_asks_for_what_its_aim_and_its_mask_read() -> None:
     assert SparseGPT().needs == {"gram"}
     assert SparseGPT(aim="stream").needs == {"gram", "cross", "drift"}
-    assert SparseGPT(mask=Magnitude()).needs == {"gram", "feeders"}
+    assert SparseGPT(mask=Magnitude()).needs == {"gram", "producers"}

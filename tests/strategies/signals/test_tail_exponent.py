@@ -66,6 +66,6 @@ def test_the_spectrum_is_that_of_the_singular_values_without_rounding():
 
 def test_a_site_has_the_mean_over_its_maps():
     layer = toy_layer(40, 1, 40)
-    alone = [TailExponent().measure(replace(layer, feeders=()))]
-    alone += [tail_exponent(spectrum(feeder.weight)) for feeder in layer.feeders]
+    alone = [TailExponent().measure(replace(layer, producers=()))]
+    alone += [tail_exponent(spectrum(producer.weight)) for producer in layer.producers]
     assert TailExponent().measure(layer) == pytest.approx(math.fsum(alone) / 3)

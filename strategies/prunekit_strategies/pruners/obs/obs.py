@@ -1,6 +1,6 @@
 """Optimal brain surgeon on groups: remove the cheapest group, let the others make up for it, repeat.
 
-One walk from dense to the smallest count passes every larger one, so all rungs of a ladder cost one walk.
+One removal order from dense to the smallest count passes every larger one, so all rungs of a ladder cost one.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class SlimGPT(OBS):
 
     Source: SlimGPT (arXiv 2412.18110), batched greedy pruning and dynamic group size. We differ in
     the law of the steps, which is not published: they depend on what is left, not on the count that is asked, so that
-    one walk answers all counts. `score: exact` costs the same and asks for the true price of a head.
+    one removal order answers all counts. `score: exact` costs the same and asks for the true price of a head.
     """
 
     score: Score = "grouped-cholesky"

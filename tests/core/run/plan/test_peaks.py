@@ -16,7 +16,7 @@ KINDS = {  # what is run, beside a search of few tokens
     "groups": {"allocator": "evolution", "allocator.generations": 2, "allocator.offspring": 8},
     "closed form": {"recipe": "fast"},
     "patterns": {"structure": "2:4", "pruner": "sparsegpt", "allocator": "uniform"},
-    "paged": {"recipe": "fast", "memory": "700MB"},
+    "paged": {"recipe": "fast", "memory": "1050MB"},
     "recovery": {"recipe": "fast", "pruner": "wanda", "finishers": ["least-squares"]},
     "statistics": {"recipe": "fast", "pruner": "wanda", "allocator": "uniform", "data.calibration_tokens": 512},
 }
@@ -82,7 +82,7 @@ def run(kind: str, model: str, output: Path) -> dict[str, float]:
     from prunekit.recipe.resolve import resolve
     from prunekit.recipe.schema import Recipe
     from prunekit.run import prune, workplace
-    from prunekit.run.session import make_plan
+    from prunekit.run.session import Job, make_plan
 
     settings = dict(KINDS[kind])
     few = {"dataset": "python-docs", "seqlen": 128, "calibration_tokens": 4096, "search_tokens": 2048}
@@ -97,7 +97,7 @@ def run(kind: str, model: str, output: Path) -> dict[str, float]:
 
     prune.publish = publish
     before = peak()
-    prune.prune(recipe, output=output)
+    prune.prune(recipe, Job(output=output))
     return {
         "planned memory": max(stage.memory + stage.shared for stage in plan.stages),
         "planned disk": plan.disk,

@@ -34,7 +34,7 @@ from prunekit.recipe.schema import Recipe
 from prunekit.run import family, session
 from prunekit.run.plan import make as planning
 from prunekit.run.plan.count import CUSHION, Shape
-from prunekit.run.plan.rehearsal import rehearsed, walks
+from prunekit.run.plan.rehearsal import Rehearsal, list_passes, rehearsed
 from prunekit.run.session import make_plan
 from prunekit.run.spaces import whole_space
 from prunekit.search.conversation import converse
@@ -117,7 +117,7 @@ def test_activations_take_what_was_counted(structure, dense, monkeypatch):
         stream.received(site)
         stream.carry(site, None)
     stream.advance(0)
-    block = [(site.d_in, adapter.part(site) is not None, bool(site.shares)) for site in sites]
+    block = [(site.d_in, adapter.part(site) is not None, bool(site.input_group)) for site in sites]
     assert max(most) == BlockFlow.peak(tokens.n_tokens, 24, 8, block, 1 + dense)
 
 
@@ -177,7 +177,7 @@ def whole(groups=64, sites=6):
 
 def test_walks_of_coarse_to_fine_are_all_there():
     tyr = ALLOCATORS.build({"name": "tyr", "inner": "uniform"})
-    spaces = walks(tyr, whole())
+    spaces = list_passes(tyr, whole())
     assert [space.stride for space in spaces] == [1 / 8, 1 / 16, 1 / 32, 1 / 64, spaces[-1].stride]
     assert [len(space.ladders[0]) for space in spaces] == [9, 9, 9, 9, 1]
 
@@ -187,10 +187,10 @@ def test_a_search_is_rehearsed_to_count_what_the_ledger_will(spec, tmp_path):
     net, tokens, ledger = toy_supernet(), toy_tokens(), Ledger(tmp_path / "ledger")
     allocator = ALLOCATORS.build(spec)
     problem = Problem(net.space, net.errors, net.space.uniform(), 0, tokens.n_tokens)
-    converse(allocator, problem, net, _Price(), tokens, ledger, walk=0, progress=Progress())
+    converse(allocator, problem, net, _Price(), tokens, ledger, pass_number=0, progress=Progress())
     assert ledger.tokens > 0
-    assert rehearsed(allocator, net.space, tokens.n_tokens, tokens.seqlen) == ledger.tokens
-    assert rehearsed(allocator, net.space, tokens.n_tokens, tokens.seqlen, limit=10) == 10
+    assert rehearsed(allocator, net.space, tokens.n_tokens, tokens.seqlen).forwards == ledger.tokens
+    assert rehearsed(allocator, net.space, tokens.n_tokens, tokens.seqlen, limit=10).forwards == 10
 
 
 class _Price(Objective):
@@ -206,7 +206,7 @@ def test_what_asks_the_outside_world_is_not_rehearsed():
             problem.journal.once({"ask": "you"}, lambda: pytest.fail("asked"))
             return (yield from super().search(problem))
 
-    assert rehearsed(Asks(), whole(), 1024, 64) is None
+    assert rehearsed(Asks(), whole(), 1024, 64) == Rehearsal()
 
 
 # -- whole plans --------------------------------------------------------------------------------------
@@ -374,9 +374,9 @@ def test_zeros_are_written_like_other_numbers(folder, tmp_path):
 def test_what_one_search_knows_no_other_pays_for():
     allocator, space = ALLOCATORS.build({"name": "table", "around": "dense", "stride": 0.25, "candidates": 2}), whole()
     known: dict[Any, float] = {}
-    first = rehearsed(allocator, space, 128, 64, known=known)
+    first = rehearsed(allocator, space, 128, 64, known=known).forwards
     assert first == sum(tokens for _, tokens in known)
-    assert rehearsed(allocator, space, 128, 64, known=known) == 0
+    assert rehearsed(allocator, space, 128, 64, known=known).forwards == 0
 
 
 def test_latency_is_timed_before_and_after_and_only_whole(folder, large, monkeypatch):

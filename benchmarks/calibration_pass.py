@@ -1,9 +1,9 @@
-"""What a walk costs beside what it cannot do without: one forward pass, and one Gram product per site.
+"""What a calibration pass costs beside what it cannot do without: one forward pass, and one Gram product per site.
 
-    python benchmarks/walk.py MODEL --dataset calibration.txt --tokens 65536
+    python benchmarks/calibration_pass.py MODEL --dataset calibration.txt --tokens 65536
 
-Forward pass, products and walks take turns in one process; the best of `--rounds` counts. A walk fills all rungs of a
-ladder, judged and stored. Seconds by stage are of that walk, and the rest is what no stage claims.
+Forward pass, products and passes take turns in one process; the best of `--rounds` counts. A pass fills all rungs of a
+ladder, judged and stored. Seconds by stage are of that pass, and the rest is what no stage claims.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from prunekit.calibration import fill as walking
-from prunekit.calibration.flow import BlockFlow
+from prunekit.calibration import fill
+from prunekit.calibration.flow import BlockFlow, Stream
 from prunekit.calibration.moments import Moments, precise
 from prunekit.data.draws import draw
 from prunekit.data.tokens import TokenBatch
+from prunekit.layer.problem import LayerProblem
 from prunekit.models.blocks import chunks, entered
 from prunekit.models.opening import opened
 from prunekit.plugins.dense import Dense
@@ -33,11 +34,11 @@ from prunekit.search.store import CandidateStore
 from prunekit.system.progress import Progress
 
 STAGES: dict[str, list[tuple[Any, str]]] = {
-    "forward": [(BlockFlow, "__init__"), (BlockFlow, "_caught"), (BlockFlow, "carry"), (BlockFlow, "advance")],
+    "forward": [(BlockFlow, "__init__"), (Stream, "caught"), (BlockFlow, "carry"), (BlockFlow, "advance")],
     "moments": [(Moments, "add"), (Moments, "of_map")],
-    "pruner": [(walking, "answers")],
-    "errors": [(walking, "_error")],
-    "store": [(CandidateStore, "put"), (walking, "expected_weight")],
+    "pruner": [(fill, "answers")],
+    "errors": [(LayerProblem, "error")],
+    "store": [(CandidateStore, "put"), (fill, "expected_weight")],
 }
 PRUNER = ("wanda", "obs", "obs dense", "obs stream")
 
@@ -62,7 +63,7 @@ def main(
         "forward": lambda: forward(dense, batch),
         "products": lambda: products(dense, recipe, batch),
     }
-    jobs |= {name: (lambda name=name: walk(dense, recipe, batch, name, rungs)) for name in pruners.split(",")}
+    jobs |= {name: (lambda name=name: calibrate(dense, recipe, batch, name, rungs)) for name in pruners.split(",")}
     best: dict[str, dict[str, float]] = {}
     for _ in range(rounds):
         for name, job in jobs.items():
@@ -74,7 +75,7 @@ def main(
     rate, pair = best["products"]["rate"] / 1e9, (best["forward"]["all"], best["products"]["all"])
     print(f"{batch.n_tokens:,} tokens, {rungs} rungs; {machine}, products at {rate:,.0f} GFLOP/s")
     print("one forward pass {:.1f} s, one Gram product per site {:.1f} s\n".format(*pair))
-    print(f"| walk | seconds | of both | {' | '.join(STAGES)} | rest |\n|---|---|---|{'---|' * (len(STAGES) + 1)}")
+    print(f"| pass with | seconds | of both | {' | '.join(STAGES)} | rest |\n|---|---|---|{'---|' * (len(STAGES) + 1)}")
     for name in pruners.split(","):
         spent = best[name]
         rest = spent["all"] - sum(spent[stage] for stage in STAGES)
@@ -94,7 +95,7 @@ def forward(dense: Dense, batch: TokenBatch) -> dict[str, float]:
 
 
 def products(dense: Dense, recipe: Recipe, batch: TokenBatch) -> dict[str, float]:
-    """x̂ᵀx̂ in float32 for every site, in the pieces of a walk."""
+    """x̂ᵀx̂ in float32 for every site, in the pieces of a calibration pass."""
     widths = [site.d_in for site in whole_space(resolve(recipe), dense.model, dense.adapter, dense.dtype).sites]
     pieces = [ids.numel() for ids in chunks(batch)]
     seen = {width: precise(torch.randn(pieces[0], width, device=dense.model.device)) for width in set(widths)}
@@ -107,8 +108,8 @@ def products(dense: Dense, recipe: Recipe, batch: TokenBatch) -> dict[str, float
     return {"all": spent, "rate": sum(2 * width**2 for width in widths) * batch.n_tokens / spent}
 
 
-def walk(dense: Dense, recipe: Recipe, batch: TokenBatch, name: str, rungs: int) -> dict[str, float]:
-    """Seconds of a walk, in all and by stage."""
+def calibrate(dense: Dense, recipe: Recipe, batch: TokenBatch, name: str, rungs: int) -> dict[str, float]:
+    """Seconds of a calibration pass, in all and by stage."""
     plugin, _, aim = name.partition(" ")
     pruner = PRUNERS.build({"name": plugin, "aim": aim} if aim else plugin)
     whole = whole_space(resolve(recipe), dense.model, dense.adapter, dense.dtype)
@@ -121,7 +122,7 @@ def walk(dense: Dense, recipe: Recipe, batch: TokenBatch, name: str, rungs: int)
                 setattr(owner, method, timed(getattr(owner, method), spent, stage))
         with tempfile.TemporaryDirectory() as folder:
             store, begun = CandidateStore(Path(folder), {}), now()
-            walking.build(
+            fill.build(
                 dense.model, dense.adapter, space, space.nearest(whole.uniform()), pruner, batch, store,
                 dtype=dense.dtype, progress=Progress(),
             )  # fmt: skip
