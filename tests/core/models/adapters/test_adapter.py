@@ -50,9 +50,6 @@ class TestEveryAdapter(AdapterSuite):
 
     @pytest.fixture
     def model(self) -> PreTrainedModel:
-        return self._model()
-
-    def _model(self) -> PreTrainedModel:
         return tiny(self.variant[0], **self.variant[1]).requires_grad_(False)
 
 
