@@ -80,9 +80,3 @@ def test_dense_states_beyond_the_bound_are_made_anew_and_are_the_same(monkeypatc
     monkeypatch.undo()
     assert objective.loss(net, net.space.uniform(), batch) == pytest.approx(first, rel=1e-12)
     assert {depth for _, _, depth in net._hidden} == {1, 2, 3}
-
-
-@pytest.mark.parametrize("wrong", [{"at": ()}, {"at": (1.5,)}, {"weight": 0.0}])
-def test_nonsense_is_refused(wrong):
-    with pytest.raises(ValueError, match=r"at is|weight is"):
-        HiddenState(**wrong)

@@ -100,12 +100,6 @@ def test_the_dense_model_is_asked_once(monkeypatch):
     assert len(asked) == 2 + 3 * 2
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"radius": -1.0}])
-def test_nonsense_is_refused(wrong):
-    with pytest.raises(ValueError, match="temperature is more than 0"):
-        Robust(**wrong)
-
-
 def test_a_table_look_up_is_the_same_for_every_data_set():
     from prunekit_objectives.expected_error import ExpectedError
 

@@ -95,6 +95,8 @@ def wrong(change):
     [
         (lambda found: found[:-1], "candidates came"),
         (lambda found: found[::-1], "ascending order were asked"),
+        (lambda found: [Candidate((c.kept or ())[::-1], c.weight) for c in found], "ascending order were asked"),
+        (lambda found: [Candidate(tuple(g + 3 for g in c.kept or ()), c.weight) for c in found], "ids below 3"),
         (lambda found: [Candidate(c.kept, torch.full_like(c.weight, torch.nan)) for c in found], "not finite"),
         (lambda found: [Candidate(c.kept, torch.ones_like(c.weight)) for c in found], "not zero"),
     ],

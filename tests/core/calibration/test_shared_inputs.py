@@ -1,7 +1,5 @@
 """Linear maps as sites: moments are taken once for an input that several share, behind all that is in front of it."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 
@@ -18,22 +16,6 @@ from prunekit.testing import tiny, toy_tokens
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(blocks_of, "TOKENS_AT_ONCE", 24)  # two windows: several chunks per batch
-
-
-@pytest.mark.parametrize("family", list(ADAPTERS))
-def test_sites_are_all_linear_maps_of_the_blocks_in_order_of_execution(family, inputs_of):
-    model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
-    sites = adapter.linear_sites(model, WEIGHTS)
-    linears = {
-        f"{adapter.layers}.{n}" for n, m in adapter.blocks(model).named_modules() if isinstance(m, torch.nn.Linear)
-    }
-    assert {site.name for site in sites} == linears
-    caught = inputs_of(model, adapter, sites, tokens)
-    assert [s.block for s in sites] == sorted(s.block for s in sites)
-    for one, two in pairwise(sites):
-        if one.block == two.block:
-            same = one.d_in == two.d_in and torch.equal(caught[one], caught[two])
-            assert same == (one.input_group == two.input_group != ""), (one.name, two.name)
 
 
 @pytest.mark.parametrize("family", list(ADAPTERS))

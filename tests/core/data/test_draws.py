@@ -15,7 +15,7 @@ from prunekit.data.blends import in_shares
 from prunekit.data.draws import draw, draw_evaluation
 from prunekit.data.spec import DataSpec
 from prunekit.data.tokens import TokenBatch, overlap
-from prunekit.data.windows import LEAST
+from prunekit.data.windows import LEAST, POOL
 from prunekit.errors import WrongInput
 from prunekit.system.progress import Progress
 
@@ -113,6 +113,8 @@ def test_shuffled_windows_hang_on_the_seed_and_stay_disjoint(text: Path) -> None
     first, again, other = (draw(Letters(), spec(text, shuffle=True), seed=seed) for seed in (1, 1, 2))
     assert first.calibration.digest == again.calibration.digest != other.calibration.digest
     assert first.evaluation.digest == other.evaluation.digest
+    pool = numbered(8 * 14 * POOL)  # whatever is drawn, evaluation is its end
+    assert first.evaluation.ids.flatten().tolist() == [ord(c) for c in pool[-16:]]
     parts = [ids(b) for b in (first.calibration, first.search, first.evaluation)]
     assert len(set.union(*parts)) == sum(map(len, parts)) == 112
 
@@ -167,28 +169,6 @@ def test_defaults_shrink_to_the_text_and_say_so(text: Path) -> None:
 def test_what_was_asked_for_is_not_shrunk(text: Path) -> None:
     draws = draw(Letters(), DataSpec(dataset=str(text), calibration_tokens=12_000), max_seqlen=16)
     assert draws.calibration.n_tokens == 12_000
-
-
-@pytest.mark.parametrize("asked", [{"calibration_tokens": 19_000}, {"search_tokens": 30_000}])
-def test_too_little_text_says_what_there_is_and_what_is_needed(text: Path, asked: dict[str, Any]) -> None:
-    with pytest.raises(WrongInput, match=r"too little text: .*20,000 tokens.* are needed"):
-        draw(Letters(), DataSpec(dataset=str(text), **asked), max_seqlen=16)
-
-
-def test_an_empty_file_is_too_little_text(tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(WrongInput, match="0 tokens"):
-        draw(Letters(), DataSpec(dataset=str(tmp_path / "empty.txt")))
-
-
-def test_windows_longer_than_the_model_are_refused(text: Path) -> None:
-    with pytest.raises(WrongInput, match="seqlen 8 is longer than the model's 4 positions"):
-        draw(Letters(), spec(text), max_seqlen=4)
-
-
-def test_a_foreign_tokenizer_is_refused(text: Path) -> None:
-    with pytest.raises(WrongInput, match="the model knows 100"):
-        draw(Letters(), spec(text), vocab_size=100)
 
 
 def test_slices_make_the_same_stream(monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
@@ -267,18 +247,35 @@ def test_known_hub_sets_name_config_split_and_field(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("dataset", "sentence"),
+    ("data", "limits", "sentence"),
     [
-        ("wikitex2", "did you mean 'wikitext2'"),
-        ("missing.txt", "no file 'missing.txt'"),
-        ("./missing", "no file './missing'"),
-        ("some/where/else", "no file 'some/where/else'"),
-        (".", "is a folder"),
+        ({"dataset": "wikitex2"}, {}, "did you mean 'wikitext2'"),
+        ({"dataset": "missing.txt"}, {}, "no file 'missing.txt'"),
+        ({"dataset": "./missing"}, {}, "no file './missing'"),
+        ({"dataset": "some/where/else"}, {}, "no file 'some/where/else'"),
+        ({"dataset": "."}, {}, "is a folder"),
+        ({"dataset": "EMPTY"}, {}, "0 tokens"),
+        (
+            {"dataset": "python-docs", "split": "dev"},
+            {},
+            "no split 'dev' of python-docs; there are train, validation, t",
+        ),
+        ({"split": "train"}, {}, "a file has no split"),
+        ({"seqlen": 8}, {"max_seqlen": 4}, "seqlen 8 is longer than the model's 4 positions"),
+        ({"seqlen": 8}, {"vocab_size": 100}, "the model knows 100"),
+        ({"calibration_tokens": 64, "calibration_draw": 400}, {}, r"not enough for data\.calibration_draw 400"),
+        ({"calibration_tokens": 19_000}, {"max_seqlen": 16}, r"too little text: .*20,000 tokens.* are needed"),
+        ({"calibration_tokens": 15_000, "seqlen": 1000}, {}, r"21,000 are needed \(.*search 3,000, evaluation 3,000"),
+        ({"search_tokens": 30_000}, {"max_seqlen": 16}, r"too little text: .*20,000 tokens.* are needed"),
     ],
 )
-def test_no_such_data_is_one_sentence(dataset: str, sentence: str) -> None:
+def test_what_cannot_be_drawn_is_one_sentence(
+    text: Path, tmp_path: Path, data: dict[str, Any], limits: dict[str, Any], sentence: str
+) -> None:
+    (tmp_path / "EMPTY").touch()
+    given = {"EMPTY": str(tmp_path / "EMPTY")}.get(data.get("dataset", ""), data.get("dataset", str(text)))
     with pytest.raises(WrongInput, match=sentence):
-        draw(Letters(), DataSpec(dataset=dataset))
+        draw(Letters(), DataSpec(**{**data, "dataset": given}), **limits)
 
 
 @pytest.mark.parametrize(
@@ -298,16 +295,6 @@ def test_broken_files_are_one_sentence(tmp_path: Path, name: str, content: bytes
     (tmp_path / name).write_bytes(content)
     with pytest.raises(WrongInput, match=sentence):
         draw(Letters(), spec(tmp_path / name))
-
-
-def test_no_such_split_is_one_sentence() -> None:
-    with pytest.raises(WrongInput, match="no split 'dev' of python-docs; there are train, validation, test"):
-        draw(Letters(), spec("python-docs", split="dev"))
-
-
-def test_a_file_has_no_split(text: Path) -> None:
-    with pytest.raises(WrongInput, match="a file has no split"):
-        draw(Letters(), spec(text, split="train"))
 
 
 @pytest.mark.parametrize("length", [6_500, 12_345, 19_999])
@@ -431,11 +418,6 @@ def test_another_draw_calibrates_on_other_windows_and_leaves_the_rest(text: Path
         assert not ids(other.calibration) & (seen | ids(first.search) | ids(first.evaluation))
         assert len(other.calibration) == len(first.calibration)
         seen |= ids(other.calibration)
-
-
-def test_a_draw_beyond_the_text_is_refused(text: Path) -> None:
-    with pytest.raises(WrongInput, match=r"not enough for data\.calibration_draw 400"):
-        draw(Letters(), spec(text, calibration_draw=400))
 
 
 def test_overlap_is_a_common_window() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prunekit import LayerProblem, best_weights
 from prunekit.layer import problem
+from prunekit.layer.candidates import is_sparse
 from prunekit.testing import toy_layer
 from prunekit.testing.layers import QUIRKS, sparse_layer
 
@@ -94,6 +95,13 @@ def test_half_precision_weights_stay_so() -> None:
 def test_when_all_scores_are_one_the_first_columns_stay(per: str) -> None:
     for keep, mask in enumerate(best_weights(torch.ones(3, 5), range(6), per)):  # type: ignore[arg-type]
         assert torch.equal(mask, torch.arange(5).expand(3, 5) < keep)
+
+
+def test_sparse_is_the_count_on_average_or_in_every_block() -> None:
+    weight = torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    assert [is_sparse(weight, keep) for keep in (1, 2)] == [False, True]
+    assert [is_sparse(weight, keep, m=2) for keep in (2, 4)] == [False, True]
+    assert is_sparse(torch.eye(4), 2, m=2)
 
 
 def test_per_row_and_per_layer_by_hand() -> None:

@@ -66,6 +66,13 @@ def test_several_data_sets_are_a_list_of_names_and_mappings(recipe: Recipe) -> N
     assert drawn.data.names == ["c4", "wikitext2", "c4", "c4", "wikitext2"]
 
 
+def test_another_sparsity_is_of_no_family(recipe: Recipe) -> None:
+    (first, *_) = (recipe.spread({"sparsity": [0.3, 0.5]}) or recipe).members
+    assert first.family == (0.3, 0.5)
+    assert first.with_overrides({"seed": 1}).family == (0.3, 0.5)
+    assert first.with_overrides({"sparsity": 0.4}).family == ()
+
+
 def test_set_takes_yaml_values() -> None:
     assert parsed("pruner.damping=0.1") == ("pruner.damping", 0.1)
     assert parsed("data.shuffle=true") == ("data.shuffle", True)

@@ -116,9 +116,10 @@ def test_the_front_is_of_members_that_no_other_beats():
         }  # fmt: skip
 
     reports = {"a": report(8, 2.0), "b": report(6, 3.0), "c": report(4, 2.5), "d": report(2, float("inf"))}
+    reports["e"] = reports["a"]  # who is as good does not beat
     found = prunekit.Family(family.make_pareto(reports))
-    assert [row["folder"] for row in found.front] == ["a", "c"]
-    assert (found.document["seconds"], found.document["token_forwards"]) == (4 * 0.5 + 1.5, 12)
+    assert [row["folder"] for row in found.front] == ["a", "c", "e"]
+    assert (found.document["seconds"], found.document["token_forwards"]) == (5 * 0.5 + 1.5, 15)
 
 
 # -- what it costs ------------------------------------------------------------------------------------

@@ -34,8 +34,12 @@ def test_only_a_result_is_overwritten(tmp_path):
         check_output(tmp_path / "ours", overwrite=False)
 
 
-def test_a_result_that_this_run_reads_is_not_overwritten(tmp_path):
+def test_a_result_that_this_run_reads_or_is_in_is_not_overwritten(tmp_path, monkeypatch):
     ours = result(tmp_path / "ours")
+    with monkeypatch.context() as patch:
+        patch.chdir(ours)
+        with pytest.raises(WrongInput, match="ours, which this run needs"):
+            check_output(ours, overwrite=True)
     with pytest.raises(WrongInput, match="which this run needs"):
         check_output(ours, overwrite=True, sources=[ours / "text.txt"])
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prunekit import Allocator, Objective, PluginError, Problem, Query, Reads
-from prunekit.search.conversation import converse
+from prunekit.search.conversation import Judgement, best, converse
 from prunekit.search.ledger import Ledger
 from prunekit.search.supernet import Supernet
 from prunekit.system.progress import Progress
@@ -49,11 +49,12 @@ def net():
     return toy_supernet()
 
 
-def held(net, allocator, objective, path, limit=None):
+def held(net, allocator, objective, path, limit=None, known=None):
     problem = Problem(net.space, net.errors, net.space.uniform(), tokens=toy_tokens().n_tokens)
     ledger = Ledger(path)
     outcome = converse(
-        allocator, problem, net, objective, toy_tokens(), ledger, pass_number=0, limit=limit, progress=Progress()
+        allocator, problem, net, objective, toy_tokens(), ledger,
+        pass_number=0, limit=limit, known=known, progress=Progress(),
     )  # fmt: skip
     return outcome, ledger
 
@@ -96,6 +97,19 @@ def test_the_limit_is_never_passed_and_the_start_is_an_answer(net, tmp_path):
     outcome, ledger = held(net, Script((((None, 24),),)), Counting(), tmp_path / "l", limit=23)
     assert ledger.tokens == 0
     assert outcome.answer == net.space.uniform()
+
+
+def test_what_another_conversation_has_learnt_is_free_and_passes_no_limit(net, tmp_path):
+    script, objective, known = Script((((None, 12),), ((None, 24),))), Counting(), {}
+    first, _ = held(net, script, objective, tmp_path / "l", known=known)
+    second, ledger = held(net, script, objective, tmp_path / "m", limit=0, known=known)
+    assert second == first
+    assert (objective.calls, ledger.tokens, ledger.questions) == (2, 0, 2)
+
+
+def test_the_best_is_found_among_those_that_were_judged_on_most() -> None:
+    judged = {((1,), 12): 0.1, ((2,), 48): 0.5, ((3,), 48): 0.4, ((4,), 48): 0.4}
+    assert best(judged) == Judgement((3,), 48, 0.4)
 
 
 def dense(net):

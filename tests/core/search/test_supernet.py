@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from prunekit.models import blocks as blocks_of
-from prunekit.models.adapters.find import adapter_for
 from prunekit.models.opening import fingerprint
 from prunekit.search.supernet import Supernet
 from prunekit.system.memory import Shares
@@ -24,20 +23,12 @@ def logits(net, allocation, batch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("heads", ["kv", "query"])
-def test_cut_out_candidates_are_the_masked_model_and_the_assembled_one(family, heads):
+def test_cut_out_candidates_are_the_assembled_model(family, heads):
     net, batch = toy_supernet(family, heads=heads), toy_tokens()
     for plan in (net.space.uniform(), tuple(0 for _ in net.space.sites), tuple(s.n_groups for s in net.space.sites)):
         seen = logits(net, plan, batch)
         with torch.no_grad():
             torch.testing.assert_close(seen, net.assemble(plan)(batch.ids).logits.float())
-        masked, adapter = toy_supernet(family, heads=heads).model, adapter_for(family)
-        with torch.no_grad():
-            for site, kept in zip(net.space.sites, plan, strict=True):
-                linear = adapter.linear(adapter.blocks(masked)[site.block], site)
-                linear.weight.copy_(net.store.get(site, kept).weight)
-                if kept == 0 and linear.bias is not None:
-                    linear.bias.zero_()
-            torch.testing.assert_close(seen, masked(batch.ids).logits.float())
 
 
 def test_all_groups_without_a_rung_are_the_dense_sub_layer():
@@ -57,6 +48,17 @@ def test_prefixes_are_shared_and_change_nothing():
     net.prefetch(plans, [batch])
     for plan, expected in zip(plans, alone, strict=True):
         assert torch.equal(logits(net, plan, batch), expected)
+
+
+def test_no_more_is_kept_ready_than_there_is_room_for(monkeypatch):
+    net, one, other = toy_supernet(), toy_tokens(), toy_tokens(seed=1)
+    each = one.n_tokens * 24 * 8  # bytes of the hidden states of an allocation at one depth
+    monkeypatch.setattr(net, "shares", Shares(hidden=3 * each - 1, dense=2 * each - 1))
+    plans = [net.space.uniform(), *list(net.space.swaps(net.space.uniform()))[:3]]
+    assert net.prefetch(plans, [one]) == plans[:2]
+    for batch in (one, other, one):
+        list(net.dense_hidden(batch, [1]))
+    assert {digest for allocation, digest, _ in net._hidden if allocation is None} == {one.digest}
 
 
 def test_assembling_leaves_the_dense_model_as_it_was():

@@ -190,6 +190,7 @@ def test_lowest_lies_between_the_optimum_and_what_exchanges_can_reach(data: st.D
     assert is_tight(space, found)
     assert loss(found) >= best_allocation(space, table)[1] - 1e-9
     assert all(loss(there) >= loss(found) - 1e-9 for there in space.swaps(found))
+    assert space.lowest([[2.0**-60 * t for t in row] for row in table]) == found  # whatever the unit of the losses
 
 
 def test_four_zooms_halve_the_stride_down_to_one_group() -> None:
@@ -216,6 +217,16 @@ def test_attention_and_mlp_trade_both_ways_at_unequal_prices() -> None:
     to_mlp, to_attention = space.swap(here, up=1, down=0), space.swap(here, up=0, down=1)
     assert to_mlp == (0, 480, 2, 384)  # a rung of 96 neurons costs two groups of 64
     assert to_attention == (3, 288, 2, 384)  # and pays for one
+
+
+def test_of_sites_that_want_the_same_the_first_gets_what_is_left() -> None:
+    space = Space.whole([Site(str(i), i, "mlp", 4, 1, 1) for i in range(3)], Budget(7))
+    assert space.uniform() == (3, 2, 2)
+
+
+def test_a_probe_may_cost_anything_but_keeps_a_rung_or_all() -> None:
+    space = Space((Site("s", 0, "mlp", 8, 1, 1),), ((1, 3),), Budget(2))
+    assert [kept for kept in range(10) if space.is_probe((kept,))] == [1, 3, 8]
 
 
 def test_sites_without_a_price_keep_all() -> None:
@@ -332,6 +343,8 @@ def test_patterns_are_rungs_and_uniform_is_the_pattern_that_was_asked(text, rung
     assert {site.describe(k) for site, k in zip(sites, space.uniform(), strict=True)} == {text}
     assert space.cost(space.uniform()) == budget.limit
     near = space.zoomed(space.uniform(), stride=1 / 16, reach=1)
+    if text == "3:8":
+        assert space.zoomed(space.uniform(), stride=3 / 16, reach=1).ladders[0] == (6, 18, 30)  # 3/16 of 8 rungs: two
     assert all(len(ladder) == min(3, len(rungs)) or ladder[0] == step for ladder in near.ladders)
 
 

@@ -11,15 +11,7 @@ import pytest
 import torch
 
 from prunekit import Candidate, Finisher, LocalPruner, PluginError, best_groups, best_weights
-from prunekit.plugins.registry import ADAPTERS
-from prunekit.testing import AdapterSuite, FinisherSuite, KeepLargest, PrunerSuite
-
-
-@pytest.mark.parametrize("name", list(ADAPTERS))
-class TestEveryAdapter(AdapterSuite):
-    @pytest.fixture(autouse=True)
-    def _plugin(self, name):
-        type(self).plugin = ADAPTERS.build(name)
+from prunekit.testing import FinisherSuite, KeepLargest, PrunerSuite
 
 
 class TestKeepLargest(PrunerSuite):

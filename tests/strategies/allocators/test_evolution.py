@@ -108,22 +108,6 @@ def test_trades_a_dear_group_for_many_cheap_ones_and_back() -> None:
     assert attention(least) == 0
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"selections": ()},
-        {"warm_start": "yes"},
-        {"selections": ((4, 8), (2, 16))},
-        {"selections": ((2, 16), (1, 8))},
-        {"offspring": 0},
-        {"filter": 0},
-    ],
-)
-def test_refuses_what_makes_no_tournament(wrong: dict) -> None:
-    with pytest.raises(ValueError, match=r"survivors|tokens|offspring|no warm_start"):
-        Evolution(**wrong)
-
-
 def test_asks_the_start_first() -> None:
     toy = ZOO["uneven"]()
     assert converse(COLD, toy).asks[0] == (Query(toy.start, 16_384),)

@@ -113,20 +113,6 @@ def test_the_start_stands_unless_the_objective_prefers_the_ranking():
     assert converse(GlobalRank(), given, lambda a: float(a == given.start)).answer != given.start
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"normalise": "l1"}, "no normalise 'l1'"),
-        ({"per_price": True}, "it has no price; normalise by l2 or none"),
-        ({"most": 0}, "0 < most ≤ 1"),
-    ],
-    ids=str,
-)
-def test_refuses_what_cannot_be_ranked(options, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        GlobalRank(**options)
-
-
 def test_a_second_walk_tells_apart_what_coarse_rungs_round_away():
     whole = small_llama()
     coarse = GlobalRank().first_space(whole)

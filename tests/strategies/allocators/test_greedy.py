@@ -58,9 +58,3 @@ def test_only_a_few_neighbours_are_asked():
 def test_the_start_wins_where_the_last_word_is_against_the_end():
     toy = replace(equal_steps(0), tokens=0)
     assert converse(BY_TABLE, toy, lambda a: float(a != toy.start)).answer == toy.start
-
-
-@pytest.mark.parametrize("wrong", [{"by": "luck"}, {"table": "x"}, {"width": 0}, {"steps": 0}])
-def test_refuses_nonsense(wrong):
-    with pytest.raises(ValueError, match=r"no by|no table|width"):
-        Greedy(**wrong)

@@ -166,17 +166,3 @@ def test_signals_are_named_in_recipes():
     built = ALLOCATORS.build({"name": "metric-map", "signal": "influence", "spread": 0.3})
     assert built.signals == (Influence(),)
     assert ALLOCATORS.build(ALLOCATORS.spec(built)) == built
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"per": "layer"}, "no per 'layer'; there are block, kind, site"),
-        ({"scale": "log"}, "no scale 'log'"),
-        ({"spread": 0.0}, "0 < spread < 2, not 0"),
-    ],
-    ids=str,
-)
-def test_refuses_what_is_no_map(options, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        MetricMap(**options)

@@ -18,7 +18,6 @@ pytest.importorskip("scipy")
 from prunekit_strategies.allocators.milp import MixedInteger
 from prunekit_strategies.allocators.table import lowest
 from prunekit_strategies.metrics.formulas import Flops, KVCache
-from prunekit_strategies.metrics.latency import Latency
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -143,17 +142,3 @@ def test_a_limit_that_the_structure_does_not_free_is_refused():
     space = Space.whole(sites, Budget.keeping(0.8, sites))
     with pytest.raises(WrongInput, match="structure weights frees nothing in kv-cache"):
         MixedInteger(limits=((KVCache(), 0.5),)).first_space(space)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"limits": ((Flops(), 0.0),)},
-        {"limits": ((Latency(), 0.5),)},
-        {"differ": 0},
-        {"table": "x"},
-    ],
-)
-def test_refuses_nonsense(wrong):
-    with pytest.raises(ValueError, match=r"shares|measured for the budget|differ|no table"):
-        MixedInteger(**wrong)

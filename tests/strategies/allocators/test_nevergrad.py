@@ -12,8 +12,3 @@ def test_any_optimizer_may_search(optimizer: str) -> None:
     toy = ZOO["uneven"]()
     loss = additive(toy.errors, toy.space)
     assert loss(converse(NevergradSearch(optimizer=optimizer, trials=20), toy).answer) < loss(toy.start)
-
-
-def test_an_unknown_optimizer_is_refused_with_near_matches() -> None:
-    with pytest.raises(ValueError, match=r"no optimizer 'TwoPointDE'.*TwoPointsDE"):
-        NevergradSearch(optimizer="TwoPointDE")

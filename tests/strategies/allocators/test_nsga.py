@@ -87,9 +87,3 @@ def test_the_optimum_of_an_additive_table_is_among_its_seeds():
     loss = additive(toy.errors, toy.space)
     found = converse(NSGA(generations=1), replace(toy, seed=3)).answer
     assert loss(found) <= 1.01 * best_allocation(toy.space, toy.errors)[1]
-
-
-@pytest.mark.parametrize("wrong", [{"against": "luck"}, {"population": 3}, {"window": 0.0}, {"mutation": 2.0}])
-def test_refuses_nonsense(wrong):
-    with pytest.raises(ValueError, match=r"no against|population|window"):
-        NSGA(**wrong)

@@ -109,9 +109,3 @@ def test_the_start_wins_where_the_objective_prefers_it_unless_it_may_not_compete
     loss = additive(steep, toy.space)
     assert converse(Schedule(), toy, loss).answer == toy.start
     assert converse(Schedule(compete=False), toy, loss).answer != toy.start
-
-
-@pytest.mark.parametrize("wrong", [{"shape": "zigzag"}, {"bends": "none"}, {"lowest": 0.9}, {"grid": 0}])
-def test_refuses_nonsense(wrong):
-    with pytest.raises(ValueError, match=r"no shape|no bends|lowest|grid"):
-        Schedule(**wrong)

@@ -81,16 +81,6 @@ def test_a_space_that_is_used_up_ends_the_search():
     assert {q.allocation for ask in converse(SelfPruner(), world).asks for q in ask} == {(1, 3, 2, 2), (3, 1, 2, 2)}
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"population": 0}, {"iterations": -1}, {"retries": -1}, {"tokens": 0}, {"temperature": -0.1}, {"timeout": 0.0},
-     {"temperature": math.nan}, {"reach": 0.0}, {"base_url": "nowhere"}],
-)  # fmt: skip
-def test_refuses_nonsense(wrong):
-    with pytest.raises(ValueError, match=r"at least|above|base_url"):
-        SelfPruner(**wrong)
-
-
 def test_a_key_in_place_of_its_name_is_refused_and_not_repeated():
     with pytest.raises(ValueError, match="never the key itself") as refused:
         SelfPruner(key_variable=KEY)

@@ -161,14 +161,3 @@ def test_sites_that_lose_the_same_keep_the_same() -> None:
     for rule in ("fermi", "softmax"):
         wish = ClosedForm(rule).wish(equal)
         assert len({round(k / s.n_groups, 9) for k, s in zip(wish[1::2], toy.space.sites[1::2], strict=True)}) == 1
-
-
-def test_refuses_an_unknown_rule_and_absolute_zero() -> None:
-    with pytest.raises(ValueError, match="no rule 'bose'"):
-        ClosedForm("bose")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no energy 'heat'"):
-        ClosedForm(energy="heat")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="0 < most ≤ 1"):
-        ClosedForm(most=0.0)
-    with pytest.raises(ValueError, match="above 0"):
-        ClosedForm(temperature=0.0)

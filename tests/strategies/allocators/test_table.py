@@ -121,9 +121,3 @@ def test_drop_or_keep_is_one_question_per_site_and_one_for_the_dense_model():
     probes = converse(allocator, toy).asks[0]
     assert all(q.probe for q in probes)
     assert len(probes) == 1 + len(toy.space.sites)
-
-
-@pytest.mark.parametrize("wrong", [{"table": "x"}, {"around": "x"}, {"stride": 0.0}, {"reach": 2.0}, {"candidates": 0}])
-def test_refuses_nonsense(wrong):
-    with pytest.raises(ValueError, match=r"no table|no around|stride|reach|candidates"):
-        DynamicProgramming(**wrong)

@@ -48,12 +48,6 @@ def test_an_odd_stride_still_reaches_both_ends() -> None:
     assert space.ladders[1][-1] == 768
 
 
-@pytest.mark.parametrize("wrong", [{"stride": 0.1, "last_stride": 0.2}, {"last_stride": 0.0}, {"reach": 0}])
-def test_refuses_strides_that_do_not_fall(wrong: dict) -> None:
-    with pytest.raises(ValueError, match=r"stride|reach"):
-        CoarseToFine(**wrong)
-
-
 def test_it_asks_for_what_the_one_inside_asks_for():
     ranked = CoarseToFine(inner=ALLOCATORS.build("global-rank"))
     assert ranked.needs == {"scores"}

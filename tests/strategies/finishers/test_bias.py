@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import prunekit
 from prunekit.calibration.twin import Twin
 from prunekit.testing import toy_supernet, toy_tokens, toy_workpiece
 from prunekit_strategies.finishers.bias import Bias
@@ -79,8 +78,3 @@ def test_nothing_removed_nothing_added_but_zeros_and_twice_is_once():
 
 def test_families_with_biases_pay_nothing():
     assert Bias().finish(toy_workpiece(toy_supernet("opt"))) == {"parameters_added": 0}
-
-
-def test_nonsense_is_refused():
-    with pytest.raises(prunekit.WrongInput, match="inputs"):
-        prunekit.resolve(prunekit.Recipe.load().with_overrides({"finishers": [{"name": "bias", "inputs": "wet"}]}))

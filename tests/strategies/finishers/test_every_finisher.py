@@ -3,8 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
+import torch
+
 from prunekit.plugins.registry import FINISHERS
-from prunekit.testing import FinisherSuite
+from prunekit.testing import FinisherSuite, toy_supernet, toy_tokens, toy_workpiece
 
 SHORT: dict[str, Any] = {"epochs": 2, "batch_tokens": 12}
 LITTLE: dict[str, Any] = {"steps": 10, "interval": 2, "batch_tokens": 12}
@@ -33,3 +36,23 @@ globals().update({suite.__name__: suite for suite in suites()})
 
 def test_every_variant_is_of_a_registered_finisher() -> None:
     assert set(VARIANTS) <= set(FINISHERS)
+
+
+@pytest.mark.parametrize(
+    ("spec", "family", "structure", "off"),
+    [
+        ({"name": "least-squares"}, "llama", "groups", 1e-10),
+        *(({"name": name}, f, "weights", 1e-9) for name in ("least-squares", "sparsellm") for f in ("llama", "opt")),
+        *(
+            ({"name": "reconstruction", "aim": aim} | SHORT, "llama", "groups", 1e-6)
+            for aim in ("own", "dense", "stream")
+        ),
+        ({"name": "distillation"} | SHORT, "llama", "groups", 1e-6),
+    ],
+)
+def test_a_whole_model_stays_what_it_is(spec: dict[str, Any], family: str, structure: str, off: float) -> None:
+    net = toy_supernet(family, structure=structure)
+    piece = toy_workpiece(net, plan=tuple(s.n_groups for s in net.space.sites), tokens=toy_tokens(windows=16))
+    assert FINISHERS.build(spec).finish(piece)
+    for (name, one), two in zip(piece.dense.named_parameters(), piece.model.parameters(), strict=True):
+        torch.testing.assert_close(two, one, rtol=0, atol=off, msg=name)

@@ -12,8 +12,6 @@ import prunekit
 from prunekit.calibration.twin import Twin, whole_parts
 from prunekit.testing import toy_supernet, toy_tokens, toy_workpiece
 from prunekit_strategies.finishers.sparsellm import MLP, SparseLLM, derivatives, downhill, gated, hidden, rectified
-from prunekit_strategies.pruners.apt import APT
-from prunekit_strategies.pruners.obs import OBS
 from prunekit_strategies.pruners.score import Wanda
 
 MANY = toy_tokens(windows=12)
@@ -172,15 +170,6 @@ def test_no_mlp_gets_worse_and_errors_are_the_errors(aim, structure):
     assert all(torch.equal(attention[n], p) for n, p in piece.model.named_parameters() if n in attention)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
-def test_a_dense_model_stays_what_it_is(family):
-    net = toy_supernet(family, structure="weights")
-    piece = toy_workpiece(net, plan=tuple(site.n_groups for site in net.space.sites), tokens=MANY)
-    assert SparseLLM().finish(piece)["errors"].keys()
-    for one, two in zip(piece.dense.parameters(), piece.model.parameters(), strict=True):
-        torch.testing.assert_close(two, one, rtol=0, atol=1e-9)
-
-
 def test_another_mlp_is_refused():
     piece = toy_workpiece(toy_supernet(structure="weights"), tokens=replace(MANY))
     here, mlp, x, _ = next(mlps(piece))
@@ -189,19 +178,3 @@ def test_another_mlp_is_refused():
     here.block.get_submodule("mlp").act_fn = nn.Identity()
     with pytest.raises(prunekit.WrongInput, match="activation"):
         MLP.of(here, piece)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"aim": "west"},
-        {"rounds": 0},
-        {"alpha": 0.0},
-        {"damping": -1.0},
-        {"pruner": OBS()},
-        {"pruner": APT(aim="dense")},
-    ],
-)
-def test_nonsense_is_refused(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        SparseLLM(**options)

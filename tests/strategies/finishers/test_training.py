@@ -92,23 +92,14 @@ def test_every_epoch_meets_every_batch_in_its_own_order():
 
 
 @pytest.mark.parametrize("saves", range(1, 6))
-def test_a_killed_run_ends_in_the_same_bits_and_a_finished_one_does_nothing(tmp_path, saves):
-    class Dying(Checkpoints):
-        left = saves
-
-        def save(self, name, tensors):
-            super().save(name, tensors)
-            self.left -= 1
-            if not self.left:
-                raise KeyboardInterrupt
-
+def test_a_killed_run_ends_in_the_same_bits_and_a_finished_one_does_nothing(tmp_path, saves, killed_at):
     def held(t):
         return (t - TARGETS.mean(0)).square().sum()
 
     regime = Training(rate=0.2, epochs=5, patience=9)
     expected = fitted(regime, held)
-    with pytest.raises(KeyboardInterrupt):
-        fitted(regime, held, checkpoints=Dying(tmp_path))
+    with killed_at(Checkpoints, "save", saves, after=True):
+        fitted(regime, held, checkpoints=Checkpoints(tmp_path))
     seen = []
     theta, history = fitted(regime, held, checkpoints=Checkpoints(tmp_path), seen=seen, start=77.0)
     assert torch.equal(theta, expected[0])

@@ -93,35 +93,3 @@ def test_it_beats_sparsegpt_and_wanda_refitted(block: int, keep: int) -> None:
     )
     assert alps < 0.95 * wanda
     assert alps < 0.8 * sparsegpt
-
-
-@pytest.mark.parametrize("per", ["row", "layer"])
-@pytest.mark.parametrize("block", [0, 3, 4])
-def test_counts_are_exact_all_is_lossless_and_none_is_zero(per: str, block: int) -> None:
-    problem = layer(block=block)
-    counts = range(0, 13, 12 // (block or 12))
-    every = ALPS(per=per).prune(problem, counts)  # type: ignore[arg-type]
-    for keep, found in zip(counts, every, strict=True):
-        kept = found.weight != 0
-        assert int(kept.sum()) == keep * 7
-        if block:
-            assert bool((kept.unflatten(1, (-1, block)).sum(2) == keep * block // 12).all())
-        elif per == "row":
-            assert bool((kept.sum(1) == keep).all())
-    assert torch.equal(every[-1].weight, problem.weight)
-
-
-def test_dead_columns_cost_nothing_and_go_first() -> None:
-    problem = layer(quirk="dead")
-    (found,) = ALPS(per="row").prune(problem, [11])
-    assert not found.weight[:, 0].any()
-    assert problem.error(found.weight) < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [({"rho": 0.0}, "rho > 0"), ({"rounds": -1}, "rounds ≥ 0"), ({"per": "all"}, "no per 'all'")],
-)
-def test_nonsense_is_refused(options: dict[str, object], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        ALPS(**options)  # type: ignore[arg-type]

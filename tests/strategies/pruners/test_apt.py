@@ -47,16 +47,6 @@ def test_loss_and_weights_are_those_of_the_equations() -> None:
     assert damped_loss(problem, found.weight) == pytest.approx(total, rel=1e-9)
 
 
-def test_removing_in_two_goes_needs_all_that_is_removed() -> None:
-    problem = sparse_layer()
-    v, w = torch.linalg.inv(problem.hessian), problem.target[0]
-    first, second = [1, 4, 7], [0, 8]
-    at_once = removed(w, v, first + second)
-    torch.testing.assert_close(removed(removed(w, v, first), v, first + second), at_once, rtol=1e-9, atol=1e-11)
-    revived = removed(removed(w, v, first), v, second)
-    assert float(revived[first].abs().min()) > 1e-3
-
-
 def test_masks_block_by_block_see_what_all_earlier_blocks_removed() -> None:
     problem = sparse_layer()
     v = torch.linalg.inv(problem.hessian)
@@ -83,30 +73,9 @@ def test_patterns_are_the_best_of_all(block: int, keep: int) -> None:
             assert price(w, v, gone) == pytest.approx(least, rel=1e-9)
 
 
-def test_two_of_four_is_its_closed_form() -> None:
-    problem = sparse_layer(4)
-    v = torch.linalg.inv(problem.hessian)
-    for w in problem.target:
-        for i, j in itertools.combinations(range(4), 2):
-            above = w[i] ** 2 * v[j, j] - 2 * w[i] * w[j] * v[i, j] + w[j] ** 2 * v[i, i]
-            closed = float(above / (v[i, i] * v[j, j] - v[i, j] ** 2))
-            assert price(w, v, (i, j)) == pytest.approx(closed, rel=1e-9)
-
-
 def test_of_equal_patterns_the_lower_columns_stay() -> None:
     mask = patterns(torch.ones(3, 8, dtype=torch.float64), torch.eye(8, dtype=torch.float64), 4, 2)
     assert mask.tolist() == [[True, True, False, False] * 2] * 3
-
-
-def test_the_price_of_a_single_weight_is_the_loss_of_removing_it() -> None:
-    problem = sparse_layer()
-    v = torch.linalg.inv(problem.hessian)
-    mask = torch.ones(7, 12, dtype=torch.bool)
-    for i, j in ((0, 0), (3, 7), (6, 11)):
-        alone = mask.clone()
-        alone[i, j] = False
-        expected = float(problem.target[i, j] ** 2 / v[j, j])
-        assert damped_loss(problem, problem.refitted_rows(alone).weight) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("block", [0, 4])
@@ -152,32 +121,3 @@ def test_moving_every_weight_helps(block: int) -> None:
     }
     assert total["SM"] < 0.8 * total["SS"]
     assert total["MM"] < 0.8 * total["MS"]
-
-
-@pytest.mark.parametrize("variant", ["SS", "SM", "MS", "MM"])
-@pytest.mark.parametrize("block", [0, 4])
-def test_counts_are_exact_all_is_lossless_and_dead_columns_go_first(variant: str, block: int) -> None:
-    problem = sparse_layer(block=block)
-    every = APT(variant=variant).prune(problem, [0, 3, 6, 9, 12])  # type: ignore[arg-type]
-    for keep, found in zip([0, 3, 6, 9, 12], every, strict=True):
-        assert bool(((found.weight != 0).sum(1) == keep).all())
-        if block:
-            assert bool(((found.weight != 0).unflatten(1, (-1, 4)).sum(2) == keep // 3).all())
-    assert torch.equal(every[-1].weight, problem.weight)
-    if not block:
-        (found,) = APT(variant=variant).prune(sparse_layer(quirk="dead"), [11])  # type: ignore[arg-type]
-        assert sparse_layer(quirk="dead").error(found.weight) < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"variant": "MX"}, "no variant 'MX'; there are SS, SM, MS, MM"),
-        ({"width": 0}, "width ≥ 1"),
-        ({"steps": 0}, "steps ≥ 1"),
-        ({"exact": -1}, "exact ≥ 0"),
-    ],
-)
-def test_nonsense_is_refused(options: dict[str, object], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        APT(**options)  # type: ignore[arg-type]

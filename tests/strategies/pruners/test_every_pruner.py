@@ -3,8 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
 from prunekit.plugins.registry import PRUNERS
 from prunekit.testing import PrunerSuite
+from prunekit.testing.layers import sparse_layer
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "admm": [{"iterations": 5, "start": "relaxed"}],
@@ -56,3 +59,19 @@ globals().update({suite.__name__: suite for suite in suites()})
 
 def test_every_variant_is_of_a_registered_pruner() -> None:
     assert set(VARIANTS) <= set(PRUNERS)
+
+
+ROWS: list[dict[str, Any]] = [
+    *({"name": "apt", "variant": variant} for variant in ("SS", "SM", "MS", "MM")),
+    *({"name": name, "per": "row"} for name in ("alps", "fista", "sparsegpt")),
+]
+
+
+@pytest.mark.parametrize("spec", ROWS, ids=str)
+def test_every_row_keeps_its_count_and_loses_a_dead_column_first(spec: dict[str, Any]) -> None:
+    layer = sparse_layer(quirk="dead")
+    half, all_others = PRUNERS.build(spec).prune(layer, [6, 11])
+    for keep, found in ((6, half), (11, all_others)):
+        assert ((found.weight != 0).sum(1) == keep).all()
+        assert not found.weight[:, 0].any()
+    assert layer.error(all_others.weight) < 1e-12

@@ -71,38 +71,9 @@ def test_weights_are_the_least_squares_of_the_support() -> None:
             torch.testing.assert_close(found.weight, best, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("per", ["row", "layer"])
-@pytest.mark.parametrize("block", [0, 4])
-def test_counts_are_exact_and_all_is_lossless(per: str, block: int) -> None:
-    problem = sparse_layer(block=block)
-    every = FISTA(per=per).prune(problem, range(0, 13, 3))  # type: ignore[arg-type]
-    for keep, found in zip(range(0, 13, 3), every, strict=True):
-        kept = found.weight != 0
-        assert int(kept.sum()) == keep * 7
-        if block:
-            assert bool((kept.unflatten(1, (-1, block)).sum(2) == keep * block // 12).all())
-    assert torch.equal(every[-1].weight, problem.weight)
-
-
 def test_scaled_it_does_not_depend_on_the_units_of_inputs() -> None:
     problem = replace(sparse_layer(), damping=0.0)
     units = torch.tensor([2.0**j for j in range(-6, 6)], dtype=torch.float64)
     louder = replace(problem, weight=problem.weight / units, gram=problem.gram * units * units[:, None])
     (one,), (two,) = FISTA().prune(problem, [6]), FISTA().prune(louder, [6])
     torch.testing.assert_close(two.weight * units, one.weight, rtol=1e-6, atol=1e-9)
-
-
-def test_dead_columns_cost_nothing_and_go_first() -> None:
-    problem = sparse_layer(quirk="dead")
-    (found,) = FISTA().prune(problem, [11])
-    assert not found.weight[:, 0].any()
-    assert problem.error(found.weight) < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [({"rounds": 0}, "rounds, steps ≥ 1"), ({"share": 1.0}, "share lies between"), ({"aim": "x"}, "no aim 'x'")],
-)
-def test_nonsense_is_refused(options: dict[str, object], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        FISTA(**options)  # type: ignore[arg-type]

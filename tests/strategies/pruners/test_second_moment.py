@@ -75,8 +75,3 @@ def test_the_refit_is_least_squares_and_can_be_left_out() -> None:
         assert fitted.kept == plain.kept
         torch.testing.assert_close(fitted.weight, layer.refitted(fitted.kept or ()).weight)
         assert torch.equal(plain.weight, layer.masked(plain.kept or ()).weight)
-
-
-def test_nonsense_is_refused() -> None:
-    with pytest.raises(ValueError, match="no heads 'loud'; there are energy, likeness"):
-        SecondMoment(heads="loud")  # type: ignore[arg-type]

@@ -4,7 +4,6 @@ from torch import Tensor
 
 from prunekit import LayerProblem
 from prunekit.testing.layers import correlated_layer, sparse_layer
-from prunekit_strategies.pruners.admm import ADMM
 from prunekit_strategies.pruners.score import Magnitude, Wanda
 from prunekit_strategies.pruners.sparsegpt import SparseGPT
 
@@ -49,14 +48,6 @@ def test_patterns_are_chosen_when_the_sweep_reaches_them() -> None:
         torch.testing.assert_close(found.weight, by_hand(sparse_layer(), [(0, 2), (4, 2), (8, 2)], rows=True))
 
 
-@pytest.mark.parametrize("quirk", ["plain", "dead", "duplicate", "low rank", "silent"])
-@pytest.mark.parametrize("block", [2, 4, 6])
-def test_n_of_m_is_exact_in_every_block(quirk: str, block: int) -> None:
-    problem = sparse_layer(block=block, quirk=quirk)
-    for n, found in enumerate(SparseGPT().prune(problem, range(0, 13, 12 // block))):
-        assert int((found.weight != 0).unflatten(1, (-1, block)).sum(2).max()) == n
-
-
 def test_its_own_mask_beats_others_and_compensation_beats_none() -> None:
     problems = [correlated_layer(seed) for seed in range(4)]
     own, wanda, magnitude, bare = (
@@ -76,27 +67,7 @@ def test_a_given_mask_stays() -> None:
     assert torch.equal(whole.weight, problem.weight)
 
 
-def test_dead_columns_cost_nothing_and_go_first() -> None:
-    (found,) = SparseGPT(per="row").prune(sparse_layer(quirk="dead"), [11])
-    assert not found.weight[:, 0].any()
-    assert sparse_layer(quirk="dead").error(found.weight) < 1e-12
-
-
 def test_it_asks_for_what_its_aim_and_its_mask_read() -> None:
     assert SparseGPT().needs == {"gram"}
     assert SparseGPT(aim="stream").needs == {"gram", "cross", "drift"}
     assert SparseGPT(mask=Magnitude()).needs == {"gram", "producers"}
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"width": 0}, "width is at least one column, not 0"),
-        ({"aim": "all"}, "no aim 'all'; there are own, dense, stream"),
-        ({"per": "column"}, "no per 'column'"),
-        ({"mask": ADMM()}, "ADMM chooses no single weights; it knows groups"),
-    ],
-)
-def test_nonsense_is_refused(options: dict[str, object], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        SparseGPT(**options)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prunekit import LayerProblem
-from prunekit.space.forms import WEIGHTS, Pattern
+from prunekit.space.forms import WEIGHTS
 from prunekit.testing.layers import sparse_layer
 from prunekit_strategies.pruners.score import Magnitude, Wanda
 from prunekit_strategies.pruners.weight_score import RIA, OptiShear, Shape, Share, ZPruner
@@ -100,26 +100,3 @@ def test_counts_are_exact_on_ties_the_lower_column_stays_and_refit_keeps_the_mas
     ):
         assert torch.equal(fitted.weight, problem.refitted_rows(plain.weight != 0).weight)
         assert problem.error(fitted.weight) < problem.error(plain.weight)
-
-
-@pytest.mark.parametrize("pruner", ALL, ids=str)
-def test_n_of_m_is_exact(pruner: Any) -> None:
-    problem = replace(sparse_layer(), form=Pattern(1, 4))
-    for n, found in enumerate(pruner.prune(problem, range(0, 13, 3))):
-        assert bool(((found.weight != 0).unflatten(1, (3, 4)).sum(2) == n).all())
-
-
-@pytest.mark.parametrize(
-    ("build", "sentence"),
-    [
-        (lambda: RIA(activation_power=-1), "activation_power ≥ 0"),
-        (lambda: RIA(per="all"), "no per 'all'"),  # type: ignore[arg-type]
-        (lambda: ZPruner(per="all"), "no per 'all'; there are row, layer"),  # type: ignore[arg-type]
-        (lambda: OptiShear(weights="cube"), "no weights 'cube'"),  # type: ignore[arg-type]
-        (lambda: OptiShear(input_share="max"), "no input_share 'max'"),  # type: ignore[arg-type]
-        (lambda: OptiShear(weights="one", inputs="one"), "all weights score alike"),
-    ],
-)
-def test_nonsense_is_refused(build: Any, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        build()

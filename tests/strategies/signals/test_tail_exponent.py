@@ -69,8 +69,3 @@ def test_a_site_has_the_mean_over_its_maps():
     alone = [TailExponent().measure(replace(layer, producers=()))]
     alone += [tail_exponent(spectrum(producer.weight)) for producer in layer.producers]
     assert TailExponent().measure(layer) == pytest.approx(math.fsum(alone) / 3)
-
-
-def test_refuses_a_histogram_without_bins():
-    with pytest.raises(ValueError, match="at least one bin, not 0"):
-        TailExponent(0)

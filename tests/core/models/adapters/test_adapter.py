@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
@@ -17,7 +16,9 @@ from prunekit.models.adapters.find import adapter_for
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.models.modules import grafted
 from prunekit.plugins.adapter import Heads, ModelAdapter, UnsupportedModel
+from prunekit.plugins.registry import ADAPTERS
 from prunekit.space.sites import Site
+from prunekit.testing import AdapterSuite
 from prunekit.testing.models import SIZES, tiny
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -38,6 +39,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 58], [2, 7, 18, 28, 18, 28, 45, 9, 4]])
 
 Plan = dict[Site, Candidate]
+
+
+@pytest.mark.parametrize("name", [*ADAPTERS, *sorted(VARIANTS.keys() - SIZES.keys())])
+class TestEveryAdapter(AdapterSuite):
+    @pytest.fixture(autouse=True)
+    def _plugin(self, name: str) -> None:
+        self.variant = VARIANTS.get(name, (name, {}))
+        type(self).plugin = adapter_for(self.variant[0])
+
+    @pytest.fixture
+    def model(self) -> PreTrainedModel:
+        return tiny(self.variant[0], **self.variant[1]).requires_grad_(False)
 
 
 @pytest.fixture(params=VARIANTS)
@@ -123,12 +136,6 @@ def test_dropped_parts_answer_zeros(case: tuple[PreTrainedModel, ModelAdapter], 
     assert_same(sliced(model, adapter, plan), masked(model, adapter, plan))
 
 
-def test_keeping_all_changes_nothing(case: tuple[PreTrainedModel, ModelAdapter]) -> None:
-    model, adapter = case
-    small = sliced(model, adapter, dropping(model, adapter))
-    assert torch.equal(logits(small), logits(model))
-
-
 @pytest.mark.parametrize("heads", ["kv", "query"])
 def test_a_cut_model_can_be_cut_again(case: tuple[PreTrainedModel, ModelAdapter], heads: Heads) -> None:
     model, adapter = case
@@ -139,23 +146,6 @@ def test_a_cut_model_can_be_cut_again(case: tuple[PreTrainedModel, ModelAdapter]
     assert_same(sliced(once, adapter, plan), masked(once, adapter, plan))
 
 
-@pytest.mark.parametrize("heads", ["kv", "query"])
-def test_prices_are_parameter_counts(case: tuple[PreTrainedModel, ModelAdapter], heads: Heads) -> None:
-    model, adapter = case
-
-    def count(block: nn.Module) -> int:
-        return sum(p.numel() for p in block.parameters())
-
-    for site in adapter.sites(model, heads):
-        block = adapter.blocks(model)[site.block]
-        whole = count(block)
-        for kept in range(site.n_groups + 1):
-            small = copy.deepcopy(block)
-            for path, module in adapter.pruned(block, site, candidate(model, adapter, site, list(range(kept)))).items():
-                small.set_submodule(path, module)
-            assert whole - count(small) == site.parameters(site.n_groups) - site.parameters(kept)
-
-
 def test_only_norms_after_the_sum_stay_when_all_is_dropped(case: tuple[PreTrainedModel, ModelAdapter]) -> None:
     model, adapter = case
     sites = adapter.sites(model)
@@ -164,15 +154,6 @@ def test_only_norms_after_the_sum_stay_when_all_is_dropped(case: tuple[PreTraine
         after = not getattr(block, "do_layer_norm_before", True)
         stay = 2 * 2 * model.config.hidden_size if after else 0
         assert priced + stay == sum(p.numel() for p in block.parameters())
-
-
-def test_logits_are_the_models_own(case: tuple[PreTrainedModel, ModelAdapter]) -> None:
-    model, adapter = case
-    last: list[Tensor] = []
-    adapter.blocks(model)[-1].register_forward_hook(lambda *call: last.append(call[-1]))
-    whole = logits(model)
-    with torch.no_grad():
-        assert torch.equal(adapter.logits(model, last[0]), whole)
 
 
 def test_pruned_leaves_the_block_alone(case: tuple[PreTrainedModel, ModelAdapter]) -> None:
@@ -265,14 +246,6 @@ def test_unknown_families_and_wrapped_maps_are_refused() -> None:
     model.set_submodule("model.layers.1.mlp.up_proj", nn.Sequential(nn.Linear(24, 17)))
     with pytest.raises(UnsupportedModel, match=r"mlp\.up_proj is Sequential; prune before quantizing"):
         adapter_for("llama").sites(model)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "opt", "gpt_neox"])
