@@ -29,6 +29,11 @@ class LocalPruner(ABC):
         """
         return frozenset({"gram"})
 
+    @property
+    def matrices(self) -> int:
+        """How many float64 matrices (d_in, d_in) it makes at once, for plans: damped, its factor, its inverse."""
+        return 3 if "gram" in self.needs else 0
+
     @abstractmethod
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
         """One candidate for every count in `keeps`, in that order.

@@ -344,7 +344,7 @@ class Count:
             # sums and what is added to them, or their means where they are shared; then means alone
             made = (site.d_in if paired else d_out) if streams == 2 else 0
             beside = moments if site.input_group else FLOAT * site.d_in * max(next(strips(site.d_in)).stop, made)
-            solve = 3 * DOUBLE * site.d_in**2 if "gram" in needs else 0  # damped, its factor, its inverse
+            solve = self.parts.pruner.matrices * DOUBLE * site.d_in**2
             memory = max(memory, moments + beside, moments + weights + solve)
             disk += CandidateStore.bytes(site, ladder, shape.stored, scores=scores)
             flops += Moments.flops(there, own, fed, tokens)

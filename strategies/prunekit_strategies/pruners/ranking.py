@@ -20,6 +20,10 @@ class Ranking(LocalPruner):
     per: Per  # among which single weights compete
     refit: bool  # least-squares weights on what is kept; False: as they are
 
+    @property
+    def matrices(self) -> int:
+        return 1 if self.refit else 0
+
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
         if layer.structure != "groups":
             masks = best_weights(self.cells(layer), keeps, self.per, layer.m)

@@ -1,4 +1,4 @@
-"""A study on a tiny model: it finds, resumes, shares walks, and refuses in sentences."""
+"""A study on a tiny model: it finds, resumes, shares calibration passes, and refuses in sentences."""
 
 import json
 import math
@@ -51,8 +51,8 @@ def quick(model: Path, text: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def list_passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The pruner of every walk that was really walked."""
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The pruner of every calibration pass that was really made."""
     seen: list[str] = []
     whole = stages.build
 
@@ -105,7 +105,7 @@ def test_generations_are_bred_and_survive_an_interruption(quick, tmp_path: Path,
     assert any("generation" in key for trial in whole.study.trials for key in trial.system_attrs)
 
 
-def test_walks_are_shared_where_only_the_search_differs(quick, walks: list[str]) -> None:
+def test_passes_are_shared_where_only_the_search_differs(quick, passes: list[str]) -> None:
     space = {
         "allocator": [
             {"name": "softmax", "rule": ["fermi", "softmax"]},
@@ -115,9 +115,9 @@ def test_walks_are_shared_where_only_the_search_differs(quick, walks: list[str])
     }
     tuned = prunekit.tune(**quick | {"allocator": "softmax"}, space=space, trials=8)
     assert len({row.recipe for row in tuned.rows}) > 3
-    assert walks == ["OBS"]
+    assert passes == ["OBS"]
     prunekit.tune(**quick | {"output": quick["output"].with_name("two")}, space=SPACE | {"damping": 0.01}, trials=8)
-    assert sorted(walks[1:]) == ["Magnitude", "OBS", "Wanda"]
+    assert sorted(passes[1:]) == ["Magnitude", "OBS", "Wanda"]
 
 
 def test_a_recipe_is_run_once(quick, monkeypatch) -> None:
@@ -130,7 +130,7 @@ def test_a_recipe_is_run_once(quick, monkeypatch) -> None:
     assert len({tuple(row.values.items()) for row in tuned.rows}) == 3
 
 
-def test_a_full_shelf_lets_the_longest_unused_walk_go(quick, walks: list[str]) -> None:
+def test_a_full_shelf_lets_the_longest_unused_pass_go(quick, passes: list[str]) -> None:
     prunekit.tune(**quick, space={"pruner": ["wanda", "magnitude"]}, trials=1)
     shelf = quick["output"] / "walks"
     first, second = sorted(shelf.iterdir(), key=lambda walk: walk.stat().st_mtime)
@@ -139,7 +139,7 @@ def test_a_full_shelf_lets_the_longest_unused_walk_go(quick, walks: list[str]) -
     tuning.Bench(nothing, quick["output"], (), room)._tidy(shelf)
     assert list(shelf.iterdir()) == [second]
     assert first != second
-    assert len(walks) == 2
+    assert len(passes) == 2
 
 
 def test_several_metrics_make_a_front(quick) -> None:
