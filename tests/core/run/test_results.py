@@ -1,10 +1,21 @@
-"""What a result is verified with, and what it took."""
+"""What a result is verified with, what it took, and which passes it may share."""
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
 
+from prunekit import Recipe, resolve
+from prunekit.plugins.dense import Dense
 from prunekit.run.clock import Clock
 from prunekit.run.results import make_probe
-from prunekit.testing import tiny, toy_tokens
+from prunekit.run.stages import Run
+from prunekit.search.ledger import Ledger
+from prunekit.search.teacher import Teacher
+from prunekit.system.progress import Progress
+from prunekit.testing import tiny, toy_supernet, toy_tokens
 
 
 def test_an_export_is_verified_in_float32_whatever_it_is_stored_in() -> None:
@@ -24,3 +35,20 @@ def test_what_is_shared_counts_for_everybody() -> None:
     assert one.seconds == {"prune": 7.0}
     assert other.seconds == {"prune": 4.0, "search": 0.5}
     assert shared.seconds == {"prune": 4.0}
+
+
+@pytest.mark.parametrize("carry", ["dense", "centre", "expected"])
+def test_passes_around_other_centres_are_others_where_activations_follow_them(carry: str, tmp_path: Path) -> None:
+    net = toy_supernet()
+    text: Any = SimpleNamespace(calibration=toy_tokens(), contrast=None)
+    recipe = {"pruner": "wanda", "allocator": "uniform", "objective": "expected-error", "carry": carry}
+    dense, clock = Dense(net.model, None, net.adapter, torch.float64, "toy", ""), Clock()
+    run = Run(
+        resolve(Recipe.of_mapping(recipe)), dense, net.space, text, Ledger(tmp_path / "ledger"), tmp_path, tmp_path,
+        Progress(), clock, Teacher(), 1 << 30, None,
+    )  # fmt: skip
+    here = net.space.uniform()
+    centres = (here, next(net.space.swaps(here)))
+    one, other = (run.calibrate(net.space, centre, "prune", clock, search=True) for centre in centres)
+    follows = carry == "centre"
+    assert (one.store.directory != other.store.directory, one.errors != other.errors) == (follows, follows)
