@@ -157,6 +157,8 @@ def check_words(recipe: Recipe) -> None:
 
 def split_datasets(names: Sequence[str] | None) -> list[str] | None:
     """Split data sets that are given by comma; a file may have commas in its name."""
+    from prunekit.data.rows import what_is
+
     if not names:
         return None
-    return [name for text in names for name in ([text] if Path(text).is_file() else text.split(","))]
+    return [name for text in names for name in ([text] if what_is(text) == "file" else text.split(","))]

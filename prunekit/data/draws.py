@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from prunekit.data.blends import Blend, blends_of, in_shares, interleaved, position, resolved
+from prunekit.data.encoding import Encoder
+from prunekit.data.fields import has
 from prunekit.data.questions import drawn
 from prunekit.data.sources import Source, named, source_of
 from prunekit.data.spec import DataSpec
@@ -63,7 +65,7 @@ def draw(
     if data.contrast_dataset is not None:
         second = source_of(named(data.contrast_dataset, progress), None, None, data.field)
         count, seqlen = batches["calibration"].ids.shape
-        windows = read(tokenizer, second, count, seqlen, progress)
+        windows = read(tokenizer, second, count, seqlen, progress, data.special_tokens)
         shares({"contrast": count}, {}, windows, seqlen, second, progress)
         batches["contrast"], blends["contrast"] = TokenBatch(windows, second.label), {second: Fraction(1)}
     for batch in batches.values():
@@ -115,11 +117,13 @@ def _gathered(
     asked = {part: getattr(data, f"{part}_tokens") for part in blends}
     found: dict[str, TokenBatch] = {}
     for part in blends.keys() - {"search"}:
-        if tasks := [source for source in blends[part] if source.is_task]:
+        if tasks := [source for source in blends[part] if source.is_task and not has(source.first_row, "text")]:
             raise WrongInput(f"{tasks[0]} holds questions, which only judge; give it as data.search_dataset")
     if any(source.is_task for source in blends.get("search", ())):
         tokens = asked["search"] or DEFAULTS["search"]
-        found["search"] = drawn(tokenizer, blends["search"], tokens, seqlen, seed if data.shuffle else None)
+        found["search"] = drawn(
+            Encoder(tokenizer, data.special_tokens), blends["search"], tokens, seqlen, seed if data.shuffle else None
+        )
     texts = {part: blend for part, blend in blends.items() if part not in found}
     orders = {
         part: in_shares(blend, whole_windows(asked[part] or DEFAULTS[part], seqlen)) for part, blend in texts.items()
@@ -128,7 +132,7 @@ def _gathered(
     there: dict[Source, dict[str, int]] = {}  # windows for each part
     for source in dict.fromkeys(source for blend in texts.values() for source in blend):
         wanted = {part: orders[part].count(source) for part, blend in texts.items() if source in blend}
-        pools[source] = read(tokenizer, source, reach(wanted, data), seqlen, progress)
+        pools[source] = read(tokenizer, source, reach(wanted, data), seqlen, progress, data.special_tokens)
         free = {part: texts[part][source] for part in wanted if asked[part] is None}
         there[source] = shares(wanted, free, pools[source], seqlen, source, progress)
     for part, order in orders.items():  # no further than the first source that has no more
