@@ -20,7 +20,7 @@ from prunekit.data.fields import has
 from prunekit.data.questions import drawn
 from prunekit.data.sources import Source, named, source_of
 from prunekit.data.spec import DataSpec
-from prunekit.data.tokens import TokenBatch
+from prunekit.data.tokens import TokenBatch, overlap
 from prunekit.data.windows import DEFAULTS, cut, reach, read, shares, whole_windows
 from prunekit.errors import WrongInput
 from prunekit.system.progress import Progress
@@ -70,6 +70,7 @@ def draw(
         batches["contrast"], blends["contrast"] = TokenBatch(windows, second.label), {second: Fraction(1)}
     for batch in batches.values():
         _check_vocabulary(batch, vocab_size)
+    _check_apart(batches, blends, progress)
     digests = {part: batch.digest for part, batch in batches.items()}
     for part, batch in batches.items():
         if batch.origins:
@@ -167,6 +168,25 @@ def window_of(data: DataSpec, most: int | None) -> int:
     if most is not None and data.seqlen > most:
         raise WrongInput(f"seqlen {data.seqlen} is longer than the model's {most} positions")
     return data.seqlen
+
+
+def _check_apart(batches: Mapping[str, TokenBatch], blends: Mapping[str, Blend], progress: Progress) -> None:
+    """No part may be the text of an earlier one under another name: it would judge by what was learnt by heart."""
+    for part, earlier in (("search", "calibration"), ("evaluation", "calibration"), ("evaluation", "search")):
+        one, two = batches[part], batches[earlier]
+        if not (share := 1.0 if one.digest == two.digest else overlap(one, two)):
+            continue
+        names = [" and ".join(map(str, blends[each])) for each in (part, earlier)]
+        sets = ({source.dataset for source in blends[each]} for each in (part, earlier))
+        if share == 1 and set.isdisjoint(*sets):  # a text that repeats itself, or its splits do, is only warned of
+            raise WrongInput(
+                f"{part} and {earlier} read the same text under two names, {names[0]} and {names[1]}; give data."
+                f"{part}_dataset another text, or the same name, and the parts are cut apart"
+            )
+        progress.say(
+            f"warning: {share:.2%} of the {len(one):,} {part} windows ({names[0]}) are {earlier} windows too; "
+            "what is measured on them says too little"
+        )
 
 
 def _check_vocabulary(batch: TokenBatch, vocab_size: int | None) -> None:

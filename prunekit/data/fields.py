@@ -125,7 +125,7 @@ def _found(row: Mapping[str, Any], part: str) -> Any:
 
 
 def _listed(names: Any) -> str:
-    shown = [str(name)[:_SHOWN * 4] for name in names]
+    shown = [str(name)[: _SHOWN * 4] for name in names]
     more = f" and {len(shown) - _SHOWN:,} more" if len(shown) > _SHOWN else ""
     return (", ".join(shown[:_SHOWN]) or "none") + more
 

@@ -148,7 +148,9 @@ def _elements(file: TextIO, text: str, path: Path) -> Iterator[Row]:
             at = _end_of_space(text, at)
             if text[at : at + 1] == "]":
                 if text[at + 1 :].strip() or file.read(CHUNK).strip():
-                    raise WrongInput(f"{path}: there is more behind its JSON array; give one array, or one row per line")
+                    raise WrongInput(
+                        f"{path}: there is more behind its JSON array; give one array, or one row per line"
+                    )
                 return
             try:
                 value, end = decode(text, at)

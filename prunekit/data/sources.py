@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -134,7 +134,9 @@ def same_data(one: str, two: str) -> bool:
     return len({KNOWN[name].path if name in KNOWN else name for name in (one, two)}) == 1
 
 
-def source_of(name: str, config: str | None, split: str | None, field: str | None, held_out_from: str | None = None) -> Source:
+def source_of(
+    name: str, config: str | None, split: str | None, field: str | None, held_out_from: str | None = None
+) -> Source:
     """A stream with its split chosen.
 
     Args:

@@ -9,7 +9,6 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from prunekit.errors import WrongInput
 from prunekit.system.strict import Strict
 
-
 Fields = Annotated[str, BeforeValidator(lambda value: ",".join(value) if _are_names(value) else value)]
 """A field of rows, or several: a list of names, or names with commas between them."""
 

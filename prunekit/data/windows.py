@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int64
@@ -90,7 +90,10 @@ def read(
 def _encoded(encoder: Encoder, pieces: Iterable[str | list[int]]) -> Iterator[list[int]]:
     """Token ids of text, in slices that do not depend on how it comes in pieces, and those of conversations."""
     for is_text, run in groupby(pieces, lambda piece: isinstance(piece, str)):
-        yield from map(encoder, slices(run)) if is_text else run  # type: ignore[arg-type, misc]
+        if is_text:
+            yield from map(encoder, slices(cast(Iterator[str], run)))
+        else:
+            yield from cast(Iterator[list[int]], run)
 
 
 def whole_windows(tokens: int, seqlen: int) -> int:
