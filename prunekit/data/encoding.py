@@ -52,8 +52,7 @@ class Encoder:
             return BETWEEN.join(contents)
         if (length := sum(map(len, contents))) > LONGEST_CHAT:
             raise WrongInput(
-                f"{conversation.where}: a conversation of {length:,} characters, and at most {LONGEST_CHAT:,} are read; "
-                "divide it"
+                f"{conversation.where}: a conversation of {length:,} characters; divide it, {LONGEST_CHAT:,} are read"
             )
         clean = [LONE.sub("\ufffd", content) for content in contents]
         if not self.allowed:

@@ -70,13 +70,14 @@ def content_of(row: Any, field: str | None, where: str) -> str | Conversation | 
             return _instruction(row, where)
     parts = _parts(row, field or "text")
     values = [_found(row, part) for part in parts]
+    how = "; name it with data.field, as a, a.b or a,b"
     for part, value in zip(parts, values, strict=True):
         if value is _MISSING:
-            raise WrongInput(f"{where}: no text in field {part!r}; there are {_listed(row)}")
+            raise WrongInput(f"{where}: no text in field {part!r}; there are {_listed(row)}{how}")
         if len(parts) == 1 and isinstance(value, list) and all(isinstance(message, Mapping) for message in value):
             return _conversation(value, f"{where}, field {part!r}")
         if value is not None and not isinstance(value, str):
-            raise WrongInput(f"{where}: no text in field {part!r}; it is {_name(value)}")
+            raise WrongInput(f"{where}: no text in field {part!r}; it is {_name(value)}{how}")
     return None if values.count(None) == len(values) else BETWEEN.join(value for value in values if value)
 
 

@@ -16,7 +16,8 @@ from typing import Any, Literal, TextIO
 from prunekit.errors import WrongInput, first_line
 
 CHUNK = 100_000  # characters that are read at a time
-LONGEST = 2**24  # characters of one row; parsed, it takes up to twenty times as many bytes
+LONGEST = 2**24  # characters of one row
+MOST_PARTS = 1_000_000  # lists and objects in one row, each of which takes 25 times the memory of its text
 SHOWN = 60  # characters of a broken row that a message repeats
 
 Row = tuple[str, Any]
@@ -25,6 +26,7 @@ Row = tuple[str, Any]
 JSON = (".jsonl", ".ndjson", ".json")
 PARQUET = ".parquet"
 _GZIP = b"\x1f\x8b"
+_WORD = len("-Infinity")  # the longest that is cut as a whole
 _SPACE = re.compile(r"\s*")
 
 
@@ -64,8 +66,7 @@ def json_rows(path: Path) -> Iterator[Row]:
             if rows == 0 and line.lstrip().startswith("["):
                 yield from _elements(file, line, path)
                 return
-            if len(line) > LONGEST:
-                raise WrongInput(f"{path}, line {number}: more than {LONGEST:,} characters; divide it into rows")
+            _check_size(line, f"{path}, line {number}")
             if not line.isspace():
                 rows += 1
                 yield f"{path}, line {number}", _parsed(json.loads, line, f"{path}, line {number}")
@@ -138,10 +139,17 @@ def _parsed(parse: Callable[..., Any], text: str, where: str, *more: Any) -> Any
         raise WrongInput(f"{where}: not one JSON object per line but {found!r}: {first_line(error)}") from None
 
 
+def _check_size(text: str, where: str) -> None:
+    if len(text) > LONGEST:
+        raise WrongInput(f"{where}: more than {LONGEST:,} characters; divide it into rows")
+    if len(text) > MOST_PARTS < text.count("[") + text.count("{"):
+        raise WrongInput(f"{where}: more than {MOST_PARTS:,} lists and objects; divide it into rows of text")
+
+
 def _elements(file: TextIO, text: str, path: Path) -> Iterator[Row]:
     """The values of one array, of which no more than one is held."""
     decode = json.JSONDecoder().raw_decode
-    at, ended = text.index("[") + 1, False
+    at = text.index("[") + 1
     for number in count(1):
         where = f"{path}, row {number}"
         while True:
@@ -155,19 +163,20 @@ def _elements(file: TextIO, text: str, path: Path) -> Iterator[Row]:
             try:
                 value, end = decode(text, at)
                 after = _end_of_space(text, end)
-                if text[after : after + 1] in (",", "]"):  # else it may go on, as a number does
+                if text[after : after + 1] in (",", "]"):
                     break
+                broken = after < len(text)  # else it may go on, as a number does
             except RecursionError:
                 raise WrongInput(f"{where}: nested too deeply to be a row of text") from None
-            except ValueError:
-                pass  # it is not whole yet, or never will be
-            more = "" if ended or len(text) - at > LONGEST else file.read(max(CHUNK, len(text) - at))
-            if not more:
-                raise WrongInput(
-                    f"{where}: no JSON value of at most {LONGEST:,} characters, with a comma or ] behind it, but "
-                    f"{text[at : at + SHOWN]!r}"
-                )
-            text, at = text[at:] + more, 0
+            except json.JSONDecodeError as error:  # at the end it may only be cut
+                broken = error.pos < len(text) - _WORD and not error.msg.startswith("Unterminated string")
+            except ValueError:  # a number of thousands of digits
+                broken = True
+            text, at = text[at:], 0
+            _check_size(text, where)
+            if broken or not (more := file.read(max(CHUNK, len(text)))):
+                raise WrongInput(f"{where}: not one JSON value with a comma or ] behind it but {text[:SHOWN]!r}")
+            text += more
         yield where, value
         at = after + (text[after] == ",")
 
@@ -197,7 +206,7 @@ def _opened(path: Path) -> Iterator[TextIO]:
     try:
         with path.open("rb") as stored:
             packed = stored.peek(2)[:2] == _GZIP
-            content = _Counted(gzip.open(stored) if packed else stored)  # type: ignore[arg-type]
+            content = _Counted(gzip.GzipFile(fileobj=stored) if packed else stored)  # type: ignore[arg-type]
             try:
                 with io.TextIOWrapper(content, encoding="utf-8-sig") as file:
                     yield file

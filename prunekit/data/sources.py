@@ -41,7 +41,7 @@ class Source:
 
     @property
     def is_task(self) -> bool:
-        """The text is a file of questions: its first row has a prompt with an answer, and no field that is asked for."""
+        """The text is a file of questions: its first row has a prompt, an answer, and no field that is asked for."""
         row = self.first_row
         asks = has(row, "prompt") and (has(row, "answer") or has(row, "choices"))
         return asks and (self.field is None or not has(row, self.field))
