@@ -170,22 +170,28 @@ def window_of(data: DataSpec, most: int | None) -> int:
     return data.seqlen
 
 
+PAIRS = (
+    ("search", "calibration"),
+    ("evaluation", "calibration"),
+    ("evaluation", "search"),
+    ("contrast", "calibration"),
+)
+
+
 def _check_apart(batches: Mapping[str, TokenBatch], blends: Mapping[str, Blend], progress: Progress) -> None:
-    """No part may be the text of an earlier one under another name: it would judge by what was learnt by heart."""
-    for part, earlier in (("search", "calibration"), ("evaluation", "calibration"), ("evaluation", "search")):
-        one, two = batches[part], batches[earlier]
-        if not (share := 1.0 if one.digest == two.digest else overlap(one, two)):
+    """No part may be the text of another under a second name: it would judge by what was learnt by heart."""
+    for part, other in PAIRS:
+        if part not in batches or not (share := overlap(batches[part], batches[other])):
             continue
-        names = [" and ".join(map(str, blends[each])) for each in (part, earlier)]
-        sets = ({source.dataset for source in blends[each]} for each in (part, earlier))
+        names = " and ".join(str(source) for each in (part, other) for source in blends[each])
+        sets = ({source.dataset for source in blends[each]} for each in (part, other))
         if share == 1 and set.isdisjoint(*sets):  # a text that repeats itself, or its splits do, is only warned of
             raise WrongInput(
-                f"{part} and {earlier} read the same text under two names, {names[0]} and {names[1]}; give data."
-                f"{part}_dataset another text, or the same name, and the parts are cut apart"
+                f"{part} and {other} read the same text under two names, {names}; "
+                f"give another text as data.{part}_dataset, or none"
             )
         progress.say(
-            f"warning: {share:.2%} of the {len(one):,} {part} windows ({names[0]}) are {earlier} windows too; "
-            "what is measured on them says too little"
+            f"warning: {share:.1%} of the {part} windows are {other} windows too ({names}); they judge too kindly"
         )
 
 

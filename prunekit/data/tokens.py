@@ -89,5 +89,5 @@ class TokenBatch:
 
 def overlap(one: TokenBatch, two: TokenBatch) -> float:
     """The share of windows of the first that are in the second too; one stream is always cut at the same places."""
-    there = set(map(tuple, two.ids.tolist()))
-    return sum(tuple(window) in there for window in one.ids.tolist()) / len(one)
+    mine, theirs = ([hashlib.sha256(ids.tobytes()).digest() for ids in batch.ids.cpu().numpy()] for batch in (one, two))
+    return sum(map(set(theirs).__contains__, mine)) / len(mine)
