@@ -70,7 +70,6 @@ def draw(
         batches["contrast"], blends["contrast"] = TokenBatch(windows, second.label), {second: Fraction(1)}
     for batch in batches.values():
         _check_vocabulary(batch, vocab_size)
-    _check_apart(batches, blends, progress)
     digests = {part: batch.digest for part, batch in batches.items()}
     for part, batch in batches.items():
         if batch.origins:
@@ -83,6 +82,7 @@ def draw(
                 f"(sha256 {digests[part][:12]}…, not {digest[:12]}…); "
                 "bring back the old text, or remove data.digests from the recipe"
             )
+    _check_apart(batches, blends, progress)
     spec = data.model_copy(
         update=resolved(data, blends)
         | {"seqlen": batches["calibration"].seqlen, "digests": digests}

@@ -165,7 +165,7 @@ def _elements(file: TextIO, text: str, path: Path) -> Iterator[Row]:
                 after = _end_of_space(text, end)
                 if text[after : after + 1] in (",", "]"):
                     break
-                broken = after < len(text)  # else it may go on, as a number does
+                broken = after < len(text) - _WORD  # else it may go on, as 0.5 does behind 0.
             except RecursionError:
                 raise WrongInput(f"{where}: nested too deeply to be a row of text") from None
             except json.JSONDecodeError as error:  # at the end it may only be cut
