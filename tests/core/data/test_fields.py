@@ -4,9 +4,28 @@ from typing import Any
 
 import pytest
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from prunekit import WrongInput
 from prunekit.data.fields import Conversation, columns_of, content_of, has
 
+KEYS = st.sampled_from(
+    [
+        "text",
+        "messages",
+        "conversations",
+        "instruction",
+        "input",
+        "output",
+        "role",
+        "content",
+        "from",
+        "value",
+        "a.b",
+        "",
+    ]
+)
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SHARED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
 PARTS = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}, TALK[1]]
@@ -106,6 +125,25 @@ def test_only_columns_that_are_needed_are_read(field: str | None, columns: list[
         columns_of("gone", there, "rows")
     with pytest.raises(WrongInput, match="rows has no field 'text'; there are id"):
         columns_of(None, ["id"], "rows")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(JSON | st.dictionaries(KEYS, JSON), st.none() | KEYS | st.just("text,messages.role"))
+def test_every_row_is_text_or_a_conversation_or_one_sentence(row: Any, field: str | None) -> None:
+    try:
+        found = content_of(row, field, "here")
+    except WrongInput as error:
+        assert str(error).startswith("here")
+    else:
+        assert isinstance(found, str | Conversation | None)
+        if isinstance(found, Conversation):
+            assert all(isinstance(m["role"], str) and m["content"] for m in found.messages)
 
 
 def test_a_row_has_a_field_also_when_it_is_null() -> None:

@@ -58,6 +58,19 @@ def test_an_array_is_read_however_it_is_cut(tmp_path_factory: pytest.TempPathFac
         assert values(written(tmp_path_factory.mktemp("array"), json.dumps(array, indent=1))) == array
 
 
+@given(st.binary(max_size=200), st.integers(0, len(LINES.encode())), st.booleans())
+def test_any_bytes_are_rows_or_one_sentence(
+    tmp_path_factory: pytest.TempPathFactory, wrong: bytes, at: int, packed: bool
+) -> None:
+    content = LINES.encode()[:at] + wrong + LINES.encode()[at:]
+    path = written(tmp_path_factory.mktemp("any"), gzip.compress(content) if packed else content)
+    for read in (json_rows, text_pieces):
+        try:
+            list(read(path))
+        except WrongInput as error:
+            assert str(error).startswith(str(path))
+
+
 def test_text_is_read_as_python_reads_it(tmp_path: Path) -> None:
     text = LINES * 40
     for content in (text, "\ufeff" + text, text.replace("\n", "\r\n"), gzip.compress(text.encode())):
