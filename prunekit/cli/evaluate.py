@@ -26,6 +26,7 @@ from prunekit.cli.tables import format_bytes, new_table, print_table
 
 TRUST = "Permission to run code that comes with the model."
 SPLIT = "Split of the data set; otherwise a held-out one."
+FIELD = "Fields of rows with the text, as a, a.b or a,b; otherwise text, or a conversation."
 SEQLEN = "Number of tokens per window; otherwise 2048, or the model's maximum."
 TOKENS = "Number of tokens from the start of the text; otherwise all."
 AGAINST = "Second model, timed in turns with the first."
@@ -38,7 +39,7 @@ def evaluate(
     trust_remote_code: Annotated[bool, switch(TRUST, None, "--trust-remote-code")] = False,
     dataset: Annotated[str, option(DATASET_HELP, TEXT)] = "python-docs",
     split: Annotated[str | None, option(SPLIT, TEXT)] = None,
-    field: Annotated[str, option("Field with the text in jsonl, parquet and hub rows.", TEXT)] = "text",
+    field: Annotated[str | None, option(FIELD, TEXT)] = None,
     seqlen: Annotated[int | None, option(SEQLEN, TEXT, metavar="N", min=2)] = None,
     tokens: Annotated[int | None, option(TOKENS, TEXT, metavar="N", min=1)] = None,
     device: Annotated[str, option("auto, cpu, cuda or cuda:1.", MACHINE)] = "auto",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -157,6 +156,8 @@ def check_words(recipe: Recipe) -> None:
 
 def split_datasets(names: Sequence[str] | None) -> list[str] | None:
     """Split data sets that are given by comma; a file may have commas in its name."""
+    from prunekit.data.rows import what_is
+
     if not names:
         return None
-    return [name for text in names for name in ([text] if Path(text).is_file() else text.split(","))]
+    return [name for text in names for name in ([text] if what_is(text) == "file" else text.split(","))]

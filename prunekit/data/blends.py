@@ -31,7 +31,9 @@ def blends_of(data: DataSpec, progress: Progress) -> dict[str, Blend]:
         if same is None:
             return source_of(name, text.config, text.split, text.field or data.field, "train" if held_out else None)
         split = text.split or (None if held_out else same.split)
-        return source_of(same.dataset, text.config or same.config, split, same.field, same.split if held_out else None)
+        return source_of(
+            same.dataset, text.config or same.config, split, text.field or same.field, same.split if held_out else None
+        )
 
     def blend(texts: Iterable[TextSpec], held_out: bool = False) -> Blend:
         weights: dict[Source, Fraction] = {}
@@ -71,7 +73,8 @@ def resolved(data: DataSpec, blends: Mapping[str, Blend]) -> dict[str, Any]:
         return tuple(any_text.model_copy(update=value) for value in values)
 
     found: dict[str, Any] = {"search_dataset": written("search") if data.search_dataset is not None else None}
-    if max(map(len, blends.values())) > 1:
+    fields = {source.field for part in ("calibration", "evaluation") for source in blends[part]} - {None}
+    if max(map(len, blends.values())) > 1 or fields - {data.field}:
         several = {"dataset": written("calibration"), "evaluation_dataset": written("evaluation")}
         return found | several | {"config": None, "split": None, "evaluation_split": None}
     (source,), (held_out,) = blends["calibration"], blends["evaluation"]

@@ -15,10 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from prunekit.data.blends import Blend, blends_of, in_shares, interleaved, position, resolved
+from prunekit.data.encoding import Encoder
+from prunekit.data.fields import has
 from prunekit.data.questions import drawn
 from prunekit.data.sources import Source, named, source_of
 from prunekit.data.spec import DataSpec
-from prunekit.data.tokens import TokenBatch
+from prunekit.data.tokens import TokenBatch, overlap
 from prunekit.data.windows import DEFAULTS, cut, reach, read, shares, whole_windows
 from prunekit.errors import WrongInput
 from prunekit.system.progress import Progress
@@ -63,7 +65,7 @@ def draw(
     if data.contrast_dataset is not None:
         second = source_of(named(data.contrast_dataset, progress), None, None, data.field)
         count, seqlen = batches["calibration"].ids.shape
-        windows = read(tokenizer, second, count, seqlen, progress)
+        windows = read(tokenizer, second, count, seqlen, progress, data.special_tokens)
         shares({"contrast": count}, {}, windows, seqlen, second, progress)
         batches["contrast"], blends["contrast"] = TokenBatch(windows, second.label), {second: Fraction(1)}
     for batch in batches.values():
@@ -80,6 +82,7 @@ def draw(
                 f"(sha256 {digests[part][:12]}…, not {digest[:12]}…); "
                 "bring back the old text, or remove data.digests from the recipe"
             )
+    _check_apart(batches, blends, progress)
     spec = data.model_copy(
         update=resolved(data, blends)
         | {"seqlen": batches["calibration"].seqlen, "digests": digests}
@@ -115,11 +118,13 @@ def _gathered(
     asked = {part: getattr(data, f"{part}_tokens") for part in blends}
     found: dict[str, TokenBatch] = {}
     for part in blends.keys() - {"search"}:
-        if tasks := [source for source in blends[part] if source.is_task]:
+        if tasks := [source for source in blends[part] if source.is_task and not has(source.first_row, "text")]:
             raise WrongInput(f"{tasks[0]} holds questions, which only judge; give it as data.search_dataset")
     if any(source.is_task for source in blends.get("search", ())):
         tokens = asked["search"] or DEFAULTS["search"]
-        found["search"] = drawn(tokenizer, blends["search"], tokens, seqlen, seed if data.shuffle else None)
+        found["search"] = drawn(
+            Encoder(tokenizer, data.special_tokens), blends["search"], tokens, seqlen, seed if data.shuffle else None
+        )
     texts = {part: blend for part, blend in blends.items() if part not in found}
     orders = {
         part: in_shares(blend, whole_windows(asked[part] or DEFAULTS[part], seqlen)) for part, blend in texts.items()
@@ -128,7 +133,7 @@ def _gathered(
     there: dict[Source, dict[str, int]] = {}  # windows for each part
     for source in dict.fromkeys(source for blend in texts.values() for source in blend):
         wanted = {part: orders[part].count(source) for part, blend in texts.items() if source in blend}
-        pools[source] = read(tokenizer, source, reach(wanted, data), seqlen, progress)
+        pools[source] = read(tokenizer, source, reach(wanted, data), seqlen, progress, data.special_tokens)
         free = {part: texts[part][source] for part in wanted if asked[part] is None}
         there[source] = shares(wanted, free, pools[source], seqlen, source, progress)
     for part, order in orders.items():  # no further than the first source that has no more
@@ -163,6 +168,31 @@ def window_of(data: DataSpec, most: int | None) -> int:
     if most is not None and data.seqlen > most:
         raise WrongInput(f"seqlen {data.seqlen} is longer than the model's {most} positions")
     return data.seqlen
+
+
+PAIRS = (
+    ("search", "calibration"),
+    ("evaluation", "calibration"),
+    ("evaluation", "search"),
+    ("contrast", "calibration"),
+)
+
+
+def _check_apart(batches: Mapping[str, TokenBatch], blends: Mapping[str, Blend], progress: Progress) -> None:
+    """No part may be the text of another under a second name: it would judge by what was learnt by heart."""
+    for part, other in PAIRS:
+        if part not in batches or not (share := overlap(batches[part], batches[other])):
+            continue
+        names = " and ".join(str(source) for each in (part, other) for source in blends[each])
+        sets = ({source.dataset for source in blends[each]} for each in (part, other))
+        if share == 1 and set.isdisjoint(*sets):  # a text that repeats itself, or its splits do, is only warned of
+            raise WrongInput(
+                f"{part} and {other} read the same text under two names, {names}; "
+                f"give another text as data.{part}_dataset, or none"
+            )
+        progress.say(
+            f"warning: {share:.1%} of the {part} windows are {other} windows too ({names}); they judge too kindly"
+        )
 
 
 def _check_vocabulary(batch: TokenBatch, vocab_size: int | None) -> None:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from prunekit.data.blends import Blend, in_shares
-from prunekit.data.sources import Source, json_rows
+from prunekit.data.encoding import Encoder
+from prunekit.data.rows import json_rows
+from prunekit.data.sources import Source
 from prunekit.data.tokens import Answers, TokenBatch
 from prunekit.errors import WrongInput
 
@@ -26,13 +28,13 @@ class _Choice:
     right: bool
 
 
-def drawn(tokenizer: Any, blend: Blend, tokens: int, seqlen: int, seed: int | None) -> TokenBatch:
+def drawn(encode: Encoder, blend: Blend, tokens: int, seqlen: int, seed: int | None) -> TokenBatch:
     """As many questions of each file as its share of `tokens` allows, padded to the longest; shuffled by a seed.
 
     Raises:
         WrongInput: a source is no task file, or a row no question.
     """
-    stock = {source: list(_questions(source, tokenizer, seqlen)) for source in blend}
+    stock = {source: list(_questions(source, encode, seqlen)) for source in blend}
     if seed is not None:
         for questions in stock.values():
             order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -46,13 +48,12 @@ def drawn(tokenizer: Any, blend: Blend, tokens: int, seqlen: int, seed: int | No
     return _padded(asked, origins).first(tokens)
 
 
-def _questions(source: Source, tokenizer: Any, seqlen: int) -> Iterator[list[_Choice]]:
+def _questions(source: Source, encode: Encoder, seqlen: int) -> Iterator[list[_Choice]]:
     if not source.is_task:
         raise WrongInput(f"{source} is running text and cannot be mixed with questions in data.search_dataset")
-    number = 0
-    for number, row in enumerate(json_rows(Path(source.dataset).expanduser()), 1):
+    for number, (_, row) in enumerate(json_rows(Path(source.dataset).expanduser()), 1):
         prompt, choices, right = _read(row, f"{source.dataset}, question {number}")
-        yield [_choice(tokenizer, prompt, text, seqlen, i == right) for i, text in enumerate(choices)]
+        yield [_choice(encode, prompt, text, seqlen, i == right) for i, text in enumerate(choices)]
 
 
 def _read(row: Any, where: str) -> tuple[str, Sequence[str], int]:
@@ -73,16 +74,13 @@ def _read(row: Any, where: str) -> tuple[str, Sequence[str], int]:
     return prompt, choices, answer
 
 
-def _choice(tokenizer: Any, prompt: str, choice: str, seqlen: int, right: bool) -> _Choice:
+def _choice(encode: Encoder, prompt: str, choice: str, seqlen: int, right: bool) -> _Choice:
     """Tokens of prompt and choice together; a blank between them where neither has one.
 
     The answer begins where the tokens are no longer those of the prompt alone. Too long a prompt loses its beginning.
     """
     between = "" if prompt[-1].isspace() or choice[0].isspace() else " "
-    alone, ids = (
-        tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        for text in (prompt.rstrip(), prompt + between + choice)
-    )
+    alone, ids = encode(prompt.rstrip()), encode(prompt + between + choice)
     same = next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), min(len(alone), len(ids)))
     first = max(1, min(same, len(ids) - 1))
     if len(ids) - first >= seqlen or len(ids) < 2:

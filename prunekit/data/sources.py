@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from huggingface_hub import constants
 
 from prunekit.data import python_docs
+from prunekit.data.fields import BETWEEN, Conversation, columns_of, content_of, has
+from prunekit.data.rows import JSON, PARQUET, Row, json_rows, kind, numbered, parquet_rows, text_pieces, what_is
 from prunekit.errors import WrongInput, first_line
 from prunekit.system.progress import Progress
 
 SLICE = 100_000  # characters a tokenizer sees at a time
 PATIENCE = 3.0  # seconds to find out whether the hub answers
-BETWEEN = "\n\n"  # documents, also the lines of wikitext, become one stream
+FORMS = "a text, .jsonl, .json or .parquet file"
+Chat = Callable[[Conversation], "str | list[int]"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Source:
     dataset: str
     config: str | None
     split: str | None
-    field: str
+    field: str | None  # of rows; None: what there is, as of `content_of`
 
     @property
     def label(self) -> str:
@@ -39,30 +41,46 @@ class Source:
 
     @property
     def is_task(self) -> bool:
-        """The text is a file of questions: its first row has a prompt."""
+        """The text is a file of questions: its first row has a prompt, an answer, and no field that is asked for."""
+        row = self.first_row
+        asks = has(row, "prompt") and (has(row, "answer") or has(row, "choices"))
+        return asks and (self.field is None or not has(row, self.field))
+
+    @property
+    def first_row(self) -> Any:
+        """Of a file of JSON; None: there is none, or it could not be read again."""
         path = Path(self.dataset).expanduser()
-        if not is_file(self.dataset) or path.suffix.lower() not in _JSON:
-            return False
-        first = next(json_rows(path), None)
-        return isinstance(first, Mapping) and "prompt" in first
+        if not is_file(self.dataset) or kind(path) not in JSON or not path.is_file():
+            return None
+        return next(json_rows(path), ("", None))[1]
 
     def __str__(self) -> str:
+        field = f", field {self.field!r}" if self.field is not None else ""
         if is_file(self.dataset):
-            kind = Path(self.dataset).suffix.lower()
-            return f"{self.dataset}, field {self.field!r}" if kind in _ROWS else self.dataset
+            return f"{self.dataset}{field if kind(self.dataset) in (*JSON, PARQUET) else ''}"
         if self.dataset == "python-docs":
             return f"python-docs, split {self.split!r}"
         config = f", config {self.config!r}" if self.config else ""
-        return f"{self.dataset}{config}, split {self.split!r}, field {self.field!r}"
+        return f"{self.dataset}{config}, split {self.split!r}{field}"
 
-    def texts(self) -> Iterator[str]:
-        """Pieces of the stream, read as they are asked for."""
-        if is_file(self.dataset):
-            path = Path(self.dataset).expanduser()
-            return _ROWS.get(path.suffix.lower(), _plain_text)(path, self.field)
+    def pieces(self, chat: Chat, met: Counter[str]) -> Iterator[str | list[int]]:
+        """Pieces of the stream, read as they are asked for.
+
+        Args:
+            chat: from a conversation to token ids or text.
+            met: counts rows, and those that were empty, as they are read.
+        """
         if self.dataset == "python-docs":
             return iter([python_docs.text(self.split)])  # type: ignore[arg-type]
-        return _hub_rows(self)
+        if not is_file(self.dataset):
+            return _joined(_hub_rows(self), self.field, chat, met, keep_empty=True)  # as wikitext is measured
+        path = Path(self.dataset).expanduser()
+        if kind(path) in JSON:
+            return _joined(json_rows(path), self.field, chat, met)
+        if kind(path) == PARQUET:
+            rows = parquet_rows(path, lambda there: columns_of(self.field, there, str(path)))
+            return _joined(rows, self.field, chat, met)
+        return text_pieces(path)
 
 
 @dataclass(frozen=True)
@@ -85,21 +103,21 @@ NAMES = ("auto", "python-docs", *KNOWN)
 
 
 def is_file(dataset: str) -> bool:
-    """The name is that of a local file; raises when it can only be one and is not there.
+    """The name is that of a local file or a named pipe; raises when it can only be one and is not there.
 
     Raises:
         WrongInput: no such file, or a folder.
     """
     if dataset in NAMES:
         return False
-    path = Path(dataset).expanduser()
-    if path.is_file():
+    path, there = Path(dataset), what_is(dataset)
+    if there == "file":
         return True
-    if path.is_dir():
-        raise WrongInput(f"data set {dataset!r} is a folder; give a text, .jsonl or .parquet file")
-    looks_like_file = path.suffix.lower() in {".txt", ".text", ".md", *_ROWS}
+    if there == "folder":
+        raise WrongInput(f"data set {dataset!r} is a folder; give {FORMS}")
+    looks_like_file = kind(path) in {".txt", ".text", ".md", *JSON, PARQUET} or path.suffix.lower() == ".gz"
     if looks_like_file or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
-        raise WrongInput(f"no file {dataset!r}; give a text, .jsonl or .parquet file, or one of {', '.join(NAMES)}")
+        raise WrongInput(f"no file {dataset!r}; give {FORMS}, or one of {', '.join(NAMES)}")
     if "/" not in dataset:
         near = difflib.get_close_matches(dataset, NAMES, n=1)
         guess = f"did you mean {near[0]!r}? " if near else ""
@@ -116,14 +134,16 @@ def same_data(one: str, two: str) -> bool:
     return len({KNOWN[name].path if name in KNOWN else name for name in (one, two)}) == 1
 
 
-def source_of(name: str, config: str | None, split: str | None, field: str, held_out_from: str | None = None) -> Source:
+def source_of(
+    name: str, config: str | None, split: str | None, field: str | None, held_out_from: str | None = None
+) -> Source:
     """A stream with its split chosen.
 
     Args:
         name: of a data set, or a file.
         config: of a data set on the hub; None: its usual one.
         split: None: train, or the first there is.
-        field: of rows that holds the text.
+        field: of rows that holds the text; None: what there is.
         held_out_from: the split that others read: with it a held-out split is chosen, or this one where there is none.
 
     Raises:
@@ -134,7 +154,7 @@ def source_of(name: str, config: str | None, split: str | None, field: str, held
             raise WrongInput(f"a file has no split or config; {name!r} was asked for {split or config!r}")
         return Source(name, None, None, field)
     if name == "python-docs":
-        return Source(name, None, split or ("test" if held_out_from else "train"), "text")
+        return Source(name, None, split or ("test" if held_out_from else "train"), None)
     known = KNOWN.get(name)
     if known is not None:
         natural = (known.held_out or held_out_from) if held_out_from else known.split
@@ -194,60 +214,7 @@ def slices(texts: Iterable[str]) -> Iterator[str]:
 # -- reading ------------------------------------------------------------------------------------------
 
 
-def _plain_text(path: Path, field: str) -> Iterator[str]:
-    with _opened(path) as file:
-        yield from iter(lambda: file.read(SLICE), "")
-
-
-def json_rows(path: Path) -> Iterator[Any]:
-    """The values of a file with one JSON value per line.
-
-    Raises:
-        WrongInput: a line is something else.
-    """
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    raise WrongInput(f"{path}, line {number}: not one JSON object per line") from None
-
-
-def _json_lines(path: Path, field: str) -> Iterator[str]:
-    return _joined(json_rows(path), field, str(path))
-
-
-def _parquet(path: Path, field: str) -> Iterator[str]:
-    try:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs pyarrow: pip install 'prunekit[data]'") from error
-    try:
-        file = ParquetFile(path)
-    except ArrowInvalid:
-        raise WrongInput(f"{path} is not a parquet file") from None
-    if field not in file.schema_arrow.names:
-        raise WrongInput(f"{path} has no field {field!r}; there are {', '.join(file.schema_arrow.names)}")
-    rows = (row for batch in file.iter_batches(columns=[field]) for row in batch.to_pylist())
-    return _joined(rows, field, str(path))
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[TextIO]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            yield file
-    except UnicodeDecodeError as error:
-        raise WrongInput(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
-_JSON = (".jsonl", ".ndjson", ".json")
-_ROWS: Mapping[str, Callable[[Path, str], Iterator[str]]] = dict.fromkeys(_JSON, _json_lines) | {".parquet": _parquet}
-
-
-def _hub_rows(source: Source) -> Iterator[str]:
+def _hub_rows(source: Source) -> Iterator[Row]:
     datasets = _datasets(source.dataset)
     known = KNOWN.get(source.dataset, Known(source.dataset))
     # offline only what was downloaded whole can be read
@@ -256,7 +223,7 @@ def _hub_rows(source: Source) -> Iterator[str]:
         rows = datasets.load_dataset(known.path, source.config, split=source.split, streaming=streamed)
     except Exception as error:
         raise WrongInput(f"cannot read {source}: {first_line(error)}") from error
-    return _joined(rows, source.field, str(source))
+    return numbered(iter(rows), str(source))
 
 
 def _hub_splits(name: str, config: str | None) -> list[str]:
@@ -281,11 +248,19 @@ def _datasets(name: str) -> Any:
     return datasets
 
 
-def _joined(rows: Iterable[Any], field: str, where: str) -> Iterator[str]:
+def _joined(
+    rows: Iterable[Row], field: str | None, chat: Chat, met: Counter[str], keep_empty: bool = False
+) -> Iterator[str | list[int]]:
+    """What rows hold, with blank lines between texts."""
     between = ""
-    for row in rows:
-        if not isinstance(row, Mapping) or not isinstance(row.get(field), str):
-            there = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-            raise WrongInput(f"{where}: no text in field {field!r}; there are {there}")
-        yield between + row[field]
-        between = BETWEEN
+    for where, row in rows:
+        met["rows"] += 1
+        piece = content_of(row, field, where)
+        if isinstance(piece, Conversation):
+            met["conversations"] += 1
+            piece = chat(piece)
+        if piece is None or (not piece and not keep_empty):
+            met["empty"] += 1
+            continue
+        yield between + piece if isinstance(piece, str) else piece
+        between = BETWEEN if isinstance(piece, str) else ""

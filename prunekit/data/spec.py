@@ -9,6 +9,13 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from prunekit.errors import WrongInput
 from prunekit.system.strict import Strict
 
+Fields = Annotated[str, BeforeValidator(lambda value: ",".join(value) if _are_names(value) else value)]
+"""A field of rows, or several: a list of names, or names with commas between them."""
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(name, str) for name in value)
+
 
 class TextSpec(Strict):
     """One of several data sets."""
@@ -16,7 +23,7 @@ class TextSpec(Strict):
     dataset: str
     config: str | None = None
     split: str | None = None
-    field: str | None = None  # None: that of `data`
+    field: Fields | None = None  # None: that of `data`
     weight: Annotated[float, Field(gt=0)] = 1.0  # of its share of the windows
 
 
@@ -49,7 +56,8 @@ class DataSpec(Strict):
     dataset: Texts = "auto"  # python-docs, a file, a name on the hub; auto: fineweb-edu where the hub answers
     config: str | None = None
     split: str | None = None
-    field: str = "text"  # of jsonl, parquet and hub rows
+    field: Fields | None = None  # of rows: a, a.b or a,b; None: text, a conversation or questions, as there is
+    special_tokens: bool = False  # whether text that spells a special token, as <|endoftext|>, becomes one
     search_dataset: Texts | None = None  # None: further on in `dataset`; text, or questions with their answers
     evaluation_dataset: Texts | None = None  # None: the held-out split, or the same text further on
     evaluation_split: str | None = None

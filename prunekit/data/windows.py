@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
-from typing import Any
+from itertools import groupby
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from prunekit.data.encoding import Encoder
 from prunekit.data.sources import Source, slices
 from prunekit.data.spec import DataSpec
 from prunekit.errors import WrongInput
@@ -64,19 +68,32 @@ def cut(
 
 
 def read(
-    tokenizer: Any, source: Source, windows: int, seqlen: int, progress: Progress
+    tokenizer: Any, source: Source, windows: int, seqlen: int, progress: Progress, special_tokens: bool = False
 ) -> Int64[Tensor, "windows seqlen"]:
-    """At most `windows` windows from the start of the stream."""
-    limit, ids = windows * seqlen, list[int]()
+    """At most `windows` windows from the start of the stream, whose text may or may not spell special tokens."""
+    limit, ids = windows * seqlen, array("q")
+    encoder, met = Encoder(tokenizer, special_tokens), Counter[str]()
     with progress.stage(f"reading {source.label}", limit) as stage:
-        for piece in slices(source.texts()):
-            new = tokenizer.encode(piece, add_special_tokens=False, verbose=False)
+        for new in _encoded(encoder, source.pieces(encoder.chat, met)):
             stage.advance(min(len(new), limit - len(ids)))
-            ids += new
+            ids.extend(new)
             if len(ids) >= limit:
                 break
+    if met["empty"]:
+        progress.say(f"note: {met['empty']:,} of {met['rows']:,} rows of {source} are empty or null; they are skipped")
+    if met["conversations"] and not encoder.chats:
+        progress.say(f"note: the tokenizer has no chat template; messages of {source} are joined by blank lines")
     whole = min(len(ids) // seqlen, windows)
     return torch.tensor(ids[: whole * seqlen], dtype=torch.int64).reshape(whole, seqlen)
+
+
+def _encoded(encoder: Encoder, pieces: Iterable[str | list[int]]) -> Iterator[list[int]]:
+    """Token ids of text, in slices that do not depend on how it comes in pieces, and those of conversations."""
+    for is_text, run in groupby(pieces, lambda piece: isinstance(piece, str)):
+        if is_text:
+            yield from map(encoder, slices(cast(Iterator[str], run)))
+        else:
+            yield from cast(Iterator[list[int]], run)
 
 
 def whole_windows(tokens: int, seqlen: int) -> int:

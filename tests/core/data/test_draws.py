@@ -1,6 +1,9 @@
+import gzip
 import hashlib
 import json
+import os
 import struct
+import threading
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -267,6 +270,10 @@ def test_known_hub_sets_name_config_split_and_field(monkeypatch: pytest.MonkeyPa
         ({"calibration_tokens": 19_000}, {"max_seqlen": 16}, r"too little text: .*20,000 tokens.* are needed"),
         ({"calibration_tokens": 15_000, "seqlen": 1000}, {}, r"21,000 are needed \(.*search 3,000, evaluation 3,000"),
         ({"search_tokens": 30_000}, {"max_seqlen": 16}, r"too little text: .*20,000 tokens.* are needed"),
+        ({"dataset": "x" * 300}, {}, "no data set 'xxx"),
+        ({"dataset": "/tmp/" + "x" * 300}, {}, "no file '/tmp/xxx"),
+        ({"dataset": "~nobody-of-this-name/x.txt"}, {}, "no file '~nobody"),
+        ({"dataset": "rows.jsonl.gz"}, {}, "no file 'rows.jsonl.gz'"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_sentence(
@@ -422,8 +429,144 @@ def test_another_draw_calibrates_on_other_windows_and_leaves_the_rest(text: Path
 
 def test_overlap_is_a_common_window() -> None:
     one, two = TokenBatch(torch.arange(80).reshape(10, 8), "one"), TokenBatch(torch.arange(72, 96).reshape(3, 8), "two")
-    assert overlap(one, two)
+    assert (overlap(one, two), overlap(two, one)) == (0.1, pytest.approx(1 / 3))
     assert not overlap(one.first(72), two)
+
+
+@pytest.mark.parametrize("part", ["evaluation", "search", "contrast"])
+@pytest.mark.parametrize("name", ["copy.txt", "copy.jsonl", "copy.txt.gz"])
+def test_the_same_text_under_two_names_is_refused(text: Path, tmp_path: Path, part: str, name: str) -> None:
+    content, copy = text.read_text(encoding="utf-8"), tmp_path / name
+    as_row = json.dumps({"text": content}) if name.endswith("jsonl") else content
+    copy.write_bytes(gzip.compress(as_row.encode()) if name.endswith("gz") else as_row.encode())
+    for amounts in ((64, 64, 64), (64, 32, 16)):
+        with pytest.raises(WrongInput, match=rf"{part} and calibration .* two names, .*{name}.*data\.{part}_dataset"):
+            draw(Letters(), spec(text, *amounts, **{f"{part}_dataset": str(copy)}))
+
+
+def test_evaluation_on_the_text_of_the_search_is_refused(text: Path, tmp_path: Path) -> None:
+    for name in ("search.txt", "copy.txt"):
+        (tmp_path / name).write_text(numbered(30_000)[20_000:], encoding="utf-8")
+    with pytest.raises(WrongInput, match="evaluation and search read the same text under two names"):
+        draw(
+            Letters(),
+            spec(text, search_dataset=str(tmp_path / "search.txt"), evaluation_dataset=str(tmp_path / "copy.txt")),
+        )
+
+
+def test_a_common_part_is_warned_of_with_its_share(text: Path, tmp_path: Path) -> None:
+    other, heard = tmp_path / "other.txt", Heard()
+    other.write_text(numbered(8) + numbered(20_100)[20_000:], encoding="utf-8")
+    draw(Letters(), spec(text, evaluation=32, evaluation_dataset=str(other)), heard)
+    assert [line for line in heard.lines if "25.0% of the evaluation windows are calibration windows too" in line]
+    heard.lines.clear()
+    draw(Letters(), spec(text), heard)
+    assert not heard.lines
+
+
+def test_a_text_that_repeats_itself_is_warned_of(tmp_path: Path) -> None:
+    path, heard = tmp_path / "again.txt", Heard()
+    path.write_text("word " * 1_000)
+    draw(Letters(), spec(path, 80, 80, 80, seqlen=40), heard)
+    assert sum("100.0% of the" in line for line in heard.lines) == 3
+
+
+# -- rows ---------------------------------------------------------------------------------------------
+
+
+def drawn_text(path: Path, heard: Progress | None = None, field: Any = None, tokenizer: Any = None) -> str:
+    data = spec(path, 16, 16, 16, field=field)
+    return "".join(map(chr, draw(tokenizer or Letters(), data, heard).calibration.ids.flatten().tolist()))
+
+
+def lines_of(path: Path, rows: list[Any]) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_empty_rows_are_skipped_and_counted(tmp_path: Path) -> None:
+    rows = [{"text": "ab"}, {"text": None}, {"text": ""}, {"text": "cd" * 100}]
+    for name in ("rows.jsonl", "rows.json", "rows.parquet"):
+        path, heard = tmp_path / name, Heard()
+        if name.endswith("parquet"):
+            pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+            parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        else:
+            path.write_text(json.dumps(rows) if name.endswith("json") else "\n".join(map(json.dumps, rows)))
+        assert drawn_text(path, heard).startswith("ab\n\ncdcd")
+        assert f"note: 2 of 4 rows of {path} are empty or null; they are skipped" in heard.lines
+
+
+def test_empty_lines_of_the_hub_stay_as_perplexities_are_measured_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"text": "ab"}, {"text": ""}, {"text": None}, {"text": numbered(300)}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    ids = draw(Letters(), spec("wikitext2")).calibration.ids.flatten().tolist()
+    assert "".join(map(chr, ids)).startswith("ab\n\n\n\n" + numbered(3))
+
+
+def test_one_bad_row_is_named(tmp_path: Path) -> None:
+    rows = [{"text": "a"}] * 17 + [{"id": 3}] + [{"text": "a" * 50}] * 482
+    with pytest.raises(WrongInput, match=r"rows\.jsonl, line 18: no text in field 'text'; there are id"):
+        drawn_text(lines_of(tmp_path / "rows.jsonl", rows))
+
+
+def test_conversations_are_joined_where_no_template_is_known(tmp_path: Path) -> None:
+    talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    path, heard = lines_of(tmp_path / "rows.jsonl", [talk] * 9), Heard()
+    assert drawn_text(path, heard) == "Hi\n\nHello\n\nHi\n\nH"
+    assert f"note: the tokenizer has no chat template; messages of {path} are joined by blank lines" in heard.lines
+
+
+class Talkative(Letters):
+    chat_template = "a template"
+
+    def get_chat_template(self) -> str:
+        return self.chat_template
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> list[int]:
+        return [ord(letter) for m in messages for letter in f"[{m['role'][0]} {m['content']}]"]
+
+
+def test_conversations_and_text_follow_each_other(tmp_path: Path) -> None:
+    shared = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}
+    rows = [{"text": "a"}, {"text": "b"}, shared, shared, {"text": "c" * 200}]
+    data = spec(lines_of(tmp_path / "rows.jsonl", rows), 40, 16, 16)
+    stream = "".join(map(chr, draw(Talkative(), data).calibration.ids.flatten().tolist()))
+    assert stream == "a\n\nb[u Hi][a Yo][u Hi][a Yo]cccccccccccc"
+
+
+def test_a_field_that_is_asked_for_is_read_also_beside_a_prompt(text: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "pp", "answer": "aa", "completion": "cc", "text": "tt" * 9}] * 30
+    path = lines_of(tmp_path / "rows.jsonl", rows)
+    assert drawn_text(path).startswith("tttt")  # what calibrates is no question
+    assert drawn_text(path, field="text").startswith("tttt")
+    assert drawn_text(path, field=["prompt", "completion"]).startswith("pp\n\ncc\n\npp")
+    assert draw(Letters(), spec(text, search_dataset=str(path))).search.answers is not None
+    assert draw(Letters(), spec(text, search_dataset=[{"dataset": str(path), "field": "text"}])).search.answers is None
+
+
+def test_a_recipe_that_names_the_field_of_texts_still_reads_its_questions(text: Path, quiz: Path) -> None:
+    assert draw(Letters(), spec(text, search_dataset=str(quiz), seqlen=16, field="text")).search.answers is not None
+
+
+def test_every_part_reads_the_field_it_asks_for_and_the_recipe_says_so(tmp_path: Path) -> None:
+    rows = [{"a": chr(0x4E00 + i) * 10, "b": chr(0xAC00 + i) * 10} for i in range(100)]
+    path = lines_of(tmp_path / "rows.jsonl", rows)
+    data = spec(path, field="a", evaluation_dataset=[{"dataset": str(path), "field": "b"}])
+    draws = draw(Letters(), data)
+    assert (min(ids(draws.calibration) - {10}) >> 8, min(ids(draws.evaluation) - {10})) == (0x4E, 0xAC00)
+    again = draw(Letters(), draws.spec)
+    assert (again.spec, again.evaluation.digest) == (draws.spec, draws.evaluation.digest)
+
+
+def test_a_named_pipe_is_read_once(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.txt"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(numbered(112),), kwargs={"encoding": "utf-8"})
+    writer.start()
+    assert draw(Letters(), spec(pipe)).evaluation.ids.flatten().tolist() == [ord(c) for c in numbered(112)[96:]]
+    writer.join()
 
 
 # -- questions ----------------------------------------------------------------------------------------
