@@ -172,6 +172,6 @@ def test_a_prompt_without_room_for_a_reply_is_not_answered(folder):
 
 def test_what_cannot_be_opened_is_one_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
-    for place, sentence in {"empty": "not a language model", "nowhere": "no model folder"}.items():
+    for place, sentence in {"empty": "not a model that can be opened", "nowhere": "no model folder"}.items():
         with pytest.raises(WrongInput, match=sentence):
             LocalModel(str(tmp_path / place), 0.0, 12).ready()
