@@ -263,7 +263,7 @@ def _typed(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
                 return registry.build(value)
             if isinstance(value, registry.contract) or (value is None and NoneType in parts):
                 return value
-            raise ValueError(f"{field.name} takes the name of some {registry.kind}, or {{name: ..., option: value}}, not {value!r}")
+            raise ValueError(f"{field.name} takes {registry.kind}s by name, or {{name: ...}}, not {value!r}")
     if several and isinstance(value, (list, tuple)) and _holds_plugins(hint):
         hints = parts[:1] * len(value) if parts[-1] is ... else parts
         if len(hints) == len(value):
