@@ -119,7 +119,8 @@ def _unusable(
     """A sentence for what a class of transformers says of a config, with the key that is to blame if one is."""
     said = first_line(error) if isinstance(error, OSError) else " ".join(str(error).split())
     kind = "" if isinstance(error, OSError | ValueError | TypeError) else f"{type(error).__name__}: "
-    key = _blamed(values, attempt)
+    named = (key for key in values if re.search(rf"[`']{re.escape(key)}[`']", said))
+    key = next(named, None) or _blamed(values, attempt)
     where = "" if key is None else f"{CONFIG} has {key}: {repr(values[key])[:60]}: "
     return WrongInput(f"{source!r} is not a model that can be opened: {where}{kind}{said[:300]}")
 

@@ -141,7 +141,7 @@ def converse(
             stage.advance(len(new), f"{so_far}{ledger.tokens:,} token-forwards")
     if not (_is_counts(answer) and problem.space.is_feasible(answer)):
         raise PluginError(f"{who} answered {answer!r}, which is not a feasible allocation of this space")
-    if not any(map(math.isfinite, judged.values())):
+    if judged and not any(map(math.isfinite, judged.values())):
         raise PluginError(
             f"{type(objective).__name__} has no finite loss for any of {len(judged)} allocations, so that none is "
             "better than another; choose another objective, or look at the model and its text"

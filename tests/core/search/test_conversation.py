@@ -181,7 +181,7 @@ def test_a_question_repeated_for_ever_ends(net, tmp_path, monkeypatch):
                 yield [Query(problem.start, 12)]
 
     monkeypatch.setattr("prunekit.search.conversation.MOST_IDLE", 100)
-    with pytest.raises(PluginError, match="Stuck asks without end: 1 questions, and 101 asks in a row"):
+    with pytest.raises(PluginError, match="Stuck asks without end: 1 questions, and 101 asks without a new one"):
         held(net, Stuck(), Counting(), tmp_path / "l")
 
 
