@@ -8,7 +8,7 @@ it will really see.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from prunekit.layer.problem import LayerProblem, Producer
 from prunekit.layer.statistics import Need
 from prunekit.plugins.adapter import Cut, ModelAdapter
 from prunekit.plugins.engine import Team
+from prunekit.plugins.guard import instance, number, unchanged
 from prunekit.plugins.pruner import LocalPruner
 from prunekit.plugins.signal import Signal
 from prunekit.search.store import CandidateStore
@@ -237,12 +238,17 @@ def answers(
         PluginError: a candidate is missing, keeps another count, is not finite or not zero elsewhere.
     """
     who = f"{type(pruner).__name__} on {site.name}"
-    proposed = list(pruner.prune(layer, list(keeps)))
+    with unchanged(pruner, site.name, values=True, layer=layer):
+        answer = pruner.prune(layer, list(keeps))
+    proposed = list(instance(pruner, f"what it answers on {site.name}", answer, (Sequence, Iterator)))
     if len(proposed) != len(keeps):
         raise PluginError(f"{who}: {len(keeps)} counts were asked, {len(proposed)} candidates came")
     checked = []
     for keep in keeps:
-        candidate = proposed.pop(0)  # freed when it is rounded
+        candidate = instance(pruner, f"its candidate of count {keep}", proposed.pop(0), Candidate)  # freed when rounded
+        weight = instance(pruner, f"the weight of count {keep}", candidate.weight, Tensor)
+        if not weight.is_floating_point():
+            raise PluginError(f"{who}: the weight of count {keep} is {weight.dtype}, and floating point was asked")
         there, asked = tuple(candidate.weight.shape), tuple(layer.weight.shape)
         if there != asked:
             raise PluginError(f"{who}: the weight of count {keep} has shape {there}, and {asked} was asked")
@@ -260,7 +266,9 @@ def measured(signal: Signal, layer: LayerProblem, site: Site) -> float:
     Raises:
         PluginError: it is not finite.
     """
-    value = float(signal.measure(layer.restricted_to(signal.needs)))
+    given = layer.restricted_to(signal.needs)
+    with unchanged(signal, site.name, values=True, layer=given):
+        value = number(signal, f"what it measures on {site.name}", signal.measure(given))
     if not math.isfinite(value):
         raise PluginError(f"{type(signal).__name__} on {site.name}: a finite number was asked, not {value}")
     return value
@@ -272,8 +280,9 @@ def scored(pruner: LocalPruner, layer: LayerProblem, site: Site) -> list[float]:
     Raises:
         PluginError: scores are missing or not finite.
     """
-    values = pruner.scores(layer)
-    if values is None or values.shape != (site.n_groups,) or not bool(torch.isfinite(values).all()):
+    with unchanged(pruner, site.name, values=True, layer=layer):
+        values = pruner.scores(layer)
+    if not isinstance(values, Tensor) or values.shape != (site.n_groups,) or not bool(torch.isfinite(values).all()):
         who = f"{type(pruner).__name__} on {site.name}"
         raise PluginError(f"{who}: {site.n_groups} finite scores were asked, one for each group, not {values}")
     return values.double().tolist()

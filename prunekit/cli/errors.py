@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from prunekit.errors import CannotGoOn, WrongInput
+from prunekit.system.ending import tidy_ending
 
 BROKEN, WRONG, INTERRUPTED = 1, 2, 130  # exit codes
 
@@ -25,7 +26,8 @@ class Sentences(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with tidy_ending():
+                return super().invoke(ctx)
         except (WrongInput, ImportError) as error:
             raise _ended(str(error), WRONG) from error
         except PermissionError as error:
@@ -34,7 +36,7 @@ class Sentences(TyperGroup):
             raise _ended(str(error), BROKEN) from error
         except KeyboardInterrupt as error:
             again = "; the same command continues from here" if ctx.invoked_subcommand in ("prune", "tune") else ""
-            raise _ended(f"interrupted{again}", INTERRUPTED) from error
+            raise _ended(f"interrupted{again}", getattr(error, "code", INTERRUPTED)) from error
         except Exception as error:
             # safetensors says so in words alone
             if getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error):
@@ -45,7 +47,7 @@ class Sentences(TyperGroup):
 
 
 def _ended(sentence: str, code: int) -> typer.Exit:
-    typer.echo(f"error: {sentence}" if code != INTERRUPTED else sentence, err=True)
+    typer.echo(f"error: {sentence}" if code in (BROKEN, WRONG) else sentence, err=True)
     return typer.Exit(code)
 
 

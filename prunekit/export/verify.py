@@ -9,9 +9,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,9 +57,10 @@ def verify(
     from safetensors.torch import save_file
 
     from prunekit.errors import NotVerified  # here, because the fresh process runs this file without prunekit
+    from prunekit.system.ending import tidy_ending
 
     directory = Path(directory)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tidy_ending(), tempfile.TemporaryDirectory(prefix="prunekit-verify-") as scratch, _held_pipe() as pipe:
         probe = Path(scratch, "probe.safetensors")
         save_file({"ids": probe_ids.cpu().contiguous(), "logits": expected_logits.detach().cpu().contiguous()}, probe)
         # -P: the folder of this file is no place to import from; modules of remote code go to the scratch folder
@@ -64,6 +69,7 @@ def verify(
             [sys.executable, "-P", __file__, str(directory.resolve()), str(probe), *paged],
             env=os.environ | OFFLINE | {"HF_MODULES_CACHE": str(Path(scratch, "modules"))},
             cwd=scratch,
+            stdin=pipe,
             capture_output=True,
             text=True,
             check=False,
@@ -76,6 +82,24 @@ def verify(
     if not found.difference <= tolerance:  # NaN is not within any tolerance
         raise NotVerified(f"logits of {directory} differ by {found.difference:.3g}; {tolerance:.3g} is allowed")
     return found
+
+
+@contextmanager
+def _held_pipe() -> Iterator[int]:
+    """A pipe to read from that ends when this process does, however it does."""
+    read, write = os.pipe()
+    try:
+        yield read
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def _end_with_parent(scratch: Path) -> None:
+    """Wait until the process that asked is gone; then nobody wants the answer, nor tidies up."""
+    os.read(sys.stdin.fileno(), 1)  # nothing is ever written; a buffer would be locked when this process ends
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(1)
 
 
 def _compare(directory: Path, probe: Path, blocks: str | None = None) -> Verified:
@@ -109,4 +133,5 @@ def _compare(directory: Path, probe: Path, blocks: str | None = None) -> Verifie
 
 
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, args=[Path(sys.argv[2]).parent], daemon=True).start()
     print(json.dumps(asdict(_compare(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]))))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from prunekit.errors import PluginError
 from prunekit.plugins.exporter import Exporter, Probe, Product
+from prunekit.plugins.guard import instance, unchanged
 
 
 def write(exporters: Sequence[Exporter], product: Product, folder: Path) -> None:
@@ -18,8 +19,9 @@ def write(exporters: Sequence[Exporter], product: Product, folder: Path) -> None
     folder.mkdir(parents=True, exist_ok=True)
     for exporter in exporters:
         before = _state(folder)
-        exporter.write(product, folder / exporter.place)
-        after, own = _state(folder), {*exporter.files(folder)}
+        with unchanged(exporter, values=True, model=product.model):
+            exporter.write(product, folder / exporter.place)
+        after, own = _state(folder), {*instance(exporter, "what it calls its own", exporter.files(folder), list)}
         touched = [file for file in before.keys() | after.keys() if before.get(file) != after.get(file)]
         if strange := sorted(str(file.relative_to(folder)) for file in touched if file not in own or file in before):
             raise PluginError(f"{type(exporter).__name__} touched {', '.join(strange)}, which it does not call its own")
@@ -32,7 +34,8 @@ def prove(exporters: Sequence[Exporter], folder: Path, probe: Probe) -> None:
         NotVerified: says what differs.
     """
     for exporter in exporters:
-        exporter.verify(folder / exporter.place, probe)
+        with unchanged(exporter, probe=probe):
+            exporter.verify(folder / exporter.place, probe)
 
 
 def _state(folder: Path) -> dict[Path, tuple[int, int]]:

@@ -12,12 +12,13 @@ from typing import Any, Literal, TypeVar
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from prunekit.errors import WrongInput, first_line
 from prunekit.models import paging
 from prunekit.models.adapters.find import adapter_for
+from prunekit.models.configs import make_shape, read_config
 from prunekit.models.places import check_device, located
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.dense import Dense
@@ -36,14 +37,9 @@ def skeleton(source: str | PreTrainedModel, *, trust_remote_code: bool = False) 
     """
     if isinstance(source, PreTrainedModel):
         return source, adapter_for(source.config.model_type)
-    path = located(source)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise WrongInput(f"{source!r} is not a model that can be opened: {first_line(error)}") from error
+    config = read_config(source, trust_remote_code=trust_remote_code)
     adapter = adapter_for(config.model_type)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), adapter
+    return make_shape(config, source, trust_remote_code=trust_remote_code), adapter
 
 
 def opened(
@@ -182,6 +178,7 @@ def loaded(
         WrongInput: it is not there, is not whole, or cannot be read.
     """
     path = located(source)
+    make_shape(read_config(source, trust_remote_code=trust_remote_code), source, trust_remote_code=trust_remote_code)
     try:
         with without_bars():
             # the dtype goes to the loader: a cast afterwards would round the buffers of the rotary embedding as well

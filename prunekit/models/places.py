@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from prunekit.errors import WrongInput
+from prunekit.errors import WrongInput, first_line
 
-DEVICE = re.compile(r"auto|(cpu|cuda)(:\d+)?")
+DEVICE = re.compile(r"auto|(cpu|cuda)(:\d{1,3})?")
 
 
 def check_device(device: str) -> None:
@@ -26,8 +26,12 @@ def located(source: str) -> str:
     Raises:
         WrongInput: it is a file, or can only be a folder and is not there.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
+    try:
+        path = Path(source).expanduser()
+        is_file = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a byte that no name has, no such user
+        raise WrongInput(f"{source[:80]!r} is no folder and no hub id: {first_line(error)}") from error
+    if is_file:
         raise WrongInput(f"{source!r} is a file; give the folder that it is in, or a hub id")
     if path.exists():
         return str(path)

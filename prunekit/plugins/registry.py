@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from itertools import groupby
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -258,7 +259,11 @@ def _typed(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         if registry.contract in (hint, *parts) and not several:
             if isinstance(value, Mapping) and "name" not in value and isinstance(default := _default(field), Mapping):
                 value = {**default, **value}
-            return registry.build(value) if isinstance(value, (str, Mapping)) else value
+            if isinstance(value, (str, Mapping)):
+                return registry.build(value)
+            if isinstance(value, registry.contract) or (value is None and NoneType in parts):
+                return value
+            raise ValueError(f"{field.name} takes {registry.kind}s by name, or {{name: ...}}, not {value!r}")
     if several and isinstance(value, (list, tuple)) and _holds_plugins(hint):
         hints = parts[:1] * len(value) if parts[-1] is ... else parts
         if len(hints) == len(value):

@@ -5,18 +5,20 @@ What options a plug-in has is not known here: `resolve` refuses those that it do
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-import yaml
-
 from prunekit.data.spec import as_texts, names_of
 from prunekit.errors import WrongInput, unknown
+from prunekit.recipe.plain import read_plain
 from prunekit.recipe.specs import as_engine, as_pattern, as_spec, as_specs, own_share
 
 PLUGINS = ("pruner", "allocator", "objective", "engine")  # keys with one plug-in each
 LISTS = {"finishers": "finisher", "exporters": "exporter"}  # keys with several in turn
+MOST_DIGITS = 40  # of a share
+HUGE = re.compile(r"[eE][+-]?\d{3}")  # an exponent whose power of ten alone would take for ever
 
 
 def parsed(assignment: str) -> tuple[str, Any]:
@@ -34,10 +36,7 @@ def parsed(assignment: str) -> tuple[str, Any]:
     key, equals, value = assignment.partition("=")
     if not (key.strip() and equals):
         raise WrongInput(f"--set takes key.path=value, not {assignment!r}; as in --set pruner.refit=true")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise WrongInput(f"--set {key.strip()}: {value!r} is not a YAML value; quote it") from None
+    return key.strip(), read_plain(value, f"--set {key.strip()}")
 
 
 def expand_target(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def expand_target(values: Mapping[str, Any]) -> dict[str, Any]:
     if text == "":
         raise WrongInput(f"a target is one METRIC=SHARE, as in latency=0.6, not {target!r}")
     try:
-        share = Fraction(str(text))
+        share = Fraction(0) if len(str(text)) > MOST_DIGITS or HUGE.search(str(text)) else Fraction(str(text))
     except (ValueError, ZeroDivisionError):
         share = Fraction(0)
     if not 0 < share < 1:

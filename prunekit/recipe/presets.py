@@ -9,9 +9,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from prunekit.errors import WrongInput, first_line, unknown
+from prunekit.recipe.plain import MOST_LETTERS, read_plain
 from prunekit.system.progress import warn_once
 
 PRESETS = "prunekit.recipes"  # group of entry points
@@ -91,20 +90,25 @@ def read_yaml(name: str | Path, group: str = PRESETS) -> dict[str, Any]:
     if str(name) in known:
         text = known[str(name)]
     elif path.is_file():
-        text = path.read_text(encoding="utf-8")
+        text = _text(path, f"{what} {str(name)!r}")
     elif path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         raise WrongInput(f"no {what} file {str(name)!r}; give a file, or one of the presets {', '.join(known)}")
     else:
         raise WrongInput(unknown(what, str(name), known))
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark is not None else ""
-        raise WrongInput(f"{what} {str(name)!r}{where} is not YAML: {getattr(error, 'problem', error)}") from None
+    values = read_plain(text, f"{what} {str(name)!r}") or {}
     if not isinstance(values, dict):
         raise WrongInput(f"{what} {str(name)!r} is not a list of key: value")
     return values
+
+
+def _text(path: Path, what: str) -> str:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return file.read(MOST_LETTERS + 1)  # one more is refused
+    except UnicodeDecodeError as error:
+        raise WrongInput(f"{what} is not UTF-8: {first_line(error)}; save it as UTF-8") from None
+    except OSError as error:
+        raise WrongInput(f"{what} cannot be read: {error.strerror}") from None
 
 
 def laid_over(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from prunekit.plugins.allocator import Allocator
 from prunekit.plugins.engine import Engine
 from prunekit.plugins.exporter import Exporter
 from prunekit.plugins.finisher import Finisher
+from prunekit.plugins.guard import instance
 from prunekit.plugins.objective import Objective
 from prunekit.plugins.pruner import LocalPruner
 from prunekit.plugins.registry import ALLOCATORS, ENGINES, EXPORTERS, FINISHERS, METRICS, OBJECTIVES, PRUNERS, SIGNALS
@@ -90,6 +91,7 @@ def resolve(recipe: Recipe) -> Parts:
     """
     _check_budget(recipe)
     allocator = ALLOCATORS.build(recipe.allocator)
+    instance(allocator, "signals", allocator.signals, (tuple, list))
     parts = Parts(
         recipe,
         parse_form(recipe.structure),
@@ -102,6 +104,7 @@ def resolve(recipe: Recipe) -> Parts:
         METRICS.build(recipe.metric_spec),
         _exporters(recipe),
     )
+    _check_plugins(parts)
     complete = {
         "pruner": PRUNERS.spec(parts.pruner),
         "allocator": ALLOCATORS.spec(allocator),
@@ -133,7 +136,7 @@ def _exporters(recipe: Recipe) -> tuple[Exporter, ...]:
     exporters = [EXPORTERS.build(spec) for spec in recipe.exporters]
     if all(exporter.place for exporter in exporters):
         exporters = [*map(EXPORTERS.build, Recipe.model_fields["exporters"].default), *exporters]
-    places = [exporter.place for exporter in exporters]
+    places = [instance(exporter, "place", exporter.place, str) for exporter in exporters]
     if twice := sorted({place or "the result itself" for place in places if places.count(place) > 1}):
         raise WrongInput(f"two exporters write {twice[0]}; every exporter needs a place of its own")
     return tuple(exporters)
@@ -147,6 +150,19 @@ def _check_budget(recipe: Recipe) -> None:
         raise WrongInput(
             f"family names all sparsities that were searched together, this recipe's {own} too, ascending, not {family}"
         )
+
+
+def _check_plugins(parts: Parts) -> None:
+    """What plug-ins say of themselves is of the kind that is asked for."""
+    sets = (frozenset, set)
+    instance(parts.allocator, "needs", parts.allocator.needs, sets)
+    for reader in (parts.pruner, *parts.signals):
+        instance(reader, "needs", reader.needs, sets)
+    for plugin in (parts.pruner, *parts.finishers, *parts.exporters, parts.metric):
+        instance(plugin, "structures", plugin.structures, sets)
+    for finisher in parts.finishers:
+        instance(finisher, "adds_biases", finisher.adds_biases, bool)
+    instance(parts.metric, "unit", parts.metric.unit, str)
 
 
 def _check_structure(parts: Parts) -> None:

@@ -59,7 +59,7 @@ class Bench:
             measured = perplexity(small, draws.search, progress=session.progress)
             found |= {"perplexity": measured.value, "loss": measured.nll}
         if "objective" in self.metrics:
-            found["objective"] = parts.objective.loss(net, plan, draws.search)
+            found["objective"] = net.loss(parts.objective, plan, draws.search)
         shutil.rmtree(folder)
         self._tidy(shelf)
         return {metric: float(found[metric]) for metric in self.metrics}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prunekit.errors import PluginError
+from prunekit.errors import PluginError, first_line
 from prunekit.layer.layouts import layout_of
 from prunekit.models.opening import stored_as
 from prunekit.plugins.finisher import Finisher, Workpiece
+from prunekit.plugins.guard import instance, unchanged
 from prunekit.run.stages import Run
 from prunekit.search.supernet import Supernet
 from prunekit.space.sites import Allocation
@@ -47,10 +49,20 @@ def finish_model(run: Run, small: PreTrainedModel, net: Supernet, plan: Allocati
             parts.recipe.seed, run.progress, Checkpoints(run.place / f"finisher-{i}"), run.room,
         )  # fmt: skip
         with run.clock("finish"):
-            said.append({"name": spec["name"]} | finisher.finish(piece))
+            with unchanged(finisher, values=True, dense=dense.model, tokens=run.draws.calibration.ids):
+                found = finisher.finish(piece)
+            said.append({"name": spec["name"], **_report(finisher, found)})
         check_finished(piece, finisher, before)
     stored_as(stored_as(small, dense.dtype), computed)  # what is measured is what will be saved
     return said
+
+
+def _report(finisher: Finisher, found: Any) -> dict[str, Any]:
+    """What a finisher has to report, as it will be read."""
+    try:
+        return json.loads(json.dumps(instance(finisher, "what it reports", found, dict)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PluginError(f"{type(finisher).__name__}: what it reports is not JSON: {first_line(error)}") from error
 
 
 def shapes(model: nn.Module) -> dict[str, torch.Size]:

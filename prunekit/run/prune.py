@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from prunekit.errors import PluginError
 from prunekit.measure.perplexity import Perplexity, perplexity
 from prunekit.models import paging
+from prunekit.plugins.guard import instance
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
@@ -19,7 +21,10 @@ from prunekit.run.stages import Run, assemble, clear_folder
 from prunekit.run.workplace import check_output, left, publish, published, unfinished, workplace
 from prunekit.search.conversation import Known
 from prunekit.search.supernet import Supernet
+from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
+
+MOST_PASSES = 32  # of calibration along ever finer ladders
 
 
 def prune(recipe: Recipe, job: Job) -> Result:
@@ -85,7 +90,9 @@ def run_search(runs: Sequence[Run]) -> list[tuple[Supernet, Allocation]]:
     """
     first, number, found = runs[0], 0, dict[Run, tuple[Supernet, Allocation]]()
     allocator = first.parts.allocator
-    spaces = {run: allocator.first_space(run.whole) for run in runs}  # of those that still search
+    spaces = {  # of those that still search
+        run: instance(allocator, "its first space", allocator.first_space(run.whole), Space) for run in runs
+    }
     centres = {run: run.whole.uniform() for run in runs}
     while spaces:
         starts = {run: space.nearest(centres[run]) for run, space in spaces.items()}
@@ -96,8 +103,14 @@ def run_search(runs: Sequence[Run]) -> list[tuple[Supernet, Allocation]]:
         centres = {run: run.ask_allocator(net, spaces[run], starts[run], number, known) for run in spaces}
         finer = {run: allocator.next_space(space, centres[run]) for run, space in spaces.items()}
         found |= {run: (net, centres[run]) for run, space in finer.items() if space is None}
-        spaces = {run: space for run, space in finer.items() if space is not None}
+        spaces = {
+            run: instance(allocator, "its next space", space, Space)
+            for run, space in finer.items()
+            if space is not None
+        }
         number += 1
+        if spaces and number >= MOST_PASSES:
+            raise PluginError(f"{type(allocator).__name__} asks for yet another space after {number} passes")
         net.rest()  # the next pass needs the room
     return [found[run] for run in runs]
 
@@ -113,7 +126,7 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
         after = perplexity(small, evaluation)
         rise, error = after.above(before)
         losses = {
-            "objective": run.parts.objective.loss(net, plan, run.draws.search),
+            "objective": run.final_loss(net, plan),
             "dense": before.as_dict(),
             "pruned": after.as_dict(),
             "rise": {"nll": rise, "standard_error": error},  # paired by window

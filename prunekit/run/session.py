@@ -21,6 +21,7 @@ from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.dense import Dense
 from prunekit.plugins.engine import Opening, Team
 from prunekit.plugins.exporter import Order
+from prunekit.plugins.guard import instance, unchanged
 from prunekit.plugins.metric import MeasuredMetric
 from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
@@ -84,7 +85,9 @@ class Session:
             if not isinstance(metric, MeasuredMetric):
                 return self
             sites = dense.adapter.sites_of(dense.model, self.parts.form, self.parts.recipe.heads)
-            metric = metric.measured(dense, sites, None if past is None else past / FILE, self.progress)
+            with unchanged(metric, values=True, model=dense.model):
+                found = metric.measured(dense, sites, None if past is None else past / FILE, self.progress)
+            metric = instance(metric, "what it is once measured", found, type(metric))
         return replace(self, parts=self.parts.with_metric(metric))
 
     def make_spaces(self) -> list[Space]:

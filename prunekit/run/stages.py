@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -18,12 +19,14 @@ from transformers import PreTrainedModel
 from prunekit.calibration.fill import build
 from prunekit.calibration.gradients import Gradients
 from prunekit.data.draws import Draws
+from prunekit.errors import PluginError
 from prunekit.export import hf
 from prunekit.measure.perplexity import Perplexity, perplexity
 from prunekit.models import paging
 from prunekit.plugins.allocator import Problem
 from prunekit.plugins.dense import Dense
 from prunekit.plugins.engine import Team
+from prunekit.plugins.guard import instance, unchanged
 from prunekit.plugins.metric import MeasuredMetric
 from prunekit.recipe.resolve import Parts
 from prunekit.report import document as reporting
@@ -150,14 +153,27 @@ class Run:
             space, net.table(space), start, recipe.seed, self.draws.search.n_tokens, signals, scores,
         )  # fmt: skip
         self.ledger.note(reporting.space_record(number, problem))
-        with self.clock("search"):
+        objective = self.parts.objective
+        with self.clock("search"), unchanged(objective, values=True, model=self.dense.model):
             answer = converse(
-                allocator, problem, net, self.parts.objective, self.draws.search, self.ledger,
+                allocator, problem, net, objective, self.draws.search, self.ledger,
                 pass_number=number, limit=recipe.search_budget, known=known, progress=self.progress,
                 label=self.label(f"search {number + 1}"),
             ).answer  # fmt: skip
         self.ledger.note({"kind": "choice", "walk": number, "allocation": list(answer)})
         return answer
+
+    def final_loss(self, net: Supernet, plan: Allocation) -> float:
+        """What the objective says of the allocation that is built.
+
+        Raises:
+            PluginError: nothing that a loss can be.
+        """
+        objective = self.parts.objective
+        loss = net.loss(objective, plan, self.draws.search)
+        if math.isnan(loss) or loss == -math.inf:
+            raise PluginError(f"{type(objective).__name__} says {loss} of the answer, which is no loss")
+        return loss
 
     def rebuild(self, net: Supernet, answer: Allocation) -> tuple[Supernet, Allocation]:
         """Prune once more around an answer, where the recipe says so.
@@ -167,7 +183,8 @@ class Run:
         """
         if not self.parts.recipe.rebuild:
             return net, answer
-        final = self.parts.allocator.last_space(self.whole, answer)
+        allocator = self.parts.allocator
+        final = instance(allocator, "its last space", allocator.last_space(self.whole, answer), Space)
         plan = tuple(kept for (kept,) in final.ladders)
         if final.ladders == net.space.ladders:
             return net, plan
@@ -179,11 +196,13 @@ class Run:
         if not isinstance(budget.metric, MeasuredMetric):
             return None
         with self.clock("time"):
-            found = budget.metric.realised(
-                self.dense.model, hf.to_transformers(small, self.dense.adapter),
-                target=float(1 - Fraction(str(self.parts.recipe.sparsity))),
-                promised=(budget.outside + self.whole.cost(plan)) / budget.dense, progress=self.progress,
-            )  # fmt: skip
+            with unchanged(budget.metric, values=True, dense=self.dense.model, small=small):
+                found = budget.metric.realised(
+                    self.dense.model, hf.to_transformers(small, self.dense.adapter),
+                    target=float(1 - Fraction(str(self.parts.recipe.sparsity))),
+                    promised=(budget.outside + self.whole.cost(plan)) / budget.dense, progress=self.progress,
+                )  # fmt: skip
+            instance(budget.metric, "what it measured of the result", found, Mapping)
         if not found["kept"]:
             self.progress.say(f"warning: {reporting.kept_promise(found)}")
         return dict(found)

@@ -7,20 +7,23 @@ one network may share what they learn.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from prunekit.data.tokens import TokenBatch
 from prunekit.errors import PluginError
 from prunekit.plugins.allocator import Allocator, Journal, Problem, Query
-from prunekit.plugins.objective import Objective
+from prunekit.plugins.guard import instance
+from prunekit.plugins.objective import Objective, Reads
 from prunekit.search.ledger import Ledger
 from prunekit.search.supernet import Supernet
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
 from prunekit.system.progress import Progress
 
+MOST_IDLE = 10_000  # asks in a row that ask nothing new: they cost nothing, and no limit ends them
+MOST_QUESTIONS = 2_000_000  # of one search
 Known = dict[tuple[Allocation, int], float]
 """Losses by allocation and tokens; whether an allocation was a probe is no part of the question."""
 
@@ -95,12 +98,17 @@ def converse(
     Raises:
         PluginError: a question or the answer breaks the space, or nothing was asked.
     """
-    who, reads = type(allocator).__name__, objective.reads(net.depth).tokens
+    who, reads = (
+        type(allocator).__name__,
+        instance(objective, "what it reads", objective.reads(net.depth), Reads).tokens,
+    )
     known = {} if known is None else known
     judged: Known = {}
     able: Known = {}  # those that can win: not probes
     search = allocator.search(replace(problem, journal=Recorded(ledger, pass_number, progress)))
+    search = instance(allocator, "its search", search, Generator)
     losses: list[float] | None = None
+    idle = 0  # asks in a row in which nothing was new
     with progress.stage(label, 0) as stage:
         while True:
             try:
@@ -110,10 +118,16 @@ def converse(
                 if not judged:
                     raise PluginError(f"{who} answered without a question") from None
                 break
+            queries = instance(allocator, "what it asks", queries, Sequence)
             asked = [_asked(query, problem, tokens, reads, who) for query in queries]
             if not asked:
                 raise PluginError(f"{who} asked without a question")
             new = [key for key in dict.fromkeys(asked) if key not in judged]
+            idle = 0 if new else idle + 1
+            if idle > MOST_IDLE or len(judged) + len(new) > MOST_QUESTIONS:
+                raise PluginError(
+                    f"{who} asks without end: {len(judged):,} questions, and {idle:,} asks without a new one"
+                )
             price = sum(key[1] for key in new if key not in known)
             if limit is not None and ledger.tokens + price > limit:
                 progress.say(f"search stops at {ledger.tokens:,} token-forwards; the limit is {limit:,}")
@@ -125,8 +139,13 @@ def converse(
             able |= {key: judged[key] for key in new if problem.space.is_feasible(key[0])}
             so_far = f"loss {(found := best(able)).loss:.4g} on {found.tokens:,} tokens; " if able else ""
             stage.advance(len(new), f"{so_far}{ledger.tokens:,} token-forwards")
-    if not (isinstance(answer, tuple) and problem.space.is_feasible(answer)):
+    if not (_is_counts(answer) and problem.space.is_feasible(answer)):
         raise PluginError(f"{who} answered {answer!r}, which is not a feasible allocation of this space")
+    if judged and not any(map(math.isfinite, judged.values())):
+        raise PluginError(
+            f"{type(objective).__name__} has no finite loss for any of {len(judged)} allocations, so that none is "
+            "better than another; choose another objective, or look at the model and its text"
+        )
     of_answer = [Judgement(a, t, loss) for (a, t), loss in judged.items() if a == answer]
     return Outcome(answer, max(of_answer, key=lambda j: j.tokens, default=None), len(judged))
 
@@ -138,11 +157,15 @@ def best(judged: Known) -> Judgement:
 
 
 def _asked(query: Query, problem: Problem, tokens: TokenBatch, reads: bool, who: str) -> tuple[Allocation, int]:
-    if not isinstance(query, Query) or not (
+    if not (isinstance(query, Query) and _is_counts(query.allocation) and isinstance(query.tokens, int | None)) or not (
         problem.space.is_feasible(query.allocation) or (query.probe and problem.space.is_probe(query.allocation))
     ):
         raise PluginError(f"{who} asked for {query!r}, which is not a feasible allocation of this space nor a probe")
     return query.allocation, tokens.first(query.tokens).n_tokens if reads else 0
+
+
+def _is_counts(allocation: Any) -> bool:
+    return isinstance(allocation, tuple) and all(isinstance(count, int) for count in allocation)
 
 
 def _judge(
@@ -169,13 +192,13 @@ def _judge(
             ledger.answer(question, loss)
         elif loss is None:
             if not count:
-                loss = objective.loss(net, allocation, tokens)
+                loss = net.loss(objective, allocation, tokens)
             else:
                 if count not in answers:  # what is on record comes first: from here on the network is asked
                     ahead = [a for a, c in new[i:] if c == count and (a, c) not in known]
                     answers[count] = net.judged(objective, ahead, tokens.first(count))
                 found, loss = next(answers[count])
                 assert found == allocation
-            loss = math.inf if math.isnan(loss) else float(loss)
+            loss = float(loss) if math.isfinite(loss) else math.inf  # as it is read again
             ledger.answer(question, loss)
         known[allocation, count] = loss

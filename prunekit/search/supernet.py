@@ -22,6 +22,7 @@ from prunekit.models.blocks import TOKENS_AT_ONCE, chunks, entered
 from prunekit.models.modules import grafted, shallow
 from prunekit.models.paging import pager_of
 from prunekit.plugins.adapter import ModelAdapter
+from prunekit.plugins.guard import number, unchanged
 from prunekit.plugins.objective import Logits, Objective, TopLogProbs
 from prunekit.search.store import CandidateStore
 from prunekit.search.teacher import Teacher
@@ -108,8 +109,17 @@ class Supernet:
         while rest:
             ready = self.prefetch(rest, reads.parts(batch), reads.depths)
             for allocation in ready:
-                yield allocation, objective.loss(self, allocation, batch)
+                yield allocation, self.loss(objective, allocation, batch)
             rest = rest[len(ready) :]
+
+    def loss(self, objective: Objective, allocation: Allocation, batch: TokenBatch) -> float:
+        """What an objective says of an allocation.
+
+        Raises:
+            PluginError: it is no number, or the objective has changed what it reads.
+        """
+        with unchanged(objective, model=self.model, tokens=batch.ids, hidden=self._hidden, parts=self._parts):
+            return number(objective, "its loss", objective.loss(self, allocation, batch))
 
     def logits(self, allocation: Allocation, batch: TokenBatch) -> Iterator[Logits]:
         """(token ids, logits) of a few windows at a time, float32."""
@@ -161,7 +171,7 @@ class Supernet:
             nothing = Space((), (), replace(self.space.budget, by_kind=()))
             # over no sites there is one allocation, and it is the dense model
             dense = Supernet(self.model, self.adapter, nothing, (), self.store, self.shares, self.teacher)
-            losses[objective, batch.digest] = objective.loss(dense, (), batch)
+            losses[objective, batch.digest] = dense.loss(objective, (), batch)
         return losses[objective, batch.digest]
 
     def assemble(self, plan: Allocation) -> PreTrainedModel:
@@ -254,7 +264,9 @@ class Supernet:
             site = self.space.sites[i]
             linear = self.adapter.linear(self.blocks[site.block], site)
             candidate = self.store.get(site, kept, linear.weight.device)
-            self._parts[i, kept] = self.adapter.pruned(self.blocks[site.block], site, candidate)
+            block = self.blocks[site.block]
+            with unchanged(self.adapter, site.name, block=block):
+                self._parts[i, kept] = self.adapter.pruned(block, site, candidate)
             self._parts_bytes += _bytes(self._parts[i, kept])
             while self._parts_bytes > self.shares.parts and len(self._parts) > self._least:
                 self._parts_bytes -= _bytes(self._parts.popitem(last=False)[1])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from prunekit.errors import WrongInput
+from prunekit.errors import PluginError, WrongInput
 from prunekit.space.metrics import PARAMETERS, Metric
 from prunekit.space.sites import Kind, Site
 
@@ -28,7 +28,7 @@ class Budget:
 
     def price(self, site: Site, kept: int) -> int:
         """What `kept` groups of `site` cost."""
-        return self.metric.price(site, kept)
+        return _price(self.metric, site, kept)
 
     @classmethod
     def keeping(
@@ -51,10 +51,10 @@ class Budget:
         exact = Fraction(str(share))
 
         def full(some: Sequence[Site]) -> int:
-            return sum(metric.price(site, site.n_groups) for site in some)
+            return sum(_price(metric, site, site.n_groups) for site in some)
 
         def limit(some: Sequence[Site], exact: Fraction, fixed: int) -> int:
-            whole, least = full(some) + fixed, sum(metric.price(site, site.least) for site in some) + fixed
+            whole, least = full(some) + fixed, sum(_price(metric, site, site.least) for site in some) + fixed
             if whole == 0:
                 raise WrongInput(f"no site has a price in {metric.unit}; choose another metric")
             if whole * exact < least:
@@ -72,3 +72,15 @@ class Budget:
             (kind, limit([s for s in sites if s.kind == kind], exact, 0)) for kind in kinds
         )
         return cls(sum(n for _, n in limits), metric, limits, beside, dense)
+
+
+def _price(metric: Metric, site: Site, kept: int) -> int:
+    """What `kept` groups of a site cost.
+
+    Raises:
+        PluginError: the metric says something else than a whole number.
+    """
+    price = metric.price(site, kept)
+    if not isinstance(price, int):
+        raise PluginError(f"{type(metric).__name__}: the price of {kept} of {site.name} is {price!r}, no whole number")
+    return price

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prunekit.errors import CannotGoOn
+from prunekit.errors import CannotGoOn, WrongInput, first_line
 
 SEAL = "files.json"  # in a folder of ours: what we have put there
 _MADE_BY = "prunekit"
+MOST_BYTES = 1 << 26  # of a file that is read at once
 
 
 class Damaged(CannotGoOn):
@@ -55,6 +56,25 @@ def temporary_of(path: Path) -> Path:
 def write_json(path: Path, content: object) -> None:
     """As `write_bytes`, of JSON."""
     write_bytes(path, json.dumps(content, indent=1).encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a mapping that anyone may have written.
+
+    Raises:
+        WrongInput: the file is not there or holds something else.
+    """
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise WrongInput(f"{path} cannot be read: it is nested too deeply") from error
+    except (OSError, ValueError) as error:
+        raise WrongInput(f"{path} cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise WrongInput(f"{path} cannot be read: it holds {type(found).__name__}, not a mapping of keys to values")
+    return found
 
 
 def write_state(path: Path, content: object) -> None:

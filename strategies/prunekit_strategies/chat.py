@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol
+from functools import cached_property, partial
+from threading import Thread
+from typing import Any, Protocol, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -24,6 +28,7 @@ PING = 'Answer with the JSON object {"ready": true} and nothing else.'
 PAUSE = 1.0  # seconds before a request is repeated, doubled every time
 LATER = (408, 409, 425, 429, 500, 502, 503, 504)  # status codes of what may work the next time
 MOST_BYTES = 2**24  # of an answer
+T = TypeVar("T")
 FEW_LETTERS = 8  # a key shorter than this is no secret but a placeholder
 
 
@@ -55,7 +60,7 @@ class Endpoint:
     model: str
     key_variable: str | None  # environment variable that holds the key; None: the server wants none
     temperature: float
-    timeout: float  # seconds without a sign of life
+    timeout: float  # seconds until a reply is there whole
     retries: int
 
     def ready(self) -> None:
@@ -79,17 +84,16 @@ class Endpoint:
         for attempt in range(self.retries + 1):
             wait = PAUSE * 2**attempt
             try:
-                with urlopen(request, timeout=self.timeout) as response:
-                    return _hidden(_content(response.read(MOST_BYTES)), key)
-            except HTTPError as error:
-                with error:
-                    why = f"HTTP {error.code} {error.reason}{_said(error, key)}"
-                    wait = _asked_wait(error.headers.get("Retry-After"), wait, self.timeout)
-                if error.code not in LATER:
+                body, refused = _within(self.timeout, partial(_fetched, request, self.timeout))
+                if refused is None:
+                    return _hidden(_content(body), key)
+                why = f"HTTP {refused.code} {' '.join(refused.reason.split())[:200]}{_said(body, key)}"
+                wait = _asked_wait(refused.headers.get("Retry-After"), wait, self.timeout)
+                if refused.code not in LATER:
                     break
             except (OSError, http.client.HTTPException) as error:
                 why = str(getattr(error, "reason", error)) or type(error).__name__
-            except (ValueError, LookupError, TypeError, AttributeError):
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 why = "what it says is no chat completion"
                 break
             if attempt < self.retries:
@@ -119,16 +123,10 @@ class LocalModel:
     reply_tokens: int  # at most
 
     def ready(self) -> None:
-        from transformers import AutoConfig
-
+        from prunekit.models.configs import read_config
         from prunekit.models.opening import load_tokenizer
-        from prunekit.models.places import located
 
-        try:
-            AutoConfig.from_pretrained(located(self.model))
-        except (OSError, ValueError) as error:
-            why = str(error).strip().split("\n")[0]
-            raise WrongInput(f"{self.model!r} is not a language model that can be opened: {why}") from error
+        read_config(self.model)
         load_tokenizer(self.model)
 
     def complete(self, prompt: str, seed: int) -> str:
@@ -183,6 +181,37 @@ def check_address(base_url: str) -> None:
         raise ValueError(f"base_url is like https://api.openai.com/v1, not {base_url!r}")
 
 
+def _fetched(request: Request, timeout: float) -> tuple[bytes, HTTPError | None]:
+    """(the reply, how it was refused)."""
+    try:
+        with urlopen(request, timeout=timeout) as response:
+            return response.read(MOST_BYTES), None
+    except HTTPError as error:
+        with error:
+            return error.read(MOST_BYTES), error
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """What a call returns, if it does in time: a server that sends byte by byte is never silent, and never done.
+
+    Raises:
+        TimeoutError: it does not. Its thread ends with the connection, or with the process.
+    """
+    found = Future[T]()
+
+    def run() -> None:
+        try:
+            found.set_result(call())
+        except BaseException as error:
+            found.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    try:
+        return found.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"timed out: no whole reply in {seconds:g} s") from None
+
+
 def _hidden(text: str, key: str) -> str:
     """Servers may repeat what they were sent; a record must not."""
     return text.replace(key, "[key]") if len(key) >= FEW_LETTERS else text
@@ -193,11 +222,11 @@ def _content(body: bytes) -> str:
     return str(json.loads(body)["choices"][0]["message"].get("content") or "")
 
 
-def _said(error: HTTPError, key: str) -> str:
+def _said(body: bytes, key: str) -> str:
     """The server's own explanation, on one line."""
     try:
-        message = json.loads(error.read(MOST_BYTES))["error"]["message"]
-    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
+        message = json.loads(body)["error"]["message"]
+    except (ValueError, LookupError, TypeError, RecursionError):
         return ""
     return f": {' '.join(_hidden(str(message), key).split())[:200]}"  # hidden first: half a key is one too many
 
@@ -205,6 +234,7 @@ def _said(error: HTTPError, key: str) -> str:
 def _asked_wait(header: str | None, wait: float, most: float) -> float:
     """Seconds the server asks us to wait, within reason."""
     try:
-        return min(max(float(header or wait), 0.0), most)
+        asked = float(header or wait)
     except ValueError:  # a date
         return wait
+    return wait if math.isnan(asked) else min(max(asked, 0.0), most)

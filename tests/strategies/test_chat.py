@@ -3,6 +3,8 @@
 import json
 import random
 import socket
+import threading
+import time
 
 import pytest
 import torch
@@ -63,6 +65,45 @@ def test_what_is_no_completion_is_no_answer(server, body):
     server.script = lambda *_: (200, body)
     with pytest.raises(Unanswered, match="no chat completion"):
         endpoint(server.url).complete("?", 0)
+
+
+def test_a_reply_nested_without_end_is_no_completion(server):
+    server.script = lambda *_: (200, "[" * 100_000)
+    with pytest.raises(Unanswered, match="no chat completion"):
+        endpoint(server.url).complete("?", 0)
+    server.script = lambda *_: (400, "[" * 100_000)
+    with pytest.raises(Unanswered, match="HTTP 400"):
+        endpoint(server.url).complete("?", 0)
+
+
+@pytest.mark.parametrize("asked", ["nan", "-nan", "inf", "-5", "1e999", "soon"])
+def test_a_wait_that_is_no_number_is_ours(server, asked):
+    server.script = lambda _, n: "at last" if n else (429, "busy", {"Retry-After": asked})
+    assert endpoint(server.url, retries=1, timeout=1.0).complete("?", 0) == "at last"
+
+
+def test_a_server_that_sends_byte_by_byte_is_given_up(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    listening, over = socket.create_server(("127.0.0.1", 0)), threading.Event()
+
+    def drip():
+        connection, _ = listening.accept()
+        with connection:
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            while not over.wait(0.05):
+                connection.sendall(b" ")
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    try:
+        began = time.monotonic()
+        with pytest.raises(Unanswered, match=r"no whole reply in 0\.3 s"):
+            endpoint(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", timeout=0.3).complete("?", 0)
+        assert time.monotonic() - began < 5
+    finally:
+        over.set()
+        thread.join()
+        listening.close()
 
 
 def test_who_hangs_up_or_sleeps_gives_no_answer(server):
@@ -172,6 +213,6 @@ def test_a_prompt_without_room_for_a_reply_is_not_answered(folder):
 
 def test_what_cannot_be_opened_is_one_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
-    for place, sentence in {"empty": "not a language model", "nowhere": "no model folder"}.items():
+    for place, sentence in {"empty": "not a model that can be opened", "nowhere": "no model folder"}.items():
         with pytest.raises(WrongInput, match=sentence):
             LocalModel(str(tmp_path / place), 0.0, 12).ready()

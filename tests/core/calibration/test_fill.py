@@ -106,6 +106,36 @@ def test_a_pruner_that_breaks_its_promise_is_named(tmp_path, change, message):
         walk(toy_supernet(), wrong(change), tmp_path)
 
 
+@pytest.mark.parametrize("answer", [None, 7, [None] * 9, "candidates", [torch.zeros(1)] * 9])
+def test_a_pruner_answers_with_candidates(answer, tmp_path):
+    class Wrong(LocalPruner):
+        def prune(self, layer, keeps):
+            return answer if not isinstance(answer, list) else answer[: len(keeps)]
+
+    with pytest.raises(PluginError, match=r"Wrong.* was asked|Wrong.*candidates came"):
+        walk(toy_supernet(), Wrong(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (lambda layer: layer.weight.mul_(1), "layer.weight"),
+        (lambda layer: layer.gram.add_(0), "layer.gram"),
+        (lambda layer: layer.weight.data.mul_(2), "layer.weight"),
+        (lambda layer: layer.gram.numpy().fill(1), "layer.gram"),
+    ],
+)
+def test_a_pruner_that_writes_into_its_layer_is_named(write, name, tmp_path):
+    class Writing(LocalPruner):
+        def prune(self, layer, keeps):
+            found = [layer.masked(range(k)) for k in keeps]
+            write(layer)
+            return found
+
+    with pytest.raises(PluginError, match=rf"Writing on model\.layers\.0\.self_attn\.o_proj changed {name}, which"):
+        walk(toy_supernet(), Writing(), tmp_path)
+
+
 def test_activations_that_are_not_finite_name_the_site(tmp_path):
     net = toy_supernet()
     block: Any = net.blocks[1]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
 from prunekit import Allocator, Objective, PluginError, Problem, Query, Reads
 from prunekit.search.conversation import Judgement, best, converse
@@ -147,11 +148,75 @@ def test_a_probe_cannot_be_the_answer(net, tmp_path):
 def test_a_nan_loss_is_infinite(net, tmp_path):
     class Broken(Counting):
         def loss(self, net, allocation, batch):
-            return math.nan
+            return math.nan if allocation == start else 1.0
 
-    outcome, _ = held(net, Script((((None, 12),),)), Broken(), tmp_path / "l")
+    start = net.space.nearest(net.space.uniform())
+    other = next(iter(net.space.swaps(start)))
+    outcome, _ = held(net, Script((((start, 12), (other, 12)),), answer=start), Broken(), tmp_path / "l")
     assert outcome.judgement is not None
     assert outcome.judgement.loss == math.inf
+
+
+@pytest.mark.parametrize("loss", [math.nan, -math.inf, math.inf])
+def test_an_objective_without_a_finite_loss_is_an_error(loss, net, tmp_path):
+    class Broken(Counting):
+        def loss(self, net, allocation, batch):
+            return loss
+
+    with pytest.raises(PluginError, match="Broken has no finite loss for any of 1 allocations"):
+        held(net, Script((((None, 12),),)), Broken(), tmp_path / "l")
+
+
+@pytest.mark.parametrize("loss", [None, "0.5", [1.0], torch.zeros(2), 1j])
+def test_an_objective_answers_with_one_number(loss, net, tmp_path):
+    class Broken(Counting):
+        def loss(self, net, allocation, batch):
+            return loss
+
+    with pytest.raises(PluginError, match=r"Broken: its loss is .*, and one number was asked"):
+        held(net, Script((((None, 12),),)), Broken(), tmp_path / "l")
+
+
+def test_an_objective_that_writes_into_the_model_is_named(net, tmp_path):
+    class Writing(Counting):
+        def loss(self, net, allocation, batch):
+            with torch.no_grad():
+                next(net.model.parameters()).mul_(1.0)
+            return 1.0
+
+    with pytest.raises(PluginError, match=r"Writing changed model\.\S+, which it was given only to be read"):
+        held(net, Script((((None, 12),),)), Writing(), tmp_path / "l")
+
+
+def test_a_question_repeated_for_ever_ends(net, tmp_path, monkeypatch):
+    class Stuck(Allocator):
+        def search(self, problem):
+            while True:
+                yield [Query(problem.start, 12)]
+
+    monkeypatch.setattr("prunekit.search.conversation.MOST_IDLE", 100)
+    with pytest.raises(PluginError, match="Stuck asks without end: 1 questions, and 101 asks without a new one"):
+        held(net, Stuck(), Counting(), tmp_path / "l")
+
+
+@pytest.mark.parametrize("search", [None, [], 7])
+def test_a_search_is_a_conversation(search, net, tmp_path):
+    class Silent(Allocator):
+        def search(self, problem):
+            return search
+
+    with pytest.raises(PluginError, match=r"Silent: its search is .*, and Generator was asked"):
+        held(net, Silent(), Counting(), tmp_path / "l")
+
+
+@pytest.mark.parametrize("queries", [None, 7, {1, 2}, [None], [7], [Query([1, 2])], [Query(None)], [Query((None,))]])
+def test_questions_are_lists_of_queries(queries, net, tmp_path):
+    class Confused(Allocator):
+        def search(self, problem):
+            yield queries
+
+    with pytest.raises(PluginError, match="Confused"):
+        held(net, Confused(), Counting(), tmp_path / "l")
 
 
 def test_an_allocator_may_learn_from_elsewhere_and_a_second_run_replays_it(net, tmp_path):

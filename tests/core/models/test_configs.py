@@ -1,0 +1,86 @@
+"""A config that no model can have is one sentence with file and key, at once."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunekit import WrongInput
+from prunekit.models.opening import loaded, skeleton
+
+
+@pytest.fixture(scope="module")
+def folder(saved_tiny: Callable[..., Path]) -> Path:
+    return saved_tiny()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", -64),
+        ("hidden_size", "64"),
+        ("hidden_size", None),
+        ("num_attention_heads", 0),
+        ("num_key_value_heads", 0),
+        ("hidden_act", "exec"),
+        ("hidden_act", []),
+        ("rope_parameters", {"rope_type": "evil"}),
+        ("rope_parameters", {"rope_type": "yarn"}),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 0.0}),
+        ("dtype", "os.system"),
+        ("pad_token_id", 10**9),
+        ("eos_token_id", "a"),
+        ("head_dim", 0),
+        ("rms_norm_eps", float("nan")),
+        ("rms_norm_eps", "small"),
+        ("model_type", ["llama"]),
+        ("model_type", "nope"),
+        ("id2label", 3),
+        ("layer_types", 3),
+        ("num_hidden_layers", 10**5),
+        ("num_hidden_layers", 0),
+        ("intermediate_size", 10**9),
+        ("vocab_size", 10**12),
+        ("num_labels", 10**7),
+        ("output_attentions", True),
+        ("return_dict", False),
+    ],
+)
+def test_a_wrong_value_is_named_at_once(key: str, value: Any, folder: Path, tmp_path: Path) -> None:
+    wrong = changed(folder, tmp_path, {key: value})
+    began = time.monotonic()
+    for door in (skeleton, loaded):
+        with pytest.raises(WrongInput, match=rf"config\.json.*{key}") as caught:
+            door(str(wrong))
+        assert "\n" not in str(caught.value)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "7", "NaN", '{"a":' * 100_000, "\xff\xfe", '{"vocab_size": ' + "9" * 5000 + "}"]
+)
+def test_what_is_no_config_names_the_file(text: str, folder: Path, tmp_path: Path) -> None:
+    wrong = changed(folder, tmp_path, {})
+    (wrong / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(WrongInput, match=r"config\.json cannot be read: "):
+        skeleton(str(wrong))
+
+
+def test_a_model_far_larger_than_its_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(WrongInput, match=r"config\.json asks for [\d,]+ parameters, and the weights beside it have"):
+        skeleton(str(changed(folder, tmp_path, {"intermediate_size": 4_000_000})))
+
+
+def changed(folder: Path, place: Path, values: dict[str, Any]) -> Path:
+    """A copy of a model whose config has other values."""
+    config = json.loads((folder / "config.json").read_text()) | values
+    for file in folder.iterdir():
+        (place / file.name).symlink_to(file)
+    (place / "config.json").unlink()
+    (place / "config.json").write_text(json.dumps(config))
+    return place
