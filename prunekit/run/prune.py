@@ -40,7 +40,8 @@ def prune(recipe: Recipe, job: Job) -> Result:
     output = job.output
     with open_runs(recipe, job) as (place, runs):
         if output is not None and published(place, output.resolve()):  # it was stopped while it tidied up
-            return Result.load(output, blocks=runs[0].dense.shares.blocks)
+            blocks, trusted = runs[0].dense.shares.blocks, recipe.trust_remote_code
+            return Result.load(output, blocks=blocks, trust_remote_code=trusted)
         found = dict(zip(runs, run_search(runs), strict=True))
         run = next(run for run in runs if run.parts.recipe.sparsity == recipe.sparsity)
         result = make_result(run, *found[run], run.measure_dense(), output)
@@ -48,7 +49,8 @@ def prune(recipe: Recipe, job: Job) -> Result:
             write_result(result, clear_folder(place / "result"))
             publish(place / "result", output)
     if output is not None and paging.pager_of(result.model) is not None:  # what it was cut from is gone
-        return replace(result, model=load_small(output, result.recipe, result.blocks))
+        model = load_small(output, result.blocks, trust_remote_code=recipe.trust_remote_code)
+        return replace(result, model=model)
     return result
 
 

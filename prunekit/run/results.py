@@ -45,21 +45,27 @@ class Result:
     blocks: int | None = None  # bytes of blocks to hold at once, of a model that does not fit memory; None: it does
 
     @classmethod
-    def load(cls, directory: str | Path, *, blocks: int | None = None) -> Result:
+    def load(
+        cls, directory: str | Path, *, blocks: int | None = None, trust_remote_code: bool = False
+    ) -> Result:
         """Load a result that was saved, its model in the dtype of its file.
 
         Args:
             directory: of the result.
             blocks: bytes of blocks to hold at once; None: the model is loaded whole.
+            trust_remote_code: whether code in the directory may run; nothing in it can allow that. A model of unequal
+                layers needs none: it is of prunekit's own classes.
 
         Raises:
-            WrongInput: there is no recipe, or no tokenizer.
+            WrongInput: there is no recipe, or no tokenizer; or its recipe asks for code that was not allowed.
         """
         folder = Path(directory)
-        recipe, report = Recipe.load(folder), json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        tokenizer = load_tokenizer(str(folder), recipe.trust_remote_code)
+        recipe = Recipe.load(folder, trust_remote_code=trust_remote_code)
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        tokenizer = load_tokenizer(str(folder), trust_remote_code)
         ledger = (folder / "ledger.jsonl").read_text(encoding="utf-8")
-        return cls(load_small(folder, recipe, blocks), tokenizer, recipe, report, ledger, folder, None, blocks)
+        model = load_small(folder, blocks, trust_remote_code=trust_remote_code)
+        return cls(model, tokenizer, recipe, report, ledger, folder, None, blocks)
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Write weights, config, tokenizer, recipe, report, ledger and card; verified in a fresh process, then renamed.
@@ -141,16 +147,15 @@ def write_result(result: Result, folder: Path) -> None:
             raise CannotGoOn(f"the result was not kept: {error}") from error
 
 
-def load_small(folder: Path, recipe: Recipe, blocks: int | None) -> PreTrainedModel:
+def load_small(folder: Path, blocks: int | None, *, trust_remote_code: bool) -> PreTrainedModel:
     """Load the model of a result in the dtype of its file.
 
     Args:
         folder: of the result.
-        recipe: of the result.
         blocks: bytes of blocks to hold at once; None: the model is loaded whole.
+        trust_remote_code: whether code in the folder may run.
     """
-    trusted = recipe.trust_remote_code or recipe.code == "bundled"
     if blocks is None:
-        return loaded(str(folder), dtype="auto", trust_remote_code=trusted)
+        return loaded(str(folder), dtype="auto", trust_remote_code=trust_remote_code)
     cpu = torch.device("cpu")
-    return paging.opened(str(folder), lambda stored: stored, cpu, blocks, trust_remote_code=trusted)[0]
+    return paging.opened(str(folder), lambda stored: stored, cpu, blocks, trust_remote_code=trust_remote_code)[0]
