@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+MOST_LETTERS = 600  # of what another library said
+
 
 class WrongInput(ValueError):
     """The user asked for something that cannot be done. The command line shows the sentence and exits with 2."""
@@ -23,6 +25,11 @@ class PluginError(CannotGoOn):
 def first_line(error: BaseException) -> str:
     """What another library said, in one line to go into a sentence of ours."""
     return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
+
+
+def one_line(error: BaseException) -> str:
+    """All that another library said, advice that follows on later lines included, on one line."""
+    return (" ".join(str(error).split())[:MOST_LETTERS] or type(error).__name__).rstrip(".")
 
 
 def unknown(what: str, name: str, known: Iterable[object]) -> str:

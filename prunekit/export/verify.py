@@ -61,7 +61,8 @@ def verify(
         probe = Path(scratch, "probe.safetensors")
         save_file({"ids": probe_ids.cpu().contiguous(), "logits": expected_logits.detach().cpu().contiguous()}, probe)
         # -P: the folder of this file is no place to import from; modules of remote code go to the scratch folder
-        how = ["" if blocks is None else str(blocks), *(["trusted"] if trust_remote_code or _is_ours(directory) else [])]
+        trusted = "trusted" if trust_remote_code or _is_ours(directory) else ""
+        how = ["" if blocks is None else str(blocks), trusted]
         child = subprocess.run(
             [sys.executable, "-P", __file__, str(directory.resolve()), str(probe), *how],
             env=os.environ | OFFLINE | {"HF_MODULES_CACHE": str(Path(scratch, "modules"))},

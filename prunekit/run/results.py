@@ -45,9 +45,7 @@ class Result:
     blocks: int | None = None  # bytes of blocks to hold at once, of a model that does not fit memory; None: it does
 
     @classmethod
-    def load(
-        cls, directory: str | Path, *, blocks: int | None = None, trust_remote_code: bool = False
-    ) -> Result:
+    def load(cls, directory: str | Path, *, blocks: int | None = None, trust_remote_code: bool = False) -> Result:
         """Load a result that was saved, its model in the dtype of its file.
 
         Args:

@@ -119,16 +119,10 @@ class LocalModel:
     reply_tokens: int  # at most
 
     def ready(self) -> None:
-        from transformers import AutoConfig
-
+        from prunekit.models.intake import read_config
         from prunekit.models.opening import load_tokenizer
-        from prunekit.models.places import located
 
-        try:
-            AutoConfig.from_pretrained(located(self.model))
-        except (OSError, ValueError) as error:
-            why = str(error).strip().split("\n")[0]
-            raise WrongInput(f"{self.model!r} is not a language model that can be opened: {why}") from error
+        read_config(self.model)
         load_tokenizer(self.model)
 
     def complete(self, prompt: str, seed: int) -> str:
