@@ -26,7 +26,7 @@ from prunekit.cli.options import (
 )
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.cli.tables import print_table, standings
-from prunekit.errors import WrongInput
+from prunekit.errors import WrongInput, without_secrets
 
 RECIPE = "Recipe to improve: preset, YAML file, or folder of a pruned model."
 METRIC = (
@@ -91,4 +91,4 @@ def tune(
     )
     print_table(standings(tuned))
     typer.echo(f"the best: prunekit prune --recipe {output / 'best.yaml'} --output DIR")
-    typer.echo(f"all trials: optuna-dashboard {storage or output / 'study.log'}")
+    typer.echo(f"all trials: optuna-dashboard {without_secrets(storage or str(output / 'study.log'))}")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int64
     from torch import Tensor
 
+TOLERANCE = 1e-4  # of a logit, computed in float32
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -37,7 +38,7 @@ def verify(
     probe_ids: Int64[Tensor, "windows length"],
     expected_logits: Float[Tensor, "windows length vocabulary"],
     expected_parameters: int,
-    tolerance: float = 1e-4,
+    tolerance: float = TOLERANCE,
     *,
     blocks: int | None = None,
     trust_remote_code: bool = False,
@@ -109,7 +110,11 @@ def _compare(directory: Path, probe: Path, blocks: str = "", trusted: str = "") 
         importlib.import_module("prunekit")  # as a user would: it registers the model type
     trust: dict[str, Any] = {"trust_remote_code": bool(trusted)}
     if not blocks:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **trust).eval()
+        how: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+        found: Any = AutoModelForCausalLM.from_pretrained(directory, **how, **trust)
+        model = found[0].eval()
+        if strange := sorted({*found[1]["missing_keys"], *found[1]["unexpected_keys"]}):
+            raise SystemExit(f"the checkpoint and its model do not agree in {', '.join(strange)}")
     else:
         from prunekit.models.paging import opened
 

@@ -85,8 +85,8 @@ class Recipe(Strict):
         recipe = cls.of_mapping(found if name == "default" else laid_over(default, found))
         if recipe.trust_remote_code and not trust_remote_code:
             raise WrongInput(
-                f"recipe {str(name)!r} asks to run code that comes with the model, which only the caller can allow; give "
-                "--trust-remote-code or trust_remote_code=True, or --set trust_remote_code=false to go without"
+                f"recipe {str(name)!r} asks to run code that comes with the model, which only the caller can allow; "
+                "give --trust-remote-code or trust_remote_code=True, or --set trust_remote_code=false to go without"
             )
         return recipe
 

@@ -122,7 +122,7 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
             "nll_by_source": reporting.by_source(evaluation, before, after),
         } | ({} if raw is None else {"unfinished": raw.as_dict()})
     pace = run.time_result(small, plan)
-    exported, probe = make_export(run, net, plan, small)
+    exported, probe = make_export(run, net, plan, small, stays=output is None)
     document = reporting.report(
         run.parts, run.dense, run.draws, run.whole, net, plan, exported, losses=losses, finishers=said, pace=pace,
         search={"questions": run.ledger.questions, "token_forwards": run.ledger.tokens},

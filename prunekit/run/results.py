@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from prunekit.data.tokens import TokenBatch
 from prunekit.errors import CannotGoOn, NotVerified
 from prunekit.export import hf
+from prunekit.export.verify import TOLERANCE
 from prunekit.export.write import prove, write
 from prunekit.models import paging
 from prunekit.models.opening import load_tokenizer, loaded, stored_as
@@ -87,7 +88,7 @@ class Result:
 
 
 def make_export(
-    run: Run, net: Supernet, plan: Allocation, small: PreTrainedModel
+    run: Run, net: Supernet, plan: Allocation, small: PreTrainedModel, *, stays: bool
 ) -> tuple[PreTrainedModel, tuple[torch.Tensor, torch.Tensor]]:
     """Turn a small model into the one that will be exported.
 
@@ -96,18 +97,22 @@ def make_export(
         net: the network that it was assembled from.
         plan: kept groups, or weights per row, by site.
         small: the model that was measured; afterwards in the dtype of the checkpoint.
+        stays: whether the result stays in memory, where no fresh process compares it.
 
     Returns:
         (the model as it is exported, the probe that verifies it, as of `make_probe`).
+
+    Raises:
+        CannotGoOn: it is not the model that was measured.
     """
     dense, tokens = run.dense, run.draws.evaluation
     if paging.pager_of(small) is None:
         probe = make_probe(stored_as(small.cpu(), dense.dtype), tokens)
+        if stays and run.parts.recipe.verify:
+            compare(hf.to_transformers(small, dense.adapter), probe)
         return hf.to_transformers(stored_as(small, dense.dtype), dense.adapter), probe
     paging.rest(small)
-    cpu = torch.device("cpu")
-    probe = make_probe(hf.paged(net, plan, torch.float32, cpu), tokens)
-    return hf.paged(net, plan, dense.dtype, cpu), probe
+    return hf.paged(net, plan, dense.dtype, torch.device("cpu")), make_paged_probe(run, net, plan, tokens)
 
 
 @torch.no_grad()
@@ -123,6 +128,39 @@ def make_probe(model: nn.Module, tokens: TokenBatch) -> tuple[torch.Tensor, torc
     logits = model(ids, use_cache=False).logits
     paging.rest(model)
     return ids, logits
+
+
+@torch.no_grad()
+def make_paged_probe(
+    run: Run, net: Supernet, plan: Allocation, tokens: TokenBatch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `make_probe`, of the network that was judged, over the dense model in float32: nothing is assembled."""
+    ids, dense, weight = tokens.first(PROBE), run.dense, next(net.model.parameters())
+    if (weight.dtype, weight.device.type) != (torch.float32, "cpu"):
+        trusted, cpu = run.parts.recipe.trust_remote_code, torch.device("cpu")
+        bound = dense.shares.blocks or 0
+        model, _ = paging.opened(dense.name, lambda _: torch.float32, cpu, bound, trust_remote_code=trusted)
+        net = Supernet(model, net.adapter, net.space, net.errors, net.store, net.shares)
+    logits = torch.cat([part.cpu() for _, part in net.logits(plan, ids)])
+    net.rest()
+    paging.rest(net.model)
+    return ids.ids, logits
+
+
+@torch.no_grad()
+def compare(model: PreTrainedModel, probe: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Compare a model in float32 with what is expected of it.
+
+    Raises:
+        CannotGoOn: its logits differ.
+    """
+    ids, logits = probe
+    difference = float((model(ids, use_cache=False).logits - logits).abs().max())
+    if not difference <= TOLERANCE:  # NaN is not within any tolerance
+        raise CannotGoOn(
+            f"the result was not kept: logits differ by {difference:.3g} from those of the network that was judged; "
+            f"{TOLERANCE:.3g} is allowed"
+        )
 
 
 def write_result(result: Result, folder: Path) -> None:

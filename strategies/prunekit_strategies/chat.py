@@ -11,11 +11,12 @@ import http.client
 import json
 import os
 import time
+from base64 import b64encode
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 from urllib.error import HTTPError
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 from urllib.request import Request, urlopen
 
 from prunekit import WrongInput
@@ -178,8 +179,25 @@ def check_address(base_url: str) -> None:
 
 
 def _hidden(text: str, key: str) -> str:
-    """Servers may repeat what they were sent; a record must not."""
-    return text.replace(key, "[key]") if len(key) >= FEW_LETTERS else text
+    """Servers may repeat what they were sent, in part or in another spelling; a record must not."""
+    if len(key) < FEW_LETTERS:
+        return text
+    pieces = {word[i : i + FEW_LETTERS].lower() for word in _spellings(key) for i in range(len(word) - FEW_LETTERS + 1)}
+    found = [i for i in range(len(text)) if text[i : i + FEW_LETTERS].lower() in pieces]
+    said, end = "", 0
+    for i in found:
+        if i > end or not said:
+            said += f"{text[end:i]}[key]"
+        end = i + FEW_LETTERS
+    return said + text[end:]
+
+
+def _spellings(key: str) -> set[str]:
+    """A key as it may come back: as it is, backwards, quoted for URLs or JSON, in hex, in base64 at any place."""
+    raw = key.encode()
+    base64 = {b64encode(b"\0" * shift + raw).decode()[-(-shift * 8 // 6) :].rstrip("=")[:-1] for shift in range(3)}
+    url_safe = {word.replace("+", "-").replace("/", "_") for word in base64}
+    return {key, key[::-1], quote(key, safe=""), json.dumps(key)[1:-1], raw.hex(), *base64, *url_safe}
 
 
 def _content(body: bytes) -> str:
