@@ -35,7 +35,7 @@ def one_line(error: BaseException) -> str:
 
 def without_secrets(url: str) -> str:
     """An address without the user, the password and the query in it, which may be secrets."""
-    return re.sub(r"[?#].*", "", re.sub(r"(?<=://)[^/]*@", "", url))
+    return re.sub(r"[?#].*", "", re.sub(r"(?<=://)[^/]*@", "", url)) if "://" in url else url
 
 
 def unknown(what: str, name: str, known: Iterable[object]) -> str:

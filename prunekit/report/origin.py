@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
-TOKENIZERS = frozenset({"tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model.v3"})
+TOKENIZERS = ("tokenizer.model", "tokenizer.model.v3", "spiece.model", "sentencepiece.bpe.model")
 LEGAL = re.compile(r"(licen[cs]e|notice|use_policy|copying)[\w .-]*", re.IGNORECASE)
 TEXTS = re.compile(r"(\.(md|txt|rst|html|pdf|\d+))?", re.IGNORECASE)  # what legal files end in; no code, no weights
 MOST_BYTES = 2**20  # of one file
@@ -39,12 +39,12 @@ def taken_over(source: str) -> tuple[dict[str, Any], dict[str, bytes]]:
         return {}, {}
     names = sorted(file.name for file in folder.iterdir() if is_legal(file.name))[:MOST_FILES]
     legal = {name: content for name in names if (content := _read(folder / name)) is not None}
-    # which transformers does not write again, and other runtimes read
-    texts = {name: _read(folder / name, MOST_TOKENIZER_BYTES) for name in sorted(TOKENIZERS)}
     facts = _front_matter((_read(folder / "README.md") or b"").decode(errors="replace"))
-    return {key: value for key in facts if (value := _checked(key, facts[key], legal)) is not None}, legal | {
-        name: content for name, content in texts.items() if content is not None
-    }
+    facts = {key: value for key in facts if (value := _checked(key, facts[key], legal)) is not None}
+    for name in TOKENIZERS:  # which transformers does not write again, and other runtimes read
+        if (content := _read(folder / name, MOST_TOKENIZER_BYTES)) is not None:
+            legal[name] = content
+    return facts, legal
 
 
 def is_legal(name: str) -> bool:

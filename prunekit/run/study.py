@@ -130,7 +130,8 @@ def open_study(
     study = opened(ATTEMPTS)
     if study.user_attrs.setdefault(OURS, mine) != mine:
         raise WrongInput(
-            f"{without_secrets(str(storage))} holds another study called {name!r}; choose another --study-name, or --overwrite"
+            f"{without_secrets(str(storage))} holds another study called {name!r}; "
+            "choose another --study-name, or --overwrite"
         )
     study.set_user_attr(OURS, mine)
     return study
