@@ -63,8 +63,7 @@ def test_a_result_that_calls_its_code_bundled_runs_none(hostile: tuple[Path, Pat
     with pytest.raises(NotVerified):
         verify(folder, torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, 3), 1)
     assert not marker.exists()
-    skeleton_of_theirs = pytest.raises(WrongInput, match="evil")  # it runs, and there is no adapter for it
-    with skeleton_of_theirs:
+    with pytest.raises(WrongInput, match="evil"):  # it runs, and there is no adapter for it
         skeleton(str(folder), trust_remote_code=True)
     assert marker.exists()
 
