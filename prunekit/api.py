@@ -54,7 +54,8 @@ def prune(
         resume: whether an interrupted run of the same recipe is continued.
         overwrite: whether an earlier result in `output` may be replaced.
         settings: recipe keys: sparsity=0.5, pruner="obs", allocator={"name": "tyr", ...}, data={...}; a key of a
-            nested part is written with two underscores, data__seqlen=256.
+            nested part is written with two underscores, data__seqlen=256. trust_remote_code=True allows code that comes
+            with the model, which no file can allow.
 
     Returns:
         The result; for a list of sparsities a family of results, at little more than the cost of one.
@@ -146,7 +147,8 @@ def _chosen(
     model: Source, recipe: str | Path | Recipe, settings: dict[str, Any]
 ) -> tuple[Recipe, dict[str, Any], PreTrainedModel | None]:
     """(the recipe, the values to replace in it, the model's name among them, the model where it is in memory)."""
-    base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    said = "trust_remote_code" in settings
+    base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, trust_remote_code=said)
     if isinstance(data := settings.pop("data", None), dict):
         settings |= {f"data__{key}": value for key, value in data.items()}
     overrides = {key.replace("__", "."): plain(value) for key, value in settings.items()}

@@ -1,7 +1,10 @@
 """What went wrong, in one sentence: what was asked, what there is, what to do."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+MOST_LETTERS = 600  # of what another library said
 
 
 class WrongInput(ValueError):
@@ -23,6 +26,16 @@ class PluginError(CannotGoOn):
 def first_line(error: BaseException) -> str:
     """What another library said, in one line to go into a sentence of ours."""
     return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
+
+
+def one_line(error: BaseException) -> str:
+    """All that another library said, advice that follows on later lines included, on one line."""
+    return (" ".join(str(error).split())[:MOST_LETTERS] or type(error).__name__).rstrip(".")
+
+
+def without_secrets(url: str) -> str:
+    """An address without the user, the password and the query in it, which may be secrets."""
+    return re.sub(r"[?#].*", "", re.sub(r"(?<=://)[^/]*@", "", url)) if "://" in url else url
 
 
 def unknown(what: str, name: str, known: Iterable[object]) -> str:

@@ -16,15 +16,14 @@ from prunekit.cli.options import (
     Model,
     ModelOption,
     Quiet,
+    Trust,
     given_model,
     needed_model,
     option,
-    switch,
 )
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.cli.tables import format_bytes, new_table, print_table
 
-TRUST = "Permission to run code that comes with the model."
 SPLIT = "Split of the data set; otherwise a held-out one."
 FIELD = "Fields of rows with the text, as a, a.b or a,b; otherwise text, or a conversation."
 SEQLEN = "Number of tokens per window; otherwise 2048, or the model's maximum."
@@ -36,7 +35,7 @@ def evaluate(
     model: Model = None,
     *,
     model_option: ModelOption = None,
-    trust_remote_code: Annotated[bool, switch(TRUST, None, "--trust-remote-code")] = False,
+    trust_remote_code: Trust = False,
     dataset: Annotated[str, option(DATASET_HELP, TEXT)] = "python-docs",
     split: Annotated[str | None, option(SPLIT, TEXT)] = None,
     field: Annotated[str | None, option(FIELD, TEXT)] = None,

@@ -41,6 +41,8 @@ SET_HELP = "Any value of the recipe, e.g. damping=0.1 or pruner.refit=true. Repe
 Set = Annotated[list[str] | None, option(SET_HELP, METHOD, "--set", metavar="KEY=VALUE")]
 DATASET_HELP = "python-docs, a text, jsonl or parquet file, or a data set on the hub."
 Dataset = Annotated[list[str] | None, option(f"{DATASET_HELP} Repeatable, or several by comma.", TEXT)]
+TRUST = "Permission to run code that comes with the model."
+Trust = Annotated[bool, switch(TRUST, None, "--trust-remote-code")]
 DTYPE = option("Number format of the computation: auto, float32, bfloat16, float16 or float64.", MACHINE)
 Json = Annotated[bool, switch("JSON instead of a table.", None, "--json")]
 Quiet = Annotated[bool, switch("No output except results and errors.", RUN, "--quiet", "-q")]
@@ -119,7 +121,8 @@ def choose_recipe(options: Mapping[str, Any], command: str) -> tuple[Recipe, str
     given["model"] = given_model(options["model"], options["model_option"])
     given["data.dataset"] = split_datasets(options["dataset"])
     given = {key: value for key, value in given.items() if value not in (None, [])}
-    base, overrides = Recipe.load(options["recipe"]), given | dict(map(parsed, options["set_"] or []))
+    overrides = given | allowed(options["trust_remote_code"]) | dict(map(parsed, options["set_"] or []))
+    base = Recipe.load(options["recipe"], trust_remote_code="trust_remote_code" in overrides)
     several = base.spread(overrides)
     chosen = several or base.with_overrides(overrides)
     check_words(chosen)
@@ -129,6 +132,11 @@ def choose_recipe(options: Mapping[str, Any], command: str) -> tuple[Recipe, str
             raise WrongInput("no --output was given; name a new folder for the pruned model")
         check_output(options["output"], overwrite=options["overwrite"])
     return chosen, model, several is not None
+
+
+def allowed(trust_remote_code: bool) -> dict[str, Any]:
+    """The recipe key of a permission, where it was given."""
+    return {"trust_remote_code": True} if trust_remote_code else {}
 
 
 def check_words(recipe: Recipe) -> None:

@@ -145,5 +145,6 @@ def print_table(table: Table) -> None:
     """Print a table as wide as the terminal is."""
     from rich.console import Console
 
-    # a pipe has no width: a label cut in two is of no use to a program
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    # a pipe has no width: a label cut in two is of no use to a program; names of files are no markup
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width, highlight=False, markup=False, emoji=False).print(table)

@@ -15,6 +15,8 @@ from prunekit.cli.options import (
     ModelOption,
     Quiet,
     Set,
+    Trust,
+    allowed,
     check_words,
     given_model,
     needed_model,
@@ -24,7 +26,7 @@ from prunekit.cli.options import (
 )
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.cli.tables import print_table, standings
-from prunekit.errors import WrongInput
+from prunekit.errors import WrongInput, without_secrets
 
 RECIPE = "Recipe to improve: preset, YAML file, or folder of a pruned model."
 METRIC = (
@@ -43,6 +45,7 @@ def tune(
     recipe: Annotated[str, option(RECIPE)] = "default",
     sparsity: Annotated[float | None, option("Share of the blocks' parameters to remove.", metavar="SHARE")] = None,
     set_: Set = None,
+    trust_remote_code: Trust = False,
     space: Annotated[str, option("Choices to search: preset or YAML file.", SEARCH)] = "default",
     trials: Annotated[int, option("Number of recipes to try, earlier runs included.", SEARCH, metavar="N", min=1)] = 50,
     metric: Annotated[list[str] | None, option(METRIC, SEARCH)] = None,
@@ -62,7 +65,8 @@ def tune(
 
     flags = {"model": given_model(model, model_option), "sparsity": sparsity, "data.dataset": split_datasets(dataset)}
     given = {key: value for key, value in flags.items() if value is not None}
-    chosen = Recipe.load(recipe).with_overrides(given | dict(map(parsed, set_ or [])))
+    overrides = given | allowed(trust_remote_code) | dict(map(parsed, set_ or []))
+    chosen = Recipe.load(recipe, trust_remote_code="trust_remote_code" in overrides).with_overrides(overrides)
     choices = Choices.load(space)
     check_words(chosen)
     needed_model(chosen.model, "prunekit tune MODEL --output DIR")
@@ -87,4 +91,4 @@ def tune(
     )
     print_table(standings(tuned))
     typer.echo(f"the best: prunekit prune --recipe {output / 'best.yaml'} --output DIR")
-    typer.echo(f"all trials: optuna-dashboard {storage or output / 'study.log'}")
+    typer.echo(f"all trials: optuna-dashboard {without_secrets(storage or str(output / 'study.log'))}")

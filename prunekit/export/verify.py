@@ -18,12 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
     from torch import Tensor
 
+TOLERANCE = 1e-4  # of a logit, computed in float32
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -41,15 +42,17 @@ def verify(
     probe_ids: Int64[Tensor, "windows length"],
     expected_logits: Float[Tensor, "windows length vocabulary"],
     expected_parameters: int,
-    tolerance: float = 1e-4,
+    tolerance: float = TOLERANCE,
     *,
     blocks: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Verified:
     """Load `directory` in a fresh process; its logits on `probe_ids` must be within `tolerance` of the expected.
 
     It computes in the dtype of `expected_logits`. Take them from the model in float32, into which saved
     bfloat16 goes exactly: computing in bfloat16, the number of threads alone moves logits by 1/256.
     With `blocks`, what does not fit memory is opened by `prunekit.paging`, within as many bytes of blocks.
+    Bundled code that is prunekit's own, byte for byte, runs; other code only with `trust_remote_code`.
 
     Raises:
         NotVerified: it does not load, the parameter count is not exact, or logits differ.
@@ -64,9 +67,10 @@ def verify(
         probe = Path(scratch, "probe.safetensors")
         save_file({"ids": probe_ids.cpu().contiguous(), "logits": expected_logits.detach().cpu().contiguous()}, probe)
         # -P: the folder of this file is no place to import from; modules of remote code go to the scratch folder
-        paged = [] if blocks is None else [str(blocks)]
+        trusted = "trusted" if trust_remote_code or _is_ours(directory) else ""
+        how = ["" if blocks is None else str(blocks), trusted]
         child = subprocess.run(
-            [sys.executable, "-P", __file__, str(directory.resolve()), str(probe), *paged],
+            [sys.executable, "-P", __file__, str(directory.resolve()), str(probe), *how],
             env=os.environ | OFFLINE | {"HF_MODULES_CACHE": str(Path(scratch, "modules"))},
             cwd=scratch,
             stdin=pipe,
@@ -102,23 +106,44 @@ def _end_with_parent(scratch: Path) -> None:
     os._exit(1)
 
 
-def _compare(directory: Path, probe: Path, blocks: str | None = None) -> Verified:
+def _is_ours(directory: Path) -> bool:
+    """Whether the code that a directory loads with is a copy of our model classes, and there is no other."""
+    from prunekit.models import classes
+
+    try:
+        named = json.loads((directory / "config.json").read_text(encoding="utf-8"))["auto_map"].values()
+        code = (directory / f"{classes.BUNDLED}.py").read_bytes()
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        return False
+    return (
+        all(str(name).startswith(f"{classes.BUNDLED}.") for name in named)
+        and code == Path(classes.__file__).read_bytes()
+        and len([*directory.rglob("*.py")]) == 1
+        and not (directory / "custom_generate").exists()
+    )
+
+
+def _compare(directory: Path, probe: Path, blocks: str = "", trusted: str = "") -> Verified:
     """Load and compare, in this process."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
     config = json.loads((directory / "config.json").read_text())
-    bundled = "auto_map" in config
-    if config["model_type"].startswith("prunekit_") and not bundled:
+    if config["model_type"].startswith("prunekit_") and not trusted:
         importlib.import_module("prunekit")  # as a user would: it registers the model type
-    if blocks is None:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=bundled).eval()
+    trust: dict[str, Any] = {"trust_remote_code": bool(trusted)}
+    if not blocks:
+        how: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+        found: Any = AutoModelForCausalLM.from_pretrained(directory, **how, **trust)
+        model = found[0].eval()
+        if strange := sorted({*found[1]["missing_keys"], *found[1]["unexpected_keys"]}):
+            raise SystemExit(f"the checkpoint and its model do not agree in {', '.join(strange)}")
     else:
         from prunekit.models.paging import opened
 
         float32, cpu = torch.float32, torch.device("cpu")
-        model, _ = opened(str(directory), lambda _: float32, cpu, int(blocks), trust_remote_code=bundled)
+        model, _ = opened(str(directory), lambda _: float32, cpu, int(blocks), **trust)
     tensors = load_file(probe)
     expected = tensors["logits"].double()
     with torch.no_grad():

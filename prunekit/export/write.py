@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from prunekit.errors import PluginError
@@ -22,6 +23,7 @@ def write(exporters: Sequence[Exporter], product: Product, folder: Path) -> None
         with unchanged(exporter, values=True, model=product.model):
             exporter.write(product, folder / exporter.place)
         after, own = _state(folder), {*instance(exporter, "what it calls its own", exporter.files(folder), list)}
+        _open_to_readers(folder, after.keys() - before.keys())
         touched = [file for file in before.keys() | after.keys() if before.get(file) != after.get(file)]
         if strange := sorted(str(file.relative_to(folder)) for file in touched if file not in own or file in before):
             raise PluginError(f"{type(exporter).__name__} touched {', '.join(strange)}, which it does not call its own")
@@ -36,6 +38,16 @@ def prove(exporters: Sequence[Exporter], folder: Path, probe: Probe) -> None:
     for exporter in exporters:
         with unchanged(exporter, probe=probe):
             exporter.verify(folder / exporter.place, probe)
+
+
+def _open_to_readers(folder: Path, files: Iterable[Path]) -> None:
+    """Give new files the permissions that the user's umask gives: safetensors lets nobody else read."""
+    probe = folder / ".permissions"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in files:
+        file.chmod(mode | stat.S_IMODE(file.stat().st_mode))
 
 
 def _state(folder: Path) -> dict[Path, tuple[int, int]]:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from prunekit.errors import WrongInput, first_line
-from prunekit.models.places import located
+from prunekit.errors import WrongInput, one_line
+from prunekit.models.places import cannot_open
 from prunekit.system.files import read_json
 
 CONFIG = "config.json"
@@ -38,17 +38,17 @@ POINTER = 1024  # bytes; a smaller file holds no weights but says where they are
 BITS = 8  # parameters in a byte, at most
 
 
-def read_config(source: str, *, trust_remote_code: bool = False) -> Any:
+def parse_config(source: str, path: str, *, trust_remote_code: bool = False) -> Any:
     """Read the config of a model.
 
     Args:
-        source: a folder or a hub id.
+        source: what the user calls it.
+        path: a folder or a hub id.
         trust_remote_code: whether code in the folder may be run.
 
     Raises:
         WrongInput: it cannot be read, or holds what no model has.
     """
-    path = located(source)
     file = Path(path) / CONFIG
     values = read_json(file) if file.is_file() else {}
     for key, value in _numbers(values):
@@ -66,7 +66,7 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> Any:
         raise _unusable(source, error, values, read) from error
 
 
-def make_shape(config: Any, source: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def make_shape(config: Any, source: str, path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Make the model of a config without its weights, on the meta device.
 
     Raises:
@@ -77,7 +77,7 @@ def make_shape(config: Any, source: str, *, trust_remote_code: bool = False) -> 
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
-    file = Path(located(source)) / CONFIG
+    file = Path(path) / CONFIG
     try:
         model = build(config)
     except Exception as error:  # as above
@@ -117,8 +117,10 @@ def _unusable(
     source: str, error: Exception, values: dict[str, Any], attempt: Callable[[dict[str, Any]], Any]
 ) -> WrongInput:
     """A sentence for what a class of transformers says of a config, with the key that is to blame if one is."""
-    said = first_line(error) if isinstance(error, OSError) else " ".join(str(error).split())
-    kind = "" if isinstance(error, OSError | ValueError | TypeError) else f"{type(error).__name__}: "
+    if isinstance(error, OSError) or "trust_remote_code" in str(error):
+        return cannot_open(source, error)
+    said = one_line(error)
+    kind = "" if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: "
     named = (key for key in values if re.search(rf"[`']{re.escape(key)}[`']", said))
     key = next(named, None) or _blamed(values, attempt)
     where = "" if key is None else f"{CONFIG} has {key}: {repr(values[key])[:60]}: "

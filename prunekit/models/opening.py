@@ -10,16 +10,16 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from prunekit.errors import WrongInput, first_line
+from prunekit.errors import WrongInput
 from prunekit.models import paging
 from prunekit.models.adapters.find import adapter_for
-from prunekit.models.configs import make_shape, read_config
-from prunekit.models.places import check_device, located
+from prunekit.models.intake import check_config, check_loaded
+from prunekit.models.places import at_hand, cannot_open, check_device
+from prunekit.models.shards import is_packed, quantized
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.dense import Dense
 from prunekit.system.memory import SHARES, Shares
@@ -36,10 +36,13 @@ def skeleton(source: str | PreTrainedModel, *, trust_remote_code: bool = False) 
         WrongInput: no such model, or an architecture without adapter.
     """
     if isinstance(source, PreTrainedModel):
+        name = type(source).__name__
+        check_config(vars(source.config), name)
+        if packed := [key for key, value in source.state_dict().items() if is_packed(key, str(value.dtype))]:
+            raise quantized(name, f"{packed[0]} is {source.state_dict()[packed[0]].dtype}")
         return source, adapter_for(source.config.model_type)
-    config = read_config(source, trust_remote_code=trust_remote_code)
-    adapter = adapter_for(config.model_type)
-    return make_shape(config, source, trust_remote_code=trust_remote_code), adapter
+    model = paging.shaped(source, trust_remote_code=trust_remote_code)
+    return model, adapter_for(model.config.model_type)
 
 
 def opened(
@@ -73,17 +76,17 @@ def opened(
         if tokenizer is None:
             raise WrongInput("a model in memory needs its tokenizer: prune(model, tokenizer, ...)")
         name = str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
-        model, stored = copy.deepcopy(source), next(source.parameters()).dtype
+        skeleton(source)
+        model, stored = settle_ties(copy.deepcopy(source)), next(source.parameters()).dtype
     else:
-        skeleton(source, trust_remote_code=trust_remote_code)  # wrong input fails before weights are read
+        if shares.blocks is None:
+            skeleton(source, trust_remote_code=trust_remote_code)  # wrong input fails before weights are read
         name, tokenizer = source, tokenizer if tokenizer is not None else load_tokenizer(source, trust_remote_code)
         if shares.blocks is None:
             model = loaded(source, trust_remote_code=trust_remote_code)
             stored = next(model.parameters()).dtype
         else:
-            model, stored = paging.opened(
-                located(source), computed, place, shares.blocks, trust_remote_code=trust_remote_code
-            )
+            model, stored = paging.opened(source, computed, place, shares.blocks, trust_remote_code=trust_remote_code)
     if paging.pager_of(model) is None:
         stored_as(model.to(place), computed(stored)).eval().requires_grad_(False)  # type: ignore[arg-type]
     adapter, digest = adapter_for(model.config.model_type), fingerprint(model, name)
@@ -117,11 +120,11 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     Raises:
         WrongInput: there is none.
     """
-    path = located(source)
+    path = at_hand(source)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise WrongInput(f"{source!r} has no tokenizer that can be opened: {first_line(error)}") from error
+    except Exception as error:  # of several parsers, of files of somebody else's
+        raise cannot_open(source, error, "has no tokenizer that can be opened") from error
 
 
 def resolved_devices(devices: str) -> list[torch.device]:
@@ -177,20 +180,32 @@ def loaded(
     Raises:
         WrongInput: it is not there, is not whole, or cannot be read.
     """
-    path = located(source)
-    make_shape(read_config(source, trust_remote_code=trust_remote_code), source, trust_remote_code=trust_remote_code)
+    paging.shaped(source, trust_remote_code=trust_remote_code)  # what cannot be is refused before it is read
+    path = at_hand(source)
     try:
         with without_bars():
             # the dtype goes to the loader: a cast afterwards would round the buffers of the rotary embedding as well
             found: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
             )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise WrongInput(f"{source!r} is not a model that can be opened: {first_line(error)}") from error
+    except Exception as error:  # of several parsers, of files of somebody else's
+        raise cannot_open(source, error) from error
+    check_loaded(source, path)
     model, report = found
-    if missing := sorted(report["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise WrongInput(f"the checkpoint of {source!r} lacks {missing[0]}{more}; it is not whole")
+    paging.check_names(source, report["missing_keys"], paging.unused(path, model) | report["unexpected_keys"])
+    return settle_ties(model)
+
+
+def settle_ties(model: PreTrainedModel) -> PreTrainedModel:
+    """Let the config say of head and embedding what their tensors say: shared where they are equal, else two."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not isinstance(head, nn.Module) or not isinstance(embedding, nn.Module):
+        return model
+    said = bool(getattr(model.config, "tie_word_embeddings", False))
+    if said and head.weight is not embedding.weight and torch.equal(head.weight, embedding.weight):  # type: ignore[arg-type]
+        model.tie_weights()
+    if said != (shared := head.weight is embedding.weight):
+        model.config.tie_word_embeddings = shared
     return model
 
 

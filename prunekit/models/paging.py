@@ -9,22 +9,29 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from prunekit.errors import WrongInput
 from prunekit.models.adapters.find import adapter_for
-from prunekit.models.shards import Shards
+from prunekit.models.configs import make_shape
+from prunekit.models.intake import read_config
+from prunekit.models.places import at_hand
+from prunekit.models.shards import INDEX, WEIGHTS, Shards
 from prunekit.plugins.adapter import ModelAdapter
+from prunekit.system.progress import warn_once
+
+MOST_NAMES = 50  # in a sentence
 
 Read = Callable[[str], Tensor]
 """A parameter by its name in the model, in the dtype and on the device of the computation."""
@@ -236,19 +243,19 @@ def whole(model: PreTrainedModel) -> PreTrainedModel:
 class Checkpoint:
     """A checkpoint on disk and the model it is of: parameters by the model's names."""
 
-    def __init__(self, source: str, config: Any, model: PreTrainedModel) -> None:
+    def __init__(self, source: str, path: str, model: PreTrainedModel) -> None:
         """Raises WrongInput where it is not whole, or of other shapes than the model."""
-        self.shards = Shards.of(source)
+        self.shards = Shards.of(path, source)
         there, state = self.shards.tensors, model.state_dict()
-        dtype = getattr(config, "dtype", None)
+        dtype = getattr(model.config, "dtype", None)
         # where a config says none, transformers takes that of the first parameter
         there_first = next((t.dtype for t in there.values() if t.dtype.is_floating_point), torch.float32)
         self.dtype = dtype if isinstance(dtype, torch.dtype) else there_first
         self.origin = _origins(list(there), model, state)
-        missing = sorted(state.keys() - self.origin.keys() - set(getattr(model, "all_tied_weights_keys", {})))
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise WrongInput(f"the checkpoint of {source!r} lacks {missing[0]}{more}; it is not whole")
+        tied = getattr(model, "all_tied_weights_keys", {})
+        self.origin |= {b: self.origin[a] for a, b in tied.items() if a in self.origin and b not in self.origin}
+        missing = state.keys() - self.origin.keys() - set(tied)
+        check_names(source, missing, there.keys() - set(self.origin.values()))
         for name, origin in self.origin.items():
             if there[origin].shape != tuple(state[name].shape):
                 raise WrongInput(
@@ -271,6 +278,63 @@ def _origins(stored: list[str], model: PreTrainedModel, state: Mapping[str, Tens
         if ours in state and converted is None:
             found[ours] = name
     return found
+
+
+def check_names(source: str, missing: Iterable[str], unused: Iterable[str]) -> None:
+    """Refuse a checkpoint that lacks parameters of its model, and name what the model has no place for.
+
+    Raises:
+        WrongInput: it lacks some.
+    """
+    lost = listed(unused)
+    if missing := sorted(missing):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        other = f", and holds {lost}, for which its model has no place" if lost else ""
+        raise WrongInput(f"the checkpoint of {source!r} lacks {missing[0]}{more}{other}; it is not whole")
+    if lost:
+        warn_once(f"the checkpoint of {source!r} holds {lost}, for which its model has no place: they are left out")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in a sentence, the first of very many."""
+    every = sorted(names)
+    rest = len(every) - MOST_NAMES
+    return ", ".join(every[:MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def tied_otherwise(path: str, model: PreTrainedModel) -> bool:
+    """Whether the files hold a tensor that the config says is shared with another, and it differs from that."""
+    folder, tied = Path(path), getattr(model, "all_tied_weights_keys", {})
+    if not tied or not ((folder / WEIGHTS).exists() or (folder / INDEX).exists()):
+        return False
+    shards = Shards.of(path)
+    origin = _origins(list(shards.tensors), model, model.state_dict())
+    pairs = [(shards.read(origin[a]), shards.read(origin[b])) for a, b in tied.items() if {a, b} <= origin.keys()]
+    return any(one.shape != other.shape or not torch.equal(one.to(other.dtype), other) for one, other in pairs)
+
+
+def unused(path: str, model: PreTrainedModel) -> set[str]:
+    """Tensors in the files of a folder that no parameter or buffer of the model is read from."""
+    folder = Path(path)
+    if not ((folder / WEIGHTS).exists() or (folder / INDEX).exists()):
+        return set()
+    names = Shards.of(path).tensors.keys()
+    return names - set(_origins(list(names), model, model.state_dict()).values())
+
+
+def shaped(source: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without its weights, tied as the tensors in its files are, whatever its config says.
+
+    Raises:
+        WrongInput: it cannot be opened.
+    """
+    config, path = read_config(source, trust_remote_code=trust_remote_code), at_hand(source)
+    adapter_for(config.model_type)
+    model = make_shape(config, source, path, trust_remote_code=trust_remote_code)
+    if getattr(config, "tie_word_embeddings", False) and tied_otherwise(path, model):
+        config.tie_word_embeddings = False
+        model = make_shape(config, source, path, trust_remote_code=trust_remote_code)
+    return model
 
 
 def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -311,15 +375,14 @@ def opened(
     Raises:
         WrongInput: it is not whole, or cannot be read block by block.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model, source, path = shaped(path, trust_remote_code=trust_remote_code), path, at_hand(path)
     with suppress(OSError):  # it has none: that of the class stays
         model.generation_config = GenerationConfig.from_pretrained(path)
     model.config.name_or_path = path
-    checkpoint = Checkpoint(path, config, model)
+    checkpoint = Checkpoint(source, path, model)
     dtype = computed(checkpoint.dtype)
-    attach(model, adapter_for(config.model_type), partial(checkpoint.read, dtype=dtype, device=device), dtype, bound)
+    read = partial(checkpoint.read, dtype=dtype, device=device)
+    attach(model, adapter_for(model.config.model_type), read, dtype, bound)
     fill_buffers(model, checkpoint, device)
     return model.eval().requires_grad_(False), checkpoint.dtype
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
-from prunekit.errors import WrongInput, first_line
+from prunekit.errors import WrongInput, one_line
+from prunekit.system.progress import warn_once
 
+SECONDS = 10  # to wait for the hub
 DEVICE = re.compile(r"auto|(cpu|cuda)(:\d{1,3})?")
 
 
@@ -30,7 +33,7 @@ def located(source: str) -> str:
         path = Path(source).expanduser()
         is_file = path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a byte that no name has, no such user
-        raise WrongInput(f"{source[:80]!r} is no folder and no hub id: {first_line(error)}") from error
+        raise WrongInput(f"{source[:80]!r} is no folder and no hub id: {one_line(error)}") from error
     if is_file:
         raise WrongInput(f"{source!r} is a file; give the folder that it is in, or a hub id")
     if path.exists():
@@ -38,3 +41,52 @@ def located(source: str) -> str:
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise WrongInput(f"there is no model folder {source!r}; give a folder with a config.json, or a hub id")
     return source
+
+
+def cannot_open(source: str, error: BaseException, what: str = "is not a model that can be opened") -> WrongInput:
+    """What another library said of a model, in one sentence with its advice."""
+    if "trust_remote_code" in str(error):
+        return WrongInput(
+            f"{source!r} comes with code of its own, which runs only where the caller allows it, with "
+            "--trust-remote-code or trust_remote_code=True"
+        )
+    return WrongInput(f"{source!r} {what}: {one_line(error)}")
+
+
+def at_hand(source: str) -> str:
+    """As `located`; where the hub does not answer, the folder in which its cache holds the model.
+
+    Each file would be asked for several times, for minutes, before the cache is looked at.
+
+    Raises:
+        WrongInput: as `located`, or the hub does not answer and the cache does not hold it.
+    """
+    path = located(source)
+    return path if Path(path).is_dir() else _reached(path)
+
+
+@cache
+def _reached(name: str) -> str:
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if constants.HF_HUB_OFFLINE:
+        return name
+    try:
+        HfApi().model_info(name, timeout=SECONDS)
+    except HFValidationError as error:
+        raise WrongInput(f"{name!r} is neither a folder nor a hub id: {one_line(error)}") from error
+    except Exception as error:
+        response = getattr(error, "response", None)
+        if isinstance(error, HfHubHTTPError) and response is not None and response.status_code < 500:
+            return name  # it answers; what it says is told where the model is opened
+        held = try_to_load_from_cache(name, "config.json")
+        if not isinstance(held, str):
+            raise WrongInput(
+                f"{name!r} is no folder here, and the hub does not answer ({one_line(error)}); give a folder, or see "
+                "to the network"
+            ) from error
+        folder = Path(held).parent
+        warn_once(f"the hub does not answer; {name} is taken from its cache, revision {folder.name}")
+        return str(folder)
+    return name

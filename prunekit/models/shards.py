@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from huggingface_hub import snapshot_download, split_torch_state_dict_into_shard
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prunekit.errors import WrongInput, first_line
+from prunekit.errors import WrongInput, one_line
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -53,29 +54,30 @@ class Shards:
     files: tuple[Path, ...]
 
     @classmethod
-    def of(cls, source: str) -> Shards:
+    def of(cls, path: str, source: str | None = None) -> Shards:
         """Those of a folder, or of a hub id, whose files are fetched if they are not there.
+
+        `source` is what the user calls it.
 
         Raises:
             WrongInput: it cannot be had, or holds no safetensors.
         """
-        folder = Path(source).expanduser()
+        source = source or path
+        folder = Path(path).expanduser()
         if not folder.exists():
             try:
-                folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
-            except (OSError, ValueError) as error:
-                raise WrongInput(f"{source!r} is not a model that can be opened: {first_line(error)}") from error
+                folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
+            except Exception as error:
+                raise WrongInput(f"{source!r} is not a model that can be opened: {one_line(error)}") from error
         names = [WEIGHTS]
-        if (index := folder / INDEX).exists():
-            try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise WrongInput(f"{index} does not say which tensor is in which file; it is damaged") from error
+        if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():  # as transformers looks for them
+            names = files_of_index(folder / INDEX)
         files = tuple(folder / name for name in names)
         if gone := [file.name for file in files if not file.exists()]:
-            raise WrongInput(
-                f"{source!r} has no {gone[0]}; block by block only whole checkpoints in safetensors can be read"
-            )
+            why = "block by block only checkpoints in safetensors can be read"
+            if names != [WEIGHTS]:
+                why = f"which {INDEX} names; fetch the model again"
+            raise WrongInput(f"{source!r} has no {gone[0]}{',' if names != [WEIGHTS] else ';'} {why}")
         return cls(source, files)
 
     @cached_property
@@ -91,9 +93,11 @@ class Shards:
                 with safe_open(file, "pt") as opened:
                     for name in opened.keys():  # noqa: SIM118  it is no mapping
                         part = opened.get_slice(name)
+                        if is_packed(name, part.get_dtype()):
+                            raise quantized(self.source, f"{name} is {part.get_dtype()}")
                         found[name] = Stored(file, DTYPES[part.get_dtype()], tuple(part.get_shape()))
             except (OSError, SafetensorError, KeyError) as error:
-                raise WrongInput(f"{file} cannot be read: {first_line(error)}") from error
+                raise WrongInput(f"{file} cannot be read: {one_line(error)}; fetch it again") from error
         return found
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
@@ -103,6 +107,36 @@ class Shards:
         """
         with safe_open(self.tensors[name].file, "pt") as opened:
             return opened.get_tensor(name).to(device, copy=True)
+
+
+def files_of_index(index: Path) -> list[str]:
+    """The files that an index names.
+
+    Raises:
+        WrongInput: it names none.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if names and all(isinstance(name, str) for name in names):
+            return names
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        pass
+    raise WrongInput(f"{index} does not say which tensor is in which file; it is damaged, fetch it again")
+
+
+def is_packed(name: str, dtype: str) -> bool:
+    """Whether a tensor of a file is no plain weight: of 8 bits or fewer, or a weight in integers."""
+    dtype = dtype.removeprefix("torch.").lower()
+    whole = dtype.startswith(("i", "u", "qint", "quint"))
+    return re.match(r"(f|float)[468](_|\b)", dtype) is not None or (whole and "weight" in name.rpartition(".")[2])
+
+
+def quantized(source: str, how: str) -> WrongInput:
+    """The sentence for a checkpoint that is refused, with how it is quantized."""
+    return WrongInput(
+        f"{source!r} is quantized ({how}), and only plain weights can be pruned; take the checkpoint it was made from, "
+        "and quantize the result"
+    )
 
 
 def header(

@@ -53,7 +53,7 @@ class Recipe(Strict):
     device: str = "auto"  # several by comma: the work that can be shared out is
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of the computation
     memory: str | int = "auto"  # bytes to get along with, as 8GiB; auto: what the machine has to spare
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # a file that says so is refused, unless the caller says it too
     code: Literal["import", "bundled"] = "import"  # how a result of uneven sizes finds its classes
     exporters: Annotated[tuple[Spec, ...], BeforeValidator(as_specs)] = ({"name": "hf"},)  # what the result is saved as
     verify: bool = True  # load the result in a fresh process and compare
@@ -67,11 +67,12 @@ class Recipe(Strict):
         return values
 
     @classmethod
-    def load(cls, name: str | Path = "default") -> Self:
+    def load(cls, name: str | Path = "default", *, trust_remote_code: bool = False) -> Self:
         """Read a recipe.
 
         Args:
             name: a YAML file, the folder of a pruned model, or a preset by name.
+            trust_remote_code: whether it may ask for code of a model to be run; a file cannot allow that itself.
 
         Raises:
             WrongInput: there is no such file or preset, or it says something a recipe cannot say.
@@ -81,7 +82,13 @@ class Recipe(Strict):
             path = Path(name).expanduser()
             priced = {key: found[key] for key in ("latency", "metric") if isinstance(found.get(key), dict)}
             found |= {key: beside(part, path if path.is_dir() else path.parent) for key, part in priced.items()}
-        return cls.of_mapping(found if name == "default" else laid_over(default, found))
+        recipe = cls.of_mapping(found if name == "default" else laid_over(default, found))
+        if recipe.trust_remote_code and not trust_remote_code:
+            raise WrongInput(
+                f"recipe {str(name)!r} asks to run code that comes with the model, which only the caller can allow; "
+                "give --trust-remote-code or trust_remote_code=True, or --set trust_remote_code=false to go without"
+            )
+        return recipe
 
     @classmethod
     def of_mapping(cls, values: Mapping[str, Any]) -> Self:

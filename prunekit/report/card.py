@@ -85,7 +85,7 @@ tokenizer = AutoTokenizer.from_pretrained("this folder")
 
 
 def write(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
-    """Write report.json, README.md with its picture, and the legal files of the source."""
+    """Write report.json, README.md with its picture, and what is taken over from the source."""
     facts, legal = taken_over(str(document["model"]))
     write_json(folder / "report.json", document)
     for name, content in legal.items():

@@ -1,4 +1,4 @@
-"""What a pruned model takes over from its source: licence, language and legal files, nothing else."""
+"""What a pruned model takes over from its source: licence, language, legal files and SentencePiece models."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 import yaml
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
+TOKENIZERS = ("tokenizer.model", "tokenizer.model.v3", "spiece.model", "sentencepiece.bpe.model")
 LEGAL = re.compile(r"(licen[cs]e|notice|use_policy|copying)[\w .-]*", re.IGNORECASE)
 TEXTS = re.compile(r"(\.(md|txt|rst|html|pdf|\d+))?", re.IGNORECASE)  # what legal files end in; no code, no weights
 MOST_BYTES = 2**20  # of one file
+MOST_TOKENIZER_BYTES = 2**25
 MOST_FILES = 16
 MOST_LETTERS = 200  # of one value
 MOST_VALUES = 500  # of a list
@@ -26,7 +28,7 @@ def hub_id(source: str) -> str | None:
 
 
 def taken_over(source: str) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """(licence and language in the words of the source's card, content of its legal files).
+    """(licence and language in the words of the source's card, content of its legal files and SentencePiece models).
 
     Both are empty where the source is unknown. Its card is read as data that may be anything.
     """
@@ -38,7 +40,11 @@ def taken_over(source: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     names = sorted(file.name for file in folder.iterdir() if is_legal(file.name))[:MOST_FILES]
     legal = {name: content for name in names if (content := _read(folder / name)) is not None}
     facts = _front_matter((_read(folder / "README.md") or b"").decode(errors="replace"))
-    return {key: value for key in facts if (value := _checked(key, facts[key], legal)) is not None}, legal
+    facts = {key: value for key in facts if (value := _checked(key, facts[key], legal)) is not None}
+    for name in TOKENIZERS:  # which transformers does not write again, and other runtimes read
+        if (content := _read(folder / name, MOST_TOKENIZER_BYTES)) is not None:
+            legal[name] = content
+    return facts, legal
 
 
 def is_legal(name: str) -> bool:
@@ -63,13 +69,13 @@ def _snapshot(repository: str) -> Path | None:
     return folder
 
 
-def _read(file: Path) -> bytes | None:
+def _read(file: Path, most: int = MOST_BYTES) -> bytes | None:
     """Its content; None: it is no file of this source, or too large."""
     # the files of a snapshot in the hub's cache are links to blobs beside it
     root = file.parent.parent.parent if file.parent.parent.name == "snapshots" else file.parent
     try:
         place = file.resolve()
-        if not (place.is_relative_to(root.resolve()) and place.is_file() and place.stat().st_size <= MOST_BYTES):
+        if not (place.is_relative_to(root.resolve()) and place.is_file() and place.stat().st_size <= most):
             return None
         return place.read_bytes()
     except OSError:

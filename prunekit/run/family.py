@@ -16,7 +16,7 @@ from prunekit.report.document import promise
 from prunekit.run.prune import make_result, open_runs, run_search
 from prunekit.run.results import Result, write_result
 from prunekit.run.session import Job
-from prunekit.run.stages import clear_folder
+from prunekit.run.stages import Run, clear_folder
 from prunekit.run.workplace import check_output, new_folder, publish, published
 from prunekit.system.files import changed, seal, write_json
 
@@ -32,6 +32,7 @@ class Family:
     directory: Path | None = None
     held: Mapping[str, Result] = field(default_factory=dict)  # by folder, of a family that has no directory
     blocks: int | None = None  # bytes of blocks to hold at once of each member; None: all of them fit memory
+    trust_remote_code: bool = False  # whether the caller has allowed code that comes with the model
 
     @property
     def rows(self) -> Sequence[Mapping[str, Any]]:
@@ -41,9 +42,8 @@ class Family:
     @cached_property
     def members(self) -> tuple[Result, ...]:
         """All results, by ascending sparsity; those of a family with a directory are loaded when they are asked for."""
-        return tuple(
-            self.held.get(row["folder"]) or Result.load(self._folder(row), blocks=self.blocks) for row in self.rows
-        )
+        how: dict[str, Any] = {"blocks": self.blocks, "trust_remote_code": self.trust_remote_code}
+        return tuple(self.held.get(row["folder"]) or Result.load(self._folder(row), **how) for row in self.rows)
 
     @property
     def front(self) -> tuple[Mapping[str, Any], ...]:
@@ -99,8 +99,7 @@ def family(recipe: Recipe, job: Job) -> Family:
     asked, output = [member.sparsity for member in recipe.members], job.output
     with open_runs(recipe, job, asked) as (place, runs):
         if output is not None and published(place, output.resolve()):  # it was stopped while it tidied up
-            document = json.loads((output / FILE).read_text(encoding="utf-8"))
-            return Family(document, output, {}, runs[0].blocks(sum(row["parameters"] for row in document["members"])))
+            return _family(json.loads((output / FILE).read_text(encoding="utf-8")), output, {}, runs[0])
         done, results, before = place / "result", dict[str, Result](), None
         done.mkdir(exist_ok=True)
         for run, (net, answer) in zip(runs, run_search(runs), strict=True):
@@ -125,7 +124,12 @@ def family(recipe: Recipe, job: Job) -> Family:
         if output is not None:
             write_json(done / FILE, document)
             publish(done, output)
-    return Family(document, output, results, runs[0].blocks(sum(row["parameters"] for row in document["members"])))
+    return _family(document, output, results, runs[0])
+
+
+def _family(document: Mapping[str, Any], output: Path | None, held: Mapping[str, Result], run: Run) -> Family:
+    blocks = run.blocks(sum(row["parameters"] for row in document["members"]))
+    return Family(document, output, held, blocks, run.parts.recipe.trust_remote_code)
 
 
 def make_pareto(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def prune(recipe: Recipe, job: Job) -> Result:
     output = job.output
     with open_runs(recipe, job) as (place, runs):
         if output is not None and published(place, output.resolve()):  # it was stopped while it tidied up
-            return Result.load(output, blocks=runs[0].dense.shares.blocks)
+            blocks, trusted = runs[0].dense.shares.blocks, recipe.trust_remote_code
+            return Result.load(output, blocks=blocks, trust_remote_code=trusted)
         found = dict(zip(runs, run_search(runs), strict=True))
         run = next(run for run in runs if run.parts.recipe.sparsity == recipe.sparsity)
         result = make_result(run, *found[run], run.measure_dense(), output)
@@ -53,7 +54,8 @@ def prune(recipe: Recipe, job: Job) -> Result:
             write_result(result, clear_folder(place / "result"))
             publish(place / "result", output)
     if output is not None and paging.pager_of(result.model) is not None:  # what it was cut from is gone
-        return replace(result, model=load_small(output, result.recipe, result.blocks))
+        model = load_small(output, result.blocks, trust_remote_code=recipe.trust_remote_code)
+        return replace(result, model=model)
     return result
 
 
@@ -133,7 +135,7 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
             "nll_by_source": reporting.by_source(evaluation, before, after),
         } | ({} if raw is None else {"unfinished": raw.as_dict()})
     pace = run.time_result(small, plan)
-    exported, probe = make_export(run, net, plan, small)
+    exported, probe = make_export(run, net, plan, small, stays=output is None)
     document = reporting.report(
         run.parts, run.dense, run.draws, run.whole, net, plan, exported, losses=losses, finishers=said, pace=pace,
         search={"questions": run.ledger.questions, "token_forwards": run.ledger.tokens},

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from prunekit.data.tokens import TokenBatch
 from prunekit.errors import CannotGoOn, NotVerified
 from prunekit.export import hf
+from prunekit.export.verify import TOLERANCE
 from prunekit.export.write import prove, write
 from prunekit.models import paging
 from prunekit.models.opening import load_tokenizer, loaded, stored_as
@@ -45,21 +46,25 @@ class Result:
     blocks: int | None = None  # bytes of blocks to hold at once, of a model that does not fit memory; None: it does
 
     @classmethod
-    def load(cls, directory: str | Path, *, blocks: int | None = None) -> Result:
+    def load(cls, directory: str | Path, *, blocks: int | None = None, trust_remote_code: bool = False) -> Result:
         """Load a result that was saved, its model in the dtype of its file.
 
         Args:
             directory: of the result.
             blocks: bytes of blocks to hold at once; None: the model is loaded whole.
+            trust_remote_code: whether code in the directory may run; nothing in it can allow that. A model of unequal
+                layers needs none: it is of prunekit's own classes.
 
         Raises:
-            WrongInput: there is no recipe, or no tokenizer.
+            WrongInput: there is no recipe, or no tokenizer; or its recipe asks for code that was not allowed.
         """
         folder = Path(directory)
-        recipe, report = Recipe.load(folder), json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        tokenizer = load_tokenizer(str(folder), recipe.trust_remote_code)
+        recipe = Recipe.load(folder, trust_remote_code=trust_remote_code)
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        tokenizer = load_tokenizer(str(folder), trust_remote_code)
         ledger = (folder / "ledger.jsonl").read_text(encoding="utf-8")
-        return cls(load_small(folder, recipe, blocks), tokenizer, recipe, report, ledger, folder, None, blocks)
+        model = load_small(folder, blocks, trust_remote_code=trust_remote_code)
+        return cls(model, tokenizer, recipe, report, ledger, folder, None, blocks)
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Write weights, config, tokenizer, recipe, report, ledger and card; verified in a fresh process, then renamed.
@@ -83,7 +88,7 @@ class Result:
 
 
 def make_export(
-    run: Run, net: Supernet, plan: Allocation, small: PreTrainedModel
+    run: Run, net: Supernet, plan: Allocation, small: PreTrainedModel, *, stays: bool
 ) -> tuple[PreTrainedModel, tuple[torch.Tensor, torch.Tensor]]:
     """Turn a small model into the one that will be exported.
 
@@ -92,18 +97,22 @@ def make_export(
         net: the network that it was assembled from.
         plan: kept groups, or weights per row, by site.
         small: the model that was measured; afterwards in the dtype of the checkpoint.
+        stays: whether the result stays in memory, where no fresh process compares it.
 
     Returns:
         (the model as it is exported, the probe that verifies it, as of `make_probe`).
+
+    Raises:
+        CannotGoOn: it is not the model that was measured.
     """
     dense, tokens = run.dense, run.draws.evaluation
     if paging.pager_of(small) is None:
         probe = make_probe(stored_as(small.cpu(), dense.dtype), tokens)
+        if stays and run.parts.recipe.verify:
+            compare(hf.to_transformers(small, dense.adapter), probe)
         return hf.to_transformers(stored_as(small, dense.dtype), dense.adapter), probe
     paging.rest(small)
-    cpu = torch.device("cpu")
-    probe = make_probe(hf.paged(net, plan, torch.float32, cpu), tokens)
-    return hf.paged(net, plan, dense.dtype, cpu), probe
+    return hf.paged(net, plan, dense.dtype, torch.device("cpu")), make_paged_probe(run, net, plan, tokens)
 
 
 @torch.no_grad()
@@ -119,6 +128,39 @@ def make_probe(model: nn.Module, tokens: TokenBatch) -> tuple[torch.Tensor, torc
     logits = model(ids, use_cache=False).logits
     paging.rest(model)
     return ids, logits
+
+
+@torch.no_grad()
+def make_paged_probe(
+    run: Run, net: Supernet, plan: Allocation, tokens: TokenBatch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `make_probe`, of the network that was judged, over the dense model in float32: nothing is assembled."""
+    ids, dense, weight = tokens.first(PROBE), run.dense, next(net.model.parameters())
+    if (weight.dtype, weight.device.type) != (torch.float32, "cpu"):
+        trusted, cpu = run.parts.recipe.trust_remote_code, torch.device("cpu")
+        bound = dense.shares.blocks or 0
+        model, _ = paging.opened(dense.name, lambda _: torch.float32, cpu, bound, trust_remote_code=trusted)
+        net = Supernet(model, net.adapter, net.space, net.errors, net.store, net.shares)
+    logits = torch.cat([part.cpu() for _, part in net.logits(plan, ids)])
+    net.rest()
+    paging.rest(net.model)
+    return ids.ids, logits
+
+
+@torch.no_grad()
+def compare(model: PreTrainedModel, probe: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Compare a model in float32 with what is expected of it.
+
+    Raises:
+        CannotGoOn: its logits differ.
+    """
+    ids, logits = probe
+    difference = float((model(ids, use_cache=False).logits - logits).abs().max())
+    if not difference <= TOLERANCE:  # NaN is not within any tolerance
+        raise CannotGoOn(
+            f"the result was not kept: logits differ by {difference:.3g} from those of the network that was judged; "
+            f"{TOLERANCE:.3g} is allowed"
+        )
 
 
 def write_result(result: Result, folder: Path) -> None:
@@ -141,16 +183,15 @@ def write_result(result: Result, folder: Path) -> None:
             raise CannotGoOn(f"the result was not kept: {error}") from error
 
 
-def load_small(folder: Path, recipe: Recipe, blocks: int | None) -> PreTrainedModel:
+def load_small(folder: Path, blocks: int | None, *, trust_remote_code: bool) -> PreTrainedModel:
     """Load the model of a result in the dtype of its file.
 
     Args:
         folder: of the result.
-        recipe: of the result.
         blocks: bytes of blocks to hold at once; None: the model is loaded whole.
+        trust_remote_code: whether code in the folder may run.
     """
-    trusted = recipe.trust_remote_code or recipe.code == "bundled"
     if blocks is None:
-        return loaded(str(folder), dtype="auto", trust_remote_code=trusted)
+        return loaded(str(folder), dtype="auto", trust_remote_code=trust_remote_code)
     cpu = torch.device("cpu")
-    return paging.opened(str(folder), lambda stored: stored, cpu, blocks, trust_remote_code=trusted)[0]
+    return paging.opened(str(folder), lambda stored: stored, cpu, blocks, trust_remote_code=trust_remote_code)[0]

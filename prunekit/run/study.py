@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 from warnings import catch_warnings, simplefilter
 
-from prunekit.errors import WrongInput, first_line
+from prunekit.errors import WrongInput, one_line, without_secrets
 from prunekit.recipe.choices import Choices
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
@@ -124,11 +124,15 @@ def open_study(
                 time.sleep(0.5 / attempts)
                 return opened(attempts - 1)
             what = place / "study.log" if storage is None else storage
-            raise WrongInput(f"the storage {str(what)!r} cannot be opened: {first_line(error)}") from error
+            said = one_line(error).replace(str(what), without_secrets(str(what)))
+            raise WrongInput(f"the storage {without_secrets(str(what))!r} cannot be opened: {said}") from error
 
     study = opened(ATTEMPTS)
     if study.user_attrs.setdefault(OURS, mine) != mine:
-        raise WrongInput(f"{storage} holds another study called {name!r}; choose another --study-name, or --overwrite")
+        raise WrongInput(
+            f"{without_secrets(str(storage))} holds another study called {name!r}; "
+            "choose another --study-name, or --overwrite"
+        )
     study.set_user_attr(OURS, mine)
     return study
 

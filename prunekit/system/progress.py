@@ -125,7 +125,7 @@ class RichProgress(Progress):
 
     def say(self, line: str) -> None:
         style = "yellow" if line.startswith("warning") else None
-        self.console.print(line, style=style, markup=False, highlight=False)
+        self.console.print(line, style=style, markup=False, emoji=False, highlight=False)
 
 
 class _RichStage(Stage):

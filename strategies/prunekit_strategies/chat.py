@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+from base64 import b64encode
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from functools import cached_property, partial
 from threading import Thread
 from typing import Any, Protocol, TypeVar
 from urllib.error import HTTPError
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 from urllib.request import Request, urlopen
 
 from prunekit import WrongInput
@@ -123,7 +124,7 @@ class LocalModel:
     reply_tokens: int  # at most
 
     def ready(self) -> None:
-        from prunekit.models.configs import read_config
+        from prunekit.models.intake import read_config
         from prunekit.models.opening import load_tokenizer
 
         read_config(self.model)
@@ -213,8 +214,25 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 
 
 def _hidden(text: str, key: str) -> str:
-    """Servers may repeat what they were sent; a record must not."""
-    return text.replace(key, "[key]") if len(key) >= FEW_LETTERS else text
+    """Servers may repeat what they were sent, in part or in another spelling; a record must not."""
+    if len(key) < FEW_LETTERS:
+        return text
+    pieces = {word[i : i + FEW_LETTERS].lower() for word in _spellings(key) for i in range(len(word) - FEW_LETTERS + 1)}
+    found = [i for i in range(len(text)) if text[i : i + FEW_LETTERS].lower() in pieces]
+    said, end = "", 0
+    for i in found:
+        if i > end or not said:
+            said += f"{text[end:i]}[key]"
+        end = i + FEW_LETTERS
+    return said + text[end:]
+
+
+def _spellings(key: str) -> set[str]:
+    """A key as it may come back: as it is, backwards, quoted for URLs or JSON, in hex, in base64 at any place."""
+    raw = key.encode()
+    base64 = {b64encode(b"\0" * shift + raw).decode()[-(-shift * 8 // 6) :].rstrip("=")[:-1] for shift in range(3)}
+    url_safe = {word.replace("+", "-").replace("/", "_") for word in base64}
+    return {key, key[::-1], quote(key, safe=""), json.dumps(key)[1:-1], raw.hex(), *base64, *url_safe}
 
 
 def _content(body: bytes) -> str:

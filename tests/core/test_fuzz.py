@@ -5,9 +5,7 @@ Of damaged state also exit code 1. Never a traceback, never more than 10 seconds
 
 from __future__ import annotations
 
-import json
 import resource
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from prunekit.cli.main import app
-from prunekit.errors import CannotGoOn
-from prunekit.run import family as families
-from prunekit.run import prune as runs
 
 SECONDS, KILOBYTES = 10, 500_000
 FEW, MANY = 12, 500  # examples of each kind of file; there are four
@@ -43,7 +38,9 @@ numbers = st.one_of(
     st.floats(),
 )
 values = st.recursive(
-    st.one_of(st.none(), st.booleans(), numbers, st.text(max_size=8), st.sampled_from(["obs", "groups", "2:4", "auto"])),
+    st.one_of(
+        st.none(), st.booleans(), numbers, st.text(max_size=8), st.sampled_from(["obs", "groups", "2:4", "auto"])
+    ),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
     max_leaves=6,
 )

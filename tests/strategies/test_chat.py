@@ -5,13 +5,15 @@ import random
 import socket
 import threading
 import time
+from base64 import b64encode, urlsafe_b64encode
+from urllib.parse import quote
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from prunekit import WrongInput
-from prunekit_strategies.chat import Endpoint, LocalModel, Unanswered, check_address
+from prunekit_strategies.chat import Endpoint, LocalModel, Unanswered, _hidden, check_address
 
 KEY = "sk-test-0123456789abcdef"
 
@@ -216,3 +218,35 @@ def test_what_cannot_be_opened_is_one_sentence(tmp_path):
     for place, sentence in {"empty": "not a model that can be opened", "nowhere": "no model folder"}.items():
         with pytest.raises(WrongInput, match=sentence):
             LocalModel(str(tmp_path / place), 0.0, 12).ready()
+
+
+KEY = "sk-proj-AbC/12+3456789xyz"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        KEY,
+        KEY.upper(),
+        KEY[::-1],
+        KEY[:10],
+        KEY[-9:],
+        f"{KEY}{KEY}",
+        KEY.encode().hex(),
+        quote(KEY, safe=""),
+        b64encode(KEY.encode()).decode(),
+        b64encode(f"user:{KEY}".encode()).decode(),
+        urlsafe_b64encode(f"Bearer {KEY}".encode()).decode(),
+    ],
+)
+def test_a_key_is_hidden_in_part_and_in_other_spellings(said: str) -> None:
+    hidden = _hidden(f"your key is {said}, is it not?", KEY)
+    assert hidden.count("[key]") == 1
+    assert not any(said[i : i + 8] in hidden for i in range(len(said) - 8))
+    assert hidden.startswith("your key is ")
+    assert hidden.endswith(", is it not?")
+
+
+def test_other_words_and_placeholders_are_not_hidden() -> None:
+    assert _hidden("a plain answer", KEY) == "a plain answer"
+    assert _hidden("EMPTY is empty", "EMPTY") == "EMPTY is empty"

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from prunekit.cli.main import app
-from prunekit.cli.tables import comparison
+from prunekit.cli.tables import comparison, print_table
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.run import prune as pruning
@@ -416,3 +416,10 @@ def test_unknown_commands_are_one_sentence() -> None:
 def test_rows_that_were_not_measured_are_left_out() -> None:
     table = comparison("x", {"parameters": 10, "perplexity": 2.0}, {"parameters": 5})
     assert [list(column.cells) for column in table.columns] == [["parameters"], ["10"], ["5"], ["0.500"]]
+
+
+def test_names_with_brackets_and_colons_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(comparison("out/[/bold] [red]x :car:", {}, {}, [("[b]", ":x:", "", "")]))
+    said = capsys.readouterr().out
+    assert "out/[/bold] [red]x :car:" in said
+    assert "[b]" in said

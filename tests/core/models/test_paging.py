@@ -13,12 +13,13 @@ from transformers import AutoTokenizer
 
 import prunekit
 from prunekit.demo import MODEL
+from prunekit.errors import CannotGoOn
 from prunekit.export.verify import _compare
 from prunekit.models import shards
 from prunekit.models.blocks import entered
 from prunekit.models.opening import opened, stored_as
 from prunekit.models.paging import pager_of, shapes_of, whole
-from prunekit.run import prune, session
+from prunekit.run import prune, results, session
 from prunekit.run.plan.plan import Stage
 from prunekit.run.workplace import written
 from prunekit.search.ledger import Ledger
@@ -201,6 +202,24 @@ def test_what_does_not_fit_is_verified_block_by_block(folder, tmp_path):
     save_file({"ids": ids, "logits": logits}, tmp_path / "probe")
     found = _compare(path, tmp_path / "probe", "0")
     assert (found.difference, found.parameters) == (0, sum(p.numel() for p in tiny("qwen3").parameters()))
+
+
+def test_a_paged_result_is_compared_with_the_network_that_was_judged(folder, tmp_path, monkeypatch):
+    whole_one = results.hf.paged
+
+    def lossy(*args: Any) -> Any:
+        small = whole_one(*args)
+        small.model.norm.weight = torch.nn.Parameter(small.model.norm.weight + 1, requires_grad=False)
+        return small
+
+    path = folder("llama", vocab_size=2048)
+    changes: dict[str, Any] = text_in(tmp_path) | {"pruner": "magnitude", "allocator": "uniform", "verify": True}
+    monkeypatch.setattr(results.hf, "paged", lossy)
+    with pytest.raises(CannotGoOn, match=r"the result was not kept: logits of .* differ"):
+        made(path, tmp_path / "out", paged=True, limit=1, **changes)
+    monkeypatch.undo()
+    bfloat = {"dtype": "bfloat16"}  # what was judged in half precision is expected in float32
+    assert made(path, tmp_path / "out", paged=True, limit=1, overwrite=True, **changes, **bfloat).directory
 
 
 def test_a_model_that_does_not_fit_needs_a_folder_for_the_result(folder):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from typing import Any
 
 import pytest
@@ -242,3 +243,30 @@ def test_what_an_allocator_asks_for_is_measured_recorded_and_resumed(
         with pytest.raises(KeyboardInterrupt):
             prunekit.prune(folder, output=tmp_path / "out", **options)
     assert prunekit.prune(folder, output=tmp_path / "out", **options).ledger == first.ledger
+
+
+def test_a_result_that_stays_in_memory_is_compared_with_what_was_judged(folder, monkeypatch, quick):
+    made = results.hf.to_transformers
+
+    def lossy(*args: Any) -> Any:
+        small = made(*args)
+        small.lm_head.weight = torch.nn.Parameter(small.lm_head.weight + 1, requires_grad=False)
+        return small
+
+    monkeypatch.setattr(results.hf, "to_transformers", lossy)
+    settings = quick(pruner="magnitude", allocator="uniform", objective="expected-error")
+    with pytest.raises(prunekit.errors.CannotGoOn, match=r"logits differ by .* from those of the network"):
+        prunekit.prune(folder, **settings)
+
+
+def test_what_is_written_has_the_permissions_of_the_user_and_the_tokenizer_model(saved_tiny, tmp_path, quick):
+    source = saved_tiny()
+    (source / "tokenizer.model").write_bytes(b"pieces")
+    settings = quick(pruner="magnitude", allocator="uniform", objective="expected-error")
+    old = os.umask(0o027)
+    try:
+        prunekit.prune(source, output=tmp_path / "out", **settings)
+    finally:
+        os.umask(old)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"

@@ -259,6 +259,7 @@ def test_sqlite_holds_the_study_too(quick, tmp_path: Path) -> None:
         ({"space": {"pruner": ["obz", "obs"]}}, "no pruner 'obz'"),
         ({"space": "gone.yaml"}, "no space file 'gone.yaml'"),
         ({"storage": "nonsense"}, "the storage 'nonsense' cannot be opened"),
+        ({"storage": "none://me:secret@host/db?key=secret"}, "the storage 'none://host/db' cannot be opened"),
         ({"objective": "robust"}, "there is only noise"),
         ({"model": None}, "no model was given"),
     ],

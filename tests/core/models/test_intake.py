@@ -1,0 +1,253 @@
+"""What is no model of plain weights is told by name before a library reads it, and ties are those of the tensors."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import prunekit
+from prunekit.errors import WrongInput
+from prunekit.models.opening import load_tokenizer, loaded, opened, skeleton
+from prunekit.models.places import _reached, at_hand
+from prunekit.system.memory import Shares
+from prunekit.system.progress import warn_once
+
+PAGED = Shares(blocks=0, activations=0)
+
+
+def edit(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused(folder: Path) -> str:
+    """What every door says: whole, paged, for a plan, for a measurement."""
+    said = set()
+    for door in (skeleton, loaded, lambda path: opened(path, ()), lambda path: opened(path, (), shares=PAGED)):
+        with pytest.raises(WrongInput) as caught:
+            door(str(folder))
+        said.add(str(caught.value))
+    (sentence,) = said
+    assert "\n" not in sentence
+    return sentence
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "(gptq)"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}}, "(fp8)"),
+        ({"quantization_config": {"load_in_8bit": True}}, "(bitsandbytes)"),
+        ({"compression_config": {"format": "int-quantized"}}, "(compression_config)"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "(quantization)"),
+    ],
+    ids=str,
+)
+def test_a_quantized_checkpoint_is_refused_by_name(config: dict[str, Any], name: str, saved_letters: Any) -> None:
+    folder = saved_letters()
+    edit(folder / "config.json", **config)
+    assert f"is quantized {name}, and only plain weights" in refused(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_in_eight_bits_are_refused_though_no_config_says_so(
+    dtype: torch.dtype, file: str, saved_letters: Any
+) -> None:
+    folder, name = saved_letters(), "model.layers.1.mlp.up_proj.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    if file == "pytorch_model.bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / file)
+        (folder / "model.safetensors").unlink()
+    assert f"is quantized ({name} is " in refused_whole(folder)
+
+
+def refused_whole(folder: Path) -> str:
+    with pytest.raises(WrongInput) as caught:
+        skeleton(str(folder))
+    return str(caught.value)
+
+
+def test_a_quantized_model_in_memory_is_refused(saved_letters: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(saved_letters())
+    weight = model.model.layers[0].mlp.up_proj.weight
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(WrongInput, match=r"LlamaForCausalLM' is quantized \(.*up_proj.weight is torch.int8\)"):
+        prunekit.prune(model, object(), quiet=True)
+
+
+@pytest.mark.parametrize("peft", [True, False], ids=["peft", "no peft"])
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside"])
+def test_an_adapter_is_one_sentence(
+    peft: bool, alone: bool, saved_letters: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved_letters()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base", "r": 4}))
+    if alone:
+        (folder / "config.json").unlink()
+        (folder / "model.safetensors").unlink()
+    if not peft:
+        monkeypatch.setitem(sys.modules, "peft", None)
+    assert "holds an adapter for 'some/base' (adapter_config.json); merge it" in refused(folder)
+    (folder / "adapter_config.json").write_text("[")
+    assert "does not say for which model" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_named(name: str, saved_letters: Any) -> None:
+    folder = saved_letters()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    assert f"{name} is a pointer of Git LFS, not the file itself; run `git lfs pull`" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda folder: next(folder.glob("model-00002*")).unlink(), "has no model-00002-of-"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "does not say which tensor"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "does not say which tensor"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'), "not say"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}'), "not say"),
+        (lambda folder: next(folder.glob("model-00002*")).write_bytes(b"x" * 99), "cannot be read: "),
+    ],
+)
+def test_shards_that_are_not_whole_are_named(damage: Any, says: str, saved_letters: Any) -> None:
+    folder = saved_letters()
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="4KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    damage(folder)
+    assert says in refused(folder)
+
+
+def test_what_is_no_torch_checkpoint_is_named(saved_letters: Any) -> None:
+    folder = saved_letters()
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    assert "pytorch_model.bin is no checkpoint that can be read" in refused_whole(folder)
+    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "gone.bin"}}')
+    (folder / "pytorch_model.bin").unlink()
+    assert "has no gone.bin, which its index names" in refused_whole(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({}, r"You need to have sentencepiece or tiktoken installed"),
+        ({"tokenizer.json": "{}"}, r"has no tokenizer that can be opened: \S"),
+        ({"tokenizer.json": "["}, r"has no tokenizer that can be opened: \S"),
+        ({"tokenizer.json": "[" * 10_000}, r"has no tokenizer that can be opened: \S"),
+    ],
+)
+def test_what_a_tokenizer_lacks_is_said_with_the_advice(files: dict[str, str], says: str, saved_letters: Any) -> None:
+    folder = saved_letters()
+    for file in folder.glob("*token*"):
+        file.unlink()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    with pytest.raises(WrongInput, match=says) as caught:
+        load_tokenizer(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_every_tensor_that_is_not_used_is_named(saved_letters: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved_letters()
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.0.extra.weight": torch.ones(2)}))
+    for shares in ({}, {"shares": PAGED}):
+        warn_once.cache_clear()
+        opened(str(folder), (), **shares)
+        assert "holds model.layers.0.extra.weight, for which its model has no place" in capsys.readouterr().err
+
+
+# -- ties -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untied(saved_letters: Any) -> Path:
+    """A folder whose config says that head and embedding are one, and whose file holds two."""
+    folder = saved_letters(tie_word_embeddings=False)
+    edit(folder / "config.json", tie_word_embeddings=True)
+    return folder
+
+
+def test_a_head_of_its_own_is_kept_whole_and_paged(untied: Path) -> None:
+    stored = load_file(untied / "model.safetensors")
+    for shares in ({}, {"shares": PAGED}):
+        model: Any = opened(str(untied), (), **shares).model
+        assert torch.equal(model.lm_head.weight, stored["lm_head.weight"])
+        assert torch.equal(model.model.embed_tokens.weight, stored["model.embed_tokens.weight"])
+        assert model.config.tie_word_embeddings is False
+    assert opened(str(untied), ()).fingerprint == opened(str(untied), (), shares=PAGED).fingerprint
+    model, _ = skeleton(str(untied))
+    assert sum(p.numel() for p in model.parameters()) == sum(t.numel() for t in stored.values())
+
+
+def test_equal_tensors_are_tied_where_the_config_says_so(untied: Path) -> None:
+    rewrite(untied, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    for shares in ({}, {"shares": PAGED}):
+        model: Any = opened(str(untied), (), **shares).model
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert model.config.tie_word_embeddings is True
+
+
+def test_a_result_has_the_head_of_its_source(untied: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "recipe": "fast",
+        "pruner": "magnitude",
+        "allocator": "uniform",
+        "data__dataset": "python-docs",
+        "data__seqlen": 16,
+        "data__calibration_tokens": 64,
+        "data__search_tokens": 64,
+        "data__evaluation_tokens": 64,
+        "quiet": True,
+    }
+    stored = load_file(untied / "model.safetensors")["lm_head.weight"]
+    in_memory = AutoModelForCausalLM.from_pretrained(untied)
+    in_memory.config.tie_word_embeddings = True
+    results = [
+        prunekit.prune(untied, output=tmp_path / "out", **settings),
+        prunekit.prune(in_memory, load_tokenizer(str(untied)), **settings),
+    ]
+    assert in_memory.config.tie_word_embeddings is True  # it is not changed
+    results[1].save(tmp_path / "again")
+    for name, result in zip(("out", "again"), results, strict=True):
+        head: Any = result.model.get_output_embeddings()
+        assert torch.equal(head.weight, stored)
+        assert torch.equal(load_file(tmp_path / name / "model.safetensors")["lm_head.weight"], stored)
+        assert json.loads((tmp_path / name / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+# -- the hub ----------------------------------------------------------------------------------------------
+
+
+def test_without_a_network_the_cache_is_taken_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    asked = []
+
+    def unreachable(_: Any, name: str, timeout: float) -> None:
+        asked.append((name, timeout))
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache",
+        lambda repo, name: str(tmp_path / name) if repo == "owner/cached" else None,
+    )
+    _reached.cache_clear()
+    assert at_hand("owner/cached") == at_hand("owner/cached") == str(tmp_path)
+    assert asked == [("owner/cached", 10)]
+    assert "the hub does not answer; owner/cached is taken from its cache" in capsys.readouterr().err
+    with pytest.raises(WrongInput, match=r"'owner/other' is no folder here, and the hub does not answer"):
+        at_hand("owner/other")
+    _reached.cache_clear()
