@@ -441,7 +441,7 @@ def test_the_same_text_under_two_names_is_refused(text: Path, tmp_path: Path, pa
     copy.write_bytes(gzip.compress(as_row.encode()) if name.endswith("gz") else as_row.encode())
     for amounts in ((64, 64, 64), (64, 32, 16)):
         with pytest.raises(WrongInput, match=rf"{part} and calibration .* two names, .*{name}.*data\.{part}_dataset"):
-            draw(Letters(), spec(text, *amounts, **{f"{part}_dataset": str(copy)}))
+            draw(Letters(), spec(text, *amounts, seqlen=8, **{f"{part}_dataset": str(copy)}))
 
 
 def test_evaluation_on_the_text_of_the_search_is_refused(text: Path, tmp_path: Path) -> None:

@@ -26,12 +26,12 @@ SPELLED = "one <|endoftext|> two"
 class Slow(PythonBackend):
     """One token per character, in Python."""
 
-    vocab_files_names: ClassVar = {}
+    vocab_files_names: ClassVar = {}  # type: ignore[misc]
 
     def __init__(self, **more: Any) -> None:
         self.letters = {chr(i): i for i in range(128)}
         super().__init__(eos_token="<|endoftext|>", unk_token="<unk>", **more)
-        self.add_tokens([AddedToken("tion", special=False)])
+        self.add_tokens([AddedToken("tion", special=False)])  # type: ignore[list-item]
 
     @property
     def vocab_size(self) -> int:
@@ -44,7 +44,7 @@ class Slow(PythonBackend):
         return list(text)
 
     def _convert_token_to_id(self, token: str) -> int | None:
-        return self.letters.get(token, self.unk_token_id)
+        return self.letters.get(token, 129)  # that of <unk>
 
     def _convert_id_to_token(self, index: int) -> str:
         return chr(index)
@@ -90,7 +90,7 @@ def test_every_reader_of_text_keeps_special_tokens_out(tmp_path: Path) -> None:
     text, quiz = tmp_path / "spelled.txt", tmp_path / "quiz.jsonl"
     text.write_text(" ".join(f"{i} <|endoftext|>" for i in range(3_000)))
     quiz.write_text(json.dumps({"prompt": "<|endoftext|> a", "choices": ["<|endoftext|>", "b"], "answer": 1}) + "\n")
-    few = dict.fromkeys((f"{part}_tokens" for part in ("calibration", "search", "evaluation")), 640)
+    few: Any = dict.fromkeys((f"{part}_tokens" for part in ("calibration", "search", "evaluation")), 640)
     asked = DataSpec(dataset=str(text), search_dataset=str(quiz), seqlen=64, **few)
     tokenizer = bundled()
     for spell in (False, True):
@@ -136,13 +136,14 @@ def test_only_the_template_writes_special_tokens() -> None:
     assert isinstance(ids, list)
     assert ids.count(0) == 2
     assert tokenizer.decode(ids) == f"<|endoftext|>user: {SPELLED}<|endoftext|>assistant: half \ufffd an emoji"
-    assert Encoder(tokenizer, special_tokens=True).chat(conversation(SPELLED, "yes")).count(0) == 3
+    allowed = Encoder(tokenizer, special_tokens=True).chat(conversation(SPELLED, "yes"))
+    assert list(allowed).count(0) == 3
 
 
 def test_pieces_that_are_special_are_taken_apart_in_messages() -> None:
     tokenizer = unigram()
     tokenizer.chat_template = "{% for m in messages %}<s>{{ m.content }}{% endfor %}"
-    ids = Encoder(tokenizer).chat(conversation("a </s> b"))
+    ids = list(Encoder(tokenizer).chat(conversation("a </s> b")))
     assert (ids.count(1), ids.count(2)) == (1, 0)
 
 

@@ -6,6 +6,7 @@ import os
 import threading
 import tracemalloc
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,8 @@ def test_any_bytes_are_rows_or_one_sentence(
     content = LINES.encode()[:at] + wrong + LINES.encode()[at:]
     path = written(tmp_path_factory.mktemp("any"), gzip.compress(content) if packed else content)
     for read in (json_rows, text_pieces):
-        try:
-            list(read(path))
-        except WrongInput as error:
-            assert str(error).startswith(str(path))
+        with suppress(WrongInput):  # and nothing else
+            assert list(read(path))
 
 
 def test_text_is_read_as_python_reads_it(tmp_path: Path) -> None:
