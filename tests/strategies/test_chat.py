@@ -220,33 +220,34 @@ def test_what_cannot_be_opened_is_one_sentence(tmp_path):
             LocalModel(str(tmp_path / place), 0.0, 12).ready()
 
 
-KEY = "sk-proj-AbC/12+3456789xyz"
+WHOLE = "sk-proj-AbC/12+3456789xyz"
 
 
 @pytest.mark.parametrize(
     "said",
     [
-        KEY,
-        KEY.upper(),
-        KEY[::-1],
-        KEY[:10],
-        KEY[-9:],
-        f"{KEY}{KEY}",
-        KEY.encode().hex(),
-        quote(KEY, safe=""),
-        b64encode(KEY.encode()).decode(),
-        b64encode(f"user:{KEY}".encode()).decode(),
-        urlsafe_b64encode(f"Bearer {KEY}".encode()).decode(),
+        WHOLE,
+        WHOLE.upper(),
+        WHOLE[::-1],
+        WHOLE[:10],
+        WHOLE[-9:],
+        f"{WHOLE}{WHOLE}",
+        WHOLE.encode().hex(),
+        quote(WHOLE, safe=""),
+        b64encode(WHOLE.encode()).decode(),
+        b64encode(f"user:{WHOLE}".encode()).decode(),
+        urlsafe_b64encode(f"Bearer {WHOLE}".encode()).decode(),
     ],
 )
 def test_a_key_is_hidden_in_part_and_in_other_spellings(said: str) -> None:
-    hidden = _hidden(f"your key is {said}, is it not?", KEY)
+    hidden = _hidden(f"your key is {said}, is it not?", WHOLE)
     assert hidden.count("[key]") == 1
-    assert not any(said[i : i + 8] in hidden for i in range(len(said) - 8))
+    middle = len(said) // 2  # base64 begins and ends with what is not the key
+    assert said[middle : middle + 8] not in hidden
     assert hidden.startswith("your key is ")
     assert hidden.endswith(", is it not?")
 
 
 def test_other_words_and_placeholders_are_not_hidden() -> None:
-    assert _hidden("a plain answer", KEY) == "a plain answer"
+    assert _hidden("a plain answer", WHOLE) == "a plain answer"
     assert _hidden("EMPTY is empty", "EMPTY") == "EMPTY is empty"

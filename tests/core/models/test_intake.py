@@ -15,7 +15,7 @@ import prunekit
 from prunekit.errors import WrongInput
 from prunekit.models.opening import load_tokenizer, loaded, opened, skeleton
 from prunekit.models.places import _reached, at_hand
-from prunekit.system.memory import Shares
+from prunekit.system.memory import SHARES, Shares
 from prunekit.system.progress import warn_once
 
 PAGED = Shares(blocks=0, activations=0)
@@ -163,9 +163,9 @@ def test_what_a_tokenizer_lacks_is_said_with_the_advice(files: dict[str, str], s
 def test_every_tensor_that_is_not_used_is_named(saved_letters: Any, capsys: pytest.CaptureFixture[str]) -> None:
     folder = saved_letters()
     rewrite(folder, lambda tensors: tensors.update({"model.layers.0.extra.weight": torch.ones(2)}))
-    for shares in ({}, {"shares": PAGED}):
+    for shares in (SHARES, PAGED):
         warn_once.cache_clear()
-        opened(str(folder), (), **shares)
+        opened(str(folder), (), shares=shares)
         assert "holds model.layers.0.extra.weight, for which its model has no place" in capsys.readouterr().err
 
 
@@ -182,8 +182,8 @@ def untied(saved_letters: Any) -> Path:
 
 def test_a_head_of_its_own_is_kept_whole_and_paged(untied: Path) -> None:
     stored = load_file(untied / "model.safetensors")
-    for shares in ({}, {"shares": PAGED}):
-        model: Any = opened(str(untied), (), **shares).model
+    for shares in (SHARES, PAGED):
+        model: Any = opened(str(untied), (), shares=shares).model
         assert torch.equal(model.lm_head.weight, stored["lm_head.weight"])
         assert torch.equal(model.model.embed_tokens.weight, stored["model.embed_tokens.weight"])
         assert model.config.tie_word_embeddings is False
@@ -194,8 +194,8 @@ def test_a_head_of_its_own_is_kept_whole_and_paged(untied: Path) -> None:
 
 def test_equal_tensors_are_tied_where_the_config_says_so(untied: Path) -> None:
     rewrite(untied, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-    for shares in ({}, {"shares": PAGED}):
-        model: Any = opened(str(untied), (), **shares).model
+    for shares in (SHARES, PAGED):
+        model: Any = opened(str(untied), (), shares=shares).model
         assert model.lm_head.weight is model.model.embed_tokens.weight
         assert model.config.tie_word_embeddings is True
 
