@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from prunekit.run.stages import Run
 from prunekit.run.workplace import check_output, new_folder
 from prunekit.search.supernet import Supernet
 from prunekit.space.sites import Allocation
+from prunekit.system.files import read_json
 
 PROBE = 1024  # tokens an export is verified on
 
@@ -56,7 +56,7 @@ class Result:
             WrongInput: there is no recipe, or no tokenizer.
         """
         folder = Path(directory)
-        recipe, report = Recipe.load(folder), json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        recipe, report = Recipe.load(folder), read_json(folder / "report.json")
         tokenizer = load_tokenizer(str(folder), recipe.trust_remote_code)
         ledger = (folder / "ledger.jsonl").read_text(encoding="utf-8")
         return cls(load_small(folder, recipe, blocks), tokenizer, recipe, report, ledger, folder, None, blocks)
