@@ -79,7 +79,7 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
         inside = list(value.items())
     elif isinstance(value, (tuple, list)):
         inside = enumerate(value)
-    elif dataclasses.is_dataclass(value):
+    elif dataclasses.is_dataclass(value) and hasattr(value, "__dict__"):
         inside = list(vars(value).items())
     for key, part in inside:
         yield from _tensors(part, f"{name}.{key}" if name else str(key))

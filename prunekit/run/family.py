@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from prunekit.run.results import Result, write_result
 from prunekit.run.session import Job
 from prunekit.run.stages import Run, clear_folder
 from prunekit.run.workplace import check_output, new_folder, publish, published
-from prunekit.system.files import changed, seal, write_json
+from prunekit.system.files import changed, read_json, seal, write_json
 
 SCHEMA = 1
 FILE = "pareto.json"
@@ -99,7 +98,7 @@ def family(recipe: Recipe, job: Job) -> Family:
     asked, output = [member.sparsity for member in recipe.members], job.output
     with open_runs(recipe, job, asked) as (place, runs):
         if output is not None and published(place, output.resolve()):  # it was stopped while it tidied up
-            return _family(json.loads((output / FILE).read_text(encoding="utf-8")), output, {}, runs[0])
+            return _family(read_json(output / FILE), output, {}, runs[0])
         done, results, before = place / "result", dict[str, Result](), None
         done.mkdir(exist_ok=True)
         for run, (net, answer) in zip(runs, run_search(runs), strict=True):
@@ -203,4 +202,4 @@ def _shared(report: Mapping[str, Any]) -> float:
 
 
 def _report(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return read_json(folder / "report.json")

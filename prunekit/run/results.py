@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from prunekit.run.stages import Run
 from prunekit.run.workplace import check_output, new_folder
 from prunekit.search.supernet import Supernet
 from prunekit.space.sites import Allocation
+from prunekit.system.files import read_json
 
 PROBE = 1024  # tokens an export is verified on
 
@@ -60,7 +60,7 @@ class Result:
         """
         folder = Path(directory)
         recipe = Recipe.load(folder, trust_remote_code=trust_remote_code)
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report = read_json(folder / "report.json")
         tokenizer = load_tokenizer(str(folder), trust_remote_code)
         ledger = (folder / "ledger.jsonl").read_text(encoding="utf-8")
         model = load_small(folder, blocks, trust_remote_code=trust_remote_code)

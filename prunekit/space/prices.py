@@ -83,7 +83,7 @@ class Prices:
         """
         try:
             found = _TABLE.validate_python(json.loads(json.dumps(values)))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             what = str(error).replace("\n", " ")
             raise WrongInput(f"{source} is no price table of prunekit ({what}); measure anew without it") from error
         if found.outside < 0:
@@ -106,7 +106,7 @@ class Prices:
                 f"there is no price table {str(path)!r}; give one with --set latency.prices=FILE, or measure anew "
                 "with --set latency.prices=null"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise WrongInput(f"{path} is not JSON; measure anew with --set latency.prices=null") from error
         return cls.of(values, str(path))
 

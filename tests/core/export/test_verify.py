@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -61,3 +66,41 @@ def test_what_differs_is_said(found: Verified | None, sentence: str, monkeypatch
     monkeypatch.setattr(subprocess, "run", child)
     with pytest.raises(NotVerified, match=sentence):
         verify("somewhere", IDS, torch.zeros(1, 6, 61), 100, tolerance=0.1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_whoever_stops_the_verification_leaves_neither_process_nor_folder(end: int, tmp_path: Path) -> None:
+    model = tiny("llama")
+    save(to_transformers(model, adapter_for("llama")), tmp_path / "model")
+    code = (
+        "import sys, torch; from prunekit.export import verify\n"
+        "verify(sys.argv[1], torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, 8), 1)"
+    )
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "model")], env=environment)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    until(lambda: any(scratch.glob("prunekit-verify-*/probe.safetensors")) and bool(children.read_text().split()))
+    (child,) = children.read_text().split()
+    parent.send_signal(end)
+    assert parent.wait(60) != 0
+    until(lambda: not list(scratch.glob("prunekit-verify-*")))
+    until(lambda: state_of(child) in ("", "Z"))
+
+
+def until(true: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if true():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not come true in a minute")
+
+
+def state_of(process: str) -> str:
+    """Of a process; Z where only its entry is left, "" where nothing is."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""

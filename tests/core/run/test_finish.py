@@ -131,3 +131,47 @@ def test_a_finisher_that_breaks_its_promise_ends_the_run(folder, monkeypatch):
     monkeypatch.setattr(FINISHERS, "spec", lambda _: {"name": "least-squares"})
     with pytest.raises(prunekit.PluginError, match="Forgetful left values"):
         prunekit.prune(folder, finishers=["least-squares"], **QUICK)
+
+
+@dataclass(frozen=True)
+class Spoiling(prunekit.Finisher):
+    """Does to the dense model, and answers, what it was told."""
+
+    hidden: bool = False
+
+    def finish(self, piece: Any) -> Any:
+        weight = next(piece.dense.parameters())
+        (weight.data if self.hidden else weight).mul_(2)
+        return {}
+
+
+@dataclass(frozen=True)
+class Mute(prunekit.Finisher):
+    """Reports nothing, or what no report can hold."""
+
+    said: Any = None
+
+    def finish(self, piece: Any) -> Any:
+        return {"tensor": torch.zeros(1)} if self.said else None
+
+
+@pytest.mark.parametrize(
+    ("finisher", "sentence"),
+    [
+        (Spoiling(), r"Spoiling changed dense\.\S+, which it was given only to be read"),
+        (Spoiling(hidden=True), r"Spoiling changed dense\.\S+, which it was given only to be read"),
+        (Mute(), r"Mute: what it reports is None .*, and dict was asked"),
+        (Mute(said=True), "Mute: what it reports is not JSON"),
+    ],
+)
+def test_a_finisher_that_changes_the_dense_model_or_says_nonsense_is_named(finisher, sentence, folder, monkeypatch):
+    spec = {"name": "bias"}
+    monkeypatch.setattr(type(FINISHERS), "build", lambda self, given: finisher if given == spec else BUILD(self, given))
+    monkeypatch.setattr(
+        type(FINISHERS), "spec", lambda self, plugin: spec if plugin is finisher else SPEC(self, plugin)
+    )
+    with pytest.raises(prunekit.PluginError, match=sentence):
+        prunekit.prune(folder, finishers=[spec], **QUICK)
+
+
+BUILD, SPEC = type(FINISHERS).build, type(FINISHERS).spec

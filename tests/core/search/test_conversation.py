@@ -209,11 +209,15 @@ def test_a_search_is_a_conversation(search, net, tmp_path):
         held(net, Silent(), Counting(), tmp_path / "l")
 
 
-@pytest.mark.parametrize("queries", [None, 7, {1, 2}, [None], [7], [Query([1, 2])], [Query(None)], [Query((None,))]])
+WRONG: list[Any] = [[1, 2], None, (None,)]  # allocations
+
+
+@pytest.mark.parametrize("queries", [None, 7, {1, 2}, [None], [7], *([Query(wrong)] for wrong in WRONG)])
 def test_questions_are_lists_of_queries(queries, net, tmp_path):
     class Confused(Allocator):
         def search(self, problem):
             yield queries
+            return problem.start
 
     with pytest.raises(PluginError, match="Confused"):
         held(net, Confused(), Counting(), tmp_path / "l")
