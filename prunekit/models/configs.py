@@ -33,7 +33,11 @@ COUNTED = re.compile(r"(num|n)_.+|.*_?(size|dim|rank|heads|layers|layer|embeddin
 LEAST = {"hidden_size", "intermediate_size", "ffn_dim", "vocab_size", "num_hidden_layers", "num_attention_heads"}
 LEAST |= {"num_key_value_heads", "max_position_embeddings"}
 POSITIVE = {"rope_theta", "factor"}
-OUTPUTS = {"return_dict": True, "output_attentions": False}  # what a run reads of a model
+OUTPUTS = {  # what a run reads of a model
+    "return_dict": (True,),
+    "output_attentions": (False, None),
+    "output_hidden_states": (False, True, None),
+}
 POINTER = 1024  # bytes; a smaller file holds no weights but says where they are
 BITS = 8  # parameters in a byte, at most
 
@@ -53,9 +57,9 @@ def parse_config(source: str, path: str, *, trust_remote_code: bool = False) -> 
     values = read_json(file) if file.is_file() else {}
     for key, value in _numbers(values):
         _check(file, key, value)
-    for key, value in OUTPUTS.items():
-        if values.get(key, value) != value:
-            raise WrongInput(f"{file}: {key} is {values[key]!r}, and models are run with {value!r}; remove that key")
+    for key, known in OUTPUTS.items():
+        if not any(values.get(key, known[0]) is each for each in known):
+            raise WrongInput(f"{file}: {key} is {values[key]!r}, and models are run with {known[0]}; remove that key")
 
     def read(values: dict[str, Any]) -> Any:
         return AutoConfig.for_model(**values)

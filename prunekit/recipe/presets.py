@@ -95,7 +95,9 @@ def read_yaml(name: str | Path, group: str = PRESETS) -> dict[str, Any]:
         raise WrongInput(f"no {what} file {str(name)!r}; give a file, or one of the presets {', '.join(known)}")
     else:
         raise WrongInput(unknown(what, str(name), known))
-    values = read_plain(text, f"{what} {str(name)!r}") or {}
+    values = read_plain(text, f"{what} {str(name)!r}")
+    if values is None:
+        return {}
     if not isinstance(values, dict):
         raise WrongInput(f"{what} {str(name)!r} is not a list of key: value")
     return values
