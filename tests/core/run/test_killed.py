@@ -24,7 +24,7 @@ def started(output):
 
 
 def sites_done(place):
-    return sum(len(json.loads(file.read_text())["sites"]) for file in place.glob("walk-*/manifest.json"))
+    return sum(len(json.loads(file.read_text())["content"]["sites"]) for file in place.glob("walk-*/manifest.json"))
 
 
 def questions_asked(place):
