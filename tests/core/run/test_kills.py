@@ -156,6 +156,14 @@ def main(kind: str, how: str, model: str, place: Path, times: int) -> dict[str, 
             time.sleep(at)
             os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        partial = output.with_name("out.partial")
+        if output.exists() and not (partial / "run.json").exists() and kind not in ("overwrite", "tune"):
+            if content(output) != expected:  # it had ended: the same command would say that there is a result
+                wrong.append(f"{at}: ended with other bytes")
+            if partial.exists():
+                partial.joinpath(".prunekit.lock").unlink(missing_ok=True)
+                partial.rmdir()  # and held nothing else
+            continue
         again = in_a_copy(lambda output=output: run(kind, model, output))
         if os.waitpid(again, 0)[1] != 0:
             wrong.append(f"{at}: it did not go on")
