@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -146,6 +146,25 @@ class Dead(BaseException):
 CALLS = [(os, "replace"), (os, "rename"), (os, "rmdir"), (os, "unlink"), (os, "scandir")]
 
 
+@contextmanager
+def dead_from(last, monkeypatch, names):
+    """The process is killed at the call number `last` of any of some functions, and stays dead."""
+    calls = iter(range(1, 1000))
+
+    def dying(real):
+        def call(*args, **kwargs):
+            if next(calls) >= last:
+                raise Dead
+            return real(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for module, name in names:
+            patch.setattr(module, name, dying(getattr(module, name)))
+        yield
+
+
 def complete(folder, text):
     """A result of two files in two places."""
     result(folder)
@@ -168,19 +187,7 @@ def test_whenever_it_is_killed_the_old_or_the_new_result_is_there_whole(tmp_path
         new, out = complete(root / "work/new", "new"), complete(root / "out", "old")
         if leftover:
             complete(root / "work/replaced", "older")
-        calls = iter(range(1, 1000))
-
-        def dying(real, calls=calls, last=last):
-            def call(*args, **kwargs):
-                if next(calls) >= last:
-                    raise Dead
-                return real(*args, **kwargs)
-
-            return call
-
-        with monkeypatch.context() as patch:
-            for module, name in CALLS:
-                patch.setattr(module, name, dying(getattr(module, name)))
+        with dead_from(last, monkeypatch, CALLS):
             try:
                 publish(new, out)
                 ended = True
@@ -284,19 +291,7 @@ def test_wherever_it_is_stopped_the_same_command_goes_on(tmp_path, monkeypatch):
                     shutil.rmtree(place / "result", ignore_errors=True)
                     publish(complete(place / "result", "new"), out)
 
-        calls = iter(range(1, 1000))
-
-        def dying(real, calls=calls, last=last):
-            def call(*args, **kwargs):
-                if next(calls) >= last:
-                    raise Dead
-                return real(*args, **kwargs)
-
-            return call
-
-        with monkeypatch.context() as patch:
-            for module, name in [*CALLS, (os, "mkdir")]:
-                patch.setattr(module, name, dying(getattr(module, name)))
+        with dead_from(last, monkeypatch, [*CALLS, (os, "mkdir")]):
             try:
                 run()
                 ended = True
