@@ -73,16 +73,20 @@ def available(device: torch.device) -> int:
 class Room:
     """Where activations are kept: in memory as far as the bound allows, the others in files of its own.
 
+    No two rooms of a process name a file alike: what is left of a room that failed is freed late, and may lie in the
+    folder of the next.
+
     The first ones stay in memory: they are read in turn, again and again, so that a tensor that was moved out to make
     room would be the next to be read.
     """
+
+    _numbers = count()
 
     def __init__(self, bound: int | None = None, folder: Path | None = None) -> None:
         """Files go to `folder`, or to a temporary one; None: no bound."""
         self.bound, self.folder = bound, folder
         self.held = 0  # bytes in memory
         self.spilled = 0  # bytes in files
-        self._names = count()
 
     def row(self, tensors: Iterable[Tensor] = ()) -> Row:
         """Make a list of tensors that are kept here."""
@@ -98,7 +102,7 @@ class Room:
             self.folder = Path(tempfile.mkdtemp(prefix="prunekit-"))
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"{next(self._names)}.safetensors"
+        file = self.folder / f"{next(self._numbers)}.safetensors"
         save_file({"": tensor.detach().cpu().contiguous()}, file)
         return Kept(self, file, tensor.device, tensor.nbytes)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,7 +109,10 @@ def toy_supernet(
     form = parse_form(structure)
     sites = adapter.sites_of(model, form, heads)  # type: ignore[arg-type]
     whole = Space.whole(sites, Budget.keeping(share, sites))
-    store = CandidateStore(directory or Path(tempfile.mkdtemp(prefix="prunekit-toy-")), {"toy": model_type})
+    folder = directory or Path(tempfile.mkdtemp(prefix="prunekit-toy-"))
+    store = CandidateStore(folder, {"toy": model_type})
+    if directory is None:
+        weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
     pruner = pruner or (KeepFirst() if form.shrinks else KeepLargest())
     errors = build(
         model, adapter, whole, whole.uniform(), pruner, toy_tokens(), store,

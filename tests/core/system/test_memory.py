@@ -29,6 +29,14 @@ def test_what_does_not_fit_comes_back_bit_for_bit_from_a_file(dtype, tmp_path):
     assert (room.held, room.spilled, list(tmp_path.iterdir())) == (0, 0, [])
 
 
+def test_what_is_left_of_a_room_takes_no_file_of_the_next_one_in_its_folder(tmp_path):
+    left = Room(0, tmp_path).row([torch.zeros(3)])
+    row = Room(0, tmp_path).row([torch.ones(3)])
+    del left
+    gc.collect()
+    assert torch.equal(row[0], torch.ones(3))
+
+
 def test_a_room_without_bound_writes_nothing(tmp_path):
     room = Room(folder=tmp_path)
     tensor = torch.randn(7)
