@@ -111,7 +111,7 @@ def open_study(
         where: Any = storage
         try:
             if storage is None:
-                _end_whole(place / "study.log")
+                _mend(place / "study.log")
                 where = optuna.storages.JournalStorage(JournalFileBackend(str(place / "study.log")))
             elif not keep and name in optuna.get_all_study_names(where):
                 optuna.delete_study(study_name=name, storage=where)
@@ -137,8 +137,10 @@ def open_study(
     return study
 
 
-def _end_whole(log: Path) -> None:
-    """Forget the half line of a writer that was killed: what comes next would be added to it."""
+def _mend(log: Path) -> None:
+    """Undo what a writer that was killed has left: its lock, and half a line, to which the next would be added."""
+    for lock in log.parent.glob(f"{log.name}.lock*"):  # this folder is ours alone, so nobody holds it
+        lock.unlink()
     text = log.read_bytes() if log.exists() else b""
     if text and not text.endswith(b"\n"):
         with log.open("r+b") as file:
@@ -146,27 +148,27 @@ def _end_whole(log: Path) -> None:
 
 
 def propose_trials(
-    study: optuna.Study, choices: Choices, trials: int, seed: int, place: Path, sampler: Sampler, *, ours: bool
-) -> Iterator[tuple[FrozenTrial, Mapping[str, Any]]]:
+    study: optuna.Study, choices: Choices, trials: int, seed: int, place: Path, sampler: Sampler
+) -> Iterator[FrozenTrial]:
     """Propose trials: first those that an earlier run of this folder has left unfinished.
 
-    Yields (trial, its overrides of the base recipe) until as many as `trials` have ended. The sampler of a trial is
-    seeded by the trial's number, so that a study that was interrupted goes on as if it had not been.
+    Yields trials, whose note holds their overrides of the base recipe, until as many as `trials` have ended. The
+    sampler of a trial is seeded by the trial's number and a trial is written down at once, when all of it is chosen,
+    so that a study that was interrupted goes on as if it had not been.
     """
-    for trial in study.get_trials(states=[TrialState.RUNNING]):
-        left = trial.user_attrs.get(OURS)
-        if left is not None and left["place"] == str(place.resolve()):
-            yield trial, left["overrides"]
-        elif ours:  # it was stopped before it knew what to do
-            study.tell(trial.number, state=TrialState.FAIL)
+    here = str(place.resolve())
+    running = study.get_trials(states=[TrialState.RUNNING])
+    yield from (trial for trial in running if trial.user_attrs.get(OURS, {}).get("place") == here)
     while len(study.get_trials(deepcopy=False, states=ENDED)) < trials:
-        number = len(study.get_trials(deepcopy=False))
+        draft = optuna.create_study(directions=study.directions)
+        draft.add_trials(study.get_trials(deepcopy=False))
+        number = len(draft.get_trials(deepcopy=False))
         mixed = int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4])
-        study.sampler = SAMPLERS[sampler](mixed)
-        trial = study.ask()
-        overrides = choices.suggested(trial)
-        trial.set_user_attr(OURS, {"overrides": overrides, "place": str(place.resolve())})
-        yield study.get_trials()[trial.number], overrides
+        draft.sampler = SAMPLERS[sampler](mixed)
+        chosen = draft.ask()
+        chosen.set_user_attr(OURS, {"overrides": choices.suggested(chosen), "place": here})
+        made = study._storage.create_new_trial(study._study_id, draft.get_trials()[number])  # it alone says which
+        yield study._storage.get_trial(made)
 
 
 def read_rows(study: optuna.Study, metrics: Sequence[str]) -> list[Row]:

@@ -7,7 +7,7 @@ twice: the model is opened once, a calibration pass lies on a shelf by what dete
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from prunekit.data.draws import Draws
@@ -94,10 +94,8 @@ def tune(
         with job.progress.stage("tune", trials) as stage:
             ended = min(trials, len(studies.read_rows(study, metrics)))
             stage.advance(ended, f"base: {studies.format_values(rows[0].values) or rows[0].reason}")
-            for trial, overrides in studies.propose_trials(
-                study, choices, trials, base.seed, place, sampler, ours=storage is None
-            ):
-                _run(study, trial, overrides, bench)
+            for trial in studies.propose_trials(study, choices, trials, base.seed, place, sampler):
+                _run(study, trial, bench)
                 tuned = found()
                 stage.advance(1, _standing(tuned, trial))
         if not any(row.values for row in tuned.rows):
@@ -108,12 +106,12 @@ def tune(
 # -- running a recipe ---------------------------------------------------------------------------------
 
 
-def _run(study: optuna.Study, trial: FrozenTrial, overrides: Mapping[str, Any], bench: Bench) -> None:
+def _run(study: optuna.Study, trial: FrozenTrial, bench: Bench) -> None:
     """Judge a trial's recipe, or say what another trial of the same recipe said, and tell the study."""
-    note: dict[str, Any] = {"overrides": dict(overrides)}
+    note: dict[str, Any] = dict(trial.user_attrs[OURS])
     state, values = TrialState.COMPLETE, list[float]()
     try:
-        parts = resolve(bench.session.parts.recipe.with_overrides(overrides))
+        parts = resolve(bench.session.parts.recipe.with_overrides(note["overrides"]))
         note["recipe"] = parts.digest
         known = {row.recipe: row for row in [_base_row(bench), *studies.read_rows(study, bench.metrics)] if row.recipe}
         if (same := known.get(parts.digest)) is not None:

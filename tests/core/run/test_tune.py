@@ -93,6 +93,29 @@ def test_an_interrupted_study_goes_on_to_the_same_study(quick, tmp_path: Path, k
     assert points(prunekit.tune(**quick, space=SPACE, trials=3)) == points(whole)
 
 
+@pytest.mark.parametrize("call", ["create_new_trial", "set_trial_user_attr", "set_trial_state_values"])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_study_killed_where_it_is_written_goes_on_to_the_same_study(
+    quick, tmp_path: Path, monkeypatch, call: str, before: bool
+) -> None:
+    whole = prunekit.tune(**quick | {"output": tmp_path / "whole"}, space=SPACE, trials=2)
+    storage = tuning.optuna.storages.JournalStorage
+    made = getattr(storage, call)
+
+    def die(*arguments: Any, **options: Any) -> None:
+        if not before:
+            made(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, call, die)
+        with pytest.raises(KeyboardInterrupt):
+            prunekit.tune(**quick, space=SPACE, trials=2)
+    (quick["output"] / "study.log.lock").symlink_to("study.log")  # a process that is killed lets go of nothing
+    assert points(prunekit.tune(**quick, space=SPACE, trials=2)) == points(whole)
+    assert not list(quick["output"].glob("study.log.*"))
+
+
 @pytest.mark.parametrize("sampler", ["nsga-ii", "nsga-iii"])
 def test_generations_are_bred_and_survive_an_interruption(quick, tmp_path: Path, monkeypatch, sampler: str) -> None:
     few = {"nsga-ii": tuning.optuna.samplers.NSGAIISampler, "nsga-iii": tuning.optuna.samplers.NSGAIIISampler}[sampler]
