@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prunekit.calibration.flow import BlockFlow
-from prunekit.calibration.gradients import Gradients
+from prunekit.calibration.gradients import Gradients, OutputFisher
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.shared import SharedFlow
 from prunekit.calibration.statistics import STATISTICS, statistics_of
@@ -25,7 +25,7 @@ from prunekit.data.tokens import TokenBatch
 from prunekit.errors import PluginError, WrongInput
 from prunekit.layer.candidates import Candidate
 from prunekit.layer.layouts import layout_of
-from prunekit.layer.problem import LayerProblem, Producer
+from prunekit.layer.problem import LayerProblem, Nested, Producer
 from prunekit.layer.statistics import Need
 from prunekit.plugins.adapter import Cut, ModelAdapter
 from prunekit.plugins.engine import Team
@@ -56,13 +56,17 @@ def build(
     damping: float = 0.01,
     dtype: torch.dtype = torch.float32,
     gradients: Gradients | None = None,
+    fisher: OutputFisher | None = None,
+    sparse: bool = False,
     contrast: TokenBatch | None = None,
     room: Room | None = None,
     team: Team | None = None,
     progress: Progress,
     label: str = "prune",
 ) -> tuple[tuple[float, ...], ...]:
-    """Fill `store` with a candidate for every rung of `space`. Sites that are already stored are not pruned again.
+    """Fill `store` with candidates for the rungs of `space`, and with what rungs cost.
+
+    Sites that are already stored are not pruned again.
 
     Candidates are rounded to `dtype` before they are judged: what is measured is what will be saved.
 
@@ -81,6 +85,8 @@ def build(
         damping: ridge, as a share of the mean of diag H.
         dtype: of the checkpoint.
         gradients: of the dense model's loss, for plug-ins that need them.
+        fisher: of outputs, where rungs are priced in nats as well, or a plug-in needs it.
+        sparse: make the candidates of the centre alone; the other rungs are only priced.
         contrast: a second data set, for plug-ins that need it.
         room: where activations are kept.
         team: workers that stream the calibration tokens side by side; None: nobody else.
@@ -96,12 +102,12 @@ def build(
     """
     if all(site in store for site in space.sites):
         return tuple(tuple(store.errors(site)) for site in space.sites)
-    other_passes = {"gradient": gradients, "contrast": contrast}
+    other_passes = {"gradient": gradients, "output-fisher": fisher, "contrast": contrast}
     there = {name for name in STATISTICS if other_passes.get(name, ...) is not None}
     for plugin in (pruner, *signals):
         if unmet := sorted(need for need in plugin.needs if isinstance(need, str) and need not in there):
             raise PluginError(f"{type(plugin).__name__} needs {', '.join(unmet)}, which calibration cannot collect")
-    needs = pruner.needs.union(*(signal.needs for signal in signals))
+    needs = pruner.needs.union(*(signal.needs for signal in signals), () if fisher is None else ("output-fisher",))
     statistics, room, other = statistics_of(needs), room or Room(), None
     two = any("dense" in each.sees for each in statistics)
     flow: BlockFlow | SharedFlow = (
@@ -120,18 +126,30 @@ def build(
         if site in store:
             return None
         return layer_problem(
-            model, adapter, site, moments, needs, damping, gradients, against, last=not site.input_group
+            model, adapter, site, moments, needs, damping, gradients, fisher, against, last=not site.input_group
         )
 
     def fill(site: Site) -> None:
         if (whole := stated(site)) is None:
             return
         layer, ladder = whole.restricted_to(pruner.needs), rungs_of[site]
-        candidates = answers(pruner, layer, site, ladder, dtype)
-        errors = [layer.error(candidate.weight) for candidate in candidates]
+        made = (centre_of[site],) if sparse else ladder
+        priced = priced_at_once(pruner, layer, site) if sparse else None
+        asked = made if priced is not None else ladder
+        candidates = answers(pruner, layer, site, asked, dtype, priced)
+        nats: list[float] = []
+        if priced is not None:
+            errors = [float(x) for x in layer.errors(priced)[list(ladder)]]
+            if fisher is not None:
+                nats = [float(x) for x in priced.nats(whole.output_root)[list(ladder)]]
+        else:
+            errors = [layer.error(candidate.weight) for candidate in candidates]
+            if fisher is not None:
+                nats = [layer.nats(candidate.weight, whole.output_root) for candidate in candidates]
         numbers = [measured(signal, whole, site) for signal in signals]
         worth = scored(pruner, layer, site) if scores else None
-        store.put(site, [_in_model(site, c) for c in candidates], errors, numbers, worth, keeps=ladder)
+        kept = [_in_model(site, c) for count, c in zip(asked, candidates, strict=True) if count in made]
+        store.put(site, kept, errors, numbers, worth, keeps=made, nats=nats)
 
     with progress.stage(label, len(space.sites)) as stage:
         for index, sites in groupby(space.sites, key=lambda site: site.block):
@@ -158,6 +176,7 @@ def layer_problem(
     needs: frozenset[Need],
     damping: float,
     gradients: Gradients | None = None,
+    fisher: OutputFisher | None = None,
     contrast: Moments | None = None,
     *,
     last: bool = False,
@@ -174,6 +193,7 @@ def layer_problem(
         needs: of all plug-ins together.
         damping: ridge, as a share of the mean of diag H.
         gradients: read where "gradient" is needed.
+        fisher: read where "output-fisher" is needed.
         contrast: of what the site receives of a second data set.
         last: nobody reads the moments afterwards, so that the gram may take their place.
 
@@ -208,6 +228,11 @@ def layer_problem(
         statistics = {**moments.values(weight, cut.path), **gradient_of(cut, (rows,))}
         return Producer(cut.path, weight if whole else weight[rows], statistics)
 
+    def fisher_of(path: str) -> dict[str, Tensor]:
+        if fisher is None or "output-fisher" not in needs:
+            return {}
+        return {"output-fisher": fisher.read(site.block, path, order.device)}
+
     weight = adapter.linear(block, site).weight.detach()
     values = moments.values(weight) | ({} if contrast is None else {"contrast": contrast.power})
     values = {name: arranged(value) for name, value in values.items()}
@@ -223,23 +248,35 @@ def layer_problem(
         cross=cross,
         drift=drift,
         energy=None if energy is None else float(energy),
-        statistics={**values, **gradient_of(own, (slice(None), order))},
+        statistics={**values, **gradient_of(own, (slice(None), order)), **fisher_of(own.path)},
         producers=tuple(producer(cut) for cut in front) if producers else (),
         name=site.name,
     )
 
 
+def priced_at_once(pruner: LocalPruner, layer: LayerProblem, site: Site) -> Nested | None:
+    """The pruner's refits of all counts, where it has them."""
+    with unchanged(pruner, site.name, values=True, layer=layer):
+        nested = pruner.nested(layer) if site.form.shrinks else None
+    return instance(pruner, f"its nested refits of {site.name}", nested, (Nested, type(None)))
+
+
 def answers(
-    pruner: LocalPruner, layer: LayerProblem, site: Site, keeps: Sequence[int], dtype: torch.dtype
+    pruner: LocalPruner,
+    layer: LayerProblem,
+    site: Site,
+    keeps: Sequence[int],
+    dtype: torch.dtype,
+    nested: Nested | None = None,
 ) -> list[Candidate]:
-    """The pruner's candidates for `keeps`, checked and rounded to `dtype`.
+    """The pruner's candidates for `keeps`, of its `nested` refits where they are there, checked and rounded to `dtype`.
 
     Raises:
         PluginError: a candidate is missing, keeps another count, is not finite or not zero elsewhere.
     """
     who = f"{type(pruner).__name__} on {site.name}"
     with unchanged(pruner, site.name, values=True, layer=layer):
-        answer = pruner.prune(layer, list(keeps))
+        answer = pruner.prune(layer, list(keeps)) if nested is None else nested.candidates(keeps)
     proposed = list(instance(pruner, f"what it answers on {site.name}", answer, (Sequence, Iterator)))
     if len(proposed) != len(keeps):
         raise PluginError(f"{who}: {len(keeps)} counts were asked, {len(proposed)} candidates came")

@@ -6,7 +6,7 @@ a site when it gets there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prunekit.calibration.moments import multiplied, precise
+from prunekit.calibration.moments import add_product, multiplied, precise
 from prunekit.data.tokens import TokenBatch
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.models.blocks import Call, chunks, entered
 from prunekit.plugins.adapter import ModelAdapter
+from prunekit.space.sites import Site
 from prunekit.system.checkpoints import write_tensors
 from prunekit.system.memory import Room
 from prunekit.system.progress import Progress
@@ -47,13 +48,8 @@ class Gradients:
         Raises:
             CannotGoOn: its file is missing or damaged.
         """
-        try:
-            with safe_open(self._file(block), "pt", device=str(device)) as file:
-                return file.get_tensor(f"{path}.gradient"), file.get_tensor(f"{path}.fisher")
-        except (OSError, SafetensorError) as error:
-            raise CannotGoOn(
-                f"{self._file(block)} is missing or damaged; remove {self.directory} to collect again"
-            ) from error
+        gradient, fisher = _read(self._file(block), [f"{path}.gradient", f"{path}.fisher"], device)
+        return gradient, fisher
 
     @classmethod
     def collected(
@@ -73,45 +69,160 @@ class Gradients:
             WrongInput: the windows have no next token, or the loss is not finite.
         """
         self = cls(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        blocks = adapter.blocks(model)
-        if all(self._file(b).exists() for b in range(len(blocks))):
-            return self
-        if tokens.seqlen < 2:
-            raise WrongInput("gradients need windows of two tokens or more; raise --seqlen")
-        device, room = next(model.parameters()).device, room or Room()
-        calls, inputs = list[list[Call]](), [room.row()]  # by block, chunk by chunk, in the host's memory
-        with progress.stage("gradients", 2 * len(blocks)) as stage, torch.no_grad():
-            for ids in chunks(tokens):
-                hidden, made = entered(model, adapter, ids)
-                inputs[0].append(hidden.cpu())
-                calls.append(made)
-            for b, block in enumerate(blocks):
-                leaving = (made[b](block, h.to(device)).cpu() for made, h in zip(calls, inputs[b], strict=True))
-                inputs.append(room.row(leaving))
-                stage.advance()
-            slopes = room.row()  # ∂(length - 1)L/∂h by chunk, h what leaves the block that is next
-            for ids, hidden in zip(chunks(tokens), inputs.pop(), strict=True):
-                slopes.append(_slope(model, adapter, hidden.to(device), ids.to(device)))
-            for b in reversed(range(len(blocks))):
-                sums: dict[str, tuple[Tensor, Tensor]] = {}
-                wanted = sorted(sum(adapter.stages(blocks[b]), ())) if not self._file(b).exists() else []
-                for i, hidden in enumerate(inputs.pop()):
-                    slopes[i] = _backwards(blocks[b], calls[i][b], hidden.to(device), slopes[i], wanted, sums)
-                if not self._file(b).exists():
-                    self._write(b, sums, len(tokens))
-                stage.advance()
+
+        def wanted(block: int) -> list[str]:
+            return sorted(sum(adapter.stages(adapter.blocks(model)[block]), ()))
+
+        def add(sums: Sums, path: str, x: Tensor, dy: Tensor) -> None:
+            for own_x, own_dy in zip(x, dy, strict=True):  # windows go together, yet each has a gradient of its own
+                gradient = multiplied(own_dy, own_x) / (x.shape[1] - 1)  # for y = W x it is Σ_t ∂L/∂y_t x_tᵀ
+                for name, term in (("gradient", gradient), ("fisher", gradient.square())):
+                    key = f"{path}.{name}"
+                    sums[key] = sums[key].add_(term) if key in sums else term
+
+        backwards(
+            model, adapter, tokens, self._file, wanted, add, mean=lambda total: total / len(tokens), labels=None,
+            label="gradients", progress=progress, room=room or Room(),
+        )  # fmt: skip
         return self
 
     def _file(self, block: int) -> Path:
         return self.directory / f"block-{block}.safetensors"
 
-    def _write(self, block: int, sums: dict[str, tuple[Tensor, Tensor]], windows: int) -> None:
-        means = {}
-        for path, (gradient, fisher) in sums.items():
-            means[f"{path}.gradient"] = gradient / windows
-            means[f"{path}.fisher"] = fisher / windows
-        write_tensors(self._file(block), means)
+
+@dataclass(frozen=True, eq=False)
+class OutputFisher:
+    """F = E[g gᵀ] of the output y of every site's linear map, g = ∂(-Σ_t log p(ŷ_t))/∂y at a token; on disk.
+
+    Labels ŷ are sampled from the model, token by token: the true Fisher matrix, so that ½ E[δᵀ F δ] is to second order
+    the divergence, in nats per token, from the model to one whose output there is off by δ. Float32, d_out × d_out.
+    """
+
+    directory: Path
+
+    def read(self, block: int, path: str, device: torch.device) -> Float[Tensor, "d_out d_out"]:
+        """F of the linear map at `path` in a block.
+
+        Raises:
+            CannotGoOn: its file is missing or damaged.
+        """
+        return _read(self._file(block), [path], device)[0]
+
+    @classmethod
+    def collected(
+        cls,
+        model: nn.Module,
+        adapter: ModelAdapter,
+        sites: Sequence[Site],
+        tokens: TokenBatch,
+        seed: int,
+        directory: Path,
+        progress: Progress,
+        room: Room | None = None,
+    ) -> OutputFisher:
+        """Go through the model once forwards and once backwards, unless that was done before.
+
+        What enters every block is kept in `room`.
+
+        Raises:
+            WrongInput: the windows have no next token, or the likelihood is not finite.
+        """
+        self = cls(directory)
+        paths: dict[int, set[str]] = {}  # by block
+        for site in sites:
+            paths.setdefault(site.block, set()).add(adapter.cuts(adapter.blocks(model)[site.block], site)[-1].path)
+
+        def add(sums: Sums, path: str, _: Tensor, dy: Tensor) -> None:
+            g = dy.flatten(0, -2)
+            if path not in sums:
+                sums[path] = torch.zeros(g.shape[1], g.shape[1], dtype=torch.float64, device=g.device)
+            add_product(sums[path], g, g)
+
+        backwards(
+            model, adapter, tokens, self._file, lambda block: sorted(paths.get(block, ())), add,
+            mean=lambda total: (total / tokens.n_tokens).float(), labels=torch.Generator().manual_seed(seed),
+            label="fisher", progress=progress, room=room or Room(),
+        )  # fmt: skip
+        return self
+
+    def _file(self, block: int) -> Path:
+        return self.directory / f"block-{block}.safetensors"
+
+
+Sums = dict[str, Tensor]
+"""What is added up of a block, by name."""
+
+
+def _read(file: Path, names: Sequence[str], device: torch.device) -> list[Tensor]:
+    try:
+        with safe_open(file, "pt", device=str(device)) as tensors:
+            return [tensors.get_tensor(name) for name in names]
+    except (OSError, SafetensorError) as error:
+        raise CannotGoOn(f"{file} is missing or damaged; remove {file.parent} to collect again") from error
+
+
+def backwards(
+    model: nn.Module,
+    adapter: ModelAdapter,
+    tokens: TokenBatch,
+    file: Callable[[int], Path],
+    wanted: Callable[[int], list[str]],
+    add: Callable[[Sums, str, Tensor, Tensor], None],
+    *,
+    mean: Callable[[Tensor], Tensor],
+    labels: torch.Generator | None,
+    label: str,
+    progress: Progress,
+    room: Room,
+) -> None:
+    """Go through the model once forwards and once backwards, one block at a time, and write what is added up.
+
+    Args:
+        model: the dense model.
+        adapter: of its family.
+        tokens: whole windows go together.
+        file: of a block; those that are there are not made again.
+        wanted: the paths of the linear maps of a block that are looked at.
+        add: given the sums of the block, the path of a map, what it receives and the slope ∂(length - 1)L/∂y of what it
+            makes, both (windows, length, d).
+        mean: what is written of a sum.
+        labels: whose next tokens L is the loss of: sampled from the model with this generator; None: those of the text.
+        label: of the stage.
+        progress: advanced at every block, twice.
+        room: where hidden states are kept.
+
+    Raises:
+        WrongInput: the windows have no next token, or the loss is not finite.
+    """
+    blocks = adapter.blocks(model)
+    if all(file(b).exists() for b in range(len(blocks))):
+        return
+    file(0).parent.mkdir(parents=True, exist_ok=True)
+    if tokens.seqlen < 2:
+        raise WrongInput("gradients need windows of two tokens or more; raise --seqlen")
+    device = next(model.parameters()).device
+    calls, inputs = list[list[Call]](), [room.row()]  # by block, chunk by chunk, in the host's memory
+    with progress.stage(label, 2 * len(blocks)) as stage, torch.no_grad():
+        for ids in chunks(tokens):
+            hidden, made = entered(model, adapter, ids)
+            inputs[0].append(hidden.cpu())
+            calls.append(made)
+        for b, block in enumerate(blocks):
+            leaving = (made[b](block, h.to(device)).cpu() for made, h in zip(calls, inputs[b], strict=True))
+            inputs.append(room.row(leaving))
+            stage.advance()
+        slopes = room.row()  # ∂(length - 1)L/∂h by chunk, h what leaves the block that is next
+        for ids, hidden in zip(chunks(tokens), inputs.pop(), strict=True):
+            slopes.append(_slope(model, adapter, hidden.to(device), ids.to(device), labels))
+        for b in reversed(range(len(blocks))):
+            sums: Sums = {}
+            new = not file(b).exists()
+            for i, hidden in enumerate(inputs.pop()):
+                paths = wanted(b) if new else []
+                slopes[i] = _backwards(blocks[b], calls[i][b], hidden.to(device), slopes[i], paths, partial(add, sums))
+            if new:
+                write_tensors(file(b), {name: mean(total) for name, total in sums.items()})
+            stage.advance()
 
 
 def _slope(
@@ -119,6 +230,7 @@ def _slope(
     adapter: ModelAdapter,
     hidden: Float[Tensor, "windows length d"],
     ids: Int64[Tensor, "windows length"],
+    labels: torch.Generator | None,
 ) -> Float[Tensor, "windows length d"]:
     """∂(length - 1)L/∂h of every window, h what leaves the last block: the sum, which half precision can hold."""
     found = []
@@ -126,12 +238,20 @@ def _slope(
         with torch.enable_grad():
             window = left.detach().requires_grad_()
             logits = adapter.logits(model, window)[0, :-1]
-            loss = functional.cross_entropy(precise(logits), own[1:], reduction="sum")
+            asked = own[1:] if labels is None else sampled(logits.detach(), labels)
+            loss = functional.cross_entropy(precise(logits), asked, reduction="sum")
             (slope,) = torch.autograd.grad(loss, window)
         if not bool(torch.isfinite(slope).all()):
             raise WrongInput("the loss on a calibration window has no finite gradient; try --dtype float32")
         found.append(slope)
     return torch.cat(found)
+
+
+def sampled(logits: Float[Tensor, "tokens vocabulary"], generator: torch.Generator) -> Int64[Tensor, " tokens"]:
+    """One token at every position, as probable as the logits say; the generator is the CPU's on every device."""
+    below = torch.softmax(precise(logits), -1, dtype=torch.float64).cumsum_(-1)
+    drawn = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
+    return torch.searchsorted(below, drawn * below[:, -1:]).squeeze(1).clamp_max_(logits.shape[-1] - 1)
 
 
 def _backwards(
@@ -140,24 +260,16 @@ def _backwards(
     hidden: Float[Tensor, "windows length d"],
     slope: Float[Tensor, "windows length d"],
     paths: list[str],
-    sums: dict[str, tuple[Tensor, Tensor]],
+    add: Callable[[str, Tensor, Tensor], None],
 ) -> Float[Tensor, "windows length d"]:
-    """∂(length - 1)L/∂h of what enters the block; ∂L/∂W of its maps at `paths` goes into `sums`, and its square.
-
-    Windows go together, yet each has a gradient of its own: for y = W x it is Σ_t ∂L/∂y_t x_tᵀ over its tokens.
-    """
+    """∂(length - 1)L/∂h of what enters the block; its maps at `paths` are added on the way."""
     # the other attention kernels add up in no fixed order on CUDA
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _caught(block, paths) as caught:
         hidden = hidden.detach().requires_grad_()
         out = call(block, hidden)
         into, *outof = torch.autograd.grad(out, [hidden, *(y for _, y in caught.values())], slope)
     for path, (x, _), dy in zip(caught, caught.values(), outof, strict=True):
-        for own_x, own_dy in zip(_by_window(x.detach(), hidden), _by_window(dy, hidden), strict=True):
-            gradient = multiplied(own_dy, own_x) / (hidden.shape[1] - 1)
-            if path not in sums:
-                sums[path] = torch.zeros_like(gradient), torch.zeros_like(gradient)
-            sums[path][0].add_(gradient)
-            sums[path][1].addcmul_(gradient, gradient)
+        add(path, _by_window(x.detach(), hidden), _by_window(dy, hidden))
     return into
 
 

@@ -161,6 +161,7 @@ STATISTICS: Mapping[str, tuple[Statistic, ...]] = {
     "gram": (),  # every site has it
     "producers": (),  # weights
     "gradient": (),  # of a pass back through the model
+    "output-fisher": (),  # of a pass back through the model, on labels sampled from it
     "contrast": (),  # the powers of a second data set
 }
 """What a plug-in may need by name, and what is added up for it; other statistics it names as objects."""

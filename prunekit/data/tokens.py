@@ -72,6 +72,11 @@ class TokenBatch:
             count = int((question < question[count]).sum()) or int((question == question[0]).sum())
         return self.rows(list(range(count)))
 
+    def spread(self, tokens: int) -> TokenBatch:
+        """As many windows as hold at most so many tokens, at least one, taken from all over at equal distances."""
+        count = max(1, tokens // self.seqlen)
+        return self if count >= len(self) else self.rows([i * len(self) // count for i in range(count)])
+
     def __len__(self) -> int:
         return len(self.ids)
 

@@ -23,6 +23,7 @@ from prunekit.space.forms import GROUPS, Form, Units
 
 VALUES_AT_ONCE = 2**22  # of what is judged at once: 32 MiB in float64
 CELLS_AT_ONCE = 2**24  # of the matrices that are solved side by side: 128 MiB in float64
+FISHER_DAMPING = 0.01  # of F, as a share of the mean of its diagonal
 TILE = 512  # rows and columns of a matrix that are compared at once: 2 MiB in float64
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ class LayerProblem:
     Moments are means over tokens. Fields after `damping` are there when the plug-in `needs` them, and so are
     statistics, each one number or of every input column. Two are of other passes: gradient E[∂L/∂W], with fisher
     E[(∂L/∂W)²], both of the weight's shape, L the dense model's next-token cross-entropy in nats per token on one
-    window of calibration tokens; and contrast E[x̂_j²] on the second data set.
+    window of calibration tokens; and contrast E[x̂_j²] on the second data set. The statistic output-fisher is
+    F = E[g gᵀ] (d_out, d_out), g the gradient at the output y of the log-likelihood of labels that the model says.
     """
 
     weight: Float[Tensor, "d_out d_in"]
@@ -189,6 +191,23 @@ class LayerProblem:
             reached = reached + self.drift.double()
         return solved(self.hessian, reached.T).T
 
+    @cached_property
+    def output_root(self) -> Float[Tensor, "d_out d_out"]:
+        """R in float64, RᵀR = F + 0.01 mean diag F I, F the statistic output-fisher: ½ ‖R e‖² is, to second order, what
+        an error e of the output costs in nats. Zeros where nothing behind the layer reads it."""
+        fisher = _mirrored(self.require("output-fisher"))
+        scale = float(fisher.diagonal().mean())
+        return factored(_with_diagonal(fisher, FISHER_DAMPING * scale)).T if scale > 0 else fisher.zero_()
+
+    def nats(self, weight: Float[Tensor, "d_out d_in"], root: Float[Tensor, "d_out d_out"]) -> float:
+        """½ tr[R (W* - Ŵ)(H + λI)(W* - Ŵ)ᵀ Rᵀ]: what Ŵ costs over W*, in nats per token, to second order; R the
+        `output_root`.
+
+        With the Kronecker form E[g gᵀ ⊗ x̂ x̂ᵀ] = F ⊗ H of K-FAC (Martens & Grosse 2015, arXiv 1503.05671), which LLM
+        Surgeon prunes with (van der Ouderaa et al. 2023, arXiv 2312.17244).
+        """
+        return 0.5 * _energy(root @ (self.target - weight.double()), self.hessian)
+
     def group_sum(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, " n_groups"]:
         """Sum over rows, then over the columns of each group, in float64."""
         rows = x.reshape(-1, self.d_in).sum(0, dtype=torch.float64)
@@ -259,6 +278,12 @@ class LayerProblem:
             error = power - 2 * float((weight.double() * self.cross).sum()) + _energy(weight, self.gram)
         return max(error, 0.0) / power if power > 0 else 0.0
 
+    def errors(self, nested: Nested) -> Float[Tensor, " counts"]:
+        """`error` of the refits at every count, on damped moments and before they are rounded."""
+        if self._power <= 0:
+            return torch.zeros_like(nested.losses)
+        return self.error(self.target) + nested.losses / self._power
+
     @cached_property
     def _power(self) -> float:
         """E‖W x‖²."""
@@ -309,8 +334,16 @@ class Nested:
     @property
     def losses(self) -> Float[Tensor, " counts"]:
         """E_k at every count of kept groups 0 … n_groups, on damped moments."""
-        rises = self._energy.square().sum(1).reshape(-1, self.layer.group_size).sum(1)
-        return torch.cat([rises.flip(0).cumsum(0).flip(0), rises.new_zeros(1)])  # (3)
+        return self._behind(self._energy)  # (3)
+
+    def nats(self, root: Float[Tensor, "d_out d_out"]) -> Float[Tensor, " counts"]:
+        """½ Σ_{i ≥ k} ‖R Z_i‖² at every count: as `LayerProblem.nats` of the refits, before they are rounded."""
+        return self._behind(self._energy @ root.T).div_(2)
+
+    def _behind(self, rows: Float[Tensor, "d_in d_out"]) -> Float[Tensor, " counts"]:
+        """Σ_{i ≥ k} of squares, at every count k of groups."""
+        rises = rows.square().sum(1).reshape(-1, self.layer.group_size).sum(1)
+        return torch.cat([rises.flip(0).cumsum(0).flip(0), rises.new_zeros(1)])
 
     def candidates(self, keeps: Sequence[int]) -> list[Candidate]:
         """One candidate for every count of kept groups, in the order of `keeps`."""

@@ -44,7 +44,7 @@ class Journal:
 class Problem:
     """All an allocator may see: numbers, no torch.
 
-    errors[i][r] is the relative output error of site i at rung r of its ladder. Signals and scores are there when
+    errors[i][r] is the relative output error of site i at rung r of its ladder. Nats, signals and scores are there when
     the allocator asks for them; in every calibration pass they are measured on what reaches the site in it.
     """
 
@@ -55,6 +55,7 @@ class Problem:
     tokens: int = 0  # tokens there are to judge on; queries for more are answered on these
     signals: tuple[tuple[float, ...], ...] = ()  # signals[s][i]: the allocator's signal s at site i
     scores: tuple[tuple[float, ...], ...] | None = None  # scores[i][g]: what the pruner says group g of site i is worth
+    nats: tuple[tuple[float, ...], ...] | None = None  # nats[i][r]: what rung r of site i costs the model, per token
     journal: Journal = field(default_factory=Journal, compare=False, repr=False)
 
     def error(self, site: int, kept: int) -> float:
@@ -76,7 +77,8 @@ class Allocator(ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What else of a `Problem` must be filled: scores, from a pruner that has them."""
+        """What else of a `Problem` must be filled: nats, from a pass back through the model; scores, from a pruner that
+        has them."""
         return frozenset()
 
     @abstractmethod

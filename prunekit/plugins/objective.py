@@ -20,7 +20,8 @@ from prunekit.space.sites import Allocation
 class Reads:
     """What an objective reads of the answers about one allocation; this is what is computed ahead, and planned for."""
 
-    tokens: bool = True  # False: the table of errors alone; such an objective is free in the ledger
+    tokens: bool = True  # False: tables of the sites alone; such an objective is free in the ledger
+    nats: bool = False  # what rungs cost in nats, `site_nats`
     depths: tuple[int, ...] = ()  # hidden states behind the first so many blocks; the last, for logits, is always kept
     top: int = 0  # of the dense model's most probable next tokens, at every position
     whole: bool = True  # the batch as it is
@@ -30,6 +31,7 @@ class Reads:
         """What both read."""
         return Reads(
             self.tokens or other.tokens,
+            self.nats or other.nats,
             tuple(sorted({*self.depths, *other.depths})),
             max(self.top, other.top),
             self.whole or other.whole,
@@ -70,6 +72,10 @@ class Answers(Protocol):
 
     def site_errors(self, allocation: Allocation) -> Sequence[float]:
         """Relative output error of every site at its count."""
+        ...
+
+    def site_nats(self, allocation: Allocation) -> Sequence[float]:
+        """What every site at its count costs in nats per token, to second order; `Reads.nats` asks for it."""
         ...
 
     def logits(self, allocation: Allocation, batch: TokenBatch) -> Iterator[Logits]:

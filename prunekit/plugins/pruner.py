@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunekit.layer.candidates import Candidate
-from prunekit.layer.problem import LayerProblem
+from prunekit.layer.problem import LayerProblem, Nested
 from prunekit.layer.statistics import Need
 
 
@@ -43,6 +43,13 @@ class LocalPruner(ABC):
         Where `layer.structure` is weights, a count k allows k non-zeros in every row, or k · d_out anywhere; where it
         is n:m, k · m / d_in in every m of a row, m = `layer.m`. Such candidates have no `kept`.
         """
+
+    def nested(self, layer: LayerProblem) -> Nested | None:
+        """The refits of all counts along one ranking, of which `prune` gives those that are asked for.
+
+        With them every count has its price though few are made. None, as here: the candidates are not such refits.
+        """
+        return None
 
     def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"] | None:
         """What each group is worth, larger is better, for allocators that rank the groups of all sites together.

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from prunekit.calibration.fill import build
-from prunekit.calibration.gradients import Gradients
+from prunekit.calibration.gradients import Gradients, OutputFisher
 from prunekit.data.draws import Draws
 from prunekit.errors import PluginError
 from prunekit.export import hf
@@ -43,6 +43,7 @@ from prunekit.system.files import Damaged, read_state, write_state
 from prunekit.system.memory import Room
 from prunekit.system.progress import Progress
 
+FISHER_TOKENS = 16_384  # of calibration, at most: what a pass back is made on
 SECONDS = "seconds.json"  # beside the candidates: what their calibration pass took
 
 
@@ -97,28 +98,38 @@ class Run:
         """
         dense, parts, recipe, draws = self.dense, self.parts, self.parts.recipe, self.draws
         signals, scores = (parts.signals, "scores" in parts.allocator.needs) if search else ((), False)
+        reads = parts.objective.reads(len(dense.adapter.blocks(dense.model)))
+        nats = reads.nats or "nats" in parts.allocator.needs
+        # of rungs that no token passes through the price is enough
+        sparse = search and recipe.rebuild and recipe.carry != "expected" and not reads.tokens
         key = {  # whatever it depends on: a run that has made the same pass over this model need not again
             "sites": [[site.name, site.n_groups] for site in space.sites],
             "ladders": [list(ladder) for ladder in space.ladders],
-            "centre": list(centre) if recipe.carry == "centre" else None,
+            "centre": list(centre) if recipe.carry == "centre" or sparse else None,
             "tokens": [[t.digest, *t.ids.shape] for t in (draws.calibration, draws.contrast) if t is not None],
-            "measured": [*map(repr, signals), scores],
+            "measured": [*map(repr, signals), scores, *(["nats"] if nats else []), *(["sparse"] if sparse else [])],
             **{name: getattr(recipe, name) for name in ("structure", "pruner", "carry", "damping")},
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         store, started = self._store(self.shelf / f"walk-{name}", key), time.perf_counter()
-        new, gradients = any(site not in store for site in space.sites), None
+        new, gradients, fisher = any(site not in store for site in space.sites), None, None
         if new and any("gradient" in plugin.needs for plugin in (parts.pruner, *signals)):
             # of the dense model: every pass reads the same
             gradients = Gradients.collected(
                 dense.model, dense.adapter, draws.calibration,
                 self.shelf / f"gradients-{draws.calibration.digest[:16]}", self.progress, self.room,
             )  # fmt: skip
+        if new and (nats or any("output-fisher" in plugin.needs for plugin in (parts.pruner, *signals))):
+            tokens = draws.calibration.spread(FISHER_TOKENS)
+            fisher = OutputFisher.collected(
+                dense.model, dense.adapter, self.whole.sites, tokens, recipe.seed,
+                self.shelf / f"fisher-{tokens.digest[:16]}-{recipe.seed}", self.progress, self.room,
+            )  # fmt: skip
         errors = build(
             dense.model, dense.adapter, space, centre, parts.pruner, draws.calibration, store,
             signals=signals, scores=scores, carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype,
-            gradients=gradients, contrast=draws.contrast, room=self.room, team=self.team, progress=self.progress,
-            label=label,
+            gradients=gradients, fisher=fisher, sparse=sparse, contrast=draws.contrast, room=self.room, team=self.team,
+            progress=self.progress, label=label,
         )  # fmt: skip
         try:
             spent = time.perf_counter() - started if new else float(read_state(store.directory / SECONDS))
@@ -151,6 +162,7 @@ class Run:
         signals, scores = net.store.measured(space.sites, scores="scores" in allocator.needs)
         problem = Problem(
             space, net.table(space), start, recipe.seed, self.draws.search.n_tokens, signals, scores,
+            net.table(space, net.nats) if "nats" in allocator.needs else None,
         )  # fmt: skip
         self.ledger.note(reporting.space_record(number, problem))
         objective = self.parts.objective

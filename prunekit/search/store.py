@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from prunekit.errors import PluginError
 from prunekit.layer.candidates import Candidate
 from prunekit.layer.layouts import layout_of
 from prunekit.models.shards import file_bytes
@@ -61,8 +62,18 @@ class CandidateStore:
         return site.name in self._entries["sites"]
 
     def errors(self, site: Site) -> list[float]:
-        """Relative output errors of the site's candidates, in the order they were put."""
+        """Relative output error of every rung of the site, in the order they were put."""
         return list(self._entries["sites"][site.name]["errors"])
+
+    def nats(self, site: Site) -> list[float]:
+        """What every rung of the site costs, in nats per token, in the order they were put.
+
+        Raises:
+            PluginError: that was not asked for when the pass was made.
+        """
+        if not (found := self._entries["sites"][site.name]["nats"]):
+            raise PluginError(f"{site.name} has no price in nats: who reads them has to say so in `needs` or `reads`")
+        return list(found)
 
     def measured(self, sites: Sequence[Site], *, scores: bool) -> tuple[Table, Table | None]:
         """(signal by signal and site by site, what the pruner said each group of each site is worth).
@@ -86,10 +97,12 @@ class CandidateStore:
         scores: Sequence[float] | None = None,
         *,
         keeps: Sequence[int] | None = None,
+        nats: Sequence[float] = (),
     ) -> None:
         """Write all candidates of a site and what was measured there, then say so in the manifest.
 
-        `keeps` are their counts; None: of the groups they keep.
+        `keeps` are their counts; None: of the groups they keep. Errors and nats are of the rungs of a ladder, of which
+        some may have no candidate.
         """
         counts = list(keeps) if keeps is not None else [len(c.kept or ()) for c in candidates]
         tensors = dict[str, Tensor]()
@@ -106,6 +119,7 @@ class CandidateStore:
             "sha256": digest(self.directory / name),
             "kept": counts,
             "errors": list(errors),
+            "nats": list(nats),
             "signals": list(signals),
         }
         write_state(self._manifest, self._entries)

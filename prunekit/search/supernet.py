@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import chain
 
 import torch
@@ -24,7 +25,7 @@ from prunekit.models.paging import pager_of
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.guard import number, unchanged
 from prunekit.plugins.objective import Logits, Objective, TopLogProbs
-from prunekit.search.store import CandidateStore
+from prunekit.search.store import CandidateStore, Table
 from prunekit.search.teacher import Teacher
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
@@ -69,17 +70,33 @@ class Supernet:
 
     def site_errors(self, allocation: Allocation) -> list[float]:
         """Relative output error of the chosen rung, site by site; 0 where all groups are kept and no rung says so."""
-        return [
-            row[ladder.index(kept)] if kept in ladder else 0.0
-            for row, ladder, kept in zip(self.errors, self.space.ladders, allocation, strict=True)
-        ]
+        return self._chosen(self.errors, allocation)
 
-    def table(self, space: Space) -> tuple[tuple[float, ...], ...]:
-        """Relative output errors by site and rung of a space whose rungs are all here."""
+    def site_nats(self, allocation: Allocation) -> list[float]:
+        """What the chosen rung costs in nats per token, to second order, site by site; 0 where all groups are kept.
+
+        Raises:
+            PluginError: the pass was made without.
+        """
+        return self._chosen(self.nats, allocation)
+
+    @cached_property
+    def nats(self) -> Table:
+        """What every rung costs in nats per token, by site."""
+        return tuple(tuple(self.store.nats(site)) for site in self.space.sites)
+
+    def table(self, space: Space, rows: Table | None = None) -> Table:
+        """Relative output errors, or other rows, by site and rung of a space whose rungs are all here."""
         return tuple(
             tuple(row[ladder.index(kept)] for kept in some)
-            for row, ladder, some in zip(self.errors, self.space.ladders, space.ladders, strict=True)
+            for row, ladder, some in zip(rows or self.errors, self.space.ladders, space.ladders, strict=True)
         )
+
+    def _chosen(self, table: Table, allocation: Allocation) -> list[float]:
+        return [
+            row[ladder.index(kept)] if kept in ladder else 0.0
+            for row, ladder, kept in zip(table, self.space.ladders, allocation, strict=True)
+        ]
 
     # -- tokens through the network ------------------------------------------------------------------
 

@@ -60,7 +60,8 @@ def furnished(problem: Problem, allocator: Allocator, seed: int = 0) -> Problem:
     rng, sites = random.Random(seed), problem.space.sites
     signals = tuple(tuple(rng.random() for _ in sites) for _ in allocator.signals)
     scores = tuple(tuple(rng.expovariate(1) for _ in range(site.n_groups)) for site in sites)
-    return replace(problem, signals=signals, scores=scores if "scores" in allocator.needs else None)
+    asked = {"scores": scores, "nats": problem.errors}
+    return replace(problem, signals=signals, **{name: asked[name] for name in allocator.needs})
 
 
 class AllocatorSuite:
@@ -96,7 +97,8 @@ class AllocatorSuite:
     def test_survives_tables_that_tell_nothing(self, uneven: Problem, subtests: pytest.Subtests) -> None:
         for error in (0.0, 1e30):
             with subtests.test(error=error):
-                flat = replace(uneven, errors=tuple((error,) * len(ladder) for ladder in uneven.space.ladders))
+                table = tuple((error,) * len(ladder) for ladder in uneven.space.ladders)
+                flat = replace(uneven, errors=table, nats=None if uneven.nats is None else table)
                 assert flat.space.is_feasible(converse(self.plugin, flat).answer)
 
     def test_survives_measurements_that_tell_nothing(self, uneven: Problem, subtests: pytest.Subtests) -> None:

@@ -75,6 +75,9 @@ def toy_layer(
         learnt[name] = {"power": normal(3).square(), "gradient": normal(*size), "fisher": normal(*size).square()}
     statistics["influence"] = normal(1).square()[0]
     own = added_up(needs, x, weight, fed, seed)
+    if "output-fisher" in needs:
+        slope = torch.randn(2 * d_out, d_out, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        statistics["output-fisher"] = slope.T @ slope / len(slope)
     return LayerProblem(
         weight=weight.to(dtype),
         gram=(x.T @ x / len(x)).to(moments),
@@ -167,7 +170,7 @@ def permuted(layer: LayerProblem, order: Sequence[int]) -> LayerProblem:
         producers=tuple(fed(producer) for producer in layer.producers),
         cross=None if layer.cross is None else moved(layer.cross),
         drift=None if layer.drift is None else moved(layer.drift),
-        statistics={name: moved(value) for name, value in layer.statistics.items()},
+        statistics={k: v if k == "output-fisher" else moved(v) for k, v in layer.statistics.items()},
     )
 
 

@@ -30,7 +30,7 @@ class Listening:
 
     def __init__(self, net: Supernet) -> None:
         self._net = net
-        self.top, self.depths, self.digests = 0, set[int](), set[str]()
+        self.top, self.depths, self.digests, self.nats = 0, set[int](), set[str](), False
 
     def __getattr__(self, name: str) -> Any:
         if name not in vars(Answers):
@@ -44,6 +44,7 @@ class Listening:
             self.digests |= {asked["batch"].digest} if "batch" in asked else set()
             self.depths |= {*asked.get("depths", ())}
             self.top = max(self.top, asked.get("k", 0))
+            self.nats |= name == "site_nats"
             return answer(*arguments, **options)
 
         return noted
@@ -106,6 +107,7 @@ class ObjectiveSuite:
         self.plugin.loss(cast("Answers", listening), self.some[0], batch)
         assert listening.top <= reads.top
         assert listening.depths <= {*reads.depths}
+        assert listening.nats <= reads.nats
         assert listening.digests <= ({part.digest for part in reads.parts(batch)} if reads.tokens else set())
 
     def test_one_window_is_enough(self) -> None:

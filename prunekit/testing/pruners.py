@@ -128,6 +128,8 @@ class PrunerSuite:
             of_rows = {"weight": layer.weight, "cross": layer.cross, "drift": layer.drift}
             rows: dict[str, Any] = {name: values[order] for name, values in of_rows.items() if values is not None}
             rows["statistics"] = {key: v[order] if v.ndim == 2 else v for key, v in layer.statistics.items()}
+            if (fisher := layer.statistics.get("output-fisher")) is not None:
+                rows["statistics"]["output-fisher"] = fisher[order][:, order]
             here = checked(self.plugin, layer, counts_of(layer))
             there = checked(self.plugin, replace(layer, **rows), counts_of(layer))
             for one, two in zip(here, there, strict=True):
@@ -144,6 +146,17 @@ class PrunerSuite:
                     assert two.kept is not None
                     assert one.kept == tuple(sorted(order[g] for g in two.kept))
                     torch.testing.assert_close(two.weight, one.weight[:, layer.columns(order)], rtol=1e-3, atol=1e-5)
+
+    def test_its_nested_refits_if_any_are_what_it_answers(self, groups: str, subtests: pytest.Subtests) -> None:
+        for name, layer in self._layers(PLAIN[groups]):
+            with subtests.test(name):
+                nested, counts = self.plugin.nested(layer), counts_of(layer)
+                if nested is None:
+                    continue
+                plain = checked(self.plugin, layer, counts)
+                for one, two in zip(plain, nested.candidates(counts), strict=True):
+                    assert one.kept == two.kept
+                    torch.testing.assert_close(two.weight, one.weight, rtol=1e-3, atol=1e-5)
 
     def test_its_scores_if_any_are_one_finite_number_per_group(self, groups: str, subtests: pytest.Subtests) -> None:
         for name, layer in self._layers(STRUCTURES[groups]):
@@ -164,7 +177,7 @@ class PrunerSuite:
 
     def test_chooses_the_same_in_other_units(self, structure: str, subtests: pytest.Subtests) -> None:
         powers = {"weight": 1, "cross": 1, "drift": 1, "energy": 2}
-        learnt = {"relative": -2, "gradient": -1, "fisher": -2}
+        learnt = {"relative": -2, "gradient": -1, "fisher": -2, "output-fisher": -2}
 
         def scaled(part: Any, scale: float) -> Any:
             values = {name: v for name in powers if (v := getattr(part, name, None)) is not None}

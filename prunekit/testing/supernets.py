@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from prunekit.calibration.fill import Carry, build
+from prunekit.calibration.gradients import OutputFisher
 from prunekit.data.tokens import Answers, TokenBatch
 from prunekit.layer.candidates import Candidate
 from prunekit.layer.problem import LayerProblem
@@ -114,8 +115,9 @@ def toy_supernet(
     if directory is None:
         weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
     pruner = pruner or (KeepFirst() if form.shrinks else KeepLargest())
+    fisher = OutputFisher.collected(model, adapter, sites, toy_tokens(), 0, folder / "fisher", Progress())
     errors = build(
-        model, adapter, whole, whole.uniform(), pruner, toy_tokens(), store,
+        model, adapter, whole, whole.uniform(), pruner, toy_tokens(), store, fisher=fisher,
         carry=carry, dtype=torch.float64, progress=Progress(),
     )  # fmt: skip
     return Supernet(model, adapter, whole, errors, store)

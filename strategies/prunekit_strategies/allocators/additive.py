@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
-from prunekit_strategies.allocators.probes import Probes, Source, Table
+from prunekit_strategies.allocators.probes import Probes, Source, Table, needed, told
 
 __all__ = ["Additive", "Table"]
 
@@ -34,6 +34,10 @@ class Additive(Allocator):
             raise ValueError("rounds, candidates and tokens are at least 1, stride is in 0..1")
         Probes(self.reach, self.points, self.probe_tokens)  # refuses what it cannot use
 
+    @property
+    def needs(self) -> frozenset[str]:
+        return needed(self.table)
+
     @abstractmethod
     def solutions(self, space: Space, table: Table) -> Iterable[Allocation]:
         """The allocations worth a question; all feasible."""
@@ -48,10 +52,12 @@ class Additive(Allocator):
         return whole.zoomed(dense, stride=self.stride, reach=2 * math.ceil(1 / self.stride))
 
     def search(self, problem: Problem) -> Search:
-        space, table, best = problem.space, problem.errors, problem.start
+        space, best = problem.space, problem.start
         dense = tuple(site.n_groups for site in space.sites)
         for n in range(self.rounds if self.table == "probes" else 1):
-            if self.table == "probes":
+            if self.table != "probes":
+                table = told(problem, self.table)
+            else:
                 centre = dense if self.around == "dense" and n == 0 else best
                 table = yield from Probes(self.reach / 2**n, self.points, self.probe_tokens).table(problem, centre)
             proposed = dict.fromkeys([*self.solutions(space, table), best])

@@ -7,10 +7,10 @@ from itertools import islice
 from typing import Literal
 
 from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
-from prunekit_strategies.allocators.probes import started
+from prunekit_strategies.allocators.probes import needed, started
 from prunekit_strategies.allocators.surrogate import Judged, Screen, Surrogate, recorded
 
-WarmStart = Literal["none", "errors", "probes"]
+WarmStart = Literal["none", "errors", "probes", "fisher"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ class Evolution(Allocator):
             raise ValueError(f"survivors fall to 1 from stage to stage, not {survivors}")
         if tokens != sorted(tokens) or tokens[0] < 1:
             raise ValueError(f"tokens rise from stage to stage, not {tokens}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return needed(self.warm_start)
 
     def search(self, problem: Problem) -> Search:
         judged: Judged = {}

@@ -6,7 +6,7 @@ from heapq import nsmallest
 from typing import Literal
 
 from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
-from prunekit_strategies.allocators.probes import Source, Table, started, total
+from prunekit_strategies.allocators.probes import Source, Table, needed, started, total
 
 By = Literal["table", "questions"]
 
@@ -34,6 +34,10 @@ class Greedy(Allocator):
         check_choices(self)
         if min(self.steps, self.tokens, self.probe_tokens, 1 if self.width is None else self.width) < 1:
             raise ValueError("width, steps, tokens and probe_tokens are at least 1")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return needed(self.table)
 
     def search(self, problem: Problem) -> Search:
         space, here, table = problem.space, problem.start, problem.errors

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
-from prunekit_strategies.allocators.probes import Source, judged_again, started
+from prunekit_strategies.allocators.probes import Source, judged_again, needed, started
 
 Against = Literal["price", "error"]
 Aims = Mapping[Allocation, tuple[float, float]]
@@ -48,6 +48,10 @@ class NSGA(Allocator):
             raise ValueError("a population has at least 4 members; generations, tokens and finalists are at least 1")
         if not 0 < self.window < 1 or (self.mutation is not None and not 0 <= self.mutation <= 1):
             raise ValueError("window is in 0..1, mutation in 0..1")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return needed(self.warm_start)
 
     def search(self, problem: Problem) -> Search:
         space, rng = problem.space, random.Random(problem.seed)

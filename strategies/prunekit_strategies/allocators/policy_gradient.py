@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
-from prunekit_strategies.allocators.probes import Source, judged_again, started
+from prunekit_strategies.allocators.probes import Source, judged_again, needed, started
 
 Rows = list[np.ndarray]  # one array per site, one number per rung
 
@@ -48,6 +48,10 @@ class PolicyGradient(Allocator):
             )
         if not (self.rate > 0 and self.width > 0 and self.entropy >= 0):
             raise ValueError("rate and width are above 0, entropy is at least 0")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return needed(self.warm_start)
 
     def search(self, problem: Problem) -> Search:
         space, rng = problem.space, np.random.default_rng(problem.seed)

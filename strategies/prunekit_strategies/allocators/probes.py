@@ -9,7 +9,8 @@ from typing import Literal
 from prunekit import Allocation, Problem, Query, Search, Space
 
 Table = tuple[tuple[float, ...], ...]
-Source = Literal["errors", "probes"]  # the layers' output errors, or what single changes do to the objective
+Source = Literal["errors", "probes", "fisher"]
+"""The layers' output errors; what single changes do to the objective; or what rungs cost in nats, of `Problem.nats`."""
 Asking = Generator[Sequence[Query], Sequence[float], Table]
 
 
@@ -61,10 +62,23 @@ class Probes:
         return sorted(near)
 
 
-def started(problem: Problem, source: Source, tokens: int = 1_024) -> Asking:
-    """The table a search begins from: it is told the errors, or asks for probes around the start."""
+def needed(source: str) -> frozenset[str]:
+    """What of a `Problem` must be filled for a table."""
+    return frozenset({"nats"} if source == "fisher" else ())
+
+
+def told(problem: Problem, source: Source) -> Table:
+    """The table that a problem holds already."""
     if source == "errors":
         return problem.errors
+    assert problem.nats is not None
+    return problem.nats
+
+
+def started(problem: Problem, source: Source, tokens: int = 1_024) -> Asking:
+    """The table a search begins from: it is told that, or asks for probes around the start."""
+    if source != "probes":
+        return told(problem, source)
     return (yield from Probes(tokens=tokens).table(problem, problem.start))
 
 

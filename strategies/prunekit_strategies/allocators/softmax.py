@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 from typing import Literal
 
 from prunekit import Allocator, Problem, Query, Search, check_choices
+from prunekit_strategies.allocators.probes import needed, told
 
 Rule = Literal["fermi", "softmax", "threshold", "compliance", "water-filling"]
 Energy = Literal["curve", "scores"]
@@ -42,6 +43,7 @@ class ClosedForm(Allocator):
     """
 
     rule: Rule = "fermi"
+    table: Literal["errors", "fisher"] = "errors"  # the error curve: relative errors, or nats
     energy: Energy = "curve"  # what a site loses: by its error curve, or by the pruner's unit scores
     most: float = 1.0  # largest share of a site that may be removed
     temperature: float | None = None  # T of (1) and (2), in standard deviations of the energy; None: best on the table
@@ -59,9 +61,10 @@ class ClosedForm(Allocator):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"scores"} if self.energy == "scores" else ())
+        return needed(self.table) | ({"scores"} if self.energy == "scores" else set())
 
     def search(self, problem: Problem) -> Search:
+        problem = replace(problem, errors=told(problem, self.table))
         warm = self.temperature is None and self.rule in ("fermi", "softmax")
         temperatures = TEMPERATURES if warm else (self.temperature or 1.0,)
         answers = [problem.start, *(problem.space.nearest(self.wish(problem, t)) for t in temperatures)]

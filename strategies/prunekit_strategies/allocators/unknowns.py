@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
-from prunekit_strategies.allocators.probes import Source, judged_again, started
+from prunekit_strategies.allocators.probes import Source, judged_again, needed, started
 
 Ask = Callable[[int], list[tuple[Any, Sequence[float]]]]
 """So many new points of a sampler, and the x in -1..1 of each."""
@@ -90,6 +90,10 @@ class Sampled(Allocator):
     @abstractmethod
     def opened(self, size: int, seed: int) -> tuple[Ask, Tell]:
         """A sampler of `size` unknowns; its first point is 0."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return needed(self.warm_start)
 
     def search(self, problem: Problem) -> Search:
         table = yield from started(problem, self.warm_start)

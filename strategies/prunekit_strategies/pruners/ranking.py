@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
 from prunekit.layer.candidates import Per, ranked
+from prunekit.layer.problem import Nested
 
 
 class Ranking(LocalPruner):
@@ -28,10 +29,13 @@ class Ranking(LocalPruner):
         if layer.structure != "groups":
             masks = best_weights(self.cells(layer), keeps, self.per, layer.m)
             return [layer.refitted_rows(mask) if self.refit else layer.sparse(mask) for mask in masks]
+        if (nested := self.nested(layer)) is not None:
+            return nested.candidates(keeps)
         ranking = self.ranking(layer)
-        if self.refit:
-            return layer.nested(ranking).candidates(keeps)
         return [layer.masked(ranking[:keep]) for keep in keeps]
+
+    def nested(self, layer: LayerProblem) -> Nested | None:
+        return layer.nested(self.ranking(layer)) if self.refit else None
 
     def ranking(self, layer: LayerProblem) -> list[int]:
         """Group ids, the best first."""

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from prunekit import WrongInput
-from prunekit.calibration.gradients import Gradients
+from prunekit.calibration import gradients as gradients_of
+from prunekit.calibration.gradients import Gradients, OutputFisher
 from prunekit.errors import CannotGoOn
 from prunekit.models import blocks as blocks_of
 from prunekit.models.adapters.find import adapter_for
@@ -125,3 +127,81 @@ def test_a_damaged_file_is_named(tmp_path):
 def test_windows_of_one_token_are_refused(tmp_path):
     with pytest.raises(WrongInput, match="two tokens or more"):
         collected(tiny("llama").requires_grad_(False), tmp_path, toy_tokens(seqlen=1))
+
+
+def own_paths(model, adapter):
+    return {site: adapter.cuts(adapter.blocks(model)[site.block], site)[-1].path for site in adapter.sites(model)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_fisher_matrix_of_outputs_is_that_of_autograd_through_the_whole_model(variant, tmp_path, monkeypatch):
+    family, overrides = VARIANTS[variant]
+    model, adapter, tokens = exact(family, **overrides), adapter_for(family), toy_tokens(5)
+    drawn, sampled = [], gradients_of.sampled
+
+    def noted(logits, generator):
+        drawn.append(sampled(logits, generator))
+        return drawn[-1]
+
+    monkeypatch.setattr(gradients_of, "sampled", noted)
+    fisher = fisher_of(model, tmp_path, tokens)
+    slopes: dict[str, list[torch.Tensor]] = {}
+    for window, labels in zip(tokens.ids, drawn, strict=True):
+        outputs: dict[str, torch.Tensor] = {}
+
+        def keep(_module, _args, out, name, outputs=outputs):
+            outputs[name] = out
+            out.retain_grad()
+
+        hooks = [
+            model.get_submodule(site.name).register_forward_hook(partial(keep, name=site.name))
+            for site in adapter.sites(model)
+        ]
+        with torch.enable_grad():
+            embedded = model.get_input_embeddings()(window[None]).detach().requires_grad_()
+            logits = model(inputs_embeds=embedded).logits[0, :-1]
+            functional.cross_entropy(logits, labels, reduction="sum").backward()
+        for hook in hooks:
+            hook.remove()
+        for name, out in outputs.items():
+            slopes.setdefault(name, []).append(out.grad.reshape(-1, out.shape[-1]))
+    for site, path in own_paths(model, adapter).items():
+        g = torch.cat(slopes[site.name])
+        torch.testing.assert_close(fisher.read(site.block, path, CPU).double(), g.T @ g / len(g), rtol=1e-5, atol=1e-9)
+
+
+def fisher_of(model, directory, tokens, seed=0):
+    adapter = adapter_for(model.config.model_type)
+    return OutputFisher.collected(model, adapter, adapter.sites(model), tokens, seed, directory, Progress())
+
+
+def test_labels_are_drawn_as_the_model_says():
+    logits = torch.tensor([0.0, 1.0, -1.0, -30.0]).expand(20_000, 4)
+    drawn = gradients_of.sampled(logits, torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn, minlength=4) / len(drawn)
+    torch.testing.assert_close(shares, torch.softmax(logits[0], -1), atol=0.01, rtol=0)
+    assert torch.equal(drawn, gradients_of.sampled(logits, torch.Generator().manual_seed(0)))
+
+
+def test_half_the_fisher_form_is_the_divergence_of_a_small_error(tmp_path):
+    model, adapter, tokens = exact("llama"), adapter_for("llama"), toy_tokens(6)
+    fisher = [fisher_of(model, tmp_path / str(seed), tokens, seed) for seed in range(60)]
+    for site, path in own_paths(model, adapter).items():
+        linear, scale = model.get_submodule(site.name), 1e-3
+        noise = scale * torch.randn(*tokens.ids.shape, site.d_out, generator=torch.Generator().manual_seed(1)).double()
+        form = sum(each.read(site.block, path, CPU).double() for each in fisher) / len(fisher)
+        foretold = 0.5 * float(torch.einsum("wti,ij,wtj->", noise, form, noise)) / tokens.n_tokens
+        dense = torch.log_softmax(model(tokens.ids).logits[:, :-1], -1)
+        hook = linear.register_forward_hook(lambda _m, _a, out, noise=noise: out + noise)
+        small = torch.log_softmax(model(tokens.ids).logits[:, :-1], -1)
+        hook.remove()
+        found = float((dense.exp() * (dense - small)).sum()) / tokens.n_tokens
+        assert found == pytest.approx(foretold, rel=0.5)
+
+
+def test_a_fisher_that_was_collected_is_read_again(tmp_path):
+    model = exact("llama")
+    fisher_of(model, tmp_path, toy_tokens(3))
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    fisher_of(model, tmp_path, toy_tokens(3))
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before

@@ -342,3 +342,34 @@ def test_with_a_drift_the_target_is_the_least_squares_answer_to_the_whole_sum():
     torch.testing.assert_close(layer.target, by_hand)
     kept = torch.linalg.lstsq(seen[:, :3], x @ weight.T + lost).solution.T
     torch.testing.assert_close(layer.refitted([0, 1, 2]).weight[:, :3], kept)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_nested_prices_in_nats_are_the_quadratic_form_at_every_count(size: int, asymmetric: bool) -> None:
+    layer = shifted(size=size)[0] if asymmetric else exact(size=size)
+    fisher = toy_layer(6, size, len(layer.weight), needs={"output-fisher"}).statistics["output-fisher"].double()
+    layer = with_statistics(layer, **{"output-fisher": fisher})
+    root = layer.output_root
+    weighed = fisher + 0.01 * fisher.diagonal().mean() * torch.eye(len(fisher))
+    torch.testing.assert_close(root.T @ root, weighed)
+    ranking = [4, 0, 5, 2, 1, 3]
+    nats = layer.nested(ranking).nats(root)
+    for keep in range(7):
+        refit = layer.refitted(ranking[:keep]).weight
+        off = layer.target - refit
+        price = float(0.5 * torch.trace(weighed @ off @ layer.hessian @ off.T))
+        assert layer.nats(refit, root) == pytest.approx(price, rel=1e-8, abs=1e-10)
+        assert float(nats[keep]) == pytest.approx(price, rel=1e-8, abs=1e-9)
+
+
+def test_where_nobody_reads_the_output_nothing_costs_nats() -> None:
+    layer = with_statistics(exact(), **{"output-fisher": torch.zeros(5, 5)})
+    assert bool((layer.nested(range(6)).nats(layer.output_root) == 0).all())
+
+
+def test_errors_of_nested_refits_are_those_of_their_candidates() -> None:
+    layer = replace(shifted()[0], damping=1e-9)
+    nested = layer.nested([4, 0, 5, 2, 1, 3])
+    one_by_one = [layer.error(candidate.weight) for candidate in nested.candidates(range(7))]
+    assert layer.errors(nested).tolist() == pytest.approx(one_by_one, rel=1e-5, abs=1e-7)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunekit import Candidate, LayerProblem, LocalPruner, check_choices
+from prunekit.layer.problem import Nested
 from prunekit_strategies.pruners.obs import removal
 from prunekit_strategies.pruners.obs.exchange import exchanged
 from prunekit_strategies.pruners.obs.penalty import vanishing
@@ -99,8 +100,7 @@ class OBS(LocalPruner):
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
         layer = self._aimed(layer)
         smallest = min((k for k in keeps if k > 0), default=layer.n_groups)  # nothing is decided on the way to 0
-        live = _Live(layer)
-        ranking = live.ranking(self._order(live, live.n - smallest))
+        live, ranking = self._ranked(layer, smallest)
         if self.search == "swap":
             sets = live.exchanged(ranking, keeps, self.exchange, self.tries)
             return [layer.refitted(kept) if self.refit else layer.masked(kept) for kept in sets]
@@ -108,11 +108,16 @@ class OBS(LocalPruner):
             return [layer.masked(ranking[:keep]) for keep in keeps]
         return layer.nested(ranking).candidates(keeps)
 
+    def nested(self, layer: LayerProblem) -> Nested | None:
+        if self.search == "swap" or not self.refit:
+            return None
+        layer = self._aimed(layer)
+        return layer.nested(self._ranked(layer, 0)[1])
+
     def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"]:
         """By how much the error grew when a group's turn came, the others compensating; on damped moments."""
         layer = self._aimed(layer)
-        live = _Live(layer)
-        ranking = live.ranking(self._order(live, live.n))
+        _, ranking = self._ranked(layer, 0)
         rises = -layer.nested(ranking).losses.diff()
         return torch.empty_like(rises).index_copy_(0, torch.tensor(ranking, device=rises.device), rises)
 
@@ -120,6 +125,11 @@ class OBS(LocalPruner):
         """The layer without the moments this aim does not ask for."""
         unasked = {"cross", "drift"} - self.needs
         return replace(layer, **dict.fromkeys(unasked)) if unasked else layer
+
+    def _ranked(self, layer: LayerProblem, smallest: int) -> tuple[_Live, list[int]]:
+        """(its live part, all group ids, the last to be removed first), by removals down to so many."""
+        live = _Live(layer)
+        return live, live.ranking(self._order(live, live.n - smallest))
 
     def _order(self, live: _Live, picks: int) -> list[int]:
         """The first `picks` live groups to remove, in order."""
