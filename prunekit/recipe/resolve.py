@@ -57,6 +57,16 @@ class Parts:
         """Statistics of a layer that the pruner and the sensitivity metrics read."""
         return self.pruner.needs.union(*(signal.needs for signal in self.signals))
 
+    def prices_nats(self, depth: int) -> bool:
+        """Whether anybody reads what rungs cost in nats, of a model of so many blocks."""
+        return "nats" in self.allocator.needs or self.objective.reads(depth).nats
+
+    def prices_alone(self, depth: int) -> bool:
+        """Whether a search asks for prices of rungs and sends no token through them: then no candidate is made but at
+        the centre, which is carried."""
+        recipe = self.recipe
+        return recipe.rebuild and recipe.carry != "expected" and not self.objective.reads(depth).tokens
+
     def with_text(self, model: str, data: DataSpec) -> Parts:
         """Write the model's name and every choice about the tokens into the recipe."""
         return replace(self, recipe=self.recipe.model_copy(update={"model": model, "data": data}))

@@ -98,10 +98,8 @@ class Run:
         """
         dense, parts, recipe, draws = self.dense, self.parts, self.parts.recipe, self.draws
         signals, scores = (parts.signals, "scores" in parts.allocator.needs) if search else ((), False)
-        reads = parts.objective.reads(len(dense.adapter.blocks(dense.model)))
-        nats = reads.nats or "nats" in parts.allocator.needs
-        # of rungs that no token passes through the price is enough
-        sparse = search and recipe.rebuild and recipe.carry != "expected" and not reads.tokens
+        depth = len(dense.adapter.blocks(dense.model))
+        nats, sparse = parts.prices_nats(depth), search and parts.prices_alone(depth)
         key = {  # whatever it depends on: a run that has made the same pass over this model need not again
             "sites": [[site.name, site.n_groups] for site in space.sites],
             "ladders": [list(ladder) for ladder in space.ladders],
