@@ -35,7 +35,7 @@ from prunekit.plugins.signal import Signal
 from prunekit.search.store import CandidateStore
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation, Site
-from prunekit.system.memory import Room
+from prunekit.system.memory import Room, give_back
 from prunekit.system.progress import Progress
 
 Carry = Literal["dense", "centre", "expected"]
@@ -132,6 +132,7 @@ def build(
     def fill(site: Site) -> None:
         if (whole := stated(site)) is None:
             return
+        give_back()  # pruners make large matrices, which find no place in what activations have left
         layer, ladder = whole.restricted_to(pruner.needs), rungs_of[site]
         made = (centre_of[site],) if sparse else ladder
         priced = priced_at_once(pruner, layer, site) if sparse else None
@@ -165,6 +166,7 @@ def build(
                 stage.advance(note=site.name)
             for each in flows:
                 each.advance(index)
+            give_back()
     return tuple(tuple(store.errors(site)) for site in space.sites)
 
 

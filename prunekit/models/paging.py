@@ -224,10 +224,13 @@ def attach(model: PreTrainedModel, adapter: ModelAdapter, read: Read, dtype: tor
     pager.device = next(iter(found.values())).device
 
 
-def whole(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model with tensors of its own, all in memory."""
+def whole(model: PreTrainedModel, dense: nn.Module | None = None) -> PreTrainedModel:
+    """A model with tensors of its own, all in memory: copied are those it shares with the dense one; None: all."""
+    dense = model if dense is None else dense
     with shapes_of(model):
-        own = copy.deepcopy(model)
+        shared = {id(tensor) for tensor in (*dense.parameters(), *dense.buffers())}
+        memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in shared}
+        own = copy.deepcopy(model, memo)
     if pager_of(model) is None:
         return own
     for module in own.modules():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prunekit.errors import PluginError
 
 T = TypeVar("T")
+VALUES_AT_ONCE = 2**20  # that are summed together
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers by bytes
 
 
@@ -91,5 +92,6 @@ def _mark(tensor: Tensor, *, values: bool) -> tuple[int, ...]:
     version = 0 if tensor.is_inference() else tensor._version
     if not values:
         return version, tensor.data_ptr()
-    bits = tensor.detach().contiguous().view(_BITS.get(tensor.element_size(), torch.int8))
-    return version, tensor.data_ptr(), int(bits.sum())
+    bits = tensor.detach().contiguous().view(_BITS.get(tensor.element_size(), torch.int8)).flatten()
+    # some at a time: a sum of narrow integers first makes all of them wide
+    return version, tensor.data_ptr(), sum(int(some.sum()) for some in bits.split(VALUES_AT_ONCE))

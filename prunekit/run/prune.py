@@ -121,6 +121,9 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
     """Make the small model of an answer: rebuilt, finished, measured, and packed as it will be exported."""
     evaluation = run.draws.evaluation
     net, plan = run.rebuild(net, answer)
+    with run.clock("evaluate"):
+        judged = run.final_loss(net, plan)
+    net.rest()  # what was cut out to be judged and what is assembled are not held together
     small = assemble(net, plan, run.parts)
     raw = perplexity(small, evaluation) if run.parts.finishers else None
     said = finish_model(run, small, net, plan)
@@ -128,7 +131,7 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
         after = perplexity(small, evaluation)
         rise, error = after.above(before)
         losses = {
-            "objective": run.final_loss(net, plan),
+            "objective": judged,
             "dense": before.as_dict(),
             "pruned": after.as_dict(),
             "rise": {"nll": rise, "standard_error": error},  # paired by window

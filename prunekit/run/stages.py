@@ -221,7 +221,7 @@ class Run:
 def assemble(net: Supernet, plan: Allocation, parts: Parts) -> PreTrainedModel:
     """Put the small model together, its tensors its own. Over a paged model it is paged, unless finishers change it."""
     if paging.pager_of(net.model) is None or parts.finishers:
-        return paging.whole(net.assemble(plan))
+        return paging.whole(net.assemble(plan), net.model)
     weight = next(net.model.parameters())
     return hf.paged(net, plan, weight.dtype, weight.device)
 

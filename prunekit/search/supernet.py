@@ -29,7 +29,7 @@ from prunekit.search.store import CandidateStore, Table
 from prunekit.search.teacher import Teacher
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
-from prunekit.system.memory import SHARES, Shares
+from prunekit.system.memory import SHARES, Shares, give_back
 
 LOGITS_AT_ONCE = 1 << 25  # values; logits are made window by window, never tokens x vocabulary
 
@@ -203,6 +203,7 @@ class Supernet:
         self._hidden, self._dense_bytes = {}, 0
         self._parts.clear()
         self._parts_bytes = 0
+        give_back()
 
     # -- inside -----------------------------------------------------------------------------------------
 

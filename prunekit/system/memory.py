@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterable, MutableSequence
@@ -68,6 +70,12 @@ def available(device: torch.device) -> int:
     if not free:  # no Linux: all of it, for how much is free is unknown
         free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return max(0, min(free))
+
+
+def give_back() -> None:
+    """Return to the system what the C library keeps of freed memory, in which large tensors often find no place."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # that of GNU
+        trim(0)
 
 
 class Room:

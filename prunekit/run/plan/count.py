@@ -27,6 +27,7 @@ from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.run.plan.plan import HEARING, Stage
 from prunekit.run.plan.rehearsal import Rehearsal
+from prunekit.search import supernet
 from prunekit.search.store import CandidateStore
 from prunekit.search.teacher import Teacher
 from prunekit.space.ladders import Space
@@ -34,7 +35,9 @@ from prunekit.space.sites import Site
 from prunekit.system.memory import Shares
 
 FLOAT, DOUBLE = 4, 8  # bytes
-CUSHION = 64 << 20  # bytes: what libraries hold, and tensors that come and go
+CUSHION = 64 << 20  # bytes: what libraries take when they are first used; of a run on a tiny model 64 MB were measured
+KEPT = 8  # of what comes and goes, one part in so many stays with the C library when it is freed
+KEPT_MOST = 128 << 20  # bytes that stay at most: what is larger than 32 MiB goes back to the system at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +117,19 @@ class Member:
         sites, plan = self.whole.sites, self.whole.uniform()
         return sum(layout_of(site).freed(site, kept) for site, kept in zip(sites, plan, strict=True))
 
+    @property
+    def unlike_uniform(self) -> int:
+        """Weights that candidates of another allocation may hold beyond those of the uniform one, at equal budgets.
+
+        A group of some sites has more of its parameters in the site's own linear map, which alone is stored.
+        """
+        counted = [(site, kept) for site, (kept,) in zip(self.last.sites, self.last.ladders, strict=True)]
+        if not all(site.form.shrinks for site, _ in counted):
+            return 0
+        stored = sum(site.d_out * kept * site.group_size for site, kept in counted)
+        most = max(site.d_out * site.group_size / site.params_per_group for site, _ in counted)
+        return max(0, round(most * sum(kept * site.params_per_group for site, kept in counted)) - stored)
+
     def called(self, stage: str) -> str:
         """A stage that every member has."""
         return f"{stage} for {self.name}" if self.name else stage
@@ -130,6 +146,7 @@ class Count:
     members: Sequence[Member]
     before: Runs | None = None  # in which a metric is measured before the search
     after: Runs | None = None  # and on every result
+    records: int = 0  # bytes of the small files, which hold no weights
 
     @cached_property
     def everything(self) -> int:
@@ -166,17 +183,16 @@ class Count:
         for stage in self._stages(shares):
             if stage.name == HEARING:
                 heard, _ = self._heard(shares)
-            yield replace(stage, shared=stage.shared + heard)
+            kept = min((stage.memory - self._held(shares)) // KEPT, KEPT_MOST)
+            yield replace(stage, memory=stage.memory + kept, shared=stage.shared + heard)
 
     def _stages(self, shares: Shares) -> Iterator[Stage]:
         paged, size = shares.blocks is not None, self.shape.computed.itemsize
-        shape = self.shape
-        held = self.resident + self._page if paged else self.everything
+        shape, held = self.shape, self._held(shares)
         chunk = min(max(TOKENS_AT_ONCE, self.seqlen), max(self.tokens.values()))
-        widest = max(site.d_in for site in self.shape.sites)
-        working = chunk * size * (3 * widest + 6 * self.shape.width) + CUSHION
+        working = self._activations(chunk) + CUSHION
         cast = 0 if paged or shape.stored == shape.computed else self._stored  # both are there for a moment
-        yield Stage("open", held + cast + CUSHION, shares.blocks or 0, read=self._stored)
+        yield Stage("open", held + cast + CUSHION, shares.blocks or 0, self.records, read=self._stored)
         if self.before is not None:
             yield Stage(
                 "time sub-layers", self.everything + self.before.copied * size + CUSHION,
@@ -184,7 +200,7 @@ class Count:
             )  # fmt: skip
         if "gradient" in self.parts.needs:
             yield self._gradients(shares, held + working)
-        yield from self._rounds(shares, held + working)
+        yield from self._rounds(shares, held, working)
         for number, member in enumerate(each for each in self.members if each.wanted):
             yield from self._result(member, shares, held, working, first=number == 0)
 
@@ -203,14 +219,15 @@ class Count:
             flops=3 * shape.forward(tokens, self.seqlen, head=True),
         )  # fmt: skip
 
-    def _rounds(self, shares: Shares, held: int) -> Iterator[Stage]:
+    def _rounds(self, shares: Shares, held: int, working: int) -> Iterator[Stage]:
         """A calibration pass along the rungs of all, then the search of each."""
         recipe, shape, (heard, written) = self.recipe, self.shape, self._heard(shares)
+        asking = held + self._asking + CUSHION
         for number, every in enumerate(self._passes):
-            yield self._pass(f"prune {number + 1}", every, shares, held)
+            yield self._pass(f"prune {number + 1}", every, shares, held + working)
             if number == 0 and heard + written:
                 yield Stage(
-                    HEARING, held, shares.blocks or 0, written, read=0 if shares.blocks is None else self._stored,
+                    HEARING, asking, shares.blocks or 0, written, read=0 if shares.blocks is None else self._stored,
                     flops=shape.forward(self.tokens["search"], self.seqlen, head=True),
                 )  # fmt: skip
             for member in self.members:
@@ -225,7 +242,7 @@ class Count:
                     why = most or "what the allocator will ask"
                 states, ready = self._searched(search, member.spaces[number], shares)
                 yield Stage(
-                    member.called(f"search {number + 1}"), held + states, (shares.blocks or 0) + ready,
+                    member.called(f"search {number + 1}"), asking + states, (shares.blocks or 0) + ready,
                     flops=flops, unknown=why, member=member.name,
                 )  # fmt: skip
 
@@ -234,9 +251,11 @@ class Count:
         recipe, shape, judged = self.recipe, self.shape, self.tokens["evaluation"]
         paged, size, kept = shares.blocks is not None, shape.computed.itemsize, shares.blocks or 0
         if recipe.rebuild and member.last.ladders != self._passes[len(member.spaces) - 1].ladders:
-            yield self._pass(member.called("rebuild"), member.last, shares, held + working, member.name)
+            rebuilt = self._pass(member.called("rebuild"), member.last, shares, held + working, member.name)
+            yield replace(rebuilt, disk=rebuilt.disk + member.unlike_uniform * shape.stored.itemsize)
         stays = self.everything // size - member.freed  # parameters
-        logits = 2 * FLOAT * min(judged, max(self.seqlen, LOGITS_AT_ONCE // shape.vocabulary)) * shape.vocabulary
+        some = min(judged, max(self.seqlen, LOGITS_AT_ONCE // shape.vocabulary))  # tokens of a forward pass
+        forward = max(2 * FLOAT * some * shape.vocabulary, self._activations(some))
         hidden = min(HIDDEN_BYTES, judged * shape.width * size)
         both = held + self._page + hidden if paged else self.everything + stays * size
         if recipe.finishers:
@@ -248,10 +267,15 @@ class Count:
                 member.called("finish"), held + own + working, kept + inside, spilled,
                 flops=None, unknown=names, member=member.name,
             )  # fmt: skip
+        asked = self.tokens["search"] if self.parts.objective.reads(len(shape.blocks)).tokens else 0
+        states, ready = self._searched(Rehearsal(asked, 1, asked), member.last, shares)  # what is built is judged once
+        asking = held + self._asking + CUSHION + states
+        measuring = both + forward + CUSHION
         models = 1 + first
         small = shape.forward(judged, self.seqlen, head=True, share=self._share(member))
         yield Stage(
-            member.called("evaluate"), both + logits + CUSHION, kept, read=models * self._stored if paged else 0,
+            member.called("evaluate"), max(asking, measuring), kept + max(0, min(ready, asking + ready - measuring)),
+            read=models * self._stored if paged else 0,
             flops=small + first * shape.forward(judged, self.seqlen, head=True), member=member.name,
         )  # fmt: skip
         if self.after is not None:
@@ -279,6 +303,22 @@ class Count:
     def _page(self) -> int:
         """Bytes of the largest part of the model that is read at once."""
         return max(self.block, self._head)
+
+    def _held(self, shares: Shares) -> int:
+        """Bytes of the dense model that are always in memory, and of what is read of a paged one."""
+        return self.everything if shares.blocks is None else self.resident + self._page
+
+    def _activations(self, tokens: int) -> int:
+        """Bytes of what a block makes of so many tokens at once."""
+        widest = max(site.d_in for site in self.shape.sites)
+        return tokens * self.shape.computed.itemsize * (3 * widest + 6 * self.shape.width)
+
+    @property
+    def _asking(self) -> int:
+        """Bytes that come and go while an allocation is judged: activations, then logits and what is made of them."""
+        tokens = min(self.tokens["search"], TOKENS_AT_ONCE)
+        some = max(self.seqlen, min(tokens, supernet.LOGITS_AT_ONCE // self.shape.vocabulary))
+        return max(self._activations(max(tokens, self.seqlen)), 3 * FLOAT * some * self.shape.vocabulary)
 
     @property
     def _stored(self) -> int:
@@ -313,10 +353,11 @@ class Count:
         hidden = shares.hidden if search.together is None else min(shares.hidden, one * search.together // tokens)
         dense = min(shares.dense, tokens * each * (len(reads.depths) if shares.blocks is None else 2))
         parts = 0
-        for site, ladder in zip(space.sites, space.ladders, strict=True):
+        for i, (site, ladder) in enumerate(zip(space.sites, space.ladders, strict=True)):
+            asked = [kept for kept in ladder if search.rungs is None or (i, kept) in search.rungs]
             maps = [shape.map(site), *shape.producers(site).values()]
             whole, layout = sum(each.d_in * each.d_out for each in maps), layout_of(site)
-            parts += sum(whole - layout.freed(site, kept) for kept in ladder) * shape.computed.itemsize
+            parts += sum(whole - layout.freed(site, kept) for kept in asked) * shape.computed.itemsize
         most = max(1, hidden // one) if search.allocations is None else search.allocations
         chunk = min(max(TOKENS_AT_ONCE, self.seqlen), tokens)
         return 2 * min(most, max(1, hidden // one)) * chunk * each, hidden + dense + min(shares.parts, parts)

@@ -16,15 +16,19 @@ from prunekit.models.opening import computing_dtype, limits, resolved_devices
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.metric import MeasuredMetric
 from prunekit.recipe.resolve import Parts
+from prunekit.recipe.schema import Recipe
 from prunekit.run.plan.count import Count, Member, Shape
 from prunekit.run.plan.plan import Plan
 from prunekit.run.plan.rehearsal import Rehearsal, list_passes, rehearsed
 from prunekit.run.workplace import written
 from prunekit.search.conversation import Known
 from prunekit.space.ladders import Space
+from prunekit.space.sites import Site
 from prunekit.system.memory import Shares, available
 from prunekit.system.sizes import parse_size
 
+COPIED = (".json", ".jinja", ".model", ".txt")  # suffixes of configs and tokenizers
+RECORDS, RECORDS_OF_SITE = 32 << 10, 2 << 10  # bytes of reports, manifests and code: of a run 20 KiB, of a site 1 KiB
 SPARE = 0.9  # of what is free on the machine; the rest is for others
 
 
@@ -79,7 +83,8 @@ def planned(
         whole_model: Any = model
         measured, after = metric.unit, metric.runs_after(whole_model)
         before = metric.runs_before(whole_model, shape.sites) if metric.prices is None else None
-    count = Count(parts, shape, tokens, seqlen, members, before, after)
+    records = _records(recipe, shape.sites, sum(member.wanted for member in members))
+    count = Count(parts, shape, tokens, seqlen, members, before, after, records)
 
     def of(shares: Shares) -> Plan:
         stages = tuple(count.stages(shares))
@@ -90,6 +95,14 @@ def planned(
     if paged := can and not measured and plan.least > limit:
         plan = tight
     return of(Shares.of(limit - plan.least, paged=paged))
+
+
+def _records(recipe: Recipe, sites: Sequence[Site], results: int) -> int:
+    """Bytes of the files without weights: those of the model's folder, which every result has too, and our own."""
+    source = Path(recipe.model).expanduser() if recipe.model else None
+    files = source.iterdir() if source is not None and source.is_dir() else ()
+    copied = sum(file.stat().st_size for file in files if file.suffix in COPIED)
+    return results * (copied + RECORDS + RECORDS_OF_SITE * len(sites))
 
 
 def _taken(device: torch.device) -> int:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prunekit.errors import WrongInput
 from prunekit.plugins.allocator import Allocator, Journal, Problem, Query
 from prunekit.search.conversation import Known
 from prunekit.space.ladders import Space
 
-PATIENCE = 2.0  # seconds that a search is rehearsed
+PATIENCE = 2000  # questions that a search is rehearsed for; those of the presets ask some hundred
 
 
 def list_passes(allocator: Allocator, whole: Space) -> list[Space]:
@@ -34,13 +32,18 @@ class Rehearsal:
     forwards: int | None = None  # tokens of all questions, those of every allocation counted
     allocations: int | None = None  # in one ask at most
     together: int | None = None  # tokens of the allocations that one ask has on the same tokens, at most
+    rungs: frozenset[tuple[int, int]] | None = None  # (site, count) of all allocations
+
+
+class _AskedElsewhere(Exception):
+    """A search wants to know what only the run will ask of the outside world."""
 
 
 class _Mute(Journal):
     """What asks the outside world is not rehearsed."""
 
     def once(self, question: Mapping[str, Any], answer: Any) -> Any:
-        raise NotImplementedError("nobody is asked before the run")
+        raise _AskedElsewhere
 
 
 def rehearsed(
@@ -64,10 +67,10 @@ def rehearsed(
         seqlen: tokens in a window.
         limit: token-forwards at most; None: as many as it asks.
         known: losses that are free, learnt from another search; what is learnt is added.
-        patience: seconds.
+        patience: questions at most, those that are asked again counted too; a search that asks more is not known.
 
     Raises:
-        WrongInput: what the allocator itself refuses.
+        Exception: whatever the allocator raises, WrongInput where it refuses what it is asked.
     """
     errors = tuple(
         tuple((1 + i % 3) * (1 - kept / site.n_groups) ** 2 for kept in ladder)
@@ -77,7 +80,8 @@ def rehearsed(
     signals = tuple(tuple(1.0 + (i % 5) / 10 for i in range(len(space.sites))) for _ in allocator.signals)
     start, judged, paid = space.nearest(space.uniform()), {} if known is None else known, 0
     problem = Problem(space, errors, start, 0, tokens, signals, scores, _Mute())
-    allocations = together = 0
+    allocations = together = questions = 0
+    rungs: set[tuple[int, int]] = set()
 
     def loss(query: Query) -> float:
         return sum(
@@ -85,7 +89,6 @@ def rehearsed(
             for i, (site, kept) in enumerate(zip(space.sites, query.allocation, strict=True))
         )
 
-    ends = time.monotonic() + patience
     try:
         search = allocator.search(problem)
         queries = next(search)
@@ -97,16 +100,16 @@ def rehearsed(
             new = Counter(count for key, count in dict.fromkeys((k, k[1]) for k in asked) if key not in judged)
             paid += sum(count * times for count, times in new.items())
             if limit is not None and paid > limit:
-                return Rehearsal(limit, allocations, together)
+                return Rehearsal(limit, allocations, together, frozenset(rungs))
+            questions += len(asked)
+            if questions > patience:
+                return Rehearsal()
             allocations = max([allocations, *new.values()])
             together = max([together, *(count * times for count, times in new.items())])
+            rungs.update(rung for query in queries for rung in enumerate(query.allocation))
             judged |= {key: loss(query) for key, query in zip(asked, queries, strict=True)}
-            if time.monotonic() > ends:
-                return Rehearsal()
             queries = search.send([judged[key] for key in asked])
     except StopIteration:
-        return Rehearsal(paid, allocations, together)
-    except WrongInput:
-        raise
-    except Exception:  # a stand-in is no model: whatever is wrong with it is told of the real one
+        return Rehearsal(paid, allocations, together, frozenset(rungs))
+    except _AskedElsewhere:
         return Rehearsal()

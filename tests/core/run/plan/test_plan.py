@@ -1,6 +1,7 @@
 """What is promised of bytes is what is taken; what cannot fit is refused before any work."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -33,7 +34,7 @@ from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.run import family, session
 from prunekit.run.plan import make as planning
-from prunekit.run.plan.count import CUSHION, Shape
+from prunekit.run.plan.count import CUSHION, KEPT, Shape
 from prunekit.run.plan.rehearsal import Rehearsal, list_passes, rehearsed
 from prunekit.run.session import make_plan
 from prunekit.run.spaces import whole_space
@@ -209,6 +210,24 @@ def test_what_asks_the_outside_world_is_not_rehearsed():
     assert rehearsed(Asks(), whole(), 1024, 64) == Rehearsal()
 
 
+def test_a_rehearsal_hides_no_fault_of_an_allocator():
+    class Broken(type(ALLOCATORS.build({"name": "uniform"}))):
+        def search(self, problem):
+            yield from super().search(problem)
+            raise NotImplementedError("of its own")
+
+    with pytest.raises(NotImplementedError, match="of its own"):
+        rehearsed(Broken(), whole(), 1024, 64)
+
+
+def test_a_rehearsal_ends_after_so_many_questions_however_long_they_take():
+    allocator = ALLOCATORS.build({"name": "random", "draws": 8})
+    asked = rehearsed(allocator, whole(), 1024, 64).allocations
+    assert asked
+    assert rehearsed(allocator, whole(), 1024, 64, patience=asked - 1) == Rehearsal()
+    assert rehearsed(allocator, whole(), 1024, 64, patience=math.inf).forwards is not None
+
+
 # -- whole plans --------------------------------------------------------------------------------------
 
 
@@ -343,7 +362,8 @@ def test_the_disk_of_a_family_is_counted_walk_by_walk(saved_tiny, tmp_path, kill
         prunekit.prune(path, output=output, recipe="fast", quiet=True, verify=False, **changes, **settings)
     place = tmp_path / "out.partial"
     walks_ = sum(file.stat().st_size for file in place.glob("walk-*/*.safetensors"))
-    assert walks_ == sum(stage.disk for stage in plan.stages if stage.name.split()[0] in ("prune", "rebuild"))
+    walks = sum(stage.disk for stage in plan.stages if stage.name.split()[0] in ("prune", "rebuild"))
+    assert walks / 2 < walks_ <= walks  # another allocation than the uniform one would fill it
     told = {row["sparsity"]: row["disk"] for row in plan.as_dict(Rates(1e9, 1e9, 1e8, 1e8))["members"]}
     for share, disk in told.items():
         (export,) = [stage.disk for stage in plan.stages if stage.name == f"export for {share}"]
@@ -416,7 +436,7 @@ def test_the_models_to_be_timed_are_counted_by_what_they_keep(folder):
         most = max(most, sum(p.nbytes for p in small.parameters() if p.data_ptr() not in shared))
     (timed,) = [s for s in plan_of(folder, target="latency=0.6", device="cpu").stages if s.name == "time sub-layers"]
     everything = sum(p.numel() for p in model.parameters()) * 4
-    assert timed.memory == everything + most + CUSHION
+    assert timed.memory == everything + (most + CUSHION) * (KEPT + 1) // KEPT
 
 
 def test_what_cannot_fit_is_refused(folder, large, tmp_path):
