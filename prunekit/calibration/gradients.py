@@ -29,6 +29,8 @@ from prunekit.system.checkpoints import write_tensors
 from prunekit.system.memory import Room
 from prunekit.system.progress import Progress
 
+FISHER_TOKENS = 16_384  # of calibration, at most, that Fisher matrices are taken of
+
 
 @dataclass(frozen=True, eq=False)
 class Gradients:

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from prunekit.calibration.fill import build
-from prunekit.calibration.gradients import Gradients, OutputFisher
+from prunekit.calibration.gradients import FISHER_TOKENS, Gradients, OutputFisher
 from prunekit.data.draws import Draws
 from prunekit.errors import PluginError
 from prunekit.export import hf
@@ -43,7 +43,6 @@ from prunekit.system.files import Damaged, read_state, write_state
 from prunekit.system.memory import Room
 from prunekit.system.progress import Progress
 
-FISHER_TOKENS = 16_384  # of calibration, at most: what a pass back is made on
 SECONDS = "seconds.json"  # beside the candidates: what their calibration pass took
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from prunekit.calibration.flow import BlockFlow
+from prunekit.calibration.gradients import FISHER_TOKENS
 from prunekit.calibration.moments import Moments, collected, strips
 from prunekit.calibration.statistics import Cross, statistics_of
 from prunekit.layer.layouts import layout_of
@@ -23,6 +24,7 @@ from prunekit.models.blocks import TOKENS_AT_ONCE, forward_flops
 from prunekit.plugins.adapter import ModelAdapter, linear_at
 from prunekit.plugins.exporter import Order
 from prunekit.plugins.metric import Runs
+from prunekit.plugins.pruner import LocalPruner
 from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.run.plan.plan import HEARING, Stage
@@ -199,7 +201,13 @@ class Count:
                 flops=self._runs(self.before), unknown=self.before.unknown,
             )  # fmt: skip
         if "gradient" in self.parts.needs:
-            yield self._gradients(shares, held + working)
+            learnt = 2 * FLOAT * shape.weights
+            yield self._back("gradients", self.tokens["calibration"], learnt, learnt, 0, shares, held + working)
+        if self.parts.prices_nats(len(shape.blocks)) or "output-fisher" in self.parts.needs:
+            cells, tokens = sum(site.d_out**2 for site in shape.sites), min(self.tokens["calibration"], FISHER_TOKENS)
+            yield self._back(
+                "fisher", tokens, FLOAT * cells, DOUBLE * cells, 2 * tokens * cells, shares, held + working
+            )
         yield from self._rounds(shares, held, working)
         for number, member in enumerate(each for each in self.members if each.wanted):
             yield from self._result(member, shares, held, working, first=number == 0)
@@ -208,15 +216,15 @@ class Count:
         """FLOPs."""
         return runs.count * self.shape.forward(runs.tokens, runs.seqlen, head=False)
 
-    def _gradients(self, shares: Shares, held: int) -> Stage:
-        shape, tokens = self.shape, self.tokens["calibration"]
+    def _back(self, name: str, tokens: int, written: int, summed: int, added: int, shares: Shares, held: int) -> Stage:
+        """A pass forwards and backwards: bytes it writes and bytes it adds up, of all blocks, and what adding costs."""
+        shape = self.shape
         streams = tokens * shape.width * shape.computed.itemsize * (len(shape.blocks) + 2)
         inside, spilled = shares.split(streams)
-        learnt = 2 * FLOAT * shape.weights
         return Stage(
-            "gradients", held + learnt // len(shape.blocks), (shares.blocks or 0) + inside, learnt + spilled,
+            name, held + summed // len(shape.blocks), (shares.blocks or 0) + inside, written + spilled,
             read=0 if shares.blocks is None else 2 * self._stored_blocks,
-            flops=3 * shape.forward(tokens, self.seqlen, head=True),
+            flops=3 * shape.forward(tokens, self.seqlen, head=True) + added,
         )  # fmt: skip
 
     def _rounds(self, shares: Shares, held: int, working: int) -> Iterator[Stage]:
@@ -366,7 +374,11 @@ class Count:
         """`held`: bytes in memory beside what a site takes."""
         shape, needs, tokens = self.shape, self.parts.needs, self.tokens["calibration"]
         statistics = statistics_of(needs)
-        scores = not name.startswith("rebuild") and "scores" in self.parts.allocator.needs
+        search, depth = not name.startswith("rebuild"), len(shape.blocks)
+        scores = search and "scores" in self.parts.allocator.needs
+        alone, nats = search and self.parts.prices_alone(depth), self.parts.prices_nats(depth)
+        at_once = alone and type(self.parts.pruner).nested is not LocalPruner.nested
+        centre = dict(zip(space.sites, space.nearest(space.uniform()), strict=True))
         size, streams = shape.computed.itemsize, 1 + any("dense" in each.sees for each in statistics)
         memory = disk = spill = doubles = 0
         flops = streams * shape.forward(tokens, self.seqlen, head=False)
@@ -381,17 +393,25 @@ class Count:
                 moments += DOUBLE * site.d_in * d_out  # what is made of the pairs
             # the weight of every rung as proposed and as rounded, or rounded and twice to be written; mean in float64
             each = max(size + shape.stored.itemsize, 3 * shape.stored.itemsize)
-            weights = site.d_in * d_out * (len(ladder) * each + 2 * DOUBLE + 2 * size)
+            kept = (centre[site],) if alone else ladder
+            asked = kept if at_once else ladder
+            weights = site.d_in * d_out * (len(asked) * each + 2 * DOUBLE + 2 * size)
             # sums and what is added to them, or their means where they are shared; then means alone
             made = (site.d_in if paired else d_out) if streams == 2 else 0
             beside = moments if site.input_group else FLOAT * site.d_in * max(next(strips(site.d_in)).stop, made)
             solve = self.parts.pruner.matrices * DOUBLE * site.d_in**2
             memory = max(memory, moments + beside, moments + weights + solve)
-            disk += CandidateStore.bytes(site, ladder, shape.stored, scores=scores)
+            if nats:
+                weights += 3 * DOUBLE * d_out**2 + DOUBLE * site.d_in * d_out
+            disk += CandidateStore.bytes(site, kept, shape.stored, scores=scores)
             flops += Moments.flops(there, own, fed, tokens)
             cross = "cross" in needs and site.form.shrinks
-            widths = [layout_of(site).width(site, count) if cross else site.d_in for count in ladder]
+            widths = [layout_of(site).width(site, count) if cross else site.d_in for count in asked]
             doubles += judging_flops(site.d_in, d_out, widths, cross=cross)
+            if nats:  # the factor weighed once, or every candidate
+                once = 2 * d_out**2 * site.d_in
+                many = len(asked) * once + judging_flops(site.d_in, d_out, [site.d_in] * len(asked), cross=True)
+                doubles += once if at_once else many
         inside, spilled = shares.split(spill)
         read = 0 if shares.blocks is None else self._stored_blocks
         unknown = f"the work of {self.recipe.pruner['name']} itself"

@@ -79,7 +79,7 @@ def rehearsed(
     scores = tuple(tuple(float((7 * g) % 11) for g in range(site.n_groups)) for site in space.sites)
     signals = tuple(tuple(1.0 + (i % 5) / 10 for i in range(len(space.sites))) for _ in allocator.signals)
     start, judged, paid = space.nearest(space.uniform()), {} if known is None else known, 0
-    problem = Problem(space, errors, start, 0, tokens, signals, scores, _Mute())
+    problem = Problem(space, errors, start, 0, tokens, signals, scores, nats=errors, journal=_Mute())
     allocations = together = questions = 0
     rungs: set[tuple[int, int]] = set()
 

@@ -164,6 +164,7 @@ def test_the_fisher_matrix_of_outputs_is_that_of_autograd_through_the_whole_mode
         for hook in hooks:
             hook.remove()
         for name, out in outputs.items():
+            assert out.grad is not None
             slopes.setdefault(name, []).append(out.grad.reshape(-1, out.shape[-1]))
     for site, path in own_paths(model, adapter).items():
         g = torch.cat(slopes[site.name])
