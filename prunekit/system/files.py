@@ -114,9 +114,9 @@ def seal(folder: Path) -> str:
         old.unlink(missing_ok=True)
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path)}
-        for path in _files(folder)
+        for path in files_in(folder)
     }
-    for path in _files(folder):
+    for path in files_in(folder):
         settle(path)
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         settle_folder(path)
@@ -159,7 +159,8 @@ def _is_as(path: Path, said: dict[str, Any]) -> bool:
         return False
 
 
-def _files(folder: Path) -> Sequence[Path]:
+def files_in(folder: Path) -> Sequence[Path]:
+    """All that is in a folder and those below it, but folders; links are not followed."""
     return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 

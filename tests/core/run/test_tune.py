@@ -156,11 +156,12 @@ def test_a_recipe_is_run_once(quick, monkeypatch) -> None:
 def test_a_full_shelf_lets_the_longest_unused_pass_go(quick, passes: list[str]) -> None:
     prunekit.tune(**quick, space={"pruner": ["wanda", "magnitude"]}, trials=1)
     shelf = quick["output"] / "walks"
-    first, second = sorted(shelf.iterdir(), key=lambda walk: walk.stat().st_mtime)
+    (shelf / "mine").mkdir()
+    first, second = sorted(shelf.glob("walk-*"), key=lambda walk: walk.stat().st_mtime)
     room = sum(file.stat().st_size for file in second.iterdir())
     nothing: Any = None
     tuning.Bench(nothing, quick["output"], (), room)._tidy(shelf)
-    assert list(shelf.iterdir()) == [second]
+    assert {*shelf.iterdir()} == {second, shelf / "mine"}
     assert first != second
     assert len(passes) == 2
 
@@ -297,7 +298,11 @@ def test_another_study_does_not_go_on_in_the_folder(quick, tmp_path: Path) -> No
     prunekit.tune(**quick, space=SPACE, trials=1)
     with pytest.raises(WrongInput, match=r"holds a study \(another damping\)"):
         prunekit.tune(**quick, space=SPACE, trials=1, damping=0.5)
-    prunekit.tune(**quick, space=SPACE, trials=1, damping=0.5, overwrite=True)
+    (quick["output"] / "thesis.tex").touch()
+    with pytest.raises(WrongInput, match=r"study holds thesis\.tex, which prunekit has not made"):
+        prunekit.tune(**quick, space=SPACE, trials=1, damping=0.5, overwrite=True)
+    (quick["output"] / "thesis.tex").unlink()
+    prunekit.tune(**quick, space=SPACE, trials=1, damping=0.5, overwrite=True)  # all else is known to be a study's
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     with pytest.raises(WrongInput, match="holds other files"):
