@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +232,20 @@ def test_other_calibration_text_is_judged_on_the_same_tokens(quick, text: Path, 
     tuned = prunekit.tune(**apart, space=moved, trials=4)
     assert {row.state for row in tuned.rows} == {"complete"}
     assert tuned.base.data.calibration_tokens == 128
+
+
+def test_a_pipe_that_every_trial_would_read_is_refused_and_one_that_is_read_once_is_not(
+    quick, text: Path, tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe.txt"
+    os.mkfifo(pipe)
+    with pytest.raises(WrongInput, match=r"pipe\.txt is a named pipe, which can be read once"):
+        prunekit.tune(**quick | {"data__dataset": str(pipe)}, space={"data.calibration_draw": [0, 1]}, trials=1)
+    writer = threading.Thread(target=pipe.write_text, args=(text.read_text(),))
+    writer.start()
+    tuned = prunekit.tune(**quick | {"data__dataset": str(pipe)}, space=SPACE, trials=1)
+    writer.join()
+    assert {row.state for row in tuned.rows} == {"complete"}
 
 
 def test_calibrating_on_the_text_of_the_comparison_is_pruned(quick, text: Path, tmp_path: Path) -> None:
