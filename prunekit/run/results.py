@@ -83,7 +83,7 @@ class Result:
             CannotGoOn: what was written is not the same model when it is loaded.
         """
         target = Path(directory)
-        check_output(target, overwrite=overwrite, sources=[] if self.directory is None else [self.directory])
+        check_output(target, overwrite=overwrite)
         with new_folder(target) as folder:
             if self.probe is not None:
                 write_result(self, folder)
