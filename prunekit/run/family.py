@@ -65,11 +65,10 @@ class Family:
         target = Path(directory)
         check_output(target, overwrite=overwrite, sources=[] if self.directory is None else [self.directory])
         with new_folder(target) as folder:
-            for row in self.rows:
-                if row["folder"] in self.held:
-                    write_result(self.held[row["folder"]], folder / row["folder"])
-                else:
-                    copy_sealed(self._folder(row), folder / row["folder"])
+            for name, result in self.held.items():
+                write_result(result, folder / name)
+            if self.directory is not None:
+                copy_sealed(self.directory, folder)
             write_json(folder / FILE, self.document)
         return target
 

@@ -158,7 +158,7 @@ def copy_sealed(folder: Path, target: Path) -> None:
         if (folder / name).is_file():
             shutil.copy2(folder / name, target / name)
     if faults := changed(target):
-        raise Damaged(f"{folder / faults[0]} is not what was written when the result was made; bring it back, or prune")
+        raise Damaged(f"{folder / faults[0]} is not what was written when the result was made; bring it back")
 
 
 def others(folder: Path) -> list[str]:
