@@ -24,7 +24,7 @@ from prunekit.data.tokens import TokenBatch
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.models.blocks import Call, chunks, entered
 from prunekit.plugins.adapter import ModelAdapter
-from prunekit.system.checkpoints import write_tensors
+from prunekit.system.checkpoints import Checkpoints
 from prunekit.system.memory import Room
 from prunekit.system.progress import Progress
 
@@ -75,7 +75,8 @@ class Gradients:
         self = cls(directory)
         directory.mkdir(parents=True, exist_ok=True)
         blocks = adapter.blocks(model)
-        if all(self._file(b).exists() for b in range(len(blocks))):
+        there = {b for b in range(len(blocks)) if Checkpoints(directory).intact(self._file(b).stem)}
+        if len(there) == len(blocks):
             return self
         if tokens.seqlen < 2:
             raise WrongInput("gradients need windows of two tokens or more; raise --seqlen")
@@ -95,10 +96,10 @@ class Gradients:
                 slopes.append(_slope(model, adapter, hidden.to(device), ids.to(device)))
             for b in reversed(range(len(blocks))):
                 sums: dict[str, tuple[Tensor, Tensor]] = {}
-                wanted = sorted(sum(adapter.stages(blocks[b]), ())) if not self._file(b).exists() else []
+                wanted = sorted(sum(adapter.stages(blocks[b]), ())) if b not in there else []
                 for i, hidden in enumerate(inputs.pop()):
                     slopes[i] = _backwards(blocks[b], calls[i][b], hidden.to(device), slopes[i], wanted, sums)
-                if not self._file(b).exists():
+                if b not in there:
                     self._write(b, sums, len(tokens))
                 stage.advance()
         return self
@@ -111,7 +112,7 @@ class Gradients:
         for path, (gradient, fisher) in sums.items():
             means[f"{path}.gradient"] = gradient / windows
             means[f"{path}.fisher"] = fisher / windows
-        write_tensors(self._file(block), means)
+        Checkpoints(self.directory).save(self._file(block).stem, means)
 
 
 def _slope(
