@@ -25,7 +25,7 @@ from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.models.blocks import Call, chunks, entered
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.space.sites import Site
-from prunekit.system.checkpoints import write_tensors
+from prunekit.system.checkpoints import Checkpoints
 from prunekit.system.memory import Room
 from prunekit.system.progress import Progress
 
@@ -50,7 +50,7 @@ class Gradients:
         Raises:
             CannotGoOn: its file is missing or damaged.
         """
-        gradient, fisher = _read(self._file(block), [f"{path}.gradient", f"{path}.fisher"], device)
+        gradient, fisher = _read(self.directory, block, [f"{path}.gradient", f"{path}.fisher"], device)
         return gradient, fisher
 
     @classmethod
@@ -83,13 +83,10 @@ class Gradients:
                     sums[key] = sums[key].add_(term) if key in sums else term
 
         backwards(
-            model, adapter, tokens, self._file, wanted, add, mean=lambda total: total / len(tokens), labels=None,
+            model, adapter, tokens, directory, wanted, add, mean=lambda total: total / len(tokens), labels=None,
             label="gradients", progress=progress, room=room or Room(),
         )  # fmt: skip
         return self
-
-    def _file(self, block: int) -> Path:
-        return self.directory / f"block-{block}.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +105,7 @@ class OutputFisher:
         Raises:
             CannotGoOn: its file is missing or damaged.
         """
-        return _read(self._file(block), [path], device)[0]
+        return _read(self.directory, block, [path], device)[0]
 
     @classmethod
     def collected(
@@ -141,33 +138,35 @@ class OutputFisher:
             add_product(sums[path], g, g)
 
         backwards(
-            model, adapter, tokens, self._file, lambda block: sorted(paths.get(block, ())), add,
+            model, adapter, tokens, directory, lambda block: sorted(paths.get(block, ())), add,
             mean=lambda total: (total / tokens.n_tokens).float(), labels=torch.Generator().manual_seed(seed),
             label="fisher", progress=progress, room=room or Room(),
         )  # fmt: skip
         return self
-
-    def _file(self, block: int) -> Path:
-        return self.directory / f"block-{block}.safetensors"
 
 
 Sums = dict[str, Tensor]
 """What is added up of a block, by name."""
 
 
-def _read(file: Path, names: Sequence[str], device: torch.device) -> list[Tensor]:
+def _name(block: int) -> str:
+    return f"block-{block}"
+
+
+def _read(directory: Path, block: int, names: Sequence[str], device: torch.device) -> list[Tensor]:
+    file = directory / f"{_name(block)}.safetensors"
     try:
         with safe_open(file, "pt", device=str(device)) as tensors:
             return [tensors.get_tensor(name) for name in names]
     except (OSError, SafetensorError) as error:
-        raise CannotGoOn(f"{file} is missing or damaged; remove {file.parent} to collect again") from error
+        raise CannotGoOn(f"{file} is missing or damaged; remove {directory} to collect again") from error
 
 
 def backwards(
     model: nn.Module,
     adapter: ModelAdapter,
     tokens: TokenBatch,
-    file: Callable[[int], Path],
+    directory: Path,
     wanted: Callable[[int], list[str]],
     add: Callable[[Sums, str, Tensor, Tensor], None],
     *,
@@ -183,7 +182,7 @@ def backwards(
         model: the dense model.
         adapter: of its family.
         tokens: whole windows go together.
-        file: of a block; those that are there are not made again.
+        directory: has a file for every block; those that are there and whole are not made again.
         wanted: the paths of the linear maps of a block that are looked at.
         add: given the sums of the block, the path of a map, what it receives and the slope ∂(length - 1)L/∂y of what it
             makes, both (windows, length, d).
@@ -196,10 +195,10 @@ def backwards(
     Raises:
         WrongInput: the windows have no next token, or the loss is not finite.
     """
-    blocks = adapter.blocks(model)
-    if all(file(b).exists() for b in range(len(blocks))):
+    blocks, done = adapter.blocks(model), Checkpoints(directory)
+    there = {b for b in range(len(blocks)) if done.intact(_name(b))}
+    if len(there) == len(blocks):
         return
-    file(0).parent.mkdir(parents=True, exist_ok=True)
     if tokens.seqlen < 2:
         raise WrongInput("gradients need windows of two tokens or more; raise --seqlen")
     device = next(model.parameters()).device
@@ -218,12 +217,11 @@ def backwards(
             slopes.append(_slope(model, adapter, hidden.to(device), ids.to(device), labels))
         for b in reversed(range(len(blocks))):
             sums: Sums = {}
-            new = not file(b).exists()
             for i, hidden in enumerate(inputs.pop()):
-                paths = wanted(b) if new else []
+                paths = wanted(b) if b not in there else []
                 slopes[i] = _backwards(blocks[b], calls[i][b], hidden.to(device), slopes[i], paths, partial(add, sums))
-            if new:
-                write_tensors(file(b), {name: mean(total) for name, total in sums.items()})
+            if b not in there:
+                done.save(_name(b), {name: mean(total) for name, total in sums.items()})
             stage.advance()
 
 

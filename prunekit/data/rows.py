@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import re
+import select
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from typing import Any, Literal, TextIO
 
 from prunekit.errors import WrongInput, first_line
 
+PATIENCE = 30.0  # seconds until something comes out of a named pipe
 CHUNK = 100_000  # characters that are read at a time
 LONGEST = 2**24  # characters of one row
 MOST_PARTS = 1_000_000  # lists and objects in one row, each of which takes 25 times the memory of its text
@@ -201,10 +204,23 @@ class _Counted(io.BufferedReader):
         return found
 
 
+def _of_pipe(path: Path) -> int:
+    """Open a named pipe to which somebody writes; to wait for that has an end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not select.select([descriptor], [], [], PATIENCE)[0]:
+        os.close(descriptor)
+        raise WrongInput(
+            f"{path} is a named pipe, and nothing came out of it for {PATIENCE:g} s; it is read once, "
+            "so save its text to a file where it is needed again"
+        )
+    os.set_blocking(descriptor, True)
+    return descriptor
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
     try:
-        with path.open("rb") as stored:
+        with os.fdopen(_of_pipe(path), "rb") if path.is_fifo() else path.open("rb") as stored:
             packed = stored.peek(2)[:2] == _GZIP
             content = _Counted(gzip.GzipFile(fileobj=stored) if packed else stored)  # type: ignore[arg-type]
             try:

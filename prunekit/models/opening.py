@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -23,6 +23,7 @@ from prunekit.models.shards import is_packed, quantized
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.dense import Dense
 from prunekit.system.memory import SHARES, Shares
+from prunekit.system.progress import warn_once
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -87,10 +88,19 @@ def opened(
             stored = next(model.parameters()).dtype
         else:
             model, stored = paging.opened(source, computed, place, shares.blocks, trust_remote_code=trust_remote_code)
+    converted = {} if isinstance(source, PreTrainedModel) else paging.converted(at_hand(source), model, stored)
+    if converted:
+        warn_once(converted_as(name, converted, str(stored)[6:]))
     if paging.pager_of(model) is None:
         stored_as(model.to(place), computed(stored)).eval().requires_grad_(False)  # type: ignore[arg-type]
     adapter, digest = adapter_for(model.config.model_type), fingerprint(model, name)
-    return Dense(model, tokenizer, adapter, stored, name, digest, shares)
+    return Dense(model, tokenizer, adapter, stored, name, digest, shares, converted)
+
+
+def converted_as(name: str, found: Mapping[str, int], dtype: str) -> str:
+    """Say that a checkpoint is written in another dtype than parts of it had; `found` is of `paging.converted`."""
+    what = " and ".join(f"{count:,} parameters in {other}" for other, count in found.items())
+    return f"{name} holds {what}: they are read and written in {dtype}, the dtype of the model"
 
 
 def computing_dtype(stored: torch.dtype, dtype: str, device: torch.device) -> torch.dtype:

@@ -325,6 +325,20 @@ def unused(path: str, model: PreTrainedModel) -> set[str]:
     return names - set(_origins(list(names), model, model.state_dict()).values())
 
 
+def converted(path: str, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, int]:
+    """Count the parameters that the files of a folder hold in another dtype than `dtype`, by that other."""
+    folder = Path(path)
+    if not ((folder / WEIGHTS).exists() or (folder / INDEX).exists()):
+        return {}
+    with shapes_of(model):
+        state, own = model.state_dict(), {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    stored = Shards.of(path).tensors
+    found = [
+        str(stored[there].dtype)[6:] for name, there in _origins(list(stored), model, state).items() if name in own
+    ]
+    return {name: found.count(name) for name in sorted({*found} - {str(dtype)[6:]})}
+
+
 def shaped(source: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model without its weights, tied as the tensors in its files are, whatever its config says.
 

@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download, split_torch_state_dict_into_shard
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prunekit.errors import WrongInput, one_line
+from prunekit.errors import CannotGoOn, WrongInput, one_line
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -44,6 +44,7 @@ class Stored:
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+    state: tuple[int, int]  # of its file: bytes, and when it was last changed
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,12 +91,13 @@ class Shards:
         found = {}
         for file in self.files:
             try:
+                state = _state(file)
                 with safe_open(file, "pt") as opened:
                     for name in opened.keys():  # noqa: SIM118  it is no mapping
                         part = opened.get_slice(name)
                         if is_packed(name, part.get_dtype()):
                             raise quantized(self.source, f"{name} is {part.get_dtype()}")
-                        found[name] = Stored(file, DTYPES[part.get_dtype()], tuple(part.get_shape()))
+                        found[name] = Stored(file, DTYPES[part.get_dtype()], tuple(part.get_shape()), state)
             except (OSError, SafetensorError, KeyError) as error:
                 raise WrongInput(f"{file} cannot be read: {one_line(error)}; fetch it again") from error
         return found
@@ -104,9 +106,23 @@ class Shards:
         """One tensor, as it is stored.
 
         Its file is opened for it alone: what was mapped to read it counts as memory until the file is closed.
+
+        Raises:
+            CannotGoOn: the file is no longer what it was when its header was read.
         """
-        with safe_open(self.tensors[name].file, "pt") as opened:
-            return opened.get_tensor(name).to(device, copy=True)
+        stored = self.tensors[name]
+        try:
+            if _state(stored.file) == stored.state:
+                with safe_open(stored.file, "pt") as opened:
+                    return opened.get_tensor(name).to(device, copy=True)
+        except (OSError, SafetensorError):
+            pass
+        raise CannotGoOn(f"{stored.file} was changed or removed while it was in use; begin again with it as it was")
+
+
+def _state(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def files_of_index(index: Path) -> list[str]:

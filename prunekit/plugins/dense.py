@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,3 +24,4 @@ class Dense:
     name: str
     fingerprint: str  # sha256 over its names, shapes and values
     shares: Shares = SHARES  # of the memory, for whoever works on it
+    converted: Mapping[str, int] = field(default_factory=dict)  # other dtype in its files -> number of parameters

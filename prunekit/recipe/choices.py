@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunekit.errors import WrongInput
-from prunekit.recipe.presets import read_yaml
+from prunekit.recipe.presets import presets, read_yaml
 from prunekit.recipe.schema import Recipe
+from prunekit.recipe.specs import outward
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
@@ -104,7 +105,14 @@ class Choices:
         Raises:
             WrongInput: there is no such file or preset, or it says something a space cannot say.
         """
-        return cls.of_mapping(read_yaml(name, SPACES))
+        found = read_yaml(name, SPACES)
+        if str(name) not in presets(SPACES):
+            for key in (key for slot, value in found.items() for key in outward(value, slot)):
+                raise WrongInput(
+                    f"space {str(name)!r} says {key}; whom to talk to, and with which key, is for the caller to say: "
+                    f"leave it away there, and give --set {key.split('.')[0]}.{key.split('.')[-1]}=..."
+                )
+        return cls.of_mapping(found)
 
     @classmethod
     def of_mapping(cls, source: Mapping[str, Any]) -> Choices:

@@ -20,7 +20,17 @@ from prunekit.plugins.finisher import Finisher
 from prunekit.plugins.guard import instance
 from prunekit.plugins.objective import Objective
 from prunekit.plugins.pruner import LocalPruner
-from prunekit.plugins.registry import ALLOCATORS, ENGINES, EXPORTERS, FINISHERS, METRICS, OBJECTIVES, PRUNERS, SIGNALS
+from prunekit.plugins.registry import (
+    ALLOCATORS,
+    ENGINES,
+    EXPORTERS,
+    FINISHERS,
+    KINDS,
+    METRICS,
+    OBJECTIVES,
+    PRUNERS,
+    SIGNALS,
+)
 from prunekit.plugins.signal import Signal
 from prunekit.recipe.schema import Recipe
 from prunekit.space.forms import Form, parse_form
@@ -124,6 +134,7 @@ def resolve(recipe: Recipe) -> Parts:
         "exporters": tuple(map(EXPORTERS.spec, parts.exporters)),
     }
     parts = replace(parts, recipe=_with_metric(recipe, parts.metric).model_copy(update=complete))
+    _check_consent(parts.recipe)
     _check_structure(parts)
     _check_readers(parts)
     return parts
@@ -159,6 +170,20 @@ def _check_budget(recipe: Recipe) -> None:
     if family and (family != sorted({*family, own}) or len(family) < 2):
         raise WrongInput(
             f"family names all sparsities that were searched together, this recipe's {own} too, ascending, not {family}"
+        )
+
+
+def _check_consent(recipe: Recipe) -> None:
+    """Whom a plug-in talks to, and with which key, the caller says, or the plug-in itself, which was installed."""
+    for key, (name, value) in recipe.outward.items():
+        if key not in recipe.from_file or value is None:
+            continue
+        own = [option for registry in KINDS if name in registry for option in registry[name].options]
+        if any(option.name == key.rpartition(".")[2] and option.default == value for option in own):
+            continue
+        raise WrongInput(
+            f"the recipe's file says {key}={value}; whom to talk to, and with which key, is for the caller to say: "
+            f"give --set {key}={value} if you trust it, {key.replace('.', '__')}={value!r} in Python, or another"
         )
 
 

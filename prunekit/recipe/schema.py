@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from prunekit.data.spec import TAGS, DataSpec, TextSpec
 from prunekit.errors import WrongInput, unknown
 from prunekit.recipe.overrides import expand_target, override, split_family
 from prunekit.recipe.presets import beside, laid_over, presets, read_yaml
-from prunekit.recipe.specs import Spec, as_engine, as_pattern, as_specs, own_share
+from prunekit.recipe.specs import Spec, as_engine, as_pattern, as_specs, outward, own_share
 from prunekit.space.latency import LatencySpec
 from prunekit.space.prices import FILE
 from prunekit.system.strict import Strict
@@ -57,6 +57,7 @@ class Recipe(Strict):
     code: Literal["import", "bundled"] = "import"  # how a result of uneven sizes finds its classes
     exporters: Annotated[tuple[Spec, ...], BeforeValidator(as_specs)] = ({"name": "hf"},)  # what the result is saved as
     verify: bool = True  # load the result in a fresh process and compare
+    _from_file: frozenset[str] = PrivateAttr(frozenset())  # options of `OUTWARD` that a file says, and no caller
 
     @model_validator(mode="before")
     @classmethod
@@ -83,6 +84,8 @@ class Recipe(Strict):
             priced = {key: found[key] for key in ("latency", "metric") if isinstance(found.get(key), dict)}
             found |= {key: beside(part, path if path.is_dir() else path.parent) for key, part in priced.items()}
         recipe = cls.of_mapping(found if name == "default" else laid_over(default, found))
+        if str(name) not in presets():
+            recipe._from_file = frozenset(recipe.outward)
         if recipe.trust_remote_code and not trust_remote_code:
             raise WrongInput(
                 f"recipe {str(name)!r} asks to run code that comes with the model, which only the caller can allow; "
@@ -118,7 +121,10 @@ class Recipe(Strict):
         Raises:
             WrongInput: no such key, with the nearest; or no such value.
         """
-        return self.of_mapping(override(self.model_dump(mode="python"), overrides))
+        found = self.of_mapping(override(self.model_dump(mode="python"), overrides))
+        said = (outward(as_engine(value) if key == "engine" else value, key) for key, value in overrides.items())
+        found._from_file = self._from_file.difference(*said)
+        return found
 
     def spread(self, overrides: Mapping[str, Any]) -> Self | None:
         """As `with_overrides`, of a list of sparsities or a target of several shares.
@@ -155,6 +161,16 @@ class Recipe(Strict):
         spec = {"name": self.metric} if isinstance(self.metric, str) else self.metric
         section = self.sections.get(str(spec.get("name")))
         return spec if section is None else section.model_dump() | spec
+
+    @property
+    def outward(self) -> dict[str, tuple[Any, Any]]:
+        """Whom plug-ins talk to, and with which key: dotted key -> (name of the plug-in, value)."""
+        return {k: v for slot, value in self.model_dump(mode="python").items() for k, v in outward(value, slot).items()}
+
+    @property
+    def from_file(self) -> frozenset[str]:
+        """The keys of `outward` that a file says, and no caller."""
+        return self._from_file
 
     @property
     def unsaid(self) -> frozenset[str]:

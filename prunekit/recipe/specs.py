@@ -11,6 +11,8 @@ from pydantic import BeforeValidator
 from prunekit.errors import WrongInput
 from prunekit.space.forms import parse_form
 
+OUTWARD = frozenset({"base_url", "key_variable", "address"})  # by which a plug-in says whom it talks to, with which key
+
 
 def as_spec(value: Any) -> Any:
     """wanda is short for {name: wanda}."""
@@ -43,3 +45,23 @@ def own_share(structure: Any) -> Fraction | None:
 
 Spec = Annotated[dict[str, Any], BeforeValidator(as_spec)]
 """A plug-in: {name: ..., option: value}; a bare name is short for {name: ...}."""
+
+
+def outward(value: Any, path: str, plugin: Any = None) -> dict[str, tuple[Any, Any]]:
+    """Find the options of `OUTWARD` in what a recipe, or a caller, says of a key.
+
+    Returns:
+        Dotted key -> (name of the plug-in, value); plug-ins in a list go by name, as in `override`.
+    """
+    found = dict[str, tuple[Any, Any]]()
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            found |= outward(inner, f"{path}.{key}", value.get("name"))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            found |= outward(
+                inner, f"{path}.{inner['name']}" if isinstance(inner, Mapping) and "name" in inner else path
+            )
+    elif path.rpartition(".")[2] in OUTWARD:
+        found[path] = plugin, value
+    return found

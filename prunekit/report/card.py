@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from prunekit.models.opening import converted_as
 from prunekit.recipe.schema import Recipe
 from prunekit.report.document import gained, kept_promise, parts_of, promise
 from prunekit.report.origin import hub_id, taken_over
@@ -47,6 +48,8 @@ def card(document: Mapping[str, Any], recipe: Recipe, facts: Mapping[str, Any]) 
             more += f"\n| milliseconds | {ms['dense']:.4g} | {ms['pruned']:.4g} |"
         where = f"Time on {pace['hardware']['device']}" if ms is not None else document["budget"]["metric"].capitalize()
         note += f"\n{where}: {kept_promise(pace)}.\n"
+    if "converted" in dense:
+        note += f"\n{converted_as('The checkpoint', dense['converted'], dense['dtype'])}.\n"
     return f"""---
 {yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---
 

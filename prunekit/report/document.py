@@ -91,7 +91,8 @@ def report(
     return {
         "schema": SCHEMA,
         "model": dense.name,
-        "dense": {"parameters": before, "block_parameters": blocks},
+        "dense": {"parameters": before, "block_parameters": blocks}
+        | ({"converted": {**dense.converted}, "dtype": str(dense.dtype)[6:]} if dense.converted else {}),
         "pruned": {
             "parameters": after,
             "block_parameters": blocks - (before - after),  # nothing outside the blocks is removed

@@ -77,7 +77,10 @@ class Bench:
 
     def _tidy(self, shelf: Path) -> None:
         """Remove the passes that were not used for the longest time, until the rest fits."""
-        passes = sorted((one for one in shelf.iterdir() if one.is_dir()), key=lambda one: one.stat().st_mtime)
+        passes = sorted(
+            (one for kind in ("walk", "gradients") for one in shelf.glob(f"{kind}-*")),
+            key=lambda one: one.stat().st_mtime,
+        )
         sizes = [sum(file.stat().st_size for file in one.rglob("*") if file.is_file()) for one in passes]
         total = sum(sizes)
         for one, size in zip(passes, sizes, strict=True):

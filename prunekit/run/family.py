@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +16,7 @@ from prunekit.run.results import Result, write_result
 from prunekit.run.session import Job
 from prunekit.run.stages import Run, clear_folder
 from prunekit.run.workplace import check_output, new_folder, publish, published
-from prunekit.system.files import changed, read_json, seal, write_json
+from prunekit.system.files import changed, copy_sealed, read_json, seal, write_json
 
 SCHEMA = 1
 FILE = "pareto.json"
@@ -61,15 +60,15 @@ class Family:
 
         Raises:
             WrongInput: the directory holds something and may not be overwritten.
+            CannotGoOn: a member is not what was written when it was judged.
         """
         target = Path(directory)
         check_output(target, overwrite=overwrite, sources=[] if self.directory is None else [self.directory])
         with new_folder(target) as folder:
-            for row in self.rows:
-                if row["folder"] in self.held:
-                    write_result(self.held[row["folder"]], folder / row["folder"])
-                else:
-                    shutil.copytree(self._folder(row), folder / row["folder"])
+            for name, result in self.held.items():
+                write_result(result, folder / name)
+            if self.directory is not None:
+                copy_sealed(self.directory, folder)
             write_json(folder / FILE, self.document)
         return target
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from prunekit.export import hf
 from prunekit.export.verify import TOLERANCE
 from prunekit.export.write import prove, write
 from prunekit.models import paging
-from prunekit.models.opening import load_tokenizer, loaded, stored_as
+from prunekit.models.opening import fingerprint, load_tokenizer, loaded, stored_as
 from prunekit.plugins.exporter import Probe, Product
 from prunekit.plugins.registry import EXPORTERS
 from prunekit.recipe.schema import Recipe
@@ -27,7 +27,7 @@ from prunekit.run.stages import Run
 from prunekit.run.workplace import check_output, new_folder
 from prunekit.search.supernet import Supernet
 from prunekit.space.sites import Allocation
-from prunekit.system.files import read_json
+from prunekit.system.files import changed, copy_sealed, read_json, sealed
 
 PROBE = 1024  # tokens an export is verified on
 
@@ -69,6 +69,8 @@ class Result:
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Write weights, config, tokenizer, recipe, report, ledger and card; verified in a fresh process, then renamed.
 
+        A result that was loaded is copied byte for byte; one that was changed since is verified against its model.
+
         Args:
             directory: a new folder, or an empty one.
             overwrite: whether a result that is there may be replaced.
@@ -83,8 +85,26 @@ class Result:
         target = Path(directory)
         check_output(target, overwrite=overwrite)
         with new_folder(target) as folder:
-            write_result(self, folder)
+            if self.probe is not None:
+                write_result(self, folder)
+            elif self.directory is not None and sealed(self.directory) is not None and self._is_as(self.directory):
+                copy_sealed(self.directory, folder)
+            else:
+                write_result(replace(self, probe=_own_probe(self.model)), folder)
         return target
+
+    def _is_as(self, folder: Path) -> bool:
+        """Whether nothing of it was changed since it was loaded from a folder, nor in the folder."""
+        trusted = self.recipe.trust_remote_code
+        if faults := changed(folder):
+            raise CannotGoOn(f"{folder / faults[0]} is not what was written when the result was judged; bring it back")
+        model = load_small(folder, 0, trust_remote_code=trusted)  # by blocks: there is one in memory
+        return (
+            fingerprint(model) == fingerprint(self.model)
+            and self.report == read_json(folder / "report.json")
+            and self.ledger == (folder / "ledger.jsonl").read_text(encoding="utf-8")
+            and self.recipe == Recipe.load(folder, trust_remote_code=trusted)
+        )
 
 
 def make_export(
@@ -128,6 +148,13 @@ def make_probe(model: nn.Module, tokens: TokenBatch) -> tuple[torch.Tensor, torc
     logits = model(ids, use_cache=False).logits
     paging.rest(model)
     return ids, logits
+
+
+@torch.no_grad()
+def _own_probe(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `make_probe`, of a model without text; it is not changed."""
+    ids = torch.arange(64)[None] % model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    return ids, stored_as(paging.whole(model).cpu(), torch.float32)(ids, use_cache=False).logits
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from prunekit.run.stages import Run, clear_folder
 from prunekit.search.ledger import Ledger
 from prunekit.search.teacher import Teacher
 from prunekit.space.ladders import Space
-from prunekit.space.prices import FILE
+from prunekit.space.prices import FILE, sealed
 from prunekit.system.files import write_json
 from prunekit.system.progress import Progress
 from prunekit.system.sizes import amount
@@ -222,4 +222,4 @@ def choose_devices(recipe: Recipe, plan: Plan) -> list[torch.device]:
 def write_prices(recipe: Recipe, folder: Path) -> None:
     """Write the prices beside the recipe that names them."""
     if isinstance(prices := recipe.metric_spec.get("prices"), dict):
-        write_json(folder / FILE, prices)
+        write_json(folder / FILE, sealed(prices))

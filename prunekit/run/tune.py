@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from prunekit.data.draws import Draws
@@ -68,6 +69,7 @@ def tune(
     text = {"data.calibration_tokens": max(most.examples())} if most is not None else {}
     parts = resolve(recipe.with_overrides({"family": ()} | choices.fixed | text))  # trials are made one by one
     choices.check(parts.recipe)
+    _check_pipes(parts.recipe, choices)
     session = open_session(parts, job)
     _check_text(session.draws, choices, metrics)
     session = session.with_prices(output if keep else None)
@@ -162,6 +164,15 @@ def _check(metrics: Sequence[str], choices: Choices, trials: int, study_name: st
         raise WrongInput("a study has a name; leave --study-name away, and it is that of the folder")
     if "objective" in metrics and any(key.split(".")[0] == "objective" for key in choices.open):
         raise WrongInput("the metric objective compares nothing where the objective is tuned; take --metric perplexity")
+
+
+def _check_pipes(recipe: Recipe, choices: Choices) -> None:
+    moved = [key for key in choices.open if key.split(".")[0] == "data"]
+    if moved and (pipes := [name for name in recipe.data.names if Path(name).expanduser().is_fifo()]):
+        raise WrongInput(
+            f"{pipes[0]} is a named pipe, which can be read once, and where {moved[0]} is tuned it is read for many "
+            "trials; save its text to a file"
+        )
 
 
 def _check_text(draws: Draws, choices: Choices, metrics: Sequence[str]) -> None:

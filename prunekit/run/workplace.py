@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ from prunekit.system.files import (
     SEAL,
     Damaged,
     digest,
+    files_in,
     others,
     read_state,
     seal,
@@ -34,6 +36,13 @@ from prunekit.system.files import (
 
 LOCK = ".prunekit.lock"  # in a folder that one process at a time may use
 CARD = "run.json"
+_MADE = re.compile(  # whatever runs and studies write below the folder that they work in
+    r"(\d[\d.e-]*/)?("  # a member of a family
+    r"(walks/)?(walk|gradients|fisher)-\w+/.*\.(safetensors|json)|(teacher|activations|finisher-\d+)/.*\.(safetensors|json)"
+    r"|(result|written|replaced)/.*|\.?(run|prices|base)\.json|ledger\.jsonl|\.prunekit\.lock"
+    r"|trial-\w+/.*\.(safetensors|jsonl?)|study\.log.*|(best|pareto-\d+)\.yaml)",
+    re.DOTALL,
+)
 
 
 @contextmanager
@@ -215,11 +224,21 @@ def _card(place: Path) -> dict[str, Any] | None:
     return card if isinstance(card, dict) and "identity" in card else None
 
 
+def _strange(place: Path) -> list[str]:
+    """The files in a folder of ours that no run has made."""
+    names = (path.relative_to(place).as_posix() for path in files_in(place))
+    return [name for name in names if not _MADE.fullmatch(name)]
+
+
 def _clear(place: Path) -> None:
-    """Remove all but the lock and the card."""
-    for path in place.iterdir():
-        if path.name not in (LOCK, CARD):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    """Remove all that runs have made, but the lock and the card."""
+    kept = {LOCK, CARD, *_strange(place)}
+    for path in files_in(place):
+        if path.relative_to(place).as_posix() not in kept:
+            path.unlink()
+    for folder in sorted((path for path in place.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True):
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _take(place: Path, identity: Mapping[str, Any], held: str, *, resume: bool, overwrite: bool) -> None:
@@ -238,5 +257,7 @@ def _take(place: Path, identity: Mapping[str, Any], held: str, *, resume: bool, 
             if card is None:
                 what = f"of which {file} is damaged"
             raise WrongInput(f"{place} holds {held} {what}; go on with its own command, or discard it with --overwrite")
+    if mine := _strange(place):
+        raise WrongInput(f"{place} holds {mine[0]}, which prunekit has not made; move it, or choose another --output")
     _clear(place)
     write_state(file, {"identity": wanted})

@@ -30,12 +30,15 @@ class Checkpoints:
     def load(self, name: str) -> dict[str, Tensor] | None:
         """The tensors that were saved under a name; None: there are none, or not as they were saved."""
         path = self._path(name)
-        if path is None or not path.exists():
-            return None
+        return load_file(path) if path is not None and self.intact(name) else None
+
+    def intact(self, name: str) -> bool:
+        """Whether there are tensors of that name, as they were saved."""
+        path = self._path(name)
         try:
-            return load_file(path) if read_state(_seal(path)) == digest(path) else None
+            return path is not None and path.exists() and read_state(_seal(path)) == digest(path)
         except Damaged:
-            return None
+            return False
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Remember tensors, in the place of those of that name; all of them or none."""

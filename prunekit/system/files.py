@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,9 @@ def seal(folder: Path) -> str:
         old.unlink(missing_ok=True)
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path)}
-        for path in _files(folder)
+        for path in files_in(folder)
     }
-    for path in _files(folder):
+    for path in files_in(folder):
         settle(path)
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         settle_folder(path)
@@ -146,10 +147,24 @@ def changed(folder: Path) -> list[str]:
     return [name for name, said in listed.items() if not _is_as(folder / name, said)]
 
 
+def copy_sealed(folder: Path, target: Path) -> None:
+    """Copy what a sealed folder lists, byte for byte.
+
+    Raises:
+        Damaged: a file is not what was written.
+    """
+    for name in (*(sealed(folder) or {}), SEAL):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if (folder / name).is_file():
+            shutil.copy2(folder / name, target / name)
+    if faults := changed(target):
+        raise Damaged(f"{folder / faults[0]} is not what was written when the result was made; bring it back")
+
+
 def others(folder: Path) -> list[str]:
     """Files in a sealed folder that were not there when it was sealed."""
     listed = (sealed(folder) or {}).keys() | {SEAL}
-    return sorted({path.relative_to(folder).as_posix() for path in _files(folder)} - listed)
+    return sorted({path.relative_to(folder).as_posix() for path in files_in(folder)} - listed)
 
 
 def _is_as(path: Path, said: dict[str, Any]) -> bool:
@@ -159,7 +174,8 @@ def _is_as(path: Path, said: dict[str, Any]) -> bool:
         return False
 
 
-def _files(folder: Path) -> Sequence[Path]:
+def files_in(folder: Path) -> Sequence[Path]:
+    """All that is in a folder and those below it, but folders; links are not followed."""
     return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 

@@ -102,7 +102,8 @@ def test_a_pass_that_was_killed_goes_on_to_the_same_bytes(tmp_path, monkeypatch)
     for block in range(3):
         name = f"block-{block}.safetensors"
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == [f"block-{b}.safetensors" for b in range(3)]
+    names = [f"block-{b}.{kind}" for b in range(3) for kind in ("json", "safetensors")]
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == names
 
     monkeypatch.setattr("prunekit.calibration.gradients.entered", None)  # nothing is run again
     collected(model, tmp_path / "whole", toy_tokens())

@@ -77,6 +77,20 @@ def test_text_is_read_as_python_reads_it(tmp_path: Path) -> None:
         assert "".join(text_pieces(path)) == text
 
 
+def test_a_named_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(rows, "PATIENCE", 0.1)
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    with pytest.raises(WrongInput, match=r"pipe\.jsonl is a named pipe, and nothing came out of it for 0\.1 s"):
+        values(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(LINES,))
+    writer.start()
+    assert values(pipe) == ROWS
+    writer.join()
+    with pytest.raises(WrongInput, match="it is read once"):
+        values(pipe)
+
+
 def test_a_named_pipe_is_read_in_order(tmp_path: Path) -> None:
     for content in (LINES.encode(), gzip.compress(LINES.encode())):
         pipe = tmp_path / "pipe.jsonl"

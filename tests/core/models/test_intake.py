@@ -169,6 +169,23 @@ def test_every_tensor_that_is_not_used_is_named(saved_letters: Any, capsys: pyte
         assert "holds model.layers.0.extra.weight, for which its model has no place" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("stored", "told"), [("bfloat16", "5 parameters in float32"), ("float32", "16 parameters in")])
+def test_tensors_in_another_dtype_than_the_model_are_told(
+    stored: str, told: str, saved_letters: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved_letters()
+    rewrite(folder, lambda all_: all_.update({k: v.bfloat16() for k, v in all_.items() if "norm" not in k}))
+    edit(folder / "config.json", dtype=stored)
+    for shares in (SHARES, PAGED):
+        warn_once.cache_clear()
+        dense = opened(str(folder), (), shares=shares)
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"holds {told}" in said
+        assert f"read and written in {stored}, the dtype of the model" in said
+        assert dict(dense.converted) == ({"float32": 5} if stored == "bfloat16" else {"bfloat16": 16})
+    assert opened(str(saved_letters()), ()).converted == {}
+
+
 # -- ties -------------------------------------------------------------------------------------------------
 
 

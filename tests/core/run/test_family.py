@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import prunekit
 from prunekit.cli.main import app
+from prunekit.errors import CannotGoOn
 from prunekit.plugins.registry import OBJECTIVES
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
@@ -206,6 +207,14 @@ def test_a_family_in_memory_is_saved_as_one_with_an_output(folder, tmp_path, pla
     assert content(saved) == content(tmp_path / "there")
     there = prunekit.Family(json.loads((saved / "pareto.json").read_text()), saved)
     assert content(there.save(tmp_path / "copy")) == content(saved)
+    (saved / "0.2" / "notes.txt").write_text("mine")  # is not copied
+    assert content(there.save(tmp_path / "again")) == content(tmp_path / "copy")
+    with (saved / "0.2" / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(CannotGoOn, match=r"0\.2/model\.safetensors is not what was written when"):
+        there.save(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    (saved / "0.2" / "notes.txt").unlink()
     with pytest.raises(prunekit.WrongInput, match="not empty"):
         held.save(tmp_path / "saved")
     held.save(tmp_path / "saved", overwrite=True)

@@ -80,7 +80,11 @@ def test_a_gradient_pass_that_is_interrupted_goes_on_to_the_same_bytes(folder, t
     prunekit.prune(folder, output=tmp_path / "whole", **settings)
     with killed_at(Gradients, "_write", 2):
         prunekit.prune(folder, output=tmp_path / "out", **settings)
-    assert [p.name for p in (tmp_path / "out.partial").glob("gradients-*/*")] == ["block-2.safetensors"]
+    left = sorted((tmp_path / "out.partial").glob("gradients-*/*"))
+    assert [p.name for p in left] == ["block-2.json", "block-2.safetensors"]
+    flipped = bytearray(left[1].read_bytes())
+    flipped[-1] ^= 1
+    left[1].write_bytes(flipped)  # it is made anew
     prunekit.prune(folder, output=tmp_path / "out", **settings)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 

@@ -1,5 +1,6 @@
 """What a result is verified with, what it took, and which passes it may share."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+import prunekit
 from prunekit import Recipe, resolve
+from prunekit.errors import CannotGoOn
 from prunekit.plugins.dense import Dense
 from prunekit.run.clock import Clock
-from prunekit.run.results import make_probe
+from prunekit.run.results import Result, make_probe
 from prunekit.run.stages import Run
 from prunekit.search.ledger import Ledger
 from prunekit.search.teacher import Teacher
+from prunekit.system.files import changed, others
 from prunekit.system.progress import Progress
 from prunekit.testing import tiny, toy_supernet, toy_tokens
 
@@ -52,3 +56,35 @@ def test_passes_around_other_centres_are_others_where_activations_follow_them(ca
     one, other = (run.calibrate(net.space, centre, "prune", clock, search=True) for centre in centres)
     follows = carry == "centre"
     assert (one.store.directory != other.store.directory, one.errors != other.errors) == (follows, follows)
+
+
+@pytest.mark.parametrize("blocks", [None, 0])
+def test_a_loaded_result_is_saved_byte_for_byte_or_not_at_all(
+    saved_tiny: Any, quick: Any, tmp_path: Path, blocks: int | None
+) -> None:
+    out, copy = tmp_path / "out", tmp_path / "copy"
+    prunekit.prune(saved_tiny(), output=out, verify=False, **quick())
+    (out / "notes.txt").write_text("mine")
+    assert Result.load(out, blocks=blocks).save(copy) == copy
+    assert (changed(copy), others(copy)) == ([], [])
+    names = sorted(path.relative_to(copy) for path in copy.rglob("*"))
+    assert all((out / name).read_bytes() == (copy / name).read_bytes() for name in names)
+    assert len(names) == len([*out.rglob("*")]) - 1  # all but the notes
+
+    loaded = Result.load(out, blocks=blocks)
+    damaged = bytearray((out / "model.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    (out / "model.safetensors").write_bytes(damaged)
+    for result in (loaded, Result.load(out)):
+        with pytest.raises(CannotGoOn, match=r"out/model\.safetensors is not what was written when"):
+            result.save(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_loaded_model_that_was_changed_is_what_is_saved(saved_tiny: Any, quick: Any, tmp_path: Path) -> None:
+    prunekit.prune(saved_tiny(), output=tmp_path / "out", verify=False, **quick())
+    loaded = Result.load(tmp_path / "out")
+    with torch.no_grad():
+        loaded.model.lm_head.weight.mul_(2)
+    replace(loaded, recipe=loaded.recipe.with_overrides({"verify": True})).save(tmp_path / "doubled")
+    assert torch.equal(Result.load(tmp_path / "doubled").model.lm_head.weight, loaded.model.lm_head.weight)

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,11 +158,12 @@ def test_a_recipe_is_run_once(quick, monkeypatch) -> None:
 def test_a_full_shelf_lets_the_longest_unused_pass_go(quick, passes: list[str]) -> None:
     prunekit.tune(**quick, space={"pruner": ["wanda", "magnitude"]}, trials=1)
     shelf = quick["output"] / "walks"
-    first, second = sorted(shelf.iterdir(), key=lambda walk: walk.stat().st_mtime)
+    (shelf / "mine").mkdir()
+    first, second = sorted(shelf.glob("walk-*"), key=lambda walk: walk.stat().st_mtime)
     room = sum(file.stat().st_size for file in second.iterdir())
     nothing: Any = None
     tuning.Bench(nothing, quick["output"], (), room)._tidy(shelf)
-    assert list(shelf.iterdir()) == [second]
+    assert {*shelf.iterdir()} == {second, shelf / "mine"}
     assert first != second
     assert len(passes) == 2
 
@@ -231,6 +234,20 @@ def test_other_calibration_text_is_judged_on_the_same_tokens(quick, text: Path, 
     assert tuned.base.data.calibration_tokens == 128
 
 
+def test_a_pipe_that_every_trial_would_read_is_refused_and_one_that_is_read_once_is_not(
+    quick, text: Path, tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe.txt"
+    os.mkfifo(pipe)
+    with pytest.raises(WrongInput, match=r"pipe\.txt is a named pipe, which can be read once"):
+        prunekit.tune(**quick | {"data__dataset": str(pipe)}, space={"data.calibration_draw": [0, 1]}, trials=1)
+    writer = threading.Thread(target=pipe.write_text, args=(text.read_text(),))
+    writer.start()
+    tuned = prunekit.tune(**quick | {"data__dataset": str(pipe)}, space=SPACE, trials=1)
+    writer.join()
+    assert {row.state for row in tuned.rows} == {"complete"}
+
+
 def test_calibrating_on_the_text_of_the_comparison_is_pruned(quick, text: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.txt"
     copy.write_text(text.read_text()[128:])  # begins where the search text of the other does
@@ -297,7 +314,11 @@ def test_another_study_does_not_go_on_in_the_folder(quick, tmp_path: Path) -> No
     prunekit.tune(**quick, space=SPACE, trials=1)
     with pytest.raises(WrongInput, match=r"holds a study \(another damping\)"):
         prunekit.tune(**quick, space=SPACE, trials=1, damping=0.5)
-    prunekit.tune(**quick, space=SPACE, trials=1, damping=0.5, overwrite=True)
+    (quick["output"] / "thesis.tex").touch()
+    with pytest.raises(WrongInput, match=r"study holds thesis\.tex, which prunekit has not made"):
+        prunekit.tune(**quick, space=SPACE, trials=1, damping=0.5, overwrite=True)
+    (quick["output"] / "thesis.tex").unlink()
+    prunekit.tune(**quick, space=SPACE, trials=1, damping=0.5, overwrite=True)  # all else is known to be a study's
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     with pytest.raises(WrongInput, match="holds other files"):

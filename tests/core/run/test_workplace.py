@@ -76,13 +76,13 @@ def test_a_link_is_followed_and_an_old_result_replaced_whole(tmp_path):
 def test_an_unfinished_run_is_gone_on_with_also_under_overwrite(tmp_path):
     def interrupted():
         with workplace(tmp_path / "out", {"seed": 0}) as place:
-            (place / "work").write_text("done")
+            (place / "base.json").write_text("done")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     with workplace(tmp_path / "out", {"seed": 0}, overwrite=True) as place:
-        assert (place / "work").exists()
+        assert (place / "base.json").exists()
     assert not place.exists()
 
 
@@ -103,7 +103,7 @@ from pathlib import Path
 from prunekit.system.files import changed, seal
 from prunekit.run.workplace import workplace
 with workplace(Path(sys.argv[1]), {}) as place:
-    (place / "work").write_text("done")
+    (place / "base.json").write_text("done")
     print("here", flush=True)
     time.sleep(600)
 """
@@ -119,7 +119,7 @@ def test_another_process_is_refused_until_this_one_has_ended_even_by_kill(tmp_pa
             pass
         holder.send_signal(signal.SIGKILL)
     with workplace(tmp_path / "out", {}) as place:
-        assert (place / "work").read_text() == "done"
+        assert (place / "base.json").read_text() == "done"
 
 
 def test_a_refused_run_does_not_keep_the_place(tmp_path):
@@ -268,6 +268,33 @@ def test_a_place_of_another_kind_is_refused_before_any_work(tmp_path):
         check_output(tmp_path / "out", overwrite=False)
 
 
+@pytest.mark.parametrize(
+    "name", ["thesis.txt", "walks/notes.txt", "walk-1f/mine.md", "0.5/notes.txt", "study/best.yaml"]
+)
+def test_what_lies_in_a_working_folder_and_no_run_has_made_is_not_removed(tmp_path, name):
+    place, out = tmp_path / "out.partial", tmp_path / "out"
+    with suppress(RuntimeError), workplace(out, {"seed": 0}):
+        for own in (
+            "ledger.jsonl",
+            "walk-1f/layer.0.safetensors",
+            "walk-1f/.manifest.json",
+            "0.5/teacher/0.safetensors",
+        ):
+            (place / own).parent.mkdir(parents=True, exist_ok=True)
+            (place / own).touch()
+        raise RuntimeError("stopped")
+    (place / name).parent.mkdir(exist_ok=True)
+    (place / name).write_text("years of work")
+    before = sorted(place.rglob("*"))
+    sentence = rf"out\.partial holds {name}, which prunekit has not made; move it"
+    with pytest.raises(WrongInput, match=sentence), workplace(out, {"seed": 1}, overwrite=True):
+        pass
+    assert sorted(place.rglob("*")) == before
+    with workplace(out, {"seed": 0}):  # its own command goes on, and leaves what is not its own
+        pass
+    assert [path for path in place.rglob("*") if path.is_file()] == [place / name]
+
+
 # -- stopped at any moment ------------------------------------------------------------------------------
 
 
@@ -278,16 +305,16 @@ def test_wherever_it_is_stopped_the_same_command_goes_on(tmp_path, monkeypatch):
         out = tmp_path / str(last) / "out"
         complete(out, "old")
         with suppress(KeyboardInterrupt), workplace(out, {"seed": 1}, overwrite=True) as place:
-            (place / "walk").mkdir()
-            (place / "walk/other").write_text("another run's")
+            (place / "walk-0").mkdir()
+            (place / "walk-0/other.json").write_text("another run's")
             raise KeyboardInterrupt
 
         def run(out=out):
             check_output(out, overwrite=True)
             with workplace(out, {"seed": 0}, overwrite=True) as place:
                 if not published(place, out):
-                    assert not (place / "walk").exists()
-                    (place / "work").write_text("half")
+                    assert not (place / "walk-0").exists()
+                    (place / "base.json").write_text("half")
                     shutil.rmtree(place / "result", ignore_errors=True)
                     publish(complete(place / "result", "new"), out)
 
