@@ -11,13 +11,13 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunekit
-from prunekit.calibration.gradients import Gradients
 from prunekit.models.opening import fingerprint
 from prunekit.recipe.schema import Recipe
 from prunekit.run import results, workplace
 from prunekit.run.workplace import LOCK
 from prunekit.search.ledger import Ledger
 from prunekit.search.store import CandidateStore
+from prunekit.system.checkpoints import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +75,17 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, whole, tmp_path, k
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_gradient_pass_that_is_interrupted_goes_on_to_the_same_bytes(folder, tmp_path, killed_at, quick, content):
-    settings = quick(pruner="gradient", allocator="uniform", objective="expected-error", verify=False)
+@pytest.mark.parametrize("name", ["gradients", "fisher"])
+def test_a_backward_pass_that_is_interrupted_goes_on_to_the_same_bytes(
+    folder, tmp_path, killed_at, quick, content, name
+):
+    pruner, table = ("gradient", "errors") if name == "gradients" else ("obs", "fisher")
+    objective = {"name": "expected-error", "table": table}
+    settings = quick(pruner=pruner, allocator={"name": "table", "table": table}, objective=objective, verify=False)
     prunekit.prune(folder, output=tmp_path / "whole", **settings)
-    with killed_at(Gradients, "_write", 2):
+    with killed_at(Checkpoints, "save", 2):
         prunekit.prune(folder, output=tmp_path / "out", **settings)
-    left = sorted((tmp_path / "out.partial").glob("gradients-*/*"))
+    left = sorted((tmp_path / "out.partial").glob(f"{name}-*/*"))
     assert [p.name for p in left] == ["block-2.json", "block-2.safetensors"]
     flipped = bytearray(left[1].read_bytes())
     flipped[-1] ^= 1

@@ -277,14 +277,14 @@ def test_what_fits_is_opened_whole_and_what_does_not_block_by_block(folder, larg
 def test_a_plan_says_which_stages_there_are_and_what_nobody_knows(folder, tmp_path):
     plan = plan_of(folder, tmp_path / "new" / "out", **{"finishers": ["bias"], "data.seqlen": 16})
     assert [stage.name for stage in plan.stages] == [
-        "open", "prune 1", "search 1", "rebuild", "finish", "evaluate", "export",
+        "open", "fisher", "prune 1", "search 1", "rebuild", "finish", "evaluate", "export",
     ]  # fmt: skip
     rates = Rates(1e9, 1e9, 1e8, 1e8)
     told = json.loads(json.dumps(plan.as_dict(rates)))
     assert not told["seconds_complete"]
     assert [row["name"] for row in told["stages"] if row["seconds"] is None] == ["finish"]
     assert told["disk"] == sum(row["disk"] for row in told["stages"])
-    assert told["stages"][2]["flops"] == 0  # expected-error reads no tokens
+    assert told["stages"][3]["flops"] == 0  # expected-error reads no tokens
     assert plan.free_disk
     assert plan.place == tmp_path
 
@@ -354,7 +354,7 @@ def test_the_disk_of_a_family_is_counted_walk_by_walk(saved_tiny, tmp_path, kill
     changes: dict[str, Any] = {"allocator": "uniform", "pruner": "magnitude", "sparsity": [0.4, 0.2]}
     plan = plan_of(path, output, **changes, **SMALL)
     assert [stage.name for stage in plan.stages] == [
-        "open", "prune 1", "search 1 for 0.2", "search 1 for 0.4",
+        "open", "fisher", "prune 1", "search 1 for 0.2", "search 1 for 0.4",
         *(f"{name} for {share}" for share in (0.2, 0.4) for name in ("rebuild", "evaluate", "export")),
     ]  # fmt: skip
     settings = {key.replace(".", "__"): value for key, value in SMALL.items()}
@@ -402,7 +402,7 @@ def test_what_one_search_knows_no_other_pays_for():
 def test_latency_is_timed_before_and_after_and_only_whole(folder, large, monkeypatch):
     plan = plan_of(folder, target="latency=0.6")
     names = [stage.name for stage in plan.stages]
-    assert names[:3] == ["open", "time sub-layers", "prune 1"]
+    assert names[:4] == ["open", "time sub-layers", "fisher", "prune 1"]
     assert names[-2:] == ["time the result", "export"]
     assert not plan.as_dict(Rates(1e9, 1e9, 1e8, 1e8))["seconds_complete"]
     assert not plan_of(large, memory="900GiB", target="latency=0.6").paged
