@@ -39,7 +39,7 @@ CARD = "run.json"
 _MADE = re.compile(  # whatever runs and studies write below the folder that they work in
     r"(\d[\d.e-]*/)?("  # a member of a family
     r"(walks/)?(walk|gradients)-\w+/.*\.(safetensors|json)|(teacher|activations|finisher-\d+)/.*\.(safetensors|json)"
-    r"|(result|written|replaced)/.*|\.?(run|prices|base)\.json|ledger\.jsonl|\.prunekit\.lock"
+    r"|(result|written|replaced)/.*|\.?(run|prices|priced|base)\.json|ledger\.jsonl|\.prunekit\.lock"
     r"|trial-\w+/.*\.(safetensors|jsonl?)|study\.log.*|(best|pareto-\d+)\.yaml)",
     re.DOTALL,
 )
