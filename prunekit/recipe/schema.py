@@ -162,6 +162,11 @@ class Recipe(Strict):
         section = self.sections.get(str(spec.get("name")))
         return spec if section is None else section.model_dump() | spec
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()  # whoever said it
+
+    __hash__ = None  # type: ignore[assignment]  it holds mappings
+
     @property
     def outward(self) -> dict[str, tuple[Any, Any]]:
         """Whom plug-ins talk to, and with which key: dotted key -> (name of the plug-in, value)."""

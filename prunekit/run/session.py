@@ -34,10 +34,12 @@ from prunekit.run.stages import Run, clear_folder
 from prunekit.search.ledger import Ledger
 from prunekit.search.teacher import Teacher
 from prunekit.space.ladders import Space
-from prunekit.space.prices import FILE, sealed
-from prunekit.system.files import write_json
+from prunekit.space.prices import FILE
+from prunekit.system.files import Damaged, digest, read_state, write_json, write_state
 from prunekit.system.progress import Progress
 from prunekit.system.sizes import amount
+
+PRICED = "priced.json"  # beside the prices of a run that is at work: their digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +88,7 @@ class Session:
                 return self
             sites = dense.adapter.sites_of(dense.model, self.parts.form, self.parts.recipe.heads)
             with unchanged(metric, values=True, model=dense.model):
-                found = metric.measured(dense, sites, None if past is None else past / FILE, self.progress)
+                found = metric.measured(dense, sites, None if past is None else _intact(past), self.progress)
             metric = instance(metric, "what it is once measured", found, type(metric))
         return replace(self, parts=self.parts.with_metric(metric))
 
@@ -105,6 +107,8 @@ class Session:
         opening = Opening(self.source, self.parts.recipe.dtype, self.parts.recipe.trust_remote_code)
         with place as folder, self.parts.engine.team(self.dense, opening, self.devices) as team:
             write_prices(self.parts.recipe, folder)  # beside the recipes that name it
+            if (folder / FILE).exists():
+                write_state(folder / PRICED, digest(folder / FILE))
             yield replace(self, team=team), folder
 
     def start_runs(
@@ -219,7 +223,24 @@ def choose_devices(recipe: Recipe, plan: Plan) -> list[torch.device]:
     return devices
 
 
+def _intact(folder: Path) -> Path | None:
+    """The prices that an earlier run has left; None: it had not come to use any.
+
+    Raises:
+        WrongInput: they were changed: what was searched with them cannot be gone on with.
+    """
+    file, seal = folder / FILE, folder / PRICED
+    if not seal.exists():
+        return None
+    try:
+        if read_state(seal) == digest(file):
+            return file
+    except (Damaged, OSError):
+        pass
+    raise WrongInput(f"{file} is not what was written; begin again with --no-resume --overwrite")
+
+
 def write_prices(recipe: Recipe, folder: Path) -> None:
     """Write the prices beside the recipe that names them."""
     if isinstance(prices := recipe.metric_spec.get("prices"), dict):
-        write_json(folder / FILE, sealed(prices))
+        write_json(folder / FILE, prices)

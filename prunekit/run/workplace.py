@@ -38,8 +38,9 @@ LOCK = ".prunekit.lock"  # in a folder that one process at a time may use
 CARD = "run.json"
 _MADE = re.compile(  # whatever runs and studies write below the folder that they work in
     r"(\d[\d.e-]*/)?("  # a member of a family
-    r"(walks/)?(walk|gradients|fisher)-[\w-]+/.*\.(safetensors|json)|(teacher|activations|finisher-\d+)/.*\.(safetensors|json)"
-    r"|(result|written|replaced)/.*|\.?(run|prices|base)\.json|ledger\.jsonl|\.prunekit\.lock"
+    r"(walks/)?(walk|gradients|fisher)-[\w-]+/.*\.(safetensors|json)"
+    r"|(teacher|activations|finisher-\d+)/.*\.(safetensors|json)"
+    r"|(result|written|replaced)/.*|\.?(run|prices|priced|base)\.json|ledger\.jsonl|\.prunekit\.lock"
     r"|trial-\w+/.*\.(safetensors|jsonl?)|study\.log.*|(best|pareto-\d+)\.yaml)",
     re.DOTALL,
 )

@@ -5,7 +5,6 @@ Counts that a larger one beats have no price of their own: they are raised to it
 
 from __future__ import annotations
 
-import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -109,24 +108,10 @@ class Prices:
             ) from error
         except (ValueError, RecursionError) as error:
             raise WrongInput(f"{path} is not JSON; measure anew with --set latency.prices=null") from error
-        if isinstance(values, dict) and (said := values.pop("sha256", None)) not in (None, _digest(values)):
-            raise WrongInput(
-                f"{path} was changed after it was written (it says sha256 {said}); measure anew with "
-                "--set latency.prices=null, or take that line out if the change is yours"
-            )
         return cls.of(values, str(path))
 
 
 _TABLE = TypeAdapter(Prices)
-
-
-def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a file: plain values of a table, and a digest of them, by which damage is told."""
-    return {**values, "sha256": _digest(values)}
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 # -- from times to a curve ------------------------------------------------------------------------------

@@ -109,10 +109,7 @@ class Latency(pk.MeasuredMetric):
         """With the table it has; or the one an earlier process has left at `past`; or a new one."""
         table = self.table
         if table is None and past is not None and past.exists():
-            try:
-                table = Prices.load(past)
-            except pk.WrongInput as error:
-                raise pk.WrongInput(f"{past} is damaged; begin again with --no-resume --overwrite") from error
+            table = Prices.load(past)
         if table is None:
             table = latency.prices(dense, sites, self._workload(dense.model), progress)
         elif (here := latency.hardware(dense.model)) != dict(table.hardware):

@@ -262,12 +262,8 @@ def test_an_interrupted_run_goes_on_with_its_table(folder: Path, tmp_path: Path,
     table = tmp_path / "out.partial" / "prices.json"
     text = table.read_text()
     table.write_text(text.replace('"dense": ', '"dense": 1', 1))  # no table says how long a model takes by itself
-    with pytest.raises(prunekit.WrongInput, match=r"prices\.json is damaged; begin again with --no-resume --overwrite"):
+    with pytest.raises(prunekit.WrongInput, match=r"is not what was written; begin again with --no-resume --overwrite"):
         prunekit.prune(folder, output=tmp_path / "out", **QUICK)
-    with pytest.raises(prunekit.WrongInput, match=r"prices\.json was changed after it was written"):
-        Prices.load(table)
-    values = {key: value for key, value in json.loads(table.read_text()).items() if key != "sha256"}
-    assert Prices.of(values).as_dict() == values  # one that says nothing of itself is taken
     table.write_text(text)
     with monkeypatch.context() as patch:
         patch.setattr(latency, "prices", None)  # nothing is measured again
