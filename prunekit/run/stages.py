@@ -107,8 +107,7 @@ class Run:
             "measured": [*map(repr, signals), scores, *(["nats"] if nats else []), *(["sparse"] if sparse else [])],
             **{name: getattr(recipe, name) for name in ("structure", "pruner", "carry", "damping")},
         }
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        store, started = self._store(self.shelf / f"walk-{name}", key), time.perf_counter()
+        store, started = self._store(self.shelf / f"walk-{_name(key)}", key), time.perf_counter()
         new, gradients, fisher = any(site not in store for site in space.sites), None, None
         if new and any("gradient" in plugin.needs for plugin in (parts.pruner, *signals)):
             # of the dense model: every pass reads the same
@@ -118,9 +117,10 @@ class Run:
             )  # fmt: skip
         if new and (nats or any("output-fisher" in plugin.needs for plugin in (parts.pruner, *signals))):
             tokens = draws.calibration.spread(FISHER_TOKENS)
+            of = _name([tokens.digest, recipe.seed, [site.name for site in space.sites]])
             fisher = OutputFisher.collected(
-                dense.model, dense.adapter, self.whole.sites, tokens, recipe.seed,
-                self.shelf / f"fisher-{tokens.digest[:16]}-{recipe.seed}", self.progress, self.room,
+                dense.model, dense.adapter, space.sites, tokens, recipe.seed, self.shelf / f"fisher-{of}",
+                self.progress, self.room,
             )  # fmt: skip
         errors = build(
             dense.model, dense.adapter, space, centre, parts.pruner, draws.calibration, store,
@@ -215,6 +215,11 @@ class Run:
         if not found["kept"]:
             self.progress.say(f"warning: {reporting.kept_promise(found)}")
         return dict(found)
+
+
+def _name(key: Any) -> str:
+    """Of a folder, by what its content depends on."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def assemble(net: Supernet, plan: Allocation, parts: Parts) -> PreTrainedModel:

@@ -26,6 +26,7 @@ SPACE = {"damping": {"low": 1e-3, "high": 0.1, "log": True}, "pruner": ["wanda",
 QUICK: dict[str, Any] = {
     "recipe": "fast",
     "allocator": "uniform",
+    "objective": {"name": "expected-error", "table": "errors"},
     "rebuild": False,
     "data__calibration_tokens": 128,
     "data__search_tokens": 128,
