@@ -18,19 +18,13 @@ from prunekit.cli.tables import new_table, print_table
 def plan(*, as_json: Json = False, **options: Any) -> None:
     """Memory, disk space and time that `prune` with the same options takes on this machine, stage by stage."""
     chosen, source, several = choose_recipe(options, "plan")
-    from prunekit.models.opening import skeleton
-    from prunekit.recipe.resolve import resolve
-    from prunekit.run.session import make_plan
+    from prunekit.run.session import foreseen
     from prunekit.system.progress import span
-    from prunekit.system.rates import Rates
     from prunekit.system.sizes import amount
 
     quiet_libraries()
     output = options["output"] or Path("prunekit-output")  # a run without --output is refused; its disk is this one's
-    asked = [member.sparsity for member in chosen.members] if several else None
-    shape = skeleton(source, trust_remote_code=chosen.trust_remote_code)
-    found = make_plan(resolve(chosen), *shape, output, asked, rehearse=True)
-    rates = Rates.measured(found.device, found.dtype, found.place or Path())
+    found, rates = foreseen(chosen, source, output, several=several)
     if as_json:
         typer.echo(json.dumps(found.as_dict(rates), indent=2))
         found.check()

@@ -23,7 +23,7 @@ from prunekit.plugins.engine import Opening, Team
 from prunekit.plugins.exporter import Order
 from prunekit.plugins.guard import instance, unchanged
 from prunekit.plugins.metric import MeasuredMetric
-from prunekit.recipe.resolve import Parts
+from prunekit.recipe.resolve import Parts, resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.run.clock import Clock
@@ -37,6 +37,7 @@ from prunekit.space.ladders import Space
 from prunekit.space.prices import FILE
 from prunekit.system.files import Damaged, digest, read_state, write_json, write_state
 from prunekit.system.progress import Progress
+from prunekit.system.rates import Rates
 from prunekit.system.sizes import amount
 
 PRICED = "priced.json"  # beside the prices of a run that is at work: their digest
@@ -136,6 +137,24 @@ class Session:
                 Clock(clock), teacher, self.plan.limit, self.team,
             ))  # fmt: skip
         return runs
+
+
+def foreseen(recipe: Recipe, source: str, output: Path, *, several: bool) -> tuple[Plan, Rates]:
+    """What a run will take, searches rehearsed, and how fast this machine is.
+
+    Args:
+        recipe: of the run.
+        source: its model, a folder or a hub id.
+        output: folder of the result.
+        several: whether results are made of all of its family.
+
+    Raises:
+        WrongInput: as `make_plan`.
+    """
+    asked = [member.sparsity for member in recipe.members] if several else None
+    shape = skeleton(source, trust_remote_code=recipe.trust_remote_code)
+    plan = make_plan(resolve(recipe), *shape, output, asked, rehearse=True)
+    return plan, Rates.measured(plan.device, plan.dtype, plan.place or Path())
 
 
 def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -> Session:

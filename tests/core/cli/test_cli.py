@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
+from prunekit.cli import prune as pruned
 from prunekit.cli.main import app
 from prunekit.cli.tables import comparison, print_table
 from prunekit.recipe.resolve import resolve
@@ -68,7 +69,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return SimpleNamespace(report=report, directory=job.output)
 
     monkeypatch.setattr(pruning, "prune", prune)
+    monkeypatch.setattr(pruned, "announce", lambda *_: None)  # most of these models do not exist
     return calls
+
+
+@pytest.fixture
+def unannounced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pruned, "announce", lambda *_: None)
 
 
 # -- prune --------------------------------------------------------------------------------------------
@@ -113,6 +120,7 @@ def test_a_target_is_given_in_place_of_sparsity(asked: list[Any]) -> None:
     assert "no metric 'speed'; there are bytes, flops" in refused("prune", "m", "-o", "out", "--target", "speed=0.6")
 
 
+@pytest.mark.usefixtures("unannounced")
 def test_what_was_promised_of_the_time_stands_below_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     side = {"parameters": 100, "block_parameters": 80}
     pace = {
@@ -150,6 +158,23 @@ def test_a_recipe_can_name_the_model(asked: list[Any], tmp_path: Path) -> None:
     assert asked[0][0].model == "some/model"
 
 
+def test_what_a_run_takes_is_said_before_it_begins_and_what_would_take_less(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ["--calibration-tokens", "64", "--search-tokens", "64", "--seqlen", "8", "--allocator", "uniform"]
+    flags = [str(model), "-o", str(tmp_path / "out"), "--pruner", "magnitude", "--dataset", str(text), *few]
+    flags += ["--set", "data.evaluation_tokens=64", "--set", "verify=false", "--objective", "perplexity"]
+    said = run("prune", *flags).stderr.splitlines()
+    (line,) = [number for number, each in enumerate(said) if each.startswith("this takes at least ")]
+    assert re.search(r"of memory and .* of disk; `prunekit plan` with the same options says where$", said[line])
+    assert line < min(number for number, each in enumerate(said) if each.startswith("prune 1 "))
+    assert "--recipe fast" not in "".join(said)
+    monkeypatch.setattr(pruned, "LONG", 0.0)
+    said = run("prune", *flags, "--overwrite").stderr
+    assert re.search(r"with --recipe fast it takes [\d.]+ s; ctrl-c stops, the same command goes on", said)
+    assert "this takes" not in run("prune", *flags, "--overwrite", "--quiet").stderr
+
+
 # -- plan ---------------------------------------------------------------------------------------------
 
 
@@ -162,7 +187,7 @@ def test_plan_has_every_option_of_prune_and_says_what_it_would_take(model: Path,
     assert "the work of magnitude itself" in result.stdout
     assert "opened whole" in result.stdout
     told = json.loads(run("plan", *flags.split(), "--json").stdout)
-    names = ["open", "prune 1", "search 1", "rebuild", "evaluate", "export"]
+    names = ["open", "fisher", "prune 1", "search 1", "rebuild", "evaluate", "export"]
     assert [stage["name"] for stage in told["stages"]] == names
     assert told["rates"]["flops"] > 0
     assert not asked
@@ -182,6 +207,7 @@ def test_plan_counts_families_and_targets(model: Path) -> None:
     assert "sparsity 0.2 is given twice" in refused("plan", *flags, "--sparsity", "0.2,0.2")
 
 
+@pytest.mark.usefixtures("unannounced")
 def test_a_full_disk_is_one_sentence_whoever_met_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (
         OSError(errno.ENOSPC, "No space left on device"),
@@ -206,6 +232,7 @@ def test_plan_and_prune_refuse_what_cannot_fit(model: Path) -> None:
     assert "no amount of memory 'much'" in refused("prune", model, "-o", "out", "--memory", "much")
 
 
+@pytest.mark.usefixtures("unannounced")
 def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -393,6 +420,7 @@ def test_demo_compares_and_loads_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "2 MB" in result.stdout
 
 
+@pytest.mark.usefixtures("unannounced")
 def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def prune(*_: object, **__: object) -> None:
         raise ImportError("allocator 'optuna-tpe' of prunekit needs 'optuna', which is not installed")
