@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prunekit.calibration.moments import add_product, multiplied, precise
+from prunekit.calibration.moments import VALUES_AT_ONCE, add_product, multiplied, precise
 from prunekit.data.tokens import TokenBatch
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.models.blocks import Call, chunks, entered
@@ -249,9 +249,12 @@ def _slope(
 
 def sampled(logits: Float[Tensor, "tokens vocabulary"], generator: torch.Generator) -> Int64[Tensor, " tokens"]:
     """One token at every position, as probable as the logits say; the generator is the CPU's on every device."""
-    below = torch.softmax(precise(logits), -1, dtype=torch.float64).cumsum_(-1)
-    drawn = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
-    return torch.searchsorted(below, drawn * below[:, -1:]).squeeze(1).clamp_max_(logits.shape[-1] - 1)
+    drawn, found = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device), []
+    rows = max(1, VALUES_AT_ONCE // logits.shape[1])
+    for some, u in zip(logits.split(rows), drawn.split(rows), strict=True):
+        below = torch.softmax(precise(some), -1, dtype=torch.float64).cumsum_(-1)
+        found.append(torch.searchsorted(below, u * below[:, -1:]).squeeze(1).clamp_max_(logits.shape[1] - 1))
+    return torch.cat(found)
 
 
 def _backwards(

@@ -7,6 +7,7 @@ from prunekit.testing import ObjectiveSuite
 
 VARIANTS = {
     "divergence": [{"rest": False}, {"top_k": 4}],
+    "expected-error": [{"table": "fisher"}],
     "hidden-state": [{"beside": None}, {"at": [0.3], "beside": {"name": "robust", "rule": "max"}}],
     "robust": [
         {"rule": "ball"},

@@ -221,8 +221,9 @@ class Count:
         shape = self.shape
         streams = tokens * shape.width * shape.computed.itemsize * (len(shape.blocks) + 2)
         inside, spilled = shares.split(streams)
+        said = 3 * FLOAT * self.seqlen * shape.vocabulary  # logits of a window, and what is made of them
         return Stage(
-            name, held + summed // len(shape.blocks), (shares.blocks or 0) + inside, written + spilled,
+            name, held + max(said, summed // len(shape.blocks)), (shares.blocks or 0) + inside, written + spilled,
             read=0 if shares.blocks is None else 2 * self._stored_blocks,
             flops=3 * shape.forward(tokens, self.seqlen, head=True) + added,
         )  # fmt: skip
