@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from typer import echo
 
@@ -27,10 +27,6 @@ from prunekit.cli.options import (
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.cli.tables import comparison, members, print_table, rows_of_report
 
-if TYPE_CHECKING:
-    from prunekit.recipe.schema import Recipe
-    from prunekit.run.session import Job
-
 SPARSITY = (
     "Share of the blocks' parameters to remove (with --structure weights or 2:4, of the weights in their linear maps). "
     "Several by comma make a family of models."
@@ -47,7 +43,6 @@ CALIBRATION_TOKENS = "Number of tokens for layer statistics."
 SEARCH_TOKENS = "Number of tokens for comparing allocations."
 ENGINE = "Place of the computation: local, ray or ray://HOST:PORT."
 DEVICE = "auto, cpu, cuda or cuda:1; several devices by comma."
-LONG, SHORT = 3600, "fast"  # seconds after which a shorter recipe is named, and which
 MEMORY = "Memory to use, e.g. 8GiB; auto: what is free."
 
 
@@ -91,9 +86,8 @@ def prune(
     from prunekit.system.progress import progress_for
 
     quiet_libraries()
-    job = Job(output=output, progress=progress_for(quiet), resume=resume, overwrite=overwrite)
-    if not quiet and not unfinished(output):
-        announce(chosen, source, several, job)
+    new = not (quiet or unfinished(output))
+    job = Job(output=output, progress=progress_for(quiet), resume=resume, overwrite=overwrite, announce=new)
     if several:
         from prunekit.run.family import FILE, family
 
@@ -106,26 +100,3 @@ def prune(
         echo(gained(report["weights"]))
     if (found := promise(report)) is not None:
         echo(kept_promise(found))
-
-
-def announce(chosen: Recipe, source: str, several: bool, job: Job) -> None:
-    """Say what a run will take before it begins and, where that is long, what takes less."""
-    from prunekit.run.session import foreseen
-    from prunekit.system.progress import span
-    from prunekit.system.sizes import amount
-
-    assert job.output is not None
-    plan, rates = foreseen(chosen, source, job.output, several=several)
-    plan.check()
-    told = plan.as_dict(rates)
-    least = "" if told["seconds_complete"] else "at least "
-    job.progress.say(
-        f"this takes {least}{span(told['seconds_known'])}, {amount(told['memory'])} of memory and "
-        f"{amount(plan.disk)} of disk; `prunekit plan` with the same options says where"
-    )
-    if told["seconds_known"] > LONG:
-        said = chosen.model_dump(include={"data", "sparsity", "family", "structure", "of", "heads", "dtype", "device"})
-        short = chosen.load(SHORT).with_overrides(said)
-        found, _ = foreseen(short, source, job.output, several=several)
-        seconds = sum(stage.seconds(rates) or 0.0 for stage in found.stages)
-        job.progress.say(f"with --recipe {SHORT} it takes {span(seconds)}; ctrl-c stops, the same command goes on")

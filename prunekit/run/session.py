@@ -36,10 +36,11 @@ from prunekit.search.teacher import Teacher
 from prunekit.space.ladders import Space
 from prunekit.space.prices import FILE
 from prunekit.system.files import Damaged, digest, read_state, write_json, write_state
-from prunekit.system.progress import Progress
+from prunekit.system.progress import Progress, span
 from prunekit.system.rates import Rates
 from prunekit.system.sizes import amount
 
+LONG, SHORT = 3600, "fast"  # seconds after which a shorter recipe is named, and which
 PRICED = "priced.json"  # beside the prices of a run that is at work: their digest
 
 
@@ -53,6 +54,7 @@ class Job:
     progress: Progress = field(default_factory=Progress)  # what the user is told; the base class says nothing
     resume: bool = True  # whether an interrupted run of the same recipe is continued
     overwrite: bool = False  # whether an earlier result in `output` may be replaced
+    announce: bool = False  # whether the user is told what it will take before it begins
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,8 +174,11 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
     source = recipe.model if job.model is None else job.model
     if source is None:
         raise WrongInput("no model was given; name a folder or a hub id, or pass a model in memory")
-    plan = make_plan(parts, *skeleton(source, trust_remote_code=recipe.trust_remote_code), job.output, asked)
+    shape = skeleton(source, trust_remote_code=recipe.trust_remote_code)
+    plan = make_plan(parts, *shape, job.output, asked, rehearse=job.announce)
     plan.check()
+    if job.announce:
+        _announce(parts, shape, plan, job, asked)
     devices = choose_devices(recipe, plan)
     if plan.paged:
         progress.say(f"the model does not fit {amount(plan.limit)} of memory: blocks are read when they are needed")
@@ -188,6 +193,24 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
         draws = draw(dense.tokenizer, recipe.data, progress, seed=recipe.seed, **limits(dense.model))
         parts.objective.check(draws.search)
     return Session(parts.with_text(dense.name, draws.spec), source, dense, draws, plan, devices, progress, clock)
+
+
+def _announce(
+    parts: Parts, shape: tuple[PreTrainedModel, ModelAdapter], plan: Plan, job: Job, asked: Sequence[float] | None
+) -> None:
+    """Say what a run will take before it begins and, where that is long, what takes less."""
+    rates = Rates.measured(plan.device, plan.dtype, plan.place or Path())
+    told = plan.as_dict(rates)
+    least = "" if told["seconds_complete"] else "at least "
+    job.progress.say(
+        f"this takes {least}{span(told['seconds_known'])}, {amount(told['memory'])} of memory and "
+        f"{amount(plan.disk)} of disk; `prunekit plan` with the same options says where"
+    )
+    if told["seconds_known"] > LONG:
+        kept = {"data", "sparsity", "family", "structure", "of", "heads", "dtype", "device", "memory"}
+        short = resolve(Recipe.load(SHORT).with_overrides(parts.recipe.model_dump(include=kept)))
+        seconds = make_plan(short, *shape, job.output, asked).as_dict(rates)["seconds_known"]
+        job.progress.say(f"with --recipe {SHORT} it takes {span(seconds)}; ctrl-c stops, the same command goes on")
 
 
 def make_plan(

@@ -221,9 +221,10 @@ class Count:
         shape = self.shape
         streams = tokens * shape.width * shape.computed.itemsize * (len(shape.blocks) + 2)
         inside, spilled = shares.split(streams)
-        said = 3 * FLOAT * self.seqlen * shape.vocabulary  # logits of a window, and what is made of them
+        said = 5 * FLOAT * self.seqlen * shape.vocabulary  # logits of a window, there and back
+        back = 2 * self._activations(min(max(TOKENS_AT_ONCE, self.seqlen), tokens)) + summed // len(shape.blocks)
         return Stage(
-            name, held + max(said, summed // len(shape.blocks)), (shares.blocks or 0) + inside, written + spilled,
+            name, held + max(said, back), (shares.blocks or 0) + inside, written + spilled,
             read=0 if shares.blocks is None else 2 * self._stored_blocks,
             flops=3 * shape.forward(tokens, self.seqlen, head=True) + added,
         )  # fmt: skip
@@ -400,7 +401,8 @@ class Count:
             # sums and what is added to them, or their means where they are shared; then means alone
             made = (site.d_in if paired else d_out) if streams == 2 else 0
             beside = moments if site.input_group else FLOAT * site.d_in * max(next(strips(site.d_in)).stop, made)
-            solve = self.parts.pruner.matrices * DOUBLE * site.d_in**2
+            matrices = max(self.parts.pruner.matrices, 3 * nats)  # candidates are priced with H damped, by its factor
+            solve = matrices * DOUBLE * site.d_in**2
             memory = max(memory, moments + beside, moments + weights + solve)
             if nats:
                 weights += 3 * DOUBLE * d_out**2 + DOUBLE * site.d_in * d_out

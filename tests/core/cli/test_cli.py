@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
-from prunekit.cli import prune as pruned
 from prunekit.cli.main import app
 from prunekit.cli.tables import comparison, print_table
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.run import prune as pruning
+from prunekit.run import session
 from prunekit.run.session import Job
 from prunekit.testing import PrunerSuite
 from prunekit_strategies.pruners.obs import OBS
@@ -69,13 +69,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return SimpleNamespace(report=report, directory=job.output)
 
     monkeypatch.setattr(pruning, "prune", prune)
-    monkeypatch.setattr(pruned, "announce", lambda *_: None)  # most of these models do not exist
     return calls
-
-
-@pytest.fixture
-def unannounced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pruned, "announce", lambda *_: None)
 
 
 # -- prune --------------------------------------------------------------------------------------------
@@ -120,7 +114,6 @@ def test_a_target_is_given_in_place_of_sparsity(asked: list[Any]) -> None:
     assert "no metric 'speed'; there are bytes, flops" in refused("prune", "m", "-o", "out", "--target", "speed=0.6")
 
 
-@pytest.mark.usefixtures("unannounced")
 def test_what_was_promised_of_the_time_stands_below_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     side = {"parameters": 100, "block_parameters": 80}
     pace = {
@@ -169,7 +162,7 @@ def test_what_a_run_takes_is_said_before_it_begins_and_what_would_take_less(
     assert re.search(r"of memory and .* of disk; `prunekit plan` with the same options says where$", said[line])
     assert line < min(number for number, each in enumerate(said) if each.startswith("prune 1 "))
     assert "--recipe fast" not in "".join(said)
-    monkeypatch.setattr(pruned, "LONG", 0.0)
+    monkeypatch.setattr(session, "LONG", 0.0)
     said = run("prune", *flags, "--overwrite").stderr
     assert re.search(r"with --recipe fast it takes [\d.]+ s; ctrl-c stops, the same command goes on", said)
     assert "this takes" not in run("prune", *flags, "--overwrite", "--quiet").stderr
@@ -207,7 +200,6 @@ def test_plan_counts_families_and_targets(model: Path) -> None:
     assert "sparsity 0.2 is given twice" in refused("plan", *flags, "--sparsity", "0.2,0.2")
 
 
-@pytest.mark.usefixtures("unannounced")
 def test_a_full_disk_is_one_sentence_whoever_met_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (
         OSError(errno.ENOSPC, "No space left on device"),
@@ -232,7 +224,6 @@ def test_plan_and_prune_refuse_what_cannot_fit(model: Path) -> None:
     assert "no amount of memory 'much'" in refused("prune", model, "-o", "out", "--memory", "much")
 
 
-@pytest.mark.usefixtures("unannounced")
 def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -420,7 +411,6 @@ def test_demo_compares_and_loads_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "2 MB" in result.stdout
 
 
-@pytest.mark.usefixtures("unannounced")
 def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def prune(*_: object, **__: object) -> None:
         raise ImportError("allocator 'optuna-tpe' of prunekit needs 'optuna', which is not installed")

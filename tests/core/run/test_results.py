@@ -46,6 +46,7 @@ def test_passes_around_other_centres_are_others_where_activations_follow_them(ca
     net = toy_supernet()
     text: Any = SimpleNamespace(calibration=toy_tokens(), contrast=None)
     recipe = {"pruner": "wanda", "allocator": "uniform", "objective": "expected-error", "carry": carry}
+    recipe |= {"rebuild": False}  # else prices are enough, and candidates are made at the centre alone
     dense, clock = Dense(net.model, None, net.adapter, torch.float64, "toy", ""), Clock()
     run = Run(
         resolve(Recipe.of_mapping(recipe)), dense, net.space, text, Ledger(tmp_path / "ledger"), tmp_path, tmp_path,
