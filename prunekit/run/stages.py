@@ -104,7 +104,7 @@ class Run:
             "ladders": [list(ladder) for ladder in space.ladders],
             "centre": list(centre) if recipe.carry == "centre" or sparse else None,
             "tokens": [[t.digest, *t.ids.shape] for t in (draws.calibration, draws.contrast) if t is not None],
-            "measured": [*map(repr, signals), scores, *(["nats"] if nats else []), *(["sparse"] if sparse else [])],
+            "measured": [*map(repr, signals), scores, *([recipe.seed] if nats else []), *(["alone"] if sparse else [])],
             **{name: getattr(recipe, name) for name in ("structure", "pruner", "carry", "damping")},
         }
         store, started = self._store(self.shelf / f"walk-{_name(key)}", key), time.perf_counter()
