@@ -38,6 +38,7 @@ from prunekit.space.sites import Allocation, Site
 from prunekit.system.memory import Room, give_back
 from prunekit.system.progress import Progress
 
+PRICED_AT_ONCE = 16  # candidates of a site that are made for their price alone
 Carry = Literal["dense", "centre", "expected"]
 
 
@@ -136,21 +137,25 @@ def build(
         layer, ladder = whole.restricted_to(pruner.needs), rungs_of[site]
         made = (centre_of[site],) if sparse else ladder
         priced = priced_at_once(pruner, layer, site) if sparse else None
-        asked = made if priced is not None else ladder
-        candidates = answers(pruner, layer, site, asked, dtype, priced)
+        kept: list[Candidate] = []
+        errors: list[float] = []
         nats: list[float] = []
         if priced is not None:
-            errors = [float(x) for x in layer.errors(priced)[list(ladder)]]
+            kept += answers(pruner, layer, site, made, dtype, priced)
+            errors += layer.errors(priced)[list(ladder)].tolist()
             if fisher is not None:
-                nats = [float(x) for x in priced.nats(whole.output_root)[list(ladder)]]
+                nats += priced.nats(whole.output_root)[list(ladder)].tolist()
         else:
-            errors = [layer.error(candidate.weight) for candidate in candidates]
-            if fisher is not None:
-                nats = [layer.nats(candidate.weight, whole.output_root) for candidate in candidates]
+            # all of those that are kept are asked for together; those that are only priced need not be there at once
+            for some in batched(ladder, PRICED_AT_ONCE) if sparse else (ladder,):
+                candidates = answers(pruner, layer, site, some, dtype)
+                errors += [layer.error(candidate.weight) for candidate in candidates]
+                if fisher is not None:
+                    nats += [layer.nats(candidate.weight, whole.output_root) for candidate in candidates]
+                kept += [c for count, c in zip(some, candidates, strict=True) if count in made]
         numbers = [measured(signal, whole, site) for signal in signals]
         worth = scored(pruner, layer, site) if scores else None
-        kept = [_in_model(site, c) for count, c in zip(asked, candidates, strict=True) if count in made]
-        store.put(site, kept, errors, numbers, worth, keeps=made, nats=nats)
+        store.put(site, [_in_model(site, c) for c in kept], errors, numbers, worth, keeps=made, nats=nats)
 
     with progress.stage(label, len(space.sites)) as stage:
         for index, sites in groupby(space.sites, key=lambda site: site.block):
@@ -254,6 +259,11 @@ def layer_problem(
         producers=tuple(producer(cut) for cut in front) if producers else (),
         name=site.name,
     )
+
+
+def batched(counts: Sequence[int], most: int) -> Iterator[Sequence[int]]:
+    """Some at a time."""
+    yield from (counts[start : start + most] for start in range(0, len(counts), most))
 
 
 def priced_at_once(pruner: LocalPruner, layer: LayerProblem, site: Site) -> Nested | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunekit.calibration.fill import PRICED_AT_ONCE
 from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.gradients import FISHER_TOKENS
 from prunekit.calibration.moments import Moments, collected, strips
@@ -397,7 +398,8 @@ class Count:
             each = max(size + shape.stored.itemsize, 3 * shape.stored.itemsize)
             kept = (centre[site],) if alone else ladder
             asked = kept if at_once else ladder
-            weights = site.d_in * d_out * (len(asked) * each + 2 * DOUBLE + 2 * size)
+            there_at_once = ladder[:PRICED_AT_ONCE] if alone else ladder  # with other options a pruner may not nest
+            weights = site.d_in * d_out * (len(there_at_once) * each + 2 * DOUBLE + 2 * size)
             # sums and what is added to them, or their means where they are shared; then means alone
             made = (site.d_in if paired else d_out) if streams == 2 else 0
             beside = moments if site.input_group else FLOAT * site.d_in * max(next(strips(site.d_in)).stop, made)

@@ -97,6 +97,10 @@ class OBS(LocalPruner):
     def needs(self) -> frozenset[str]:
         return frozenset({"gram", *NEEDS[self.aim]})
 
+    @property
+    def matrices(self) -> int:
+        return 6  # H as it is and of what is live, its inverse and WᵀW, and both of what is left of them
+
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
         layer = self._aimed(layer)
         smallest = min((k for k in keeps if k > 0), default=layer.n_groups)  # nothing is decided on the way to 0
