@@ -207,7 +207,7 @@ def _announce(
         f"{amount(plan.disk)} of disk; `prunekit plan` with the same options says where"
     )
     if told["seconds_known"] > LONG:
-        kept = {"data", "sparsity", "family", "structure", "of", "heads", "dtype", "device", "memory"}
+        kept = {"pruner", "data", "sparsity", "family", "structure", "of", "heads", "dtype", "device", "memory"}
         short = resolve(Recipe.load(SHORT).with_overrides(parts.recipe.model_dump(include=kept)))
         seconds = make_plan(short, *shape, job.output, asked).as_dict(rates)["seconds_known"]
         job.progress.say(f"with --recipe {SHORT} it takes {span(seconds)}; ctrl-c stops, the same command goes on")

@@ -166,6 +166,8 @@ def test_what_a_run_takes_is_said_before_it_begins_and_what_would_take_less(
     said = run("prune", *flags, "--overwrite").stderr
     assert re.search(r"with --recipe fast it takes [\d.]+ s; ctrl-c stops, the same command goes on", said)
     assert "this takes" not in run("prune", *flags, "--overwrite", "--quiet").stderr
+    pattern = ["--structure", "2:4", "--pruner", "sparsegpt"]  # which the pruner of the shorter recipe does not know
+    assert "with --recipe fast it takes" in run("prune", *flags, *pattern, "--overwrite").stderr
 
 
 # -- plan ---------------------------------------------------------------------------------------------
