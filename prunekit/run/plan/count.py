@@ -39,7 +39,7 @@ from prunekit.system.memory import Shares
 
 FLOAT, DOUBLE = 4, 8  # bytes
 CUSHION = 64 << 20  # bytes: what libraries take when they are first used; of a run on a tiny model 64 MB were measured
-KEPT = 8  # of what comes and goes, one part in so many stays with the C library when it is freed
+KEPT = 4  # of what comes and goes, at most one part in so many stays with the C library or lies in too small pieces
 KEPT_MOST = 128 << 20  # bytes that stay at most: what is larger than 32 MiB goes back to the system at once
 
 
@@ -182,11 +182,11 @@ class Count:
 
     def stages(self, shares: Shares) -> Iterator[Stage]:
         """Every stage, in order, when memory is shared out so; what the dense model has said stays to the end."""
-        heard = 0
+        heard = kept = 0
         for stage in self._stages(shares):
             if stage.name == HEARING:
                 heard, _ = self._heard(shares)
-            kept = min((stage.memory - self._held(shares)) // KEPT, KEPT_MOST)
+            kept = max(kept, min((stage.memory - self._held(shares)) // KEPT, KEPT_MOST))  # to the end, too
             yield replace(stage, memory=stage.memory + kept, shared=stage.shared + heard)
 
     def _stages(self, shares: Shares) -> Iterator[Stage]:
@@ -225,7 +225,7 @@ class Count:
         said = 5 * FLOAT * self.seqlen * shape.vocabulary  # logits of a window, there and back
         back = 2 * self._activations(min(max(TOKENS_AT_ONCE, self.seqlen), tokens)) + summed // len(shape.blocks)
         return Stage(
-            name, held + max(said, back), (shares.blocks or 0) + inside, written + spilled,
+            name, held + max(said, back), (shares.blocks or 0) + inside, written, spilled,
             read=0 if shares.blocks is None else 2 * self._stored_blocks,
             flops=3 * shape.forward(tokens, self.seqlen, head=True) + added,
         )  # fmt: skip
@@ -275,7 +275,7 @@ class Count:
             inside, spilled = shares.split(4 * self.tokens["calibration"] * shape.width * size)
             names = ", ".join(spec["name"] for spec in recipe.finishers)
             yield Stage(
-                member.called("finish"), held + own + working, kept + inside, spilled,
+                member.called("finish"), held + own + working, kept + inside, spilled=spilled,
                 flops=None, unknown=names, member=member.name,
             )  # fmt: skip
         asked = self.tokens["search"] if self.parts.objective.reads(len(shape.blocks)).tokens else 0
@@ -299,7 +299,7 @@ class Count:
         streamed, saved = paged and not recipe.finishers, sum(each.size(order) for each in self.parts.exporters)
         exported = held + self._page + largest if streamed else both
         read = (2 * self._stored if streamed else 0) + (saved if recipe.verify else 0)  # for the probe, and to write
-        yield Stage(member.called("export"), exported + CUSHION, kept, saved, read, member=member.name)
+        yield Stage(member.called("export"), exported + CUSHION, kept, saved, read=read, member=member.name)
 
     @cached_property
     def _passes(self) -> list[Space]:
@@ -421,5 +421,5 @@ class Count:
         read = 0 if shares.blocks is None else self._stored_blocks
         unknown = f"the work of {self.recipe.pruner['name']} itself"
         return Stage(
-            name, held + memory, (shares.blocks or 0) + inside, disk + spilled, read, flops, doubles, unknown, member
+            name, held + memory, (shares.blocks or 0) + inside, disk, spilled, read, flops, doubles, unknown, member
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ class Stage:
     name: str
     memory: int  # bytes that it cannot do without
     shared: int = 0  # bytes it makes use of beyond, of what bounds allow
-    disk: int = 0  # bytes that are written
+    disk: int = 0  # bytes that are written, to stay until the end
+    spilled: int = 0  # bytes of activations that lie on disk beside them while it is at work
     read: int = 0  # bytes that are read
     flops: int | None = 0  # in the dtype of the computation; None: nobody knows
     doubles: int = 0  # in float64
@@ -35,7 +37,7 @@ class Stage:
         if self.flops is None:
             return None
         products = self.flops / rates.flops + self.doubles / rates.doubles
-        return products + self.disk / rates.write + self.read / rates.read
+        return products + (self.disk + self.spilled) / rates.write + self.read / rates.read
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ class Plan:
 
     @property
     def disk(self) -> int:
-        """All that is written: nothing is removed before the end."""
-        return sum(stage.disk for stage in self.stages)
+        """The most that lies there at once: what is written stays until the end, what is spilled until its stage is over."""
+        written = accumulate(stage.disk for stage in self.stages)
+        return max(stays + stage.spilled for stays, stage in zip(written, self.stages, strict=True))
 
     @property
     def members(self) -> list[str]:
@@ -90,10 +93,10 @@ class Plan:
                 f"{amount(max(0, self.limit))} are there; give more, {less}"
             )
         if self.free_disk is not None and self.disk > self.free_disk:
-            largest = max(self.stages, key=lambda stage: stage.disk)
+            largest = max(self.stages, key=lambda stage: stage.disk + stage.spilled)
             less = "fewer search tokens" if largest.name == HEARING else "an allocator with fewer rungs"
             raise WrongInput(
-                f"this run writes {amount(self.disk)}, {largest.name} alone {amount(largest.disk)}, and the disk has "
+                f"this run writes {amount(self.disk)}, {largest.name} alone {amount(largest.disk + largest.spilled)}, and the disk has "
                 f"{amount(self.free_disk)} free; make room, choose another --output, or {less}"
             )
 

@@ -35,6 +35,7 @@ from prunekit.recipe.schema import Recipe
 from prunekit.run import family, session
 from prunekit.run.plan import make as planning
 from prunekit.run.plan.count import CUSHION, KEPT, Shape
+from prunekit.run.plan.plan import Stage
 from prunekit.run.plan.rehearsal import Rehearsal, list_passes, rehearsed
 from prunekit.run.session import make_plan
 from prunekit.run.spaces import whole_space
@@ -318,9 +319,18 @@ def test_what_finds_no_room_in_memory_is_on_the_disk_of_the_plan(folder, tmp_pat
         tiny("llama").bfloat16().float(), adapter, space, space.uniform(), parts.pruner,
         toy_tokens(), store, dtype=torch.bfloat16, room=room, progress=Progress(),
     )  # fmt: skip
-    disk, candidates = (next(s.disk for s in each.stages if s.name == "prune 1") for each in (plan, roomy))
-    assert candidates == files(tmp_path / "store")
-    assert max(spilled) / 2 <= disk - candidates <= max(spilled)
+    tight, wide = (next(s for s in each.stages if s.name == "prune 1") for each in (plan, roomy))
+    assert tight.disk == wide.disk == files(tmp_path / "store")
+    assert wide.spilled == 0
+    assert max(spilled) / 2 <= tight.spilled <= max(spilled)
+
+
+def test_what_is_spilled_is_gone_before_the_next_stage_and_what_is_written_is_not(folder):
+    plan = plan_of(folder, memory="1MB")
+    stages = [Stage("a", 0, disk=5, spilled=40), Stage("b", 0, disk=30, spilled=20), Stage("c", 0, disk=1)]
+    assert replace(plan, stages=tuple(stages)).disk == 55
+    with pytest.raises(WrongInput, match="this run writes 55 B, b alone 50 B"):
+        replace(plan, stages=tuple(stages), limit=1, free_disk=54).check()
 
 
 def files(folder):
