@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def disk(self) -> int:
-        """The most that lies there at once: what is written stays until the end, what is spilled until its stage is over."""
+        """The most that lies there at once: what is written stays to the end, what is spilled goes with its stage."""
         written = accumulate(stage.disk for stage in self.stages)
         return max(stays + stage.spilled for stays, stage in zip(written, self.stages, strict=True))
 
@@ -96,8 +96,8 @@ class Plan:
             largest = max(self.stages, key=lambda stage: stage.disk + stage.spilled)
             less = "fewer search tokens" if largest.name == HEARING else "an allocator with fewer rungs"
             raise WrongInput(
-                f"this run writes {amount(self.disk)}, {largest.name} alone {amount(largest.disk + largest.spilled)}, and the disk has "
-                f"{amount(self.free_disk)} free; make room, choose another --output, or {less}"
+                f"this run writes {amount(self.disk)}, {largest.name} alone {amount(largest.disk + largest.spilled)}, "
+                f"and the disk has {amount(self.free_disk)} free; make room, choose another --output, or {less}"
             )
 
     def as_dict(self, rates: Rates) -> dict[str, Any]:
