@@ -9,7 +9,7 @@ from torch import nn
 
 from prunekit import Finisher, Workpiece
 from prunekit.models.blocks import chunks
-from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out, holding_zeros
+from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out, holding_zeros, told, undone
 
 Scope = Literal["model", "blocks", "cut"]
 
@@ -57,7 +57,8 @@ class Distillation(Training, Finisher):
             )  # fmt: skip
         for parameter in theta:
             parameter.requires_grad_(False)
-        return {"held_out_loss": [history[0], min(history)]}
+        piece.progress.say(told("distillation", history))
+        return {"held_out_loss": [history[0], min(history)], "epochs": len(history) - 1, "undone": undone(history)}
 
     def _trained(self, piece: Workpiece) -> list[nn.Parameter]:
         if self.scope == "model":

@@ -19,6 +19,7 @@ from prunekit.system.progress import Stage
 
 WARMUP = 0.05  # share of all steps in which the rate rises to its full height
 CLIP = 1.0  # norm of a gradient
+BACK_OFF = 3.0  # what the rate is divided by when an epoch was undone
 LOGITS_AT_ONCE = 1 << 24  # values; logits are made and forgotten slice by slice, backwards too
 
 
@@ -26,12 +27,15 @@ LOGITS_AT_ONCE = 1 << 24  # values; logits are made and forgotten slice by slice
 class Training:
     """How long and how boldly. The parameters end where the held-out loss was lowest: never above where it began.
 
+    An epoch that has not lowered it is undone, and the next goes on from the lowest at a third of the rate, AdamW anew:
+    a rate that is too bold for a model costs epochs, and not the recovery.
+
     Finishers that train have these options, with rates and epochs of their own.
     """
 
     rate: float  # of AdamW, at its height
     epochs: int
-    patience: int = 2  # epochs without a lower held-out loss before it ends
+    patience: int = 3  # epochs without a lower held-out loss, one after the other, before it ends
     batch_tokens: int = 2048  # per step; whole windows, at least one
     held_out: float = 0.125  # share of the windows, the last ones
 
@@ -72,12 +76,15 @@ class Training:
         stage.advance(begun := len(history) - 1)
         for epoch in range(begun, 0 if state.done else self.epochs):
             order = torch.randperm(batches, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+            rate = self.rate / BACK_OFF ** undone(history)
             for step, batch in enumerate(order.tolist(), epoch * batches):
-                adam.param_groups[0]["lr"] = self.rate * _height((step + 1) / (self.epochs * batches))
+                adam.param_groups[0]["lr"] = rate * _height((step + 1) / (self.epochs * batches))
                 _descend(adam, parameters, loss(batch))
             history.append(_number(held()))
             if history[-1] < min(history[:-1]):
                 state.best = [p.detach().clone() for p in parameters]
+            else:
+                state.go_back()
             stage.advance(note=f"held-out loss {history[-1]:.4g}")
             if epoch - history.index(min(history)) + 1 >= self.patience:
                 break
@@ -104,11 +111,16 @@ class _State:
             tensors |= {f"{i}.{key}": value for key, value in self.adam.state[parameter].items()}
         self._write(history, tensors)
 
-    def close(self, history: Sequence[float]) -> None:
-        """The best parameters are the answer, and all that is remembered."""
+    def go_back(self) -> None:
+        """To the best parameters; AdamW forgets the way it came."""
         with torch.no_grad():
             for parameter, best in zip(self.parameters, self.best, strict=True):
                 parameter.copy_(best)
+        self.adam.state.clear()
+
+    def close(self, history: Sequence[float]) -> None:
+        """The best parameters are the answer, and all that is remembered."""
+        self.go_back()
         self._write(history, {})
 
     def load(self) -> list[float]:
@@ -119,6 +131,8 @@ class _State:
         self.done = "0.now" not in tensors
         for i, parameter in enumerate([] if self.done else self.parameters):
             parameter.data.copy_(tensors[f"{i}.now"])
+            if f"{i}.step" not in tensors:  # it has just gone back
+                continue
             moments = {key: tensors[f"{i}.{key}"].to(parameter) for key in ("exp_avg", "exp_avg_sq")}
             self.adam.state[parameter] = moments | {"step": tensors[f"{i}.step"]}
         return tensors["history"].tolist()
@@ -126,6 +140,20 @@ class _State:
     def _write(self, history: Sequence[float], tensors: Mapping[str, Tensor]) -> None:
         fixed = {"history": torch.tensor(history, dtype=torch.float64)}
         self.checkpoints.save(self.name, {**fixed, **{f"{i}.best": b for i, b in enumerate(self.best)}, **tensors})
+
+
+def undone(history: Sequence[float]) -> int:
+    """Epochs that have not lowered the held-out loss; `history` begins with the loss before the first."""
+    return sum(loss >= min(history[:epoch]) for epoch, loss in enumerate(history) if epoch)
+
+
+def told(name: str, history: Sequence[float]) -> str:
+    """What training has gained, in a sentence for the user."""
+    first, best, epochs = history[0], min(history), len(history) - 1
+    kept = epochs - undone(history)
+    if not kept:
+        return f"{name}: none of {epochs} epochs lowered the held-out loss of {first:.4g}, so nothing was changed"
+    return f"{name}: the held-out loss fell from {first:.4g} to {best:.4g}; {kept} of {epochs} epochs lowered it"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from prunekit.system.checkpoints import Checkpoints
 from prunekit.system.progress import Stage
 from prunekit.testing import tiny, toy_tokens
 from prunekit_strategies.finishers import training
-from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out
+from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out, told, undone
 
 TARGETS = torch.tensor([[1.0, -2.0], [3.0, 0.5], [-1.0, 4.0]], dtype=torch.float64)
 
@@ -60,7 +60,7 @@ def test_gradients_are_clipped():
 def test_it_converges_where_the_held_out_loss_is_that_of_training():
     mean = TARGETS.mean(0)
     theta, history = fitted(Training(rate=0.2, epochs=60, patience=60), lambda t: (t - mean).square().sum())
-    torch.testing.assert_close(theta, mean, atol=0.05, rtol=0)
+    torch.testing.assert_close(theta, mean, atol=0.1, rtol=0)
     assert min(history) < 0.01 * history[0]
 
 
@@ -83,6 +83,58 @@ def test_the_best_epoch_is_kept_not_the_last():
     assert torch.equal(theta, met[1])
 
 
+def test_an_epoch_that_lowers_nothing_is_undone_and_the_next_is_less_bold():
+    """A rate far above what the loss bears: without going back it never gets below the start."""
+
+    def held(t):
+        return (t - TARGETS.mean(0)).square().sum()
+
+    bold = Training(rate=300.0, epochs=12, patience=12)
+    theta, history = fitted(bold, held)
+    lowest = history.index(min(history))
+    assert history[1] > history[0]  # far too bold
+    assert history[lowest] < 0.5 * history[0]
+    assert held(theta) == history[lowest]
+    rates = [300.0 / 3 ** undone(history[: epoch + 1]) for epoch in range(len(history) - 1)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == 300.0
+    assert rates[1] == 100.0
+
+
+def test_what_was_undone_is_forgotten():
+    """After an epoch that was undone, training is that of a third of the rate from the start, AdamW anew."""
+    losses, met = iter([1.0, 2.0, 0.5]), []
+
+    def held(t):
+        met.append(t.clone())
+        return next(losses)
+
+    theta, _ = fitted(Training(rate=0.3, epochs=2), held)
+    twin = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    adam = torch.optim.AdamW([twin], betas=(0.9, 0.95), weight_decay=0.0)
+    order = torch.randperm(3, generator=torch.Generator().manual_seed(1))  # of the second epoch
+    for step, i in enumerate(order, 3):
+        adam.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * ((step + 1) / 6 - 0.05) / 0.95))
+        adam.zero_grad()
+        (0.01 * (twin - TARGETS[i]).square().sum()).backward()
+        adam.step()
+    torch.testing.assert_close(theta, twin.detach())
+    assert not torch.equal(met[1], theta)
+
+
+@pytest.mark.parametrize(
+    ("history", "count", "said"),
+    [
+        ([2.0], 0, "none of 0 epochs lowered"),
+        ([2.0, 3.0, math.inf], 2, "none of 2 epochs lowered the held-out loss of 2, so nothing was changed"),
+        ([2.0, 1.5, 1.5, 1.0], 1, "fell from 2 to 1; 2 of 3 epochs lowered it"),
+    ],
+)
+def test_what_was_gained_is_said(history, count, said):
+    assert undone(history) == count
+    assert said in told("toy", history)
+
+
 def test_every_epoch_meets_every_batch_in_its_own_order():
     seen = []
     fitted(Training(rate=0.1, epochs=4, patience=9), lambda t: 1.0, seen=seen)
@@ -91,12 +143,13 @@ def test_every_epoch_meets_every_batch_in_its_own_order():
     assert len(set(epochs)) > 1
 
 
+@pytest.mark.parametrize("rate", [0.2, 300.0])  # the second goes back at first
 @pytest.mark.parametrize("saves", range(1, 6))
-def test_a_killed_run_ends_in_the_same_bits_and_a_finished_one_does_nothing(tmp_path, saves, killed_at):
+def test_a_killed_run_ends_in_the_same_bits_and_a_finished_one_does_nothing(tmp_path, saves, rate, killed_at):
     def held(t):
         return (t - TARGETS.mean(0)).square().sum()
 
-    regime = Training(rate=0.2, epochs=5, patience=9)
+    regime = Training(rate=rate, epochs=5, patience=9)
     expected = fitted(regime, held)
     with killed_at(Checkpoints, "save", saves, after=True):
         fitted(regime, held, checkpoints=Checkpoints(tmp_path))
