@@ -188,6 +188,9 @@ class UnequalLayers(PreTrainedModel):
         blocks = self.base_model.get_submodule(self.family.layers)
         for index, block in enumerate(blocks.children()):
             self.family.cut(block, config.per_layer_config[index], index)
+        for module in self.modules():
+            if hasattr(module, "rope_type"):  # also when it runs, it asks for head counts that it does not use
+                module.config = config.per_layer_config[0]  # type: ignore[assignment]
         self.init_weights()  # the linear maps that were replaced
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

@@ -38,11 +38,15 @@ SCALED = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}  # made anew where a text is longer than the model
 COMPENSATED = {"compensated": True}  # maps whose columns were cut get a bias, as finishers may give them
 UNEQUAL = {
     **{model_type: (model_type, {}) for model_type in SIZES},
     "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "llama-scaled-rope": ("llama", {"rope_parameters": SCALED}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "llama-dynamic-rope": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 6}),
     "mistral-sliding": ("mistral", {"sliding_window": 4}),
     "qwen2-sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "opt-norms-after": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 10}),
@@ -164,7 +168,8 @@ def test_eager_attention_reaches_every_layer(case: tuple[PreTrainedModel, Path])
     loaded = load(case[1])
     expected = logits(loaded)
     loaded.set_attn_implementation("eager")
-    configs = {id(c): c for m in loaded.modules() if (c := getattr(m, "config", None)) is not None}
+    theirs = [module for module in loaded.modules() if not hasattr(module, "rope_type")]  # which attends to nothing
+    configs = {id(c): c for m in theirs if (c := getattr(m, "config", None)) is not None}
     assert [c._attn_implementation for c in configs.values()] == ["eager"]
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)  # eager softmax is float32
     with torch.no_grad():
