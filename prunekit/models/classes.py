@@ -216,6 +216,10 @@ def define(family: Family) -> tuple[type, type, type]:
             for index, layer_config in enumerate(self.per_layer_config):
                 family.check(layer_config, index)
 
+        def validate_rope(self) -> None:  # LongRoPE's asks for head counts, too
+            with reading_globals(self):
+                stock_config.validate_rope(self)
+
     Config.__name__ = Config.__qualname__ = f"Prunekit{family.prefix}Config"
     body = {"__module__": __name__, "config_class": Config, "family": family}
     return (

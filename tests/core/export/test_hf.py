@@ -40,12 +40,17 @@ SCALED = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}  # made anew where a text is longer than the model
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 4}
 COMPENSATED = {"compensated": True}  # maps whose columns were cut get a bias, as finishers may give them
 UNEQUAL = {
     **{model_type: (model_type, {}) for model_type in SIZES},
     "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "llama-scaled-rope": ("llama", {"rope_parameters": SCALED}),
     "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "llama-longrope": (
+        "llama",
+        {"rope_parameters": LONG | {"short_factor": [1.0] * 2, "long_factor": [2.0] * 2}},
+    ),
     "llama-dynamic-rope": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 6}),
     "mistral-sliding": ("mistral", {"sliding_window": 4}),
     "qwen2-sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
