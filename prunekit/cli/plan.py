@@ -33,8 +33,7 @@ def plan(*, as_json: Json = False, **options: Any) -> None:
     for stage in found.stages:
         seconds = stage.seconds(rates)
         took = "unknown" if seconds is None else span(seconds)
-        memory, disk = stage.memory + stage.shared, stage.disk + stage.spilled
-        table.add_row(stage.name, amount(memory), amount(disk), took, stage.unknown)
+        table.add_row(stage.name, amount(stage.memory + stage.shared), amount(stage.writes), took, stage.unknown)
     told = found.as_dict(rates)
     least = "" if told["seconds_complete"] else "at least "
     for own in told["members"]:

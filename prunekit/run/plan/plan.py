@@ -32,12 +32,17 @@ class Stage:
     unknown: str = ""  # what else takes time
     member: str = ""  # of a family, by its sparsity, that has this stage to itself
 
+    @property
+    def writes(self) -> int:
+        """Bytes that it puts on disk, whether they stay or not."""
+        return self.disk + self.spilled
+
     def seconds(self, rates: Rates) -> float | None:
         """How long that takes; None: nobody knows."""
         if self.flops is None:
             return None
         products = self.flops / rates.flops + self.doubles / rates.doubles
-        return products + (self.disk + self.spilled) / rates.write + self.read / rates.read
+        return products + self.writes / rates.write + self.read / rates.read
 
 
 @dataclass(frozen=True)
@@ -93,11 +98,11 @@ class Plan:
                 f"{amount(max(0, self.limit))} are there; give more, {less}"
             )
         if self.free_disk is not None and self.disk > self.free_disk:
-            largest = max(self.stages, key=lambda stage: stage.disk + stage.spilled)
+            largest = max(self.stages, key=lambda stage: stage.writes)
             less = "fewer search tokens" if largest.name == HEARING else "an allocator with fewer rungs"
             raise WrongInput(
-                f"this run writes {amount(self.disk)}, {largest.name} alone {amount(largest.disk + largest.spilled)}, "
-                f"and the disk has {amount(self.free_disk)} free; make room, choose another --output, or {less}"
+                f"this run writes {amount(self.disk)}, {largest.name} alone {amount(largest.writes)}, and the disk has "
+                f"{amount(self.free_disk)} free; make room, choose another --output, or {less}"
             )
 
     def as_dict(self, rates: Rates) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from prunekit import Finisher, Workpiece
 from prunekit.models.blocks import chunks
-from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out, holding_zeros, told, undone
+from prunekit_strategies.finishers.training import LanguageLoss, Training, gained, held_out, holding_zeros
 
 Scope = Literal["model", "blocks", "cut"]
 
@@ -57,8 +57,7 @@ class Distillation(Training, Finisher):
             )  # fmt: skip
         for parameter in theta:
             parameter.requires_grad_(False)
-        piece.progress.say(told("distillation", history))
-        return {"held_out_loss": [history[0], min(history)], "epochs": len(history) - 1, "undone": undone(history)}
+        return gained(piece, "distillation", history)
 
     def _trained(self, piece: Workpiece) -> list[nn.Parameter]:
         if self.scope == "model":

@@ -14,7 +14,7 @@ from torch import nn
 
 from prunekit import Finisher, Workpiece
 from prunekit.models.blocks import chunks
-from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out, told, undone
+from prunekit_strategies.finishers.training import LanguageLoss, Training, gained, held_out
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ class LoRA(Training, Finisher):
                 theta, lambda i: loss(train[i]), len(train), lambda: loss.mean(judge),
                 seed=piece.seed, checkpoints=piece.checkpoints, name="lora", stage=stage,
             )  # fmt: skip
-        piece.progress.say(told("lora", history))
-        return {"held_out_loss": [history[0], min(history)], "epochs": len(history) - 1, "undone": undone(history)}
+        return gained(piece, "lora", history)
 
     @contextmanager
     def _adapted(self, piece: Workpiece) -> Iterator[list[nn.Parameter]]:

@@ -147,6 +147,12 @@ def undone(history: Sequence[float]) -> int:
     return sum(loss >= min(history[:epoch]) for epoch, loss in enumerate(history) if epoch)
 
 
+def gained(piece: Workpiece, name: str, history: Sequence[float]) -> dict[str, Any]:
+    """What a finisher that trains the whole model has to report; said to the user, too."""
+    piece.progress.say(told(name, history))
+    return {"held_out_loss": [history[0], min(history)], "epochs": len(history) - 1, "undone": undone(history)}
+
+
 def told(name: str, history: Sequence[float]) -> str:
     """What training has gained, in a sentence for the user."""
     first, best, epochs = history[0], min(history), len(history) - 1
