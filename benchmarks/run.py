@@ -53,6 +53,7 @@ def main(
                         "data.seqlen": seqlen,
                         "data.calibration_tokens": tokens,
                         "data.search_tokens": tokens,
+                        "data.recovery_tokens": tokens,
                         "data.evaluation_tokens": tokens,
                     }
                     own = {key: value for key, value in changes.items() if key != "recipe"}

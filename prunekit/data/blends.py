@@ -21,8 +21,14 @@ Blend = Mapping[Source, Fraction]
 """The sources of one part with their shares, which add up to 1."""
 
 
-def blends_of(data: DataSpec, progress: Progress) -> dict[str, Blend]:
-    """Part -> its sources; a part without a data set of its own has that of calibration, held out where it can be."""
+def blends_of(data: DataSpec, progress: Progress, *, recovery: bool = False) -> dict[str, Blend]:
+    """Part -> its sources; a part without a data set of its own has that of calibration, held out where it can be.
+
+    Args:
+        data: which text.
+        progress: what the user is told.
+        recovery: whether there is a part to train on.
+    """
     known: list[Source] = []  # one stream has one name, so that no two parts take the same stretch of it
 
     def found(text: TextSpec, held_out: bool) -> Source:
@@ -47,11 +53,12 @@ def blends_of(data: DataSpec, progress: Progress) -> dict[str, Blend]:
 
     calibration = blend(data.texts("dataset"))
     search = blend(data.texts("search_dataset")) or calibration
+    learnt = {"recovery": blend(data.texts("recovery_dataset")) or calibration} if recovery else {}
     evaluation = data.texts("evaluation_dataset") or [
         text.model_copy(update={"dataset": source.dataset, "config": source.config, "split": data.evaluation_split})
         for text, source in zip(data.texts("dataset"), calibration, strict=True)
     ]
-    return {"calibration": calibration, "search": search, "evaluation": blend(evaluation, held_out=True)}
+    return {"calibration": calibration, "search": search, **learnt, "evaluation": blend(evaluation, held_out=True)}
 
 
 def resolved(data: DataSpec, blends: Mapping[str, Blend]) -> dict[str, Any]:
@@ -72,7 +79,8 @@ def resolved(data: DataSpec, blends: Mapping[str, Blend]) -> dict[str, Any]:
         ]
         return tuple(any_text.model_copy(update=value) for value in values)
 
-    found: dict[str, Any] = {"search_dataset": written("search") if data.search_dataset is not None else None}
+    own = {part: getattr(data, f"{part}_dataset") is not None for part in ("search", "recovery") if part in blends}
+    found: dict[str, Any] = {f"{part}_dataset": written(part) if named else None for part, named in own.items()}
     fields = {source.field for part in ("calibration", "evaluation") for source in blends[part]} - {None}
     if max(map(len, blends.values())) > 1 or fields - {data.field}:
         several = {"dataset": written("calibration"), "evaluation_dataset": written("evaluation")}

@@ -1,8 +1,8 @@
-"""From a data set's name to windows of token ids that calibration, search and evaluation never share.
+"""From a data set's name to windows of token ids that no two parts of the data share.
 
 Text is one stream, tokenised in slices of 100,000 characters without special tokens and cut into windows
-of equal length. Stretches of that stream follow each other: calibration, search, evaluation; where a data
-set has a held-out split, evaluation comes from there. Several data sets are cut each for itself and interleaved.
+of equal length. Stretches of that stream follow each other: calibration, search, evaluation, and recovery where
+somebody trains; where a data set has a held-out split, evaluation comes from there. Several data sets are cut each for itself and interleaved.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Draws:
     evaluation: TokenBatch
     source: str  # resolved data set, split, field
     spec: DataSpec  # with every choice made and the digests filled in: draws the same tokens again
+    recovery: TokenBatch | None = None  # to train on, where that was asked for
     contrast: TokenBatch | None = None  # as many tokens as for calibration, of the second data set if one is named
 
 
@@ -48,10 +49,12 @@ def draw(
     seed: int = 0,
     max_seqlen: int | None = None,
     vocab_size: int | None = None,
+    recovery: bool = False,
 ) -> Draws:
     """Disjoint tokens for calibration, search and evaluation.
 
     Args:
+        recovery: whether there are tokens to train on, too.
         seed: with `data.shuffle`, which windows.
         max_seqlen: the longest window the model was made for.
         vocab_size: ids the model knows.
@@ -60,7 +63,7 @@ def draw(
         WrongInput: no such data, too little of it, or not the tokens whose digests `data` holds.
     """
     progress = progress or Progress()
-    blends = blends_of(data, progress)
+    blends = blends_of(data, progress, recovery=recovery)
     batches = _gathered(tokenizer, blends, data, window_of(data, max_seqlen), seed, progress)
     if data.contrast_dataset is not None:
         second = source_of(named(data.contrast_dataset, progress), None, None, data.field)
@@ -86,7 +89,7 @@ def draw(
     spec = data.model_copy(
         update=resolved(data, blends)
         | {"seqlen": batches["calibration"].seqlen, "digests": digests}
-        | {f"{part}_tokens": batches[part].n_tokens for part in DEFAULTS}
+        | {f"{part}_tokens": batches[part].n_tokens for part in DEFAULTS if part in batches}
     )
     return Draws(**batches, source=", ".join(map(str, blends["calibration"])), spec=spec)
 
@@ -174,6 +177,9 @@ PAIRS = (
     ("search", "calibration"),
     ("evaluation", "calibration"),
     ("evaluation", "search"),
+    ("evaluation", "recovery"),
+    ("search", "recovery"),
+    ("recovery", "calibration"),
     ("contrast", "calibration"),
 )
 
@@ -181,7 +187,7 @@ PAIRS = (
 def _check_apart(batches: Mapping[str, TokenBatch], blends: Mapping[str, Blend], progress: Progress) -> None:
     """No part may be the text of another under a second name: it would judge by what was learnt by heart."""
     for part, other in PAIRS:
-        if part not in batches or not (share := overlap(batches[part], batches[other])):
+        if not {part, other} <= batches.keys() or not (share := overlap(batches[part], batches[other])):
             continue
         names = " and ".join(str(source) for each in (part, other) for source in blends[each])
         sets = ({source.dataset for source in blends[each]} for each in (part, other))

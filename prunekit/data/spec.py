@@ -59,18 +59,20 @@ class DataSpec(Strict):
     field: Fields | None = None  # of rows: a, a.b or a,b; None: text, a conversation or questions, as there is
     special_tokens: bool = False  # whether text that spells a special token, as <|endoftext|>, becomes one
     search_dataset: Texts | None = None  # None: further on in `dataset`; text, or questions with their answers
+    recovery_dataset: Texts | None = None  # what finishers that train learn from; None: further on in `dataset`
     evaluation_dataset: Texts | None = None  # None: the held-out split, or the same text further on
     evaluation_split: str | None = None
     contrast_dataset: str | None = None  # for pruners that hold a second data set against the first
     calibration_tokens: Annotated[int, Field(gt=0)] | None = None
     search_tokens: Annotated[int, Field(gt=0)] | None = None
+    recovery_tokens: Annotated[int, Field(gt=0)] | None = None
     evaluation_tokens: Annotated[int, Field(gt=0)] | None = None
     seqlen: Annotated[int, Field(ge=2)] | None = None  # None: 2048, or what the model was made for
     shuffle: bool = False  # draw windows by the seed, not the first in order
-    calibration_draw: Annotated[int, Field(ge=0)] = 0  # which windows calibrate; search and evaluation stay the same
+    calibration_draw: Annotated[int, Field(ge=0)] = 0  # which windows calibrate; all else stays the same
     digests: dict[str, str] | None = None  # sha256 of the token ids of each part and source, filled in by a run
 
-    def texts(self, part: Literal["dataset", "search_dataset", "evaluation_dataset"]) -> tuple[TextSpec, ...]:
+    def texts(self, part: Literal["dataset", "search_dataset", "recovery_dataset", "evaluation_dataset"]) -> tuple[TextSpec, ...]:
         """The data sets of one key, none where it is None.
 
         Raises:
@@ -88,5 +90,6 @@ class DataSpec(Strict):
     @property
     def names(self) -> list[str]:
         """Every data set that is named."""
-        parts = (self.dataset, self.search_dataset, self.evaluation_dataset, self.contrast_dataset)
+        mine = (self.dataset, self.search_dataset, self.recovery_dataset)
+        parts = (*mine, self.evaluation_dataset, self.contrast_dataset)
         return [name for part in parts for name in names_of(part)]

@@ -20,7 +20,7 @@ from prunekit.data.spec import DataSpec
 from prunekit.errors import WrongInput
 from prunekit.system.progress import Progress
 
-DEFAULTS = {"calibration": 131_072, "search": 131_072, "evaluation": 65_536}  # tokens
+DEFAULTS = {"calibration": 131_072, "search": 131_072, "recovery": 131_072, "evaluation": 65_536}  # tokens
 LEAST = 2_048  # tokens; with less than this in a part nobody asked for less, so we refuse
 POOL = 16  # shuffled windows are drawn from up to this many times the text that is needed
 
@@ -49,21 +49,26 @@ def cut(
         WrongInput: too little text for the draw.
     """
     pool = pool[: reach(counts, data)]  # where a run with these counts, which reads no further, ends too
-    c, s, e = (counts.get(part, 0) for part in DEFAULTS)
+    c, s, r, e = (counts.get(part, 0) for part in DEFAULTS)
     if data.shuffle and counts.keys() != {"evaluation"}:
         # evaluation is the end of the pool, so that which windows it holds does not hang on the seed
         evaluation, rest = pool[len(pool) - e :], pool[: len(pool) - e]
         rest = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))]
     else:
         evaluation, rest = pool[c + s : c + s + e], torch.cat([pool[: c + s], pool[c + s + e :]])
-    # draws after the first lie behind all else, so that search and evaluation are the same for every draw
-    begin = c + s + (data.calibration_draw - 1) * c if data.calibration_draw else 0
+    # draws after the first lie behind all else, so that everything but calibration is the same for every draw
+    begin = c + s + r + (data.calibration_draw - 1) * c if data.calibration_draw else 0
     if begin + c > len(rest):
         raise WrongInput(
             f"too little text: {source} has {pool.numel():,} tokens in whole windows of {seqlen}, not enough for "
             f"data.calibration_draw {data.calibration_draw}; give more text, or fewer data.calibration_tokens"
         )
-    parts = {"calibration": rest[begin : begin + c], "search": rest[c : c + s], "evaluation": evaluation}
+    parts = {
+        "calibration": rest[begin : begin + c],
+        "search": rest[c : c + s],
+        "recovery": rest[c + s : c + s + r],  # behind evaluation, which so is the same without it
+        "evaluation": evaluation,
+    }
     return {part: parts[part] for part in counts}
 
 

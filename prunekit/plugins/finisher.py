@@ -28,7 +28,7 @@ class Workpiece:
     sites: tuple[Site, ...]  # of the dense model, in order of execution
     plan: Allocation  # kept groups, or weights per row, by site
     kept: tuple[tuple[int, ...], ...]  # ids of the groups that were kept, ascending, by site; (): dropped, or no groups
-    tokens: TokenBatch  # of calibration
+    tokens: TokenBatch  # of calibration; of recovery for those that train
     seed: int
     progress: Progress
     checkpoints: Checkpoints  # what must not be made twice when a run is interrupted
@@ -43,6 +43,7 @@ class Finisher(ABC):
     """
 
     structures: ClassVar[frozenset[str]] = frozenset({"groups"})  # or weights, n:m: zeros stay where there are as many
+    trains: ClassVar[bool] = False  # then it has text of its own: what the pruner has fitted has little left to teach
 
     @property
     def adds_biases(self) -> bool:

@@ -67,6 +67,11 @@ class Parts:
         """Statistics of a layer that the pruner and the sensitivity metrics read."""
         return self.pruner.needs.union(*(signal.needs for signal in self.signals))
 
+    @property
+    def trains(self) -> bool:
+        """Whether a finisher learns from text of its own."""
+        return any(finisher.trains for finisher in self.finishers)
+
     def prices_nats(self, depth: int) -> bool:
         """Whether anybody reads what rungs cost in nats, of a model of so many blocks."""
         return "nats" in self.allocator.needs or self.objective.reads(depth).nats
@@ -197,6 +202,7 @@ def _check_plugins(parts: Parts) -> None:
         instance(plugin, "structures", plugin.structures, sets)
     for finisher in parts.finishers:
         instance(finisher, "adds_biases", finisher.adds_biases, bool)
+        instance(finisher, "trains", finisher.trains, bool)
     instance(parts.metric, "unit", parts.metric.unit, str)
 
 

@@ -128,6 +128,7 @@ def report(
             "calibration": _tokens(draws.calibration),
             "search": _tokens(draws.search),
             "evaluation": _tokens(draws.evaluation),
+            **({"recovery": _tokens(draws.recovery)} if draws.recovery is not None else {}),
             **({"contrast": _tokens(draws.contrast)} if draws.contrast is not None else {}),
         },
         "search": dict(search),

@@ -44,7 +44,7 @@ class Bench:
         shelf, folder = self.place / "walks", self.place / f"trial-{parts.digest[:16]}"
         for path in (shelf, folder):
             path.mkdir(exist_ok=True)
-        whole, draws = whole_space(parts, dense.model, dense.adapter, dense.dtype), self._draw(recipe)
+        whole, draws = whole_space(parts, dense.model, dense.adapter, dense.dtype), self._draw(parts)
         parts.objective.check(draws.search)
         (run,) = session.start_runs(parts, [whole], draws, folder, shelf, Clock())
         net, plan = run.rebuild(*run_search([run])[0])
@@ -64,16 +64,21 @@ class Bench:
         self._tidy(shelf)
         return {metric: float(found[metric]) for metric in self.metrics}
 
-    def _draw(self, recipe: Recipe) -> Draws:
-        """The recipe's calibration tokens; what judges is the same for all."""
-        session = self.session
-        if recipe.data == session.parts.recipe.data:
-            return session.draws
+    def _draw(self, parts: Parts) -> Draws:
+        """The recipe's calibration tokens, and those it trains on; what judges is the same for all."""
+        session, recipe, shared = self.session, parts.recipe, self.session.draws
+        if recipe.data == session.parts.recipe.data and (shared.recovery is not None or not parts.trains):
+            return shared
         dense = session.dense
-        draws = draw(dense.tokenizer, recipe.data, session.progress, seed=recipe.seed, **limits(dense.model))
-        if overlap(draws.calibration, session.draws.search):
-            raise WrongInput("it calibrates on text that trials are compared on; give data.search_dataset")
-        return replace(draws, search=session.draws.search)
+        draws = draw(
+            dense.tokenizer, recipe.data, session.progress,
+            seed=recipe.seed, recovery=parts.trains, **limits(dense.model),
+        )  # fmt: skip
+        draws = replace(draws, search=shared.search, recovery=shared.recovery or draws.recovery)
+        for part in (draws.calibration, draws.recovery):
+            if part is not None and overlap(part, shared.search):
+                raise WrongInput("it learns from text that trials are compared on; give data.search_dataset")
+        return draws
 
     def _tidy(self, shelf: Path) -> None:
         """Remove the passes that were not used for the longest time, until the rest fits."""

@@ -43,13 +43,14 @@ def finish_model(run: Run, small: PreTrainedModel, net: Supernet, plan: Allocati
     stored_as(small, torch.promote_types(computed, torch.float32))  # small steps are lost in half precision
     kept = tuple(net.store.get(site, count).kept or () for site, count in zip(net.space.sites, plan, strict=True))
     for i, (spec, finisher) in enumerate(zip(parts.recipe.finishers, parts.finishers, strict=True)):
-        before = shapes(small)
+        before, tokens = shapes(small), run.draws.recovery if finisher.trains else run.draws.calibration
+        assert tokens is not None  # drawn because somebody trains
         piece = Workpiece(
-            small, dense.model, dense.adapter, net.space.sites, plan, kept, run.draws.calibration,
+            small, dense.model, dense.adapter, net.space.sites, plan, kept, tokens,
             parts.recipe.seed, run.progress, Checkpoints(run.place / f"finisher-{i}"), run.room,
         )  # fmt: skip
         with run.clock("finish"):
-            with unchanged(finisher, values=True, dense=dense.model, tokens=run.draws.calibration.ids):
+            with unchanged(finisher, values=True, dense=dense.model, tokens=tokens.ids):
                 found = finisher.finish(piece)
             said.append({"name": spec["name"], **_report(finisher, found)})
         check_finished(piece, finisher, before)

@@ -190,7 +190,10 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
             source, job.tokenizer,
             device=str(devices[0]), dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, shares=plan.shares,
         )  # fmt: skip
-        draws = draw(dense.tokenizer, recipe.data, progress, seed=recipe.seed, **limits(dense.model))
+        draws = draw(
+            dense.tokenizer, recipe.data, progress,
+            seed=recipe.seed, recovery=parts.trains, **limits(dense.model),
+        )  # fmt: skip
         parts.objective.check(draws.search)
     return Session(parts.with_text(dense.name, draws.spec), source, dense, draws, plan, devices, progress, clock)
 

@@ -57,6 +57,7 @@ class Elsa(Finisher):
     """
 
     structures = frozenset({"weights", "n:m"})
+    trains = True
 
     steps: int = 256
     batch_tokens: int = 2048  # per step; whole windows, at least one

@@ -33,6 +33,8 @@ class Training:
     Finishers that train have these options, with rates and epochs of their own.
     """
 
+    trains = True
+
     rate: float  # of AdamW, at its height
     epochs: int
     patience: int = 3  # epochs without a lower held-out loss, one after the other, before it ends
@@ -182,7 +184,7 @@ def held_out(tokens: TokenBatch, share: float) -> tuple[TokenBatch, TokenBatch]:
         WrongInput: there are fewer than two windows.
     """
     if len(tokens) < 2:
-        raise WrongInput("training needs two windows of calibration tokens, one of them held out; give more tokens")
+        raise WrongInput("training needs two windows of recovery tokens, one of them held out; give more data.recovery_tokens")
     last = min(len(tokens) - 1, max(1, round(share * len(tokens))))
     return TokenBatch(tokens.ids[:-last], tokens.source), TokenBatch(tokens.ids[-last:], tokens.source)
 

@@ -104,6 +104,42 @@ def test_one_file_gives_consecutive_disjoint_stretches(text: Path) -> None:
     assert draws.source == str(text)
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_recovery_has_windows_of_its_own_and_moves_no_other(text: Path, shuffle: bool) -> None:
+    asked = spec(text, recovery_tokens=24, shuffle=shuffle)
+    assert draw(Letters(), asked).recovery is None
+    draws, without = draw(Letters(), asked, recovery=True), draw(Letters(), asked)
+    assert draws.recovery is not None
+    assert draws.recovery.ids.shape == (3, 8)
+    parts = (draws.calibration, draws.search, draws.recovery, draws.evaluation)
+    assert len(set.union(*map(ids, parts))) == 64 + 32 + 24 + 16
+    if not shuffle:  # else the pool that is drawn from has grown
+        same = ("calibration", "search", "evaluation")
+        assert all(getattr(draws, part).digest == getattr(without, part).digest for part in same)
+    assert draws.spec.digests is not None
+    assert draws.spec.digests["recovery"] == draws.recovery.digest
+    assert draw(Letters(), draws.spec, recovery=True).spec == draws.spec
+
+
+def test_recovery_may_have_a_text_of_its_own(text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "hangul.txt"
+    other.write_text("".join(chr(0xAC00 + i) for i in range(200)), encoding="utf-8")
+    draws = draw(Letters(), spec(text, recovery_tokens=48, recovery_dataset=str(other)), recovery=True)
+    assert draws.recovery is not None
+    assert draws.recovery.source == "hangul"
+    assert draw(Letters(), draws.spec, recovery=True).spec == draws.spec
+    with pytest.raises(WrongInput, match="recovery 400"):
+        draw(Letters(), spec(text, recovery_tokens=400, recovery_dataset=str(other)), recovery=True)
+
+
+def test_recovery_from_the_text_of_the_evaluation_is_refused(text: Path, tmp_path: Path) -> None:
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text("".join(chr(0xAC00 + i) for i in range(64)), encoding="utf-8")
+    said = spec(text, evaluation_dataset=str(tmp_path / "one.txt"), recovery_dataset=str(tmp_path / "two.txt"))
+    with pytest.raises(WrongInput, match=r"evaluation and recovery read the same text under two names"):
+        draw(Letters(), said.model_copy(update={"recovery_tokens": 64}), recovery=True)
+
+
 def test_evaluation_from_another_file(text: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("abcdefgh" * 4)
@@ -418,11 +454,15 @@ def test_mixtures_that_cannot_be_are_one_sentence(mixed: list[Any], dataset: lis
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_another_draw_calibrates_on_other_windows_and_leaves_the_rest(text: Path, shuffle: bool) -> None:
-    first, *others = (draw(Letters(), spec(text, shuffle=shuffle, calibration_draw=i)) for i in range(4))
+    first, *others = (
+        draw(Letters(), spec(text, recovery_tokens=16, shuffle=shuffle, calibration_draw=i), recovery=True)
+        for i in range(4)
+    )
     seen = ids(first.calibration)
     for other in others:
-        assert (other.search.digest, other.evaluation.digest) == (first.search.digest, first.evaluation.digest)
-        assert not ids(other.calibration) & (seen | ids(first.search) | ids(first.evaluation))
+        for part in ("search", "recovery", "evaluation"):
+            assert getattr(other, part).digest == getattr(first, part).digest
+            assert not ids(other.calibration) & (seen | ids(getattr(first, part)))
         assert len(other.calibration) == len(first.calibration)
         seen |= ids(other.calibration)
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunekit
 from prunekit.data.draws import draw
+from prunekit.data.tokens import overlap
 from prunekit.measure.perplexity import perplexity
 from prunekit.plugins.registry import FINISHERS
 from prunekit.system.checkpoints import Checkpoints
@@ -115,6 +116,32 @@ def test_a_run_killed_while_it_trains_goes_on_to_the_same_bytes(folder, whole, t
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     one, two = (json.loads((path / "report.json").read_text())["finishers"] for path in (out, whole))
     assert one == two
+
+
+def test_who_trains_reads_text_that_the_pruner_has_not_seen(folder, tmp_path):
+    seen = {}
+
+    def spied(spec, build=FINISHERS.build):
+        finisher = build(spec)
+        finish = finisher.finish
+
+        def spy(piece):
+            seen[spec["name"]] = piece.tokens
+            return finish(piece)
+
+        object.__setattr__(finisher, "finish", spy)
+        return finisher
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FINISHERS, "build", spied)
+        asked = {"finishers": ["bias", *TRAINED], "data__recovery_tokens": 256}
+        report = prunekit.prune(folder, output=tmp_path / "out", **asked, **QUICK).report
+    found = report["data"]
+    assert seen["bias"].digest == found["calibration"]["sha256"]
+    for name in ("reconstruction", "distillation"):
+        assert seen[name].digest == found["recovery"]["sha256"]
+        assert seen[name].n_tokens == found["recovery"]["tokens"] == 256
+        assert overlap(seen[name], seen["bias"]) == 0
 
 
 @dataclass(frozen=True)

@@ -263,7 +263,7 @@ def test_calibrating_on_the_text_of_the_comparison_is_pruned(quick, text: Path, 
         (False, "complete"),
         (True, "pruned"),
     }
-    assert any("calibrates on text that trials are compared on" in row.reason for row in tuned.rows)
+    assert any("learns from text that trials are compared on" in row.reason for row in tuned.rows)
 
 
 def test_questions_are_tuned_by_their_objective(quick, tmp_path: Path) -> None:
