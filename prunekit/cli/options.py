@@ -49,7 +49,7 @@ Quiet = Annotated[bool, switch("No output except results and errors.", RUN, "--q
 
 FLAGS: Mapping[str, str] = {  # of `prune` -> recipe key
     **{key: key for key in ("sparsity", "target", "pruner", "allocator", "objective", "carry", "structure")},
-    **{key: key for key in ("seed", "engine", "device", "dtype", "memory")},
+    **{key: key for key in ("time", "seed", "engine", "device", "dtype", "memory")},
     **{key: f"data.{key}" for key in ("dataset", "calibration_tokens", "search_tokens", "seqlen")},
     "finisher": "finishers",
     "exporter": "exporters",

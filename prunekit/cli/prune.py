@@ -41,6 +41,7 @@ EXPORTER = "Format of the result, beside the folder for transformers. Repeatable
 CARRY = "Activations passed on to the next block: dense, centre or expected."
 CALIBRATION_TOKENS = "Number of tokens for layer statistics."
 SEARCH_TOKENS = "Number of tokens for comparing allocations."
+TIME = "Time that the run may take, e.g. 45m or 1h30m; it decides how much text, search and recovery there is."
 ENGINE = "Place of the computation: local, ray or ray://HOST:PORT."
 DEVICE = "auto, cpu, cuda or cuda:1; several devices by comma."
 MEMORY = "Memory to use, e.g. 8GiB; auto: what is free."
@@ -71,6 +72,7 @@ def prune(
     device: Annotated[str | None, option(DEVICE, MACHINE)] = None,
     dtype: Annotated[str | None, DTYPE] = None,
     memory: Annotated[str | None, option(MEMORY, MACHINE, metavar="SIZE")] = None,
+    time: Annotated[str | None, option(TIME, RUN, metavar="TIME")] = None,
     seed: Annotated[int | None, option("Random seed; the same seed gives the same model.", RUN, metavar="N")] = None,
     resume: Annotated[bool, switch("Continuation of an interrupted run of the same recipe.", RUN)] = True,
     overwrite: Annotated[bool, switch("Replacement of an earlier result in --output.", RUN, "--overwrite")] = False,

@@ -1,8 +1,9 @@
 """From a data set's name to windows of token ids that no two parts of the data share.
 
-Text is one stream, tokenised in slices of 100,000 characters without special tokens and cut into windows
-of equal length. Stretches of that stream follow each other: calibration, search, evaluation, and recovery where
-somebody trains; where a data set has a held-out split, evaluation comes from there. Several data sets are cut each for itself and interleaved.
+Text is one stream, tokenised in slices of 100,000 characters without special tokens and cut into windows of equal
+length. Stretches of that stream follow each other: calibration, search, evaluation, and recovery where somebody trains;
+where a data set has a held-out split, evaluation comes from there. Several data sets are cut each for itself and
+interleaved.
 """
 
 from __future__ import annotations
@@ -50,11 +51,13 @@ def draw(
     max_seqlen: int | None = None,
     vocab_size: int | None = None,
     recovery: bool = False,
+    most: Mapping[str, int] = DEFAULTS,
 ) -> Draws:
     """Disjoint tokens for calibration, search and evaluation.
 
     Args:
         recovery: whether there are tokens to train on, too.
+        most: tokens of parts whose amount `data` leaves open, where there is as much text.
         seed: with `data.shuffle`, which windows.
         max_seqlen: the longest window the model was made for.
         vocab_size: ids the model knows.
@@ -64,7 +67,7 @@ def draw(
     """
     progress = progress or Progress()
     blends = blends_of(data, progress, recovery=recovery)
-    batches = _gathered(tokenizer, blends, data, window_of(data, max_seqlen), seed, progress)
+    batches = _gathered(tokenizer, blends, data, window_of(data, max_seqlen), seed, progress, most)
     if data.contrast_dataset is not None:
         second = source_of(named(data.contrast_dataset, progress), None, None, data.field)
         count, seqlen = batches["calibration"].ids.shape
@@ -115,7 +118,13 @@ def draw_evaluation(
 
 
 def _gathered(
-    tokenizer: Any, blends: Mapping[str, Blend], data: DataSpec, seqlen: int, seed: int, progress: Progress
+    tokenizer: Any,
+    blends: Mapping[str, Blend],
+    data: DataSpec,
+    seqlen: int,
+    seed: int,
+    progress: Progress,
+    most: Mapping[str, int] = DEFAULTS,
 ) -> dict[str, TokenBatch]:
     """The windows of every part; no two parts share a window."""
     asked = {part: getattr(data, f"{part}_tokens") for part in blends}
@@ -124,14 +133,12 @@ def _gathered(
         if tasks := [source for source in blends[part] if source.is_task and not has(source.first_row, "text")]:
             raise WrongInput(f"{tasks[0]} holds questions, which only judge; give it as data.search_dataset")
     if any(source.is_task for source in blends.get("search", ())):
-        tokens = asked["search"] or DEFAULTS["search"]
+        tokens = asked["search"] or most["search"]
         found["search"] = drawn(
             Encoder(tokenizer, data.special_tokens), blends["search"], tokens, seqlen, seed if data.shuffle else None
         )
     texts = {part: blend for part, blend in blends.items() if part not in found}
-    orders = {
-        part: in_shares(blend, whole_windows(asked[part] or DEFAULTS[part], seqlen)) for part, blend in texts.items()
-    }
+    orders = {part: in_shares(blend, whole_windows(asked[part] or most[part], seqlen)) for part, blend in texts.items()}
     pools: dict[Source, Tensor] = {}
     there: dict[Source, dict[str, int]] = {}  # windows for each part
     for source in dict.fromkeys(source for blend in texts.values() for source in blend):

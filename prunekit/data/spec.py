@@ -72,7 +72,9 @@ class DataSpec(Strict):
     calibration_draw: Annotated[int, Field(ge=0)] = 0  # which windows calibrate; all else stays the same
     digests: dict[str, str] | None = None  # sha256 of the token ids of each part and source, filled in by a run
 
-    def texts(self, part: Literal["dataset", "search_dataset", "recovery_dataset", "evaluation_dataset"]) -> tuple[TextSpec, ...]:
+    def texts(
+        self, part: Literal["dataset", "search_dataset", "recovery_dataset", "evaluation_dataset"]
+    ) -> tuple[TextSpec, ...]:
         """The data sets of one key, none where it is None.
 
         Raises:

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 import torch
 from torch import nn
@@ -231,7 +231,14 @@ def without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def limits(model: Any) -> dict[str, int]:
+class Limits(TypedDict):
+    """What tokens must not exceed."""
+
+    max_seqlen: int
+    vocab_size: int
+
+
+def limits(model: Any) -> Limits:
     """What tokens must not exceed."""
     return {
         "max_seqlen": int(getattr(model.config, "max_position_embeddings", 2048)),

@@ -33,6 +33,7 @@ class Workpiece:
     progress: Progress
     checkpoints: Checkpoints  # what must not be made twice when a run is interrupted
     room: Room = field(default_factory=Room)  # for activations that memory may not hold
+    seconds: float | None = None  # it may take; None: as long as its options say
 
 
 class Finisher(ABC):
@@ -60,4 +61,12 @@ class Finisher(ABC):
 
     @abstractmethod
     def finish(self, piece: Workpiece) -> dict[str, Any]:
-        """Change the weights of `piece.model` in place; returns what it has to report, as JSON, in few words."""
+        """Change the weights of `piece.model` in place.
+
+        Args:
+            piece: the small model, and all there is to learn from.
+
+        Returns:
+            What it has to report, as JSON, in few words. Who has heeded `piece.seconds` reports the options that do the
+            same without a clock, under the key options; the recipe beside the result gets them.
+        """

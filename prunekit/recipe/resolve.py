@@ -86,6 +86,10 @@ class Parts:
         """Write the model's name and every choice about the tokens into the recipe."""
         return replace(self, recipe=self.recipe.model_copy(update={"model": model, "data": data}))
 
+    def with_data(self, data: DataSpec) -> Parts:
+        """Take other text, or another amount of it."""
+        return replace(self, recipe=self.recipe.model_copy(update={"data": data}))
+
     def with_metric(self, metric: Metric) -> Parts:
         """Take another metric, or the same with what was measured, and write it into the recipe."""
         return replace(self, metric=metric, recipe=_with_metric(self.recipe, metric))

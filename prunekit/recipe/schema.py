@@ -24,6 +24,7 @@ from prunekit.recipe.specs import Spec, as_engine, as_pattern, as_specs, outward
 from prunekit.space.latency import LatencySpec
 from prunekit.space.prices import FILE
 from prunekit.system.strict import Strict
+from prunekit.system.times import as_seconds
 
 
 class Recipe(Strict):
@@ -47,6 +48,7 @@ class Recipe(Strict):
     rebuild: bool = True  # prune once more around the answer
     damping: Annotated[float, Field(ge=0)] = 0.01  # ridge, as a share of the mean of diag H
     search_budget: Annotated[int, Field(gt=0)] | None = None  # token-forwards
+    time: Annotated[float | None, BeforeValidator(as_seconds)] = None  # in all, as 45m; None: as long as it takes
     data: DataSpec = DataSpec()
     seed: Annotated[int, Field(ge=0)] = 0
     engine: Annotated[Spec, BeforeValidator(as_engine)] = Field(default={"name": "local"})  # where the work is done

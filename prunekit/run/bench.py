@@ -12,7 +12,6 @@ from prunekit.errors import WrongInput
 from prunekit.measure.perplexity import perplexity
 from prunekit.models.opening import limits
 from prunekit.recipe.resolve import Parts
-from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.run.clock import Clock
 from prunekit.run.finish import finish_model

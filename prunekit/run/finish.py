@@ -48,6 +48,7 @@ def finish_model(run: Run, small: PreTrainedModel, net: Supernet, plan: Allocati
         piece = Workpiece(
             small, dense.model, dense.adapter, net.space.sites, plan, kept, tokens,
             parts.recipe.seed, run.progress, Checkpoints(run.place / f"finisher-{i}"), run.room,
+            seconds_for(run, i),
         )  # fmt: skip
         with run.clock("finish"):
             with unchanged(finisher, values=True, dense=dense.model, tokens=tokens.ids):
@@ -56,6 +57,14 @@ def finish_model(run: Run, small: PreTrainedModel, net: Supernet, plan: Allocati
         check_finished(piece, finisher, before)
     stored_as(stored_as(small, dense.dtype), computed)  # what is measured is what will be saved
     return said
+
+
+def seconds_for(run: Run, i: int) -> float | None:
+    """Seconds that finisher `i` may take; None: as long as its options say."""
+    trainers = sum(finisher.trains for finisher in run.parts.finishers[i:])
+    if run.allotment is None or not run.parts.finishers[i].trains:
+        return None
+    return run.allotment.training_seconds(run.clock.seconds, trainers)
 
 
 def _report(finisher: Finisher, found: Any) -> dict[str, Any]:

@@ -144,5 +144,5 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
         search={"questions": run.ledger.questions, "token_forwards": run.ledger.tokens},
         seconds=run.clock.seconds, seconds_shared=run.clock.shared.own,
     )  # fmt: skip
-    blocks, recipe = run.blocks(reporting.count(exported)), run.parts.recipe
+    blocks, recipe = run.blocks(reporting.count(exported)), run.timeless(said)
     return Result(exported, run.dense.tokenizer, recipe, document, run.ledger.text(), output, probe, blocks)

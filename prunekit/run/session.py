@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prunekit.data.draws import Draws, draw
+from prunekit.data.draws import Draws, draw, window_of
+from prunekit.data.spec import DataSpec
+from prunekit.data.windows import DEFAULTS
 from prunekit.errors import WrongInput
 from prunekit.models.opening import limits, opened, resolved_devices, skeleton
 from prunekit.plugins.adapter import ModelAdapter
@@ -26,11 +28,13 @@ from prunekit.plugins.metric import MeasuredMetric
 from prunekit.recipe.resolve import Parts, resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
+from prunekit.run.allotment import Allotment, filled, share_text
 from prunekit.run.clock import Clock
 from prunekit.run.plan.make import planned
 from prunekit.run.plan.plan import Plan
 from prunekit.run.spaces import whole_space
 from prunekit.run.stages import Run, clear_folder
+from prunekit.run.workplace import begun
 from prunekit.search.ledger import Ledger
 from prunekit.search.teacher import Teacher
 from prunekit.space.ladders import Space
@@ -69,6 +73,7 @@ class Session:
     devices: Sequence[torch.device]
     progress: Progress
     clock: Clock  # of what is done once for all runs
+    allotment: Allotment | None = None  # of the recipe's time; None: it has none
     team: Team | None = None  # who shares the work; None: nobody
 
     def identify(self) -> dict[str, Any]:
@@ -136,7 +141,7 @@ class Session:
                 self.progress.say(f"{ledger.path} is damaged from line {ledger.damaged} on: that is asked anew")
             runs.append(Run(
                 member, self.dense, whole, draws, ledger, own, shelf, self.progress,
-                Clock(clock), teacher, self.plan.limit, self.team,
+                Clock(clock), teacher, self.plan.limit, self.team, self.allotment,
             ))  # fmt: skip
         return runs
 
@@ -155,7 +160,11 @@ def foreseen(recipe: Recipe, source: str, output: Path, *, several: bool) -> tup
     """
     asked = [member.sparsity for member in recipe.members] if several else None
     shape = skeleton(source, trust_remote_code=recipe.trust_remote_code)
-    plan = make_plan(resolve(recipe), *shape, output, asked, rehearse=True)
+    parts = resolve(recipe)
+    if recipe.time is not None:
+        allotment, _ = allot(parts, shape, output)
+        return allotment.plan, allotment.rates
+    plan = make_plan(parts, *shape, output, asked, rehearse=True)
     return plan, Rates.measured(plan.device, plan.dtype, plan.place or Path())
 
 
@@ -175,9 +184,17 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
     if source is None:
         raise WrongInput("no model was given; name a folder or a hub id, or pass a model in memory")
     shape = skeleton(source, trust_remote_code=recipe.trust_remote_code)
-    plan = make_plan(parts, *shape, job.output, asked, rehearse=job.announce)
+    data, allotment, most = recipe.data, None, DEFAULTS
+    if recipe.time is None:
+        plan = make_plan(parts, *shape, job.output, asked, rehearse=job.announce)
+    else:
+        data = _begun_with(job, recipe) or data
+        allotment, most = allot(parts.with_data(data), shape, job.output)
+        plan = allotment.plan
     plan.check()
-    if job.announce:
+    if allotment is not None:
+        progress.say(f"in {span(allotment.seconds)}: {allotment}")
+    elif job.announce:
         _announce(parts, shape, plan, job, asked)
     devices = choose_devices(recipe, plan)
     if plan.paged:
@@ -191,11 +208,51 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
             device=str(devices[0]), dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, shares=plan.shares,
         )  # fmt: skip
         draws = draw(
-            dense.tokenizer, recipe.data, progress,
-            seed=recipe.seed, recovery=parts.trains, **limits(dense.model),
+            dense.tokenizer, data, progress,
+            seed=recipe.seed, recovery=parts.trains, most=most, **limits(dense.model),
         )  # fmt: skip
         parts.objective.check(draws.search)
-    return Session(parts.with_text(dense.name, draws.spec), source, dense, draws, plan, devices, progress, clock)
+    parts = parts.with_text(dense.name, draws.spec)
+    return Session(parts, source, dense, draws, plan, devices, progress, clock, allotment)
+
+
+def allot(
+    parts: Parts, shape: tuple[PreTrainedModel, ModelAdapter], output: Path | None
+) -> tuple[Allotment, dict[str, int]]:
+    """Share out the time of a recipe.
+
+    Args:
+        parts: of the recipe.
+        shape: the model, or its skeleton, and the adapter of its family.
+        output: folder of the result; None: it stays in memory.
+
+    Returns:
+        How the time is shared out, and the most text of every part that leaves its amount open.
+
+    Raises:
+        WrongInput: it is too short, or of a family of results.
+    """
+    recipe = parts.recipe
+    assert recipe.time is not None
+    if recipe.family:
+        raise WrongInput("a time is of one result; give one sparsity, or leave --time away")
+
+    def plan_of(data: DataSpec) -> Plan:
+        return make_plan(parts.with_data(data), *shape, output)
+
+    first = plan_of(recipe.data)
+    rates = Rates.measured(first.device, first.dtype, first.place or Path())
+    most = share_text(parts, window_of(recipe.data, limits(shape[0])["max_seqlen"]), plan_of, rates)
+    return Allotment(recipe.time, plan_of(filled(recipe.data, most)), rates, parts.trains), most
+
+
+def _begun_with(job: Job, recipe: Recipe) -> DataSpec | None:
+    """The amounts of text that an unfinished run under the same time has chosen; None: there is none to go on with."""
+    found = begun(job.output) if job.output is not None and job.resume else None
+    if found is None or found.get("time") != recipe.time or not isinstance(found.get("data"), dict):
+        return None
+    chosen = {f"{part}_tokens": found["data"].get(f"{part}_tokens") for part in DEFAULTS}
+    return DataSpec.model_validate(recipe.data.model_dump() | chosen)
 
 
 def _announce(

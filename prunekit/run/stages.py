@@ -7,8 +7,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,9 @@ from prunekit.plugins.engine import Team
 from prunekit.plugins.guard import instance, unchanged
 from prunekit.plugins.metric import MeasuredMetric
 from prunekit.recipe.resolve import Parts
+from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
+from prunekit.run.allotment import Allotment
 from prunekit.run.clock import Clock
 from prunekit.search.conversation import Known, converse
 from prunekit.search.ledger import Ledger
@@ -62,6 +64,8 @@ class Run:
     teacher: Teacher  # of all runs over the model
     limit: int  # bytes of memory that it may take
     team: Team | None  # who shares the work; None: nobody
+    allotment: Allotment | None = None  # of the recipe's time; None: it has none
+    decided: dict[str, int] = field(default_factory=dict)  # recipe key -> what the clock has said
 
     @cached_property
     def room(self) -> Room:
@@ -162,15 +166,41 @@ class Run:
             net.table(space, net.nats) if "nats" in allocator.needs else None,
         )  # fmt: skip
         self.ledger.note(reporting.space_record(number, problem))
-        objective = self.parts.objective
+        objective, limit = self.parts.objective, self.search_budget()
         with self.clock("search"), unchanged(objective, values=True, model=self.dense.model):
             answer = converse(
                 allocator, problem, net, objective, self.draws.search, self.ledger,
-                pass_number=number, limit=recipe.search_budget, known=known, progress=self.progress,
+                pass_number=number, limit=limit, known=known, progress=self.progress,
                 label=self.label(f"search {number + 1}"),
             ).answer  # fmt: skip
         self.ledger.note({"kind": "choice", "walk": number, "allocation": list(answer)})
         return answer
+
+    def search_budget(self) -> int | None:
+        """Token-forwards that all searches may take: what the recipe says, or its time leaves when the first begins."""
+        budget, allotment = self.parts.recipe.search_budget, self.allotment
+        free = not self.parts.objective.reads(len(self.dense.adapter.blocks(self.dense.model))).tokens
+        if budget is not None or allotment is None or free:
+            return budget
+        if "search_budget" not in self.decided:
+            question = {"kind": "time", "of": "search_budget"}
+            found = self.ledger.once(question, lambda: allotment.search_tokens(self.clock.seconds))
+            self.decided["search_budget"] = found
+        return self.decided["search_budget"]
+
+    def timeless(self, said: Sequence[Mapping[str, Any]]) -> Recipe:
+        """The recipe that makes this result without a clock.
+
+        Args:
+            said: what the finishers have reported.
+        """
+        recipe = self.parts.recipe
+        if recipe.time is None:
+            return recipe
+        finishers = tuple(
+            {**spec, **found.get("options", {})} for spec, found in zip(recipe.finishers, said, strict=True)
+        )
+        return recipe.model_copy(update={"time": None, "finishers": finishers, **self.decided})
 
     def final_loss(self, net: Supernet, plan: Allocation) -> float:
         """What the objective says of the allocation that is built.

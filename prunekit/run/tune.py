@@ -65,6 +65,8 @@ def tune(
     output, keep = job.output, job.resume and not job.overwrite
     assert output is not None  # a study is on disk
     _check(metrics, choices, trials, study_name, sampler)
+    if recipe.time is not None:
+        raise WrongInput("a time is of one run, and a study tries many recipes; leave time away")
     most = choices.nodes.get("data.calibration_tokens")
     text = {"data.calibration_tokens": max(most.examples())} if most is not None else {}
     parts = resolve(recipe.with_overrides({"family": ()} | choices.fixed | text))  # trials are made one by one

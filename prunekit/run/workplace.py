@@ -140,6 +140,12 @@ def unfinished(output: Path) -> bool:
     return (_beside(output, "partial") / CARD).exists()
 
 
+def begun(output: Path) -> dict[str, Any] | None:
+    """The identity of an unfinished run towards `output`; None: there is none that says what it is."""
+    card = _card(_beside(output, "partial"))
+    return None if card is None else card["identity"]
+
+
 def written(output: Path) -> int:
     """Bytes that an unfinished run towards `output` has on disk."""
     return sum(file.stat().st_size for file in _beside(output, "partial").rglob("*") if file.is_file())

@@ -28,7 +28,7 @@ from prunekit.plugins.metric import Runs
 from prunekit.plugins.pruner import LocalPruner
 from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
-from prunekit.run.plan.plan import HEARING, Stage
+from prunekit.run.plan.plan import HEARING, SEARCH, Stage
 from prunekit.run.plan.rehearsal import Rehearsal
 from prunekit.search import supernet
 from prunekit.search.store import CandidateStore
@@ -176,6 +176,12 @@ class Count:
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         return 0 if head.weight is embedding.weight else self.shape.parameters(head) * self.shape.computed.itemsize
 
+    @cached_property
+    def forward(self) -> int:
+        """FLOPs of a token through the smallest result and the head, one of a window."""
+        share = min(self._share(member) for member in self.members)
+        return self.shape.forward(self.seqlen, self.seqlen, head=True, share=share) // self.seqlen
+
     @property
     def recipe(self) -> Recipe:
         return self.parts.recipe
@@ -253,7 +259,7 @@ class Count:
                     why = most or "what the allocator will ask"
                 states, ready = self._searched(search, member.spaces[number], shares)
                 yield Stage(
-                    member.called(f"search {number + 1}"), asking + states, (shares.blocks or 0) + ready,
+                    member.called(f"{SEARCH} {number + 1}"), asking + states, (shares.blocks or 0) + ready,
                     flops=flops, unknown=why, member=member.name,
                 )  # fmt: skip
 

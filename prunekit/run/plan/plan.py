@@ -15,6 +15,7 @@ from prunekit.system.rates import Rates
 from prunekit.system.sizes import amount
 
 HEARING = "dense model"  # a stage of nobody's own: the first question waits for it
+SEARCH = "search"  # names of stages that ask questions begin so
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Plan:
     device: torch.device
     dtype: torch.dtype  # of the computation
     place: Path | None  # where the run works, as far as it exists
+    forward: int  # FLOPs of a token through the model at the size it will have
     measured: str = ""  # the metric that is measured, on whole models
 
     @property

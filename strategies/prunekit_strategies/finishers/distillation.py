@@ -8,15 +8,14 @@ from typing import Any, Literal
 from torch import nn
 
 from prunekit import Finisher, Workpiece
-from prunekit.models.blocks import chunks
-from prunekit_strategies.finishers.training import LanguageLoss, Training, gained, held_out, holding_zeros
+from prunekit_strategies.finishers.training import LanguageLoss, Training, gained, holding_zeros
 
 Scope = Literal["model", "blocks", "cut"]
 
 
 @dataclass(frozen=True)
 class Distillation(Training, Finisher):
-    """Train the small model on the calibration tokens to predict what the dense model predicts.
+    """Train the small model on the recovery tokens to predict what the dense model predicts.
 
         min over θ   τ² KL(softmax(z / τ) ‖ softmax(ẑ / τ)) + truth · CE(ẑ, next token)      (1)
 
@@ -45,19 +44,16 @@ class Distillation(Training, Finisher):
             raise ValueError(f"temperature > 0 and truth ≥ 0 are needed, not {self.temperature} and {self.truth}")
 
     def finish(self, piece: Workpiece) -> dict[str, Any]:
-        train, judge = (list(chunks(some, self.batch_tokens)) for some in held_out(piece.tokens, self.held_out))
         loss = LanguageLoss(piece.model, piece.dense, self.truth, 1.0, self.temperature)
         theta = self._trained(piece)
         for parameter in theta:
             parameter.requires_grad_(True)
         with piece.progress.stage("distill", self.epochs) as stage, holding_zeros(piece):
-            history = self.fit(
-                theta, lambda i: loss(train[i]), len(train), lambda: loss.mean(judge),
-                seed=piece.seed, checkpoints=piece.checkpoints, name="model", stage=stage,
-            )  # fmt: skip
+            paced = self.paced(piece, loss, theta, "model")
+            history = paced.learn(piece, loss, theta, "model", stage)
         for parameter in theta:
             parameter.requires_grad_(False)
-        return gained(piece, "distillation", history)
+        return gained(piece, "distillation", paced, history)
 
     def _trained(self, piece: Workpiece) -> list[nn.Parameter]:
         if self.scope == "model":

@@ -13,13 +13,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from prunekit import Finisher, Workpiece
-from prunekit.models.blocks import chunks
-from prunekit_strategies.finishers.training import LanguageLoss, Training, gained, held_out
+from prunekit_strategies.finishers.training import LanguageLoss, Training, gained
 
 
 @dataclass(frozen=True)
 class LoRA(Training, Finisher):
-    """Train Ŵ + (α / r) B A on the calibration tokens, A (r, d_in), B (d_out, r) for every linear map, then merge.
+    """Train Ŵ + (α / r) B A on the recovery tokens, A (r, d_in), B (d_out, r) for every linear map, then merge.
 
         min over A, B   CE(ẑ, next token) + teacher · KL(softmax(z) ‖ softmax(ẑ))      (1)
 
@@ -28,7 +27,7 @@ class LoRA(Training, Finisher):
 
     Source: LoRA (Hu et al. 2021, arXiv 2106.09685) by `peft`; as recovery of pruned models LLM-Pruner (arXiv
     2305.11627), SlimGPT and Týr-the-Pruner (arXiv 2503.09657, rank 16). Those train on instructions; this trains on
-    the calibration tokens. Merged weights have the shape they had: nothing of LoRA is left in the result.
+    the recovery tokens. Merged weights have the shape they had: nothing of LoRA is left in the result.
 
     Memory: the small model, gradients and two moments of A and B, and activations of `batch_tokens` tokens; with a
     teacher, the dense model's too. After an interruption it goes on behind the last whole epoch.
@@ -48,14 +47,11 @@ class LoRA(Training, Finisher):
             )
 
     def finish(self, piece: Workpiece) -> dict[str, Any]:
-        train, judge = (list(chunks(some, self.batch_tokens)) for some in held_out(piece.tokens, self.held_out))
         loss = LanguageLoss(piece.model, piece.dense, 1.0, self.teacher)
         with self._adapted(piece) as theta, piece.progress.stage("lora", self.epochs) as stage:
-            history = self.fit(
-                theta, lambda i: loss(train[i]), len(train), lambda: loss.mean(judge),
-                seed=piece.seed, checkpoints=piece.checkpoints, name="lora", stage=stage,
-            )  # fmt: skip
-        return gained(piece, "lora", history)
+            paced = self.paced(piece, loss, theta, "lora")
+            history = paced.learn(piece, loss, theta, "lora", stage)
+        return gained(piece, "lora", paced, history)
 
     @contextmanager
     def _adapted(self, piece: Workpiece) -> Iterator[list[nn.Parameter]]:

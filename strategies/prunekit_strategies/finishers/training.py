@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
-from torch.utils.checkpoint import checkpoint
 
 from prunekit import TokenBatch, Workpiece, WrongInput, check_choices
+from prunekit.models.blocks import chunks
 from prunekit.system.checkpoints import Checkpoints
 from prunekit.system.progress import Stage
 
 WARMUP = 0.05  # share of all steps in which the rate rises to its full height
 CLIP = 1.0  # norm of a gradient
 BACK_OFF = 3.0  # what the rate is divided by when an epoch was undone
+JUDGING = 0.1  # share of a limited time for held-out losses
+MOST_TURNS = 16  # of a batch, when the number of steps hangs on the time: it would be learnt by heart
 LOGITS_AT_ONCE = 1 << 24  # values; logits are made and forgotten slice by slice, backwards too
 
 
@@ -40,6 +44,7 @@ class Training:
     patience: int = 3  # epochs without a lower held-out loss, one after the other, before it ends
     batch_tokens: int = 2048  # per step; whole windows, at least one
     held_out: float = 0.125  # share of the windows, the last ones
+    steps: int | None = None  # in all, dealt out to the epochs; None: every epoch has one on every batch
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -47,10 +52,46 @@ class Training:
             raise ValueError(
                 f"rate > 0, epochs ≥ 1 and patience ≥ 1 are needed, not {self.rate}, {self.epochs} and {self.patience}"
             )
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps ≥ 1 are needed, not {self.steps}; without, every epoch takes every batch once")
         if self.batch_tokens < 1 or not 0 < self.held_out < 1:
             raise ValueError(
                 f"batch_tokens ≥ 1 and 0 < held_out < 1 are needed, not {self.batch_tokens} and {self.held_out}"
             )
+
+    def paced(self, piece: Workpiece, loss: LanguageLoss, parameters: Sequence[nn.Parameter], name: str) -> Self:
+        """With as many steps as the time of `piece` allows, if there is a limit and nobody has said how many.
+
+        A step is timed, and so is judging; windows that would take too long are not held out. What comes of it is saved
+        under `name`: an interrupted run keeps it. No batch has more than `MOST_TURNS` turns.
+        """
+        if piece.seconds is None or self.steps is not None:
+            return self
+        count = len(piece.tokens)
+        if (saved := piece.checkpoints.load(f"{name}-pace")) is None:
+            ids = next(iter(chunks(piece.tokens, self.batch_tokens)))
+            loss.mean([ids])  # the first time pays for what later ones find ready
+            judging = _seconds(lambda: loss.mean([ids])) / len(ids)
+            step = _seconds(lambda: loss(ids).backward(inputs=list(parameters)))
+            for parameter in parameters:
+                parameter.grad = None
+            left, times = piece.seconds - 2 * judging * len(ids) - step, self.epochs + 1
+            held = max(1, min(round(self.held_out * count), int(JUDGING * left / times / judging), count - 1))
+            batches = -(-(count - held) // len(ids))
+            steps = max(1, min(int((left - times * judging * held) / step), MOST_TURNS * batches))
+            saved = {"steps": torch.tensor(steps), "held": torch.tensor(held)}
+            piece.checkpoints.save(f"{name}-pace", saved)
+        return replace(self, steps=int(saved["steps"]), held_out=int(saved["held"]) / count)
+
+    def learn(
+        self, piece: Workpiece, loss: LanguageLoss, parameters: Sequence[nn.Parameter], name: str, stage: Stage
+    ) -> list[float]:
+        """Lower a loss of the whole model on the text of `piece`; the held-out losses, as of `fit`."""
+        train, judge = (list(chunks(some, self.batch_tokens)) for some in held_out(piece.tokens, self.held_out))
+        return self.fit(
+            parameters, lambda i: loss(train[i]), len(train), lambda: loss.mean(judge),
+            seed=piece.seed, checkpoints=piece.checkpoints, name=name, stage=stage,
+        )  # fmt: skip
 
     def fit(
         self,
@@ -66,8 +107,9 @@ class Training:
     ) -> list[float]:
         """Lower `loss(batch)`; the held-out losses at the start and after every epoch.
 
-        Batches come in a new order every epoch, drawn from the seed. The state is saved after every epoch under
-        `name`, exactly, so that a killed run ends in the same bytes: four times the parameters, once in the end.
+        Batches come in a new order whenever all have had their turn, drawn from the seed. After every epoch the state
+        is saved under `name`, exactly, so that a killed run ends in the same bytes: four times the parameters, once in
+        the end.
         """
         adam = torch.optim.AdamW(parameters, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0)
         state = _State(parameters, adam, checkpoints, name)
@@ -76,12 +118,12 @@ class Training:
             history = [_number(held())]
             state.best = [p.detach().clone() for p in parameters]
         stage.advance(begun := len(history) - 1)
+        steps = self.epochs * batches if self.steps is None else self.steps
         for epoch in range(begun, 0 if state.done else self.epochs):
-            order = torch.randperm(batches, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
             rate = self.rate / BACK_OFF ** undone(history)
-            for step, batch in enumerate(order.tolist(), epoch * batches):
-                adam.param_groups[0]["lr"] = rate * _height((step + 1) / (self.epochs * batches))
-                _descend(adam, parameters, loss(batch))
+            for step in range(steps * epoch // self.epochs, steps * (epoch + 1) // self.epochs):
+                adam.param_groups[0]["lr"] = rate * _height((step + 1) / steps)
+                _descend(adam, parameters, loss(_order(step // batches, batches, seed)[step % batches]))
             history.append(_number(held()))
             if history[-1] < min(history[:-1]):
                 state.best = [p.detach().clone() for p in parameters]
@@ -95,6 +137,12 @@ class Training:
         stage.advance(self.epochs - len(history) + 1)
         state.close(history)
         return history
+
+
+@cache
+def _order(turn: int, batches: int, seed: int) -> list[int]:
+    """Of the batches, when all of them have had so many turns."""
+    return torch.randperm(batches, generator=torch.Generator().manual_seed(seed * 1_000_003 + turn)).tolist()
 
 
 class _State:
@@ -149,10 +197,13 @@ def undone(history: Sequence[float]) -> int:
     return sum(loss >= min(history[:epoch]) for epoch, loss in enumerate(history) if epoch)
 
 
-def gained(piece: Workpiece, name: str, history: Sequence[float]) -> dict[str, Any]:
+def gained(piece: Workpiece, name: str, training: Training, history: Sequence[float]) -> dict[str, Any]:
     """What a finisher that trains the whole model has to report; said to the user, too."""
     piece.progress.say(told(name, history))
-    return {"held_out_loss": [history[0], min(history)], "epochs": len(history) - 1, "undone": undone(history)}
+    found = {"held_out_loss": [history[0], min(history)], "epochs": len(history) - 1, "undone": undone(history)}
+    if piece.seconds is None:
+        return found
+    return found | {"options": {"steps": training.steps, "held_out": training.held_out}}
 
 
 def told(name: str, history: Sequence[float]) -> str:
@@ -184,7 +235,9 @@ def held_out(tokens: TokenBatch, share: float) -> tuple[TokenBatch, TokenBatch]:
         WrongInput: there are fewer than two windows.
     """
     if len(tokens) < 2:
-        raise WrongInput("training needs two windows of recovery tokens, one of them held out; give more data.recovery_tokens")
+        raise WrongInput(
+            "training needs two windows of recovery tokens, one of them held out; give more data.recovery_tokens"
+        )
     last = min(len(tokens) - 1, max(1, round(share * len(tokens))))
     return TokenBatch(tokens.ids[:-last], tokens.source), TokenBatch(tokens.ids[-last:], tokens.source)
 
@@ -210,11 +263,9 @@ class LanguageLoss:
         if self.teacher:
             with torch.no_grad():
                 teacher = self._hidden(self.dense, ids)
-        targets, total = ids[:, 1:].flatten(), hidden.new_zeros(())
-        rows = max(1, LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0])
-        for h, t, target in zip(hidden.split(rows), teacher.split(rows), targets.split(rows), strict=True):
-            total = total + checkpoint(self._slice, h, t, target, use_reentrant=False, preserve_rng_state=False)
-        return total / len(targets)
+        targets, learning = ids[:, 1:].flatten(), torch.is_grad_enabled()
+        head = [p for p in self.model.get_output_embeddings().parameters() if p.requires_grad and learning]
+        return _Sliced.apply(self, hidden, teacher.detach(), targets, *head) / len(targets)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def mean(self, batches: Sequence[Tensor]) -> float:
@@ -224,7 +275,13 @@ class LanguageLoss:
     def _hidden(self, model: Any, ids: Tensor) -> Tensor:
         return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
 
-    def _slice(self, hidden: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+    @property
+    def rows(self) -> int:
+        """Positions of a slice."""
+        return max(1, LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0])
+
+    def of_slice(self, hidden: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+        """Summed over positions, of hidden states (positions, d) that the heads of both models read."""
         logits = _headed(self.model, hidden)
         loss = logits.new_zeros(())
         if self.truth:
@@ -236,6 +293,36 @@ class LanguageLoss:
             kl = kl_div(small, dense, log_target=True, reduction="sum")
             loss = loss + self.teacher * self.temperature**2 * kl
         return loss
+
+
+class _Sliced(torch.autograd.Function):
+    """A loss summed over slices of positions. Each is differentiated at once, so that its logits need not be kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: LanguageLoss, hidden: Tensor, teacher: Tensor, targets: Tensor, *head: Tensor
+    ) -> Tensor:
+        """Keeps the gradients at the hidden states and at the parameters of the head, where they are asked for."""
+        total, learning = hidden.new_zeros((), dtype=_precise(hidden).dtype), any(ctx.needs_input_grad)
+        ahead, sums = list[Tensor](), [torch.zeros_like(parameter) for parameter in head]
+        for h, t, target in zip(*(x.split(loss.rows) for x in (hidden, teacher, targets)), strict=True):
+            with torch.set_grad_enabled(learning):
+                state = h.detach().requires_grad_(learning)
+                part = loss.of_slice(state, t, target)
+            total += part.detach()
+            if learning:
+                at_state, *at_head = torch.autograd.grad(part, [state, *head])
+                ahead.append(at_state)
+                for known, new in zip(sums, at_head, strict=True):
+                    known.add_(new)
+        ctx.gradients = (torch.cat(ahead), *sums) if learning else ()
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> Any:
+        """Backwards once: the gradients are scaled where they lie."""
+        at_hidden, *at_head = (gradient.mul_(outer[0].to(gradient)) for gradient in ctx.gradients)
+        return None, at_hidden, None, None, *at_head
 
 
 def _descend(adam: torch.optim.AdamW, parameters: Sequence[nn.Parameter], loss: Tensor) -> None:
@@ -250,6 +337,12 @@ def _height(share: float) -> float:
     if share < WARMUP:
         return share / WARMUP
     return 0.5 * (1 + math.cos(math.pi * (share - WARMUP) / (1 - WARMUP)))
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def _number(loss: float) -> float:

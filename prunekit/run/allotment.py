@@ -1,0 +1,139 @@
+"""A time, shared out: text by the plan, before the work; search and recovery by the clock, during it.
+
+What the clock decides goes on record, so that an interrupted run keeps it, and into the recipe beside the result, which
+makes the same model without a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+
+from prunekit.data.spec import DataSpec
+from prunekit.data.windows import DEFAULTS, LEAST, whole_windows
+from prunekit.errors import WrongInput
+from prunekit.recipe.resolve import Parts
+from prunekit.run.plan.plan import SEARCH, Plan, Stage
+from prunekit.system.progress import span
+from prunekit.system.rates import Rates
+
+CALIBRATING = {(False, False): 1.0, (True, False): 0.5, (False, True): 0.35, (True, True): 0.25}
+"""Share of the time until the search begins: (whether it asks for tokens, whether somebody trains) -> share."""
+RECOVERING = 0.5  # share that a search leaves to training
+JUDGING = 0.1  # share of the time to measure both models on evaluation text
+SEARCHED = 16_384  # tokens of search text: the searches of the presets judge on no more
+MOST = 1 << 20  # tokens of a part: more are not read, whatever the time
+WORK = 1.25  # a calibration pass takes so many times what is planned, which leaves out the pruner's own work
+AROUND = 6.0  # seconds to start, and to load the result in a fresh process
+LEARNING = 4  # a token that is learnt takes so many times one that is judged: back, and the teacher
+PASSES = ("gradients", "fisher", "prune", "rebuild")  # names of stages begin so
+
+
+@dataclass(frozen=True, eq=False)
+class Allotment:
+    """How much of the time is left, as the work goes on."""
+
+    seconds: float  # in all
+    plan: Plan
+    rates: Rates
+    trains: bool  # whether somebody trains behind the search
+
+    def search_tokens(self, spent: Mapping[str, float]) -> int:
+        """Token-forwards that all searches may take, at least one.
+
+        Args:
+            spent: seconds by stage, when the first of them begins.
+        """
+        before = list(takewhile(lambda stage: not stage.name.startswith(SEARCH), self.plan.stages))
+        behind = [stage for stage in self.plan.stages[len(before) :] if not stage.name.startswith(SEARCH)]
+        pace = self._pace(spent, before)
+        share = 1 - RECOVERING if self.trains else 1.0
+        left = share * (self.seconds - AROUND - sum(spent.values()) - pace * self._of(behind))
+        return max(1, round(left / pace * self.rates.flops / self.plan.forward))
+
+    def training_seconds(self, spent: Mapping[str, float], trainers: int) -> float:
+        """Seconds that the next of so many finishers that train may take.
+
+        Args:
+            spent: seconds by stage, when it begins.
+            trainers: it, and those behind it.
+        """
+        exports = [stage for stage in self.plan.stages if stage.name.startswith("export")]
+        judging = spent.get("evaluate", 0.0) / 2  # so far both models, and what is trained will be judged once more
+        left = self.seconds - AROUND - sum(spent.values()) - judging - self._of(exports)
+        return max(0.0, left) / trainers
+
+    def __str__(self) -> str:
+        """For the user."""
+        stages = [stage for stage in self.plan.stages if stage.name.startswith(PASSES)]
+        told = f"about {span(WORK * self._of(stages))} for passes over the model"
+        return told + ", and what is left for recovery" * self.trains
+
+    def _pace(self, spent: Mapping[str, float], before: list[Stage] | tuple[Stage, ...]) -> float:
+        """Seconds that a planned second takes, as far as passes over the model have shown it."""
+        planned = self._of([stage for stage in before if stage.name.startswith(PASSES)])
+        return spent.get("prune", 0.0) / planned if planned and spent.get("prune") else 1.0
+
+    def _of(self, stages: list[Stage] | tuple[Stage, ...]) -> float:
+        return sum(stage.seconds(self.rates) or 0.0 for stage in stages)
+
+
+def filled(data: DataSpec, most: Mapping[str, int]) -> DataSpec:
+    """With the most of every part that leaves its amount open."""
+    asked = {f"{part}_tokens": count for part, count in most.items()}
+    return data.model_copy(update={key: count for key, count in asked.items() if getattr(data, key) is None})
+
+
+def share_text(parts: Parts, seqlen: int, plan_of: Callable[[DataSpec], Plan], rates: Rates) -> dict[str, int]:
+    """How much text the recipe's time allows, of the parts whose amount nobody has said.
+
+    Args:
+        parts: of the recipe, which has a time.
+        seqlen: tokens in a window.
+        plan_of: the plan of the recipe with other data.
+        rates: of this machine.
+
+    Returns:
+        Part -> tokens, as of `draw`'s `most`; there may be less text.
+
+    Raises:
+        WrongInput: the time is too short for the least that can be done.
+    """
+    data, time = parts.recipe.data, parts.recipe.time
+    assert time is not None
+    searches, free = bool(parts.objective.reads(1).tokens), dict(DEFAULTS)
+    least = whole_windows(LEAST, seqlen) * seqlen
+    share = CALIBRATING[searches, parts.trains]
+
+    def planned(tokens: Mapping[str, int]) -> Plan:
+        return plan_of(filled(data, tokens))
+
+    def most(part: str, enough: int, fits: Callable[[Plan], bool]) -> int:
+        low, high = 1, max(1, (enough - least) // seqlen + 1)  # windows beyond the least, and one
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (
+                (middle, high) if fits(planned(free | {part: least + (middle - 1) * seqlen})) else (low, middle - 1)
+            )
+        return least + (low - 1) * seqlen
+
+    def seconds(plan: Plan) -> float:
+        took = {stage: stage.seconds(rates) or 0.0 for stage in plan.stages}
+        return AROUND + sum(WORK * s if stage.name.startswith(PASSES) else s for stage, s in took.items())
+
+    def judging(plan: Plan) -> float:
+        return sum(stage.seconds(rates) or 0.0 for stage in plan.stages if stage.name.startswith("evaluate"))
+
+    free |= {"calibration": least, "search": SEARCHED if searches else least, "recovery": least}
+    free["evaluation"] = most("evaluation", DEFAULTS["evaluation"], lambda plan: judging(plan) <= JUDGING * time)
+    shortest = planned(free)
+    if seconds(shortest) > time:
+        raise WrongInput(
+            f"{span(time)} are too short: recipe and model take about {span(seconds(shortest))} here at the least; "
+            "give more --time, or --recipe fast"
+        )
+    free["calibration"] = most("calibration", MOST, lambda plan: seconds(plan) <= share * time)
+    learnt = (1 - share) * time * rates.flops / (LEARNING * shortest.forward)
+    free["recovery"] = min(MOST, max(least, whole_windows(round(learnt), seqlen) * seqlen))
+    return free
