@@ -28,6 +28,7 @@ SPLIT = "Split of the data set; otherwise a held-out one."
 FIELD = "Fields of rows with the text, as a, a.b or a,b; otherwise text, or a conversation."
 SEQLEN = "Number of tokens per window; otherwise 2048, or the model's maximum."
 TOKENS = "Number of tokens from the start of the text; otherwise all."
+SAMPLES = "Number of prompts that the model continues, always with the likeliest token; at most 10."
 AGAINST = "Second model, timed in turns with the first."
 
 
@@ -41,6 +42,7 @@ def evaluate(
     field: Annotated[str | None, option(FIELD, TEXT)] = None,
     seqlen: Annotated[int | None, option(SEQLEN, TEXT, metavar="N", min=2)] = None,
     tokens: Annotated[int | None, option(TOKENS, TEXT, metavar="N", min=1)] = None,
+    samples: Annotated[int, option(SAMPLES, TEXT, metavar="N", min=0, max=10)] = 0,
     device: Annotated[str, option("auto, cpu, cuda or cuda:1.", MACHINE)] = "auto",
     dtype: Annotated[str, DTYPE] = "auto",
     against: Annotated[str | None, option(AGAINST, MACHINE, metavar="MODEL")] = None,
@@ -63,8 +65,9 @@ def evaluate(
     )
     progress = progress_for(quiet)
     found = measure(
-        name, data, device=device, dtype=dtype, trust_remote_code=trust_remote_code, against=against, progress=progress
-    )
+        name, data, device=device, dtype=dtype, trust_remote_code=trust_remote_code, against=against, prompts=samples,
+        progress=progress,
+    )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -84,3 +87,5 @@ def evaluate(
             table.add_row(f"{what}, ratio", f"{ratio}; {against} has {other[f'{what}_tokens_per_second']:,.1f}")
     table.add_row("timed as", found["timed"])
     print_table(table)
+    for sample in found.get("samples", ()):
+        typer.echo(f"\n{sample['prompt']} |{sample['text']}")

@@ -6,6 +6,7 @@ There is no "the perplexity": a value without data, split, window length and cou
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from prunekit.data.spec import DataSpec
 from prunekit.errors import WrongInput
 from prunekit.measure.perplexity import perplexity
 from prunekit.measure.rounds import FEWEST, Ratio
+from prunekit.measure.samples import PROMPTS, samples
 from prunekit.measure.speed import Speed, size, speeds, zeros
 from prunekit.models.opening import DTYPES, load_tokenizer, resolved_device
 from prunekit.models.opening import loaded as loaded_from
@@ -32,6 +34,7 @@ def evaluate(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     against: str | None = None,
+    prompts: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure perplexity, size and speed of a model.
@@ -43,6 +46,7 @@ def evaluate(
         dtype: of the computation; auto: float32 on a CPU, else that of the checkpoint.
         trust_remote_code: whether code that comes with the model may run.
         against: a second model, timed in turns with the first.
+        prompts: how many of `PROMPTS` it continues.
         progress: what the user is told; None: nothing.
 
     Returns:
@@ -53,8 +57,9 @@ def evaluate(
     """
     progress = progress or Progress()
     loaded = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code)
     batch = draw_evaluation(
-        load_tokenizer(model, trust_remote_code),
+        tokenizer,
         data,
         progress,
         max_seqlen=getattr(loaded.config, "max_position_embeddings", None),
@@ -72,6 +77,7 @@ def evaluate(
         other = load(against, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         models = {"against": other, **models}
     pace = speeds(models, progress, fewest=FEW_ROUNDS if against is None else FEWEST)
+    written = samples(loaded, tokenizer, PROMPTS[:prompts])
     return {
         "model": model,
         **found.as_dict(),
@@ -84,6 +90,7 @@ def evaluate(
         "timed": str(pace["model"]),
         "device": pace["model"].device,
         "dtype": str(next(loaded.parameters()).dtype).removeprefix("torch."),
+        **({"samples": [asdict(sample) for sample in written]} if written else {}),
         **({} if against is None else {"against": {"model": against, **_ratios(pace["model"], pace["against"])}}),
     }
 

@@ -38,7 +38,7 @@ from prunekit.space.latency import LatencySpec
 from prunekit.space.metrics import Metric
 
 WITHOUT_EFFECT = frozenset(
-    {"version", "engine", "device", "memory", "exporters", "code", "verify", "trust_remote_code"}
+    {"version", "engine", "device", "memory", "exporters", "code", "verify", "samples", "trust_remote_code"}
 )  # on the weights that come out
 
 

@@ -58,6 +58,7 @@ class Recipe(Strict):
     trust_remote_code: bool = False  # a file that says so is refused, unless the caller says it too
     code: Literal["import", "bundled"] = "import"  # how a result of uneven sizes finds its classes
     exporters: Annotated[tuple[Spec, ...], BeforeValidator(as_specs)] = ({"name": "hf"},)  # what the result is saved as
+    samples: Annotated[int, Field(ge=0, le=10)] = 0  # prompts that both models continue, for the report
     verify: bool = True  # load the result in a fresh process and compare
     _from_file: frozenset[str] = PrivateAttr(frozenset())  # options of `OUTWARD` that a file says, and no caller
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ tokenizer = AutoTokenizer.from_pretrained("this folder")
 
 `prunekit prune --recipe recipe.yaml --output DIR` makes it again.
 
-## Sites
+{_written(document["samples"]) if document.get("samples") else ""}## Sites
 
 ![Share removed of every block, attention and MLP apart]({PICTURE})
 
@@ -95,6 +95,17 @@ def write(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
         write_bytes(folder / name, content)
     write_bytes(folder / PICTURE, draw(document["sites"]).encode())
     write_bytes(folder / "README.md", card(document, recipe, facts).encode())
+
+
+def _written(samples: Sequence[Mapping[str, Any]]) -> str:
+    """What both models write, as indented lines, which no text can leave."""
+    rows = ("\n".join(f"    {who:7}{_line(one[who])}" for who in ("prompt", "dense", "pruned")) for one in samples)
+    return "## What it writes\n\nAlways the likeliest token:\n\n" + "\n\n".join(rows) + "\n\n"
+
+
+def _line(text: str) -> str:
+    """On one line, without what is no letter."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _named(source: str, recipe: Recipe) -> str:

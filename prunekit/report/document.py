@@ -67,6 +67,7 @@ def report(
     seconds_shared: Mapping[str, float],
     finishers: Sequence[Mapping[str, Any]] = (),
     pace: Mapping[str, Any] | None = None,
+    samples: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Make the content of report.json. Parameters are counted in the tensors, never taken from the request.
 
@@ -84,6 +85,7 @@ def report(
         seconds_shared: of these, what was spent once for a family.
         finishers: what each reports.
         pace: what a measured metric reports; None: nothing was measured.
+        samples: what both models have written, side by side.
     """
     recipe, errors, shrinks = parts.recipe, net.site_errors(plan), parts.form.shrinks
     before, after = count(dense.model), count(small)
@@ -133,6 +135,7 @@ def report(
         },
         "search": dict(search),
         "finishers": [dict(said) for said in finishers],
+        **({"samples": [dict(one) for one in samples]} if samples else {}),
         "seconds": _rounded(seconds),
         **({"seconds_shared": _rounded(seconds_shared)} if recipe.family else {}),  # of these, for all of it
         "seed": recipe.seed,

@@ -61,7 +61,7 @@ class Allotment:
         """
         exports = [stage for stage in self.plan.stages if stage.name.startswith("export")]
         judging = spent.get("evaluate", 0.0) / 2  # so far both models, and what is trained will be judged once more
-        left = self.seconds - AROUND - sum(spent.values()) - judging - self._of(exports)
+        left = self.seconds - AROUND - sum(spent.values()) - judging - spent.get("sample", 0.0) - self._of(exports)
         return max(0.0, left) / trainers
 
     def __str__(self) -> str:

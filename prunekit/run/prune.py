@@ -9,6 +9,7 @@ from pathlib import Path
 
 from prunekit.errors import PluginError
 from prunekit.measure.perplexity import Perplexity, perplexity
+from prunekit.measure.samples import side_by_side
 from prunekit.models import paging
 from prunekit.plugins.guard import instance
 from prunekit.recipe.resolve import resolve
@@ -126,6 +127,7 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
     net.rest()  # what was cut out to be judged and what is assembled are not held together
     small = assemble(net, plan, run.parts)
     raw = perplexity(small, evaluation) if run.parts.finishers else None
+    written = run.samples(run.dense.model)
     said = finish_model(run, small, net, plan)
     with run.clock("evaluate"):
         after = perplexity(small, evaluation)
@@ -137,10 +139,12 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
             "rise": {"nll": rise, "standard_error": error},  # paired by window
             "nll_by_source": reporting.by_source(evaluation, before, after),
         } | ({} if raw is None else {"unfinished": raw.as_dict()})
+    texts = side_by_side(written, run.samples(small))
     pace = run.time_result(small, plan)
     exported, probe = make_export(run, net, plan, small, stays=output is None)
     document = reporting.report(
         run.parts, run.dense, run.draws, run.whole, net, plan, exported, losses=losses, finishers=said, pace=pace,
+        samples=texts,
         search={"questions": run.ledger.questions, "token_forwards": run.ledger.tokens},
         seconds=run.clock.seconds, seconds_shared=run.clock.shared.own,
     )  # fmt: skip

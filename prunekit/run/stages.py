@@ -22,6 +22,7 @@ from prunekit.data.draws import Draws
 from prunekit.errors import PluginError
 from prunekit.export import hf
 from prunekit.measure.perplexity import Perplexity, perplexity
+from prunekit.measure.samples import PROMPTS, Sample, samples
 from prunekit.models import paging
 from prunekit.plugins.allocator import Problem
 from prunekit.plugins.dense import Dense
@@ -228,6 +229,17 @@ class Run:
         if final.ladders == net.space.ladders:
             return net, plan
         return self.calibrate(final, plan, self.label("rebuild"), self.clock, search=False), plan
+
+    def samples(self, model: PreTrainedModel) -> list[Sample]:
+        """What a model makes of as many prompts as the recipe asks for; nothing where it is read block by block."""
+        count = self.parts.recipe.samples
+        if not count:
+            return []
+        if self.dense.shares.blocks is not None:
+            self.progress.say("the model is read block by block, which is too slow to write: there are no samples")
+            return []
+        with self.clock("sample"), self.progress.stage("writing samples", count) as stage:
+            return samples(model, self.dense.tokenizer, PROMPTS[:count], stage=stage)
 
     def time_result(self, small: PreTrainedModel, plan: Allocation) -> dict[str, Any] | None:
         """Measure the model as it will be exported beside what a measured metric promised; None: nothing was."""
