@@ -24,7 +24,7 @@ def plan(*, as_json: Json = False, **options: Any) -> None:
 
     quiet_libraries()
     output = options["output"] or Path("prunekit-output")  # a run without --output is refused; its disk is this one's
-    found, rates = foreseen(chosen, source, output, several=several)
+    found, rates, allotment = foreseen(chosen, source, output, several=several)
     if as_json:
         typer.echo(json.dumps(found.as_dict(rates), indent=2))
         found.check()
@@ -45,6 +45,8 @@ def plan(*, as_json: Json = False, **options: Any) -> None:
         f"the model is opened {how}; there are {amount(max(0, found.limit))} of memory beside the process itself"
         f" and {amount(found.free_disk or 0)} of disk"
     )
+    if allotment is not None:
+        typer.echo(f"in {span(allotment.seconds)}: {allotment}")
     typer.echo(
         f"counted at {rates.flops / 1e9:,.0f} GFLOP/s of products in {str(found.dtype)[6:]}, "
         f"{rates.doubles / 1e9:,.0f} in float64, {rates.write / 1e6:,.0f} MB/s written and {rates.read / 1e6:,.0f} read"

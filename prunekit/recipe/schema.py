@@ -215,6 +215,8 @@ def _sentence(error: ValidationError) -> str:
         return f"the recipe has no {key}; take it from a preset or add it"
     if kind == "literal_error":
         return f"{key} is one of {context['expected']}, not {first['input']!r}"
+    if isinstance(context.get("error"), WrongInput):  # it says all
+        return f"{key}: {context['error']}"
     if kind in ("greater_than", "less_than") and key == "sparsity":
         return f"sparsity is the share that is removed, more than 0 and less than 1, not {first['input']}"
     return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"

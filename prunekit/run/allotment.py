@@ -38,6 +38,7 @@ class Allotment:
     plan: Plan
     rates: Rates
     trains: bool  # whether somebody trains behind the search
+    text: Mapping[str, int]  # part -> tokens, at most
 
     def search_tokens(self, spent: Mapping[str, float]) -> int:
         """Token-forwards that all searches may take, at least one.
@@ -67,7 +68,8 @@ class Allotment:
     def __str__(self) -> str:
         """For the user."""
         stages = [stage for stage in self.plan.stages if stage.name.startswith(PASSES)]
-        told = f"about {span(WORK * self._of(stages))} for passes over the model"
+        told = f"calibration on up to {self.text['calibration']:,} tokens, evaluation on {self.text['evaluation']:,}, "
+        told += f"about {span(WORK * self._of(stages))} for passes over the model"
         return told + ", and what is left for recovery" * self.trains
 
     def _pace(self, spent: Mapping[str, float], before: list[Stage] | tuple[Stage, ...]) -> float:

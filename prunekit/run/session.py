@@ -146,8 +146,8 @@ class Session:
         return runs
 
 
-def foreseen(recipe: Recipe, source: str, output: Path, *, several: bool) -> tuple[Plan, Rates]:
-    """What a run will take, searches rehearsed, and how fast this machine is.
+def foreseen(recipe: Recipe, source: str, output: Path, *, several: bool) -> tuple[Plan, Rates, Allotment | None]:
+    """What a run will take, searches rehearsed, how fast this machine is, and how a limited time is shared out.
 
     Args:
         recipe: of the run.
@@ -163,9 +163,9 @@ def foreseen(recipe: Recipe, source: str, output: Path, *, several: bool) -> tup
     parts = resolve(recipe)
     if recipe.time is not None:
         allotment, _ = allot(parts, shape, output)
-        return allotment.plan, allotment.rates
+        return allotment.plan, allotment.rates, allotment
     plan = make_plan(parts, *shape, output, asked, rehearse=True)
-    return plan, Rates.measured(plan.device, plan.dtype, plan.place or Path())
+    return plan, Rates.measured(plan.device, plan.dtype, plan.place or Path()), None
 
 
 def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -> Session:
@@ -243,7 +243,9 @@ def allot(
     first = plan_of(recipe.data)
     rates = Rates.measured(first.device, first.dtype, first.place or Path())
     most = share_text(parts, window_of(recipe.data, limits(shape[0])["max_seqlen"]), plan_of, rates)
-    return Allotment(recipe.time, plan_of(filled(recipe.data, most)), rates, parts.trains), most
+    data = filled(recipe.data, most)
+    text = {part: getattr(data, f"{part}_tokens") for part in most}
+    return Allotment(recipe.time, plan_of(data), rates, parts.trains, text), most
 
 
 def _begun_with(job: Job, recipe: Recipe) -> DataSpec | None:

@@ -6,7 +6,7 @@ import re
 
 from prunekit.errors import WrongInput
 
-PART = re.compile(r"(\d+(?:\.\d+)?)\s*(h|m|min|s|)", re.IGNORECASE)
+PART = re.compile(r"(\d+(?:\.\d+)?)\s*(h|min|m|s|)", re.IGNORECASE)
 SECONDS = {"h": 3600, "m": 60, "min": 60, "s": 1, "": 1}
 
 

@@ -7,16 +7,18 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import prunekit
 from prunekit import WrongInput
+from prunekit.cli.main import app
 from prunekit.data.windows import LEAST
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.run.allotment import AROUND, CALIBRATING, JUDGING, WORK, Allotment, share_text
 from prunekit.run.plan.plan import Plan, Stage
-from prunekit.system.checkpoints import Checkpoints
 from prunekit.system.rates import Rates
+from prunekit_strategies.finishers.training import Training, _State
 
 RATES = Rates(flops=1e9, doubles=1e9, read=1e9, write=1e9)
 FORWARD = 10_000  # FLOPs of a token
@@ -77,23 +79,34 @@ def test_what_was_said_is_kept() -> None:
 
 
 def test_a_time_that_is_too_short_says_what_it_takes() -> None:
-    with pytest.raises(WrongInput, match=r"5\.0 s are too short: recipe and model take about 8\.6 s here at the least"):
+    with pytest.raises(WrongInput, match=r"5\.0 s are too short: recipe and model take about 9\.0 s here at the least"):
         share_text(parts_of(5), 32, plan_of, RATES)
 
 
 def test_search_and_training_get_what_is_left_at_the_pace_so_far() -> None:
     data = parts_of(100, calibration_tokens=10_000, evaluation_tokens=1000).recipe.data
-    allotment = Allotment(100, plan_of(data), RATES, trains=False)
+    allotment = Allotment(100, plan_of(data), RATES, trains=False, text={})
     spent = {"open": 2.0, "prune": 8.0}  # twice the 4 s that were planned
     left = 100 - AROUND - 10 - 2 * (2 + 0.02 + 1)
     assert allotment.search_tokens(spent) == round(left / 2 * RATES.flops / FORWARD)
-    half = Allotment(100, plan_of(data), RATES, trains=True)
+    half = Allotment(100, plan_of(data), RATES, trains=True, text={})
     assert half.search_tokens(spent) == pytest.approx(allotment.search_tokens(spent) / 2, abs=1)
     assert half.search_tokens({"prune": 500.0}) == 1
     spent = {"open": 2.0, "prune": 12.0, "search": 20.0, "evaluate": 4.0}
     assert half.training_seconds(spent, 1) == pytest.approx(100 - AROUND - 38 - 2 - 1)
     assert half.training_seconds(spent, 2) == pytest.approx((100 - AROUND - 41) / 2)
     assert half.training_seconds({"prune": 500.0}, 1) == 0
+
+
+def test_the_plan_shows_what_a_time_buys(saved_tiny: Any) -> None:
+    few = ["--dataset", "python-docs", "--seqlen", "32", "--recipe", "default-recover"]
+    told = CliRunner().invoke(app, ["plan", str(saved_tiny()), "--time", "30s", *few])
+    assert told.exit_code == 0
+    assert "in 30.0 s: calibration on up to " in told.output
+    assert "and what is left for recovery" in told.output
+    told = CliRunner().invoke(app, ["plan", str(saved_tiny()), "--time", "soon", *few])
+    assert told.exit_code == 2
+    assert "time: no time 'soon'; give it as 45m, 1h30m or 90s\n" in told.output
 
 
 @pytest.fixture
@@ -116,17 +129,15 @@ def test_the_recipe_beside_the_result_makes_it_again_without_a_clock(timed: dict
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-@pytest.mark.parametrize("saves", [1, 2])
-def test_a_killed_run_keeps_what_the_clock_has_said(
-    timed: dict[str, Any], tmp_path: Path, killed_at: Any, saves: int
-) -> None:
+def test_a_killed_run_keeps_what_the_clock_has_said(timed: dict[str, Any], tmp_path: Path, killed_at: Any) -> None:
     out = tmp_path / "out"
-    with killed_at(Checkpoints, "save", saves, after=True):
+    with killed_at(Training, "fit", 1):  # it knows how many steps there are, and has made none
         prunekit.prune(output=out, **timed)
-    pace = next(out.with_name("out.partial").glob("finisher-0/*pace*")).read_bytes()
-    with killed_at(Checkpoints, "save", 1):
+    (pace,) = out.with_name("out.partial").glob("finisher-0/*pace.safetensors")
+    said = pace.read_bytes()
+    with killed_at(_State, "save", 1, after=True):
         prunekit.prune(output=out, **timed)
-    assert next(out.with_name("out.partial").glob("finisher-0/*pace*")).read_bytes() == pace
+    assert pace.read_bytes() == said
     prunekit.prune(output=out, **timed)
     prunekit.prune(recipe=Recipe.load(out), output=tmp_path / "again", quiet=True)
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
@@ -149,4 +160,4 @@ def test_a_time_is_of_one_result(timed: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(WrongInput, match="a time is of one result"):
         prunekit.prune(output=tmp_path / "out", sparsity=[0.3, 0.5], **timed)
     with pytest.raises(WrongInput, match="a time is of one run"):
-        prunekit.tune(output=tmp_path / "study", trials=1, space={"damping": [0.1]}, **timed)
+        prunekit.tune(output=tmp_path / "study", trials=1, space={"damping": [0.1, 0.2]}, **timed)
