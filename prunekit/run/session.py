@@ -5,7 +5,7 @@ Everything the user may have got wrong is refused here, before any long work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -188,8 +188,9 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
     if recipe.time is None:
         plan = make_plan(parts, *shape, job.output, asked, rehearse=job.announce)
     else:
-        data = _begun_with(job, recipe) or data
-        allotment, most = allot(parts.with_data(data), shape, job.output)
+        begun_with = _begun_with(job, recipe)
+        data = begun_with or data
+        allotment, most = allot(parts.with_data(data), shape, job.output, chosen=begun_with is not None)
         plan = allotment.plan
     plan.check()
     if allotment is not None:
@@ -217,14 +218,15 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
 
 
 def allot(
-    parts: Parts, shape: tuple[PreTrainedModel, ModelAdapter], output: Path | None
-) -> tuple[Allotment, dict[str, int]]:
+    parts: Parts, shape: tuple[PreTrainedModel, ModelAdapter], output: Path | None, *, chosen: bool = False
+) -> tuple[Allotment, Mapping[str, int]]:
     """Share out the time of a recipe.
 
     Args:
         parts: of the recipe.
         shape: the model, or its skeleton, and the adapter of its family.
         output: folder of the result; None: it stays in memory.
+        chosen: whether the text is that of an unfinished run, which goes on however slow the machine is now.
 
     Returns:
         How the time is shared out, and the most text of every part that leaves its amount open.
@@ -242,7 +244,8 @@ def allot(
 
     first = plan_of(recipe.data)
     rates = Rates.measured(first.device, first.dtype, first.place or Path())
-    most = share_text(parts, window_of(recipe.data, limits(shape[0])["max_seqlen"]), plan_of, rates)
+    seqlen = window_of(recipe.data, limits(shape[0])["max_seqlen"])
+    most = DEFAULTS if chosen else share_text(parts, seqlen, plan_of, rates)
     data = filled(recipe.data, most)
     text = {part: getattr(data, f"{part}_tokens") for part in most}
     return Allotment(recipe.time, plan_of(data), rates, parts.trains, text), most

@@ -129,15 +129,20 @@ def test_the_recipe_beside_the_result_makes_it_again_without_a_clock(timed: dict
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_a_killed_run_keeps_what_the_clock_has_said(timed: dict[str, Any], tmp_path: Path, killed_at: Any) -> None:
+def test_a_killed_run_keeps_what_was_chosen_and_what_the_clock_has_said(
+    timed: dict[str, Any], tmp_path: Path, killed_at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     with killed_at(Training, "fit", 1):  # it knows how many steps there are, and has made none
         prunekit.prune(output=out, **timed)
+    monkeypatch.setattr(Rates, "measured", classmethod(lambda *_: Rates(1e3, 1e3, 1e3, 1e3)))  # too slow to begin with
     (pace,) = out.with_name("out.partial").glob("finisher-0/*pace.safetensors")
     said = pace.read_bytes()
     with killed_at(_State, "save", 1, after=True):
         prunekit.prune(output=out, **timed)
     assert pace.read_bytes() == said
+    with pytest.raises(WrongInput, match="too short"):
+        prunekit.prune(output=tmp_path / "new", **timed)
     prunekit.prune(output=out, **timed)
     prunekit.prune(recipe=Recipe.load(out), output=tmp_path / "again", quiet=True)
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
