@@ -89,7 +89,8 @@ def planned(
     def of(shares: Shares) -> Plan:
         stages = tuple(count.stages(shares))
         return Plan(
-            stages, limit, free_disk, shares, count.resident, count.block, device, computed, place, count.forward, measured,
+            stages, limit, free_disk, shares, count.resident, count.block, device, computed, place, count.forward,
+            measured,
         )  # fmt: skip
 
     plan, tight = of(Shares()), of(Shares(blocks=0))
