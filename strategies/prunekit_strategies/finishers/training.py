@@ -67,6 +67,7 @@ class Training:
         """
         if piece.seconds is None or self.steps is not None:
             return self
+        held_out(piece.tokens, self.held_out)  # refuses text of a single window
         count = len(piece.tokens)
         if (saved := piece.checkpoints.load(f"{name}-pace")) is None:
             ids = next(iter(chunks(piece.tokens, self.batch_tokens)))
@@ -119,9 +120,10 @@ class Training:
             state.best = [p.detach().clone() for p in parameters]
         stage.advance(begun := len(history) - 1)
         steps = self.epochs * batches if self.steps is None else self.steps
-        for epoch in range(begun, 0 if state.done else self.epochs):
+        epochs = min(self.epochs, steps)  # none without a step: it would count as one that gained nothing
+        for epoch in range(begun, 0 if state.done else epochs):
             rate = self.rate / BACK_OFF ** undone(history)
-            for step in range(steps * epoch // self.epochs, steps * (epoch + 1) // self.epochs):
+            for step in range(steps * epoch // epochs, steps * (epoch + 1) // epochs):
                 adam.param_groups[0]["lr"] = rate * _height((step + 1) / steps)
                 _descend(adam, parameters, loss(_order(step // batches, batches, seed)[step % batches]))
             history.append(_number(held()))
@@ -132,7 +134,7 @@ class Training:
             stage.advance(note=f"held-out loss {history[-1]:.4g}")
             if epoch - history.index(min(history)) + 1 >= self.patience:
                 break
-            if epoch + 1 < self.epochs:
+            if epoch + 1 < epochs:
                 state.save(history)
         stage.advance(self.epochs - len(history) + 1)
         state.close(history)

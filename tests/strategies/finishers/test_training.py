@@ -71,6 +71,16 @@ def test_what_only_gets_worse_ends_where_it_began(worse):
     assert len(history) == 1 + 3  # patience
 
 
+@pytest.mark.parametrize(("steps", "epochs"), [(1, 1), (2, 2), (5, 4), (7, 4)])
+def test_every_step_is_made_and_no_epoch_is_without_one(steps, epochs):
+    seen, losses = [], iter(range(9, 0, -1))
+    regime = Training(rate=0.1, epochs=4, patience=1, steps=steps)
+    _, history = fitted(regime, lambda _: next(losses), seen=seen)
+    assert len(seen) == steps
+    assert len(history) == 1 + epochs
+    assert len(set(seen[:3])) == min(3, steps)  # all batches before one comes again
+
+
 def test_the_best_epoch_is_kept_not_the_last():
     calls, met = iter([5.0, 3.0, 4.0, 4.5]), []
 
