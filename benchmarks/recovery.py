@@ -32,7 +32,7 @@ def main(
     seqlen: int = 256,
     tokens: int = 16_384,
     evaluation_tokens: int = 8_192,
-    rate: float = 3e-4,
+    rate: float = Distillation.rate,
     epochs: int = 2,
     dtype: str = "auto",
 ) -> None:

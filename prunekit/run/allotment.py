@@ -6,7 +6,7 @@ makes the same model without a clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -72,12 +72,12 @@ class Allotment:
         told += f"about {span(WORK * self._of(stages))} for passes over the model"
         return told + ", and what is left for recovery" * self.trains
 
-    def _pace(self, spent: Mapping[str, float], before: list[Stage] | tuple[Stage, ...]) -> float:
+    def _pace(self, spent: Mapping[str, float], before: Sequence[Stage]) -> float:
         """Seconds that a planned second takes, as far as passes over the model have shown it."""
         planned = self._of([stage for stage in before if stage.name.startswith(PASSES)])
         return spent.get("prune", 0.0) / planned if planned and spent.get("prune") else 1.0
 
-    def _of(self, stages: list[Stage] | tuple[Stage, ...]) -> float:
+    def _of(self, stages: Sequence[Stage]) -> float:
         return sum(stage.seconds(self.rates) or 0.0 for stage in stages)
 
 
@@ -115,9 +115,8 @@ def share_text(parts: Parts, seqlen: int, plan_of: Callable[[DataSpec], Plan], r
         low, high = 1, max(1, (enough - least) // seqlen + 1)  # windows beyond the least, and one
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (
-                (middle, high) if fits(planned(free | {part: least + (middle - 1) * seqlen})) else (low, middle - 1)
-            )
+            asked = planned(free | {part: least + (middle - 1) * seqlen})
+            low, high = (middle, high) if fits(asked) else (low, middle - 1)
         return least + (low - 1) * seqlen
 
     def seconds(plan: Plan) -> float:

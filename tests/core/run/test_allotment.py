@@ -112,7 +112,7 @@ def test_the_plan_shows_what_a_time_buys(saved_tiny: Any) -> None:
 @pytest.fixture
 def timed(saved_tiny: Any, quick: Any) -> dict[str, Any]:
     """Arguments of a run that trains for as long as the time allows."""
-    settings = quick(recipe="fast", finishers=TRAINED, time="12s", verify=False)
+    settings = quick(recipe="fast", finishers=TRAINED, time="90s", verify=False)
     return {key: value for key, value in settings.items() if key not in ("pruner", "allocator", "objective")} | {
         "model": saved_tiny(),
         "data__recovery_tokens": 1024,
