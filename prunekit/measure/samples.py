@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 from prunekit.system.progress import Stage
 
@@ -36,6 +37,19 @@ class Sample:
     repeated: float  # share of runs of three tokens in the continuation that were there before in it
 
 
+class _Steps(BaseStreamer):
+    """Tells a stage of every token that all continuations have grown by."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def put(self, value: Any) -> None:
+        self._stage.advance()
+
+    def end(self) -> None:
+        pass
+
+
 @torch.no_grad()
 def samples(
     model: Any, tokenizer: Any, prompts: Sequence[str] = PROMPTS, tokens: int = NEW, stage: Stage | None = None
@@ -45,19 +59,27 @@ def samples(
     Args:
         model: in memory, of whatever dtype and device.
         tokenizer: its own.
-        prompts: one is continued at a time.
+        prompts: all of them are continued together, the shorter ones behind padding.
         tokens: of a continuation at most; it ends where the model ends it.
-        stage: advanced at every prompt.
+        stage: advanced at the prompts and at every token.
     """
-    found, place, stage = list[Sample](), next(model.parameters()).device, stage or Stage()
+    if not prompts:
+        return []
+    place, asked = next(model.parameters()).device, [tokenizer.encode(prompt) for prompt in prompts]
+    longest = max(map(len, asked))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in asked], device=place)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in asked], device=place)
     ends = getattr(model.generation_config, "eos_token_id", None)
     greedy = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=ends, pad_token_id=0)
-    for prompt in prompts:
-        ids = torch.tensor([tokenizer.encode(prompt)], device=place)
-        asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "generation_config": greedy}
-        new = model.generate(**asked)[0, ids.shape[1] :].tolist()
-        found.append(Sample(prompt, tokenizer.decode(new, skip_special_tokens=True), repeated(new)))
-        stage.advance()
+    made = model.generate(
+        input_ids=ids, attention_mask=mask, generation_config=greedy, streamer=_Steps(stage or Stage())
+    )[:, longest:].tolist()
+    stops = {*ends} if isinstance(ends, list) else {ends}
+    found = list[Sample]()
+    for prompt, new in zip(prompts, made, strict=True):
+        end = next((i + 1 for i, token in enumerate(new) if token in stops), len(new))  # what follows is padding
+        text = tokenizer.decode(new[:end], skip_special_tokens=True)
+        found.append(Sample(prompt, text, repeated(new[:end])))
     return found
 
 

@@ -32,6 +32,7 @@ from prunekit.run.allotment import Allotment, filled, share_text
 from prunekit.run.clock import Clock
 from prunekit.run.plan.make import planned
 from prunekit.run.plan.plan import Plan
+from prunekit.run.plan.trial import Trials
 from prunekit.run.spaces import whole_space
 from prunekit.run.stages import Run, clear_folder
 from prunekit.run.workplace import begun
@@ -164,7 +165,7 @@ def foreseen(recipe: Recipe, source: str, output: Path, *, several: bool) -> tup
     if recipe.time is not None:
         allotment, _ = allot(parts, shape, output)
         return allotment.plan, allotment.rates, allotment
-    plan = make_plan(parts, *shape, output, asked, rehearse=True)
+    plan = make_plan(parts, *shape, output, asked, rehearse=True, trials=tried(parts, shape))
     return plan, Rates.measured(plan.device, plan.dtype, plan.place or Path()), None
 
 
@@ -186,7 +187,8 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
     shape = skeleton(source, trust_remote_code=recipe.trust_remote_code)
     data, allotment, most = recipe.data, None, DEFAULTS
     if recipe.time is None:
-        plan = make_plan(parts, *shape, job.output, asked, rehearse=job.announce)
+        trials = tried(parts, shape) if job.announce else None
+        plan = make_plan(parts, *shape, job.output, asked, rehearse=job.announce, trials=trials)
     else:
         begun_with = _begun_with(job, recipe)
         data = begun_with or data
@@ -239,8 +241,10 @@ def allot(
     if recipe.family:
         raise WrongInput("a time is of one result; give one sparsity, or leave --time away")
 
+    trials = tried(parts, shape)
+
     def plan_of(data: DataSpec) -> Plan:
-        return make_plan(parts.with_data(data), *shape, output)
+        return make_plan(parts.with_data(data), *shape, output, trials=trials)
 
     first = plan_of(recipe.data)
     rates = Rates.measured(first.device, first.dtype, first.place or Path())
@@ -274,7 +278,9 @@ def _announce(
     if told["seconds_known"] > LONG:
         kept = {"pruner", "data", "sparsity", "family", "structure", "of", "heads", "dtype", "device", "memory"}
         short = resolve(Recipe.load(SHORT).with_overrides(parts.recipe.model_dump(include=kept)))
-        seconds = make_plan(short, *shape, job.output, asked).as_dict(rates)["seconds_known"]
+        seconds = make_plan(short, *shape, job.output, asked, trials=tried(short, shape)).as_dict(rates)[
+            "seconds_known"
+        ]
         job.progress.say(f"with --recipe {SHORT} it takes {span(seconds)}; ctrl-c stops, the same command goes on")
 
 
@@ -286,6 +292,7 @@ def make_plan(
     asked: Sequence[float] | None = None,
     *,
     rehearse: bool = False,
+    trials: Trials | None = None,
 ) -> Plan:
     """Count what a recipe will take, from the model's shapes alone.
 
@@ -298,6 +305,7 @@ def make_plan(
         output: folder of the result; None: it stays in memory.
         asked: sparsities that a family makes results of; None: of the recipe's own.
         rehearse: whether searches are held on a stand-in table, to say how long they take.
+        trials: what is known of how long the pruner works; None: it is left out.
 
     Raises:
         WrongInput: the budget cannot be met, a finisher or an exporter cannot do what is asked, or memory is no amount.
@@ -312,7 +320,13 @@ def make_plan(
     order = Order(adapter, parts.form.units, parts.recipe.code)
     for exporter in parts.exporters:
         exporter.check(order)
-    return planned(parts, shape, adapter, spaces, output, asked, rehearse=rehearse)
+    return planned(parts, shape, adapter, spaces, output, asked, rehearse=rehearse, trials=trials)
+
+
+def tried(parts: Parts, shape: tuple[PreTrainedModel, ModelAdapter]) -> Trials:
+    """Where the recipe's pruner can be tried, to say how long it works."""
+    recipe, stored = parts.recipe, next(shape[0].parameters()).dtype
+    return Trials(parts.pruner, parts.pruner.needs, recipe.damping, resolved_devices(recipe.device)[0], stored)
 
 
 def choose_devices(recipe: Recipe, plan: Plan) -> list[torch.device]:

@@ -22,7 +22,7 @@ from prunekit.data.draws import Draws
 from prunekit.errors import PluginError
 from prunekit.export import hf
 from prunekit.measure.perplexity import Perplexity, perplexity
-from prunekit.measure.samples import PROMPTS, Sample, samples
+from prunekit.measure.samples import NEW, PROMPTS, Sample, samples
 from prunekit.models import paging
 from prunekit.plugins.allocator import Problem
 from prunekit.plugins.dense import Dense
@@ -238,7 +238,7 @@ class Run:
         if self.dense.shares.blocks is not None:
             self.progress.say("the model is read block by block, which is too slow to write: there are no samples")
             return []
-        with self.clock("sample"), self.progress.stage("writing samples", count) as stage:
+        with self.clock("sample"), self.progress.stage("writing samples", 1 + NEW) as stage:
             return samples(model, self.dense.tokenizer, PROMPTS[:count], stage=stage)
 
     def time_result(self, small: PreTrainedModel, plan: Allocation) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from prunekit.layer.layouts import layout_of
 from prunekit.layer.problem import judging_flops
 from prunekit.layer.statistics import MapShape, Statistic
 from prunekit.measure.perplexity import HIDDEN_BYTES, LOGITS_AT_ONCE
+from prunekit.measure.samples import NEW
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.models.blocks import TOKENS_AT_ONCE, forward_flops
 from prunekit.plugins.adapter import ModelAdapter, linear_at
@@ -30,6 +31,7 @@ from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.run.plan.plan import HEARING, SEARCH, Stage
 from prunekit.run.plan.rehearsal import Rehearsal
+from prunekit.run.plan.trial import Trials
 from prunekit.search import supernet
 from prunekit.search.store import CandidateStore
 from prunekit.search.teacher import Teacher
@@ -39,6 +41,7 @@ from prunekit.system.memory import Shares
 
 FLOAT, DOUBLE = 4, 8  # bytes
 CUSHION = 64 << 20  # bytes: what libraries take when they are first used; of a run on a tiny model 64 MB were measured
+STEP = 32  # a step of writing reads all weights, and takes as long as so many tokens that are read at once
 KEPT = 4  # of what comes and goes, at most one part in so many stays with the C library or lies in too small pieces
 KEPT_MOST = 128 << 20  # bytes that stay at most: what is larger than 32 MiB goes back to the system at once
 
@@ -150,6 +153,7 @@ class Count:
     before: Runs | None = None  # in which a metric is measured before the search
     after: Runs | None = None  # and on every result
     records: int = 0  # bytes of the small files, which hold no weights
+    trials: Trials | None = None  # of the pruner; None: how long it works is not known
 
     @cached_property
     def everything(self) -> int:
@@ -295,6 +299,14 @@ class Count:
             read=models * self._stored if paged else 0,
             flops=small + first * shape.forward(judged, self.seqlen, head=True), member=member.name,
         )  # fmt: skip
+        if recipe.samples and not paged:
+            steps = (1 + NEW) * max(recipe.samples, STEP)
+            yield Stage(
+                member.called("sample"), both + CUSHION,
+                flops=shape.forward(steps, self.seqlen, head=True)
+                + shape.forward(steps, self.seqlen, head=True, share=self._share(member)),
+                member=member.name,
+            )  # fmt: skip
         if self.after is not None:
             yield Stage(
                 member.called("time the result"), both + CUSHION,
@@ -390,6 +402,7 @@ class Count:
         centre = dict(zip(space.sites, space.nearest(space.uniform()), strict=True))
         size, streams = shape.computed.itemsize, 1 + any("dense" in each.sees for each in statistics)
         memory = disk = spill = doubles = 0
+        took: float | None = 0.0
         flops = streams * shape.forward(tokens, self.seqlen, head=False)
         for _, members in groupby(space.sites, key=lambda site: site.block):
             block = [(s.d_in, shape.adapter.part(s) is not None, bool(s.input_group)) for s in members]
@@ -405,6 +418,8 @@ class Count:
             kept = (centre[site],) if alone else ladder
             asked = kept if at_once else ladder
             there_at_once = ladder[:PRICED_AT_ONCE] if alone else ladder  # with other options a pruner may not nest
+            tried = None if self.trials is None else self.trials.seconds(site, fed, ladder, kept if alone else None)
+            took = None if took is None or tried is None else took + tried
             weights = site.d_in * d_out * (len(there_at_once) * each + 2 * DOUBLE + 2 * size)
             # sums and what is added to them, or their means where they are shared; then means alone
             made = (site.d_in if paired else d_out) if streams == 2 else 0
@@ -425,7 +440,8 @@ class Count:
                 doubles += once if at_once else many
         inside, spilled = shares.split(spill)
         read = 0 if shares.blocks is None else self._stored_blocks
-        unknown = f"the work of {self.recipe.pruner['name']} itself"
+        unknown = "" if took is not None else f"the work of {self.recipe.pruner['name']} itself"
         return Stage(
-            name, held + memory, (shares.blocks or 0) + inside, disk, spilled, read, flops, doubles, unknown, member
+            name, held + memory, (shares.blocks or 0) + inside, disk, spilled, read, flops, doubles, took or 0.0,
+            unknown, member,
         )  # fmt: skip

@@ -20,6 +20,7 @@ from prunekit.recipe.schema import Recipe
 from prunekit.run.plan.count import Count, Member, Shape
 from prunekit.run.plan.plan import Plan
 from prunekit.run.plan.rehearsal import Rehearsal, list_passes, rehearsed
+from prunekit.run.plan.trial import Trials
 from prunekit.run.workplace import written
 from prunekit.search.conversation import Known
 from prunekit.space.ladders import Space
@@ -41,11 +42,13 @@ def planned(
     asked: Sequence[float] | None = None,
     *,
     rehearse: bool = False,
+    trials: Trials | None = None,
 ) -> Plan:
     """What a recipe will take for a model of which the skeleton is enough.
 
     `wholes`: the space of the recipe, or of every member of its family; `asked`: the sparsities of those that results
-    are made of, None: of the recipe's. Only where it is asked for, searches are rehearsed to say how long they take.
+    are made of, None: of the recipe's. Only where it is asked for, searches are rehearsed and the pruner is tried, to
+    say how long they take.
 
     Raises:
         WrongInput: the recipe's memory is no amount, or its metric cannot be measured on this model.
@@ -84,7 +87,7 @@ def planned(
         measured, after = metric.unit, metric.runs_after(whole_model)
         before = metric.runs_before(whole_model, shape.sites) if metric.prices is None else None
     records = _records(recipe, shape.sites, sum(member.wanted for member in members))
-    count = Count(parts, shape, tokens, seqlen, members, before, after, records)
+    count = Count(parts, shape, tokens, seqlen, members, before, after, records, trials)
 
     def of(shares: Shares) -> Plan:
         stages = tuple(count.stages(shares))

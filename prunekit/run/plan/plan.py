@@ -30,6 +30,7 @@ class Stage:
     read: int = 0  # bytes that are read
     flops: int | None = 0  # in the dtype of the computation; None: nobody knows
     doubles: int = 0  # in float64
+    own: float = 0.0  # seconds of plug-ins, as they were tried
     unknown: str = ""  # what else takes time
     member: str = ""  # of a family, by its sparsity, that has this stage to itself
 
@@ -43,7 +44,7 @@ class Stage:
         if self.flops is None:
             return None
         products = self.flops / rates.flops + self.doubles / rates.doubles
-        return products + self.writes / rates.write + self.read / rates.read
+        return products + self.own + self.writes / rates.write + self.read / rates.read
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def test_what_a_run_takes_is_said_before_it_begins_and_what_would_take_less(
     flags = [str(model), "-o", str(tmp_path / "out"), "--pruner", "magnitude", "--dataset", str(text), *few]
     flags += ["--set", "data.evaluation_tokens=64", "--set", "verify=false", "--objective", "perplexity"]
     said = run("prune", *flags).stderr.splitlines()
-    (line,) = [number for number, each in enumerate(said) if each.startswith("this takes at least ")]
+    (line,) = [number for number, each in enumerate(said) if re.match(r"this takes [\d.]+ s, ", each)]
     assert re.search(r"of memory and .* of disk; `prunekit plan` with the same options says where$", said[line])
     assert line < min(number for number, each in enumerate(said) if each.startswith("prune 1 "))
     assert "--recipe fast" not in "".join(said)
@@ -179,7 +179,8 @@ def test_plan_has_every_option_of_prune_and_says_what_it_would_take(model: Path,
     assert result.exit_code == 0, result.output
     lines = [line.split() for line in result.stdout.splitlines()]
     assert {"open", "prune", "search", "rebuild", "evaluate", "export", "in"} <= {line[0] for line in lines}
-    assert "the work of magnitude itself" in result.stdout
+    assert "magnitude itself" not in result.stdout  # the pruner was tried
+    assert "at least" not in result.stdout
     assert "opened whole" in result.stdout
     told = json.loads(run("plan", *flags.split(), "--json").stdout)
     names = ["open", "fisher", "prune 1", "search 1", "rebuild", "evaluate", "export"]

@@ -275,6 +275,27 @@ def test_what_fits_is_opened_whole_and_what_does_not_block_by_block(folder, larg
     assert not plan_of(folder, memory="1MB").paged  # blocks of nothing
 
 
+def test_a_pass_takes_as_long_as_its_pruner_where_it_was_tried(folder):
+    recipe = Recipe.load("fast").with_overrides({"model": str(folder), "samples": 3, "data.seqlen": 16})
+    parts, shape = resolve(recipe), skeleton(str(folder))
+    trials, untried = session.tried(parts, shape), make_plan(parts, *shape, None)
+    by_name = {stage.name: stage for stage in make_plan(parts, *shape, None, rehearse=True, trials=trials).stages}
+    passes = [by_name["prune 1"], by_name["rebuild"]]
+    assert all(stage.own > 0 and not stage.unknown for stage in passes)
+    few, many = (
+        count * len(sites_of(*shape, "groups")) for count in (min(trials.known.values()), max(trials.known.values()))
+    )
+    assert all(few <= stage.own <= many for stage in passes)
+    rates = Rates(1e9, 1e9, 1e8, 1e8)
+    assert by_name["rebuild"].seconds(rates) > by_name["rebuild"].own
+    assert [stage.unknown for stage in untried.stages if stage.name in ("prune 1", "rebuild")] == [
+        "the work of obs itself"
+    ] * 2
+    assert by_name["sample"].flops > by_name["evaluate"].flops / 100
+    plain = make_plan(resolve(recipe.with_overrides({"samples": 0})), *shape, None)
+    assert "sample" not in [stage.name for stage in plain.stages]
+
+
 def test_a_plan_says_which_stages_there_are_and_what_nobody_knows(folder, tmp_path):
     plan = plan_of(folder, tmp_path / "new" / "out", **{"finishers": ["bias"], "data.seqlen": 16})
     assert [stage.name for stage in plan.stages] == [

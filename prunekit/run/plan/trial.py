@@ -1,0 +1,144 @@
+"""How long a pruner works, measured on layers that stand in for those of the model."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.calibration.fill import PRICED_AT_ONCE
+from prunekit.calibration.moments import Moments, collected
+from prunekit.calibration.statistics import statistics_of
+from prunekit.layer.problem import LayerProblem, Producer
+from prunekit.layer.statistics import MapShape, Need, Received, named
+from prunekit.plugins.pruner import LocalPruner
+from prunekit.space.sites import Site
+from prunekit.system.rates import wait_for
+
+FIRST = 512  # columns of the first stand-in
+ENOUGH = 0.3  # seconds: what takes as long is not tried on a wider layer
+WINDOW = 8  # tokens of a stand-in's windows
+
+Fed = Sequence[tuple[int, int]]
+"""(rows that go with a group, columns) of every producer layer."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Seconds that a pruner takes, as far as it was tried; every question is answered once."""
+
+    pruner: LocalPruner
+    needs: frozenset[Need]
+    damping: float
+    device: torch.device
+    stored: torch.dtype  # of weights
+    known: dict[Any, float | None] = field(default_factory=dict)
+
+    def seconds(
+        self, site: Site, producers: Mapping[str, MapShape], ladder: Sequence[int], made: Sequence[int] | None
+    ) -> float | None:
+        """What the pruner takes for one layer.
+
+        Args:
+            site: of the layer.
+            producers: the linear maps whose rows go with its groups.
+            ladder: counts it is asked for.
+            made: those of them that candidates are made of, where the others are only priced; None: all.
+
+        Returns:
+            Seconds; of wide layers carried on from narrower ones of the same form, as work that grows with the third
+            power of the width. None: it did not work on the stand-in.
+        """
+        counts, few = (tuple(kept / site.n_groups for kept in some) for some in (ladder, made or ()))
+        fed = tuple(sorted((shape.d_out // site.n_groups, shape.d_in) for shape in producers.values()))
+        key = (site.d_in, site.d_out, site.group_size, site.form, fed, counts, few)
+        if key not in self.known:
+            try:
+                self.known[key] = self._tried(site, fed, counts, few)
+            except Exception as error:  # a plug-in may refuse a layer that is made up
+                _log.info("%s was not tried on %s: %s", type(self.pruner).__name__, site.name, error)
+                self.known[key] = None
+        return self.known[key]
+
+    def _tried(self, site: Site, fed: Fed, ladder: Sequence[float], made: Sequence[float]) -> float:
+        part, columns = math.lcm(site.group_size, site.form.m or 1), min(FIRST, site.d_in)
+        while True:
+            width = site.d_in if columns == site.d_in else max(1, columns // part) * part
+            layer, step = self._stand_in(site, width, fed), site.form.step(width)
+
+            def counts(shares: Sequence[float], n: int = layer.n_groups, step: int = step) -> list[int]:
+                return sorted({max(site.form.least(n * site.group_size), round(x * n / step) * step) for x in shares})
+
+            started = time.perf_counter()
+            times = self._work(layer, counts(ladder), counts(made))
+            took = times * (time.perf_counter() - started)
+            if took >= ENOUGH or width == site.d_in:
+                return took * (site.d_in / width) ** 3
+            columns = min(2 * columns, site.d_in)
+
+    def _work(self, layer: LayerProblem, ladder: Sequence[int], made: Sequence[int]) -> int:
+        """Ask for some counts, and say how many times as often all are asked for."""
+        nested, times = self.pruner.nested(layer) if made else None, 1
+        if nested is not None:
+            _ = nested.losses, nested.candidates(made)
+        else:
+            some, times = (ladder[:PRICED_AT_ONCE], -(-len(ladder) // PRICED_AT_ONCE)) if made else (ladder, 1)
+            self.pruner.prune(layer, some)
+        wait_for(self.device)
+        return times
+
+    @torch.no_grad()
+    def _stand_in(self, site: Site, width: int, fed: Fed) -> LayerProblem:
+        """A layer of so many columns in the proportions of a site's, with all that the pruner needs."""
+        generator, place, share = torch.Generator().manual_seed(0), self.device, width / site.d_in
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(place)
+
+        def less(count: int) -> int:
+            return max(1, round(share * count))
+
+        needs, n_groups, d_out = named(self.needs), width // site.group_size, less(site.d_out)
+        tokens = WINDOW * (2 * width // WINDOW + 1)
+        x = (normal(tokens, width) + normal(tokens, 1)) * normal(width).exp()  # correlated, of very different size
+        linear = nn.Linear(width, d_out, bias=False, device="meta")
+        linear.weight = nn.Parameter(normal(d_out, width) / width**0.5, requires_grad=False)
+        weights = {str(i): normal(n_groups * rows, less(columns)) for i, (rows, columns) in enumerate(fed)}
+        maps = {path: MapShape(weight.shape[1], len(weight)) for path, weight in weights.items()}
+        moments = Moments.empty(
+            collected(statistics_of(self.needs), residual=True), MapShape(width, d_out), place, maps
+        )
+        stream = normal(tokens, d_out)
+        dense = Received(lambda: 1.1 * x, linear, WINDOW, lambda: 1.1 * stream)
+        moments.add(Received(lambda: x, linear, WINDOW, lambda: stream, dense))
+        for path, shape in maps.items():
+            moments.add_producer(path, Received(lambda shape=shape: normal(tokens, shape.d_in), length=WINDOW))
+
+        def learnt(weight: Tensor) -> dict[str, Tensor]:
+            if "gradient" not in needs:
+                return {}
+            return {"gradient": normal(*weight.shape), "fisher": normal(*weight.shape).square()}
+
+        values = moments.values(linear.weight)
+        cross, drift, energy = (values.pop(name, None) for name in ("cross", "drift", "energy"))
+        if "contrast" in needs:
+            values["contrast"] = moments.power
+        if "output-fisher" in needs:
+            values["output-fisher"] = stream.T @ stream / tokens
+        return LayerProblem(
+            linear.weight.to(self.stored), moments.gram, site.group_size, site.form, self.damping,
+            cross, drift, None if energy is None else float(energy), values | learnt(linear.weight),
+            tuple(
+                Producer(path, weight.to(self.stored), moments.values(weight, path) | learnt(weight))
+                for path, weight in weights.items()
+            ),
+            "a layer to try",
+        )  # fmt: skip

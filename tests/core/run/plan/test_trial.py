@@ -1,0 +1,103 @@
+"""How long a pruner works is measured on layers that stand in for those of the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+
+from prunekit import Candidate, LayerProblem, LocalPruner
+from prunekit.calibration.fill import PRICED_AT_ONCE
+from prunekit.layer.problem import Nested
+from prunekit.layer.statistics import MapShape
+from prunekit.plugins.registry import PRUNERS
+from prunekit.run.plan import trial
+from prunekit.run.plan.trial import ENOUGH, FIRST, Trials
+from prunekit.space.forms import GROUPS, WEIGHTS, Pattern
+from prunekit.space.sites import Site
+
+
+@dataclass(frozen=True)
+class Slow(LocalPruner):
+    """Keeps the first groups, in as many seconds as the layer has columns to the third power, times `pace`."""
+
+    clock: list[float] = field(default_factory=lambda: [0.0])
+    pace: float = 0.0
+    nests: bool = False
+    asked: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+
+    def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
+        self.clock[0] += self.pace * layer.d_in**3
+        self.asked.append((layer.d_in, tuple(keeps)))
+        return [layer.masked(range(keep)) for keep in keeps]
+
+    def nested(self, layer: LayerProblem) -> Nested | None:
+        self.clock[0] += self.pace * layer.d_in**3
+        return layer.nested(range(layer.n_groups)) if self.nests else None
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def site(n_groups: int, size: int = 1, form: Any = GROUPS, d_out: int = 6) -> Site:
+    return Site("layer", 0, "mlp" if form.shrinks else "linear", n_groups, size, 3 * d_out, d_out=d_out, form=form)
+
+
+def trials(pruner: LocalPruner, stored: torch.dtype = torch.float32) -> Trials:
+    return Trials(pruner, pruner.needs, 0.1, torch.device("cpu"), stored)
+
+
+def test_what_is_quick_is_tried_at_its_full_width_and_once(clock: list[float]) -> None:
+    tried, wide = trials(pruner := Slow(clock, 1e-12)), site(3 * FIRST)
+    ladder = [3 * FIRST, FIRST, 0]
+    assert tried.seconds(wide, {}, ladder, None) == pytest.approx(1e-12 * (3 * FIRST) ** 3)
+    assert pruner.asked == [
+        (width, (0, round(width / 3), width)) for width in (FIRST, 2 * FIRST, 3 * FIRST)
+    ]  # the same shares
+    tried.seconds(replace(wide, name="another"), {}, ladder, None)
+    assert len(pruner.asked) == 3
+
+
+def test_what_is_slow_is_carried_on_from_a_narrow_layer(clock: list[float]) -> None:
+    pace = 2 * ENOUGH / FIRST**3
+    found = trials(pruner := Slow(clock, pace)).seconds(site(64 * FIRST), {}, [FIRST], None)
+    assert found == pytest.approx(pace * (64 * FIRST) ** 3)
+    assert [width for width, _ in pruner.asked] == [FIRST]
+
+
+@pytest.mark.parametrize("nests", [True, False])
+def test_counts_that_are_only_priced_take_one_factor_or_batches_of_all(clock: list[float], nests: bool) -> None:
+    ladder, pace = range(2 * PRICED_AT_ONCE + 1), 1e-9
+    found = trials(pruner := Slow(clock, pace, nests)).seconds(site(60), {}, ladder, [30])
+    asked = [keeps for _, keeps in pruner.asked]
+    assert asked == ([] if nests else [tuple(range(PRICED_AT_ONCE))])
+    assert found == pytest.approx(pace * 60**3 * (1 if nests else 2 * 3))  # without, both are asked
+
+
+def test_a_pruner_that_refuses_the_layer_is_not_known() -> None:
+    class Choosy(Slow):
+        def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
+            raise ValueError("not this layer")
+
+    assert trials(Choosy()).seconds(site(8), {}, [4], None) is None
+
+
+FORMS = {"groups": GROUPS, "weights": WEIGHTS, "n:m": Pattern(2, 4)}
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("units", FORMS)
+def test_every_built_in_pruner_works_on_a_stand_in(name: str, units: str) -> None:
+    pruner, form = PRUNERS.build({"name": name}), FORMS[units]
+    if units not in pruner.structures:
+        pytest.skip(f"{name} is not for {units}")
+    fed = {"up": MapShape(5, 24), "gate": MapShape(5, 24)} if form.shrinks else {}
+    for stored in (torch.float32, torch.bfloat16):
+        found = trials(pruner, stored).seconds(site(24, form=form), fed, [12, 6], None)
+        assert found is not None
+        assert found > 0
