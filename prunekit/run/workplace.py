@@ -26,6 +26,7 @@ from prunekit.system.files import (
     MODEL_FILES,
     SEAL,
     Damaged,
+    check_name,
     clear,
     digest,
     files_in,
@@ -121,6 +122,7 @@ def check_output(output: Path, *, overwrite: bool, sources: Iterable[str | Path]
     Raises:
         WrongInput: says what is in the way.
     """
+    check_name(output)
     try:
         place = output.resolve()
         partial = _beside(place, "partial")

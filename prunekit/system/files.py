@@ -26,6 +26,18 @@ class Damaged(CannotGoOn):
     """A file is not what was written."""
 
 
+def check_name(name: str | Path) -> None:
+    """Refuse a name with bytes that are no text, which no recipe could name and safetensors cannot open.
+
+    Raises:
+        WrongInput: it is one.
+    """
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        raise WrongInput(f"{str(name)!r} is not UTF-8; rename it") from None
+
+
 def settle(path: Path) -> None:
     """Wait until a file is on disk."""
     with path.open("rb") as file:
