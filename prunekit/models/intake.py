@@ -68,6 +68,10 @@ def check_folder(folder: Path, source: str) -> None:
         raise quantized(source, beside[0])
     if (folder / WEIGHTS).exists() or (folder / INDEX).exists():
         _ = Shards.of(str(folder), source).tensors
+        if not (folder / WEIGHTS).exists() and not isinstance(_read(folder / INDEX).get("metadata"), dict):
+            raise WrongInput(
+                f"{folder / INDEX} has no metadata, which transformers reads; add a mapping, may it be empty"
+            )
     else:
         _check_bin(folder, source)
 

@@ -57,7 +57,8 @@ def cannot_open(source: str, error: BaseException, what: str = "is not a model t
         try:
             read_json(file)
         except WrongInput as broken:
-            return broken
+            error = broken
+            break
     return WrongInput(f"{source!r} {what}: {one_line(error)}")
 
 

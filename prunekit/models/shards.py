@@ -132,15 +132,12 @@ def files_of_index(index: Path) -> list[str]:
         WrongInput: it names none.
     """
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))
-        names = sorted(set(found["weight_map"].values()))
-        if isinstance(found["metadata"], dict) and names and all(map(_is_inside, names)):
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if names and all(map(_is_inside, names)):
             return names
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         pass
-    raise WrongInput(
-        f"{index} does not say which tensor is in which file beside it, with metadata; it is damaged, fetch it again"
-    )
+    raise WrongInput(f"{index} does not say which tensor is in which file beside it; it is damaged, fetch it again")
 
 
 def _is_inside(name: str) -> bool:

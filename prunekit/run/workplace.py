@@ -100,7 +100,9 @@ def claimed(
         WrongInput: it holds something else, or another process works on it.
     """
     if place.is_dir() and any(place.iterdir()) and not (place / LOCK).exists():
-        raise WrongInput(f"{place} is where this run would work, but holds other files; choose another --output")
+        raise WrongInput(
+            f"{place} is where this run would work, but holds other files; move them, or choose another --output"
+        )
     place.mkdir(parents=True, exist_ok=True)
     lock = FileLock(place / LOCK, blocking=False)  # the system gives it back when a process is killed
     try:
@@ -278,7 +280,9 @@ def _take(
     file, wanted = place / CARD, _plain(identity)
     ours = {LOCK, CARD, temporary_of(file).name}
     if not file.exists() and any(path.name not in ours for path in place.iterdir()):
-        raise WrongInput(f"{place} is where this run would work, but holds other files; choose another --output")
+        raise WrongInput(
+            f"{place} is where this run would work, but holds other files; move them, or choose another --output"
+        )
     if file.exists():
         card = _card(place)
         found = {} if card is None else card["identity"]

@@ -285,6 +285,8 @@ def test_a_place_of_another_kind_is_refused_before_any_work(tmp_path):
     for place in (tmp_path / "loop", tmp_path / ("x" * 250), tmp_path / ("x" * 300)):
         with pytest.raises(WrongInput, match="cannot be made"):
             check_output(place, overwrite=False)
+    with pytest.raises(WrongInput, match="is not UTF-8; rename it"):
+        check_output(tmp_path / os.fsdecode(b"caf\xe9"), overwrite=False)
     (tmp_path / "out.partial").write_text("")
     with pytest.raises(WrongInput, match="is a file"):
         check_output(tmp_path / "out", overwrite=False)
