@@ -32,6 +32,10 @@ class Sentences(TyperGroup):
             raise _ended(str(error), WRONG) from error
         except PermissionError as error:
             raise _ended(f"{error.filename}: permission denied; choose another place", WRONG) from error
+        except SystemExit as error:  # no command of ours says so, but what it called has: 0 would mean that all is well
+            raise _ended(
+                f"something that was called would end the process (SystemExit: {error.code})", BROKEN
+            ) from error
         except CannotGoOn as error:
             raise _ended(str(error), BROKEN) from error
         except KeyboardInterrupt as error:

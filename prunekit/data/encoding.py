@@ -79,7 +79,11 @@ class Encoder:
 
     def _encode(self, text: str, apart: bool = False) -> list[int]:
         more = {"split_special_tokens": True} if apart else {}
-        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False, **more)
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False, verbose=False, **more)
+        except Exception as error:  # of a parser of files of somebody else's
+            said = f"{type(error).__name__}: {first_line(error)}"
+            raise WrongInput(f"the tokenizer cannot encode {text[:20]!r}: {said}; see to its files") from error
 
     def _broken(self, text: str) -> str:
         return self._produced.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)

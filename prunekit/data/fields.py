@@ -68,6 +68,7 @@ def content_of(row: Any, field: str | None, where: str) -> str | Conversation | 
         field = next((name for name in ("text", *CHATS) if row.get(name) is not None), None)
         if field is None and has(row, INSTRUCTION) and has(row, OUTPUT):
             return _instruction(row, where)
+        field = field or next((name for name in CHATS if name in row), None)  # that is null
     parts = _parts(row, field or "text")
     values = [_found(row, part) for part in parts]
     how = "; name it with data.field, as a, a.b or a,b"

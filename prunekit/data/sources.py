@@ -16,10 +16,12 @@ from prunekit.data import python_docs
 from prunekit.data.fields import BETWEEN, Conversation, columns_of, content_of, has
 from prunekit.data.rows import JSON, PARQUET, Row, json_rows, kind, numbered, parquet_rows, text_pieces, what_is
 from prunekit.errors import WrongInput, first_line
+from prunekit.system.files import check_name
 from prunekit.system.progress import Progress
 
 SLICE = 100_000  # characters a tokenizer sees at a time
 PATIENCE = 3.0  # seconds to find out whether the hub answers
+TABLES = (".csv", ".tsv")  # of which only the text is read
 FORMS = "a text, .jsonl, .json or .parquet file"
 Chat = Callable[[Conversation], "str | list[int]"]
 
@@ -110,6 +112,7 @@ def is_file(dataset: str) -> bool:
     """
     if dataset in NAMES:
         return False
+    check_name(dataset)
     path, there = Path(dataset), what_is(dataset)
     if there == "file":
         return True
@@ -150,6 +153,11 @@ def source_of(
         WrongInput: no such data set, or a split or config of a file.
     """
     if is_file(name):
+        if field is not None and kind(name) in TABLES:
+            raise WrongInput(
+                f"{name} is read as one text, which has no field {field!r}; save its rows as .jsonl or .parquet, "
+                "or leave data.field away"
+            )
         if split or config:
             raise WrongInput(f"a file has no split or config; {name!r} was asked for {split or config!r}")
         return Source(name, None, None, field)

@@ -7,6 +7,7 @@ names file and key.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,7 +55,7 @@ def parse_config(source: str, path: str, *, trust_remote_code: bool = False) -> 
         WrongInput: it cannot be read, or holds what no model has.
     """
     file = Path(path) / CONFIG
-    values = read_json(file) if file.is_file() else {}
+    values = read_json(file) if os.path.lexists(file) else {}
     for key, value in _numbers(values):
         _check(file, key, value)
     for key, known in OUTPUTS.items():
@@ -62,7 +63,7 @@ def parse_config(source: str, path: str, *, trust_remote_code: bool = False) -> 
             raise WrongInput(f"{file}: {key} is {values[key]!r}, and models are run with {known[0]}; remove that key")
 
     def read(values: dict[str, Any]) -> Any:
-        return AutoConfig.for_model(**values)
+        return CONFIG_MAPPING[values["model_type"]].from_dict(values)
 
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)

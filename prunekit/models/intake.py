@@ -18,6 +18,7 @@ from prunekit.models.shards import INDEX, WEIGHTS, Shards, files_of_index, is_pa
 
 BIN = "pytorch_model.bin"
 POINTER = b"version https://git-lfs.github.com/spec/"
+READ = {".json", ".safetensors", ".bin", ".model", ".jinja"}  # suffixes of what libraries open
 QUANTIZED = ("quantization_config", "compression_config", "quantization")  # keys of a config, the last of MLX
 QUANTIZED_BESIDE = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
 
@@ -51,13 +52,15 @@ def check_folder(folder: Path, source: str) -> None:
             whole.
     """
     for file in sorted(folder.iterdir()):
+        if file.suffix in READ and file.exists() and not (file.is_file() or file.is_dir()):
+            raise WrongInput(f"{file} is a pipe or a device, which may never end; put the file itself there")
         if file.is_file() and _begins(file, POINTER):
             raise WrongInput(f"{file} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder")
-    if (adapter := folder / "adapter_config.json").exists():
-        base = _read(adapter).get("base_model_name_or_path")
+    if adapters := sorted(folder.glob("adapter_*")):
+        base = _read(folder / "adapter_config.json").get("base_model_name_or_path")
         of = f"for {base!r}" if base else "and does not say for which model"
         raise WrongInput(
-            f"{source!r} holds an adapter {of} (adapter_config.json); merge it into its model, with "
+            f"{source!r} holds an adapter {of} ({adapters[0].name}); merge it into its model, with "
             "merge_and_unload() of peft, and prune what that gives"
         )
     check_config(_read(folder / "config.json"), source)
@@ -65,6 +68,10 @@ def check_folder(folder: Path, source: str) -> None:
         raise quantized(source, beside[0])
     if (folder / WEIGHTS).exists() or (folder / INDEX).exists():
         _ = Shards.of(str(folder), source).tensors
+        if not (folder / WEIGHTS).exists() and not isinstance(_read(folder / INDEX).get("metadata"), dict):
+            raise WrongInput(
+                f"{folder / INDEX} has no metadata, which transformers reads; add a mapping, may it be empty"
+            )
     else:
         _check_bin(folder, source)
 

@@ -196,12 +196,18 @@ def loaded(
         with without_bars():
             # the dtype goes to the loader: a cast afterwards would round the buffers of the rotary embedding as well
             found: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+                path,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
             )
     except Exception as error:  # of several parsers, of files of somebody else's
         raise cannot_open(source, error) from error
     check_loaded(source, path)
     model, report = found
+    for name, there, wanted in sorted(report["mismatched_keys"])[:1]:
+        raise WrongInput(f"{source!r}: {name} is {tuple(there)}, and its config asks for {tuple(wanted)}")
     paging.check_names(source, report["missing_keys"], paging.unused(path, model) | report["unexpected_keys"])
     return settle_ties(model)
 

@@ -7,9 +7,11 @@ from functools import cache
 from pathlib import Path
 
 from prunekit.errors import WrongInput, one_line
+from prunekit.system.files import check_name, read_json
 from prunekit.system.progress import warn_once
 
 SECONDS = 10  # to wait for the hub
+OF_LIBRARIES = ("tokenizer*.json", "special_tokens_map.json", "generation_config.json")  # what only they read
 DEVICE = re.compile(r"auto|(cpu|cuda)(:\d{1,3})?")
 
 
@@ -29,6 +31,7 @@ def located(source: str) -> str:
     Raises:
         WrongInput: it is a file, or can only be a folder and is not there.
     """
+    check_name(source)
     try:
         path = Path(source).expanduser()
         is_file = path.is_file()
@@ -50,6 +53,12 @@ def cannot_open(source: str, error: BaseException, what: str = "is not a model t
             f"{source!r} comes with code of its own, which runs only where the caller allows it, with "
             "--trust-remote-code or trust_remote_code=True"
         )
+    for file in sorted(file for name in OF_LIBRARIES for file in Path(source).expanduser().glob(name)):
+        try:
+            read_json(file)
+        except WrongInput as broken:
+            error = broken
+            break
     return WrongInput(f"{source!r} {what}: {one_line(error)}")
 
 

@@ -133,11 +133,16 @@ def files_of_index(index: Path) -> list[str]:
     """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if names and all(isinstance(name, str) for name in names):
+        if names and all(map(_is_inside, names)):
             return names
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         pass
-    raise WrongInput(f"{index} does not say which tensor is in which file; it is damaged, fetch it again")
+    raise WrongInput(f"{index} does not say which tensor is in which file beside it; it is damaged, fetch it again")
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a path leads nowhere but into the folder that it starts from."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def is_packed(name: str, dtype: str) -> bool:

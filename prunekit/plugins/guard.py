@@ -24,14 +24,19 @@ def unchanged(plugin: object, where: str = "", *, values: bool = False, **given:
     Args:
         plugin: who.
         where: it works, for the message.
-        values: whether sums of all values are compared too, which sees what `tensor.data` hides; else versions alone.
+        values: whether sums over all values and their places are compared too, which see what `tensor.data` hides; else
+            versions alone.
         given: tensors, modules, and what holds some, by name.
 
     Raises:
-        PluginError: a tensor is not as it was.
+        PluginError: a tensor is not as it was, or it asked for the end of the process.
     """
     before = {name: (tensor, _mark(tensor, values=values)) for name, tensor in _tensors(given)}
-    yield
+    try:
+        yield
+    except SystemExit as error:
+        who = type(plugin).__name__
+        raise PluginError(f"a plug-in would end the process (SystemExit: {error.code}), while {who} worked") from error
     after = dict(_tensors(given))
     for name, (tensor, mark) in before.items():
         if name in after and (after[name] is not tensor or _mark(tensor, values=values) != mark):
@@ -94,4 +99,6 @@ def _mark(tensor: Tensor, *, values: bool) -> tuple[int, ...]:
         return version, tensor.data_ptr()
     bits = tensor.detach().contiguous().view(_BITS.get(tensor.element_size(), torch.int8)).flatten()
     # some at a time: a sum of narrow integers first makes all of them wide
-    return version, tensor.data_ptr(), sum(int(some.sum()) for some in bits.split(VALUES_AT_ONCE))
+    places = 2 * torch.arange(min(len(bits), VALUES_AT_ONCE), device=bits.device) + 1
+    sums = ((int(some.sum()), int((some * places[: len(some)]).sum())) for some in bits.split(VALUES_AT_ONCE))
+    return version, tensor.data_ptr(), *(one for both in sums for one in both)

@@ -82,7 +82,9 @@ class Entry:
         home, contract = self.point.value.partition(":")[0].partition(".")[0], pkgutil.resolve_name(self.contract)
         try:
             loaded = self.point.load()
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit, what pytest skips with
             if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != home:
                 raise ImportError(
                     f"{self.kind} {self.name!r} of {self.owner} needs {error.name!r}, which is not installed: "

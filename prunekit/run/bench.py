@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from prunekit.run.finish import finish_model
 from prunekit.run.prune import run_search
 from prunekit.run.session import Session
 from prunekit.run.spaces import whole_space
-from prunekit.run.stages import assemble
+from prunekit.run.stages import assemble, clear_folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +58,7 @@ class Bench:
             found |= {"perplexity": measured.value, "loss": measured.nll}
         if "objective" in self.metrics:
             found["objective"] = net.loss(parts.objective, plan, draws.search)
-        shutil.rmtree(folder)
+        clear_folder(folder)
         self._tidy(shelf)
         return {metric: float(found[metric]) for metric in self.metrics}
 
@@ -90,5 +89,5 @@ class Bench:
         for one, size in zip(passes, sizes, strict=True):
             if total <= self.disk:
                 break
-            shutil.rmtree(one)
+            clear_folder(one)
             total -= size

@@ -12,9 +12,9 @@ from typing import Any
 from prunekit.recipe.schema import Recipe
 from prunekit.report.document import promise
 from prunekit.run.prune import make_result, open_runs, run_search
-from prunekit.run.results import Result, write_result
+from prunekit.run.results import Result, clear_result, write_result
 from prunekit.run.session import Job
-from prunekit.run.stages import Run, clear_folder
+from prunekit.run.stages import Run
 from prunekit.run.workplace import check_output, new_folder, publish, published
 from prunekit.system.files import changed, copy_sealed, read_json, seal, write_json
 
@@ -64,7 +64,7 @@ class Family:
         """
         target = Path(directory)
         check_output(target, overwrite=overwrite, sources=[] if self.directory is None else [self.directory])
-        with new_folder(target) as folder:
+        with new_folder(target, overwrite=overwrite) as folder:
             for name, result in self.held.items():
                 write_result(result, folder / name)
             if self.directory is not None:
@@ -100,19 +100,21 @@ def family(recipe: Recipe, job: Job) -> Family:
             return _family(read_json(output / FILE), output, {}, runs[0])
         done, results, before = place / "result", dict[str, Result](), None
         done.mkdir(exist_ok=True)
+        for run in runs:
+            clear_result(run.place / "written", run.parts.exporters)
         for run, (net, answer) in zip(runs, run_search(runs), strict=True):
             name = str(run.parts.recipe.sparsity)
             if (done / name).exists():
                 if not (faults := changed(done / name)):
                     continue
                 run.progress.say(f"{name}: {faults[0]} is not what was written; it is made anew")
-                clear_folder(done / name)
+                clear_result(done / name, run.parts.exporters)
             before = before or run.measure_dense()
             result = make_result(run, net, answer, before, None if output is None else output / name)
             if output is None:
                 results[name] = result
                 continue
-            write_result(result, clear_folder(run.place / "written"))
+            write_result(result, run.place / "written")
             seal(run.place / "written")
             (run.place / "written").replace(done / name)
         reports = {
@@ -121,7 +123,7 @@ def family(recipe: Recipe, job: Job) -> Family:
         document = make_pareto(reports)
         if output is not None:
             write_json(done / FILE, document)
-            publish(done, output)
+            publish(done, output, overwrite=job.overwrite)
     return _family(document, output, results, runs[0])
 
 

@@ -16,9 +16,9 @@ from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.run.finish import finish_model
-from prunekit.run.results import Result, load_small, make_export, write_result
+from prunekit.run.results import Result, clear_result, load_small, make_export, write_result
 from prunekit.run.session import Job, open_session
-from prunekit.run.stages import Run, assemble, clear_folder
+from prunekit.run.stages import Run, assemble
 from prunekit.run.workplace import check_output, left, publish, published, unfinished, workplace
 from prunekit.search.conversation import Known
 from prunekit.search.supernet import Supernet
@@ -48,12 +48,13 @@ def prune(recipe: Recipe, job: Job) -> Result:
         if output is not None and published(place, output.resolve()):  # it was stopped while it tidied up
             blocks, trusted = runs[0].dense.shares.blocks, recipe.trust_remote_code
             return Result.load(output, blocks=blocks, trust_remote_code=trusted)
-        found = dict(zip(runs, run_search(runs), strict=True))
         run = next(run for run in runs if run.parts.recipe.sparsity == recipe.sparsity)
+        clear_result(place / "result", run.parts.exporters)
+        found = dict(zip(runs, run_search(runs), strict=True))
         result = make_result(run, *found[run], run.measure_dense(), output)
         if output is not None:
-            write_result(result, clear_folder(place / "result"))
-            publish(place / "result", output)
+            write_result(result, place / "result")
+            publish(place / "result", output, overwrite=job.overwrite)
     if output is not None and paging.pager_of(result.model) is not None:  # what it was cut from is gone
         model = load_small(output, result.blocks, trust_remote_code=recipe.trust_remote_code)
         return replace(result, model=model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prunekit.data.tokens import TokenBatch
-from prunekit.errors import CannotGoOn, NotVerified
+from prunekit.errors import CannotGoOn, NotVerified, WrongInput
 from prunekit.export import hf
 from prunekit.export.verify import TOLERANCE
 from prunekit.export.write import prove, write
 from prunekit.models import paging
 from prunekit.models.opening import fingerprint, load_tokenizer, loaded, stored_as
-from prunekit.plugins.exporter import Probe, Product
+from prunekit.plugins.exporter import Exporter, Probe, Product
 from prunekit.plugins.registry import EXPORTERS
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.report.card import write as write_report
 from prunekit.run.session import write_prices
 from prunekit.run.stages import Run
-from prunekit.run.workplace import check_output, new_folder
+from prunekit.run.workplace import check_output, is_of_result, new_folder
 from prunekit.search.supernet import Supernet
 from prunekit.space.sites import Allocation
-from prunekit.system.files import changed, copy_sealed, read_json, sealed
+from prunekit.system.files import changed, clear, copy_sealed, read_json, sealed
 
 PROBE = 1024  # tokens an export is verified on
 
@@ -84,7 +85,7 @@ class Result:
         """
         target = Path(directory)
         check_output(target, overwrite=overwrite)
-        with new_folder(target) as folder:
+        with new_folder(target, overwrite=overwrite) as folder:
             if self.probe is not None:
                 write_result(self, folder)
             elif self.directory is not None and sealed(self.directory) is not None and self._is_as(self.directory):
@@ -208,6 +209,17 @@ def write_result(result: Result, folder: Path) -> None:
             prove(exporters, folder, Probe(*result.probe, reporting.count(result.model), result.blocks))
         except NotVerified as error:
             raise CannotGoOn(f"the result was not kept: {error}") from error
+
+
+def clear_result(folder: Path, exporters: Sequence[Exporter]) -> None:
+    """Remove what an interrupted run has left of a result.
+
+    Raises:
+        WrongInput: there is something else.
+    """
+    own = {file for exporter in exporters for file in exporter.files(folder)}
+    if left := clear(folder, lambda file: file in own or is_of_result(f"result/{file.relative_to(folder).as_posix()}")):
+        raise WrongInput(f"{left[0]} is where a result will be written, and prunekit has not made it; move it away")
 
 
 def load_small(folder: Path, blocks: int | None, *, trust_remote_code: bool) -> PreTrainedModel:

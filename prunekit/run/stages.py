@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +41,7 @@ from prunekit.search.supernet import Supernet
 from prunekit.search.teacher import Teacher
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
-from prunekit.system.files import Damaged, read_state, write_state
+from prunekit.system.files import Damaged, clear, read_state, write_state
 from prunekit.system.memory import Room
 from prunekit.system.progress import Progress
 
@@ -273,6 +272,6 @@ def assemble(net: Supernet, plan: Allocation, parts: Parts) -> PreTrainedModel:
 
 
 def clear_folder(folder: Path) -> Path:
-    """Remove what an interrupted run has left in a folder that is of no use to another."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove what an interrupted run has left in a folder that is of no use to another: tensors, and lists of them."""
+    clear(folder, lambda path: path.suffix in (".safetensors", ".json", ".jsonl"))
     return folder

@@ -137,6 +137,12 @@ def open_study(
     return study
 
 
+def database_of(storage: str | None) -> Path | None:
+    """The file of a storage that is one, which other studies may share."""
+    kind, _, file = (storage or "").partition(":///")
+    return Path(file.partition("?")[0]).resolve() if kind.startswith("sqlite") and file else None
+
+
 def _mend(log: Path) -> None:
     """Undo what a writer that was killed has left: its lock, and half a line, to which the next would be added."""
     for lock in log.parent.glob(f"{log.name}.lock*"):  # this folder is ours alone, so nobody holds it

@@ -83,7 +83,10 @@ def tune(
         "sampler": sampler,
         "versions": ours["versions"] | {"optuna": optuna.__version__},
     }
-    folder = claimed(output, identity, "a study", resume=job.resume, overwrite=job.overwrite)
+    folder = claimed(
+        output, identity, "a study",
+        resume=job.resume, overwrite=job.overwrite, stays=studies.database_of(storage),
+    )  # fmt: skip
     with session.work_in(folder) as (session, place), studies.silence_optuna():
         study = studies.open_study(place, storage, study_name or output.name, identity, len(metrics), keep)
         bench = Bench(session, place, tuple(metrics), disk)

@@ -14,15 +14,20 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from prunekit.errors import WrongInput
+from prunekit.report.origin import is_legal
 from prunekit.system.files import (
+    MODEL_FILES,
     SEAL,
     Damaged,
+    check_name,
+    clear,
     digest,
     files_in,
     others,
@@ -40,10 +45,14 @@ _MADE = re.compile(  # whatever runs and studies write below the folder that the
     r"(\d[\d.e-]*/)?("  # a member of a family
     r"(walks/)?(walk|gradients|fisher)-[\w-]+/.*\.(safetensors|json)"
     r"|(teacher|activations|finisher-\d+)/.*\.(safetensors|json)"
-    r"|(result|written|replaced)/.*|\.?(run|prices|priced|base)\.json|ledger\.jsonl|\.prunekit\.lock"
+    r"|replaced/.*|\.?(run|prices|priced|base)\.json|ledger\.jsonl|\.prunekit\.lock"
     r"|trial-\w+/.*\.(safetensors|jsonl?)|study\.log.*|(best|pareto-\d+)\.yaml)",
     re.DOTALL,
 )
+
+_RESULT = re.compile(r"(\d[\d.e-]*/)?(result|written)/(\d[\d.e-]*/)?(?P<name>.*)", re.DOTALL)  # half-written ones
+_RESULT_FILES = (*MODEL_FILES, "recipe.yaml", "ledger.jsonl", "report.json", "README.md", "*.svg", "permissions")
+_RESULT_FILES += ("prices.json", "pareto.json", SEAL)
 
 
 @contextmanager
@@ -75,15 +84,25 @@ def workplace(
 
 @contextmanager
 def claimed(
-    place: Path, identity: Mapping[str, Any], what: str, *, resume: bool = True, overwrite: bool = False
+    place: Path,
+    identity: Mapping[str, Any],
+    what: str,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+    stays: Path | None = None,
 ) -> Iterator[Path]:
     """A folder for this process alone, with what an earlier one of the same identity has left there.
+
+    `stays` is a database that may lie in it, and is not removed.
 
     Raises:
         WrongInput: it holds something else, or another process works on it.
     """
     if place.is_dir() and any(place.iterdir()) and not (place / LOCK).exists():
-        raise WrongInput(f"{place} is where this run would work, but holds other files; choose another --output")
+        raise WrongInput(
+            f"{place} is where this run would work, but holds other files; move them, or choose another --output"
+        )
     place.mkdir(parents=True, exist_ok=True)
     lock = FileLock(place / LOCK, blocking=False)  # the system gives it back when a process is killed
     try:
@@ -91,7 +110,7 @@ def claimed(
     except Timeout as error:
         raise WrongInput(f"another process works on {place}; wait for it or choose another --output") from error
     try:
-        _take(place, identity, what, resume=resume, overwrite=overwrite)
+        _take(place, identity, what, resume=resume, overwrite=overwrite, stays=stays)
         yield place
     finally:
         lock.release()
@@ -105,6 +124,7 @@ def check_output(output: Path, *, overwrite: bool, sources: Iterable[str | Path]
     Raises:
         WrongInput: says what is in the way.
     """
+    check_name(output)
     try:
         place = output.resolve()
         partial = _beside(place, "partial")
@@ -169,12 +189,16 @@ def published(place: Path, output: Path) -> bool:
     )
 
 
-def publish(folder: Path, output: Path) -> None:
+def publish(folder: Path, output: Path, *, overwrite: bool = True) -> None:
     """Put a finished folder in the place of `output`, by rename, when all of it is on disk.
 
     At every moment the old result or the new one is there whole: in the place of `output`, or, between two renames,
     as `replaced` beside the new one, from where it comes back when the second rename fails.
+
+    Raises:
+        WrongInput: as of `check_output`: hours may have passed since it was asked.
     """
+    check_output(output, overwrite=overwrite)
     output, place = output.resolve(), folder.parent
     name = seal(folder)
     if (card := _card(place)) is not None:
@@ -194,14 +218,14 @@ def publish(folder: Path, output: Path) -> None:
 
 
 @contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
+def new_folder(output: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """A folder of its own beside `output`, to be filled and then published; gone when that fails."""
     place = output.resolve()
     with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as made:
         folder = Path(made) / "result"
         folder.mkdir()
         yield folder
-        publish(folder, output)
+        publish(folder, output, overwrite=overwrite)
 
 
 def _beside(output: Path, suffix: str) -> Path:
@@ -234,25 +258,31 @@ def _card(place: Path) -> dict[str, Any] | None:
 def _strange(place: Path) -> list[str]:
     """The files in a folder of ours that no run has made."""
     names = (path.relative_to(place).as_posix() for path in files_in(place))
-    return [name for name in names if not _MADE.fullmatch(name)]
+    return [name for name in names if not (_MADE.fullmatch(name) or is_of_result(name))]
+
+
+def is_of_result(name: str) -> bool:
+    """Whether a path in a working folder is that of a file of a result, also while it is written."""
+    found = _RESULT.fullmatch(name)
+    own = "" if found is None else found["name"].removeprefix(".")
+    return any(fnmatchcase(own, pattern) for pattern in _RESULT_FILES) or is_legal(own)
 
 
 def _clear(place: Path) -> None:
     """Remove all that runs have made, but the lock and the card."""
     kept = {LOCK, CARD, *_strange(place)}
-    for path in files_in(place):
-        if path.relative_to(place).as_posix() not in kept:
-            path.unlink()
-    for folder in sorted((path for path in place.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True):
-        if not any(folder.iterdir()):
-            folder.rmdir()
+    clear(place, lambda path: path.relative_to(place).as_posix() not in kept)
 
 
-def _take(place: Path, identity: Mapping[str, Any], held: str, *, resume: bool, overwrite: bool) -> None:
+def _take(
+    place: Path, identity: Mapping[str, Any], held: str, *, resume: bool, overwrite: bool, stays: Path | None
+) -> None:
     file, wanted = place / CARD, _plain(identity)
     ours = {LOCK, CARD, temporary_of(file).name}
     if not file.exists() and any(path.name not in ours for path in place.iterdir()):
-        raise WrongInput(f"{place} is where this run would work, but holds other files; choose another --output")
+        raise WrongInput(
+            f"{place} is where this run would work, but holds other files; move them, or choose another --output"
+        )
     if file.exists():
         card = _card(place)
         found = {} if card is None else card["identity"]
@@ -264,7 +294,8 @@ def _take(place: Path, identity: Mapping[str, Any], held: str, *, resume: bool, 
             if card is None:
                 what = f"of which {file} is damaged"
             raise WrongInput(f"{place} holds {held} {what}; go on with its own command, or discard it with --overwrite")
-    if mine := _strange(place):
+    known = {f"{stays}{more}" for more in ("", "-journal", "-wal", "-shm")}  # as SQLite names what belongs to it
+    if mine := [name for name in _strange(place) if str(place.resolve() / name) not in known]:
         raise WrongInput(f"{place} holds {mine[0]}, which prunekit has not made; move it, or choose another --output")
     _clear(place)
     write_state(file, {"identity": wanted})

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,27 @@ from prunekit.errors import CannotGoOn, WrongInput, first_line
 SEAL = "files.json"  # in a folder of ours: what we have put there
 _MADE_BY = "prunekit"
 MOST_BYTES = 1 << 26  # of a file that is read at once
+MODEL_FILES = (  # of what transformers writes of a model; reports of ours and other exports lie beside them
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "modeling_prunekit.py",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt", "*.model",
+    "*.tiktoken", "spiece*", "*processor_config.json", "additional_chat_templates/*",
+)  # fmt: skip
 
 
 class Damaged(CannotGoOn):
     """A file is not what was written."""
+
+
+def check_name(name: str | Path) -> None:
+    """Refuse a name with bytes that are no text, which no recipe could name and safetensors cannot open.
+
+    Raises:
+        WrongInput: it is one.
+    """
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        raise WrongInput(f"{str(name)!r} is not UTF-8; rename it") from None
 
 
 def settle(path: Path) -> None:
@@ -108,14 +125,18 @@ def digest(path: Path) -> str:
 def seal(folder: Path) -> str:
     """Write down what is in a folder, with digests, and wait until all of it is on disk.
 
+    What was put into a sealed folder inside of it is not written down.
+
     Returns:
         The digest of that list.
     """
     for old in (folder / SEAL, temporary_of(folder / SEAL)):
         old.unlink(missing_ok=True)
+    theirs = {inside.parent / name for inside in folder.rglob(SEAL) for name in others(inside.parent)}
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path)}
         for path in files_in(folder)
+        if path not in theirs
     }
     for path in files_in(folder):
         settle(path)
@@ -131,6 +152,8 @@ def sealed(folder: Path) -> dict[str, dict[str, Any]] | None:
         found = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         if found["made by"] != _MADE_BY:
             return None
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in found["files"]):
+            return None  # files are copied, and looked at, by these names
         return {
             str(name): {"bytes": int(said["bytes"]), "sha256": str(said["sha256"])}
             for name, said in found["files"].items()
@@ -165,6 +188,24 @@ def others(folder: Path) -> list[str]:
     """Files in a sealed folder that were not there when it was sealed."""
     listed = (sealed(folder) or {}).keys() | {SEAL}
     return sorted({path.relative_to(folder).as_posix() for path in files_in(folder)} - listed)
+
+
+def clear(folder: Path, made: Callable[[Path], object]) -> Sequence[Path]:
+    """Remove the files of a folder that we have made, and it and the folders in it where they are empty then.
+
+    Returns:
+        The files that stay.
+    """
+    if not folder.is_dir() or folder.is_symlink():
+        return [folder] if folder.is_symlink() or folder.exists() else []
+    for path in files_in(folder):
+        if made(path):
+            path.unlink()
+    inside = (path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink())
+    for each in (*sorted(inside, reverse=True), folder):
+        if not any(each.iterdir()):
+            each.rmdir()
+    return files_in(folder)
 
 
 def _is_as(path: Path, said: dict[str, Any]) -> bool:

@@ -6,12 +6,7 @@ from pathlib import Path
 import prunekit as pk
 from prunekit.export import save, verify
 from prunekit.models.classes import FAMILIES
-
-PATTERNS = (  # of what transformers writes; reports of ours and other exports lie beside them
-    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "modeling_prunekit.py",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt", "*.model",
-    "*.tiktoken", "spiece*", "*processor_config.json", "additional_chat_templates/*",
-)  # fmt: skip
+from prunekit.system.files import MODEL_FILES
 
 
 @dataclass(frozen=True)
@@ -36,4 +31,4 @@ class HF(pk.Exporter):
         verify(path, probe.ids, probe.logits, probe.parameters, blocks=probe.blocks)
 
     def files(self, folder: Path) -> list[Path]:
-        return sorted(file for pattern in PATTERNS for file in folder.glob(pattern) if file.is_file())
+        return sorted(file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file())

@@ -116,10 +116,24 @@ def test_a_pruner_answers_with_candidates(answer, tmp_path):
         walk(toy_supernet(), Wrong(), tmp_path)
 
 
+def swap(rows):
+    rows[[0, 1]] = rows[[1, 0]]
+
+
+def test_a_pruner_that_ends_the_process_is_an_error(tmp_path):
+    class Ending(LocalPruner):
+        def prune(self, layer, keeps):
+            raise SystemExit(0)
+
+    with pytest.raises(PluginError, match=r"would end the process \(SystemExit: 0\), while Ending worked"):
+        walk(toy_supernet(), Ending(), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("write", "name"),
     [
         (lambda layer: layer.weight.mul_(1), "layer.weight"),
+        (lambda layer: swap(layer.weight.numpy()), "layer.weight"),  # which no sum of values sees
         (lambda layer: layer.gram.add_(0), "layer.gram"),
         (lambda layer: layer.weight.data.mul_(2), "layer.weight"),
         (lambda layer: layer.gram.numpy().fill(1), "layer.gram"),

@@ -237,6 +237,16 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -
     assert "the same command continues from here" in result.stderr
 
 
+def test_what_ends_the_process_from_within_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(*_: object, **__: object) -> None:
+        raise SystemExit(0)
+
+    monkeypatch.setattr(pruning, "prune", ended)
+    result = run("prune", "m", "-o", "out")
+    assert result.exit_code == 1
+    assert "error: something that was called would end the process (SystemExit: 0)" in result.stderr
+
+
 def test_prune_then_evaluate(model: Path, text: Path, tmp_path: Path) -> None:
     small = (
         "--calibration-tokens 256 --search-tokens 128 --seqlen 16 --set data.evaluation_tokens=256 --set verify=false"

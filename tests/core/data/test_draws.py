@@ -537,6 +537,27 @@ def test_empty_rows_are_skipped_and_counted(tmp_path: Path) -> None:
         assert f"note: 2 of 4 rows of {path} are empty or null; they are skipped" in heard.lines
 
 
+def test_a_null_conversation_is_skipped_and_counted(tmp_path: Path) -> None:
+    rows = [{"messages": None}, {"messages": [{"role": "user", "content": "ab" * 50}]}]
+    heard = Heard()
+    assert drawn_text(lines_of(tmp_path / "rows.jsonl", rows), heard).startswith("abab")
+    assert any("1 of 2 rows of" in line for line in heard.lines)
+
+
+def test_a_field_of_a_table_that_is_read_as_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("id,text\n" + "1,abc\n" * 100)
+    assert drawn_text(tmp_path / "rows.csv").startswith("id,text\n1,abc")
+    with pytest.raises(WrongInput, match=r"rows\.csv is read as one text, which has no field 'text'; save its rows"):
+        drawn_text(tmp_path / "rows.csv", field="text")
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    path.write_text("ab" * 100)
+    with pytest.raises(WrongInput, match=r"caf\\udce9\.txt' is not UTF-8; rename it"):
+        drawn_text(path)
+
+
 def test_empty_lines_of_the_hub_stay_as_perplexities_are_measured_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     rows = [{"text": "ab"}, {"text": ""}, {"text": None}, {"text": numbered(300)}]

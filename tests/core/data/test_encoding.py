@@ -113,6 +113,12 @@ def test_lone_surrogates_are_replaced() -> None:
     assert Encoder(tokenizer)("a \U0001f600 b") == tokenizer.encode("a \U0001f600 b", add_special_tokens=False)
 
 
+def test_what_a_tokenizer_cannot_encode_is_one_sentence() -> None:
+    raw = Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    with pytest.raises(WrongInput, match=r"the tokenizer cannot encode 'b': Exception: WordLevel error: .*see to its"):
+        Encoder(PreTrainedTokenizerFast(tokenizer_object=raw))("b")
+
+
 # -- conversations ------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """What is no model of plain weights is told by name before a library reads it, and ties are those of the tensors."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,16 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def index_of(folder: Path, **values: Any) -> None:
+    edit(folder / "model.safetensors.index.json", **values)
+
+
+def lead(folder: Path, away: str) -> None:
+    """The index names a file that is not in the folder."""
+    found = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    index_of(folder, weight_map=dict.fromkeys(found, away))
 
 
 def refused(folder: Path) -> str:
@@ -104,6 +115,28 @@ def test_an_adapter_is_one_sentence(
     assert "does not say for which model" in refused(folder)
 
 
+def test_the_weights_of_an_adapter_are_one_too(saved_letters: Any) -> None:
+    folder = saved_letters()
+    (folder / "adapter_model.safetensors").touch()
+    assert "an adapter and does not say for which model (adapter_model.safetensors)" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])
+def test_a_pipe_is_not_waited_for(name: str, saved_letters: Any) -> None:
+    folder = saved_letters()
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert f"{name} is a pipe or a device, which may never end" in refused(folder)
+
+
+def test_a_tensor_of_another_shape_is_named(saved_letters: Any) -> None:
+    folder = saved_letters()
+    edit(folder / "config.json", vocab_size=7)
+    for shares in (SHARES, PAGED):
+        with pytest.raises(WrongInput, match=r"(embed_tokens|lm_head)\.weight is \(\d+, \d+\), and .* \(7, \d+\)"):
+            opened(str(folder), (), shares=shares)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_pointer_of_git_lfs_is_named(name: str, saved_letters: Any) -> None:
     folder = saved_letters()
@@ -119,6 +152,9 @@ def test_a_pointer_of_git_lfs_is_named(name: str, saved_letters: Any) -> None:
         (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "does not say which tensor"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'), "not say"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}'), "not say"),
+        (lambda folder: lead(folder, "/elsewhere/model.safetensors"), "not say"),
+        (lambda folder: lead(folder, "../elsewhere/model.safetensors"), "not say"),
+        (lambda folder: index_of(folder, metadata=None), "has no metadata, which transformers reads"),
         (lambda folder: next(folder.glob("model-00002*")).write_bytes(b"x" * 99), "cannot be read: "),
     ],
 )
@@ -145,7 +181,7 @@ def test_what_is_no_torch_checkpoint_is_named(saved_letters: Any) -> None:
     [
         ({}, r"You need to have sentencepiece or tiktoken installed"),
         ({"tokenizer.json": "{}"}, r"has no tokenizer that can be opened: \S"),
-        ({"tokenizer.json": "["}, r"has no tokenizer that can be opened: \S"),
+        ({"tokenizer.json": "["}, r"has no tokenizer that can be opened: .*/tokenizer.json cannot be read: Expecting"),
         ({"tokenizer.json": "[" * 10_000}, r"has no tokenizer that can be opened: \S"),
     ],
 )

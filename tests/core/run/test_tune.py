@@ -289,6 +289,20 @@ def test_sqlite_holds_the_study_too(quick, tmp_path: Path) -> None:
         prunekit.tune(**quick | {"output": tmp_path / "other", "sparsity": 0.3}, space=SPACE, trials=2, **there)
 
 
+def test_a_database_in_the_folder_of_the_study_stays_with_its_other_studies(quick, tmp_path: Path) -> None:
+    pytest.importorskip("sqlalchemy")
+    optuna = pytest.importorskip("optuna")
+    storage = f"sqlite:///{quick['output']}/studies.db"
+    tuned = prunekit.tune(**quick, space=SPACE, trials=1, storage=storage, study_name="mine")
+    optuna.create_study(storage=storage, study_name="theirs")
+    again: dict[str, Any] = {"space": SPACE, "trials": 1, "damping": 0.5, "overwrite": True}
+    other = prunekit.tune(**quick | again, storage=storage, study_name="mine")
+    assert set(optuna.get_all_study_names(storage)) == {"mine", "theirs"}
+    assert points(other) != points(tuned)
+    with pytest.raises(WrongInput, match=r"study holds studies\.db, which prunekit has not made; move it"):
+        prunekit.tune(**quick | again | {"damping": 0.2})
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

@@ -63,6 +63,7 @@ def test_a_place_that_cannot_be_made_is_refused_before_any_work(tmp_path, where)
 def test_a_link_is_followed_and_an_old_result_replaced_whole(tmp_path):
     (tmp_path / "link").symlink_to(result(tmp_path / "real"))
     (tmp_path / "real" / "stale.txt").write_text("old")
+    seal(tmp_path / "real")
     new = result(tmp_path / "work" / "new")
     (new / "fresh.txt").write_text("new")
     publish(new, tmp_path / "link")
@@ -245,6 +246,27 @@ def test_a_result_in_which_the_user_keeps_something_is_not_replaced(tmp_path):
         check_output(tmp_path / "out", overwrite=True)
 
 
+def test_what_a_user_has_put_in_the_place_of_the_output_meanwhile_is_not_replaced(tmp_path):
+    out = tmp_path / "half"
+
+    def run(overwrite=False, mine=None):
+        with workplace(out, {}, overwrite=overwrite) as place:
+            if not (place / "result").exists():
+                complete(place / "result", "new")
+            if mine is not None:
+                mine()
+            publish(place / "result", out, overwrite=overwrite)
+
+    with pytest.raises(WrongInput, match="half exists and is not empty"):
+        run(mine=lambda: complete(out, "copied here"))
+    assert whole(out, "copied here")
+    with pytest.raises(WrongInput, match=r"holds thesis\.txt"):
+        run(overwrite=True, mine=lambda: (out / "thesis.txt").write_text("years of work"))
+    (out / "thesis.txt").unlink()
+    run(overwrite=True)
+    assert whole(out, "new")
+
+
 @pytest.mark.parametrize("files", [{"report.json"}, {"report.json", "recipe.yaml", "ledger.jsonl"}, {"pareto.json"}])
 def test_a_folder_that_looks_like_a_result_but_does_not_say_so_is_left_alone(tmp_path, files):
     theirs = tmp_path / "theirs"
@@ -263,13 +285,19 @@ def test_a_place_of_another_kind_is_refused_before_any_work(tmp_path):
     for place in (tmp_path / "loop", tmp_path / ("x" * 250), tmp_path / ("x" * 300)):
         with pytest.raises(WrongInput, match="cannot be made"):
             check_output(place, overwrite=False)
+    with pytest.raises(WrongInput, match="is not UTF-8; rename it"):
+        check_output(tmp_path / os.fsdecode(b"caf\xe9"), overwrite=False)
     (tmp_path / "out.partial").write_text("")
     with pytest.raises(WrongInput, match="is a file"):
         check_output(tmp_path / "out", overwrite=False)
 
 
 @pytest.mark.parametrize(
-    "name", ["thesis.txt", "walks/notes.txt", "walk-1f/mine.md", "0.5/notes.txt", "study/best.yaml"]
+    "name",
+    [
+        *("thesis.txt", "walks/notes.txt", "walk-1f/mine.md", "0.5/notes.txt", "study/best.yaml"),
+        *("result/notes.txt", "result/0.5/eval.json", "0.5/written/below/config.json", "teacher/notes.txt"),
+    ],
 )
 def test_what_lies_in_a_working_folder_and_no_run_has_made_is_not_removed(tmp_path, name):
     place, out = tmp_path / "out.partial", tmp_path / "out"
@@ -279,6 +307,10 @@ def test_what_lies_in_a_working_folder_and_no_run_has_made_is_not_removed(tmp_pa
             "walk-1f/layer.0.safetensors",
             "walk-1f/.manifest.json",
             "0.5/teacher/0.safetensors",
+            "result/0.5/model-00001-of-00002.safetensors",
+            "result/0.5/LICENSE",
+            "result/additional_chat_templates/tool.jinja",
+            "0.5/written/.report.json",
         ):
             (place / own).parent.mkdir(parents=True, exist_ok=True)
             (place / own).touch()

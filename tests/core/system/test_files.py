@@ -1,5 +1,6 @@
 """What is read again is what was written, or it is said."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from prunekit.system.checkpoints import Checkpoints
-from prunekit.system.files import Damaged, changed, others, read_state, seal, sealed, write_state
+from prunekit.system.files import Damaged, changed, clear, others, read_state, seal, sealed, write_state
 
 
 @pytest.fixture
@@ -28,6 +29,33 @@ def test_a_sealed_folder_knows_what_was_changed_and_what_is_new(folder: Path) ->
         file.write(b"\x01")
     assert changed(folder) == ["below/ä", "weights"]
     assert others(folder) == ["link"]
+
+
+def test_what_was_put_into_a_folder_that_was_sealed_is_not_sealed_with_what_is_around_it(folder: Path) -> None:
+    (folder / "theirs").touch()
+    seal(folder.parent)
+    assert others(folder.parent) == ["result/theirs"]
+
+
+@pytest.mark.parametrize("name", ["../theirs", "below/../../theirs", "/etc/hosts"])
+def test_a_list_that_leads_out_of_its_folder_is_none(folder: Path, name: str) -> None:
+    listed = json.loads((folder / "files.json").read_text())
+    listed["files"][name] = listed["files"]["weights"]
+    (folder / "files.json").write_text(json.dumps(listed))
+    assert sealed(folder) is None
+
+
+def test_a_folder_is_cleared_of_what_is_ours(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/weights").touch()
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "empty").mkdir()
+    assert clear(folder, lambda path: path.name in ("weights", "files.json")) == [folder / "below/ä", folder / "link"]
+    assert sorted(path.name for path in folder.iterdir()) == ["below", "link"]
+    assert clear(folder / "link", lambda _: True) == [folder / "link"]
+    assert (tmp_path / "elsewhere/weights").exists()
+    assert clear(folder, lambda _: True) == []
+    assert not folder.exists()
 
 
 def test_a_folder_that_says_nothing_of_itself_is_not_ours(tmp_path: Path) -> None:

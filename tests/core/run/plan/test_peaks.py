@@ -81,9 +81,9 @@ def run(kind: str, model: str, output: Path) -> dict[str, float]:
     plan = make_plan(resolve(recipe), *skeleton(model), output, rehearse=True)
     written = [0]
 
-    def publish(folder: Path, target: Path) -> None:
+    def publish(folder: Path, target: Path, **how: bool) -> None:
         written[0] = sum(file.stat().st_size for file in folder.parent.rglob("*") if file.is_file())
-        workplace.publish(folder, target)
+        workplace.publish(folder, target, **how)
 
     prune.publish = publish
     before = peak()
