@@ -33,6 +33,8 @@ def plan(*, as_json: Json = False, **options: Any) -> None:
     for stage in found.stages:
         seconds = stage.seconds(rates)
         took = "unknown" if seconds is None else span(seconds)
+        if ends := stage.between(rates):
+            took += f" ({span(ends[0])} to {span(ends[1])})"
         table.add_row(stage.name, amount(stage.memory + stage.shared), amount(stage.writes), took, stage.unknown)
     told = found.as_dict(rates)
     least = "" if told["seconds_complete"] else "at least "

@@ -256,7 +256,10 @@ class Count:
                     continue
                 search, share = member.searches[number], self._share(member)
                 forwards = search.forwards
-                flops = None if forwards is None else shape.forward(forwards, self.seqlen, head=True, share=share)
+                flops, *spread = (
+                    None if count is None else shape.forward(count, self.seqlen, head=True, share=share)
+                    for count in (forwards, search.least, search.most)
+                )
                 most = "" if recipe.search_budget is None else f"at most {recipe.search_budget:,} token-forwards"
                 why = most if forwards != 0 else ""
                 if forwards is None:
@@ -265,6 +268,7 @@ class Count:
                 yield Stage(
                     member.called(f"{SEARCH} {number + 1}"), asking + states, (shares.blocks or 0) + ready,
                     flops=flops, unknown=why, member=member.name,
+                    spread=None if search.least is None else (spread[0] or 0, spread[1] or 0),
                 )  # fmt: skip
 
     def _result(self, member: Member, shares: Shares, held: int, working: int, *, first: bool) -> Iterator[Stage]:
@@ -443,5 +447,5 @@ class Count:
         unknown = "" if took is not None else f"the work of {self.recipe.pruner['name']} itself"
         return Stage(
             name, held + memory, (shares.blocks or 0) + inside, disk, spilled, read, flops, doubles, took or 0.0,
-            unknown, member,
+            unknown, member=member,
         )  # fmt: skip

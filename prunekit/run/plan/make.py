@@ -19,7 +19,7 @@ from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.run.plan.count import Count, Member, Shape
 from prunekit.run.plan.plan import Plan
-from prunekit.run.plan.rehearsal import Rehearsal, list_passes, rehearsed
+from prunekit.run.plan.rehearsal import Rehearsal, between, list_passes, rehearsed
 from prunekit.run.plan.trial import Trials
 from prunekit.run.workplace import written
 from prunekit.search.conversation import Known
@@ -72,7 +72,8 @@ def planned(
         if free or not rehearse:
             return Rehearsal(0, 0, 0) if free else Rehearsal()
         learnt = known.setdefault(number, {})
-        return rehearsed(allocator, space, tokens["search"], seqlen, recipe.search_budget, learnt)
+        question = (allocator, space, tokens["search"], seqlen, recipe.search_budget)
+        return between(rehearsed(*question, learnt), *question)
 
     members = []
     for each, whole in zip(recipe.members, wholes, strict=True):

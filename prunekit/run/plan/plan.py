@@ -32,6 +32,7 @@ class Stage:
     doubles: int = 0  # in float64
     own: float = 0.0  # seconds of plug-ins, as they were tried
     unknown: str = ""  # what else takes time
+    spread: tuple[int, int] | None = None  # FLOPs at the least and the most; None: `flops` alone
     member: str = ""  # of a family, by its sparsity, that has this stage to itself
 
     @property
@@ -45,6 +46,13 @@ class Stage:
             return None
         products = self.flops / rates.flops + self.doubles / rates.doubles
         return products + self.own + self.writes / rates.write + self.read / rates.read
+
+    def between(self, rates: Rates) -> tuple[float, float] | None:
+        """Seconds at the least and the most, where they differ."""
+        if (likely := self.seconds(rates)) is None or self.spread is None or self.spread[0] == self.spread[1]:
+            return None
+        least, most = (likely + (flops - (self.flops or 0)) / rates.flops for flops in self.spread)
+        return least, most
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,9 @@ class Plan:
 
     def as_dict(self, rates: Rates) -> dict[str, Any]:
         """For programs: bytes and seconds; None where nobody knows."""
-        rows: list[dict[str, Any]] = [asdict(stage) | {"seconds": stage.seconds(rates)} for stage in self.stages]
+        rows: list[dict[str, Any]] = [
+            asdict(stage) | {"seconds": stage.seconds(rates), "between": stage.between(rates)} for stage in self.stages
+        ]
         known = [row["seconds"] for row in rows if row["seconds"] is not None]
         of = {name: [row for row in rows if row["member"] == name] for name in self.members}
         return {

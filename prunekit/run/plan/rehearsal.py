@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from prunekit.plugins.allocator import Allocator, Journal, Problem, Query
 from prunekit.search.conversation import Known
@@ -33,6 +33,12 @@ class Rehearsal:
     allocations: int | None = None  # in one ask at most
     together: int | None = None  # tokens of the allocations that one ask has on the same tokens, at most
     rungs: frozenset[tuple[int, int]] | None = None  # (site, count) of all allocations
+    least: int | None = None  # forwards when nothing the search finds is better than what it begins with
+    most: int | None = None  # and when everything is better than all before
+
+
+Luck = Literal["some", "none", "all"]
+"""Losses of a rehearsal: of a table; the same for every allocation; lower with every question."""
 
 
 class _AskedElsewhere(Exception):
@@ -54,11 +60,12 @@ def rehearsed(
     limit: int | None = None,
     known: Known | None = None,
     patience: float = PATIENCE,
+    luck: Luck = "some",
 ) -> Rehearsal:
     """What a search will ask, counted by holding it on a stand-in table.
 
     Losses are additive in errors that fall with the square of what is removed. A search that goes on until it is
-    content may ask more or less of a real model.
+    content may ask more or less of a real model: `between` says how much.
 
     Args:
         allocator: whose search is held.
@@ -68,6 +75,7 @@ def rehearsed(
         limit: token-forwards at most; None: as many as it asks.
         known: losses that are free, learnt from another search; what is learnt is added.
         patience: questions at most, those that are asked again counted too; a search that asks more is not known.
+        luck: what it finds.
 
     Raises:
         Exception: whatever the allocator raises, WrongInput where it refuses what it is asked.
@@ -84,6 +92,8 @@ def rehearsed(
     rungs: set[tuple[int, int]] = set()
 
     def loss(query: Query) -> float:
+        if luck != "some":
+            return 1.0 if luck == "none" else -float(len(judged))
         return sum(
             (1 + i % 3) * (1 - kept / site.n_groups) ** 2
             for i, (site, kept) in enumerate(zip(space.sites, query.allocation, strict=True))
@@ -107,9 +117,19 @@ def rehearsed(
             allocations = max([allocations, *new.values()])
             together = max([together, *(count * times for count, times in new.items())])
             rungs.update(rung for query in queries for rung in enumerate(query.allocation))
-            judged |= {key: loss(query) for key, query in zip(asked, queries, strict=True)}
+            for key, query in zip(asked, queries, strict=True):
+                judged[key] = judged[key] if key in judged else loss(query)
             queries = search.send([judged[key] for key in asked])
     except StopIteration:
         return Rehearsal(paid, allocations, together, frozenset(rungs))
     except _AskedElsewhere:
         return Rehearsal()
+
+
+def between(likely: Rehearsal, *question: Any) -> Rehearsal:
+    """With the least and the most that a search may ask; `question` as of `rehearsed`."""
+    if likely.forwards is None:
+        return likely
+    ends = [rehearsed(*question, luck=luck).forwards for luck in ("none", "all")]
+    known = [likely.forwards, *(forwards for forwards in ends if forwards is not None)]
+    return replace(likely, least=min(known), most=max(known))

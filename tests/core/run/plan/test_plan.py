@@ -36,7 +36,7 @@ from prunekit.run import family, session
 from prunekit.run.plan import make as planning
 from prunekit.run.plan.count import CUSHION, KEPT, Shape
 from prunekit.run.plan.plan import Stage
-from prunekit.run.plan.rehearsal import Rehearsal, list_passes, rehearsed
+from prunekit.run.plan.rehearsal import Rehearsal, between, list_passes, rehearsed
 from prunekit.run.session import make_plan
 from prunekit.run.spaces import whole_space
 from prunekit.search.conversation import converse
@@ -428,6 +428,22 @@ def test_what_one_search_knows_no_other_pays_for():
     first = rehearsed(allocator, space, 128, 64, known=known).forwards
     assert first == sum(tokens for _, tokens in known)
     assert rehearsed(allocator, space, 128, 64, known=known).forwards == 0
+
+
+def test_a_search_may_end_early_or_late():
+    patient = {"name": "evolution", "generations": 40, "patience": 3, "offspring": 4, "warm_start": "none"}
+    question = (ALLOCATORS.build(patient), whole(), 1024, 64)
+    likely = rehearsed(*question)
+    found = between(likely, *question)
+    assert 0 < found.least < likely.forwards < found.most  # patience, and every generation
+    stages = {"selections": [[1, 1024]], "generations": 5, "filter": 1, "patience": 2}
+    question = (ALLOCATORS.build(patient | stages), whole(), 1024, 64)
+    found = between(rehearsed(*question), *question)
+    assert (found.least, found.most) == (1024 * (1 + 2 * 4), 1024 * (1 + 5 * 4))
+    assert between(Rehearsal(), *question) == Rehearsal()
+    stage = Stage("search 1", 0, flops=50, spread=(20, 100))
+    assert stage.between(Rates(10, 1, 1, 1)) == (2, 10)
+    assert replace(stage, spread=(50, 50)).between(Rates(10, 1, 1, 1)) is None
 
 
 def test_latency_is_timed_before_and_after_and_only_whole(folder, large, monkeypatch):
