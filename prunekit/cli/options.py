@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunekit.errors import WrongInput
+from prunekit.errors import WrongInput, unknown
 
 if TYPE_CHECKING:
     from prunekit.recipe.schema import Recipe
@@ -46,6 +46,9 @@ Trust = Annotated[bool, switch(TRUST, None, "--trust-remote-code")]
 DTYPE = option("Number format of the computation: auto, float32, bfloat16, float16 or float64.", MACHINE)
 Json = Annotated[bool, switch("JSON instead of a table.", None, "--json")]
 Quiet = Annotated[bool, switch("No output except results and errors.", RUN, "--quiet", "-q")]
+
+EFFORTS: Mapping[str, str] = {"quick": "quick", "standard": "default", "thorough": "default-recover"}
+"""A word for how much work a result is worth -> the recipe that does so much."""
 
 FLAGS: Mapping[str, str] = {  # of `prune` -> recipe key
     **{key: key for key in ("sparsity", "target", "pruner", "allocator", "objective", "carry", "structure")},
@@ -122,7 +125,7 @@ def choose_recipe(options: Mapping[str, Any], command: str) -> tuple[Recipe, str
     given["data.dataset"] = split_datasets(options["dataset"])
     given = {key: value for key, value in given.items() if value not in (None, [])}
     overrides = given | allowed(options["trust_remote_code"]) | dict(map(parsed, options["set_"] or []))
-    base = Recipe.load(options["recipe"], trust_remote_code="trust_remote_code" in overrides)
+    base = Recipe.load(_recipe_of(options), trust_remote_code="trust_remote_code" in overrides)
     several = base.spread(overrides)
     chosen = several or base.with_overrides(overrides)
     check_words(chosen)
@@ -132,6 +135,18 @@ def choose_recipe(options: Mapping[str, Any], command: str) -> tuple[Recipe, str
             raise WrongInput("no --output was given; name a new folder for the pruned model")
         check_output(options["output"], overwrite=options["overwrite"])
     return chosen, model, several is not None
+
+
+def _recipe_of(options: Mapping[str, Any]) -> str:
+    """The recipe that was named, or the one that does as much as was asked for."""
+    recipe, effort = options["recipe"], options["effort"]
+    if effort is None:
+        return recipe or "default"
+    if recipe is not None:
+        raise WrongInput(f"both a recipe, {recipe!r}, and an effort, {effort!r}, were given; give one of them")
+    if effort not in EFFORTS:
+        raise WrongInput(unknown("effort", effort, EFFORTS))
+    return EFFORTS[effort]
 
 
 def allowed(trust_remote_code: bool) -> dict[str, Any]:

@@ -36,6 +36,8 @@ TARGET = (
     "machine. Several by comma make a family of models."
 )
 STRUCTURE = "Unit of removal: groups (heads and neurons), weights, or a pattern such as 2:4."
+EFFORT = "quick, standard or thorough, instead of a recipe: quick, default, or default-recover, which trains."
+RECIPE = "Preset, YAML file, or folder of a pruned model; default without it."
 FINISHER = "Recovery step after pruning, instead of the recipe's. Repeatable, in the order given."
 EXPORTER = "Format of the result, beside the folder for transformers. Repeatable."
 CARRY = "Activations passed on to the next block: dense, centre or expected."
@@ -55,7 +57,8 @@ def prune(
     sparsity: Annotated[Any, option(SPARSITY, metavar="SHARE", parser=parse_shares)] = None,
     target: Annotated[str | None, option(TARGET, metavar="METRIC=SHARE")] = None,
     structure: Annotated[str | None, option(STRUCTURE)] = None,
-    recipe: Annotated[str, option("Preset, YAML file, or folder of a pruned model.", METHOD)] = "default",
+    effort: Annotated[str | None, option(EFFORT, METHOD, metavar="WORD")] = None,
+    recipe: Annotated[str | None, option(RECIPE, METHOD)] = None,
     pruner: Annotated[str | None, option("Method that selects what to keep in one layer.", METHOD)] = None,
     allocator: Annotated[str | None, option("Method that decides how much each layer keeps.", METHOD)] = None,
     objective: Annotated[str | None, option("Measure by which allocations are compared.", METHOD)] = None,

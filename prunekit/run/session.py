@@ -45,7 +45,7 @@ from prunekit.system.progress import Progress, span
 from prunekit.system.rates import Rates
 from prunekit.system.sizes import amount
 
-LONG, SHORT = 3600, "fast"  # seconds after which a shorter recipe is named, and which
+LONG, SHORT = 3600, "quick"  # seconds after which a shorter recipe is named, and which
 PRICED = "priced.json"  # beside the prices of a run that is at work: their digest
 
 
@@ -276,12 +276,12 @@ def _announce(
         f"{amount(plan.disk)} of disk; `prunekit plan` with the same options says where"
     )
     if told["seconds_known"] > LONG:
-        kept = {"pruner", "data", "sparsity", "family", "structure", "of", "heads", "dtype", "device", "memory"}
-        short = resolve(Recipe.load(SHORT).with_overrides(parts.recipe.model_dump(include=kept)))
-        seconds = make_plan(short, *shape, job.output, asked, trials=tried(short, shape)).as_dict(rates)[
-            "seconds_known"
-        ]
-        job.progress.say(f"with --recipe {SHORT} it takes {span(seconds)}; ctrl-c stops, the same command goes on")
+        kept = {"pruner", "sparsity", "family", "structure", "of", "heads", "dtype", "device", "memory"}
+        text = {f"data.{key}": value for key, value in parts.recipe.data.model_dump(exclude_defaults=True).items()}
+        short = resolve(Recipe.load(SHORT).with_overrides(parts.recipe.model_dump(include=kept) | text))
+        found = make_plan(short, *shape, job.output, asked, trials=tried(short, shape)).as_dict(rates)
+        took = span(found["seconds_known"])
+        job.progress.say(f"with --recipe {SHORT} it takes {took}; ctrl-c stops, the same command goes on")
 
 
 def make_plan(
