@@ -157,7 +157,7 @@ def _chosen(
         return base, overrides, model
     if not isinstance(model, str | Path):
         raise WrongInput(
-            f"a {type(model).__name__} is no model of transformers; give a PreTrainedModel, with adapters merged, a folder "
-            "or a hub id"
+            f"a {type(model).__name__} is no model of transformers; give a PreTrainedModel, with adapters merged, a "
+            "folder or a hub id"
         )
     return base, overrides | {"model": str(model)}, None

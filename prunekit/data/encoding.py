@@ -24,7 +24,8 @@ class Encoder:
         special = {token.content for token in added.values() if token.special}
         special |= set(getattr(tokenizer, "all_special_tokens", ()))
         self._special = _any_of(special)
-        self._ids = set(map(tokenizer.convert_tokens_to_ids, special)) - {getattr(tokenizer, "unk_token_id", None)}
+        self._ids = {tokenizer.convert_tokens_to_ids(token) for token in special}
+        self._ids -= {getattr(tokenizer, "unk_token_id", None)}
         # those that are ordinary entries of the vocabulary too
         self._produced = _any_of(
             token for token in special if tokenizer.convert_tokens_to_ids(token) in self._encode(token, apart=True)
