@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from transformers import PreTrainedModel
 
+from prunekit.errors import WrongInput
 from prunekit.plugins.registry import plain
 from prunekit.recipe.choices import Choices
 from prunekit.recipe.schema import Recipe
@@ -154,4 +155,9 @@ def _chosen(
     overrides = {key.replace("__", "."): plain(value) for key, value in settings.items()}
     if model is None or isinstance(model, PreTrainedModel):
         return base, overrides, model
+    if not isinstance(model, str | Path):
+        raise WrongInput(
+            f"a {type(model).__name__} is no model of transformers; give a PreTrainedModel, with adapters merged, a "
+            "folder or a hub id"
+        )
     return base, overrides | {"model": str(model)}, None

@@ -188,6 +188,7 @@ PAIRS = (
     ("search", "recovery"),
     ("recovery", "calibration"),
     ("contrast", "calibration"),
+    ("evaluation", "contrast"),
 )
 
 

@@ -24,6 +24,8 @@ class Encoder:
         special = {token.content for token in added.values() if token.special}
         special |= set(getattr(tokenizer, "all_special_tokens", ()))
         self._special = _any_of(special)
+        self._ids = {tokenizer.convert_tokens_to_ids(token) for token in special}
+        self._ids -= {getattr(tokenizer, "unk_token_id", None)}
         # those that are ordinary entries of the vocabulary too
         self._produced = _any_of(
             token for token in special if tokenizer.convert_tokens_to_ids(token) in self._encode(token, apart=True)
@@ -38,7 +40,9 @@ class Encoder:
         """Encode text, without special tokens unless it may spell them."""
         text = LONE.sub("\ufffd", text)
         if self.allowed or not self._special.search(text):
-            return self._encode(text)  # not apart: a slow tokenizer would forget what else was added to it
+            ids = self._encode(text)  # not apart: a slow tokenizer would forget what else was added to it
+            if self.allowed or self._ids.isdisjoint(ids):  # some are matched in what a normalizer makes of the text
+                return ids
         return self._encode(self._broken(text), apart=True)
 
     def chat(self, conversation: Conversation) -> list[int] | str:

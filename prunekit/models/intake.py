@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 
 from prunekit.errors import WrongInput
 from prunekit.models.configs import parse_config
-from prunekit.models.places import at_hand
-from prunekit.models.shards import INDEX, WEIGHTS, Shards, files_of_index, is_packed, quantized
+from prunekit.models.places import at_hand, here
+from prunekit.models.shards import INDEX, WEIGHTS, Shards, adapter, check_stored, files_of_index, quantized
 
 BIN = "pytorch_model.bin"
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -39,9 +38,8 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> Any:
 
 def check_loaded(source: str, path: str) -> None:
     """Look at the files of a model of the hub, which are here when it has been loaded."""
-    found = None if Path(path).is_dir() else try_to_load_from_cache(path, "config.json")
-    if isinstance(found, str):
-        check_folder(Path(found).parent, source)
+    if not Path(path).is_dir() and (folder := here(path)).is_dir():
+        check_folder(folder, source)
 
 
 def check_folder(folder: Path, source: str) -> None:
@@ -58,11 +56,7 @@ def check_folder(folder: Path, source: str) -> None:
             raise WrongInput(f"{file} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder")
     if adapters := sorted(folder.glob("adapter_*")):
         base = _read(folder / "adapter_config.json").get("base_model_name_or_path")
-        of = f"for {base!r}" if base else "and does not say for which model"
-        raise WrongInput(
-            f"{source!r} holds an adapter {of} ({adapters[0].name}); merge it into its model, with "
-            "merge_and_unload() of peft, and prune what that gives"
-        )
+        raise adapter(source, adapters[0].name, base)
     check_config(_read(folder / "config.json"), source)
     if beside := [name for name in QUANTIZED_BESIDE if (folder / name).exists()]:
         raise quantized(source, beside[0])
@@ -98,11 +92,11 @@ def _check_bin(folder: Path, source: str) -> None:
             raise WrongInput(f"{source!r} has no {file.name}, which its index names; fetch the model again")
         try:
             found = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
-            packed = [name for name, value in found.items() if is_packed(name, str(value.dtype))]
+            dtypes = {name: str(value.dtype) for name, value in found.items()}
         except Exception as error:
             raise WrongInput(f"{file} is no checkpoint that can be read; fetch it again, or save it anew") from error
-        if packed:
-            raise quantized(source, f"{packed[0]} is {found[packed[0]].dtype}")
+        for name, dtype in dtypes.items():
+            check_stored(name, dtype, source)
 
 
 def _read(file: Path) -> Mapping[str, Any]:

@@ -112,7 +112,7 @@ def computing_dtype(stored: torch.dtype, dtype: str, device: torch.device) -> to
     if dtype == "auto":
         narrow = stored.itemsize < 4 and device.type != "cuda"  # half precision is slow on a CPU
         return torch.float32 if narrow else stored
-    if DTYPES[dtype].itemsize < stored.itemsize:
+    if torch.promote_types(stored, DTYPES[dtype]) != DTYPES[dtype]:
         raise WrongInput(f"--dtype {dtype} would round the weights, which are {str(stored)[6:]}; use that or auto")
     return DTYPES[dtype]
 
@@ -190,7 +190,9 @@ def loaded(
     Raises:
         WrongInput: it is not there, is not whole, or cannot be read.
     """
-    paging.shaped(source, trust_remote_code=trust_remote_code)  # what cannot be is refused before it is read
+    shape = paging.shaped(source, trust_remote_code=trust_remote_code)  # what cannot be is refused before it is read
+    # transformers goes by its config, and by tensors that are tied only if they have one shape
+    untied = {} if getattr(shape.config, "tie_word_embeddings", True) else {"tie_word_embeddings": False}
     path = at_hand(source)
     try:
         with without_bars():
@@ -201,6 +203,7 @@ def loaded(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
+                **untied,
             )
     except Exception as error:  # of several parsers, of files of somebody else's
         raise cannot_open(source, error) from error

@@ -26,7 +26,7 @@ from prunekit.errors import WrongInput
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.configs import make_shape
 from prunekit.models.intake import read_config
-from prunekit.models.places import at_hand
+from prunekit.models.places import at_hand, here
 from prunekit.models.shards import INDEX, WEIGHTS, Shards
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.system.progress import warn_once
@@ -279,6 +279,8 @@ def _origins(stored: list[str], model: PreTrainedModel, state: Mapping[str, Tens
     for name in stored:
         ours, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, dict(state))
         if ours in state and converted is None:
+            if ours in found:
+                raise WrongInput(f"the checkpoint holds {ours} twice, as {found[ours]} and as {name}; remove one")
             found[ours] = name
     return found
 
@@ -307,10 +309,10 @@ def listed(names: Iterable[str]) -> str:
 
 def tied_otherwise(path: str, model: PreTrainedModel) -> bool:
     """Whether the files hold a tensor that the config says is shared with another, and it differs from that."""
-    folder, tied = Path(path), getattr(model, "all_tied_weights_keys", {})
+    folder, tied = here(path), getattr(model, "all_tied_weights_keys", {})
     if not tied or not ((folder / WEIGHTS).exists() or (folder / INDEX).exists()):
         return False
-    shards = Shards.of(path)
+    shards = Shards.of(str(folder))
     origin = _origins(list(shards.tensors), model, model.state_dict())
     pairs = [(shards.read(origin[a]), shards.read(origin[b])) for a, b in tied.items() if {a, b} <= origin.keys()]
     return any(one.shape != other.shape or not torch.equal(one.to(other.dtype), other) for one, other in pairs)
@@ -318,21 +320,21 @@ def tied_otherwise(path: str, model: PreTrainedModel) -> bool:
 
 def unused(path: str, model: PreTrainedModel) -> set[str]:
     """Tensors in the files of a folder that no parameter or buffer of the model is read from."""
-    folder = Path(path)
+    folder = here(path)
     if not ((folder / WEIGHTS).exists() or (folder / INDEX).exists()):
         return set()
-    names = Shards.of(path).tensors.keys()
+    names = Shards.of(str(folder)).tensors.keys()
     return names - set(_origins(list(names), model, model.state_dict()).values())
 
 
 def converted(path: str, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, int]:
     """Count the parameters that the files of a folder hold in another dtype than `dtype`, by that other."""
-    folder = Path(path)
+    folder = here(path)
     if not ((folder / WEIGHTS).exists() or (folder / INDEX).exists()):
         return {}
     with shapes_of(model):
         state, own = model.state_dict(), {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    stored = Shards.of(path).tensors
+    stored = Shards.of(str(folder)).tensors
     found = [
         str(stored[there].dtype)[6:] for name, there in _origins(list(stored), model, state).items() if name in own
     ]
@@ -393,6 +395,9 @@ def opened(
         WrongInput: it is not whole, or cannot be read block by block.
     """
     model, source, path = shaped(path, trust_remote_code=trust_remote_code), path, at_hand(path)
+    if not Path(path).is_dir():
+        Shards.of(path, source)  # fetched, so that the tensors can say what is tied
+        model = shaped(source, trust_remote_code=trust_remote_code)
     with suppress(OSError):  # it has none: that of the class stays
         model.generation_config = GenerationConfig.from_pretrained(path)
     model.config.name_or_path = path

@@ -74,6 +74,15 @@ def at_hand(source: str) -> str:
     return path if Path(path).is_dir() else _reached(path)
 
 
+def here(path: str) -> Path:
+    """The folder of a model that is on this machine, of a hub id the one in its cache; no folder where it is not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(path).expanduser()
+    held = None if folder.is_dir() else try_to_load_from_cache(path, "config.json")
+    return Path(held).parent if isinstance(held, str) else folder
+
+
 @cache
 def _reached(name: str) -> str:
     from huggingface_hub import HfApi, constants, try_to_load_from_cache

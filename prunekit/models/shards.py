@@ -35,6 +35,8 @@ NAMES = {  # of dtypes in a file; the order of equal alignment is safetensors' o
     torch.int64: "I64",
 }
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
+SCALES = ("weight_scale", "weight_zero_point")  # names begin so of what quantized weights are multiplied by
+OF_ADAPTERS = re.compile(r"\.(base_layer|lora_\w+)\b")  # names of peft
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,12 @@ class Shards:
                 with safe_open(file, "pt") as opened:
                     for name in opened.keys():  # noqa: SIM118  it is no mapping
                         part = opened.get_slice(name)
-                        if is_packed(name, part.get_dtype()):
-                            raise quantized(self.source, f"{name} is {part.get_dtype()}")
+                        check_stored(name, part.get_dtype(), self.source)
+                        if name in found:
+                            raise WrongInput(
+                                f"{self.source!r} holds {name} twice, in {found[name].file.name} and {file.name}; "
+                                "remove one of them, or fetch the model again"
+                            )
                         found[name] = Stored(file, DTYPES[part.get_dtype()], tuple(part.get_shape()), state)
             except (OSError, SafetensorError, KeyError) as error:
                 raise WrongInput(f"{file} cannot be read: {one_line(error)}; fetch it again") from error
@@ -147,9 +153,30 @@ def _is_inside(name: str) -> bool:
 
 def is_packed(name: str, dtype: str) -> bool:
     """Whether a tensor of a file is no plain weight: of 8 bits or fewer, or a weight in integers."""
-    dtype = dtype.removeprefix("torch.").lower()
-    whole = dtype.startswith(("i", "u", "qint", "quint"))
-    return re.match(r"(f|float)[468](_|\b)", dtype) is not None or (whole and "weight" in name.rpartition(".")[2])
+    dtype, part = dtype.removeprefix("torch.").lower(), name.rpartition(".")[2]
+    whole = dtype.startswith(("i", "u", "qint", "quint", "bool")) and "weight" in part
+    return whole or part.startswith(SCALES) or re.match(r"(f|float)[468](_|\b)", dtype) is not None
+
+
+def check_stored(name: str, dtype: str, source: str) -> None:
+    """Refuse a tensor of a file that is no plain weight of a model.
+
+    Raises:
+        WrongInput: it is quantized, or of an adapter.
+    """
+    if is_packed(name, dtype):
+        raise quantized(source, f"{name} is {dtype}")
+    if OF_ADAPTERS.search(name):
+        raise adapter(source, name)
+
+
+def adapter(source: str, what: str, base: object = None) -> WrongInput:
+    """The sentence for an adapter that is refused, with the file or tensor that it is known by."""
+    of = f"for {base!r}" if base else "and does not say for which model"
+    return WrongInput(
+        f"{source!r} holds an adapter {of} ({what}); merge it into its model, with merge_and_unload() of peft, and "
+        "prune what that gives"
+    )
 
 
 def quantized(source: str, how: str) -> WrongInput:

@@ -29,7 +29,7 @@ def card(document: Mapping[str, Any], recipe: Recipe, facts: Mapping[str, Any]) 
     """
     dense, pruned, losses = document["dense"], document["pruned"], document["losses"]
     source = str(document["model"])
-    name = Path(source).name or Path(source).resolve().name
+    name = _line(Path(source).name or Path(source).resolve().name)
     base = {} if hub_id(source) is None else {"base_model": source}
     head = {**base, "tags": ["prunekit", "pruned"], "library_name": "transformers", **facts}
     parts = ", ".join(f"{kind} `{spec['name']}`" for kind, spec in parts_of(recipe))
@@ -113,4 +113,4 @@ def _named(source: str, recipe: Recipe) -> str:
     for name in sorted(recipe.data.names, key=len, reverse=True):
         if hub_id(name) is None:
             source = source.replace(name, re.split(r"[/\\]", name)[-1])
-    return source
+    return _line(source)

@@ -504,6 +504,31 @@ def test_a_common_part_is_warned_of_with_its_share(text: Path, tmp_path: Path) -
     assert not heard.lines
 
 
+@pytest.mark.parametrize(
+    ("shifted", "share"),
+    [("a line in front.\n" + numbered(20_000), "62.5%"), (numbered(20_000)[3:], "100.0%")],
+    ids=["line in front", "later"],
+)
+def test_the_same_text_cut_at_other_places_is_warned_of(text: Path, tmp_path: Path, shifted: str, share: str) -> None:
+    (tmp_path / "shifted.txt").write_text(shifted, encoding="utf-8")
+    (tmp_path / "again.txt").write_text(shifted, encoding="utf-8")
+    data, heard = spec(text, 128, 16, 64, evaluation_dataset=str(tmp_path / "shifted.txt")), Heard()
+    if share == "100.0%":
+        with pytest.raises(WrongInput, match="evaluation and calibration read the same text under two names"):
+            draw(Letters(), data, heard)
+        return
+    draw(Letters(), data, heard)
+    assert f"warning: {share} of the evaluation windows are calibration windows too" in heard.lines[0]
+
+
+def test_evaluation_on_the_text_of_the_contrast_is_refused(text: Path, tmp_path: Path) -> None:
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text(numbered(20_000)[::-1], encoding="utf-8")
+    data = spec(text, contrast_dataset=str(tmp_path / "one.txt"), evaluation_dataset=str(tmp_path / "two.txt"))
+    with pytest.raises(WrongInput, match="evaluation and contrast read the same text under two names"):
+        draw(Letters(), data)
+
+
 def test_a_text_that_repeats_itself_is_warned_of(tmp_path: Path) -> None:
     path, heard = tmp_path / "again.txt", Heard()
     path.write_text("word " * 1_000)

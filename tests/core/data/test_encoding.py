@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, PythonBackend
 
 from prunekit import WrongInput
@@ -173,3 +173,13 @@ def test_a_template_that_writes_the_date_gives_the_same_tokens_every_day() -> No
 def test_what_a_template_cannot_take_is_one_sentence(template: str, content: str, sentence: str) -> None:
     with pytest.raises(WrongInput, match=sentence):
         Encoder(templated(template)).chat(conversation(content))
+
+
+def test_what_a_normalizer_makes_of_text_becomes_no_special_token() -> None:
+    raw = Tokenizer(models.WordLevel({"a": 0, "<": 1, "s": 2, ">": 3, "?": 4}, unk_token="?"))
+    raw.normalizer, raw.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="?")
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<s>", normalized=True, special=True)]})
+    assert Encoder(tokenizer)("a<S>a") == [0, 1, 2, 3, 0]
+    assert Encoder(tokenizer)("aXa") == [0, 4, 0]  # what is unknown stays so
+    assert Encoder(tokenizer, special_tokens=True)("a<S>a") == [0, 5, 0]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,8 @@ def refused(folder: Path) -> str:
         ({"quantization_config": {"load_in_8bit": True}}, "(bitsandbytes)"),
         ({"compression_config": {"format": "int-quantized"}}, "(compression_config)"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "(quantization)"),
+        ({"quantization_config": "fp8"}, "(quantization_config)"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "(awq)"),
     ],
     ids=str,
 )
@@ -71,7 +74,7 @@ def test_a_quantized_checkpoint_is_refused_by_name(config: dict[str, Any], name:
     assert f"is quantized {name}, and only plain weights" in refused(folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int64, torch.bool])
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_weights_in_eight_bits_are_refused_though_no_config_says_so(
     dtype: torch.dtype, file: str, saved_letters: Any
@@ -82,6 +85,51 @@ def test_weights_in_eight_bits_are_refused_though_no_config_says_so(
         torch.save(load_file(folder / "model.safetensors"), folder / file)
         (folder / "model.safetensors").unlink()
     assert f"is quantized ({name} is " in refused_whole(folder)
+
+
+@pytest.mark.parametrize("name", ["weight_scale_inv", "weight_scale", "weight_zero_point"])
+def test_scales_beside_plain_weights_are_of_quantized_ones(name: str, saved_letters: Any) -> None:
+    folder, name = saved_letters(), f"model.layers.1.mlp.up_proj.{name}"
+    rewrite(folder, lambda tensors: tensors.update({name: torch.ones(1)}))
+    assert f"is quantized ({name} is F32)" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("found", "extra"),
+    [
+        ("q_proj.base_layer.weight", "q_proj.lora_A.default.weight"),
+        ("q_proj.weight", "q_proj.lora_A.default.weight"),
+        ("q_proj.weight", "q_proj.lora_magnitude_vector"),
+    ],
+)
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_an_adapter_that_is_not_merged_is_one_sentence(found: str, extra: str, file: str, saved_letters: Any) -> None:
+    folder, at = saved_letters(), "model.layers.0.self_attn."
+    rewrite(folder, lambda t: t.update({at + found: t.pop(f"{at}q_proj.weight"), at + extra: torch.ones(2)}))
+    if file == "pytorch_model.bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / file)
+        (folder / "model.safetensors").unlink()
+    assert "holds an adapter and does not say for which model (model.layers.0.self_attn.q_proj." in refused_whole(
+        folder
+    )
+
+
+def test_what_is_no_model_of_transformers_is_refused_by_its_class() -> None:
+    with pytest.raises(WrongInput, match=r"a Linear is no model of transformers; give .* with adapters merged"):
+        prunekit.prune(torch.nn.Linear(2, 2), object(), quiet=True)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked"), [("float16", "bfloat16"), ("bfloat16", "float16"), ("float32", "float16")]
+)
+def test_a_dtype_that_would_round_the_weights_is_refused(stored: str, asked: str, saved_letters: Any) -> None:
+    folder = saved_letters()
+    rewrite(folder, lambda all_: all_.update({k: v.to(getattr(torch, stored)) for k, v in all_.items()}))
+    edit(folder / "config.json", dtype=stored)
+    for shares in (SHARES, PAGED):
+        with pytest.raises(WrongInput, match=f"--dtype {asked} would round the weights, which are {stored}"):
+            opened(str(folder), (), device="cpu", dtype=asked, shares=shares)
+        assert opened(str(folder), (), device="cpu", dtype="float64", shares=shares).dtype is getattr(torch, stored)
 
 
 def refused_whole(folder: Path) -> str:
@@ -205,6 +253,24 @@ def test_every_tensor_that_is_not_used_is_named(saved_letters: Any, capsys: pyte
         assert "holds model.layers.0.extra.weight, for which its model has no place" in capsys.readouterr().err
 
 
+def test_a_parameter_under_two_names_is_refused(saved_letters: Any) -> None:
+    folder = saved_letters()
+    rewrite(folder, lambda t: t.update({"layers.0.mlp.up_proj.weight": t["model.layers.0.mlp.up_proj.weight"] + 1}))
+    for shares in (SHARES, PAGED):
+        with pytest.raises(WrongInput, match=r"holds model\.layers\.0\.mlp\.up_proj\.weight twice, as layers\.0"):
+            opened(str(folder), (), shares=shares)
+
+
+def test_a_tensor_in_two_shards_is_refused(saved_letters: Any) -> None:
+    folder = saved_letters()
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="4KB")
+    (folder / "model.safetensors").unlink()
+    first, *_, last = sorted(folder.glob("*.safetensors"))
+    (name, *_), there = load_file(first), load_file(last)
+    save_file(there | {name: torch.zeros(2)}, last, metadata={"format": "pt"})
+    assert f"holds {name} twice, in {first.name} and {last.name}; remove one" in refused(folder)
+
+
 @pytest.mark.parametrize(("stored", "told"), [("bfloat16", "5 parameters in float32"), ("float32", "16 parameters in")])
 def test_tensors_in_another_dtype_than_the_model_are_told(
     stored: str, told: str, saved_letters: Any, capsys: pytest.CaptureFixture[str]
@@ -243,6 +309,30 @@ def test_a_head_of_its_own_is_kept_whole_and_paged(untied: Path) -> None:
     assert opened(str(untied), ()).fingerprint == opened(str(untied), (), shares=PAGED).fingerprint
     model, _ = skeleton(str(untied))
     assert sum(p.numel() for p in model.parameters()) == sum(t.numel() for t in stored.values())
+
+
+def test_a_head_of_another_shape_is_named_where_the_config_ties_it(untied: Path) -> None:
+    rewrite(untied, lambda t: t.update({"lm_head.weight": torch.ones(30, 16)}))
+    for shares in (SHARES, PAGED):
+        with pytest.raises(WrongInput, match=r"lm_head\.weight is \(30, 16\), and its config asks for \(28, 16\)"):
+            opened(str(untied), (), shares=shares)
+
+
+def test_a_model_of_the_hub_keeps_its_head_whole_and_paged(
+    untied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--own--untied" / "snapshots" / ("a" * 40)
+    shutil.copytree(untied, snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("a" * 40)
+    for place in ("huggingface_hub.constants.HF_HUB_CACHE", "transformers.utils.hub.constants.HF_HUB_CACHE"):
+        monkeypatch.setattr(place, str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    stored = load_file(untied / "model.safetensors")["lm_head.weight"]
+    for shares in (SHARES, PAGED):
+        model: Any = opened("own/untied", (), shares=shares).model
+        assert torch.equal(model.lm_head.weight, stored)
+        assert model.config.tie_word_embeddings is False
 
 
 def test_equal_tensors_are_tied_where_the_config_says_so(untied: Path) -> None:
