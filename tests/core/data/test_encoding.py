@@ -179,7 +179,8 @@ def test_what_a_normalizer_makes_of_text_becomes_no_special_token() -> None:
     raw = Tokenizer(models.WordLevel({"a": 0, "<": 1, "s": 2, ">": 3, "?": 4}, unk_token="?"))
     raw.normalizer, raw.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Split("", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="?")
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<s>", normalized=True, special=True)]})
+    more: Any = {"additional_special_tokens": [AddedToken("<s>", normalized=True, special=True)]}
+    tokenizer.add_special_tokens(more)
     assert Encoder(tokenizer)("a<S>a") == [0, 1, 2, 3, 0]
     assert Encoder(tokenizer)("aXa") == [0, 4, 0]  # what is unknown stays so
     assert Encoder(tokenizer, special_tokens=True)("a<S>a") == [0, 5, 0]

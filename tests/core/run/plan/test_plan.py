@@ -282,16 +282,15 @@ def test_a_pass_takes_as_long_as_its_pruner_where_it_was_tried(folder):
     by_name = {stage.name: stage for stage in make_plan(parts, *shape, None, rehearse=True, trials=trials).stages}
     passes = [by_name["prune 1"], by_name["rebuild"]]
     assert all(stage.own > 0 and not stage.unknown for stage in passes)
-    few, many = (
-        count * len(sites_of(*shape, "groups")) for count in (min(trials.known.values()), max(trials.known.values()))
-    )
+    known = [seconds for seconds in trials.known.values() if seconds is not None]
+    few, many = (count * len(sites_of(*shape, "groups")) for count in (min(known), max(known)))
     assert all(few <= stage.own <= many for stage in passes)
     rates = Rates(1e9, 1e9, 1e8, 1e8)
-    assert by_name["rebuild"].seconds(rates) > by_name["rebuild"].own
+    assert (by_name["rebuild"].seconds(rates) or 0) > by_name["rebuild"].own
     assert [stage.unknown for stage in untried.stages if stage.name in ("prune 1", "rebuild")] == [
         "the work of obs itself"
     ] * 2
-    assert by_name["sample"].flops > by_name["evaluate"].flops / 100
+    assert (by_name["sample"].flops or 0) > (by_name["evaluate"].flops or 0) / 100
     plain = make_plan(resolve(recipe.with_overrides({"samples": 0})), *shape, None)
     assert "sample" not in [stage.name for stage in plain.stages]
 
@@ -435,7 +434,8 @@ def test_a_search_may_end_early_or_late():
     question = (ALLOCATORS.build(patient), whole(), 1024, 64)
     likely = rehearsed(*question)
     found = between(likely, *question)
-    assert 0 < found.least < likely.forwards < found.most  # patience, and every generation
+    assert None not in (found.least, likely.forwards, found.most)
+    assert 0 < (found.least or 0) < (likely.forwards or 0) < (found.most or 0)  # patience, and every generation
     stages = {"selections": [[1, 1024]], "generations": 5, "filter": 1, "patience": 2}
     question = (ALLOCATORS.build(patient | stages), whole(), 1024, 64)
     found = between(rehearsed(*question), *question)
