@@ -121,13 +121,13 @@ def llama(width: int, neurons: int, blocks: int, heads: int, kv: int, *, seqlen:
 
 def shaped(model: PreTrainedModel, adapter: ModelAdapter, computed: torch.dtype) -> tuple[Shape, Space]:
     stored = next(model.parameters()).dtype
-    whole = whole_space(resolve(Recipe.load().with_overrides({"sparsity": 0.5})), model, adapter, stored)
+    whole = whole_space(resolve(Recipe.load("search").with_overrides({"sparsity": 0.5})), model, adapter, stored)
     return Shape(model, adapter, whole.sites, stored, computed), whole
 
 
 def paper(shape: Shape, whole: Space, machine: Machine, tokens: int, seqlen: int) -> Iterator[Line]:
     """The stages of the preset `default`: every round calibrates and searches, and the answer is built."""
-    size, allocator = shape.computed.itemsize, ALLOCATORS.build(Recipe.load().allocator)
+    size, allocator = shape.computed.itemsize, ALLOCATORS.build(Recipe.load("search").allocator)
     weights, block = shape.parameters(shape.model) * size, max(shape.parameters(b) for b in shape.blocks) * size
     fits = weights < 0.9 * machine.memory
     held, again = (weights, 0) if fits else (4 * block, weights)  # bytes read whenever all blocks are gone through
@@ -154,7 +154,7 @@ def paper(shape: Shape, whole: Space, machine: Machine, tokens: int, seqlen: int
 
 def calibrated(shape: Shape, space: Space, machine: Machine, tokens: int, seqlen: int) -> Iterator[Line]:
     """The parts of a calibration pass by the preset's `obs`, which has the dense model beside it."""
-    double, statistics = torch.float64.itemsize, statistics_of(PRUNERS.build(Recipe.load().pruner).needs)
+    double, statistics = torch.float64.itemsize, statistics_of(PRUNERS.build(Recipe.load("search").pruner).needs)
     passes = 2 * shape.forward(tokens, seqlen, head=False)
     hidden = 2 * tokens * shape.width * shape.computed.itemsize / machine.devices
     moments = judged = pruned = stored = most = launches = 0.0
@@ -181,7 +181,7 @@ def calibrated(shape: Shape, space: Space, machine: Machine, tokens: int, seqlen
 def checked(source: str, dataset: str, *, rungs: int = 9, seqlen: int = 256, tokens: int = 32_768) -> None:
     """The paper beside the clock, with the rates of this machine."""
     dense = opened(source)
-    recipe = Recipe.load().with_overrides(
+    recipe = Recipe.load("search").with_overrides(
         {"sparsity": 0.5, "data.dataset": dataset.split(","), "data.seqlen": seqlen, "data.search_tokens": 8192}
         | {"data.calibration_tokens": tokens}
     )

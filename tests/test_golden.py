@@ -22,8 +22,8 @@ TEXT: dict[str, Any] = {
     "evaluation_tokens": 8192,
 }
 RUNS: dict[str, dict[str, Any]] = {
-    "default": {"sparsity": 0.5, "allocator__inner__generations": 3},
-    "fast": {"sparsity": 0.5, "recipe": "fast"},
+    "default": {"sparsity": 0.5},
+    "search": {"sparsity": 0.5, "recipe": "search", "allocator__inner__generations": 3},
     "2:4": {"recipe": "fast", "structure": "2:4", "pruner": "sparsegpt", "allocator": "uniform"},
 }
 

@@ -47,7 +47,7 @@ DTYPE = option("Number format of the computation: auto, float32, bfloat16, float
 Json = Annotated[bool, switch("JSON instead of a table.", None, "--json")]
 Quiet = Annotated[bool, switch("No output except results and errors.", RUN, "--quiet", "-q")]
 
-EFFORTS: Mapping[str, str] = {"quick": "quick", "standard": "default", "thorough": "default-recover"}
+EFFORTS: Mapping[str, str] = {"quick": "fast", "standard": "default", "thorough": "default-recover"}
 """A word for how much work a result is worth -> the recipe that does so much."""
 
 FLAGS: Mapping[str, str] = {  # of `prune` -> recipe key

@@ -36,7 +36,7 @@ TARGET = (
     "machine. Several by comma make a family of models."
 )
 STRUCTURE = "Unit of removal: groups (heads and neurons), weights, or a pattern such as 2:4."
-EFFORT = "quick, standard or thorough, instead of a recipe: quick, default, or default-recover, which trains."
+EFFORT = "quick, standard or thorough, instead of a recipe: fast, default, or default-recover, which trains."
 RECIPE = "Preset, YAML file, or folder of a pruned model; default without it."
 FINISHER = "Recovery step after pruning, instead of the recipe's. Repeatable, in the order given."
 EXPORTER = "Format of the result, beside the folder for transformers. Repeatable."

@@ -157,9 +157,9 @@ def _gathered(
     return found | {part: interleaved(orders[part], stretches[part]) for part in texts}
 
 
-def amounts(data: DataSpec, seqlen: int) -> dict[str, int]:
-    """Tokens of every part, in whole windows, where the text has as many."""
-    asked = {part: getattr(data, f"{part}_tokens") or most for part, most in DEFAULTS.items()}
+def amounts(data: DataSpec, seqlen: int, most: Mapping[str, int] = DEFAULTS) -> dict[str, int]:
+    """Tokens of every part, in whole windows, where the text has as many; `most` where nobody has said how many."""
+    asked = {part: getattr(data, f"{part}_tokens") or count for part, count in most.items()}
     return {part: whole_windows(tokens, seqlen) * seqlen for part, tokens in asked.items()}
 
 

@@ -21,6 +21,7 @@ from prunekit.errors import WrongInput
 from prunekit.system.progress import Progress
 
 DEFAULTS = {"calibration": 131_072, "search": 131_072, "recovery": 131_072, "evaluation": 65_536}  # tokens
+JUDGED = 16_384  # tokens of search text that are enough to judge a result on, and for the searches of the presets
 LEAST = 2_048  # tokens; with less than this in a part nobody asked for less, so we refuse
 POOL = 16  # shuffled windows are drawn from up to this many times the text that is needed
 

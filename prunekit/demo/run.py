@@ -16,7 +16,7 @@ from prunekit.run.prune import prune
 from prunekit.run.session import Job
 from prunekit.system.progress import Progress
 
-# amounts that end in two minutes on two cores
+# amounts that end in a minute on two cores
 SETTINGS = {
     "model": str(MODEL),
     "sparsity": 0.5,
@@ -25,7 +25,6 @@ SETTINGS = {
     "data.calibration_tokens": 16_384,
     "data.search_tokens": 16_384,
     "data.evaluation_tokens": 16_384,
-    "allocator.inner.generations": 4,
 }
 
 

@@ -282,7 +282,7 @@ class LayerProblem:
         """`error` of the refits at every count, on damped moments and before they are rounded."""
         if self._power <= 0:
             return torch.zeros_like(nested.losses)
-        return self.error(self.target) + nested.losses / self._power
+        return self.error(nested.layer.target) + nested.losses / self._power
 
     @cached_property
     def _power(self) -> float:

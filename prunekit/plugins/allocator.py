@@ -81,9 +81,16 @@ class Allocator(ABC):
         has them."""
         return frozenset()
 
+    @property
+    def asks(self) -> bool:
+        """Whether its searches ask. Those of one that reads all it needs in the `Problem` answer at once; then no token
+        is sent through the model for them, and no candidates are made but those that are carried."""
+        return True
+
     @abstractmethod
     def search(self, problem: Problem) -> Search:
-        """Ask with `losses = yield queries`; questions are feasible or probes, the answer is feasible; ask once."""
+        """Ask with `losses = yield queries`; questions are feasible or probes, the answer is feasible; where it `asks`,
+        ask once."""
 
     def ready(self) -> None:
         """Raise WrongInput for what the search needs and this machine lacks; called before any long work."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from prunekit.data.sources import is_file
 from prunekit.data.spec import DataSpec
+from prunekit.data.windows import DEFAULTS, JUDGED
 from prunekit.errors import WrongInput
 from prunekit.layer.statistics import Need
 from prunekit.plugins.allocator import Allocator
@@ -76,11 +77,19 @@ class Parts:
         """Whether anybody reads what rungs cost in nats, of a model of so many blocks."""
         return "nats" in self.allocator.needs or self.objective.reads(depth).nats
 
+    def searches(self, depth: int) -> bool:
+        """Whether a search sends tokens through the model."""
+        return self.allocator.asks and bool(self.objective.reads(depth).tokens)
+
     def prices_alone(self, depth: int) -> bool:
         """Whether a search asks for prices of rungs and sends no token through them: then no candidate is made but at
         the centre, which is carried."""
-        recipe = self.recipe
-        return recipe.rebuild and recipe.carry != "expected" and not self.objective.reads(depth).tokens
+        return self.recipe.rebuild and self.recipe.carry != "expected" and not self.searches(depth)
+
+    @property
+    def amounts(self) -> Mapping[str, int]:
+        """Tokens of every part where nobody has said how many: a result that no search was for is judged on fewer."""
+        return DEFAULTS if self.searches(1) else DEFAULTS | {"search": JUDGED}
 
     def with_text(self, model: str, data: DataSpec) -> Parts:
         """Write the model's name and every choice about the tokens into the recipe."""

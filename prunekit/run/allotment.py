@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from prunekit.data.spec import DataSpec
-from prunekit.data.windows import DEFAULTS, LEAST, whole_windows
+from prunekit.data.windows import DEFAULTS, JUDGED, LEAST, whole_windows
 from prunekit.errors import WrongInput
 from prunekit.recipe.resolve import Parts
 from prunekit.run.plan.plan import SEARCH, Plan, Stage
@@ -22,7 +22,6 @@ CALIBRATING = {(False, False): 1.0, (True, False): 0.5, (False, True): 0.35, (Tr
 """Share of the time until the search begins: (whether it asks for tokens, whether somebody trains) -> share."""
 RECOVERING = 0.5  # share that a search leaves to training
 JUDGING = 0.1  # share of the time to measure both models on evaluation text
-SEARCHED = 16_384  # tokens of search text: the searches of the presets judge on no more
 MOST = 1 << 20  # tokens of a part: more are not read, whatever the time
 WORK = (
     1.1  # a calibration pass takes so many times what is planned: rows are written, plug-ins guarded, memory given back
@@ -106,7 +105,7 @@ def share_text(parts: Parts, seqlen: int, plan_of: Callable[[DataSpec], Plan], r
     """
     data, time = parts.recipe.data, parts.recipe.time
     assert time is not None
-    searches, free = bool(parts.objective.reads(1).tokens), dict(DEFAULTS)
+    searches, free = parts.searches(1), dict(parts.amounts)
     least = whole_windows(LEAST, seqlen) * seqlen
     share = CALIBRATING[searches, parts.trains]
 
@@ -128,7 +127,7 @@ def share_text(parts: Parts, seqlen: int, plan_of: Callable[[DataSpec], Plan], r
     def judging(plan: Plan) -> float:
         return sum(stage.seconds(rates) or 0.0 for stage in plan.stages if stage.name.startswith("evaluate"))
 
-    free |= {"calibration": least, "search": SEARCHED if searches else least, "recovery": least}
+    free |= {"calibration": least, "search": JUDGED, "recovery": least}
     free["evaluation"] = most("evaluation", DEFAULTS["evaluation"], lambda plan: judging(plan) <= JUDGING * time)
     shortest = planned(free)
     if seconds(shortest) > time:

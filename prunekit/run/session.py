@@ -45,7 +45,7 @@ from prunekit.system.progress import Progress, span
 from prunekit.system.rates import Rates
 from prunekit.system.sizes import amount
 
-LONG, SHORT = 3600, "quick"  # seconds after which a shorter recipe is named, and which
+LONG, SHORT = 3600, "fast"  # seconds after which a shorter recipe is named, and which
 PRICED = "priced.json"  # beside the prices of a run that is at work: their digest
 
 
@@ -185,7 +185,7 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
     if source is None:
         raise WrongInput("no model was given; name a folder or a hub id, or pass a model in memory")
     shape = skeleton(source, trust_remote_code=recipe.trust_remote_code)
-    data, allotment, most = recipe.data, None, DEFAULTS
+    data, allotment, most = recipe.data, None, parts.amounts
     if recipe.time is None:
         trials = tried(parts, shape) if job.announce else None
         plan = make_plan(parts, *shape, job.output, asked, rehearse=job.announce, trials=trials)
@@ -249,7 +249,7 @@ def allot(
     first = plan_of(recipe.data)
     rates = Rates.measured(first.device, first.dtype, first.place or Path())
     seqlen = window_of(recipe.data, limits(shape[0])["max_seqlen"])
-    most = DEFAULTS if chosen else share_text(parts, seqlen, plan_of, rates)
+    most = parts.amounts if chosen else share_text(parts, seqlen, plan_of, rates)
     data = filled(recipe.data, most)
     text = {part: getattr(data, f"{part}_tokens") for part in most}
     return Allotment(recipe.time, plan_of(data), rates, parts.trains, text), most

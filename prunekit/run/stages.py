@@ -179,8 +179,8 @@ class Run:
     def search_budget(self) -> int | None:
         """Token-forwards that all searches may take: what the recipe says, or its time leaves when the first begins."""
         budget, allotment = self.parts.recipe.search_budget, self.allotment
-        free = not self.parts.objective.reads(len(self.dense.adapter.blocks(self.dense.model))).tokens
-        if budget is not None or allotment is None or free:
+        searches = self.parts.searches(len(self.dense.adapter.blocks(self.dense.model)))
+        if budget is not None or allotment is None or not searches:
             return budget
         if "search_budget" not in self.decided:
             question = {"kind": "time", "of": "search_budget"}

@@ -115,9 +115,11 @@ def converse(
                 queries = search.send(losses) if losses is not None else next(search)  # type: ignore[arg-type]
             except StopIteration as stop:
                 answer = stop.value
-                if not judged:
+                if not judged and allocator.asks:
                     raise PluginError(f"{who} answered without a question") from None
                 break
+            if not allocator.asks:
+                raise PluginError(f"{who} says that it does not ask, and asked")
             queries = instance(allocator, "what it asks", queries, Sequence)
             asked = [_asked(query, problem, tokens, reads, who) for query in queries]
             if not asked:

@@ -58,7 +58,7 @@ def planned(
     stored = next(model.parameters()).dtype
     computed = computing_dtype(stored, recipe.dtype, device)
     seqlen = window_of(recipe.data, limits(model)["max_seqlen"])
-    tokens = amounts(recipe.data, seqlen)
+    tokens = amounts(recipe.data, seqlen, parts.amounts)
     limit_asked = parse_size(recipe.memory)
     limit = round(available(device) * SPARE) if limit_asked is None else limit_asked - _taken(device)
     free_disk = place = None
@@ -66,7 +66,7 @@ def planned(
         place = next(p for p in (output.resolve(), *output.resolve().parents) if p.is_dir())
         free_disk = shutil.disk_usage(place).free + written(output)  # which is gone on with, or discarded
     allocator, known = parts.allocator, dict[int, Known]()
-    free = not parts.objective.reads(1).tokens
+    free = not parts.searches(1)
 
     def searched(number: int, space: Space) -> Rehearsal:
         if free or not rehearse:

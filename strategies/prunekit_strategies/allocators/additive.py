@@ -38,6 +38,11 @@ class Additive(Allocator):
     def needs(self) -> frozenset[str]:
         return needed(self.table)
 
+    @property
+    def asks(self) -> bool:
+        """One candidate of a table that is there needs no judgement."""
+        return self.table == "probes" or self.candidates > 1
+
     @abstractmethod
     def solutions(self, space: Space, table: Table) -> Iterable[Allocation]:
         """The allocations worth a question; all feasible."""
@@ -62,6 +67,8 @@ class Additive(Allocator):
                 table = yield from Probes(self.reach / 2**n, self.points, self.probe_tokens).table(problem, centre)
             proposed = dict.fromkeys([*self.solutions(space, table), best])
             candidates = [a for a in proposed if self.keeps(space, a)]
+            if not self.asks:
+                return candidates[0]
             losses = yield [Query(a, min(self.tokens, problem.tokens) or None) for a in candidates]
             _, best = min(zip(losses, candidates, strict=True))
         return best

@@ -44,6 +44,10 @@ class CoarseToFine(Allocator):
     def needs(self) -> frozenset[str]:
         return self.inner.needs
 
+    @property
+    def asks(self) -> bool:
+        return self.inner.asks
+
     def first_space(self, whole: Space) -> Space:
         # as many rungs as it takes from one end of a ladder to the other
         return whole.zoomed(whole.uniform(), stride=self.stride, reach=-int(-1 // Fraction(self.stride)))

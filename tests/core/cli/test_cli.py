@@ -161,17 +161,17 @@ def test_what_a_run_takes_is_said_before_it_begins_and_what_would_take_less(
     (line,) = [number for number, each in enumerate(said) if re.match(r"this takes [\d.]+ s, ", each)]
     assert re.search(r"of memory and .* of disk; `prunekit plan` with the same options says where$", said[line])
     assert line < min(number for number, each in enumerate(said) if each.startswith("prune 1 "))
-    assert "--recipe quick" not in "".join(said)
+    assert "--recipe fast" not in "".join(said)
     monkeypatch.setattr(session, "LONG", 0.0)
     said = run("prune", *flags, "--overwrite").stderr
-    assert re.search(r"with --recipe quick it takes [\d.]+ s; ctrl-c stops, the same command goes on", said)
+    assert re.search(r"with --recipe fast it takes [\d.]+ s; ctrl-c stops, the same command goes on", said)
     assert "this takes" not in run("prune", *flags, "--overwrite", "--quiet").stderr
     pattern = ["--structure", "2:4", "--pruner", "sparsegpt"]  # which the pruner of the shorter recipe does not know
-    assert "with --recipe quick it takes" in run("prune", *flags, *pattern, "--overwrite").stderr
+    assert "with --recipe fast it takes" in run("prune", *flags, *pattern, "--overwrite").stderr
 
 
 @pytest.mark.parametrize(
-    ("effort", "recipe"), [("quick", "quick"), ("standard", "default"), ("thorough", "default-recover")]
+    ("effort", "recipe"), [("quick", "fast"), ("standard", "default"), ("thorough", "default-recover")]
 )
 def test_an_effort_is_a_recipe(asked: list[Any], effort: str, recipe: str) -> None:
     assert run("prune", "m", "-o", "out", "--effort", effort).exit_code == 0

@@ -59,8 +59,11 @@ def test_the_digest_is_of_what_makes_the_weights(recipe: Recipe) -> None:
         ({"pruner.aime": "dense"}, "no option of pruner 'obs' 'aime'; did you mean 'aim'?"),
         ({"pruner.aim.more": "dense"}, "pruner 'obs': aim takes Literal"),
         ({"pruner": Recipe}, "pruner: input should be a valid dictionary"),
-        ({"allocator.inner.generation": 3}, "no option of allocator 'evolution' 'generation'; did you mean"),
-        ({"allocator.inner": "evolutoin"}, "no allocator 'evolutoin'; did you mean 'evolution'?"),
+        (
+            {"allocator": "tyr", "allocator.inner.generation": 3},
+            "no option of allocator 'evolution' 'generation'; did you mean",
+        ),
+        ({"allocator": "tyr", "allocator.inner": "evolutoin"}, "no allocator 'evolutoin'; did you mean 'evolution'?"),
         ({"finishers": ["biass"]}, "no finisher 'biass'; did you mean 'bias'"),
         ({"sparsity": 0}, "sparsity is the share that is removed, more than 0 and less than 1, not 0"),
         ({"sparsity": 1.0}, "more than 0 and less than 1, not 1.0"),

@@ -15,7 +15,7 @@ FILES = ("model.safetensors", "config.json", "recipe.yaml", "ledger.jsonl")
 COMMAND = [
     *(sys.executable, "-m", "prunekit.cli", "prune", str(MODEL), "--sparsity", "0.5", "--dataset", "python-docs"),
     *("--calibration-tokens", "8192", "--search-tokens", "4096", "--seqlen", "256", "--quiet"),
-    *("--set", "allocator.inner.generations=3", "--set", "data.evaluation_tokens=2048"),
+    *("--recipe", "search", "--set", "allocator.inner.generations=3", "--set", "data.evaluation_tokens=2048"),
 ]
 
 

@@ -36,11 +36,12 @@ class Free(Counting):
 class Script(Allocator):
     """Asks what it was told to ask."""
 
-    asks: tuple
+    told: tuple
     answer: Any = None
+    asks: bool = True
 
     def search(self, problem):
-        for ask in self.asks:
+        for ask in self.told:
             yield [Query(a or problem.start, t, *probe) for a, t, *probe in ask]
         return problem.start if self.answer is None else self.answer
 
@@ -254,11 +255,18 @@ def test_an_allocator_may_learn_from_elsewhere_and_a_second_run_replays_it(net, 
     ]
 
 
+def test_who_does_not_ask_answers_at_once(net, tmp_path):
+    outcome = held(net, Script((), asks=False), Counting(), tmp_path / "l")
+    assert net.space.is_feasible(outcome.answer)
+    assert (outcome.questions, outcome.judgement) == (0, None)
+
+
 @pytest.mark.parametrize(
     ("allocator", "message"),
     [
         (Script(()), "without a question"),
         (Script(((),)), "without a question"),
+        (Script((((None, 12),),), asks=False), "says that it does not ask, and asked"),
         (Script((((None, 12),),), answer=(1, 2)), "not a feasible allocation"),
         (Script(((((10**6,) * 6, 12),),)), "not a feasible allocation"),
     ],

@@ -33,6 +33,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "obs": [
         {"aim": "dense"},
         {"aim": "stream"},
+        {"aim": "stream", "correction": 0.7},
         {"search": "score"},
         {"search": "swap", "refit": False},
         {"score": "masked"},

@@ -49,7 +49,12 @@ class OBS(LocalPruner):
 
     with G = E[x x̂ᵀ], of which only W G = E[(W x) x̂ᵀ] is ever formed, and D = E[δ x̂ᵀ]. (4) is error correction as in
     OSSCAR (arXiv 2403.12983); (5) is ours: every layer also makes up for what earlier ones could not, as far as a
-    linear map of its inputs can.
+    linear map of its inputs can. What is made up for on the calibration tokens is made up for less on others, so the
+    target may go a part of the way,
+
+        W* ← W + correction (W* - W)                                           (6)
+
+    which is ours too: layers that are fitted one behind the other fit the same tokens again and again.
 
     The search is for the groups to remove:
 
@@ -71,6 +76,7 @@ class OBS(LocalPruner):
     """
 
     aim: Aim = "own"  # its own output on what it will see, the dense model's output, or its residual stream
+    correction: float = 1.0  # share of what earlier layers changed that is made up for, where the aim is not its own
     search: Search = "greedy"
     score: Score = "exact"  # of greedy, score and the start of swap
     step: tuple[int, int] = (1, 1)  # least and most neurons at once: a sixteenth of what is left
@@ -88,6 +94,8 @@ class OBS(LocalPruner):
                 "1 ≤ step[0] ≤ step[1], head_step ≥ 1, exchange ≥ 1 and tries ≥ 0 are needed, not "
                 f"{list(self.step)}, {self.head_step}, {self.exchange} and {self.tries}"
             )
+        if not 0 <= self.correction <= 1:
+            raise ValueError(f"a correction is a share in 0..1, not {self.correction}")
         if self.growth <= 1:
             raise ValueError(f"a penalty grows by a factor above 1, not {self.growth}")
         if self.first_order != "none" and self.score in ("masked", "wanda"):
@@ -126,9 +134,14 @@ class OBS(LocalPruner):
         return torch.empty_like(rises).index_copy_(0, torch.tensor(ranking, device=rises.device), rises)
 
     def _aimed(self, layer: LayerProblem) -> LayerProblem:
-        """The layer without the moments this aim does not ask for."""
+        """The layer without the moments this aim does not ask for, and with (6) for its target."""
         unasked = {"cross", "drift"} - self.needs
-        return replace(layer, **dict.fromkeys(unasked)) if unasked else layer
+        layer = replace(layer, **dict.fromkeys(unasked)) if unasked else layer
+        if layer.cross is None or self.correction == 1:
+            return layer
+        own = layer.weight.double() @ layer.gram.double()  # W H, what there would be to reach if nothing had changed
+        cross = own + self.correction * (layer.cross.double() - own)
+        return replace(layer, cross=cross, drift=None if layer.drift is None else self.correction * layer.drift)
 
     def _ranked(self, layer: LayerProblem, smallest: int) -> tuple[_Live, list[int]]:
         """(its live part, all group ids, the last to be removed first), by removals down to so many."""

@@ -96,6 +96,24 @@ def test_the_aim_says_what_calibration_must_collect():
         OBS(aim="maybe")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("aim", ["dense", "stream"])
+def test_a_correction_goes_a_part_of_the_way_to_the_target(aim: Any) -> None:
+    plain, generator = exact(6, 2), torch.Generator().manual_seed(0)
+    lost, shifted = (torch.randn(plain.weight.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    layer = replace(plain, cross=plain.weight @ plain.gram + shifted, drift=lost, energy=1e3)
+    target = (layer if aim == "stream" else replace(layer, drift=None)).target
+    for share in (0.0, 0.3, 1.0):
+        aimed = OBS(aim=aim, correction=share).nested(layer)
+        assert aimed is not None
+        expected = layer.weight + share * (target - layer.weight)
+        torch.testing.assert_close(aimed.layer.target, expected, rtol=1e-9, atol=1e-9)
+    for one, two in zip(OBS(aim=aim, correction=0.0).prune(layer, range(7)), OBS().prune(plain, range(7)), strict=True):
+        assert one.kept == two.kept
+        torch.testing.assert_close(one.weight, two.weight, rtol=1e-7, atol=1e-8)
+    with pytest.raises(ValueError, match=r"a correction is a share in 0\.\.1, not 1\.5"):
+        OBS(aim=aim, correction=1.5)
+
+
 # -- other searches and scores ------------------------------------------------------------------------
 
 
