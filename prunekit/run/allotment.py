@@ -133,7 +133,7 @@ def share_text(parts: Parts, seqlen: int, plan_of: Callable[[DataSpec], Plan], r
     if seconds(shortest) > time:
         raise WrongInput(
             f"{span(time)} are too short: recipe and model take about {span(seconds(shortest))} here at the least; "
-            "give more --time, or --recipe fast"
+            "give more --time" + ", or a recipe that does not search" * searches
         )
     free["calibration"] = most("calibration", MOST, lambda plan: seconds(plan) <= share * time)
     learnt = (1 - share) * time * rates.flops / (LEARNING * shortest.forward)

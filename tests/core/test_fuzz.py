@@ -137,7 +137,7 @@ def test_any_state(
 ) -> None:
     model, stopped = saved_letters(), emptied(tmp_path / "stopped")
 
-    def stop(folder: Path, output: Path) -> None:
+    def stop(folder: Path, output: Path, *, overwrite: bool) -> None:
         raise CannotGoOn("stopped")
 
     with monkeypatch.context() as patch:

@@ -242,15 +242,11 @@ class Count:
 
     def _rounds(self, shares: Shares, held: int, working: int) -> Iterator[Stage]:
         """A calibration pass along the rungs of all, then the search of each."""
-        recipe, shape, (heard, written) = self.recipe, self.shape, self._heard(shares)
-        asking = held + self._asking + CUSHION
+        recipe, shape, asking = self.recipe, self.shape, held + self._asking + CUSHION
         for number, every in enumerate(self._passes):
             yield self._pass(f"prune {number + 1}", every, shares, held + working)
-            if number == 0 and heard + written:
-                yield Stage(
-                    HEARING, asking, shares.blocks or 0, written, read=0 if shares.blocks is None else self._stored,
-                    flops=shape.forward(self.tokens["search"], self.seqlen, head=True),
-                )  # fmt: skip
+            if number == 0 and self.parts.searches(len(shape.blocks)):
+                yield from self._hearing(shares, asking)
             for member in self.members:
                 if number >= len(member.spaces):
                     continue
@@ -270,6 +266,15 @@ class Count:
                     flops=flops, unknown=why, member=member.name,
                     spread=None if search.least is None else (spread[0] or 0, spread[1] or 0),
                 )  # fmt: skip
+
+    def _hearing(self, shares: Shares, asking: int) -> Iterator[Stage]:
+        """The dense model is asked what the objective reads of it, where it reads any."""
+        heard, written = self._heard(shares)
+        if heard + written:
+            yield Stage(
+                HEARING, asking, shares.blocks or 0, written, read=0 if shares.blocks is None else self._stored,
+                flops=self.shape.forward(self.tokens["search"], self.seqlen, head=True),
+            )  # fmt: skip
 
     def _result(self, member: Member, shares: Shares, held: int, working: int, *, first: bool) -> Iterator[Stage]:
         """Rebuilt, finished, measured, saved; the first measures the dense model too."""
@@ -295,6 +300,8 @@ class Count:
         asked = self.tokens["search"] if self.parts.objective.reads(len(shape.blocks)).tokens else 0
         states, ready = self._searched(Rehearsal(asked, 1, asked), member.last, shares)  # what is built is judged once
         asking = held + self._asking + CUSHION + states
+        if first and not self.parts.searches(len(shape.blocks)):  # then it is asked now
+            yield from self._hearing(shares, asking)
         measuring = both + forward + CUSHION
         models = 1 + first
         small = shape.forward(judged, self.seqlen, head=True, share=self._share(member))

@@ -199,7 +199,7 @@ def test_plan_has_every_option_of_prune_and_says_what_it_would_take(model: Path,
     assert "at least" not in result.stdout
     assert "opened whole" in result.stdout
     told = json.loads(run("plan", *flags.split(), "--json").stdout)
-    names = ["open", "fisher", "prune 1", "search 1", "rebuild", "evaluate", "export"]
+    names = ["open", "fisher", "prune 1", "search 1", "rebuild", "dense model", "evaluate", "export"]
     assert [stage["name"] for stage in told["stages"]] == names
     assert told["rates"]["flops"] > 0
     assert not asked

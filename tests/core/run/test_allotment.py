@@ -45,15 +45,15 @@ def plan_of(data: Any) -> Plan:
     return Plan(stages, 0, None, None, 0, 0, None, None, None, FORWARD)  # type: ignore[arg-type]
 
 
-def parts_of(time: float, recipe: str = "fast", **data: int) -> Any:
+def parts_of(time: float, recipe: str = "default", **data: int) -> Any:
     return resolve(Recipe.load(recipe).with_overrides({"time": time, **{f"data.{k}": v for k, v in data.items()}}))
 
 
-@given(st.floats(20, 20_000), st.sampled_from(["fast", "default", "default-recover"]), st.sampled_from([32, 512]))
+@given(st.floats(20, 20_000), st.sampled_from(["default", "search", "default-recover"]), st.sampled_from([32, 512]))
 def test_as_much_text_as_the_time_allows_and_no_window_more(time: float, recipe: str, seqlen: int) -> None:
     parts = parts_of(time, recipe)
     found = share_text(parts, seqlen, plan_of, RATES)
-    share = CALIBRATING[recipe == "default", recipe == "default-recover"] * time
+    share = CALIBRATING[recipe == "search", recipe == "default-recover"] * time
 
     def seconds(calibration: int) -> float:
         passes = WORK * 60 * FORWARD * calibration + 2 * FORWARD * found["evaluation"]

@@ -256,7 +256,7 @@ def test_an_allocator_may_learn_from_elsewhere_and_a_second_run_replays_it(net, 
 
 
 def test_who_does_not_ask_answers_at_once(net, tmp_path):
-    outcome = held(net, Script((), asks=False), Counting(), tmp_path / "l")
+    outcome, _ = held(net, Script((), asks=False), Counting(), tmp_path / "l")
     assert net.space.is_feasible(outcome.answer)
     assert (outcome.questions, outcome.judgement) == (0, None)
 

@@ -298,7 +298,7 @@ def test_a_pass_takes_as_long_as_its_pruner_where_it_was_tried(folder):
 def test_a_plan_says_which_stages_there_are_and_what_nobody_knows(folder, tmp_path):
     plan = plan_of(folder, tmp_path / "new" / "out", **{"finishers": ["bias"], "data.seqlen": 16})
     assert [stage.name for stage in plan.stages] == [
-        "open", "fisher", "prune 1", "search 1", "rebuild", "finish", "evaluate", "export",
+        "open", "fisher", "prune 1", "search 1", "rebuild", "finish", "dense model", "evaluate", "export",
     ]  # fmt: skip
     rates = Rates(1e9, 1e9, 1e8, 1e8)
     told = json.loads(json.dumps(plan.as_dict(rates)))
@@ -382,6 +382,7 @@ SMALL = {"data.calibration_tokens": 64, "data.search_tokens": 64, "data.evaluati
 def test_the_disk_of_a_family_is_counted_walk_by_walk(saved_tiny, tmp_path, killed_at, monkeypatch):
     path, output = saved_tiny(), tmp_path / "out"
     changes: dict[str, Any] = {"allocator": "uniform", "pruner": "magnitude", "sparsity": [0.4, 0.2]}
+    changes["objective"] = {"name": "expected-error", "table": "fisher"}
     plan = plan_of(path, output, **changes, **SMALL)
     assert [stage.name for stage in plan.stages] == [
         "open", "fisher", "prune 1", "search 1 for 0.2", "search 1 for 0.4",
@@ -410,7 +411,7 @@ def test_of_a_family_that_is_searched_for_one_member_one_is_made(folder):
     recipe = Recipe.load("fast").with_overrides({"model": str(folder), "sparsity": 0.4, "family": [0.2, 0.4]})
     plan = make_plan(resolve(recipe), *skeleton(str(folder)), None)
     assert [stage.name for stage in plan.stages] == [
-        "open", "fisher", "prune 1", "search 1 for 0.2", "search 1 for 0.4", "rebuild for 0.4", "evaluate for 0.4",
+        "open", "fisher", "prune 1", "search 1 for 0.2", "search 1 for 0.4", "rebuild for 0.4", "dense model", "evaluate for 0.4",
         "export for 0.4",
     ]  # fmt: skip
 
