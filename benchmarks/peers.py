@@ -147,11 +147,7 @@ def llm_pruner(folder: Path, model: Any, draws: Draws, share: float) -> Work:
             model,
             ids[:2, :8],
             importance=llama.TaylorImportance(group_reduction="sum", taylor="param_first"),
-            global_pruning=False,
-            iterative_steps=1,
             ch_sparsity=share * len(layers) / len(inner),
-            ignored_layers=[],
-            channel_groups={},
             consecutive_groups={layer.self_attn.k_proj: layer.self_attn.head_dim for layer in layers},
             customized_pruners={norm: llama.hf_rmsnorm_pruner},
             root_module_types=None,
@@ -171,7 +167,9 @@ def tyr(folder: Path, model: Any, draws: Draws, share: float) -> Work:
     """Both scripts of Týr, as in `beside_tyr.py`."""
     from beside_tyr import tyr as both
 
-    return lambda: both(model.name_or_path, folder, model, draws, share, generations=10, offspring=16).seconds
+    here = Path(model.name_or_path)  # its scripts run in another folder
+    source = str(here.resolve()) if here.exists() else model.name_or_path
+    return lambda: both(source, folder, model, draws, share, generations=10, offspring=16).seconds
 
 
 LAYERS = "a hook hands rotary embeddings to layers that are called without"
