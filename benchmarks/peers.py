@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import sys
 import tempfile
@@ -339,7 +340,7 @@ def main(
         for before in done:
             if "failed" not in before and told.items() <= before.items():
                 return before
-        done.append(told | alone(function, *arguments))
+        done.append(told | {"load": os.getloadavg()[0]} | alone(function, *arguments))  # of the machine, before
         with rows.open("a") as file:
             file.write(json.dumps(done[-1]) + "\n")
         print(done[-1], file=sys.stderr, flush=True)
@@ -388,7 +389,8 @@ def show(share: float, found: list[tuple[Row, Row | None]], whole: Row, tokens: 
         elif "failed" in beside:
             cells += [f"did not run: {beside['failed']}", "", "", ""]
         else:
-            cells += [f"{beside['tokens']:,}", f"{beside['asked']:.1f}", *cell(beside, whole)[2:]]
+            asked = f"{beside['asked']:.1f}" + ", the least" * (beside["asked"] > one["seconds"])
+            cells += [f"{beside['tokens']:,}", asked, *cell(beside, whole)[2:]]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
