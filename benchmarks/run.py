@@ -57,7 +57,7 @@ def main(
                         "data.evaluation_tokens": tokens,
                     }
                     own = {key: value for key, value in changes.items() if key != "recipe"}
-                    recipe = Recipe.load(changes.get("recipe", "default")).with_overrides(shared).with_overrides(own)
+                    recipe = Recipe.load(changes.get("recipe", "search")).with_overrides(shared).with_overrides(own)
                     allocator = recipe.allocator["name"]
                     kept = dict(parsed(s) for s in setting or [])
                     recipe = recipe.with_overrides(
