@@ -23,9 +23,7 @@ CALIBRATING = {(False, False): 1.0, (True, False): 0.5, (False, True): 0.35, (Tr
 RECOVERING = 0.5  # share that a search leaves to training
 JUDGING = 0.1  # share of the time to measure both models on evaluation text
 MOST = 1 << 20  # tokens of a part: more are not read, whatever the time
-WORK = (
-    1.1  # a calibration pass takes so many times what is planned: rows are written, plug-ins guarded, memory given back
-)
+WORK = 1.1  # a pass takes so many times what is planned: plug-ins are guarded, memory is given back
 AROUND = 6.0  # seconds to start, and to load the result in a fresh process
 LEARNING = 4  # a token that is learnt takes so many times one that is judged: back, and the teacher
 PASSES = ("gradients", "fisher", "prune", "rebuild")  # names of stages begin so

@@ -62,7 +62,8 @@ class Trials:
         key = (site.d_in, site.d_out, site.group_size, site.form, fed, counts, few)
         if key not in self.known:
             try:
-                self.known[key] = self._tried(site, fed, counts, few)
+                with torch.random.fork_rng(devices=()):  # a run is the same whether it was planned or not
+                    self.known[key] = self._tried(site, fed, counts, few)
             except Exception as error:  # a plug-in may refuse a layer that is made up
                 _log.info("%s was not tried on %s: %s", type(self.pruner).__name__, site.name, error)
                 self.known[key] = None

@@ -79,6 +79,17 @@ def test_counts_that_are_only_priced_take_one_factor_or_batches_of_all(clock: li
     assert found == pytest.approx(pace * 60**3 * (1 if nests else 2 * 3))  # without, both are asked
 
 
+def test_a_trial_leaves_the_global_random_state_alone() -> None:
+    class Dice(Slow):
+        def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
+            torch.rand(3)
+            return super().prune(layer, keeps)
+
+    before = torch.get_rng_state()
+    assert trials(Dice()).seconds(site(8), {}, [4], None) is not None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_pruner_that_refuses_the_layer_is_not_known() -> None:
     class Choosy(Slow):
         def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
