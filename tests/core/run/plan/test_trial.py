@@ -99,14 +99,12 @@ def test_a_pruner_that_refuses_the_layer_is_not_known() -> None:
 
 
 FORMS = {"groups": GROUPS, "weights": WEIGHTS, "n:m": Pattern(2, 4)}
+KNOWN = [(name, units) for name in PRUNERS for units in FORMS if units in PRUNERS.build({"name": name}).structures]
 
 
-@pytest.mark.parametrize("name", PRUNERS)
-@pytest.mark.parametrize("units", FORMS)
+@pytest.mark.parametrize(("name", "units"), KNOWN)
 def test_every_built_in_pruner_works_on_a_stand_in(name: str, units: str) -> None:
     pruner, form = PRUNERS.build({"name": name}), FORMS[units]
-    if units not in pruner.structures:
-        pytest.skip(f"{name} is not for {units}")
     fed = {"up": MapShape(5, 24), "gate": MapShape(5, 24)} if form.shrinks else {}
     for stored in (torch.float32, torch.bfloat16):
         found = trials(pruner, stored).seconds(site(24, form=form), fed, [12, 6], None)
