@@ -14,14 +14,14 @@ from prunekit.data.spec import DataSpec
 from prunekit.data.windows import DEFAULTS, JUDGED, LEAST, whole_windows
 from prunekit.errors import WrongInput
 from prunekit.recipe.resolve import Parts
-from prunekit.run.plan.plan import SEARCH, Plan, Stage
+from prunekit.run.plan.plan import HEARING, SEARCH, Plan, Stage
 from prunekit.system.progress import span
 from prunekit.system.rates import Rates
 
 CALIBRATING = {(False, False): 1.0, (True, False): 0.5, (False, True): 0.35, (True, True): 0.25}
 """Share of the time until the search begins: (whether it asks for tokens, whether somebody trains) -> share."""
 RECOVERING = 0.5  # share that a search leaves to training
-JUDGING = 0.1  # share of the time to measure both models on evaluation text
+JUDGING = 0.1  # share of the time to measure both models on evaluation text, and half as much to judge the answer
 MOST = 1 << 20  # tokens of a part: more are not read, whatever the time
 WORK = 1.1  # a pass takes so many times what is planned: plug-ins are guarded, memory is given back
 AROUND = 6.0  # seconds to start, and to load the result in a fresh process
@@ -123,10 +123,12 @@ def share_text(parts: Parts, seqlen: int, plan_of: Callable[[DataSpec], Plan], r
         return AROUND + sum(WORK * s if stage.name.startswith(PASSES) else s for stage, s in took.items())
 
     def judging(plan: Plan) -> float:
-        return sum(stage.seconds(rates) or 0.0 for stage in plan.stages if stage.name.startswith("evaluate"))
+        return sum(stage.seconds(rates) or 0.0 for stage in plan.stages if stage.name.startswith(("evaluate", HEARING)))
 
-    free |= {"calibration": least, "search": JUDGED, "recovery": least}
+    free |= {"calibration": least, "search": JUDGED if searches else least, "recovery": least}
     free["evaluation"] = most("evaluation", DEFAULTS["evaluation"], lambda plan: judging(plan) <= JUDGING * time)
+    if not searches:  # then the objective only says what the answer is worth
+        free["search"] = most("search", JUDGED, lambda plan: judging(plan) <= 1.5 * JUDGING * time)
     shortest = planned(free)
     if seconds(shortest) > time:
         raise WrongInput(

@@ -1,6 +1,8 @@
 """A time is shared out; what the clock decides goes on record, and the recipe beside a result needs no clock."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 import prunekit
 from prunekit import WrongInput
 from prunekit.cli.main import app
-from prunekit.data.windows import LEAST
+from prunekit.data.windows import JUDGED, LEAST
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.run.allotment import AROUND, CALIBRATING, JUDGING, WORK, Allotment, share_text
@@ -63,6 +65,21 @@ def test_as_much_text_as_the_time_allows_and_no_window_more(time: float, recipe:
     assert seconds(found["calibration"]) <= share or found["calibration"] == LEAST
     assert seconds(found["calibration"] + seqlen) > share or found["calibration"] > (1 << 20) - seqlen
     assert 2 * FORWARD * found["evaluation"] / RATES.flops <= JUDGING * time or found["evaluation"] == LEAST
+
+
+def test_what_only_judges_the_answer_takes_a_share_and_no_more() -> None:
+    def also_heard(data: Any) -> Plan:
+        plan = plan_of(data)
+        heard = Stage("dense model", 0, flops=20 * FORWARD * data.search_tokens)
+        return replace(plan, stages=(*plan.stages, heard))
+
+    def judging(found: Mapping[str, int]) -> float:
+        return FORWARD * (2 * found["evaluation"] + 20 * found["search"]) / RATES.flops
+
+    short, long = (share_text(parts_of(time), 32, also_heard, RATES) for time in (20.0, 20_000.0))
+    assert short["search"] < JUDGED == long["search"]
+    assert judging(short) <= 1.5 * JUDGING * 20 < judging(short) + 20 * 32 * FORWARD / RATES.flops
+    assert share_text(parts_of(60.0, "search"), 32, also_heard, RATES)["search"] == JUDGED  # it is asked about
 
 
 def test_what_was_said_is_kept() -> None:
