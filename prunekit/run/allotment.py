@@ -24,7 +24,7 @@ RECOVERING = 0.5  # share that a search leaves to training
 JUDGING = 0.1  # share of the time to measure both models on evaluation text, and half as much to judge the answer
 MOST = 1 << 20  # tokens of a part: more are not read, whatever the time
 WORK = 1.1  # a pass takes so many times what is planned: plug-ins are guarded, memory is given back
-AROUND = 6.0  # seconds to start, and to load the result in a fresh process
+AROUND = 12.0  # seconds to start, and to load the result in a fresh process: twice what torch and transformers take
 LEARNING = 4  # a token that is learnt takes so many times one that is judged: back, and the teacher
 PASSES = ("gradients", "fisher", "prune", "rebuild")  # names of stages begin so
 

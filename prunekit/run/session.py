@@ -184,17 +184,19 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
     source = recipe.model if job.model is None else job.model
     if source is None:
         raise WrongInput("no model was given; name a folder or a hub id, or pass a model in memory")
-    shape = skeleton(source, trust_remote_code=recipe.trust_remote_code)
-    data, allotment, most = recipe.data, None, parts.amounts
-    if recipe.time is None:
-        trials = tried(parts, shape) if job.announce else None
-        plan = make_plan(parts, *shape, job.output, asked, rehearse=job.announce, trials=trials)
-    else:
-        begun_with = _begun_with(job, recipe)
-        data = begun_with or data
-        allotment, most = allot(parts.with_data(data), shape, job.output, chosen=begun_with is not None)
-        plan = allotment.plan
-    plan.check()
+    clock = Clock()
+    with clock("plan"):
+        shape = skeleton(source, trust_remote_code=recipe.trust_remote_code)
+        data, allotment, most = recipe.data, None, parts.amounts
+        if recipe.time is None:
+            trials = tried(parts, shape) if job.announce else None
+            plan = make_plan(parts, *shape, job.output, asked, rehearse=job.announce, trials=trials)
+        else:
+            begun_with = _begun_with(job, recipe)
+            data = begun_with or data
+            allotment, most = allot(parts.with_data(data), shape, job.output, chosen=begun_with is not None)
+            plan = allotment.plan
+        plan.check()
     if allotment is not None:
         progress.say(f"in {span(allotment.seconds)}: {allotment}")
     elif job.announce:
@@ -204,7 +206,6 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
         progress.say(f"the model does not fit {amount(plan.limit)} of memory: blocks are read when they are needed")
         if job.output is None:
             raise WrongInput("a model that does not fit memory needs a folder for the result; give output")
-    clock = Clock()
     with clock("open"):
         dense = opened(
             source, job.tokenizer,
