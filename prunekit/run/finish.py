@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prunekit.errors import PluginError, first_line
+from prunekit.errors import PluginError, WrongInput, first_line
 from prunekit.layer.layouts import layout_of
 from prunekit.models.opening import stored_as
 from prunekit.plugins.finisher import Finisher, Workpiece
 from prunekit.plugins.guard import instance, unchanged
+from prunekit.plugins.registry import FINISHERS
 from prunekit.run.stages import Run
 from prunekit.search.supernet import Supernet
 from prunekit.space.sites import Allocation
@@ -53,7 +54,7 @@ def finish_model(run: Run, small: PreTrainedModel, net: Supernet, plan: Allocati
         with run.clock("finish"):
             with unchanged(finisher, values=True, dense=dense.model, tokens=tokens.ids):
                 found = finisher.finish(piece)
-            said.append({"name": spec["name"], **_report(finisher, found)})
+            said.append({"name": spec["name"], **_report(finisher, found, spec)})
         check_finished(piece, finisher, before)
     stored_as(stored_as(small, dense.dtype), computed)  # what is measured is what will be saved
     return said
@@ -67,12 +68,19 @@ def seconds_for(run: Run, i: int) -> float | None:
     return run.allotment.training_seconds(run.clock.seconds, trainers)
 
 
-def _report(finisher: Finisher, found: Any) -> dict[str, Any]:
-    """What a finisher has to report, as it will be read."""
+def _report(finisher: Finisher, found: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What a finisher has to report, as it will be read; the options in it are some that it has."""
+    who = type(finisher).__name__
     try:
-        return json.loads(json.dumps(instance(finisher, "what it reports", found, dict)))
+        said = json.loads(json.dumps(instance(finisher, "what it reports", found, dict)))
     except (TypeError, ValueError, RecursionError) as error:
-        raise PluginError(f"{type(finisher).__name__}: what it reports is not JSON: {first_line(error)}") from error
+        raise PluginError(f"{who}: what it reports is not JSON: {first_line(error)}") from error
+    if (options := said.get("options")) is not None:
+        try:
+            FINISHERS.build({**spec, **instance(finisher, "the options it reports", options, dict)})
+        except WrongInput as error:
+            raise PluginError(f"{who} reports options that it does not take: {error}") from error
+    return said
 
 
 def shapes(model: nn.Module) -> dict[str, torch.Size]:

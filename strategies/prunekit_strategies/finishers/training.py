@@ -124,7 +124,7 @@ class Training:
         for epoch in range(begun, 0 if state.done else epochs):
             rate = self.rate / BACK_OFF ** undone(history)
             for step in range(steps * epoch // epochs, steps * (epoch + 1) // epochs):
-                adam.param_groups[0]["lr"] = rate * _height((step + 1) / steps)
+                adam.param_groups[0]["lr"] = rate * _height((step + 0.5) / steps)
                 _descend(adam, parameters, loss(_order(step // batches, batches, seed)[step % batches]))
             history.append(_number(held()))
             if history[-1] < min(history[:-1]):
@@ -335,7 +335,7 @@ def _descend(adam: torch.optim.AdamW, parameters: Sequence[nn.Parameter], loss: 
 
 
 def _height(share: float) -> float:
-    """Of the rate after a share of all steps: up in a line, down in half a cosine."""
+    """Of the rate at a share of all steps, never 0 in the middle of one: up in a line, down in half a cosine."""
     if share < WARMUP:
         return share / WARMUP
     return 0.5 * (1 + math.cos(math.pi * (share - WARMUP) / (1 - WARMUP)))

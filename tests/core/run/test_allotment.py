@@ -96,7 +96,9 @@ def test_what_was_said_is_kept() -> None:
 
 
 def test_a_time_that_is_too_short_says_what_it_takes() -> None:
-    with pytest.raises(WrongInput, match=r"5\.0 s are too short: recipe and model take about 14\.9 s here at the least"):
+    with pytest.raises(
+        WrongInput, match=r"5\.0 s are too short: recipe and model take about 14\.9 s here at the least"
+    ):
         share_text(parts_of(5), 32, plan_of, RATES)
 
 

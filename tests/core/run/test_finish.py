@@ -179,7 +179,7 @@ class Mute(prunekit.Finisher):
     said: Any = None
 
     def finish(self, piece: Any) -> Any:
-        return {"tensor": torch.zeros(1)} if self.said else None
+        return {"tensor": torch.zeros(1)} if self.said is True else self.said
 
 
 @pytest.mark.parametrize(
@@ -189,6 +189,8 @@ class Mute(prunekit.Finisher):
         (Spoiling(hidden=True), r"Spoiling changed dense\.\S+, which it was given only to be read"),
         (Mute(), r"Mute: what it reports is None .*, and dict was asked"),
         (Mute(said=True), "Mute: what it reports is not JSON"),
+        (Mute(said={"options": 3}), "Mute: the options it reports is 3"),
+        (Mute(said={"options": {"epochs": 3}}), "Mute reports options that it does not take: .*'epochs'"),
     ],
 )
 def test_a_finisher_that_changes_the_dense_model_or_says_nonsense_is_named(finisher, sentence, folder, monkeypatch):

@@ -38,12 +38,17 @@ def test_one_step_is_adamws():
     adam = torch.optim.AdamW([twin], betas=(0.9, 0.95), weight_decay=0.0)
     order = torch.randperm(3, generator=torch.Generator().manual_seed(0))
     for step, i in enumerate(order):
-        share = (step + 1) / 3
+        share = (step + 0.5) / 3
         adam.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * (share - 0.05) / 0.95))
         adam.zero_grad()
         (0.01 * (twin - TARGETS[i]).square().sum()).backward()
         adam.step()
     torch.testing.assert_close(theta, twin.detach())
+
+
+def test_a_single_step_changes_something():
+    theta, _ = fitted(Training(rate=0.1, epochs=1, steps=1), lambda t: -t.abs().sum())
+    assert theta.all()
 
 
 def test_gradients_are_clipped():
@@ -120,7 +125,7 @@ def test_what_was_undone_is_forgotten():
     adam = torch.optim.AdamW([twin], betas=(0.9, 0.95), weight_decay=0.0)
     order = torch.randperm(3, generator=torch.Generator().manual_seed(1))  # of the second epoch
     for step, i in enumerate(order, 3):
-        adam.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * ((step + 1) / 6 - 0.05) / 0.95))
+        adam.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * ((step + 0.5) / 6 - 0.05) / 0.95))
         adam.zero_grad()
         (0.01 * (twin - TARGETS[i]).square().sum()).backward()
         adam.step()
