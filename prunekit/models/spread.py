@@ -121,6 +121,8 @@ def settle(model: PreTrainedModel, adapter: ModelAdapter, places: Sequence[torch
         remove_hook_from_submodules(model)
         for name in [name for name in vars(model) if callable(getattr(type(model), name, None))]:
             delattr(model, name)  # `to` and the like, which move the model that was copied
+        for module in model.modules():
+            vars(module).pop("forward", None)  # bound to this module: copies that are cut would run it
     if len({*places}) == 1:
         model.to(places[0])  # type: ignore[arg-type]
         return

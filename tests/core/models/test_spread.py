@@ -195,6 +195,7 @@ def test_a_model_that_was_loaded_to_two_devices_stays_there(folder):
         assert torch.equal(dense.model(ids.to(ONE)).logits.cpu(), logits)
         assert (model.lm_head.weight.device, model.hf_device_map) == (TWO, there)  # the caller's own is as it was
         assert torch.equal(model(ids.to(ONE)).logits.cpu(), logits)
+        assert not any("forward" in vars(module) for module in dense.model.modules())  # which cut copies would run
         alone = opened(model, AutoTokenizer.from_pretrained(folder), device="cpu:1")  # unless another is asked for
         assert {p.device for p in alone.model.parameters()} == {TWO}
         assert torch.equal(alone.model(ids.to(TWO)).logits.cpu(), logits)
