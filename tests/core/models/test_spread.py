@@ -64,7 +64,8 @@ def test_pretended_devices_are_as_strict_as_real_ones():
     ],
 )
 def test_neighbours_stay_together_and_devices_get_about_as_much(sizes, devices, wanted):
-    assert dealt_out(sizes, range(devices)) == wanted
+    there = [torch.device("cpu", index) for index in range(devices)]
+    assert [place.index for place in dealt_out(sizes, there)] == wanted
 
 
 FAMILIES = ["llama", "qwen2", "opt", "gpt_neox", "mamba"]  # qwen2 is tied
