@@ -9,17 +9,20 @@ The paper counts from shapes, as `prunekit plan` does, and knows beside that wha
 
 and one round trip to the device per launch, of which a removed group needs `LAUNCHES`. Rates are peaks times a share
 that is reached. `--check` holds the same paper, with rates measured here, to a calibration pass and a search measured
-here.
+here, and shows what removals take when they are launched one by one and when they are replayed, which differs on CUDA:
+
+    python benchmarks/costs.py --check MODEL --device cuda
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
+from unittest.mock import patch
 
 import torch
 import typer
@@ -30,6 +33,7 @@ from prunekit.calibration.fill import build
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.statistics import statistics_of
 from prunekit.data.draws import draw
+from prunekit.layer import replay
 from prunekit.layer.problem import judging_flops
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.opening import opened
@@ -44,6 +48,7 @@ from prunekit.search.store import CandidateStore
 from prunekit.search.supernet import Supernet
 from prunekit.space.ladders import Space
 from prunekit.system.progress import Progress
+from prunekit_strategies.pruners.obs.removal import remove_columns
 
 MODELS = {  # hidden size, neurons, blocks, query heads, KV heads
     "Llama-3.1-8B": (4096, 14_336, 32, 32, 8),
@@ -88,10 +93,11 @@ def main(
     tokens: Annotated[int, typer.Option(help="of calibration, and to search on")] = 131_072,
     check: Annotated[str | None, typer.Option(help="a model to measure here")] = None,
     dataset: str = "python-docs",
+    device: Annotated[str, typer.Option(help="to measure on")] = "auto",
 ) -> None:
     """Print Markdown tables."""
     if check is not None:
-        checked(check, dataset)
+        checked(check, dataset, device)
         return
     for name in models.split(","):
         shape, whole = llama(*MODELS[name], seqlen=seqlen)
@@ -178,9 +184,12 @@ def calibrated(shape: Shape, space: Space, machine: Machine, tokens: int, seqlen
 # -- here ----------------------------------------------------------------------------------------------
 
 
-def checked(source: str, dataset: str, *, rungs: int = 9, seqlen: int = 256, tokens: int = 32_768) -> None:
+def checked(source: str, dataset: str, device: str, *, rungs: int = 9, seqlen: int = 256, tokens: int = 32_768) -> None:
     """The paper beside the clock, with the rates of this machine."""
-    dense = opened(source)
+    dense = opened(source, device=device)
+    place = next(dense.model.parameters()).device
+    named = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{named}, {dense.model.dtype}, torch {torch.__version__}\n")
     recipe = Recipe.load("search").with_overrides(
         {"sparsity": 0.5, "data.dataset": dataset.split(","), "data.seqlen": seqlen, "data.search_tokens": 8192}
         | {"data.calibration_tokens": tokens}
@@ -190,7 +199,7 @@ def checked(source: str, dataset: str, *, rungs: int = 9, seqlen: int = 256, tok
     once = shape.forward(tokens, seqlen, head=False)
     machine = Machine(
         "this machine", forward=once / forward(dense, draws.calibration)["all"],
-        products=products(dense, recipe, draws.calibration)["rate"], doubles=rate(), launch=launch(),
+        products=products(dense, recipe, draws.calibration)["rate"], doubles=rate(place), launch=launch(place),
     )  # fmt: skip
     space = whole.zoomed(whole.uniform(), stride=1 / (rungs - 1), reach=rungs)
     told = {line.name: line.seconds for line in calibrated(shape, space, machine, tokens, seqlen)}
@@ -213,11 +222,30 @@ def checked(source: str, dataset: str, *, rungs: int = 9, seqlen: int = 256, tok
     flops = shape.forward(draws.search.n_tokens, seqlen, head=True, share=0.5)
     told_one = flops / machine.forward
     print(f"| search: a question | {told_one:.2f} | {seconds:.2f} | {seconds / told_one:.2f} |")
+    print("\n| removals of all columns | seconds, launched | replayed | launched / replayed |\n|---|---|---|---|")
+    for row in removals((site.d_in for site in space.sites if site.group_size == 1), place):
+        print(row)
 
 
-def rate(size: int = 1024) -> float:
+def removals(widths: Iterable[int], device: torch.device) -> Iterator[str]:
+    """Rows of a table: seconds to remove all columns of a layer, launch by launch and replayed."""
+    for n in sorted({*widths}):
+        rng = torch.Generator().manual_seed(0)
+        x, weight = (torch.randn(rows, n, generator=rng, dtype=torch.float64).to(device) for rows in (2 * n, 256))
+        hessian, spent, orders = x.T @ x / len(x), list[float](), list[list[int]]()
+        for captures in ({}, replay.CAPTURES):
+            with patch.object(replay, "CAPTURES", captures):
+                remove_columns(hessian, weight, 2 * 64)  # what is paid for once
+                begun = now()
+                orders.append(remove_columns(hessian, weight, n))
+                spent.append(now() - begun)
+        assert orders[0] == orders[1]
+        yield f"| {n} | {spent[0]:.2f} | {spent[1]:.2f} | {spent[0] / spent[1]:.2f} |"
+
+
+def rate(device: torch.device, size: int = 1024) -> float:
     """FLOP/s of products in float64."""
-    a = torch.randn(size, size, dtype=torch.float64)
+    a = torch.randn(size, size, dtype=torch.float64, device=device)
     out = torch.mm(a, a)
     begun = now()
     for _ in range(5):
@@ -225,9 +253,9 @@ def rate(size: int = 1024) -> float:
     return 5 * 2 * size**3 / (now() - begun)
 
 
-def launch() -> float:
+def launch(device: torch.device) -> float:
     """Seconds of an operation on next to nothing."""
-    a = torch.zeros(8)
+    a = torch.zeros(8, device=device)
     begun = now()
     for _ in range(10_000):
         a.add_(1)

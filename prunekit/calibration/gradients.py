@@ -23,6 +23,7 @@ from prunekit.calibration.moments import VALUES_AT_ONCE, add_product, multiplied
 from prunekit.data.tokens import TokenBatch
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.models.blocks import Call, chunks, entered
+from prunekit.models.spread import place_of
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.space.sites import Site
 from prunekit.system.checkpoints import Checkpoints
@@ -156,8 +157,8 @@ def _name(block: int) -> str:
 def _read(directory: Path, block: int, names: Sequence[str], device: torch.device) -> list[Tensor]:
     file = directory / f"{_name(block)}.safetensors"
     try:
-        with safe_open(file, "pt", device=str(device)) as tensors:
-            return [tensors.get_tensor(name) for name in names]
+        with safe_open(file, "pt") as tensors:
+            return [tensors.get_tensor(name).to(device) for name in names]
     except (OSError, SafetensorError) as error:
         raise CannotGoOn(f"{file} is missing or damaged; remove {directory} to collect again") from error
 
@@ -202,6 +203,7 @@ def backwards(
     if tokens.seqlen < 2:
         raise WrongInput("gradients need windows of two tokens or more; raise --seqlen")
     device = next(model.parameters()).device
+    places = [place_of(block, device) for block in blocks]
     calls, inputs = list[list[Call]](), [room.row()]  # by block, chunk by chunk, in the host's memory
     with progress.stage(label, 2 * len(blocks)) as stage, torch.no_grad():
         for ids in chunks(tokens):
@@ -209,7 +211,7 @@ def backwards(
             inputs[0].append(hidden.cpu())
             calls.append(made)
         for b, block in enumerate(blocks):
-            leaving = (made[b](block, h.to(device)).cpu() for made, h in zip(calls, inputs[b], strict=True))
+            leaving = (made[b](block, h.to(places[b])).cpu() for made, h in zip(calls, inputs[b], strict=True))
             inputs.append(room.row(leaving))
             stage.advance()
         slopes = room.row()  # ∂(length - 1)L/∂h by chunk, h what leaves the block that is next
@@ -218,8 +220,8 @@ def backwards(
         for b in reversed(range(len(blocks))):
             sums: Sums = {}
             for i, hidden in enumerate(inputs.pop()):
-                paths = wanted(b) if b not in there else []
-                slopes[i] = _backwards(blocks[b], calls[i][b], hidden.to(device), slopes[i], paths, partial(add, sums))
+                paths, entering = wanted(b) if b not in there else [], hidden.to(places[b])
+                slopes[i] = _backwards(blocks[b], calls[i][b], entering, slopes[i], paths, partial(add, sums))
             if b not in there:
                 done.save(_name(b), {name: mean(total) for name, total in sums.items()})
             stage.advance()

@@ -43,6 +43,8 @@ def plan(*, as_json: Json = False, **options: Any) -> None:
     table.add_row("in all", amount(told["memory"]), amount(told["disk"]), least + span(told["seconds_known"]), "")
     print_table(table)
     how = f"block by block, {amount(found.block)} each" if found.paged else "whole"
+    if found.paged and len(found.devices) > 1:
+        how += f", dealt out to {', '.join(map(str, found.devices))}"
     typer.echo(
         f"the model is opened {how}; there are {amount(max(0, found.limit))} of memory beside the process itself"
         f" and {amount(found.free_disk or 0)} of disk"

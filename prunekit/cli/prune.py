@@ -45,7 +45,7 @@ CALIBRATION_TOKENS = "Number of tokens for layer statistics."
 SEARCH_TOKENS = "Number of tokens for comparing allocations."
 TIME = "Time that the run may take, e.g. 45m or 1h30m; it decides how much text, search and recovery there is."
 ENGINE = "Place of the computation: local, ray or ray://HOST:PORT."
-DEVICE = "auto, cpu, cuda or cuda:1; several devices by comma."
+DEVICE = "auto, cpu, cuda or cuda:1; several devices by comma; cuda: all where one is too small."
 MEMORY = "Memory to use, e.g. 8GiB; auto: what is free."
 
 

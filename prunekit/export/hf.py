@@ -70,7 +70,7 @@ def paged(net: Supernet, plan: Allocation, dtype: torch.dtype, device: torch.dev
             adapter.remove(shape, site, layout_of(site).stand_in(site, count, weight))
         small = to_transformers(shape, adapter)
         kept = _kept(shape, adapter)
-    attach(small, adapter, _Cut(net, plan, kept, dtype, device).read, dtype, bound=0)
+    attach(small, adapter, _Cut(net, plan, kept, dtype).read, dtype, bound=0, devices=[device])
     small.config.dtype = dtype
     for module in small.modules():
         for name, table in list(module.named_buffers(recurse=False)):
@@ -86,11 +86,10 @@ class _Cut:
     plan: Allocation
     kept: Sequence[int]  # the dense block of every block
     dtype: torch.dtype
-    device: torch.device
     block: str = ""
     left: dict[str, Tensor] = field(default_factory=dict)  # of that block, not yet read
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, device: torch.device) -> Tensor:
         inside = name.removeprefix(f"{self.net.adapter.layers}.")
         number, _, rest = inside.partition(".")
         if inside == name:
@@ -99,7 +98,7 @@ class _Cut:
             if number != self.block or rest not in self.left:
                 self.block, self.left = number, self._cut(self.kept[int(number)])
             value = self.left.pop(rest)
-        return value.detach().to(self.device, self.dtype)
+        return value.detach().to(device, self.dtype)
 
     def _cut(self, index: int) -> dict[str, Tensor]:
         dense, store = self.net.blocks[index], self.net.store

@@ -143,7 +143,7 @@ def _compare(directory: Path, probe: Path, blocks: str = "", trusted: str = "") 
         from prunekit.models.paging import opened
 
         float32, cpu = torch.float32, torch.device("cpu")
-        model, _ = opened(str(directory), lambda _: float32, cpu, int(blocks), **trust)
+        model, _ = opened(str(directory), lambda _: float32, [cpu], int(blocks), **trust)
     tensors = load_file(probe)
     expected = tensors["logits"].double()
     with torch.no_grad():

@@ -20,6 +20,7 @@ from prunekit.models.adapters.find import adapter_for
 from prunekit.models.intake import check_config, check_loaded
 from prunekit.models.places import at_hand, cannot_open, check_device
 from prunekit.models.shards import is_packed, quantized
+from prunekit.models.spread import placed, settle
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.dense import Dense
 from prunekit.system.memory import SHARES, Shares
@@ -41,7 +42,9 @@ def skeleton(source: str | PreTrainedModel, *, trust_remote_code: bool = False) 
         check_config(vars(source.config), name)
         if packed := [key for key, value in source.state_dict().items() if is_packed(key, str(value.dtype))]:
             raise quantized(name, f"{packed[0]} is {source.state_dict()[packed[0]].dtype}")
-        return source, adapter_for(source.config.model_type)
+        adapter = adapter_for(source.config.model_type)
+        placed(source, adapter)
+        return source, adapter
     model = paging.shaped(source, trust_remote_code=trust_remote_code)
     return model, adapter_for(model.config.model_type)
 
@@ -58,12 +61,13 @@ def opened(
     """Load a model from a folder or hub id, or take one in memory (which is copied if it must change).
 
     Where `shares` bound its blocks, those of a folder or hub id are read when they are needed (`prunekit.paging`);
-    nothing else about the model differs.
+    nothing else about the model differs. A model in memory whose blocks are on several devices stays there where the
+    device is `auto`.
 
     Args:
         source: a folder, a hub id, or a model in memory.
         tokenizer: of the model; None: the one beside it.
-        device: auto, cpu, cuda or cuda:N.
+        device: auto, cpu, cuda or cuda:N; several by comma, to which blocks that are read are dealt out.
         dtype: of the computation; auto: that of the checkpoint, on a CPU at least float32.
         trust_remote_code: whether code in the checkpoint may be run.
         shares: of the memory.
@@ -71,13 +75,16 @@ def opened(
     Raises:
         WrongInput: it cannot be opened, has no adapter, or holds weights that are not finite.
     """
-    place = resolved_device(device)
+    devices = resolved_devices(device)
+    place, places = devices[0], devices[:1]
     computed = partial(computing_dtype, dtype=dtype, device=place)
     if isinstance(source, PreTrainedModel):
         if tokenizer is None:
             raise WrongInput("a model in memory needs its tokenizer: prune(model, tokenizer, ...)")
         name = str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
-        skeleton(source)
+        _, adapter = skeleton(source)
+        there = placed(source, adapter)
+        places = there if device == "auto" and len({*there}) > 1 else places
         model, stored = settle_ties(copy.deepcopy(source)), next(source.parameters()).dtype
     else:
         if shares.blocks is None:
@@ -87,13 +94,17 @@ def opened(
             model = loaded(source, trust_remote_code=trust_remote_code)
             stored = next(model.parameters()).dtype
         else:
-            model, stored = paging.opened(source, computed, place, shares.blocks, trust_remote_code=trust_remote_code)
+            model, stored = paging.opened(
+                source, computed, devices, shares.blocks, keep=shares.host, trust_remote_code=trust_remote_code
+            )
     converted = {} if isinstance(source, PreTrainedModel) else paging.converted(at_hand(source), model, stored)
     if converted:
         warn_once(converted_as(name, converted, str(stored)[6:]))
+    adapter = adapter_for(model.config.model_type)
     if paging.pager_of(model) is None:
-        stored_as(model.to(place), computed(stored)).eval().requires_grad_(False)  # type: ignore[arg-type]
-    adapter, digest = adapter_for(model.config.model_type), fingerprint(model, name)
+        settle(model, adapter, places)
+        stored_as(model, computed(stored)).eval().requires_grad_(False)
+    digest = fingerprint(model, name)
     return Dense(model, tokenizer, adapter, stored, name, digest, shares, converted)
 
 
@@ -144,6 +155,18 @@ def resolved_devices(devices: str) -> list[torch.device]:
         WrongInput: one of them is not here.
     """
     return [resolved_device(device.strip()) for device in devices.split(",")]
+
+
+def every_device(devices: str) -> list[torch.device]:
+    """Of a run whose model is wider than one device: where none is named by its number, all of the machine's.
+
+    Raises:
+        WrongInput: as `resolved_devices`.
+    """
+    found = resolved_devices(devices)
+    if len(found) == 1 and found[0].type == "cuda" and found[0].index is None:
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return found
 
 
 def resolved_device(device: str) -> torch.device:

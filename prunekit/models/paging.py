@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache, partial
@@ -28,25 +28,28 @@ from prunekit.models.configs import make_shape
 from prunekit.models.intake import read_config
 from prunekit.models.places import at_hand, here
 from prunekit.models.shards import INDEX, WEIGHTS, Shards
+from prunekit.models.spread import dealt_out, moved, place_of, spread
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.system.progress import warn_once
 
 MOST_NAMES = 50  # in a sentence
 
-Read = Callable[[str], Tensor]
-"""A parameter by its name in the model, in the dtype and on the device of the computation."""
+Read = Callable[[str, torch.device], Tensor]
+"""A parameter by its name in the model, on a device, in the dtype of the computation."""
 
 
 class Page:
-    """A part of a model: its parameters are read together and freed together."""
+    """A part of a model: its parameters are read together, to one device, and freed together."""
 
-    def __init__(self, pager: Pager, bytes_: int, read: Callable[[], Mapping[str, Tensor]]) -> None:
-        self.pager, self.bytes, self.read = pager, bytes_, read
+    def __init__(
+        self, pager: Pager, bytes_: int, read: Callable[[], Mapping[str, Tensor]], device: torch.device
+    ) -> None:
+        self.pager, self.bytes, self.read, self.device = pager, bytes_, read, device
         pager.pages.append(self)
 
 
 class Pager:
-    """Holds the pages that were used last, up to a bound in bytes, at least one.
+    """Holds the pages that were used last, up to a bound in bytes on every device, at least one.
 
     While one is used the next is read: the one that came after it the last time, or that comes after it in the model.
     It is only read ahead where it fits beside the two that were used last.
@@ -57,7 +60,6 @@ class Pager:
         self.reads = 0  # pages that were asked for and not there
         self.shut = False  # placeholders are given, not what they stand for
         self.pages: list[Page] = []
-        self.device = torch.device("cpu")
         self._held: OrderedDict[Page, dict[str, nn.Parameter]] = OrderedDict()
         self._ahead: tuple[Page, Future[Mapping[str, Tensor]]] | None = None
         self._after: dict[Page, Page] = {}
@@ -70,7 +72,7 @@ class Pager:
     @property
     def held(self) -> int:
         """Bytes in memory, or on their way."""
-        return sum(page.bytes for page in self._held) + (self._ahead[0].bytes if self._ahead is not None else 0)
+        return sum(page.bytes for page in self._there)
 
     def parameter(self, page: Page, name: str) -> nn.Parameter:
         """The real parameter of that name in a page."""
@@ -86,6 +88,23 @@ class Pager:
         self._held.clear()
         self._forget()
 
+    @property
+    def _there(self) -> list[Page]:
+        return [*self._held, *([self._ahead[0]] if self._ahead is not None else [])]
+
+    def _make_room(self, page: Page, *, but: int) -> bool:
+        """Free pages on the device of this one, not the last `but` that were used; whether it fits then."""
+
+        def fits() -> bool:
+            return sum(each.bytes for each in (page, *self._there) if each.device == page.device) <= self.bound
+
+        for old in [*self._held][: len(self._held) - but]:
+            if fits():
+                break
+            if old.device == page.device:
+                del self._held[old]
+        return fits()
+
     def _read(self, page: Page) -> Mapping[str, Tensor]:
         self.reads += 1
         if self._last is not None:
@@ -95,18 +114,15 @@ class Pager:
             (_, found), self._ahead = self._ahead, None
             return found.result()
         self._forget()
-        while self._held and self.held + page.bytes > self.bound:
-            self._held.popitem(last=False)
+        self._make_room(page, but=0)
         return page.read()
 
     def _read_ahead(self, page: Page) -> None:
         after = self._after.get(page) or self.pages[(self.pages.index(page) + 1) % len(self.pages)]
         if after in self._held:
             return
-        while len(self._held) > 2 and self.held + after.bytes > self.bound:
-            self._held.popitem(last=False)
-        if self.held + after.bytes <= self.bound:
-            self._ahead = after, self._thread.submit(_aside, after.read, self.device)
+        if self._make_room(after, but=2):
+            self._ahead = after, self._thread.submit(_aside, after.read, after.device)
 
     def _forget(self) -> None:
         """What was read ahead and not asked for."""
@@ -183,7 +199,14 @@ def shapes_of(model: nn.Module) -> Iterator[None]:
         pager.shut = was
 
 
-def attach(model: PreTrainedModel, adapter: ModelAdapter, read: Read, dtype: torch.dtype, bound: int) -> None:
+def attach(
+    model: PreTrainedModel,
+    adapter: ModelAdapter,
+    read: Read,
+    dtype: torch.dtype,
+    bound: int,
+    devices: Sequence[torch.device],
+) -> None:
     """Let a model on the meta device read its blocks, and its head, through `read`; what is left is read now.
 
     Args:
@@ -191,19 +214,23 @@ def attach(model: PreTrainedModel, adapter: ModelAdapter, read: Read, dtype: tor
         adapter: of its family.
         read: asked for the parameters of one part, then for those of the next.
         dtype: of all parameters.
-        bound: bytes of parts that are held at once.
+        bound: bytes of parts that are held at once on every device.
+        devices: that the blocks are dealt out to; everything else is on the first.
     """
     model.pager = pager = Pager(bound)  # type: ignore[assignment]
-    parts: list[tuple[str, nn.Module]] = [
-        (f"{adapter.layers}.{index}", block) for index, block in enumerate(adapter.blocks(model))
+    home, blocks = devices[0], adapter.blocks(model)
+    places = dealt_out([sum(p.numel() for p in block.parameters()) for block in blocks], devices)
+    parts: list[tuple[str, nn.Module, torch.device]] = [
+        (f"{adapter.layers}.{index}", block, place)
+        for index, (block, place) in enumerate(zip(blocks, places, strict=True))
     ]
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if isinstance(head, nn.Module) and head.weight is not embedding.weight:
-        parts += [(name, module) for name, module in model.named_modules() if module is head]
-    for prefix, part in parts:
+        parts += [(name, module, home) for name, module in model.named_modules() if module is head]
+    for prefix, part, place in parts:
         names = [f"{prefix}.{name}" for name, _ in part.named_parameters()]
         size = sum(p.numel() for p in part.parameters()) * dtype.itemsize
-        page = Page(pager, size, lambda names=names: {name: read(name) for name in names})
+        page = Page(pager, size, partial(_all, read, names, place), place)
         for path, module in part.named_modules():
             own = list(module.named_parameters(recurse=False))
             for name, parameter in own:
@@ -218,10 +245,14 @@ def attach(model: PreTrainedModel, adapter: ModelAdapter, read: Read, dtype: tor
                 if isinstance(parameter, Placeholder):
                     continue
                 if id(parameter) not in found:
-                    value = read(f"{path}.{name}" if path else name)
+                    value = read(f"{path}.{name}" if path else name, home)
                     found[id(parameter)] = nn.Parameter(value, requires_grad=False)
                 setattr(module, name, found[id(parameter)])
-    pager.device = next(iter(found.values())).device
+    spread(model, adapter, places)
+
+
+def _all(read: Read, names: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    return {name: read(name, device) for name in names}
 
 
 def whole(model: PreTrainedModel, dense: nn.Module | None = None) -> PreTrainedModel:
@@ -244,10 +275,14 @@ def whole(model: PreTrainedModel, dense: nn.Module | None = None) -> PreTrainedM
 
 
 class Checkpoint:
-    """A checkpoint on disk and the model it is of: parameters by the model's names."""
+    """A checkpoint on disk and the model it is of: parameters by the model's names.
+
+    What is read is kept in the host's memory for the next time, as long as there are bytes of `room`.
+    """
 
     def __init__(self, source: str, path: str, model: PreTrainedModel) -> None:
         """Raises WrongInput where it is not whole, or of other shapes than the model."""
+        self.room, self._kept = 0, dict[str, Tensor]()
         self.shards = Shards.of(path, source)
         there, state = self.shards.tensors, model.state_dict()
         dtype = getattr(model.config, "dtype", None)
@@ -265,9 +300,15 @@ class Checkpoint:
                     f"{source!r}: {name} is {there[origin].shape}, and its config asks for {tuple(state[name].shape)}"
                 )
 
-    def read(self, name: str, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def read(self, name: str, device: torch.device, *, dtype: torch.dtype) -> Tensor:
         """A parameter in another dtype, rounded to the checkpoint's before, as a model opened whole is."""
-        return self.shards.read(self.origin[name]).to(self.dtype).to(device, dtype)
+        if (value := self._kept.get(name)) is None:
+            value = self.shards.read(self.origin[name]).to(self.dtype)
+            if value.nbytes <= self.room:
+                self.room -= value.nbytes
+                # from pinned memory a copy takes the whole width of the bus
+                self._kept[name] = value = value.pin_memory() if device.type == "cuda" else value
+        return value.to(device).to(dtype)  # as it is stored, which is less to carry
 
 
 def _origins(stored: list[str], model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -374,9 +415,10 @@ def real(parameter: Tensor) -> Tensor:
 def opened(
     path: str,
     computed: Callable[[torch.dtype], torch.dtype],
-    device: torch.device,
+    devices: Sequence[torch.device],
     bound: int,
     *,
+    keep: int = 0,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, torch.dtype]:
     """Open a model whose blocks are read when they are needed.
@@ -384,8 +426,9 @@ def opened(
     Args:
         path: a folder or a hub id.
         computed: makes of the dtype of the checkpoint that of the computation.
-        device: of the computation.
-        bound: bytes of blocks that are held at once.
+        devices: of the computation: blocks are dealt out to them, everything else is on the first.
+        bound: bytes of blocks that are held at once on every device.
+        keep: bytes of blocks that are kept in the host's memory, so that they are not read from disk again.
         trust_remote_code: whether code in the checkpoint may be run.
 
     Returns:
@@ -401,11 +444,15 @@ def opened(
     with suppress(OSError):  # it has none: that of the class stays
         model.generation_config = GenerationConfig.from_pretrained(path)
     model.config.name_or_path = path
-    checkpoint = Checkpoint(source, path, model)
+    checkpoint, home = Checkpoint(source, path, model), devices[0]
     dtype = computed(checkpoint.dtype)
-    read = partial(checkpoint.read, dtype=dtype, device=device)
-    attach(model, adapter_for(model.config.model_type), read, dtype, bound)
-    fill_buffers(model, checkpoint, device)
+    read = partial(checkpoint.read, dtype=dtype)
+    attach(model, adapter_for(model.config.model_type), read, dtype, bound, devices)
+    fill_buffers(model, checkpoint, home)
+    for block in adapter_for(model.config.model_type).blocks(model):
+        for module in block.modules():
+            module._buffers = moved(module._buffers, place_of(block, home))
+    checkpoint.room = keep  # what was read until now will not be asked for again
     return model.eval().requires_grad_(False), checkpoint.dtype
 
 

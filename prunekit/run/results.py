@@ -18,6 +18,7 @@ from prunekit.export.verify import TOLERANCE
 from prunekit.export.write import prove, write
 from prunekit.models import paging
 from prunekit.models.opening import fingerprint, load_tokenizer, loaded, stored_as
+from prunekit.models.spread import gather
 from prunekit.plugins.exporter import Exporter, Probe, Product
 from prunekit.plugins.registry import EXPORTERS
 from prunekit.recipe.schema import Recipe
@@ -128,7 +129,8 @@ def make_export(
     """
     dense, tokens = run.dense, run.draws.evaluation
     if paging.pager_of(small) is None:
-        probe = make_probe(stored_as(small.cpu(), dense.dtype), tokens)
+        gather(small, torch.device("cpu"))
+        probe = make_probe(stored_as(small, dense.dtype), tokens)
         if stays and run.parts.recipe.verify:
             compare(hf.to_transformers(small, dense.adapter), probe)
         return hf.to_transformers(stored_as(small, dense.dtype), dense.adapter), probe
@@ -167,7 +169,7 @@ def make_paged_probe(
     if (weight.dtype, weight.device.type) != (torch.float32, "cpu"):
         trusted, cpu = run.parts.recipe.trust_remote_code, torch.device("cpu")
         bound = dense.shares.blocks or 0
-        model, _ = paging.opened(dense.name, lambda _: torch.float32, cpu, bound, trust_remote_code=trusted)
+        model, _ = paging.opened(dense.name, lambda _: torch.float32, [cpu], bound, trust_remote_code=trusted)
         net = Supernet(model, net.adapter, net.space, net.errors, net.store, net.shares)
     logits = torch.cat([part.cpu() for _, part in net.logits(plan, ids)])
     net.rest()
@@ -233,4 +235,4 @@ def load_small(folder: Path, blocks: int | None, *, trust_remote_code: bool) -> 
     if blocks is None:
         return loaded(str(folder), dtype="auto", trust_remote_code=trust_remote_code)
     cpu = torch.device("cpu")
-    return paging.opened(str(folder), lambda stored: stored, cpu, blocks, trust_remote_code=trust_remote_code)[0]
+    return paging.opened(str(folder), lambda stored: stored, [cpu], blocks, trust_remote_code=trust_remote_code)[0]

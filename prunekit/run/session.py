@@ -203,13 +203,13 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
         _announce(parts, shape, plan, job, asked)
     devices = choose_devices(recipe, plan)
     if plan.paged:
-        progress.say(f"the model does not fit {amount(plan.limit)} of memory: blocks are read when they are needed")
+        progress.say(_paged(plan))
         if job.output is None:
             raise WrongInput("a model that does not fit memory needs a folder for the result; give output")
     with clock("open"):
         dense = opened(
-            source, job.tokenizer,
-            device=str(devices[0]), dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, shares=plan.shares,
+            source, job.tokenizer, device=_opened_on(recipe, source, plan), dtype=recipe.dtype,
+            trust_remote_code=recipe.trust_remote_code, shares=plan.shares,
         )  # fmt: skip
         draws = draw(
             dense.tokenizer, data, progress,
@@ -330,19 +330,35 @@ def tried(parts: Parts, shape: tuple[PreTrainedModel, ModelAdapter]) -> Trials:
     return Trials(parts.pruner, parts.pruner.needs, recipe.damping, resolved_devices(recipe.device)[0], stored)
 
 
-def choose_devices(recipe: Recipe, plan: Plan) -> list[torch.device]:
-    """Find the devices that a run may use; the dense model is opened on the first.
+def choose_devices(recipe: Recipe, plan: Plan) -> Sequence[torch.device]:
+    """Find the devices that an engine may open copies of the model on, the first of them being that of the dense one.
 
     Raises:
-        WrongInput: there is no such device, or work is to be shared out on a model that is read block by block.
+        WrongInput: work is to be shared out on a model that is read block by block.
     """
-    devices = resolved_devices(recipe.device)
-    if plan.paged and (len(devices) > 1 or recipe.engine["name"] != "local"):
+    if plan.paged and recipe.engine["name"] != "local":
         raise WrongInput(
-            f"device {recipe.device} and engine {recipe.engine['name']} share the work among copies of the model, and "
-            f"it does not fit {amount(plan.limit)} of memory; give one device and engine local, or more --memory"
+            f"engine {recipe.engine['name']} shares the work among copies of the model, and it does not fit "
+            f"{amount(plan.limit)} of memory; give engine local, or more --memory"
         )
-    return devices
+    return plan.devices[:1] if plan.paged else plan.devices  # there is one copy, on all of them
+
+
+def _opened_on(recipe: Recipe, source: str | PreTrainedModel, plan: Plan) -> str:
+    """The device, or devices by comma, of the dense model."""
+    if isinstance(source, PreTrainedModel) and recipe.device == "auto":
+        return recipe.device  # where it is on several, there it stays
+    return ",".join(map(str, plan.devices if plan.paged else plan.devices[:1]))
+
+
+def _paged(plan: Plan) -> str:
+    """What becomes of a model that does not fit."""
+    if len(plan.devices) == 1:
+        return f"the model does not fit {amount(plan.limit)} of memory: blocks are read when they are needed"
+    return (
+        f"the model does not fit {amount(plan.limit)} of memory: its blocks are dealt out to "
+        f"{', '.join(map(str, plan.devices))} and read when they are needed; as many as fit stay"
+    )
 
 
 def _intact(folder: Path) -> Path | None:

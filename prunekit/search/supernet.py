@@ -242,12 +242,14 @@ class Supernet:
     def _states(
         self, allocation: Allocation | None, batch: TokenBatch, depths: Sequence[int]
     ) -> Iterator[tuple[Tensor, ...]]:
-        keys = [(allocation, batch.digest, depth) for depth in depths]
+        keys, home = [(allocation, batch.digest, depth) for depth in depths], next(self.model.parameters()).device
         if all(key in self._hidden for key in keys):
-            yield from zip(*(self._hidden[key] for key in keys), strict=True)
-            return
-        for states in self._run([allocation], batch, depths):
-            yield tuple(states[allocation, depth] for depth in depths)
+            found = zip(*(self._hidden[key] for key in keys), strict=True)
+        else:
+            run = self._run([allocation], batch, depths)
+            found = (tuple(states[allocation, depth] for depth in depths) for states in run)
+        for states in found:  # who compares depths finds all of them in one place
+            yield tuple(state.to(home) for state in states)
 
     def _headed(self, allocation: Allocation | None, batch: TokenBatch) -> Iterator[Iterator[Logits]]:
         """Chunk by chunk, (token ids, logits) of a few windows at a time."""

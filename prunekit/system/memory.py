@@ -26,23 +26,33 @@ GIB = 1 << 30
 class Shares:
     """Bytes for what a run holds: bounds that change when things are read again, never what comes out."""
 
-    blocks: int | None = None  # of the dense model held at once; None: all, for it was opened whole
+    blocks: int | None = None  # of the dense model held at once on a device; None: all, for it was opened whole
     activations: int | None = None  # hidden states and inputs in memory, the rest goes to disk; None: all stay
     hidden: int = 2 * GIB  # hidden states of allocations kept for the objective to read
     dense: int = 2 * GIB  # hidden states of the dense model kept; more are made anew for every question
     parts: int = 4 * GIB  # cut-out sub-layers kept ready
     teacher: int = 2 * GIB  # what the dense model says of tokens, kept from the first search to the end of the run
     teacher_disk: int = 16 * GIB  # the same in files; what is beyond both is made anew for every question
+    host: int = 0  # blocks kept in the host's memory, of a model that passes through devices of their own
 
     @classmethod
-    def of(cls, free: int, *, paged: bool) -> Shares:
+    def of(cls, free: int, *, paged: bool, own: int | None = None) -> Shares:
         """Share out `free` bytes, which nothing indispensable needs.
 
         A calibration pass holds blocks and activations, a search blocks, hidden states and parts, never all of them;
         logits of the dense model are held by both.
+
+        Args:
+            free: on every device.
+            paged: whether blocks are read when they are needed.
+            own: bytes of the blocks that are a device's own where several share them; they come first where they fit,
+                for then none is read twice.
         """
         fifth = max(0, free) // 5
-        return cls(fifth if paged else None, fifth * (3 if paged else 4), fifth, fifth, fifth, fifth)
+        blocks, part = fifth, fifth
+        if own is not None and own <= 3 * fifth:
+            blocks, part = own, (max(0, free) - own) // 4
+        return cls(blocks if paged else None, part * (3 if paged else 4), part, part, part, part)
 
     def split(self, activations: int) -> tuple[int, int]:
         """Split bytes of activations into (bytes in memory, bytes on disk)."""

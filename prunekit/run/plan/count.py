@@ -23,6 +23,7 @@ from prunekit.measure.perplexity import HIDDEN_BYTES, LOGITS_AT_ONCE
 from prunekit.measure.samples import NEW
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.models.blocks import TOKENS_AT_ONCE, forward_flops
+from prunekit.models.spread import dealt_out
 from prunekit.plugins.adapter import ModelAdapter, linear_at
 from prunekit.plugins.exporter import Order
 from prunekit.plugins.metric import Runs
@@ -169,6 +170,14 @@ class Count:
     def resident(self) -> int:
         """Bytes of what is neither in blocks nor the head."""
         return self.everything - sum(self._blocks) - self._head
+
+    def own(self, devices: int) -> int:
+        """Bytes of the blocks, and the head, that are on the fullest of so many devices when blocks are dealt out."""
+        places = dealt_out(self._blocks, [torch.device("cpu", index) for index in range(devices)])
+        sums = [self._head, *[0] * (devices - 1)]
+        for place, size in zip(places, self._blocks, strict=True):
+            sums[place.index] += size
+        return max(sums)
 
     @cached_property
     def _blocks(self) -> list[int]:

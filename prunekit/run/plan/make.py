@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from prunekit.data.draws import amounts, window_of
-from prunekit.models.opening import computing_dtype, limits, resolved_devices
+from prunekit.models.opening import computing_dtype, every_device, limits, resolved_devices
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.metric import MeasuredMetric
 from prunekit.recipe.resolve import Parts
@@ -54,13 +55,14 @@ def planned(
         WrongInput: the recipe's memory is no amount, or its metric cannot be measured on this model.
     """
     recipe = parts.recipe
-    device = resolved_devices(recipe.device)[0]
+    devices = resolved_devices(recipe.device)
+    device, there = devices[0], _placed(recipe, model, adapter)
     stored = next(model.parameters()).dtype
     computed = computing_dtype(stored, recipe.dtype, device)
     seqlen = window_of(recipe.data, limits(model)["max_seqlen"])
     tokens = amounts(recipe.data, seqlen, parts.amounts)
     limit_asked = parse_size(recipe.memory)
-    limit = round(available(device) * SPARE) if limit_asked is None else limit_asked - _taken(device)
+    limit = round(_free(devices, there) * SPARE) if limit_asked is None else limit_asked - _taken(device)
     free_disk = place = None
     if output is not None:
         place = next(p for p in (output.resolve(), *output.resolve().parents) if p.is_dir())
@@ -94,14 +96,21 @@ def planned(
         stages = tuple(count.stages(shares))
         return Plan(
             stages, limit, free_disk, shares, count.resident, count.block, device, computed, place, count.forward,
-            measured,
+            measured, tuple(devices),
         )  # fmt: skip
 
     plan, tight = of(Shares()), of(Shares(blocks=0))
     can = next(model.parameters()).is_meta and tight.least < plan.least  # else it is in memory already, or very small
-    if paged := can and not measured and plan.least > limit:
-        plan = tight
-    return of(Shares.of(limit - plan.least, paged=paged))
+    if not (can and not measured and plan.least > limit):
+        return of(Shares.of(limit - plan.least, paged=False))
+    devices = every_device(recipe.device)
+    if limit_asked is None:
+        limit = round(_free(devices, there) * SPARE)
+    own = count.own(len(devices)) if len(devices) > 1 else None
+    shares = Shares.of(limit - tight.least, paged=True, own=own)
+    if device.type == "cuda":
+        shares = replace(shares, host=round(available(torch.device("cpu")) * SPARE / 2))  # the rest is for tensors
+    return of(shares)
 
 
 def _records(recipe: Recipe, sites: Sequence[Site], results: int) -> int:
@@ -110,6 +119,17 @@ def _records(recipe: Recipe, sites: Sequence[Site], results: int) -> int:
     files = source.iterdir() if source is not None and source.is_dir() else ()
     copied = sum(file.stat().st_size for file in files if file.suffix in COPIED)
     return results * (copied + RECORDS + RECORDS_OF_SITE * len(sites))
+
+
+def _placed(recipe: Recipe, model: nn.Module, adapter: ModelAdapter) -> list[torch.device]:
+    """The devices that a model in memory stays on, where it was loaded to several; else none."""
+    found = [next(block.parameters()).device for block in adapter.blocks(model)]
+    return found if recipe.device == "auto" and len({*found}) > 1 else []
+
+
+def _free(devices: Sequence[torch.device], there: Sequence[torch.device]) -> int:
+    """Bytes that are free on the fullest of the devices; on all that a model in memory is on, together."""
+    return sum(map(available, {*there})) if there else min(map(available, devices))
 
 
 def _taken(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -70,6 +71,7 @@ class Plan:
     place: Path | None  # where the run works, as far as it exists
     forward: int  # FLOPs of a token through the model at the size it will have
     measured: str = ""  # the metric that is measured, on whole models
+    devices: Sequence[torch.device] = ()  # that the run may use; of a paged model its blocks are dealt out to them
 
     @property
     def paged(self) -> bool:

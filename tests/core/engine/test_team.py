@@ -60,8 +60,12 @@ def test_a_run_on_two_devices_ends_where_one_does(recipe: Recipe):
     assert one["search"]["token_forwards"] == other["search"]["token_forwards"]
 
 
-@pytest.mark.parametrize("changes", [{"device": "cpu,cpu"}, {"engine": "ray"}])
-def test_a_model_that_is_read_block_by_block_is_not_shared_out(changes: dict[str, Any], recipe: Recipe):
-    plan: Any = SimpleNamespace(paged=True, limit=1 << 30)
-    with pytest.raises(WrongInput, match="one device and engine local"):
-        choose_devices(recipe.with_overrides(changes), plan)
+def test_a_model_that_is_read_block_by_block_is_not_shared_out(recipe: Recipe):
+    one, two = torch.device("cpu", 0), torch.device("cpu", 1)
+    plan: Any = SimpleNamespace(paged=True, limit=1 << 30, devices=(one, two))
+    with pytest.raises(WrongInput, match="give engine local, or more --memory"):
+        choose_devices(recipe.with_overrides({"engine": "ray"}), plan)
+    asked = recipe.with_overrides({"device": "cpu:0,cpu:1"})
+    assert choose_devices(asked, plan) == (one,)  # its blocks are on both
+    plan.paged = False
+    assert choose_devices(asked, plan) == (one, two)  # copies of it are

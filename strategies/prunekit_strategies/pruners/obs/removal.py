@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from prunekit import factored, inverted, solved
+from prunekit.layer.replay import Replayed
 
 Price = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(W (d_out, left), V (left, left), columns that are left (left,)) -> what each group's removal costs (groups,)."""
 
 _PENDING = 64  # removals held back before they are multiplied into V and A: what fits a cache
 _DENSE = 7 / 8  # share of columns that are left where those that are gone are not worth the move
+_DENSE_ON_GPU = 1 / 2  # there a move is also a graph anew: on paper as much as is saved, not measured
 _SPENT = 1e-10  # below this share of its first value V_jj is rounding, not information
 
 
@@ -86,19 +89,69 @@ def remove_columns(hessian: Float[Tensor, "d d"], weight: Float[Tensor, "d_out d
         A ← A - xᵀr - rᵀx                                                       (4)
 
     Only the diagonals follow at once. (3) and (4) wait until `_PENDING` of them make a matrix product worth it; after
-    them rows and columns of p are zero, and stay where they are until an eighth of all is gone.
+    them rows and columns of p are zero, and stay where they are until an eighth of all is gone, on a GPU a half. There
+    the removals that wait together are one launch.
     """
     left = torch.arange(len(hessian), device=hessian.device)
     v, a = inverse(hessian), weight.T @ weight
     floor, gone, live = _SPENT * v.diagonal(), v.new_zeros(len(v)), len(v)
-    order: list[int] = []
+    pending, order = _Pending(v, a, floor, gone), list[int]()
     while len(order) < picks:
         n, steps = len(left), min(_PENDING, picks - len(order))
-        r, x, delta = v.new_empty(steps, n), v.new_empty(steps, n), v.new_empty(steps, 1)
-        chosen = torch.empty(steps, dtype=torch.long, device=v.device)
-        v_jj, a_jj = v.diagonal().clone(), a.diagonal().clone()
+        order += left[pending.chosen(steps)].tolist()
+        if len(order) == picks:
+            break
+        pending.apply()
+        live, spent = live - steps, bool((v.diagonal() + gone < floor).any())
+        if not spent and live > (_DENSE_ON_GPU if v.is_cuda else _DENSE) * n:
+            continue
+        stays = (gone == 0).nonzero().flatten()
+        left, floor, gone = left[stays], floor[stays], gone[stays]
+        if spent:
+            w, v = refitted(hessian, weight, left)
+            a = w.T @ w
+            floor = _SPENT * v.diagonal()
+        else:
+            v, a = v[stays][:, stays], a[stays][:, stays]
+        pending = _Pending(v, a, floor, gone)
+    return order
+
+
+class _Pending:
+    """Up to `_PENDING` removals from the same V and A; its tensors stay where they are, so that a GPU can replay them.
+
+    V, A, floor of V_jj, and ∞ for columns that are gone: those of the caller, changed in place.
+    """
+
+    def __init__(self, v: Tensor, a: Tensor, floor: Tensor, gone: Tensor) -> None:
+        self.v, self.a, self.floor, self.gone = v, a, floor, gone
+        n, most = len(v), _PENDING
+        self.v_jj, self.a_jj = v.new_empty(n), v.new_empty(n)
+        self.r, self.x, self.delta = v.new_empty(most, n), v.new_empty(most, n), v.new_empty(most, 1)
+        self.ids = torch.empty(most, dtype=torch.long, device=v.device)
+        self._all = Replayed(partial(self._choose, most), v.device)
+
+    def chosen(self, steps: int) -> Int64[Tensor, " steps"]:
+        """The next columns to remove."""
+        if steps == _PENDING:
+            self._all()
+        else:
+            self._choose(steps)
+        return self.ids[:steps]
+
+    def apply(self) -> None:
+        """Multiply all `_PENDING` into V and A."""
+        r, x = self.r, self.x
+        self.v.addmm_((self.delta * r).T, r, alpha=-1)  # (3)
+        self.a.addmm_(x.T, r, alpha=-1).addmm_(r.T, x, alpha=-1)  # (4)
+
+    def _choose(self, steps: int) -> None:
+        """As `chosen`, on these tensors alone; nothing waits for the device."""
+        v, a, v_jj, a_jj, r, x, delta = self.v, self.a, self.v_jj, self.a_jj, self.r, self.x, self.delta
+        v_jj.copy_(v.diagonal())
+        a_jj.copy_(a.diagonal())
         for i in range(steps):
-            rise = a_jj.clamp_min(0) / torch.maximum(v_jj, floor) + gone
+            rise = a_jj.clamp_min(0) / torch.maximum(v_jj, self.floor) + self.gone
             p = rise.argmin(keepdim=True)  # stays on the device
             r_p, x_p = r[:i, p], x[:i, p]  # (i, 1)
             row = torch.cat([delta[:i] * r_p, x_p], 1).T @ r[:i]  # pending parts of (3), (4): (2, n)
@@ -109,25 +162,8 @@ def remove_columns(hessian: Float[Tensor, "d d"], weight: Float[Tensor, "d_out d
             x[i] = y - 0.5 * y[0, p] * r[i]
             v_jj -= delta[i] * r[i].square()  # (3)
             a_jj -= 2 * x[i] * r[i]  # (4)
-            gone[p] = torch.inf
-            chosen[i] = p[0]
-        order += left[chosen].tolist()
-        if len(order) == picks:
-            break
-        v.addmm_((delta * r).T, r, alpha=-1)  # (3)
-        a.addmm_(x.T, r, alpha=-1).addmm_(r.T, x, alpha=-1)  # (4)
-        live, spent = live - steps, bool((v.diagonal() + gone < floor).any())
-        if not spent and live > _DENSE * n:
-            continue
-        stays = (gone == 0).nonzero().flatten()
-        left, floor, gone = left[stays], floor[stays], gone[stays]
-        if spent:
-            w, v = refitted(hessian, weight, left)
-            a = w.T @ w
-            floor = _SPENT * v.diagonal()
-        else:
-            v, a = v[stays][:, stays], a[stays][:, stays]
-    return order
+            self.gone.index_fill_(0, p, torch.inf)
+            self.ids[i] = p[0]
 
 
 def remove_masked(hessian: Float[Tensor, "d d"], weight: Float[Tensor, "d_out d"], size: int, picks: int) -> list[int]:
@@ -137,13 +173,13 @@ def remove_masked(hessian: Float[Tensor, "d d"], weight: Float[Tensor, "d_out d"
     """
     q = masked_error(hessian, weight, size)
     rise, gone = q.diagonal().clone(), q.new_zeros(len(q))
-    order: list[int] = []
-    for _ in range(picks):
-        p = int((rise + gone).argmin())
-        order.append(p)
-        gone[p] = torch.inf
-        rise += 2 * q[p]
-    return order
+    order = torch.empty(picks, dtype=torch.long, device=q.device)
+    for i in range(picks):
+        p = (rise + gone).argmin(keepdim=True)  # stays on the device
+        order[i] = p[0]
+        gone.index_fill_(0, p, torch.inf)
+        rise += 2 * q[p][0]
+    return order.tolist()
 
 
 def masked_error(hessian: Float[Tensor, "d d"], weight: Float[Tensor, "d_out d"], size: int) -> Float[Tensor, "n n"]:
