@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float, Int64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunekit.calibration.moments import add_product, multiplied, precise
@@ -249,9 +248,7 @@ def _slope(
     return torch.cat(found)
 
 
-def sampled(
-    probabilities: Float[Tensor, "tokens vocabulary"], generator: torch.Generator
-) -> Int64[Tensor, " tokens"]:
+def sampled(probabilities: Float[Tensor, "tokens vocabulary"], generator: torch.Generator) -> Int64[Tensor, " tokens"]:
     """One token at every position, as probable as is said; the generator is the CPU's on every device.
 
     Sums are float64: of `TOGETHER` of the vocabulary first, then of each in those that the draw falls into.
