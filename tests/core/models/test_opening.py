@@ -58,5 +58,7 @@ def test_nothing_is_measured_where_there_is_nothing_to_choose(monkeypatch: pytes
         assert opening.measured_dtype(model, adapter, "auto", torch.device(device)) == "auto"
 
 
-def test_a_ratio_of_a_dtype_to_itself_is_measured_on_any_shape() -> None:
-    assert times_as_fast(torch.float64, 3, 5, tokens=1, tries=1) > 0
+def test_measuring_leaves_the_number_of_threads_alone() -> None:
+    before = torch.get_num_threads()
+    assert times_as_fast(torch.bfloat16, 64, 64, tokens=64, turns=2) > 0
+    assert torch.get_num_threads() == before
