@@ -94,28 +94,29 @@ def remove_columns(hessian: Float[Tensor, "d d"], weight: Float[Tensor, "d_out d
     order: list[int] = []
     while len(order) < picks:
         n, steps = len(left), min(_PENDING, picks - len(order))
-        r, x, delta = v.new_empty(steps, n), v.new_empty(steps, n), v.new_empty(steps, 1)
-        chosen = torch.empty(steps, dtype=torch.long, device=v.device)
-        v_jj, a_jj = v.diagonal().clone(), a.diagonal().clone()
+        rx = v.new_empty(steps, 2, n)  # r and x of every removal that is pending
+        delta, chosen = v.new_empty(steps, 1), torch.empty(steps, dtype=torch.long, device=v.device)
+        v_jj, a_jj = v.diagonal().clone(), a.diagonal() + gone
         for i in range(steps):
-            rise = a_jj.clamp_min(0) / torch.maximum(v_jj, floor) + gone
-            p = rise.argmin(keepdim=True)  # stays on the device
-            r_p, x_p = r[:i, p], x[:i, p]  # (i, 1)
-            row = torch.cat([delta[:i] * r_p, x_p], 1).T @ r[:i]  # pending parts of (3), (4): (2, n)
-            t = v[p] - row[:1]  # V_p:
-            y = a[p] - row[1:] - r_p.T @ x[:i]  # A_p:
-            delta[i] = t[0, p]
-            r[i] = t / delta[i]
-            x[i] = y - 0.5 * y[0, p] * r[i]
-            v_jj -= delta[i] * r[i].square()  # (3)
-            a_jj -= 2 * x[i] * r[i]  # (4)
-            gone[p] = torch.inf
+            p = (a_jj.clamp_min(0) / torch.maximum(v_jj, floor)).argmin(keepdim=True)  # stays on the device
+            past = rx[:i].flatten(0, 1)  # (2i, n)
+            r_p, x_p = past[:, p].view(i, 2).split(1, 1)
+            of_v, of_a = torch.cat([delta[:i] * r_p, torch.zeros_like(r_p)], 1), torch.cat([x_p, r_p], 1)
+            row = torch.stack([of_v.flatten(), of_a.flatten()]) @ past  # pending parts of (3), (4): (2, n)
+            (t,), (y,) = v[p] - row[:1], a[p] - row[1:]  # V_p: and A_p:
+            delta[i] = t[p]
+            r = torch.div(t, delta[i], out=rx[i, 0])
+            x = torch.sub(y, 0.5 * y[p] * r, out=rx[i, 1])
+            v_jj.addcmul_(t, r, value=-1)  # (3)
+            a_jj.addcmul_(x, r, value=-2).index_fill_(0, p, torch.inf)  # (4)
             chosen[i] = p[0]
         order += left[chosen].tolist()
         if len(order) == picks:
             break
+        gone[chosen] = torch.inf
+        r = rx[:, 0]
         v.addmm_((delta * r).T, r, alpha=-1)  # (3)
-        a.addmm_(x.T, r, alpha=-1).addmm_(r.T, x, alpha=-1)  # (4)
+        a.addmm_(rx.flatten(0, 1).T, rx.flip(1).flatten(0, 1), alpha=-1)  # (4), both products in one
         live, spent = live - steps, bool((v.diagonal() + gone < floor).any())
         if not spent and live > _DENSE * n:
             continue
@@ -126,7 +127,8 @@ def remove_columns(hessian: Float[Tensor, "d d"], weight: Float[Tensor, "d_out d
             a = w.T @ w
             floor = _SPENT * v.diagonal()
         else:
-            v, a = v[stays][:, stays], a[stays][:, stays]
+            # same as: m[stays][:, stays]
+            v, a = (m[stays].gather(1, stays.expand(len(stays), -1)) for m in (v, a))
     return order
 
 
