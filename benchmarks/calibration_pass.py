@@ -146,7 +146,7 @@ def calibrate(dense: Dense, recipe: Recipe, batch: TokenBatch, name: str, rungs:
             begun = now()
             fill.build(
                 dense.model, dense.adapter, space, space.nearest(whole.uniform()), pruner, batch, store,
-                carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype, fisher=fisher, sparse=priced,
+                carry=recipe.carry if priced else "expected", damping=recipe.damping, dtype=dense.dtype, fisher=fisher, sparse=priced,
                 progress=Progress(),
             )  # fmt: skip
             return spent | {"all": now() - begun}

@@ -70,7 +70,8 @@ def opened(
         source: a folder, a hub id, or a model in memory.
         tokenizer: of the model; None: the one beside it.
         device: auto, cpu, cuda or cuda:N.
-        dtype: of the computation; auto: that of the checkpoint, on a CPU at least float32.
+        dtype: of the computation; auto: that of the checkpoint, on a CPU at least float32. `measured_dtype` may say
+            another before.
         trust_remote_code: whether code in the checkpoint may be run.
         shares: of the memory.
 
