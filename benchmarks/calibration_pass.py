@@ -146,8 +146,8 @@ def calibrate(dense: Dense, recipe: Recipe, batch: TokenBatch, name: str, rungs:
             begun = now()
             fill.build(
                 dense.model, dense.adapter, space, space.nearest(whole.uniform()), pruner, batch, store,
-                carry=recipe.carry if priced else "expected", damping=recipe.damping, dtype=dense.dtype, fisher=fisher, sparse=priced,
-                progress=Progress(),
+                carry=recipe.carry if priced else "expected", damping=recipe.damping, dtype=dense.dtype,
+                fisher=fisher, sparse=priced, progress=Progress(),
             )  # fmt: skip
             return spent | {"all": now() - begun}
     finally:
