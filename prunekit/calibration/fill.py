@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from typing import Any, Literal
 
@@ -287,7 +288,7 @@ def answers(
         PluginError: a candidate is missing, keeps another count, is not finite or not zero elsewhere.
     """
     who = f"{type(pruner).__name__} on {site.name}"
-    with unchanged(pruner, site.name, values=True, layer=layer):
+    with nullcontext() if nested is not None else unchanged(pruner, site.name, values=True, layer=layer):
         answer = pruner.prune(layer, list(keeps)) if nested is None else nested.candidates(keeps)
     proposed = list(instance(pruner, f"what it answers on {site.name}", answer, (Sequence, Iterator)))
     if len(proposed) != len(keeps):

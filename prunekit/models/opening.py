@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +26,11 @@ from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.dense import Dense
 from prunekit.system.memory import SHARES, Shares
 from prunekit.system.progress import warn_once
+from prunekit.system.rates import times_as_fast
+
+FASTER = 2.0  # times as fast as float32 bfloat16 must be on a CPU: far from what other programs do to a measurement
+MEASURED = 2**18  # weights of the largest linear map; of a smaller one there is nothing to gain
+WIDEST = 2048  # rows and columns that are measured at most
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -68,7 +74,8 @@ def opened(
         source: a folder, a hub id, or a model in memory.
         tokenizer: of the model; None: the one beside it.
         device: auto, cpu, cuda or cuda:N; several by comma, to which blocks that are read are dealt out.
-        dtype: of the computation; auto: that of the checkpoint, on a CPU at least float32.
+        dtype: of the computation; auto: that of the checkpoint, on a CPU at least float32. `measured_dtype` may say
+            another before.
         trust_remote_code: whether code in the checkpoint may be run.
         shares: of the memory.
 
@@ -126,6 +133,31 @@ def computing_dtype(stored: torch.dtype, dtype: str, device: torch.device) -> to
     if torch.promote_types(stored, DTYPES[dtype]) != DTYPES[dtype]:
         raise WrongInput(f"--dtype {dtype} would round the weights, which are {str(stored)[6:]}; use that or auto")
     return DTYPES[dtype]
+
+
+def measured_dtype(model: nn.Module, adapter: ModelAdapter, dtype: str, device: torch.device) -> str:
+    """What `dtype` says, or where it is auto what this CPU is fast in: bfloat16 or float32, of a bfloat16 checkpoint.
+
+    Some have units for bfloat16, and some that say so are slower with it; so a product of the model's own shape is
+    timed. The answer belongs on record: another machine may give another.
+
+    Args:
+        model: the model, or its skeleton.
+        adapter: of its family.
+        dtype: of the recipe.
+        device: of the computation.
+
+    Returns:
+        A dtype by name; auto stays where nothing is measured.
+    """
+    if dtype != "auto" or device.type != "cpu" or next(model.parameters()).dtype != torch.bfloat16:
+        return dtype
+    maps = [module for module in adapter.blocks(model)[0].modules() if isinstance(module, nn.Linear)]
+    d_out, d_in = max((tuple(linear.weight.shape) for linear in maps), key=math.prod, default=(0, 0))
+    if d_out * d_in < MEASURED:
+        return dtype
+    ratio = times_as_fast(torch.bfloat16, min(d_in, WIDEST), min(d_out, WIDEST))
+    return "bfloat16" if ratio >= FASTER else "float32"
 
 
 def stored_as(model: M, dtype: torch.dtype) -> M:

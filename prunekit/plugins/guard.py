@@ -14,6 +14,7 @@ from prunekit.errors import PluginError
 
 T = TypeVar("T")
 VALUES_AT_ONCE = 2**20  # that are summed together
+IN_CACHE = 2**15  # of those, on a processor that reads them twice
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers by bytes
 
 
@@ -98,7 +99,10 @@ def _mark(tensor: Tensor, *, values: bool) -> tuple[int, ...]:
     if not values:
         return version, tensor.data_ptr()
     bits = tensor.detach().contiguous().view(_BITS.get(tensor.element_size(), torch.int8)).flatten()
+    if len(bits) * bits.element_size() % 8 == bits.storage_offset() * bits.element_size() % 8 == 0:
+        bits = bits.view(torch.int64)  # several at once, and none has to be made wide to be summed
     # some at a time: a sum of narrow integers first makes all of them wide
-    places = 2 * torch.arange(min(len(bits), VALUES_AT_ONCE), device=bits.device) + 1
-    sums = ((int(some.sum()), int((some * places[: len(some)]).sum())) for some in bits.split(VALUES_AT_ONCE))
+    together = VALUES_AT_ONCE if bits.is_cuda else IN_CACHE
+    places = 2 * torch.arange(min(len(bits), together), device=bits.device) + 1
+    sums = ((int(some.sum()), int((some * places[: len(some)]).sum())) for some in bits.split(together))
     return version, tensor.data_ptr(), *(one for both in sums for one in both)

@@ -99,6 +99,10 @@ class Parts:
         """Take other text, or another amount of it."""
         return replace(self, recipe=self.recipe.model_copy(update={"data": data}))
 
+    def with_dtype(self, dtype: str) -> Parts:
+        """Write the dtype of the computation into the recipe."""
+        return replace(self, recipe=self.recipe.model_copy(update={"dtype": dtype}))
+
     def with_metric(self, metric: Metric) -> Parts:
         """Take another metric, or the same with what was measured, and write it into the recipe."""
         return replace(self, metric=metric, recipe=_with_metric(self.recipe, metric))

@@ -18,7 +18,7 @@ from prunekit.data.draws import Draws, draw, window_of
 from prunekit.data.spec import DataSpec
 from prunekit.data.windows import DEFAULTS
 from prunekit.errors import WrongInput
-from prunekit.models.opening import limits, opened, resolved_devices, skeleton
+from prunekit.models.opening import limits, measured_dtype, opened, resolved_devices, skeleton
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.dense import Dense
 from prunekit.plugins.engine import Opening, Team
@@ -75,12 +75,13 @@ class Session:
     progress: Progress
     clock: Clock  # of what is done once for all runs
     allotment: Allotment | None = None  # of the recipe's time; None: it has none
+    measured: Mapping[str, str] = field(default_factory=dict)  # recipe key -> what this machine has said
     team: Team | None = None  # who shares the work; None: nobody
 
     def identify(self) -> dict[str, Any]:
         """Say what a run must agree in to go on with an earlier one: recipe, weights, and versions of the code."""
         mine = {"weights": self.dense.fingerprint, "versions": reporting.versions(self.parts)}
-        return self.parts.determining() | mine
+        return self.parts.determining() | mine | ({"measured": dict(self.measured)} if self.measured else {})
 
     def with_prices(self, past: Path | None) -> Session:
         """Find the prices that a measured metric needs.
@@ -161,7 +162,7 @@ def foreseen(recipe: Recipe, source: str, output: Path, *, several: bool) -> tup
     """
     asked = [member.sparsity for member in recipe.members] if several else None
     shape = skeleton(source, trust_remote_code=recipe.trust_remote_code)
-    parts = resolve(recipe)
+    parts = _with_measured_dtype(resolve(recipe), shape, Job(output=output))
     if recipe.time is not None:
         allotment, _ = allot(parts, shape, output)
         return allotment.plan, allotment.rates, allotment
@@ -187,6 +188,11 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
     clock = Clock()
     with clock("plan"):
         shape = skeleton(source, trust_remote_code=recipe.trust_remote_code)
+        parts = _with_measured_dtype(parts, shape, job)
+        measured = {} if parts.recipe.dtype == recipe.dtype else {"dtype": parts.recipe.dtype}
+        if "bfloat16" in measured.values():
+            progress.say("this processor is fastest in bfloat16, so the model is computed in it; --dtype says otherwise")
+        recipe = parts.recipe
         data, allotment, most = recipe.data, None, parts.amounts
         if recipe.time is None:
             trials = tried(parts, shape) if job.announce else None
@@ -217,7 +223,7 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
         )  # fmt: skip
         parts.objective.check(draws.search)
     parts = parts.with_text(dense.name, draws.spec)
-    return Session(parts, source, dense, draws, plan, devices, progress, clock, allotment)
+    return Session(parts, source, dense, draws, plan, devices, progress, clock, allotment, measured)
 
 
 def allot(
@@ -254,6 +260,16 @@ def allot(
     data = filled(recipe.data, most)
     text = {part: getattr(data, f"{part}_tokens") for part in most}
     return Allotment(recipe.time, plan_of(data), rates, parts.trains, text), most
+
+
+def _with_measured_dtype(parts: Parts, shape: tuple[PreTrainedModel, ModelAdapter], job: Job) -> Parts:
+    """With a dtype that was measured in the recipe: by an unfinished run that is gone on with, or now."""
+    asked, device = parts.recipe.dtype, resolved_devices(parts.recipe.device)[0]
+    if asked != "auto":
+        return parts
+    earlier = begun(job.output) if job.output is not None and job.resume else None
+    found = (earlier or {}).get("measured", {}).get("dtype")
+    return parts.with_dtype(found or measured_dtype(*shape, asked, device))
 
 
 def _begun_with(job: Job, recipe: Recipe) -> DataSpec | None:

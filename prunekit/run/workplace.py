@@ -161,8 +161,8 @@ def unfinished(output: Path) -> bool:
 
 
 def begun(output: Path) -> dict[str, Any] | None:
-    """The identity of an unfinished run towards `output`; None: there is none that says what it is."""
-    card = _card(_beside(output, "partial"))
+    """The identity of an unfinished run towards `output`, or of a study in it; None: there is none that says it."""
+    card = _card(_beside(output, "partial")) or _card(output)
     return None if card is None else card["identity"]
 
 

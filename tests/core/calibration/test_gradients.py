@@ -140,8 +140,8 @@ def test_the_fisher_matrix_of_outputs_is_that_of_autograd_through_the_whole_mode
     model, adapter, tokens = exact(family, **overrides), adapter_for(family), toy_tokens(5)
     drawn, sampled = [], gradients_of.sampled
 
-    def noted(logits, generator):
-        drawn.append(sampled(logits, generator))
+    def noted(probabilities, generator):
+        drawn.append(sampled(probabilities, generator))
         return drawn[-1]
 
     monkeypatch.setattr(gradients_of, "sampled", noted)
@@ -178,11 +178,20 @@ def fisher_of(model, directory, tokens, seed=0):
 
 
 def test_labels_are_drawn_as_the_model_says():
-    logits = torch.tensor([0.0, 1.0, -1.0, -30.0]).expand(20_000, 4)
-    drawn = gradients_of.sampled(logits, torch.Generator().manual_seed(0))
+    said = torch.softmax(torch.tensor([0.0, 1.0, -1.0, -30.0]), 0)
+    drawn = gradients_of.sampled(said.expand(20_000, 4), torch.Generator().manual_seed(0))
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
-    torch.testing.assert_close(shares, torch.softmax(logits[0], -1), atol=0.01, rtol=0)
-    assert torch.equal(drawn, gradients_of.sampled(logits, torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(shares, said, atol=0.01, rtol=0)
+    assert torch.equal(drawn, gradients_of.sampled(said.expand(20_000, 4), torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 4, 256, 257, 1000])
+def test_labels_are_where_the_sum_of_all_probabilities_before_reaches_the_draw(vocabulary):
+    said = torch.softmax(3 * torch.randn(500, vocabulary, generator=torch.Generator().manual_seed(1)), -1)
+    u = torch.rand(500, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    below = said.double().cumsum(-1)
+    plainly = torch.searchsorted(below, u * below[:, -1:]).squeeze(1)
+    assert torch.equal(gradients_of.sampled(said, torch.Generator().manual_seed(0)), plainly)
 
 
 def test_half_the_fisher_form_is_the_divergence_of_a_small_error(tmp_path):

@@ -2,17 +2,21 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import prunekit
 from prunekit.errors import WrongInput
+from prunekit.models import opening
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.run import session
 from prunekit.run.session import Job, open_session
+from prunekit.search.store import CandidateStore
 
 QUICK: dict[str, Any] = {
     "recipe": "fast",
@@ -83,3 +87,23 @@ def test_no_model_and_text_that_judges_nothing_are_refused(saved_tiny: Callable[
         prunekit.prune(**QUICK)
     with pytest.raises(WrongInput, match="there is only python-docs"):
         prunekit.prune(saved_tiny(), objective="robust", **QUICK)
+
+
+def test_a_measured_dtype_is_in_the_recipe_and_an_interrupted_run_keeps_it(
+    saved_tiny: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    killed_at: Callable[..., AbstractContextManager[None]],
+):
+    model, out = saved_tiny(torch.bfloat16, num_hidden_layers=1), tmp_path / "out"
+    monkeypatch.setattr(opening, "MEASURED", 1)
+    monkeypatch.setattr(opening, "times_as_fast", lambda *_: 3.0)
+    with killed_at(CandidateStore, "put", 2):
+        prunekit.prune(model, output=out, verify=False, **QUICK)
+    monkeypatch.setattr(opening, "times_as_fast", lambda *_: 1.0)  # the machine is another one, or busy
+    result = prunekit.prune(model, output=out, verify=False, **QUICK)
+    assert result.recipe.dtype == "bfloat16"
+    assert prunekit.prune(model, output=tmp_path / "new", verify=False, **QUICK).recipe.dtype == "float32"
+    again = prunekit.prune(result.recipe.model, output=tmp_path / "again", **{**QUICK, "recipe": str(out)})
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert again.recipe == result.recipe

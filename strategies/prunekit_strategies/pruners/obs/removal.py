@@ -112,7 +112,8 @@ def remove_columns(hessian: Float[Tensor, "d d"], weight: Float[Tensor, "d_out d
             a = w.T @ w
             floor = _SPENT * v.diagonal()
         else:
-            v, a = v[stays][:, stays], a[stays][:, stays]
+            # same as: m[stays][:, stays]
+            v, a = (m[stays].gather(1, stays.expand(len(stays), -1)) for m in (v, a))
         pending = _Pending(v, a, floor, gone)
     return order
 
@@ -127,7 +128,7 @@ class _Pending:
         self.v, self.a, self.floor, self.gone = v, a, floor, gone
         n, most = len(v), _PENDING
         self.v_jj, self.a_jj = v.new_empty(n), v.new_empty(n)
-        self.r, self.x, self.delta = v.new_empty(most, n), v.new_empty(most, n), v.new_empty(most, 1)
+        self.rx, self.delta = v.new_empty(most, 2, n), v.new_empty(most, 1)  # r and x of every removal that is pending
         self.ids = torch.empty(most, dtype=torch.long, device=v.device)
         self._all = Replayed(partial(self._choose, most), v.device)
 
@@ -141,27 +142,27 @@ class _Pending:
 
     def apply(self) -> None:
         """Multiply all `_PENDING` into V and A."""
-        r, x = self.r, self.x
+        rx, r = self.rx, self.rx[:, 0]
         self.v.addmm_((self.delta * r).T, r, alpha=-1)  # (3)
-        self.a.addmm_(x.T, r, alpha=-1).addmm_(r.T, x, alpha=-1)  # (4)
+        self.a.addmm_(rx.flatten(0, 1).T, rx.flip(1).flatten(0, 1), alpha=-1)  # (4), both products in one
 
     def _choose(self, steps: int) -> None:
         """As `chosen`, on these tensors alone; nothing waits for the device."""
-        v, a, v_jj, a_jj, r, x, delta = self.v, self.a, self.v_jj, self.a_jj, self.r, self.x, self.delta
+        v, a, v_jj, a_jj, rx, delta = self.v, self.a, self.v_jj, self.a_jj, self.rx, self.delta
         v_jj.copy_(v.diagonal())
-        a_jj.copy_(a.diagonal())
+        torch.add(a.diagonal(), self.gone, out=a_jj)
         for i in range(steps):
-            rise = a_jj.clamp_min(0) / torch.maximum(v_jj, self.floor) + self.gone
-            p = rise.argmin(keepdim=True)  # stays on the device
-            r_p, x_p = r[:i, p], x[:i, p]  # (i, 1)
-            row = torch.cat([delta[:i] * r_p, x_p], 1).T @ r[:i]  # pending parts of (3), (4): (2, n)
-            t = v[p] - row[:1]  # V_p:
-            y = a[p] - row[1:] - r_p.T @ x[:i]  # A_p:
-            delta[i] = t[0, p]
-            r[i] = t / delta[i]
-            x[i] = y - 0.5 * y[0, p] * r[i]
-            v_jj -= delta[i] * r[i].square()  # (3)
-            a_jj -= 2 * x[i] * r[i]  # (4)
+            p = (a_jj.clamp_min(0) / torch.maximum(v_jj, self.floor)).argmin(keepdim=True)  # stays on the device
+            past = rx[:i].flatten(0, 1)  # (2i, n)
+            r_p, x_p = past[:, p].view(i, 2).split(1, 1)
+            of_v, of_a = torch.cat([delta[:i] * r_p, torch.zeros_like(r_p)], 1), torch.cat([x_p, r_p], 1)
+            row = torch.stack([of_v.flatten(), of_a.flatten()]) @ past  # pending parts of (3), (4): (2, n)
+            (t,), (y,) = v[p] - row[:1], a[p] - row[1:]  # V_p: and A_p:
+            delta[i] = t[p]
+            r = torch.div(t, delta[i], out=rx[i, 0])
+            x = torch.sub(y, 0.5 * y[p] * r, out=rx[i, 1])
+            v_jj.addcmul_(t, r, value=-1)  # (3)
+            a_jj.addcmul_(x, r, value=-2).index_fill_(0, p, torch.inf)  # (4)
             self.gone.index_fill_(0, p, torch.inf)
             self.ids[i] = p[0]
 
