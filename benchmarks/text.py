@@ -37,9 +37,10 @@ def main(model: str, texts: list[str], seqlen: int = 512, tokens: int = 8_192, s
         if shuffled:
             order = torch.randperm(batch.n_tokens, generator=torch.Generator().manual_seed(0))
             batch = TokenBatch(batch.ids.flatten()[order].reshape(batch.ids.shape), f"{batch.source}, shuffled")
-        alone, bits = perplexity(loaded, batch).value, bits_per_byte(loaded, tokenizer, batch)
+        alone = perplexity(loaded, batch)
+        bits = bits_per_byte(tokenizer, batch.ids, alone.nll)
         begun = f"{perplexity(loaded, batch.begun_with(start)).value:.2f}" if start else "–"
-        print(f"| {batch.source} | {alone:.2f} | {begun} | {bits:.2f} | {bits / expected:.2f} |", flush=True)
+        print(f"| {batch.source} | {alone.value:.2f} | {begun} | {bits:.2f} | {bits / expected:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,13 @@ Losses per token compare with nothing but losses of the same tokenizer; bits per
 from __future__ import annotations
 
 import math
+from itertools import islice
+from statistics import fmean
 from typing import Any
 
-from torch import nn
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
 
 from prunekit.data.tokens import TokenBatch
 from prunekit.measure.perplexity import perplexity
@@ -32,17 +36,17 @@ def expected_bits(parameters: int) -> float:
     return (1.69 + 406.4 / parameters**0.34) / (BYTES * math.log(2))
 
 
-def bits_per_byte(model: nn.Module, tokenizer: Any, batch: TokenBatch) -> float:
-    """Measure the bits that a model needs for a byte of text; inf where its loss is not finite.
+def bits_per_byte(tokenizer: Any, ids: Int64[Tensor, "windows seqlen"], nats: float) -> float:
+    """Convert a loss into bits per byte of the text that was predicted.
 
     Args:
-        model: a causal language model, whole or paged.
         tokenizer: that has made the tokens.
-        batch: the text, (windows, length) token ids.
+        ids: windows of text; their first tokens, which may be BOS, are not predicted.
+        nats: per token, the mean of the others.
     """
-    targets = batch.ids[:, 1:]  # the first token of a window, which may be BOS, is not predicted
-    size = sum(len(tokenizer.decode(ids).encode()) for ids in targets.tolist())
-    return perplexity(model, batch).nll * targets.numel() / (math.log(2) * max(1, size))
+    targets = ids[:, 1:]
+    size = sum(len(tokenizer.decode(window).encode()) for window in targets.tolist())
+    return nats * targets.numel() / (math.log(2) * max(1, size))
 
 
 def doubts(model: nn.Module, tokenizer: Any, batch: TokenBatch, parameters: int) -> list[str]:
@@ -57,14 +61,18 @@ def doubts(model: nn.Module, tokenizer: Any, batch: TokenBatch, parameters: int)
     Returns:
         A sentence for every source that does not fit; none where there is too little to say so.
     """
-    if batch.seqlen < SHORTEST:
+    few = {
+        name: part.spread(LOOKED_AT // len(batch.parts)).ids
+        for name, part in batch.parts.items()
+        if part.n_tokens >= LEAST and part.seqlen >= SHORTEST
+    }
+    if not few:
         return []
+    losses = iter(perplexity(model, TokenBatch(torch.cat(list(few.values())), batch.source)).losses)
     expected, said = expected_bits(parameters), list[str]()
-    for name, part in batch.parts.items():
-        if part.n_tokens < LEAST:
-            continue
-        bits = bits_per_byte(model, tokenizer, part.spread(LOOKED_AT // len(batch.parts)))
-        if bits > FACTOR * expected:
+    for name, ids in few.items():
+        bits = bits_per_byte(tokenizer, ids, fmean(islice(losses, len(ids))))
+        if not bits <= FACTOR * expected:  # also where it is no number
             said.append(
                 f"warning: the dense model does not know the text of {name}: it needs {bits:.2f} bits per byte, and "
                 f"models of {parameters / 1e6:,.1f} million parameters about {expected:.2f}; see that its language, "

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_shuffled_tokens_and_those_of_another_tokenizer_are_told_of(known: tuple
     for wrong in (shuffled, renamed):
         (line,) = told(known, wrong)
         assert line.startswith("warning: the dense model does not know the text of text: it needs ")
-        assert "models of 2.1 million parameters about 1.5" in line
+        assert "models of 1.9 million parameters about 1.5" in line
 
 
 def test_of_several_sources_the_one_is_named_that_does_not_fit(known: tuple[Any, Any, TokenBatch]) -> None:
@@ -63,6 +64,13 @@ def test_of_several_sources_the_one_is_named_that_does_not_fit(known: tuple[Any,
     mixed = torch.stack([ids, ids.flip(0, 1)], 1).flatten(0, 1)
     (line,) = told(known, mixed, ("forwards", "backwards") * len(ids))
     assert "does not know the text of backwards" in line
+
+
+def test_a_model_whose_loss_is_no_number_is_told_of(known: tuple[Any, Any, TokenBatch]) -> None:
+    model, tokenizer, batch = known
+    broken = deepcopy(model)
+    broken.model.norm.weight.data.fill_(math.nan)
+    assert doubts(broken, tokenizer, batch, count(model))
 
 
 def test_short_windows_and_few_tokens_say_nothing(known: tuple[Any, Any, TokenBatch]) -> None:
