@@ -39,7 +39,7 @@ Model = Annotated[
 ModelOption = Annotated[str | None, option("Same as the argument.", None, "--model", metavar="MODEL")]
 SET_HELP = "Any value of the recipe, e.g. damping=0.1 or pruner.refit=true. Repeatable."
 Set = Annotated[list[str] | None, option(SET_HELP, METHOD, "--set", metavar="KEY=VALUE")]
-DATASET_HELP = "python-docs, a text, jsonl or parquet file, or a data set on the hub."
+DATASET_HELP = "python-docs, a text, jsonl or parquet file, general or another data set on the hub."
 Dataset = Annotated[list[str] | None, option(f"{DATASET_HELP} Repeatable, or several by comma.", TEXT)]
 TRUST = "Permission to run code that comes with the model."
 Trust = Annotated[bool, switch(TRUST, None, "--trust-remote-code")]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.data.sources import Source, named, same_data, source_of
+from prunekit.data.sources import Source, named, same_data, source_of, spread_out
 from prunekit.data.spec import DataSpec, TextSpec
 from prunekit.data.tokens import TokenBatch
 from prunekit.errors import WrongInput
@@ -43,7 +43,7 @@ def blends_of(data: DataSpec, progress: Progress, *, recovery: bool = False) -> 
 
     def blend(texts: Iterable[TextSpec], held_out: bool = False) -> Blend:
         weights: dict[Source, Fraction] = {}
-        for text in texts:
+        for text in spread_out(texts):
             source = found(text, held_out)
             if source in weights:
                 raise WrongInput(f"{source} is given twice; give it once, with a weight")
@@ -56,7 +56,7 @@ def blends_of(data: DataSpec, progress: Progress, *, recovery: bool = False) -> 
     learnt = {"recovery": blend(data.texts("recovery_dataset")) or calibration} if recovery else {}
     evaluation = data.texts("evaluation_dataset") or [
         text.model_copy(update={"dataset": source.dataset, "config": source.config, "split": data.evaluation_split})
-        for text, source in zip(data.texts("dataset"), calibration, strict=True)
+        for text, source in zip(spread_out(data.texts("dataset")), calibration, strict=True)
     ]
     return {"calibration": calibration, "search": search, **learnt, "evaluation": blend(evaluation, held_out=True)}
 

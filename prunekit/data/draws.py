@@ -3,12 +3,13 @@
 Text is one stream, tokenised in slices of 100,000 characters without special tokens and cut into windows of equal
 length. Stretches of that stream follow each other: calibration, search, evaluation, and recovery where somebody trains;
 where a data set has a held-out split, evaluation comes from there. Several data sets are cut each for itself and
-interleaved.
+interleaved. Windows that calibrate, are searched on or trained on begin as the model sees text when it is served: with
+BOS where the tokenizer puts it. Those that judge are cut as everybody cuts them, so that perplexities compare.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -67,13 +68,18 @@ def draw(
     """
     progress = progress or Progress()
     blends = blends_of(data, progress, recovery=recovery)
-    batches = _gathered(tokenizer, blends, data, window_of(data, max_seqlen), seed, progress, most)
+    start = Encoder(tokenizer, data.special_tokens).start(data.window_start)
+    bare = _gathered(tokenizer, blends, data, window_of(data, max_seqlen), seed, progress, most, start)
     if data.contrast_dataset is not None:
         second = source_of(named(data.contrast_dataset, progress), None, None, data.field)
-        count, seqlen = batches["calibration"].ids.shape
+        count, seqlen = bare["calibration"].ids.shape
         windows = read(tokenizer, second, count, seqlen, progress, data.special_tokens)
         shares({"contrast": count}, {}, windows, seqlen, second, progress)
-        batches["contrast"], blends["contrast"] = TokenBatch(windows, second.label), {second: Fraction(1)}
+        bare["contrast"], blends["contrast"] = TokenBatch(windows, second.label), {second: Fraction(1)}
+    batches = {
+        part: batch if part == "evaluation" or batch.answers is not None else batch.begun_with(start)
+        for part, batch in bare.items()
+    }
     for batch in batches.values():
         _check_vocabulary(batch, vocab_size)
     digests = {part: batch.digest for part, batch in batches.items()}
@@ -88,10 +94,10 @@ def draw(
                 f"(sha256 {digests[part][:12]}…, not {digest[:12]}…); "
                 "bring back the old text, or remove data.digests from the recipe"
             )
-    _check_apart(batches, blends, progress)
+    _check_apart(bare, blends, progress)  # a start would hide that two windows hold one text
     spec = data.model_copy(
         update=resolved(data, blends)
-        | {"seqlen": batches["calibration"].seqlen, "digests": digests}
+        | {"seqlen": batches["calibration"].seqlen, "window_start": "bos" if start else "none", "digests": digests}
         | {f"{part}_tokens": batches[part].n_tokens for part in DEFAULTS if part in batches}
     )
     return Draws(**batches, source=", ".join(map(str, blends["calibration"])), spec=spec)
@@ -125,8 +131,9 @@ def _gathered(
     seed: int,
     progress: Progress,
     most: Mapping[str, int] = DEFAULTS,
+    start: Sequence[int] = (),
 ) -> dict[str, TokenBatch]:
-    """The windows of every part; no two parts share a window."""
+    """The windows of every part, before they are given a start; no two parts share a window. Questions have theirs."""
     asked = {part: getattr(data, f"{part}_tokens") for part in blends}
     found: dict[str, TokenBatch] = {}
     for part in blends.keys() - {"search"}:
@@ -134,9 +141,9 @@ def _gathered(
             raise WrongInput(f"{tasks[0]} holds questions, which only judge; give it as data.search_dataset")
     if any(source.is_task for source in blends.get("search", ())):
         tokens = asked["search"] or most["search"]
-        found["search"] = drawn(
-            Encoder(tokenizer, data.special_tokens), blends["search"], tokens, seqlen, seed if data.shuffle else None
-        )
+        order = seed if data.shuffle else None
+        encoder = Encoder(tokenizer, data.special_tokens)
+        found["search"] = drawn(encoder, blends["search"], tokens, seqlen, order, start)
     texts = {part: blend for part, blend in blends.items() if part not in found}
     orders = {part: in_shares(blend, whole_windows(asked[part] or most[part], seqlen)) for part, blend in texts.items()}
     pools: dict[Source, Tensor] = {}

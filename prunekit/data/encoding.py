@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prunekit.data.fields import BETWEEN, Conversation
+from prunekit.data.spec import WindowStart
 from prunekit.errors import WrongInput, first_line
 
 LONGEST_CHAT = 1_000_000  # characters; a chat template takes a conversation whole
 LONE = re.compile("[\ud800-\udfff]")  # half a character: JSON can say it, UTF-8 and tokenizers cannot
 # templates that write today's date would give other tokens tomorrow
+ANY_TEXT = "A text."  # that shows what a tokenizer puts in front of one
 DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 
@@ -81,10 +83,32 @@ class Encoder:
                 "change the row, or name fields of text with data.field"
             ) from None
 
-    def _encode(self, text: str, apart: bool = False) -> list[int]:
+    def start(self, how: WindowStart) -> list[int]:
+        """Find the token ids that a window begins with: as a rule that of BOS, or none.
+
+        Args:
+            how: auto: what the tokenizer itself puts in front of a text when it is served; bos: the same, or BOS where
+                it puts nothing; none: nothing.
+
+        Raises:
+            WrongInput: BOS was asked for and there is none.
+        """
+        if how == "none":
+            return []
+        bare, served = self._encode(ANY_TEXT), self._encode(ANY_TEXT, special=True)
+        places = range(len(served) - len(bare) + 1)
+        first = next((i for i in places if served[i : i + len(bare)] == bare), 0)
+        if first or how == "auto":
+            return served[:first]
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        if bos is None:
+            raise WrongInput("data.window_start is bos, and the tokenizer has no BOS token; give auto or none")
+        return [bos]
+
+    def _encode(self, text: str, apart: bool = False, special: bool = False) -> list[int]:
         more = {"split_special_tokens": True} if apart else {}
         try:
-            return self.tokenizer.encode(text, add_special_tokens=False, verbose=False, **more)
+            return self.tokenizer.encode(text, add_special_tokens=special, verbose=False, **more)
         except Exception as error:  # of a parser of files of somebody else's
             said = f"{type(error).__name__}: {first_line(error)}"
             raise WrongInput(f"the tokenizer cannot encode {text[:20]!r}: {said}; see to its files") from error

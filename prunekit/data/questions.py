@@ -28,13 +28,23 @@ class _Choice:
     right: bool
 
 
-def drawn(encode: Encoder, blend: Blend, tokens: int, seqlen: int, seed: int | None) -> TokenBatch:
+def drawn(
+    encode: Encoder, blend: Blend, tokens: int, seqlen: int, seed: int | None, start: Sequence[int] = ()
+) -> TokenBatch:
     """As many questions of each file as its share of `tokens` allows, padded to the longest; shuffled by a seed.
+
+    Args:
+        encode: from text to token ids.
+        blend: the files, with their shares.
+        tokens: at most so many, but at least one question.
+        seqlen: tokens of the longest choice with its prompt.
+        seed: of the order; None: as in the files.
+        start: token ids in front of every prompt.
 
     Raises:
         WrongInput: a source is no task file, or a row no question.
     """
-    stock = {source: list(_questions(source, encode, seqlen)) for source in blend}
+    stock = {source: list(_questions(source, encode, seqlen, start)) for source in blend}
     if seed is not None:
         for questions in stock.values():
             order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -48,12 +58,12 @@ def drawn(encode: Encoder, blend: Blend, tokens: int, seqlen: int, seed: int | N
     return _padded(asked, origins).first(tokens)
 
 
-def _questions(source: Source, encode: Encoder, seqlen: int) -> Iterator[list[_Choice]]:
+def _questions(source: Source, encode: Encoder, seqlen: int, start: Sequence[int]) -> Iterator[list[_Choice]]:
     if not source.is_task:
         raise WrongInput(f"{source} is running text and cannot be mixed with questions in data.search_dataset")
     for number, (_, row) in enumerate(json_rows(Path(source.dataset).expanduser()), 1):
         prompt, choices, right = _read(row, f"{source.dataset}, question {number}")
-        yield [_choice(encode, prompt, text, seqlen, i == right) for i, text in enumerate(choices)]
+        yield [_choice(encode, prompt, text, seqlen, start, i == right) for i, text in enumerate(choices)]
 
 
 def _read(row: Any, where: str) -> tuple[str, Sequence[str], int]:
@@ -74,7 +84,7 @@ def _read(row: Any, where: str) -> tuple[str, Sequence[str], int]:
     return prompt, choices, answer
 
 
-def _choice(encode: Encoder, prompt: str, choice: str, seqlen: int, right: bool) -> _Choice:
+def _choice(encode: Encoder, prompt: str, choice: str, seqlen: int, start: Sequence[int], right: bool) -> _Choice:
     """Tokens of prompt and choice together; a blank between them where neither has one.
 
     The answer begins where the tokens are no longer those of the prompt alone. Too long a prompt loses its beginning.
@@ -83,10 +93,11 @@ def _choice(encode: Encoder, prompt: str, choice: str, seqlen: int, right: bool)
     alone, ids = encode(prompt.rstrip()), encode(prompt + between + choice)
     same = next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), min(len(alone), len(ids)))
     first = max(1, min(same, len(ids) - 1))
+    seqlen -= len(start)
     if len(ids) - first >= seqlen or len(ids) < 2:
         raise WrongInput(f"the choice {choice!r:.40} has {len(ids) - first} tokens, windows have {seqlen}")
     cut = max(0, len(ids) - seqlen)
-    return _Choice(ids[cut:], first - cut, right)
+    return _Choice([*start, *ids[cut:]], len(start) + first - cut, right)
 
 
 def _padded(questions: Sequence[Sequence[_Choice]], origins: Sequence[str]) -> TokenBatch:

@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from prunekit.data import python_docs
 from prunekit.data.fields import BETWEEN, Conversation, columns_of, content_of, has
 from prunekit.data.rows import JSON, PARQUET, Row, json_rows, kind, numbered, parquet_rows, text_pieces, what_is
+from prunekit.data.spec import TextSpec
 from prunekit.errors import WrongInput, first_line
 from prunekit.system.files import check_name
 from prunekit.system.progress import Progress
@@ -101,7 +102,13 @@ KNOWN = {
     "c4": Known("allenai/c4", "en", held_out="validation"),
     "fineweb-edu": Known("HuggingFaceFW/fineweb-edu", "sample-10BT"),
 }
-NAMES = ("auto", "python-docs", *KNOWN)
+GENERAL = (  # web pages, conversations, programs and mathematics, in equal shares
+    TextSpec(dataset="fineweb-edu"),
+    TextSpec(dataset="HuggingFaceTB/smol-smoltalk", split="train", field="messages"),
+    TextSpec(dataset="codeparrot/codeparrot-clean-valid", split="train", field="content"),
+    TextSpec(dataset="HuggingFaceTB/finemath", config="finemath-4plus", split="train", field="text"),
+)
+NAMES = ("auto", "general", "python-docs", *KNOWN)
 
 
 def is_file(dataset: str) -> bool:
@@ -137,6 +144,26 @@ def same_data(one: str, two: str) -> bool:
     return len({KNOWN[name].path if name in KNOWN else name for name in (one, two)}) == 1
 
 
+def spread_out(texts: Iterable[TextSpec]) -> list[TextSpec]:
+    """Put the data sets that `general` stands for in its place; they share its weight.
+
+    Raises:
+        WrongInput: it was given a config, a split or a field.
+    """
+    found = list[TextSpec]()
+    for text in texts:
+        if text.dataset != "general":
+            found.append(text)
+        elif text.config or text.split or text.field:
+            raise WrongInput(
+                "data set 'general' is several, which have their own config, split and field; leave these away, or "
+                "list the data sets one by one"
+            )
+        else:
+            found += [one.model_copy(update={"weight": text.weight / len(GENERAL)}) for one in GENERAL]
+    return found
+
+
 def source_of(
     name: str, config: str | None, split: str | None, field: str | None, held_out_from: str | None = None
 ) -> Source:
@@ -161,6 +188,8 @@ def source_of(
         if split or config:
             raise WrongInput(f"a file has no split or config; {name!r} was asked for {split or config!r}")
         return Source(name, None, None, field)
+    if name == "general":
+        raise WrongInput("data set 'general' is several data sets; here one is read, so give the name of one")
     if name == "python-docs":
         return Source(name, None, split or ("test" if held_out_from else "train"), None)
     known = KNOWN.get(name)

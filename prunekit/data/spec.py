@@ -17,6 +17,10 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(name, str) for name in value)
 
 
+WindowStart = Literal["auto", "none", "bos"]
+"""What a window of text begins with: as the tokenizer begins a text, as the text does where it is cut, or with BOS."""
+
+
 class TextSpec(Strict):
     """One of several data sets."""
 
@@ -53,7 +57,7 @@ def names_of(texts: str | tuple[TextSpec, ...] | None) -> list[str]:
 class DataSpec(Strict):
     """Which text, and how much of it; amounts in tokens. None: chosen when the text is read."""
 
-    dataset: Texts = "auto"  # python-docs, a file, a name on the hub; auto: fineweb-edu where the hub answers
+    dataset: Texts = "auto"  # python-docs, a file, general, a name on the hub; auto: fineweb-edu where the hub answers
     config: str | None = None
     split: str | None = None
     field: Fields | None = None  # of rows: a, a.b or a,b; None: text, a conversation or questions, as there is
@@ -68,6 +72,7 @@ class DataSpec(Strict):
     recovery_tokens: Annotated[int, Field(gt=0)] | None = None
     evaluation_tokens: Annotated[int, Field(gt=0)] | None = None
     seqlen: Annotated[int, Field(ge=2)] | None = None  # None: 2048, or what the model was made for
+    window_start: WindowStart = "auto"  # of all that is not evaluated: BOS where the tokenizer puts it, or none, or bos
     shuffle: bool = False  # draw windows by the seed, not the first in order
     calibration_draw: Annotated[int, Field(ge=0)] = 0  # which windows calibrate; all else stays the same
     digests: dict[str, str] | None = None  # sha256 of the token ids of each part and source, filled in by a run

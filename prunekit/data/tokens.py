@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
+
+from prunekit.errors import WrongInput
 
 LOOKED_AT = 64  # tokens of a window, at equal distances, by which it is known again
 
@@ -80,6 +82,22 @@ class TokenBatch:
         count = max(1, tokens // self.seqlen)
         return self if count >= len(self) else self.rows([i * len(self) // count for i in range(count)])
 
+    def begun_with(self, start: Sequence[int]) -> TokenBatch:
+        """Windows of text with these ids in the place of their first, so that all other tokens stay where they are.
+
+        Raises:
+            WrongInput: they leave no room for text.
+        """
+        if not start:
+            return self
+        if len(start) + 2 > self.seqlen:
+            raise WrongInput(
+                f"windows of {self.seqlen} tokens that begin with BOS hold no text; give a longer data.seqlen"
+            )
+        ids = self.ids.clone()
+        ids[:, : len(start)] = torch.tensor(start)
+        return replace(self, ids=ids)
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -98,7 +116,8 @@ class TokenBatch:
 def overlap(one: TokenBatch, two: TokenBatch) -> float:
     """The share of windows of the first that are in the second too, wherever that is cut into windows."""
     run, theirs = min(one.seqlen, two.n_tokens), two.ids.cpu().flatten()
-    looked_at = range(0, run, -(-run // LOOKED_AT))
+    step = -(-run // LOOKED_AT)
+    looked_at = range(run - 1, -1, -step)  # from the end: a BOS in front of a long window is not looked at
     marks = torch.randint(-(2**63), 2**63 - 1, (len(looked_at),), generator=torch.Generator().manual_seed(0))
     hashes = torch.zeros(len(theirs) - run + 1, dtype=torch.int64)  # of every run of the second
     for place, mark in zip(looked_at, marks, strict=True):

@@ -119,6 +119,8 @@ def override(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
         if data["evaluation_dataset"] is None or _names(data["evaluation_dataset"]) == _names(data["dataset"]):
             forgotten += ["evaluation_dataset", "evaluation_split"]
         values["data"] |= dict.fromkeys(forgotten)
+    if overrides.get("model", values["model"]) != values["model"] and data.get("digests"):
+        values["data"]["window_start"] = "auto"  # a run has found it for the tokenizer of the other model
     before, structure = values["structure"], as_pattern(overrides.get("structure", values["structure"]))
     if "sparsity" not in overrides and structure != before and (own_share(structure) or own_share(before)):
         values.pop("sparsity")  # a pattern has its own; what follows one has the default

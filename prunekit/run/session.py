@@ -18,6 +18,7 @@ from prunekit.data.draws import Draws, draw, window_of
 from prunekit.data.spec import DataSpec
 from prunekit.data.windows import DEFAULTS
 from prunekit.errors import WrongInput
+from prunekit.measure.fit import doubts
 from prunekit.models.opening import limits, measured_dtype, opened, resolved_devices, skeleton
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.dense import Dense
@@ -222,6 +223,8 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
             seed=recipe.seed, recovery=parts.trains, most=most, **limits(dense.model),
         )  # fmt: skip
         parts.objective.check(draws.search)
+        for doubt in doubts(dense.model, dense.tokenizer, draws.calibration, reporting.count(shape[0])):
+            progress.say(doubt)
     parts = parts.with_text(dense.name, draws.spec)
     return Session(parts, source, dense, draws, plan, devices, progress, clock, allotment, measured)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from prunekit.data import sources
 from prunekit.data.blends import in_shares
-from prunekit.data.draws import draw, draw_evaluation
+from prunekit.data.draws import Draws, draw, draw_evaluation
 from prunekit.data.spec import DataSpec
 from prunekit.data.tokens import TokenBatch, overlap
 from prunekit.data.windows import LEAST, POOL
@@ -27,9 +27,19 @@ class Letters:
     """One token per character, its code point; ids of consecutive windows of `numbered` never repeat."""
 
     def encode(self, text: str, *, add_special_tokens: bool, verbose: bool) -> list[int]:
-        assert not add_special_tokens
+        assert not add_special_tokens or len(text) < 10  # that is only to see what it adds
         assert len(text) <= sources.SLICE
         return [ord(letter) for letter in text]
+
+
+class Beginning(Letters):
+    """It puts BOS in front of a text, as that of Llama 2 does, and something behind it."""
+
+    bos_token_id = 1
+
+    def encode(self, text: str, *, add_special_tokens: bool, verbose: bool) -> list[int]:
+        ids = super().encode(text, add_special_tokens=add_special_tokens, verbose=verbose)
+        return [1, *ids, 2] if add_special_tokens else ids
 
 
 class Heard(Progress):
@@ -222,6 +232,65 @@ def test_evaluation_is_the_first_tokens(text: Path) -> None:
     assert batch.ids.flatten().tolist() == [ord(c) for c in numbered(24)]
 
 
+# -- what windows begin with --------------------------------------------------------------------------
+
+
+def begun(draws: Draws) -> dict[str, bool]:
+    """Part -> whether all its windows begin with BOS, and no window has it anywhere else."""
+    found = dict[str, bool]()
+    for part in ("calibration", "search", "recovery", "contrast", "evaluation"):
+        there = getattr(draws, part).ids == 1
+        assert not there[:, 1:].any()
+        assert there[:, 0].all() or not there.any()
+        found[part] = bool(there.any())
+    return found
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_windows_begin_as_the_tokenizer_begins_a_text_but_those_that_judge(
+    text: Path, tmp_path: Path, shuffle: bool
+) -> None:
+    second = tmp_path / "second.txt"
+    second.write_text("".join(chr(0xAC00 + i) for i in range(100)), encoding="utf-8")
+    data = spec(text, recovery_tokens=16, contrast_dataset=str(second), shuffle=shuffle)
+    without, served = (draw(made(), data, recovery=True) for made in (Letters, Beginning))
+    assert not any(begun(without).values())
+    assert begun(served) == {part: part != "evaluation" for part in begun(served)}
+    for part in begun(served):  # nothing else has moved
+        assert torch.equal(getattr(served, part).ids[:, 1:], getattr(without, part).ids[:, 1:])
+    assert served.evaluation.digest == without.evaluation.digest
+    assert (without.spec.window_start, served.spec.window_start) == ("none", "bos")
+    assert draw(Beginning(), served.spec, recovery=True).spec == served.spec
+    assert draw(Letters(), without.spec, recovery=True).spec == without.spec
+
+
+def test_the_start_of_windows_is_a_choice(text: Path) -> None:
+    cut = draw(Letters(), spec(text)).calibration
+    assert draw(Beginning(), spec(text, window_start="none")).calibration.digest == cut.digest
+    silent = Letters()  # it has BOS and does not put it anywhere
+    silent.bos_token_id = 7  # type: ignore[attr-defined]
+    assert draw(silent, spec(text)).calibration.digest == cut.digest
+    assert (draw(silent, spec(text, window_start="bos")).calibration.ids[:, 0] == 7).all()
+    with pytest.raises(WrongInput, match="window_start is bos, and the tokenizer has no BOS token; give auto or none"):
+        draw(Letters(), spec(text, window_start="bos"))
+    with pytest.raises(WrongInput, match="windows of 2 tokens that begin with BOS hold no text"):
+        draw(Beginning(), spec(text, seqlen=2))
+
+
+def test_a_start_hides_no_text_that_two_parts_share(text: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.txt"
+    copy.write_text(text.read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(WrongInput, match="evaluation and calibration read the same text under two names"):
+        draw(Beginning(), spec(text, evaluation_dataset=str(copy)))
+    long = TokenBatch(torch.arange(1_000).reshape(2, 500), "long")
+    assert overlap(long.begun_with([1]), TokenBatch(torch.arange(3, 1_203).reshape(3, 400), "other")) == 0.5
+
+
+def test_evaluation_alone_is_cut_as_ever(text: Path) -> None:
+    asked = DataSpec(dataset=str(text), evaluation_tokens=24, seqlen=8)
+    assert draw_evaluation(Beginning(), asked).digest == draw_evaluation(Letters(), asked).digest
+
+
 # -- sources ------------------------------------------------------------------------------------------
 
 
@@ -283,6 +352,39 @@ def test_known_hub_sets_name_config_split_and_field(monkeypatch: pytest.MonkeyPa
         ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", False),
     ]
     assert draws.evaluation.source == "wikitext2-test"
+
+
+def test_general_is_several_data_sets_of_the_hub_with_their_own_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    starts = {"wikitext": 0x7E00}
+    first = {"fineweb-edu": 0x4E00, "smol-smoltalk": 0xAC00, "codeparrot-clean-valid": 0x5E00, "finemath": 0x6E00}
+
+    def load_dataset(path: str, config: str | None, *, split: str, streaming: bool) -> list[dict[str, Any]]:
+        name = path.split("/")[1]
+        start = (first | starts)[name] + (1_000 if split == "test" else 0)
+        content = "".join(chr(start + i) for i in range(900))
+        talk = [{"role": "user", "content": content}]
+        row = {"smol-smoltalk": {"messages": talk}, "codeparrot-clean-valid": {"content": content}}
+        return [row.get(name, {"text": content})]
+
+    def splits(path: str, config: str | None) -> list[str]:
+        return ["train", "test"] if path.endswith("smol-smoltalk") else ["train"]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", splits)
+    draws = draw(Talkative(), spec("general", 64, 32, 32))
+    assert {name.split("--")[-1]: len(part) for name, part in draws.calibration.parts.items()} == {
+        "fineweb-edu-train": 2, "smol-smoltalk-train": 2, "codeparrot-clean-valid-train": 2, "finemath-train": 2
+    }  # fmt: skip
+    assert [one.dataset.split("/")[-1] for one in draws.spec.texts("dataset")] == list(first)
+    assert draw(Talkative(), draws.spec).spec == draws.spec  # the recipe of a result names every one
+    halves = {**spec("x", 64, 64, 64).model_dump(), "dataset": ["general", "wikitext2"]}
+    shares = [len(part) for part in draw(Talkative(), DataSpec.model_validate(halves)).calibration.parts.values()]
+    assert sorted(shares) == [1, 1, 1, 1, 4]  # it has the weight of one
+    with pytest.raises(WrongInput, match="'general' is several, which have their own config, split and field"):
+        draw(Talkative(), spec("general", split="train"))
+    with pytest.raises(WrongInput, match="'general' is several data sets; here one is read"):
+        draw(Talkative(), spec("wikitext2", contrast_dataset="general"))
 
 
 @pytest.mark.parametrize(
@@ -605,6 +707,8 @@ def test_conversations_are_joined_where_no_template_is_known(tmp_path: Path) -> 
 
 
 class Talkative(Letters):
+    """It knows how its model was shown conversations."""
+
     chat_template = "a template"
 
     def get_chat_template(self) -> str:
@@ -620,6 +724,19 @@ def test_conversations_and_text_follow_each_other(tmp_path: Path) -> None:
     data = spec(lines_of(tmp_path / "rows.jsonl", rows), 40, 16, 16)
     stream = "".join(map(chr, draw(Talkative(), data).calibration.ids.flatten().tolist()))
     assert stream == "a\n\nb[u Hi][a Yo][u Hi][a Yo]cccccccccccc"
+
+
+def test_text_and_conversations_of_two_files_are_windows_in_turns(text: Path, tmp_path: Path) -> None:
+    talks = [{"messages": [{"role": "user", "content": "ab" * 9}, {"role": "assistant", "content": "cd"}]}] * 40
+    chats = lines_of(tmp_path / "chats.jsonl", talks)
+    data = DataSpec.model_validate(
+        {**spec("x", 64, 32, 16).model_dump(), "dataset": [str(text), {"dataset": str(chats), "weight": 3}]}
+    )
+    draws = draw(Talkative(), data)
+    parts = draws.calibration.parts
+    assert {name: len(part) for name, part in parts.items()} == {"numbered": 2, "chats": 6}
+    assert "".join(map(chr, parts["chats"].ids.flatten().tolist())).startswith("[u ababa")
+    assert draw(Talkative(), draws.spec).spec == draws.spec
 
 
 def test_a_field_that_is_asked_for_is_read_also_beside_a_prompt(text: Path, tmp_path: Path) -> None:
@@ -681,6 +798,20 @@ def test_questions_become_windows_with_marked_answers(text: Path, quiz: Path) ->
     assert answers == [" 3", " 4", " no", " yes", " nothing"]
     assert asked.right.tolist() == [False, True, False, True, False]
     assert (batch.ids[0, asked.last[0] :] == 0).all()
+
+
+def test_prompts_begin_with_what_the_tokenizer_puts_in_front(text: Path, quiz: Path) -> None:
+    data = spec(text, search=10_000, search_dataset=str(quiz), seqlen=20)
+    bare, served = draw(Letters(), data).search, draw(Beginning(), data).search
+    assert bare.answers is not None
+    assert served.answers is not None
+    assert (served.ids[:, 0] == 1).all()
+    assert torch.equal(served.ids[:, 1:], bare.ids)
+    assert torch.equal(served.answers.first, bare.answers.first + 1)
+    assert torch.equal(served.answers.last, bare.answers.last + 1)
+    short = draw(Beginning(), data.model_copy(update={"seqlen": 10})).search
+    assert short.answers is not None
+    assert (short.ids[4].tolist(), int(short.answers.first[4])) == ([1, *map(ord, "y nothing")], 2)
 
 
 def test_a_long_prompt_loses_its_beginning(text: Path, quiz: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, PythonBackend
 
 from prunekit import WrongInput
@@ -105,6 +105,25 @@ def test_every_reader_of_text_keeps_special_tokens_out(tmp_path: Path) -> None:
         assert any(bool((ids == 0).any()) for ids in said) == spell
     windows = read(tokenizer, source_of(str(text), None, None, "text"), 10, 64, Progress())
     assert not (windows == 0).any()
+
+
+@pytest.mark.parametrize(
+    ("template", "start"), [("$A", []), ("<s> $A", [1]), ("<s> $A </s>", [1]), ("$A </s>", []), ("</s> <s> $A", [2, 1])]
+)
+def test_what_a_tokenizer_puts_in_front_of_a_text_is_found(template: str, start: list[int]) -> None:
+    tokenizer = unigram()
+    special = [("<s>", 1), ("</s>", 2)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    encoder = Encoder(tokenizer)
+    assert encoder.start("auto") == start
+    assert encoder.start("bos") == (start or [tokenizer.bos_token_id])
+    assert encoder.start("none") == []
+    assert encoder("a") == Encoder(unigram())("a")
+
+
+@pytest.mark.parametrize("made", [bundled, Slow])
+def test_a_tokenizer_that_puts_nothing_in_front_is_taken_at_its_word(made: Any) -> None:
+    assert Encoder(made()).start("auto") == []
 
 
 def test_lone_surrogates_are_replaced() -> None:

@@ -48,6 +48,15 @@ def test_digests_go_with_the_data_they_are_of(recipe: Recipe, key: str) -> None:
     assert drawn.with_overrides({key: "7"}).data.digests is None
 
 
+def test_another_model_begins_its_windows_its_own_way(recipe: Recipe) -> None:
+    found = recipe.model_copy(update={"data": DataSpec(window_start="bos", digests={"calibration": "00"})})
+    assert found.with_overrides({"sparsity": 0.3}).data.window_start == "bos"
+    assert found.with_overrides({"model": "other"}).data.window_start == "auto"
+    assert found.with_overrides({"model": "other", "data.window_start": "none"}).data.window_start == "none"
+    said = recipe.with_overrides({"data.window_start": "none"})  # by whom wrote the recipe, of any model
+    assert said.with_overrides({"model": "other"}).data.window_start == "none"
+
+
 def test_another_data_set_has_its_own_splits(recipe: Recipe) -> None:
     drawn = DataSpec(dataset="c4", config="en", split="train", evaluation_dataset="c4", evaluation_split="validation")
     changed = recipe.model_copy(update={"data": drawn}).with_overrides({"data.dataset": "python-docs"})
