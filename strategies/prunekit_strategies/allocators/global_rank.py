@@ -24,7 +24,8 @@ class GlobalRank(Allocator):
     site goes: z-scores do not protect a site, every site has low ones. The limit gives way where the budget leaves no
     other choice. What is removed for one budget is removed for every smaller one.
 
-    Sources: FLAP (An et al. 2024, arXiv 2312.11983), z-scores in the order of the score, prices in the cut alone;
+    Sources: FLAP (An et al. 2024, arXiv 2312.11983), z-scores in the order of the score, prices in the cut alone: its
+    z are of channels, which the pruner's `standardise: channels` gives, and `normalise: none` leaves as they are;
     LLM-Pruner (Ma et al. 2023, arXiv 2305.11627), its global mode. Ours: exact integer prices (a head is worth its
     price in neurons), the protected share, and `compete`: the start is among the answers the objective chooses from.
     Which units of a site go stays with the pruner, in the same order. Normalised scores differ little between sites, so
