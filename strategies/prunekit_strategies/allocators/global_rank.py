@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Literal
 
 from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
+from prunekit_strategies.allocators.competing import best_of
 
 FINE = 1 / 128  # stride of the second calibration pass, share of a site's groups
 Normalise = Literal["z-score", "l2", "none"]
@@ -56,7 +57,7 @@ class GlobalRank(Allocator):
         answer = problem.space.nearest(self.wish(problem))
         answers = dict.fromkeys([problem.start, answer] if self.compete else [answer])
         losses = yield [Query(a) for a in answers]
-        return min(zip(losses, answers, strict=True), key=lambda pair: pair[0])[1]
+        return best_of(type(self).__name__, problem, list(answers), losses)
 
     def wish(self, problem: Problem) -> list[int]:
         """Kept groups per site, before rounding to the ladders."""
