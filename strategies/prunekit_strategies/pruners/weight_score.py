@@ -57,7 +57,7 @@ class RIA(WeightScore):
     activation_power: float = 0.5  # a
     per: Per = "row"
     refit: bool = False  # least-squares weights on what is kept; False: as they are
-    within: Within = "map"  # inputs behind the pruned maps of the layer's own block, or behind its dense ones
+    within: Within = "block"  # inputs behind the pruned maps of the layer's own block, or behind its dense ones
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -83,7 +83,7 @@ class ZPruner(WeightScore):
 
     per: Per = "row"
     refit: bool = False  # least-squares weights on what is kept; False: as they are
-    within: Within = "map"  # inputs behind the pruned maps of the layer's own block, or behind its dense ones
+    within: Within = "block"  # inputs behind the pruned maps of the layer's own block, or behind its dense ones
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -119,7 +119,7 @@ class OptiShear(WeightScore):
     input_share: Share = "one"  # c_x
     per: Per = "row"
     refit: bool = False  # least-squares weights on what is kept; False: as they are
-    within: Within = "map"  # inputs behind the pruned maps of the layer's own block, or behind its dense ones
+    within: Within = "block"  # inputs behind the pruned maps of the layer's own block, or behind its dense ones
 
     def __post_init__(self) -> None:
         check_choices(self)

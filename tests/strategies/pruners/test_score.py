@@ -12,6 +12,7 @@ from prunekit_strategies.pruners.score import (
     ACE,
     FASP,
     FLAP,
+    ACECombined,
     ACEDirection,
     Channel,
     FLAPNorm,
@@ -32,6 +33,7 @@ HAND = LayerProblem(
         "variance": torch.tensor([4.0, 0.64, 0.0, 0.0]),
         "absolute": torch.tensor([1.5, 0.5, 7.0, 0.5]),
         "contrast": torch.tensor([3.0, 2.0, 0.0, 0.25]),
+        "relative": torch.tensor([0.16, 0.09, 0.04, 0.01]),
     },
     producers=(Producer("up", torch.tensor([[0.0], [0.0], [3.0], [1.0]]), {"power": torch.tensor([4.0])}),),
 )
@@ -173,6 +175,7 @@ CELLS: list[tuple[Score, list[list[float]]]] = [
     (ACE(), [[6, 0.8, 0, 0], [0, 1.6, 0, 0]]),
     (SafetyPotential(), [[3, 0, 0, 0], [0, 0, 7, 0]]),
     (FLAP(), [[36, 0.64, 0, 0], [0, 2.56, 0, 0]]),
+    (ACECombined(), [[3 * (2 / 0.7 + 1.6), 0.8 / 0.7 + 1.2, 0, 0.8], [0, 2 * 0.8 / 0.7 + 2.4, 0.8, 0.8]]),
     (Score(weight_power=2, activation_power=0.5), [[9 * 2**0.5, 1, 0, 2 * 2**0.5], [0, 4, 7**0.5, 2 * 2**0.5]]),
 ]
 
