@@ -198,7 +198,10 @@ PEERS = {
     "wanda-sp": Peer("Wanda-sp", flap_of("prune_wanda_sp"), (LAYERS, HEADS, FLOAT), WANDA_SP),
     "slicegpt": Peer("SliceGPT", slicegpt, (THIRD, TUPLE, NAMES)),
     "llm-pruner": Peer(
-        "LLM-Pruner", llm_pruner, (ALONE, EAGER, WINDOWS, BORDERS), {"recipe": "llm-pruner", "finishers": (), "apart": True}
+        "LLM-Pruner",
+        llm_pruner,
+        (ALONE, EAGER, WINDOWS, BORDERS),
+        {"recipe": "llm-pruner", "finishers": (), "apart": True},
     ),
     "tyr": Peer("Týr", tyr, (CPU, SMALL, ZEROS)),
 }

@@ -37,7 +37,7 @@ class ClosedForm(Allocator):
     With `energy: scores` the curve is the one the pruner's unit scores draw: the sum of the least scores of as many
     units as go, as a share of the sum of all. (5) is then one quantile over the units of all sites.
 
-    The idea of an energy is from StruPrune (arXiv:2510.03246), whose formulas are not public: these are ours. The
+    The idea of an energy is from StruPrune (arXiv:2510.03246), whose formulas we did not find: these are derived. The
     error table costs nothing to read, so T is the best on it unless given, and the answer is the start where that is
     better on it: never worse than uniform in expected error.
     """

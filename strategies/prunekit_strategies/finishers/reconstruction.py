@@ -72,7 +72,9 @@ class Reconstruction(Training, Finisher):
 def _told(errors: Mapping[str, Sequence[float]], better: int) -> str:
     """What was gained, in a sentence for the user."""
     if not better:
-        return f"reconstruction: no epoch lowered the held-out error of any of {len(errors)} sub-layers: nothing changed"
+        return (
+            f"reconstruction: no epoch lowered the held-out error of any of {len(errors)} sub-layers: nothing changed"
+        )
     first, last = (sum(column) / len(errors) for column in zip(*errors.values(), strict=True))
     return (
         f"reconstruction: {better} of {len(errors)} sub-layers came closer to the dense ones; the mean held-out error "

@@ -51,7 +51,13 @@ def test_spared_blocks_have_one_count_and_the_budget_is_of_all(structure):
     extra = {} if structure == "2:4" else {"sparsity": 0.3}
     plain = opened({"structure": structure, "pruner": "magnitude", "allocator": "uniform", **extra})
     spared = opened(
-        {"structure": structure, "pruner": "magnitude", "allocator": "uniform", "spare": {"first": 1, "last": 1}, **extra}
+        {
+            "structure": structure,
+            "pruner": "magnitude",
+            "allocator": "uniform",
+            "spare": {"first": 1, "last": 1},
+            **extra,
+        }
     )
     for site, ladder in zip(spared.sites, spared.ladders, strict=True):
         assert (ladder == (site.n_groups,)) == (site.block in (0, 3))
@@ -66,7 +72,9 @@ def test_ends_are_numbers_of_blocks_or_shares_of_them():
     assert SpareSpec(first=0.125, last=0.0625).of(32) == (4, 2)
     assert SpareSpec(first=0.125, last=0.0625).of(8) == (1, 1)
     assert SpareSpec(first=3, last=0).of(8) == (3, 0)
-    with pytest.raises(WrongInput, match=r"spare\.first: blocks are a whole number, or a share of all below 1, not 1\.5"):
+    with pytest.raises(
+        WrongInput, match=r"spare\.first: blocks are a whole number, or a share of all below 1, not 1\.5"
+    ):
         Recipe.load("default").with_overrides({"spare.first": 1.5})
 
 
