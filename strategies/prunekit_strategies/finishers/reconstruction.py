@@ -73,7 +73,7 @@ def _told(errors: Mapping[str, Sequence[float]], better: int) -> str:
     """What was gained, in a sentence for the user."""
     if not better:
         return (
-            f"reconstruction: no epoch lowered the held-out error of any of {len(errors)} sub-layers: nothing changed"
+            f"reconstruction: none of {len(errors)} sub-layers came closer on held-out windows, so nothing was changed"
         )
     first, last = (sum(column) / len(errors) for column in zip(*errors.values(), strict=True))
     return (

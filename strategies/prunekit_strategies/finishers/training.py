@@ -109,8 +109,8 @@ class Training:
     ) -> list[float]:
         """Lower `loss(batch)`; the held-out losses at the start and after every epoch.
 
-        Until an epoch has lowered it, so many of them only look for a rate that does: they are begun again at a third of
-        it, as the first of all.
+        Until one has lowered it, as many as `tries` only look for a rate that does: each is the first epoch again, at a
+        third of the rate.
 
         Batches come in a new order whenever all have had their turn, drawn from the seed. After every epoch the state
         is saved under `name`, exactly, so that a killed run ends in the same bytes: four times the parameters, once in

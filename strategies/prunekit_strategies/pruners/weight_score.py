@@ -78,8 +78,8 @@ class ZPruner(WeightScore):
         ρ = share of weights with |W_ij| < 0.1 mean |W|,    α = 0.7 (1 - 0.3 ρ)
         s_ij = (α |z(R)|³ + (1 - α) |z(C)|³) x_j^1.5                        x_j root mean square over tokens
 
-    Source: Z-Pruner (arXiv 2508.15828), `per: layer` in the released code unless told. Ours: where all of R or of C are alike, they have no say. SparseGPT's update
-    for this mask is `{name: sparsegpt, mask: z-pruner}`.
+    Source: Z-Pruner (arXiv 2508.15828), `per: layer` in the released code unless told. Ours: where all of R or of C are
+    alike, they have no say. SparseGPT's update for this mask is `{name: sparsegpt, mask: z-pruner}`.
     """
 
     per: Per = "row"

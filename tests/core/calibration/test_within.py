@@ -50,7 +50,7 @@ def heard(family, structure, within, place, carry="centre"):
         seen: dict[str, torch.Tensor] = {}
         hooks = [
             adapter.linear(adapter.blocks(small)[block], site).register_forward_pre_hook(
-                lambda _, x, name=site.name: seen.__setitem__(name, x[0].flatten(0, -2))
+                lambda _, x, name=site.name, seen=seen: seen.__setitem__(name, x[0].flatten(0, -2))
             )
             for site, _ in here
         ]

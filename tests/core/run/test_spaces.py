@@ -49,16 +49,8 @@ def test_a_budget_that_open_blocks_cannot_meet_is_refused_in_a_sentence():
 @pytest.mark.parametrize("structure", ["groups", "weights", "2:4"])
 def test_spared_blocks_have_one_count_and_the_budget_is_of_all(structure):
     extra = {} if structure == "2:4" else {"sparsity": 0.3}
-    plain = opened({"structure": structure, "pruner": "magnitude", "allocator": "uniform", **extra})
-    spared = opened(
-        {
-            "structure": structure,
-            "pruner": "magnitude",
-            "allocator": "uniform",
-            "spare": {"first": 1, "last": 1},
-            **extra,
-        }
-    )
+    recipe = {"structure": structure, "pruner": "magnitude", "allocator": "uniform", **extra}
+    plain, spared = opened(recipe), opened({**recipe, "spare": {"first": 1, "last": 1}})
     for site, ladder in zip(spared.sites, spared.ladders, strict=True):
         assert (ladder == (site.n_groups,)) == (site.block in (0, 3))
     if structure != "2:4":

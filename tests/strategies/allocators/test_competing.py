@@ -37,7 +37,8 @@ def test_an_allocator_whose_answer_loses_against_the_start_says_so(allocator):
     assert answer != given.start
     assert given.journal.lines == [f"{name}: its own answer has won, the start's loss 2 against 1.5"]
     answer, given = told(replace(allocator, compete=False), lambda a, given: 1.0 if a == given.start else 1.5)
-    assert answer != given.start and not given.journal.lines
+    assert answer != given.start
+    assert not given.journal.lines
 
 
 def test_an_answer_that_is_the_start_is_said_to_be():
