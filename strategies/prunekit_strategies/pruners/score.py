@@ -44,9 +44,9 @@ class Score(Ranking):
 
     W (d_out, d_in) is the layer, x_j a statistic of its input j: `rms` √E[x_j²]; `std`, about the mean; `absolute`,
     of the mean |x_j| of windows; `relative` √E[x_j² / ‖y‖²], y the layer's output; `contrast`
-    √max(0, E[x_j²] - E'[x_j²]), E' on the second data set; `std+relative` the sum of two, each over its mean. F (rows,
-    d) are the maps in front, whose rows go with a group, z_j the rms of their inputs. q = 0 leaves the weights out, a = 0
-    the inputs. On a tie the lower id stays.
+    √max(0, E[x_j²] - E'[x_j²]), E' on the second data set; `std+relative` the sum of two, each over its mean.
+    F (rows, d) are the maps in front, whose rows go with a group, z_j the rms of their inputs. q = 0 leaves the weights
+    out, a = 0 the inputs. On a tie the lower id stays.
 
     Single weights compete within their row, their layer or their pattern; norms, reduce and scope are of groups only.
     (5) is for allocators that compare the groups of all sites, to be taken as they are: `global-rank` with
