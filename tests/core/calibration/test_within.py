@@ -2,12 +2,13 @@
 
 import copy
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
 
 from prunekit import LocalPruner
-from prunekit.calibration.fill import build
+from prunekit.calibration.fill import Carry, build
 from prunekit.models.adapters.find import adapter_for
 from prunekit.plugins.pruner import Within
 from prunekit.search.store import CandidateStore
@@ -34,7 +35,11 @@ class Listening(LocalPruner):
         return [layer.sparse(row.expand_as(layer.weight)) for row in columns]
 
 
-def heard(family, structure, within, place, carry="centre"):
+def listen(seen, name, _, inputs):
+    seen[name] = inputs[0].flatten(0, -2)
+
+
+def heard(family, structure, within, place, carry: Carry = "centre"):
     """(by site: the gram that the pruner was told, that of the dense block behind pruned ones by hand)."""
     model, adapter, tokens = tiny(family, num_hidden_layers=3), adapter_for(family), toy_tokens()
     sites = adapter.sites_of(model, parse_form(structure))
@@ -50,7 +55,7 @@ def heard(family, structure, within, place, carry="centre"):
         seen: dict[str, torch.Tensor] = {}
         hooks = [
             adapter.linear(adapter.blocks(small)[block], site).register_forward_pre_hook(
-                lambda _, x, name=site.name, seen=seen: seen.__setitem__(name, x[0].flatten(0, -2))
+                partial(listen, seen, site.name)
             )
             for site, _ in here
         ]
