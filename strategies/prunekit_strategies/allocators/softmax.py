@@ -37,7 +37,7 @@ class ClosedForm(Allocator):
     With `energy: scores` the curve is the one the pruner's unit scores draw: the sum of the least scores of as many
     units as go, as a share of the sum of all. (5) is then one quantile over the units of all sites.
 
-    The idea of an energy is from StruPrune (arXiv:2510.03246), whose formulas are not public: these are ours. The
+    The idea of an energy is from StruPrune (arXiv:2510.03246), whose formulas we did not find: these are derived. The
     error table costs nothing to read, so T is the best on it unless given, and the answer is the start where that is
     better on it: never worse than uniform in expected error.
     """
@@ -77,7 +77,7 @@ class ClosedForm(Allocator):
         problem = separable(problem) if self.energy == "scores" else problem
         space = problem.space
         wish = [float(ladder[-1]) for ladder in space.ladders]
-        for members, limit in space.partitions:
+        for members, limit in space.open_partitions:
             whole = {i: space.budget.price(space.sites[i], space.sites[i].n_groups) for i in members}
             paid = [i for i in members if whole[i]]
             if self.rule == "threshold":

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from prunekit import LayerProblem, check_choices
 from prunekit.layer.candidates import Per
+from prunekit.plugins.pruner import Within
 from prunekit_strategies.pruners.ranking import Ranking
 
-Activation = Literal["rms", "std", "absolute", "relative", "contrast"]
+Activation = Literal["rms", "std", "absolute", "relative", "contrast", "std+relative"]
 Reduce = Literal["sum", "mean", "max", "rms"]
 Scope = Literal["columns", "coupled"]
+Standardise = Literal["units", "channels"]
 
 NEEDS: dict[Activation, frozenset[str]] = {
     "rms": frozenset({"gram"}),
@@ -26,6 +28,7 @@ NEEDS: dict[Activation, frozenset[str]] = {
     "absolute": frozenset({"absolute"}),
     "relative": frozenset({"relative"}),
     "contrast": frozenset({"gram", "contrast"}),
+    "std+relative": frozenset({"variance", "relative"}),
 }
 
 
@@ -37,16 +40,20 @@ class Score(Ranking):
         u_g = reduce of s_j over the columns j of group g                                                 (2)
         u_g ← u_g + Σ_f reduce over rows r of g of (Σ_j (|F_rj| z_j^{a/q})^p)^(q/p)      scope: coupled    (3)
         s_ij = |W_ij|^q x_j^a                single weights, and n:m                                      (4)
+        s_j ← (s_j - mean s) / std s         before (2), over the columns of W        standardise: channels (5)
 
     W (d_out, d_in) is the layer, x_j a statistic of its input j: `rms` √E[x_j²]; `std`, about the mean; `absolute`,
     of the mean |x_j| of windows; `relative` √E[x_j² / ‖y‖²], y the layer's output; `contrast`
-    √max(0, E[x_j²] - E'[x_j²]), E' on the second data set. F (rows, d) are the maps in front, whose rows go with a
-    group, z_j the rms of their inputs. q = 0 leaves the weights out, a = 0 the inputs. On a tie the lower id stays.
+    √max(0, E[x_j²] - E'[x_j²]), E' on the second data set; `std+relative` the sum of two, each over its mean.
+    F (rows, d) are the maps in front, whose rows go with a group, z_j the rms of their inputs. q = 0 leaves the weights
+    out, a = 0 the inputs. On a tie the lower id stays.
 
     Single weights compete within their row, their layer or their pattern; norms, reduce and scope are of groups only.
+    (5) is for allocators that compare the groups of all sites, to be taken as they are: `global-rank` with
+    `normalise: none`. Within a site the order stays: rms then is the mean of the squares' z, a sum the mean.
 
     Sources: the subclasses, each a paper. Ours: a group is what can be removed, a KV head with its query heads or
-    one of the MLP's neurons, and every score is taken on the inputs that pruned layers carry here.
+    one of the MLP's neurons, and every score is taken on the inputs that pruned blocks carry here.
     """
 
     structures: ClassVar[frozenset[str]] = frozenset({"groups", "weights", "n:m"})
@@ -57,8 +64,10 @@ class Score(Ranking):
     activation_power: float = 1.0
     reduce: Reduce = "sum"
     scope: Scope = "columns"  # coupled: rows of the maps in front count as well
+    standardise: Standardise = "units"  # channels: (5); units: nothing here, z-scores of groups are an allocator's part
     per: Per = "row"  # among which single weights compete
     refit: bool = False  # least-squares weights on what is kept; False: as they are
+    within: Within = "map"  # inputs behind the pruned maps of the layer's own block, or behind its dense ones
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -74,6 +83,9 @@ class Score(Ranking):
                 "scope coupled scores rows by their weights and the rms of their inputs; "
                 "it needs weight_power > 0, and activation rms or activation_power = 0"
             )
+
+        if self.scope == "coupled" and self.standardise == "channels":
+            raise ValueError("standardise channels is of the layer's own columns; it needs scope columns")
 
     @property
     def _quiet(self) -> bool:
@@ -91,7 +103,10 @@ class Score(Ranking):
 
     def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"]:
         """u_g in float64."""
-        score = self._reduced(self._fibres(layer.weight, self._inputs(layer), 0), layer.n_groups)  # (1), (2)
+        columns = self._fibres(layer.weight, self._inputs(layer), 0)  # (1)
+        if self.standardise == "channels":
+            return self._standing(columns, layer.n_groups)
+        score = self._reduced(columns, layer.n_groups)  # (2)
         if self.scope == "columns":
             return score
         fed = torch.zeros_like(score)
@@ -112,6 +127,9 @@ class Score(Ranking):
             return None
         if self.activation == "absolute":
             return layer.require("absolute").double()
+        if self.activation == "std+relative":
+            parts = [layer.require(name).double().clamp_min(0).sqrt() for name in ("variance", "relative")]
+            return torch.stack([x / x.mean() if x.any() else x for x in parts]).sum(0)
         if self.activation in ("std", "relative"):
             power = layer.require("variance" if self.activation == "std" else "relative").double()
         else:
@@ -129,6 +147,16 @@ class Score(Ranking):
         if inputs is not None:
             cells = cells * inputs ** (a / q)
         return cells.pow(p).sum(dim).pow(q / p)
+
+    def _standing(self, columns: Float[Tensor, " d_in"], n_groups: int) -> Float[Tensor, " n_groups"]:
+        """(5), (2); zeros where all columns are alike."""
+        if self.reduce == "rms" and len(columns) > n_groups:
+            columns = columns.square()
+        apart = columns - columns.mean()
+        spread = apart.norm() / max(len(columns) - 1, 1) ** 0.5
+        apart = apart / spread if spread > 1e-12 * columns.abs().max() else torch.zeros_like(apart)
+        units = apart.reshape(n_groups, -1)
+        return units.amax(1) if self.reduce == "max" else units.mean(1)
 
     def _reduced(self, fibres: Float[Tensor, " fibres"], n_groups: int) -> Float[Tensor, " n_groups"]:
         units = fibres.reshape(n_groups, -1)
@@ -161,8 +189,11 @@ class Wanda(Score):
 
     Source: Sun et al. 2024 (arXiv 2306.11695), eq. 1, for single weights, row by row; Wanda-sp of FLAP (An et al.
     2024, arXiv 2312.11983) for groups, with the mean where we take the sum: groups of a site have one size, so the
-    order is the same. (|W_ij| ‖x_j‖)² is the exact error of zeroing that weight alone.
+    order is the same. (|W_ij| ‖x_j‖)² is the exact error of zeroing that weight alone. Their released codes take the
+    inputs of all maps of a block while it is dense, as `within: block` does.
     """
+
+    within: Within = "block"
 
 
 @dataclass(frozen=True)
@@ -185,8 +216,10 @@ class FLAP(Score):
         s_j = var(x_j) Σ_i W_ij²        the exact error of removing column j alone when b ← b + W_:j E[x_j]
         u_g = s_j of a neuron; the mean of s_j² over the columns of a group of heads
 
-    Source: An et al. 2024 (arXiv 2312.11983), with the released code's square for heads. Standardising scores over
-    layers is an allocator's part, the bias a finisher's.
+    Source: An et al. 2024 (arXiv 2312.11983), with the released code's square for heads. Before it compares layers it
+    standardises channels, and averages them into heads then: `standardise: channels`, as the recipe `flap` has it. The
+    spread of a layer's heads is so a third to a fifth of that of standardised heads: fewer are the first to go. The
+    bias is a finisher's part.
     """
 
     weight_norm: float = 2.0
@@ -197,7 +230,7 @@ class FLAP(Score):
 
     def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"]:
         score = super().scores(layer)
-        return score.square() if layer.group_size > 1 else score
+        return score.square() if layer.group_size > 1 and self.standardise == "units" else score
 
 
 @dataclass(frozen=True)
@@ -259,6 +292,7 @@ class SafetyPotential(Score):
     """
 
     activation: Activation = "contrast"
+    within: Within = "block"
 
 
 @dataclass(frozen=True)
@@ -272,6 +306,7 @@ class ACE(Score):
     """
 
     activation: Activation = "std"
+    within: Within = "block"
 
 
 @dataclass(frozen=True)
@@ -286,3 +321,18 @@ class ACEDirection(Score):
     """
 
     activation: Activation = "relative"
+    within: Within = "block"
+
+
+@dataclass(frozen=True)
+class ACECombined(Score):
+    """ACE's CosP and VarP together: inputs that vary, and inputs that turn their outputs.
+
+        s_ij = |W_ij| (std(x_j) / mean std + √E[x_j² / ‖y‖²] / mean of it),        u_g = Σ_{j ∈ g} Σ_i s_ij
+
+    Source: ACE (arXiv 2505.21987), which combines the two; derived: the sum, with the same weight for both, whose units
+    differ.
+    """
+
+    activation: Activation = "std+relative"
+    within: Within = "block"
