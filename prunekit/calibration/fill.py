@@ -162,9 +162,9 @@ def build(
         for index, sites in groupby(space.sites, key=lambda site: site.block):
             here = tuple(sites)
             unfinished = any(site not in store for site in here)  # then all are met again: each needs what was before
-            behind: dict[
+            behind = dict[
                 Site, Tensor
-            ] = {}  # of a pruner that sees this block dense: what the next one is reached through
+            ]()  # what the next block is reached through, of a pruner that sees this one dense
             for site in here:
                 if unfinished:
                     fill(site)

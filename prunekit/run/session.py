@@ -192,7 +192,9 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
         parts = _with_measured_dtype(parts, shape, job)
         measured = {} if parts.recipe.dtype == recipe.dtype else {"dtype": parts.recipe.dtype}
         if "bfloat16" in measured.values():
-            progress.say("this processor is fastest in bfloat16, so the model is computed in it; --dtype says otherwise")
+            progress.say(
+                "this processor is fastest in bfloat16, and the model is computed in it; --dtype says otherwise"
+            )
         recipe = parts.recipe
         data, allotment, most = recipe.data, None, parts.amounts
         if recipe.time is None:
