@@ -7,6 +7,7 @@ import torch
 
 from prunekit.errors import WrongInput
 from prunekit.models.adapters.find import adapter_for
+from prunekit.plugins.registry import ALLOCATORS
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.recipe.specs import SpareSpec
@@ -58,6 +59,13 @@ def test_spared_blocks_have_one_count_and_the_budget_is_of_all(structure):
         return
     # a pattern is that of the others: they keep half, the spared ones all
     assert [k * 2 for k in spared.uniform()] == [s.n_groups * (4 if s.spared else 2) // 2 for s in spared.sites]
+
+
+def test_equal_sizes_and_spared_blocks_do_not_go_together():
+    sites = sparing(sites_of(4, attention=(4, 10), mlp=(16, 3)), 4, 1, 1)
+    space = Space.whole(sites, Budget.keeping(Fraction("0.7"), sites))
+    with pytest.raises(WrongInput, match="equal: true wants one count for all sites of a kind, and `spare` keeps some"):
+        ALLOCATORS.build({"name": "uniform", "equal": True}).first_space(space)
 
 
 def test_ends_are_numbers_of_blocks_or_shares_of_them():

@@ -1,5 +1,6 @@
 """Sub-layers come closer to the dense ones on windows nobody trained on, and never further away."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ def test_a_rate_that_no_sub_layer_bears_is_found_for_each_and_what_was_gained_is
     lines = []
     piece = toy_workpiece(tokens=MANY)
     monkeypatch.setattr(piece.progress, "say", lines.append)
-    found = Reconstruction(**QUICK | {"rate": 0.1}).finish(piece)
+    found = replace(Reconstruction(**QUICK), rate=0.1).finish(piece)
     assert found["better"] == sum(after < before for before, after in found["held_out_errors"].values()) >= 4
     assert lines[-1].startswith(f"reconstruction: {found['better']} of {len(piece.sites)} sub-layers came closer")
 
@@ -67,5 +68,5 @@ def test_where_nothing_was_gained_that_is_said(monkeypatch):
     lines = []
     piece = toy_workpiece(tokens=MANY)
     monkeypatch.setattr(piece.progress, "say", lines.append)
-    assert Reconstruction(**QUICK | {"rate": 1e4}).finish(piece)["better"] == 0
+    assert replace(Reconstruction(**QUICK), rate=1e4).finish(piece)["better"] == 0
     assert lines[-1] == "reconstruction: none of 6 sub-layers came closer on held-out windows, so nothing was changed"
