@@ -41,7 +41,8 @@ class Recipe(Strict):
     structure: Annotated[str, BeforeValidator(as_pattern)] = "groups"  # or weights, or N:M, which says the sparsity
     heads: Literal["kv", "query"] = "kv"  # a group: a KV head with its query heads, or query heads of every KV head
     pruner: Spec
-    allocator: Spec
+    allocator: Spec | None
+    learner: Spec | None = None  # in the place of an allocator: which groups are kept, and so how many
     objective: Spec
     finishers: Annotated[tuple[Spec, ...], BeforeValidator(as_specs)] = ()  # in this order; one may stand alone
     carry: Literal["dense", "centre", "expected"] = "expected"  # activations that reach the next block
@@ -69,6 +70,12 @@ class Recipe(Strict):
             share = own_share(as_pattern(values.get("structure")))
             return values if share is None else values | {"sparsity": float(1 - share)}
         return values
+
+    @model_validator(mode="after")
+    def _one_decides(self) -> Self:
+        if (self.allocator is None) == (self.learner is None):
+            raise WrongInput("an allocator or a learner decides how much is kept where; give one of them")
+        return self
 
     @classmethod
     def load(cls, name: str | Path = "default", *, trust_remote_code: bool = False) -> Self:
@@ -183,7 +190,7 @@ class Recipe(Strict):
     @property
     def unsaid(self) -> frozenset[str]:
         """Keys that need not be written."""
-        return frozenset() if self.family else frozenset({"family"})
+        return frozenset(key for key in ("family", "learner") if not getattr(self, key))
 
     def to_yaml(self) -> str:
         """Write all values in the order of the class, below a comment with the versions that were used.
@@ -216,7 +223,7 @@ def _sentence(error: ValidationError) -> str:
     if kind == "literal_error":
         return f"{key} is one of {context['expected']}, not {first['input']!r}"
     if isinstance(context.get("error"), WrongInput):  # it says all
-        return f"{key}: {context['error']}"
+        return f"{key}: {context['error']}" if path or key != "recipe" else str(context["error"])
     if kind in ("greater_than", "less_than") and key == "sparsity":
         return f"sparsity is the share that is removed, more than 0 and less than 1, not {first['input']}"
     return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"

@@ -215,6 +215,8 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
             seed=recipe.seed, recovery=parts.trains, most=most, **limits(dense.model),
         )  # fmt: skip
         parts.objective.check(draws.search)
+        if parts.learner is not None:
+            parts.learner.check(draws.search)
     parts = parts.with_text(dense.name, draws.spec)
     return Session(parts, source, dense, draws, plan, devices, progress, clock, allotment)
 
