@@ -18,7 +18,7 @@ from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
 
 MONEY = 1 << 16  # steps of price that dynamic programming tells apart at most; finer prices are rounded up
-HALVINGS = 200  # of an interval: more than float64 can tell apart
+HALVINGS = 64  # of an interval: more than float64 can tell apart
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,8 @@ class BypassBP(Learner):
     present draws, divided by K - 1, which scales the step by 1.8 at its settings; its projection lowers probabilities
     and never raises them, per kind; a penalty pushes probabilities apart. Here one budget, in prices, is for heads and
     neurons together (`apart` in a recipe parts them), and the prior of (1) is the Wanda-sp score of groups in the dense
-    model."""
+    model.
+    """
 
     steps: int = 1024
     draws: int = 2  # K
@@ -55,9 +56,8 @@ class BypassBP(Learner):
         first, *batches = problem.batches(1 + self.steps, self.batch_tokens)
         power = (yield GateQuery(torch.ones_like(problem.price), first, want=frozenset({"power"}))).power
         assert power is not None
-        p = problem.euclid(
-            problem.euclid(torch.full_like(power, 0.5)) + self.spread * standardised(problem, power)
-        )  # (1)
+        even = problem.euclid(torch.full_like(power, 0.5))
+        p = problem.euclid(even + self.spread * standardised(problem, power))  # (1)
         for step, windows in enumerate(batches):
             masks = [torch.bernoulli(p, generator=rng) for _ in range(self.draws)]
             losses = []
@@ -73,7 +73,8 @@ def gradient(p: Float[Tensor, " groups"], masks: list[Tensor], losses: list[floa
     known = [loss for loss in losses if math.isfinite(loss)]
     values = [loss if math.isfinite(loss) else max(known, default=0.0) for loss in losses]
     mean, k = math.fsum(values) / len(values), len(values)
-    scale = ((p.clamp(CLIP, 1 - CLIP)) * (1 - p.clamp(CLIP, 1 - CLIP))).sqrt()
+    inside = p.clamp(CLIP, 1 - CLIP)
+    scale = (inside * (1 - inside)).sqrt()
     slope = torch.zeros_like(p)
     for mask, value in zip(masks, values, strict=True):
         # same as: less the mean of the others, over k

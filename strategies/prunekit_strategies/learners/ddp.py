@@ -32,7 +32,8 @@ class DDP(Learner):
     Source: DDP (arXiv 2603.08065) and its released code: Adam at 2e-2 (4e-1 for λ₂), z ~ N(1, 0.01), μ 0.05 in the
     paper and 0.1 in the code, divergence 2, 1000 steps of 16 windows of 2048 tokens. We differ: one budget in prices
     for heads and neurons (the code has one for each kind, and whole heads rounded), ln 11 for its 2.4, the gate of a
-    head at the output projection, where the exact set that is exported is also the one that is evaluated."""
+    head at the output projection, where the exact set that is exported is also the one that is evaluated.
+    """
 
     steps: int = 512
     batch_tokens: int = 1024  # per step; whole windows, at least one

@@ -14,8 +14,8 @@ from prunekit import Effort, GateProblem, GateQuery, Learner, Lesson
 class GISP(Learner):
     """Lower the limit in equal steps from the dense price to the budget, each time to the most important set that fits.
 
-        I_u = Σ_{w of u} |w ∂loss/∂w|                                    (1)   on `tokens` tokens, under the present
-        mask m ← the set of largest Σ I within m and the limit                (2)
+        I_u = Σ_{w of u} |w ∂loss/∂w|                                (1)   on `tokens` tokens, under the present mask
+        m ← the set of largest Σ I within m and the limit            (2)
 
     Sets are nested, so that one conversation serves every budget of a family: whenever the limit passes one, its mask
     is that step's.
@@ -25,7 +25,8 @@ class GISP(Learner):
     parameters, on 2000 windows of 256 tokens. Equal numbers are removed there at every step; here equal prices, and (2)
     is the exact knapsack, so that a head is worth its price in neurons. The paper ranks by importance per weight; in
     (2) the price is the weight of a group, so that the order is the same and only the boundary differs. Its margin
-    between right and wrong answers, and its sparing of the first and last blocks, are not here."""
+    between right and wrong answers, and its sparing of the first and last blocks, are not here.
+    """
 
     nests: ClassVar[bool] = True
 
@@ -41,7 +42,7 @@ class GISP(Learner):
         return Effort(steps, back=steps * seqlen * max(1, min(windows, self.tokens // seqlen)))
 
     def learn(self, problem: GateProblem) -> Lesson:
-        mask = torch.ones(problem.groups, dtype=torch.bool)
+        larger = mask = torch.ones(problem.groups, dtype=torch.bool)  # larger: what the budget before keeps
         decisions = []
         limits = [space.budget.limit for space in problem.spaces]
         full = sum(problem.knapsacks[-1].full)
@@ -53,6 +54,7 @@ class GISP(Learner):
             if budget < 0:
                 mask = problem.project(importance, among=mask, progress=progress)  # (2)
             else:
-                mask = problem.project(importance, among=mask, budget=budget)
+                # what is gone is worth nothing, and only fills what would stay unspent
+                mask = larger = problem.project(importance, among=larger, budget=budget)
                 decisions.append(problem.decision(mask))
         return decisions
