@@ -43,6 +43,7 @@ class Recipe(Strict):
     pruner: Spec
     allocator: Spec | None
     learner: Spec | None = None  # in the place of an allocator: which groups are kept, and so how many
+    learned: Literal["groups", "counts"] = "groups"  # what the pruner is told of it; of counts it chooses the groups
     objective: Spec
     finishers: Annotated[tuple[Spec, ...], BeforeValidator(as_specs)] = ()  # in this order; one may stand alone
     carry: Literal["dense", "centre", "expected"] = "expected"  # activations that reach the next block
@@ -190,7 +191,8 @@ class Recipe(Strict):
     @property
     def unsaid(self) -> frozenset[str]:
         """Keys that need not be written."""
-        return frozenset(key for key in ("family", "learner") if not getattr(self, key))
+        there = {"family": self.family, "learner": self.learner, "learned": self.learner}
+        return frozenset(key for key, value in there.items() if not value)
 
     def to_yaml(self) -> str:
         """Write all values in the order of the class, below a comment with the versions that were used.

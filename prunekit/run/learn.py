@@ -40,11 +40,12 @@ def run_learner(runs: Sequence[Run]) -> list[tuple[Supernet, Allocation]]:
             counts = list(decision.counts)
             run.ledger.note({"kind": "decision", "allocation": counts, "of": reporting.decision_digest(decision)})
         decisions += learned.decisions
-    found = []
+    found: list[tuple[Supernet, Allocation]] = []
     for run, decision in zip(runs, decisions, strict=True):
         space = run.whole.zoomed(decision.counts, reach=0)
-        found.append((run.calibrate(space, decision.counts, run.label("prune"), run.clock, search=False,
-                                    decision=decision), decision.counts))  # fmt: skip
+        told = decision if run.parts.recipe.learned == "groups" else None
+        net = run.calibrate(space, decision.counts, run.label("prune"), run.clock, search=False, decision=told)
+        found.append((net, decision.counts))
     return found
 
 

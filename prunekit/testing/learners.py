@@ -169,7 +169,7 @@ class LearnerSuite:
         worth = Knapsack(space).price * torch.tensor([0.2, 3.0, 0.4, 2.0, 0.1, 2.5, 0.3, 1.9, 0.2], dtype=torch.float64)
         order = torch.tensor([2, 0, 1, 8, 3, 7, 5, 4, 6])
         found = [
-            lesson(self.plugin, problem_of(space), Surface(values).answer).decisions[0]
+            lesson(self.plugin, problem_of(space), Surface(values, 1 + self.draws).answer).decisions[0]
             for values in (worth, worth[order])
         ]
         one, two = (mask_of(decision, [3, 6]) for decision in found)

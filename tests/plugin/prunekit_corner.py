@@ -95,6 +95,27 @@ class Descent(pk.Allocator):
 
 
 @dataclass(frozen=True)
+class OneLook(pk.Learner):
+    """Keep the groups whose gates the loss would miss most, by one gradient of the dense model.
+
+        effect of group u:   -∂loss/∂gate_u at 1   to first order what its removal adds, 0 where it would help      (1)
+
+    The set of largest total effect within the budget is found by the core.
+    """
+
+    tokens: int = 4096  # of the text; whole windows
+
+    def learn(self, problem: pk.GateProblem) -> pk.Lesson:
+        (windows,) = problem.batches(1, self.tokens)
+        reply = yield pk.GateQuery(torch.ones(problem.groups), windows, frozenset({"gradient"}))
+        assert reply.gradient is not None
+        return [problem.decision(problem.project((-reply.gradient).clamp_min(0)))]  # (1)
+
+    def effort(self, windows: int, seqlen: int, budgets: int = 1) -> pk.Effort:
+        return pk.Effort(1, back=seqlen * max(1, min(windows, self.tokens // seqlen)))
+
+
+@dataclass(frozen=True)
 class WorstSite(pk.Objective):
     """J(a) = max_i e_i(a_i): the relative output error of the site that suffers most."""
 

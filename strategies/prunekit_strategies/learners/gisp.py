@@ -9,6 +9,8 @@ import torch
 
 from prunekit import Effort, GateProblem, GateQuery, Learner, Lesson
 
+GONE = 1e-9  # of its importance is left to a group that was removed
+
 
 @dataclass(frozen=True)
 class GISP(Learner):
@@ -43,6 +45,7 @@ class GISP(Learner):
 
     def learn(self, problem: GateProblem) -> Lesson:
         larger = mask = torch.ones(problem.groups, dtype=torch.bool)  # larger: what the budget before keeps
+        last = torch.zeros_like(problem.price)  # importance of every group when it was last there
         decisions = []
         limits = [space.budget.limit for space in problem.spaces]
         full = sum(problem.knapsacks[-1].full)
@@ -51,10 +54,11 @@ class GISP(Learner):
         for (progress, budget), windows in zip(sorted(plan), problem.batches(len(plan), self.tokens), strict=True):
             importance = (yield GateQuery(mask.double(), windows, frozenset({"taylor"}))).taylor  # (1)
             assert importance is not None
+            last = torch.where(mask, importance, last)
             if budget < 0:
                 mask = problem.project(importance, among=mask, progress=progress)  # (2)
             else:
-                # what is gone is worth nothing, and only fills what would stay unspent
-                mask = larger = problem.project(importance, among=larger, budget=budget)
+                # what is gone is worth next to nothing, and only fills what would stay unspent
+                mask = larger = problem.project(torch.where(mask, last, GONE * last), among=larger, budget=budget)
                 decisions.append(problem.decision(mask))
         return decisions

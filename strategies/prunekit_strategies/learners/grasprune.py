@@ -39,9 +39,9 @@ class GRASPrune(Learner):
     `own` and `score`.
     """
 
-    steps: int = 1024
+    steps: int = 512
     batch_tokens: int = 512  # per step; whole windows, at least one
-    rate: float = 0.01  # of Adam, for scores and for scales
+    rate: float = 0.03  # of Adam, for scores and for scales
     temperature: float = 1.5  # τ
     betas: tuple[float, float] = (0.9, 0.99)
     second_moment: SecondMoment = "shared"  # by the groups of one price, or each its own
