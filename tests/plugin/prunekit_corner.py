@@ -30,8 +30,10 @@ class LeaveOneOut(pk.LocalPruner):
         w, h = layer.weight.double(), layer.gram.double()  # (d_out, d_in), (d_in, d_in)
         groups = [layer.columns([g]) for g in range(layer.n_groups)]
         cost = torch.stack([((w[:, g] @ h[g][:, g]) * w[:, g]).sum() for g in groups])  # (1)
-        answer = layer.refitted if self.refit else layer.masked
-        return [answer(kept) for kept in pk.best_groups(cost, keeps)]
+        return [self.keep(layer, kept) for kept in pk.best_groups(cost, keeps)]
+
+    def keep(self, layer: pk.LayerProblem, groups: Sequence[int], scales: torch.Tensor | None = None) -> pk.Candidate:
+        return layer.refitted(groups) if self.refit else layer.masked(groups, scales)
 
 
 @dataclass(frozen=True)
