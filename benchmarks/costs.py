@@ -38,7 +38,7 @@ from prunekit.layer.problem import judging_flops
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.opening import opened
 from prunekit.plugins.adapter import ModelAdapter
-from prunekit.plugins.registry import ALLOCATORS, OBJECTIVES, PRUNERS
+from prunekit.plugins.registry import OBJECTIVES, PRUNERS
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.run.plan.count import Shape
@@ -133,7 +133,7 @@ def shaped(model: PreTrainedModel, adapter: ModelAdapter, computed: torch.dtype)
 
 def paper(shape: Shape, whole: Space, machine: Machine, tokens: int, seqlen: int) -> Iterator[Line]:
     """The stages of the preset `default`: every round calibrates and searches, and the answer is built."""
-    size, allocator = shape.computed.itemsize, ALLOCATORS.build(Recipe.load("search").allocator)
+    size, allocator = shape.computed.itemsize, resolve(Recipe.load("search")).allocator
     weights, block = shape.parameters(shape.model) * size, max(shape.parameters(b) for b in shape.blocks) * size
     fits = weights < 0.9 * machine.memory
     held, again = (weights, 0) if fits else (4 * block, weights)  # bytes read whenever all blocks are gone through

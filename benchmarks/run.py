@@ -58,7 +58,7 @@ def main(
                     }
                     own = {key: value for key, value in changes.items() if key != "recipe"}
                     recipe = Recipe.load(changes.get("recipe", "search")).with_overrides(shared).with_overrides(own)
-                    allocator = recipe.allocator["name"]
+                    allocator = (recipe.allocator or {}).get("name")
                     kept = dict(parsed(s) for s in setting or [])
                     recipe = recipe.with_overrides(
                         {k: v for k, v in kept.items() if not k.startswith("allocator.") or allocator == "tyr"}

@@ -31,6 +31,7 @@ from prunekit.layer.statistics import Need
 from prunekit.plugins.adapter import Cut, ModelAdapter
 from prunekit.plugins.engine import Team
 from prunekit.plugins.guard import instance, number, unchanged
+from prunekit.plugins.learner import Decision
 from prunekit.plugins.pruner import LocalPruner
 from prunekit.plugins.signal import Signal
 from prunekit.search.store import CandidateStore
@@ -60,6 +61,7 @@ def build(
     gradients: Gradients | None = None,
     fisher: OutputFisher | None = None,
     sparse: bool = False,
+    decision: Decision | None = None,
     contrast: TokenBatch | None = None,
     room: Room | None = None,
     team: Team | None = None,
@@ -89,6 +91,7 @@ def build(
         gradients: of the dense model's loss, for plug-ins that need them.
         fisher: of outputs, where rungs are priced in nats as well, or a plug-in needs it.
         sparse: make the candidates of the centre alone; the other rungs are only priced.
+        decision: of a learner, whose groups every site keeps: the only rung of every ladder is their count.
         contrast: a second data set, for plug-ins that need it.
         room: where activations are kept.
         team: workers that stream the calibration tokens side by side; None: nobody else.
@@ -122,6 +125,7 @@ def build(
     flows = (flow,) if other is None else (flow, other)
     rungs_of = dict(zip(space.sites, space.ladders, strict=True))
     centre_of = dict(zip(space.sites, centre, strict=True))
+    chosen = {} if decision is None else _by_site(space.sites, decision)
 
     def stated(site: Site) -> LayerProblem | None:  # moments of wide maps are large: they end with this scope
         moments, against = flow.received(site, statistics), None if other is None else other.received(site)
@@ -141,7 +145,12 @@ def build(
         kept: list[Candidate] = []
         errors: list[float] = []
         nats: list[float] = []
-        if priced is not None:
+        if decision is not None:
+            kept.append(kept_groups(pruner, layer, site, *chosen[site], dtype))
+            errors.append(layer.error(kept[0].weight))
+            if fisher is not None:
+                nats.append(layer.nats(kept[0].weight, whole.output_root))
+        elif priced is not None:
             kept += answers(pruner, layer, site, made, dtype, priced)
             errors += layer.errors(priced)[list(ladder)].tolist()
             if fisher is not None:
@@ -292,27 +301,66 @@ def answers(
     Raises:
         PluginError: a candidate is missing, keeps another count, is not finite or not zero elsewhere.
     """
-    who = f"{type(pruner).__name__} on {site.name}"
     with nullcontext() if nested is not None else unchanged(pruner, site.name, values=True, layer=layer):
         answer = pruner.prune(layer, list(keeps)) if nested is None else nested.candidates(keeps)
     proposed = list(instance(pruner, f"what it answers on {site.name}", answer, (Sequence, Iterator)))
     if len(proposed) != len(keeps):
+        who = f"{type(pruner).__name__} on {site.name}"
         raise PluginError(f"{who}: {len(keeps)} counts were asked, {len(proposed)} candidates came")
-    checked = []
-    for keep in keeps:
-        candidate = instance(pruner, f"its candidate of count {keep}", proposed.pop(0), Candidate)  # freed when rounded
-        weight = instance(pruner, f"the weight of count {keep}", candidate.weight, Tensor)
-        if not weight.is_floating_point():
-            raise PluginError(f"{who}: the weight of count {keep} is {weight.dtype}, and floating point was asked")
-        there, asked = tuple(candidate.weight.shape), tuple(layer.weight.shape)
-        if there != asked:
-            raise PluginError(f"{who}: the weight of count {keep} has shape {there}, and {asked} was asked")
-        if not bool(torch.isfinite(candidate.weight).all()):
-            raise PluginError(f"{who}: the weight of count {keep} is not finite")
-        if fault := layout_of(site).fault(site, keep, candidate, layer.columns):
-            raise PluginError(f"{who}: {fault}")
-        checked.append(Candidate(candidate.kept, candidate.weight.to(dtype)))
-    return checked
+    return [_checked(pruner, layer, site, keep, proposed.pop(0), dtype) for keep in keeps]  # freed when rounded
+
+
+def kept_groups(
+    pruner: LocalPruner,
+    layer: LayerProblem,
+    site: Site,
+    groups: Sequence[int],
+    scales: Float[Tensor, " kept"] | None,
+    dtype: torch.dtype,
+) -> Candidate:
+    """The pruner's weights for groups that a learner has chosen, checked and rounded to `dtype`.
+
+    Raises:
+        PluginError: it keeps others, or as of `answers`.
+    """
+    with unchanged(pruner, site.name, values=True, layer=layer):
+        answer = pruner.keep(layer, tuple(groups), scales)
+    found = _checked(pruner, layer, site, len(groups), answer, dtype)
+    if found.kept != tuple(groups):
+        raise PluginError(f"{type(pruner).__name__} on {site.name} was to keep {tuple(groups)}, and kept {found.kept}")
+    return found
+
+
+def _checked(
+    pruner: LocalPruner, layer: LayerProblem, site: Site, keep: int, proposed: object, dtype: torch.dtype
+) -> Candidate:
+    """A candidate that was proposed for a count, rounded to `dtype`."""
+    who = f"{type(pruner).__name__} on {site.name}"
+    candidate = instance(pruner, f"its candidate of count {keep}", proposed, Candidate)
+    weight = instance(pruner, f"the weight of count {keep}", candidate.weight, Tensor)
+    if not weight.is_floating_point():
+        raise PluginError(f"{who}: the weight of count {keep} is {weight.dtype}, and floating point was asked")
+    there, asked = tuple(candidate.weight.shape), tuple(layer.weight.shape)
+    if there != asked:
+        raise PluginError(f"{who}: the weight of count {keep} has shape {there}, and {asked} was asked")
+    if not bool(torch.isfinite(candidate.weight).all()):
+        raise PluginError(f"{who}: the weight of count {keep} is not finite")
+    if fault := layout_of(site).fault(site, keep, candidate, layer.columns):
+        raise PluginError(f"{who}: {fault}")
+    return Candidate(candidate.kept, candidate.weight.to(dtype))
+
+
+def _by_site(
+    sites: Sequence[Site], decision: Decision
+) -> dict[Site, tuple[Sequence[int], Float[Tensor, " kept"] | None]]:
+    """What a decision says of every site: its groups, and their scales."""
+    parts: Sequence[Tensor | None] = [None] * len(sites)
+    if decision.scales is not None:
+        parts = decision.scales.split([site.n_groups for site in sites])
+    return {
+        site: (groups, None if scales is None else scales[list(groups)])
+        for site, groups, scales in zip(sites, decision.kept, parts, strict=True)
+    }
 
 
 def measured(signal: Signal, layer: LayerProblem, site: Site) -> float:

@@ -38,6 +38,7 @@ TARGET = (
 STRUCTURE = "Unit of removal: groups (heads and neurons), weights, or a pattern such as 2:4."
 EFFORT = "quick, standard or thorough, instead of a recipe: fast, default, or default-recover, which trains."
 RECIPE = "Preset, YAML file, or folder of a pruned model; default without it."
+LEARNER = "Method that learns which heads and neurons stay, in the place of --allocator."
 FINISHER = "Recovery step after pruning, instead of the recipe's. Repeatable, in the order given."
 EXPORTER = "Format of the result, beside the folder for transformers. Repeatable."
 CARRY = "Activations passed on to the next block: dense, centre or expected."
@@ -61,6 +62,7 @@ def prune(
     recipe: Annotated[str | None, option(RECIPE, METHOD)] = None,
     pruner: Annotated[str | None, option("Method that selects what to keep in one layer.", METHOD)] = None,
     allocator: Annotated[str | None, option("Method that decides how much each layer keeps.", METHOD)] = None,
+    learner: Annotated[str | None, option(LEARNER, METHOD)] = None,
     objective: Annotated[str | None, option("Measure by which allocations are compared.", METHOD)] = None,
     finisher: Annotated[list[str] | None, option(FINISHER, METHOD)] = None,
     exporter: Annotated[list[str] | None, option(EXPORTER, METHOD)] = None,

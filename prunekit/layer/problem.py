@@ -223,9 +223,12 @@ class LayerProblem:
         most = torch.finfo(self.weight.dtype).max
         return weight.clamp(-most, most).to(self.weight.dtype)
 
-    def masked(self, groups: Sequence[int]) -> Candidate:
-        """Keep `groups` with their weights as they are."""
-        return self._placed(groups, self.weight[:, self.columns(groups)])
+    def masked(self, groups: Sequence[int], scales: Float[Tensor, " kept"] | None = None) -> Candidate:
+        """Keep `groups` with their weights as they are, or those of each multiplied by its scale."""
+        values = self.weight[:, self.columns(groups)]
+        if scales is not None:
+            values = values.double() * scales.to(values.device).double().repeat_interleave(self.group_size)
+        return self._placed(groups, values)
 
     def refitted(self, groups: Sequence[int]) -> Candidate:
         """Keep `groups`, with the least-squares weights Ŵ_K = W* H_:K (H_KK)⁻¹."""

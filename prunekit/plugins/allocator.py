@@ -107,3 +107,19 @@ class Allocator(ABC):
     def last_space(self, whole: Space, best: Allocation) -> Space:
         """What is built, one rung per site: the answer, and what coarse rungs left of the budget spent."""
         return whole.zoomed(whole.nearest(best), reach=0)
+
+
+@dataclass(frozen=True)
+class NoAllocator(Allocator):
+    """Stands where a learner decides: it reads nothing, asks nothing, and has one rung, for plans."""
+
+    @property
+    def asks(self) -> bool:
+        return False
+
+    def first_space(self, whole: Space) -> Space:
+        return whole.zoomed(whole.uniform(), reach=0)
+
+    def search(self, problem: Problem) -> Search:
+        yield from ()
+        return problem.start

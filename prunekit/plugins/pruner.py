@@ -49,6 +49,16 @@ class LocalPruner(ABC):
         is n:m, k · m / d_in in every m of a row, m = `layer.m`. Such candidates have no `kept`.
         """
 
+    def keep(
+        self, layer: LayerProblem, groups: Sequence[int], scales: Float[Tensor, " kept"] | None = None
+    ) -> Candidate:
+        """These groups, which a learner has chosen, with the weights that this pruner gives what it keeps.
+
+        Here as they are, those of every group multiplied by its scale where the learner has scales. A pruner that
+        refits does it here too: its weights are the best for the groups, and scales play no part in them.
+        """
+        return layer.masked(groups, scales)
+
     def nested(self, layer: LayerProblem) -> Nested | None:
         """The refits of all counts along one ranking, of which `prune` gives those that are asked for.
 

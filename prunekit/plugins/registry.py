@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from prunekit.plugins.engine import Engine
     from prunekit.plugins.exporter import Exporter
     from prunekit.plugins.finisher import Finisher
+    from prunekit.plugins.learner import Learner
     from prunekit.plugins.objective import Objective
     from prunekit.plugins.pruner import LocalPruner
     from prunekit.plugins.signal import Signal
@@ -238,6 +239,7 @@ class Registry(Mapping[str, Entry], Generic[T]):
 PRUNERS: Registry[LocalPruner] = Registry("pruner", "prunekit.plugins.pruner:LocalPruner")
 SIGNALS: Registry[Signal] = Registry("signal", "prunekit.plugins.signal:Signal")
 ALLOCATORS: Registry[Allocator] = Registry("allocator", "prunekit.plugins.allocator:Allocator")
+LEARNERS: Registry[Learner] = Registry("learner", "prunekit.plugins.learner:Learner")
 OBJECTIVES: Registry[Objective] = Registry("objective", "prunekit.plugins.objective:Objective")
 FINISHERS: Registry[Finisher] = Registry("finisher", "prunekit.plugins.finisher:Finisher")
 METRICS: Registry[Metric] = Registry("metric", "prunekit.space.metrics:Metric")
@@ -245,7 +247,7 @@ EXPORTERS: Registry[Exporter] = Registry("exporter", "prunekit.plugins.exporter:
 ADAPTERS: Registry[ModelAdapter] = Registry("adapter", "prunekit.plugins.adapter:ModelAdapter")  # by config.model_type
 ENGINES: Registry[Engine] = Registry("engine", "prunekit.plugins.engine:Engine")
 KINDS: tuple[Registry[Any], ...] = (
-    PRUNERS, SIGNALS, ALLOCATORS, OBJECTIVES, FINISHERS, METRICS, EXPORTERS, ENGINES, ADAPTERS,
+    PRUNERS, SIGNALS, ALLOCATORS, LEARNERS, OBJECTIVES, FINISHERS, METRICS, EXPORTERS, ENGINES, ADAPTERS,
 )  # fmt: skip
 
 

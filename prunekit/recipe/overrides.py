@@ -15,7 +15,7 @@ from prunekit.errors import WrongInput, unknown
 from prunekit.recipe.plain import read_plain
 from prunekit.recipe.specs import as_engine, as_pattern, as_spec, as_specs, own_share
 
-PLUGINS = ("pruner", "allocator", "objective", "engine")  # keys with one plug-in each
+PLUGINS = ("pruner", "allocator", "learner", "objective", "engine")  # keys with one plug-in each
 LISTS = {"finishers": "finisher", "exporters": "exporter"}  # keys with several in turn
 MOST_DIGITS = 40  # of a share
 HUGE = re.compile(r"[eE][+-]?\d{3}")  # an exponent whose power of ten alone would take for ever
@@ -127,6 +127,9 @@ def override(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
         values["family"] = ()
     if "sparsity" in overrides:
         values["family"] = ()  # it was of the other
+    for key, other in (("learner", "allocator"), ("allocator", "learner")):
+        if overrides.get(key) is not None and overrides.get(other) is None:
+            values[other] = None  # one takes the place of the other
     for key in sorted(overrides, key=lambda key: key.count(".")):  # a plug-in before its options
         _put(values, key, overrides[key])
         if key.split(".")[0] in ("data", "model", "seed") and isinstance(values["data"], dict):

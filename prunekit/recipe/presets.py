@@ -114,8 +114,8 @@ def _text(path: Path, what: str) -> str:
 
 
 def laid_over(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """`top` laid over `base`; only the data go key by key, a plug-in is taken whole."""
-    both = base | dict(top)
+    """`top` laid over `base`; only the data go key by key, a plug-in is taken whole, a learner for an allocator."""
+    both = base | ({"allocator": None} if top.get("learner") is not None else {}) | dict(top)
     if isinstance(base.get("data"), dict) and isinstance(top.get("data"), Mapping):
         both["data"] = base["data"] | dict(top["data"])
     return both

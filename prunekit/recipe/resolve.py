@@ -14,11 +14,12 @@ from prunekit.data.spec import DataSpec
 from prunekit.data.windows import DEFAULTS, JUDGED
 from prunekit.errors import WrongInput
 from prunekit.layer.statistics import Need
-from prunekit.plugins.allocator import Allocator
+from prunekit.plugins.allocator import Allocator, NoAllocator
 from prunekit.plugins.engine import Engine
 from prunekit.plugins.exporter import Exporter
 from prunekit.plugins.finisher import Finisher
 from prunekit.plugins.guard import instance
+from prunekit.plugins.learner import Learner
 from prunekit.plugins.objective import Objective
 from prunekit.plugins.pruner import LocalPruner
 from prunekit.plugins.registry import (
@@ -27,6 +28,7 @@ from prunekit.plugins.registry import (
     EXPORTERS,
     FINISHERS,
     KINDS,
+    LEARNERS,
     METRICS,
     OBJECTIVES,
     PRUNERS,
@@ -51,6 +53,7 @@ class Parts:
     form: Form  # what is removed
     pruner: LocalPruner
     allocator: Allocator
+    learner: Learner | None  # in the place of an allocator
     signals: tuple[Signal, ...]  # layer sensitivity metrics that the allocator asks for
     objective: Objective
     finishers: tuple[Finisher, ...]
@@ -89,7 +92,7 @@ class Parts:
     @property
     def amounts(self) -> Mapping[str, int]:
         """Tokens of every part where nobody has said how many: a result that no search was for is judged on fewer."""
-        return DEFAULTS if self.searches(1) else DEFAULTS | {"search": JUDGED}
+        return DEFAULTS if self.searches(1) or self.learner is not None else DEFAULTS | {"search": JUDGED}
 
     def with_text(self, model: str, data: DataSpec) -> Parts:
         """Write the model's name and every choice about the tokens into the recipe."""
@@ -132,13 +135,15 @@ def resolve(recipe: Recipe) -> Parts:
             there.
     """
     _check_budget(recipe)
-    allocator = ALLOCATORS.build(recipe.allocator)
+    learner = None if recipe.learner is None else LEARNERS.build(recipe.learner)
+    allocator = NoAllocator() if recipe.allocator is None else ALLOCATORS.build(recipe.allocator)
     instance(allocator, "signals", allocator.signals, (tuple, list))
     parts = Parts(
         recipe,
         parse_form(recipe.structure),
         PRUNERS.build(recipe.pruner),
         allocator,
+        learner,
         tuple(map(SIGNALS.build, allocator.signals)),
         OBJECTIVES.build(recipe.objective),
         tuple(map(FINISHERS.build, recipe.finishers)),
@@ -149,7 +154,8 @@ def resolve(recipe: Recipe) -> Parts:
     _check_plugins(parts)
     complete = {
         "pruner": PRUNERS.spec(parts.pruner),
-        "allocator": ALLOCATORS.spec(allocator),
+        "allocator": ALLOCATORS.spec(allocator) if learner is None else None,
+        "learner": None if learner is None else LEARNERS.spec(learner),
         "objective": OBJECTIVES.spec(parts.objective),
         "finishers": tuple(map(FINISHERS.spec, parts.finishers)),
         "engine": ENGINES.spec(parts.engine),
@@ -159,6 +165,7 @@ def resolve(recipe: Recipe) -> Parts:
     _check_consent(parts.recipe)
     _check_structure(parts)
     _check_readers(parts)
+    _check_learner(parts)
     return parts
 
 
@@ -215,7 +222,8 @@ def _check_plugins(parts: Parts) -> None:
     instance(parts.allocator, "needs", parts.allocator.needs, sets)
     for reader in (parts.pruner, *parts.signals):
         instance(reader, "needs", reader.needs, sets)
-    for plugin in (parts.pruner, *parts.finishers, *parts.exporters, parts.metric):
+    learners = () if parts.learner is None else (parts.learner,)
+    for plugin in (parts.pruner, *parts.finishers, *parts.exporters, parts.metric, *learners):
         instance(plugin, "structures", plugin.structures, sets)
     for finisher in parts.finishers:
         instance(finisher, "adds_biases", finisher.adds_biases, bool)
@@ -232,8 +240,9 @@ def _check_structure(parts: Parts) -> None:
             f"structure {recipe.structure} says its own sparsity, so there is no family of several; "
             "take structure groups or weights"
         )
-    named: list[tuple[str, Mapping[str, Any], LocalPruner | Finisher | Exporter]] = [
+    named: list[tuple[str, Mapping[str, Any], LocalPruner | Finisher | Exporter | Learner]] = [
         ("pruner", recipe.pruner, parts.pruner),
+        *([("learner", recipe.learner, parts.learner)] if recipe.learner and parts.learner else []),
         *(("finisher", *each) for each in zip(recipe.finishers, parts.finishers, strict=True)),
         *(("exporter", *each) for each in zip(recipe.exporters, parts.exporters, strict=True)),
     ]
@@ -249,7 +258,7 @@ def _check_structure(parts: Parts) -> None:
             raise WrongInput(f"{kind} {spec['name']!r} adds biases, paid for with groups; leave them away here")
     if recipe.apart:
         raise WrongInput("apart gives attention and MLP each their share of groups; it goes with structure groups")
-    if "scores" in parts.allocator.needs:
+    if "scores" in parts.allocator.needs and recipe.allocator is not None:
         raise WrongInput(f"allocator {recipe.allocator['name']!r} ranks groups; it goes with structure groups")
     for signal in parts.signals:
         if "influence" in signal.needs:
@@ -262,10 +271,24 @@ def _check_structure(parts: Parts) -> None:
         )
 
 
+def _check_learner(parts: Parts) -> None:
+    """A learner reads as much as its options say, so that nothing else may limit it."""
+    recipe = parts.recipe
+    if recipe.learner is None:
+        return
+    for key, value in (("search_budget", recipe.search_budget), ("time", recipe.time)):
+        if value is not None:
+            raise WrongInput(
+                f"{key} limits searches, and learner {recipe.learner['name']!r} reads what its own options say; leave "
+                f"{key} away, and see `prunekit list {recipe.learner['name']}`"
+            )
+
+
 def _check_readers(parts: Parts) -> None:
     """What one part reads another has: scores, a second data set, files."""
     recipe, pruner = parts.recipe, parts.pruner
-    if "scores" in parts.allocator.needs and type(pruner).scores is LocalPruner.scores:
+    scored = "scores" in parts.allocator.needs and type(pruner).scores is LocalPruner.scores
+    if scored and recipe.allocator is not None:
         raise WrongInput(
             f"allocator {recipe.allocator['name']!r} ranks groups by the pruner's scores, and pruner "
             f"{recipe.pruner['name']!r} has none; choose another of either"

@@ -42,7 +42,9 @@ class Recipe(Strict):
     structure: Annotated[str, BeforeValidator(as_pattern)] = "groups"  # or weights, or N:M, which says the sparsity
     heads: Literal["kv", "query"] = "kv"  # a group: a KV head with its query heads, or query heads of every KV head
     pruner: Spec
-    allocator: Spec
+    allocator: Spec | None
+    learner: Spec | None = None  # in the place of an allocator: which groups are kept, and so how many
+    learned: Literal["groups", "counts"] = "groups"  # what the pruner is told of it; of counts it chooses the groups
     objective: Spec
     finishers: Annotated[tuple[Spec, ...], BeforeValidator(as_specs)] = ()  # in this order; one may stand alone
     carry: Literal["dense", "centre", "expected"] = "expected"  # activations that reach the next block
@@ -70,6 +72,12 @@ class Recipe(Strict):
             share = own_share(as_pattern(values.get("structure")))
             return values if share is None else values | {"sparsity": float(1 - share)}
         return values
+
+    @model_validator(mode="after")
+    def _one_decides(self) -> Self:
+        if (self.allocator is None) == (self.learner is None):
+            raise WrongInput("an allocator or a learner decides how much is kept where; give one of them")
+        return self
 
     @classmethod
     def load(cls, name: str | Path = "default", *, trust_remote_code: bool = False) -> Self:
@@ -184,8 +192,10 @@ class Recipe(Strict):
     @property
     def unsaid(self) -> frozenset[str]:
         """Keys that need not be written."""
-        said = {"family": bool(self.family), "spare": self.spare != SpareSpec()}
-        return frozenset(key for key in said if not said[key])
+        there = {
+            "family": self.family, "spare": self.spare != SpareSpec(), "learner": self.learner, "learned": self.learner,
+        }  # fmt: skip
+        return frozenset(key for key, value in there.items() if not value)
 
     def to_yaml(self) -> str:
         """Write all values in the order of the class, below a comment with the versions that were used.
@@ -218,7 +228,7 @@ def _sentence(error: ValidationError) -> str:
     if kind == "literal_error":
         return f"{key} is one of {context['expected']}, not {first['input']!r}"
     if isinstance(context.get("error"), WrongInput):  # it says all
-        return f"{key}: {context['error']}"
+        return f"{key}: {context['error']}" if path or key != "recipe" else str(context["error"])
     if kind in ("greater_than", "less_than") and key == "sparsity":
         return f"sparsity is the share that is removed, more than 0 and less than 1, not {first['input']}"
     return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"

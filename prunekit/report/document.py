@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from prunekit.data.tokens import TokenBatch
 from prunekit.measure.perplexity import Perplexity
 from prunekit.plugins.allocator import Problem
 from prunekit.plugins.dense import Dense
+from prunekit.plugins.learner import Decision, Effort
 from prunekit.plugins.registry import KINDS, METRICS, SIGNALS
 from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
@@ -68,6 +70,7 @@ def report(
     finishers: Sequence[Mapping[str, Any]] = (),
     pace: Mapping[str, Any] | None = None,
     samples: Sequence[Mapping[str, Any]] = (),
+    learned: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Make the content of report.json. Parameters are counted in the tensors, never taken from the request.
 
@@ -86,6 +89,7 @@ def report(
         finishers: what each reports.
         pace: what a measured metric reports; None: nothing was measured.
         samples: what both models have written, side by side.
+        learned: what `learned` makes of a learner's work; empty, or None: there was none.
     """
     recipe, errors, shrinks = parts.recipe, net.site_errors(plan), parts.form.shrinks
     before, after = count(dense.model), count(small)
@@ -134,6 +138,7 @@ def report(
             **({"contrast": _tokens(draws.contrast)} if draws.contrast is not None else {}),
         },
         "search": dict(search),
+        **({"learner": dict(learned)} if learned else {}),
         "finishers": [dict(said) for said in finishers],
         **({"samples": [dict(one) for one in samples]} if samples else {}),
         "seconds": _rounded(seconds),
@@ -141,6 +146,32 @@ def report(
         "seed": recipe.seed,
         "versions": versions(parts),
     }
+
+
+def learned(parts: Parts, effort: Effort, *, shared: int) -> dict[str, Any]:
+    """Say what a learner has read and what its masks are of.
+
+    Args:
+        parts: of the recipe.
+        effort: what was read.
+        shared: number of budgets of a family that it decided for at once.
+    """
+    assert parts.recipe.learner is not None
+    return {
+        "name": parts.recipe.learner["name"],
+        "masks": "learned on un-refitted weights: those of the dense model, before the pruner works on what is kept",
+        "queries": effort.queries,
+        "tokens_forward": effort.forward,
+        "tokens_forward_and_back": effort.back,
+        "tokens_of_dense_model": effort.dense,
+        "budgets_at_once": shared,
+    }
+
+
+def decision_digest(decision: Decision) -> str:
+    """sha256 of the groups that a learner keeps and of their scales."""
+    scales = None if decision.scales is None else decision.scales.double().tolist()
+    return hashlib.sha256(json.dumps([decision.kept, scales]).encode()).hexdigest()
 
 
 def weights(small: nn.Module, net: Supernet, plan: Allocation, structure: str) -> dict[str, Any]:
@@ -244,5 +275,6 @@ def _tokens(batch: TokenBatch) -> dict[str, Any]:
 
 
 def parts_of(recipe: Recipe) -> list[tuple[str, Mapping[str, Any]]]:
-    fixed = [("pruner", recipe.pruner), ("allocator", recipe.allocator), ("objective", recipe.objective)]
+    named = [(kind, getattr(recipe, kind)) for kind in ("pruner", "allocator", "learner", "objective")]
+    fixed = [(kind, spec) for kind, spec in named if spec is not None]  # an allocator or a learner
     return [*fixed, *(("finisher", spec) for spec in recipe.finishers)]

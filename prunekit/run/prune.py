@@ -16,6 +16,7 @@ from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.run.finish import finish_model
+from prunekit.run.learn import run_learner
 from prunekit.run.results import Result, clear_result, load_small, make_export, write_result
 from prunekit.run.session import Job, open_session
 from prunekit.run.stages import Run, assemble
@@ -93,6 +94,8 @@ def run_search(runs: Sequence[Run]) -> list[tuple[Supernet, Allocation]]:
         For every run, the network that its last conversation was about, and the answer.
     """
     first, number, found = runs[0], 0, dict[Run, tuple[Supernet, Allocation]]()
+    if first.parts.learner is not None:
+        return run_learner(runs)
     allocator = first.parts.allocator
     spaces = {  # of those that still search
         run: instance(allocator, "its first space", allocator.first_space(run.whole), Space) for run in runs
@@ -145,7 +148,7 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
     exported, probe = make_export(run, net, plan, small, stays=output is None)
     document = reporting.report(
         run.parts, run.dense, run.draws, run.whole, net, plan, exported, losses=losses, finishers=said, pace=pace,
-        samples=texts,
+        samples=texts, learned=run.learned,
         search={"questions": run.ledger.questions, "token_forwards": run.ledger.tokens},
         seconds=run.clock.seconds, seconds_shared=run.clock.shared.own,
     )  # fmt: skip

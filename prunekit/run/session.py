@@ -225,6 +225,8 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
             seed=recipe.seed, recovery=parts.trains, most=most, **limits(dense.model),
         )  # fmt: skip
         parts.objective.check(draws.search)
+        if parts.learner is not None:
+            parts.learner.check(draws.search)
         for doubt in doubts(dense.model, dense.tokenizer, draws.calibration, reporting.count(shape[0])):
             progress.say(doubt)
     parts = parts.with_text(dense.name, draws.spec)

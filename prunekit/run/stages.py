@@ -27,6 +27,7 @@ from prunekit.plugins.allocator import Problem
 from prunekit.plugins.dense import Dense
 from prunekit.plugins.engine import Team
 from prunekit.plugins.guard import instance, unchanged
+from prunekit.plugins.learner import Decision
 from prunekit.plugins.metric import MeasuredMetric
 from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
@@ -66,6 +67,7 @@ class Run:
     team: Team | None  # who shares the work; None: nobody
     allotment: Allotment | None = None  # of the recipe's time; None: it has none
     decided: dict[str, int] = field(default_factory=dict)  # recipe key -> what the clock has said
+    learned: dict[str, Any] = field(default_factory=dict)  # what the learner has read, for the report
 
     @cached_property
     def room(self) -> Room:
@@ -86,7 +88,16 @@ class Run:
         with self.clock.shared("evaluate"):
             return perplexity(self.dense.model, self.draws.evaluation)
 
-    def calibrate(self, space: Space, centre: Allocation, label: str, clock: Clock, *, search: bool) -> Supernet:
+    def calibrate(
+        self,
+        space: Space,
+        centre: Allocation,
+        label: str,
+        clock: Clock,
+        *,
+        search: bool,
+        decision: Decision | None = None,
+    ) -> Supernet:
         """Make the calibration pass along all rungs, go on with one that was interrupted, or read a finished one.
 
         Args:
@@ -95,6 +106,7 @@ class Run:
             label: what the stage is called.
             clock: whose seconds it takes.
             search: whether what the allocator reads of layers, sensitivity metrics and scores, is measured on the way.
+            decision: of a learner: the groups that every site keeps; None: the pruner chooses.
 
         Returns:
             The network that can be asked about every allocation of the space.
@@ -110,6 +122,7 @@ class Run:
             "tokens": [[t.digest, *t.ids.shape] for t in (draws.calibration, draws.contrast) if t is not None],
             "measured": [*map(repr, signals), scores, *([recipe.seed] if nats else []), *(["alone"] if sparse else [])],
             **{name: getattr(recipe, name) for name in ("structure", "pruner", "carry", "damping")},
+            **({} if decision is None else {"decision": reporting.decision_digest(decision)}),
         }
         store, started = self._store(self.shelf / f"walk-{_name(key)}", key), time.perf_counter()
         new, gradients, fisher = any(site not in store for site in space.sites), None, None
@@ -129,8 +142,8 @@ class Run:
         errors = build(
             dense.model, dense.adapter, space, centre, parts.pruner, draws.calibration, store,
             signals=signals, scores=scores, carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype,
-            gradients=gradients, fisher=fisher, sparse=sparse, contrast=draws.contrast, room=self.room, team=self.team,
-            progress=self.progress, label=label,
+            gradients=gradients, fisher=fisher, sparse=sparse, decision=decision, contrast=draws.contrast,
+            room=self.room, team=self.team, progress=self.progress, label=label,
         )  # fmt: skip
         try:
             spent = time.perf_counter() - started if new else float(read_state(store.directory / SECONDS))
@@ -220,7 +233,7 @@ class Run:
         Returns:
             The network, and the allocation to be built of it.
         """
-        if not self.parts.recipe.rebuild:
+        if not self.parts.recipe.rebuild or self.parts.learner is not None:  # whose decision is what was pruned for
             return net, answer
         allocator = self.parts.allocator
         final = instance(allocator, "its last space", allocator.last_space(self.whole, answer), Space)

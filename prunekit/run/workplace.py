@@ -44,7 +44,7 @@ CARD = "run.json"
 _MADE = re.compile(  # whatever runs and studies write below the folder that they work in
     r"(\d[\d.e-]*/)?("  # a member of a family
     r"(walks/)?(walk|gradients|fisher)-[\w-]+/.*\.(safetensors|json)"
-    r"|(teacher|activations|finisher-\d+)/.*\.(safetensors|json)"
+    r"|(teacher|activations|learner|finisher-\d+)/.*\.(safetensors|json)"
     r"|replaced/.*|\.?(run|prices|priced|base)\.json|ledger\.jsonl|\.prunekit\.lock"
     r"|trial-\w+/.*\.(safetensors|jsonl?)|study\.log.*|(best|pareto-\d+)\.yaml)",
     re.DOTALL,

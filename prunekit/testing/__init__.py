@@ -6,6 +6,7 @@ from prunekit.testing.engines import EngineSuite
 from prunekit.testing.exporters import ExporterSuite
 from prunekit.testing.finishers import FinisherSuite
 from prunekit.testing.layers import LAYERS, permuted, toy_layer, with_statistics
+from prunekit.testing.learners import LearnerSuite
 from prunekit.testing.metrics import MetricSuite
 from prunekit.testing.models import tiny
 from prunekit.testing.objectives import ObjectiveSuite
@@ -24,6 +25,7 @@ __all__ = [
     "FinisherSuite",
     "KeepFirst",
     "KeepLargest",
+    "LearnerSuite",
     "MetricSuite",
     "ObjectiveSuite",
     "PrunerSuite",

@@ -103,6 +103,19 @@ class PrunerSuite:
                 for keep in counts:
                     checked(self.plugin, layer, [keep])
 
+    def test_gives_groups_that_are_chosen_the_weights_of_its_own(self, groups: str, subtests: pytest.Subtests) -> None:
+        for name, layer in self._layers(PLAIN[groups]):
+            with subtests.test(name):
+                for candidate in checked(self.plugin, layer, [0, layer.n_groups // 2, layer.n_groups]):
+                    found = self.plugin.keep(layer, candidate.kept or ())
+                    assert found.kept == candidate.kept
+                    torch.testing.assert_close(found.weight, candidate.weight)
+                odd = tuple(range(0, layer.n_groups, 2))
+                found = self.plugin.keep(layer, odd)
+                assert found.kept == odd
+                gone = layer.columns(range(1, layer.n_groups, 2))
+                assert bool((found.weight[:, gone] == 0).all()), "exact zeros outside the chosen groups"
+
     def test_gives_the_same_answer_twice_and_leaves_its_input_alone(
         self, structure: str, subtests: pytest.Subtests
     ) -> None:

@@ -30,8 +30,10 @@ class LeaveOneOut(pk.LocalPruner):
         w, h = layer.weight.double(), layer.gram.double()  # (d_out, d_in), (d_in, d_in)
         groups = [layer.columns([g]) for g in range(layer.n_groups)]
         cost = torch.stack([((w[:, g] @ h[g][:, g]) * w[:, g]).sum() for g in groups])  # (1)
-        answer = layer.refitted if self.refit else layer.masked
-        return [answer(kept) for kept in pk.best_groups(cost, keeps)]
+        return [self.keep(layer, kept) for kept in pk.best_groups(cost, keeps)]
+
+    def keep(self, layer: pk.LayerProblem, groups: Sequence[int], scales: torch.Tensor | None = None) -> pk.Candidate:
+        return layer.refitted(groups) if self.refit else layer.masked(groups, scales)
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,27 @@ class Descent(pk.Allocator):
                 break
             best, here = min(zip(losses, neighbours, strict=True))
         return here
+
+
+@dataclass(frozen=True)
+class OneLook(pk.Learner):
+    """Keep the groups whose gates the loss would miss most, by one gradient of the dense model.
+
+        effect of group u:   -∂loss/∂gate_u at 1   to first order what its removal adds, 0 where it would help      (1)
+
+    The set of largest total effect within the budget is found by the core.
+    """
+
+    tokens: int = 4096  # of the text; whole windows
+
+    def learn(self, problem: pk.GateProblem) -> pk.Lesson:
+        (windows,) = problem.batches(1, self.tokens)
+        reply = yield pk.GateQuery(torch.ones(problem.groups), windows, frozenset({"gradient"}))
+        assert reply.gradient is not None
+        return [problem.decision(problem.project((-reply.gradient).clamp_min(0)))]  # (1)
+
+    def effort(self, windows: int, seqlen: int, budgets: int = 1) -> pk.Effort:
+        return pk.Effort(1, back=seqlen * max(1, min(windows, self.tokens // seqlen)))
 
 
 @dataclass(frozen=True)

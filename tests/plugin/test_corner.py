@@ -1,5 +1,7 @@
 """Every part keeps the promises of its kind; what is its own is tested by hand."""
 
+import math
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from prunekit.testing import (
     AllocatorSuite,
     ExporterSuite,
     FinisherSuite,
+    LearnerSuite,
     MetricSuite,
     ObjectiveSuite,
     PrunerSuite,
@@ -19,7 +22,18 @@ from prunekit.testing import (
     toy_workpiece,
 )
 from prunekit.testing.spaces import sites_of
-from prunekit_corner import Descent, Kurtosis, LeaveOneOut, Loudest, Table, Tails, Volume, WeightedParameters, WorstSite
+from prunekit_corner import (
+    Descent,
+    Kurtosis,
+    LeaveOneOut,
+    Loudest,
+    OneLook,
+    Table,
+    Tails,
+    Volume,
+    WeightedParameters,
+    WorstSite,
+)
 
 
 class TestLeaveOneOut(PrunerSuite):
@@ -44,6 +58,12 @@ class TestTails(SignalSuite):
 
 class TestDescent(AllocatorSuite):
     plugin = Descent()
+
+
+class TestOneLook(LearnerSuite):
+    plugin = OneLook()
+    flat_slack = math.inf  # what has no slope at 1 has no effect to first order
+    pairs_slack = 1.0
 
 
 class TestWorstSite(ObjectiveSuite):

@@ -34,6 +34,8 @@ from prunekit.run.plan.plan import HEARING, SEARCH, Stage
 from prunekit.run.plan.rehearsal import Rehearsal
 from prunekit.run.plan.trial import Trials
 from prunekit.search import supernet
+from prunekit.search.gated import GatedModel
+from prunekit.search.lessons import BACK
 from prunekit.search.store import CandidateStore
 from prunekit.search.teacher import Teacher
 from prunekit.space.ladders import Space
@@ -228,6 +230,8 @@ class Count:
             yield self._back(
                 "fisher", tokens, FLOAT * cells, DOUBLE * cells, 2 * tokens * cells, shares, held + working
             )
+        if self.parts.learner is not None:
+            yield from self._lessons(shares, held + working)
         yield from self._rounds(shares, held, working)
         for number, member in enumerate(each for each in self.members if each.wanted):
             yield from self._result(member, shares, held, working, first=number == 0)
@@ -248,6 +252,29 @@ class Count:
             read=0 if shares.blocks is None else 2 * self._stored_blocks,
             flops=3 * shape.forward(tokens, self.seqlen, head=True) + added,
         )  # fmt: skip
+
+    def _lessons(self, shares: Shares, held: int) -> Iterator[Stage]:
+        """What the learner reads, for every member or for all at once, and the vectors it is answered with."""
+        shape, learner, tokens = self.shape, self.parts.learner, self.tokens["search"]
+        assert learner is not None
+        members = [self.members] if learner.nests else [[member] for member in self.members]
+        widest, heads = max(site.d_in for site in shape.sites), getattr(shape.model.config, "num_attention_heads", 1)
+        some = min(max(TOKENS_AT_ONCE, self.seqlen), tokens)
+        graph = GatedModel.graph_bytes(
+            some, shape.width, widest, len(shape.blocks), heads, self.seqlen, shape.computed.itemsize
+        )
+        again = shares.blocks is not None or graph > shares.hidden  # then blocks run once more on the way back
+        vector = FLOAT * sum(site.n_groups for site in shape.sites)
+        said = 5 * FLOAT * self.seqlen * shape.vocabulary  # logits of a window, there and back
+        for several in members:
+            effort = learner.effort(tokens // self.seqlen, self.seqlen, len(several))
+            forwards = effort.forward + effort.dense + (BACK + again) * effort.back
+            back = (graph // len(shape.blocks) if again else graph) if effort.back else 0
+            yield Stage(
+                "learn" if len(several) > 1 else several[0].called("learn"), held + max(said, back),
+                shares.blocks or 0, effort.queries * vector if effort.back else 0,
+                flops=shape.forward(forwards, self.seqlen, head=True),
+            )  # fmt: skip
 
     def _rounds(self, shares: Shares, held: int, working: int) -> Iterator[Stage]:
         """A calibration pass along the rungs of all, then the search of each."""

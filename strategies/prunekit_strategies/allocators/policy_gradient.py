@@ -1,4 +1,4 @@
-"""Bypass back-propagation in level space: learn a distribution over allocations from losses alone."""
+"""Policy gradient over rungs: learn a distribution over allocations from losses alone."""
 
 import math
 from collections.abc import Sequence
@@ -26,9 +26,8 @@ class PolicyGradient(Allocator):
     starts as a bell of `width` around the optimum of a table (see Probes). The best few draws and the start are judged
     again on all tokens: the answer is the best allocation met, not the likeliest.
 
-    Source: Bypass Back-propagation (Gao et al., arXiv:2406.10576), forward passes only. It learns a keep-probability
-    for every unit of a maskable model with a moving mean for a baseline and projects on the budget. We differ: rungs
-    and not units, the other draws as the baseline, (1) for the projection, exact prices by (2).
+    Derived: the score-function estimate of a categorical distribution over rungs, with the other draws as the baseline
+    and prices in (1). A probability for every single group is learned by learner `bypass-bp`.
     """
 
     steps: int = 20

@@ -89,6 +89,9 @@ class ADMM(LocalPruner):
         kept = mask[:, 0, :: layer.group_size]  # (rungs, n_groups)
         return [layer.refitted(row.nonzero().flatten().tolist()) for row in kept]
 
+    def keep(self, layer: LayerProblem, groups: Sequence[int], scales: Tensor | None = None) -> Candidate:
+        return layer.refitted(groups)
+
     def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"]:
         """score_g of (4), separable: a relaxed start has one for every count only, and scores as `output` does."""
         scale = layer.hessian.diagonal().sqrt()

@@ -34,6 +34,9 @@ class Ranking(LocalPruner):
         ranking = self.ranking(layer)
         return [layer.masked(ranking[:keep]) for keep in keeps]
 
+    def keep(self, layer: LayerProblem, groups: Sequence[int], scales: Tensor | None = None) -> Candidate:
+        return layer.refitted(groups) if self.refit else layer.masked(groups, scales)
+
     def nested(self, layer: LayerProblem) -> Nested | None:
         return layer.nested(self.ranking(layer)) if self.refit else None
 

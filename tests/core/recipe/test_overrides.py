@@ -23,12 +23,13 @@ def test_options_of_a_plugin_inside_a_plugin(recipe: Recipe) -> None:
     for now in ("tyr", {"name": "tyr"}, {"name": "tyr", "inner": "evolution"}):
         changed = recipe.with_overrides({"allocator": now, "allocator.inner.generations": 5, "allocator.reach": 2})
         complete = resolve(changed).recipe.allocator
+        assert complete is not None
         assert (complete["inner"]["name"], complete["inner"]["generations"], complete["reach"]) == ("evolution", 5, 2)
 
 
 def test_another_plugin_inside_a_plugin(recipe: Recipe) -> None:
     changed = recipe.with_overrides({"allocator": "tyr", "allocator.inner": "uniform"})
-    assert resolve(changed).recipe.allocator["inner"] == {"name": "uniform", "equal": False}
+    assert (resolve(changed).recipe.allocator or {})["inner"] == {"name": "uniform", "equal": False}
 
 
 def test_naming_the_plugin_that_is_there_keeps_its_options(recipe: Recipe) -> None:

@@ -120,6 +120,9 @@ class OBS(LocalPruner):
             return [layer.masked(ranking[:keep]) for keep in keeps]
         return layer.nested(ranking).candidates(keeps)
 
+    def keep(self, layer: LayerProblem, groups: Sequence[int], scales: Tensor | None = None) -> Candidate:
+        return self._aimed(layer).refitted(groups) if self.refit else layer.masked(groups, scales)
+
     def nested(self, layer: LayerProblem) -> Nested | None:
         if self.search == "swap" or not self.refit:
             return None

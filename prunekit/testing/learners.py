@@ -1,0 +1,292 @@
+"""What every learner promises, on losses that are known: separable ones, pairs of groups, and a tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from prunekit.layer.candidates import Candidate
+from prunekit.layer.knapsack import Knapsack
+from prunekit.models.adapters.find import adapter_for
+from prunekit.plugins.learner import Decision, Effort, GateProblem, GateQuery, GateReply, Learner
+from prunekit.search.gated import GatedModel
+from prunekit.search.ledger import Ledger
+from prunekit.search.lessons import Learned, hold_lesson
+from prunekit.space.budgets import Budget
+from prunekit.space.ladders import Space
+from prunekit.space.sites import Site
+from prunekit.system.checkpoints import Checkpoints
+from prunekit.system.progress import Progress
+from prunekit.testing.models import tiny
+from prunekit.testing.spaces import sites_of
+from prunekit.testing.supernets import toy_tokens
+
+WINDOWS, SEQLEN = 64, 8
+Answer = Callable[[GateQuery], GateReply]
+
+
+@dataclass(frozen=True, eq=False)
+class Surface:
+    """A loss of gates with a slope: Σ a_u |1 - g_u|^power + ½ (1 - g)ᵀ B (1 - g), noise on both that differs by group.
+
+    In every window the coefficients are others, by as much as `noise`; over all windows their mean is a.
+    """
+
+    worth: Tensor  # a, (groups,)
+    power: int = 1
+    pairs: Tensor | None = None  # B, symmetric (groups, groups)
+    noise: Tensor | None = None  # (windows, groups), mean 0 over windows
+
+    def answer(self, query: GateQuery) -> GateReply:
+        """As the gated model answers."""
+        windows = list(range(WINDOWS)) if query.windows is None else list(query.windows)
+        a = self.worth if self.noise is None else self.worth + self.noise[windows].mean(0)
+        gap = 1 - query.gates
+        side = torch.where(gap >= 0, 1.0, -1.0)  # at 1 the slope is that from below
+        loss, slope = (a * gap.abs() ** self.power).sum(), -self.power * a * side * gap.abs() ** (self.power - 1)
+        if self.pairs is not None:
+            loss, slope = loss + gap @ self.pairs @ gap / 2, slope - self.pairs @ gap
+        weight = query.text + query.dense
+        # a group's own first-order effect, at a gate of 0 too: of weights that are gone nothing is measured
+        return GateReply(float(weight * loss), weight * slope, (weight * slope * query.gates).abs(), self.worth.abs())
+
+    def lost(self, masks: Tensor) -> Tensor:
+        """The mean losses of masks, (masks, groups)."""
+        gap = 1 - masks.double()
+        pairs = 0 if self.pairs is None else ((gap @ self.pairs) * gap).sum(1) / 2
+        return gap @ self.worth + pairs
+
+
+def space_of(groups: Sequence[int], prices: Sequence[int], share: float) -> Space:
+    """Sites of so many groups at such prices, under a share of what they cost."""
+    sites = tuple(
+        Site(f"{i}", i, "attention" if i % 2 == 0 else "mlp", n, 1, price)
+        for i, (n, price) in enumerate(zip(groups, prices, strict=True))
+    )
+    return Space.whole(sites, Budget.keeping(share, sites))
+
+
+def every_mask(space: Space) -> Tensor:
+    """All masks that spend the budget, (masks, groups)."""
+    price = Knapsack(space).price
+    masks = torch.cartesian_prod(*[torch.arange(2.0, dtype=torch.float64)] * len(price))
+    return masks[masks @ price == space.budget.limit]
+
+
+def lesson(
+    learner: Learner,
+    problem: GateProblem,
+    answer: Answer,
+    folder: Path | None = None,
+    asked: list[GateQuery] | None = None,
+) -> Learned:
+    """Hold a conversation, on record in a folder if there is one; questions that reach the model go to `asked`."""
+
+    def listened(query: GateQuery) -> GateReply:
+        if asked is not None:
+            asked.append(query)
+        return answer(query)
+
+    ledger, checkpoints = Unwritten(Path("none")), Checkpoints()
+    if folder is not None:
+        folder.mkdir(exist_ok=True)
+        ledger, checkpoints = Ledger(folder / "ledger.jsonl"), Checkpoints(folder / "replies")
+    return hold_lesson(learner, problem, listened, ledger, checkpoints, progress=Progress())
+
+
+class Unwritten(Ledger):
+    """A ledger that nobody will go on with."""
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        return
+
+
+def mask_of(decision: Decision, sizes: Sequence[int]) -> Tensor:
+    """What a decision keeps, as a vector."""
+    parts = [torch.zeros(n, dtype=torch.float64) for n in sizes]
+    for part, kept in zip(parts, decision.kept, strict=True):
+        part[list(kept)] = 1.0
+    return torch.cat(parts)
+
+
+def noisy(groups: int, seed: int) -> Tensor:
+    """Noise of windows, larger for some groups than for others, mean 0."""
+    rng = torch.Generator().manual_seed(seed)
+    size = 0.0025 * 10 ** torch.rand(groups, generator=rng, dtype=torch.float64)
+    noise = size * torch.randn(WINDOWS, groups, generator=rng, dtype=torch.float64)
+    return noise - noise.mean(0)
+
+
+class LearnerSuite:
+    """Subclass it, name it Test..., and set `plugin`; `slack` where it is known to miss the optimum by some."""
+
+    plugin: Learner
+    slack: float = 0.1  # of how far the mean mask is above the optimum: what may be left where losses are linear
+    flat_slack: float = 0.1  # the same where a kept group has no slope
+    pairs_slack: float = 0.2  # the same where groups interact
+    draws: bool = False  # whether it draws masks: then the order of groups decides whose draws are whose
+
+    @pytest.fixture
+    def model(self) -> tuple[GatedModel, GateProblem]:
+        """A tiny Llama of two blocks, and the problem of halving it."""
+        model = tiny("llama", num_hidden_layers=2).requires_grad_(False)
+        adapter, text = adapter_for("llama"), toy_tokens(windows=4)
+        sites = adapter.sites(model)
+        space = Space.whole(sites, Budget.keeping(0.5, sites))
+        return GatedModel(model, adapter, sites, text), GateProblem((space,), len(text), text.seqlen)
+
+    def test_is_a_frozen_dataclass(self) -> None:
+        assert dataclasses.is_dataclass(self.plugin)
+        assert hash(self.plugin) == hash(replace(self.plugin))  # type: ignore[type-var]
+
+    @pytest.mark.parametrize("power", [1, 2])
+    def test_finds_the_knapsack_of_a_separable_loss(self, power: int) -> None:
+        space = space_of([3, 5, 2, 6], [3, 1, 3, 1], 0.5)
+        rng = torch.Generator().manual_seed(power)
+        worth = Knapsack(space).price * (0.1 + torch.rand(16, generator=rng, dtype=torch.float64)) / 8
+        slack = self.slack if power == 1 else self.flat_slack
+        assert self._left(Surface(worth, power, noise=noisy(16, power)), space) <= slack
+
+    def test_finds_a_good_mask_of_groups_that_interact(self) -> None:
+        space = space_of([4, 4], [1, 1], 0.5)
+        rng = torch.Generator().manual_seed(0)
+        half = torch.randn(8, 8, generator=rng, dtype=torch.float64) / 11
+        worth = (0.2 + torch.rand(8, generator=rng, dtype=torch.float64)) / 8
+        assert self._left(Surface(worth, 1, half @ half.T, noisy(8, 0)), space) <= self.pairs_slack
+
+    def test_does_not_care_for_the_order_of_groups_in_a_site(self) -> None:
+        space = space_of([3, 6], [2, 1], 0.5)
+        worth = Knapsack(space).price * torch.tensor([0.2, 3.0, 0.4, 2.0, 0.1, 2.5, 0.3, 1.9, 0.2], dtype=torch.float64)
+        order = torch.tensor([2, 0, 1, 8, 3, 7, 5, 4, 6])
+        found = [
+            lesson(self.plugin, problem_of(space), Surface(values, 1 + self.draws).answer).decisions[0]
+            for values in (worth, worth[order])
+        ]
+        one, two = (mask_of(decision, [3, 6]) for decision in found)
+        if self.draws:
+            assert float((two * one[order]).sum()) >= float(one.sum()) / 2
+        else:
+            assert torch.equal(two, one[order])
+
+    def test_is_within_every_budget_and_leaves_nothing_that_fits(self) -> None:
+        sites = sites_of(2, attention=(4, 10), mlp=(16, 3))
+        shares = (0.8, 0.5, 0.2) if self.plugin.nests else (0.5,)
+        for apart in (False, True):
+            spaces = tuple(Space.whole(sites, Budget.keeping(share, sites, apart=apart)) for share in shares)
+            problem = GateProblem(spaces, WINDOWS, SEQLEN)
+            worth = torch.rand(40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+            learned = lesson(self.plugin, problem, Surface(worth).answer)
+            for decision, space in zip(learned.decisions, spaces, strict=True):
+                assert tight(space, decision)
+            masks = [mask_of(decision, [4, 16, 4, 16]) for decision in learned.decisions]
+            assert all(bool((small <= large).all()) for large, small in itertools.pairwise(masks)), "budgets nest"
+
+    def test_one_seed_is_one_journal_and_any_part_of_it_is_gone_on_with(self, tmp_path: Path) -> None:
+        space = space_of([3, 6], [2, 1], 0.5)
+        surface = Surface(torch.linspace(0.1, 1, 9, dtype=torch.float64), noise=noisy(9, 1))
+        asked: list[GateQuery] = []
+        random_state = _random_state()
+        whole = lesson(self.plugin, problem_of(space), surface.answer, tmp_path / "whole", asked)
+        assert _random_state() == random_state, "the global random state is the caller's"
+        journal = (tmp_path / "whole" / "ledger.jsonl").read_text()
+        stop, again, folder = len(asked) // 2, list[GateQuery](), tmp_path / "stopped"
+        with pytest.raises(KeyboardInterrupt):
+            lesson(self.plugin, problem_of(space), Stopping(surface.answer, stop), folder)
+        resumed = lesson(self.plugin, problem_of(space), surface.answer, folder, again)
+        assert len(again) == len(asked) - stop, "nothing is asked twice"
+        assert (folder / "ledger.jsonl").read_text() == journal
+        assert same(resumed.decisions[0], whole.decisions[0])
+
+    def test_reads_as_much_as_it_says(self) -> None:
+        space = space_of([3, 6], [2, 1], 0.5)
+        surface = Surface(torch.linspace(0.1, 1, 9, dtype=torch.float64))
+        for windows, seqlen in ((WINDOWS, SEQLEN), (3, 4096)):
+            problem = GateProblem((space,), windows, seqlen)
+            learned = lesson(self.plugin, problem, surface.answer)
+            assert learned.effort == self.plugin.effort(windows, seqlen)
+
+    def test_asks_nothing_where_all_may_stay(self) -> None:
+        space = space_of([3, 6], [2, 1], 1.0)
+        asked: list[GateQuery] = []
+        learned = lesson(self.plugin, problem_of(space), Surface(torch.ones(9).double()).answer, asked=asked)
+        assert not asked
+        assert learned.effort == Effort(0)
+        assert learned.decisions[0].counts == (3, 6)
+
+    def test_survives_losses_that_tell_nothing(self) -> None:
+        space = space_of([3, 6], [2, 1], 0.5)
+        for worth in (0.0, 1e30, -1.0):
+            surface = Surface(torch.full((9,), worth, dtype=torch.float64))
+            assert tight(space, lesson(self.plugin, problem_of(space), surface.answer).decisions[0])
+
+    def test_its_masks_on_a_model_are_what_is_cut_out(self, model: tuple[GatedModel, GateProblem]) -> None:
+        gated, problem = model
+        decision = lesson(self.plugin, problem, gated.answer).decisions[0]
+        assert tight(problem.space, decision)
+        sizes = [site.n_groups for site in problem.space.sites]
+        scales = torch.ones(problem.groups).double() if decision.scales is None else decision.scales
+        masked = gated.answer(GateQuery(mask_of(decision, sizes) * scales)).loss
+        small, adapter = tiny("llama", num_hidden_layers=2).requires_grad_(False), gated.adapter
+        for site, kept, scale in zip(problem.space.sites, decision.kept, scales.split(sizes), strict=True):
+            weight = adapter.linear(adapter.blocks(small)[site.block], site).weight.detach().clone()
+            weight *= scale.repeat_interleave(site.group_size)
+            gone = sorted(set(range(site.n_groups)) - set(kept))
+            weight[:, site.columns(gone)] = 0
+            adapter.remove(small, site, Candidate(kept, weight))
+        cut = GatedModel(small, adapter, (), gated.text).answer(GateQuery(torch.zeros(0).double())).loss
+        assert cut == pytest.approx(masked, rel=1e-9)
+
+    def _left(self, surface: Surface, space: Space) -> float:
+        """How far the decision is from the optimum, as a share of how far the mean mask that spends the budget is."""
+        decision = lesson(self.plugin, problem_of(space), surface.answer).decisions[0]
+        assert tight(space, decision)
+        found = float(surface.lost(mask_of(decision, [site.n_groups for site in space.sites])[None]))
+        losses = surface.lost(every_mask(space))
+        return (found - float(losses.min())) / (float(losses.mean()) - float(losses.min()))
+
+
+def problem_of(space: Space) -> GateProblem:
+    """Of text in `WINDOWS` windows."""
+    return GateProblem((space,), WINDOWS, SEQLEN)
+
+
+def tight(space: Space, decision: Decision) -> bool:
+    """Whether a decision is within the budget and no site can be raised by a rung."""
+    counts = decision.counts
+    short = [i for i, site in enumerate(space.sites) if counts[i] < site.n_groups]
+    raised = (tuple(k + (i == j) for j, k in enumerate(counts)) for i in short)
+    return space.is_feasible(counts) and not any(map(space.is_feasible, raised))
+
+
+def same(one: Decision, two: Decision) -> bool:
+    """Whether two decisions are the same, to the bit."""
+    if one.scales is None or two.scales is None:
+        return one.kept == two.kept and one.scales is two.scales
+    return one.kept == two.kept and torch.equal(one.scales, two.scales)
+
+
+class Stopping:
+    """Answers so many questions, then is interrupted."""
+
+    def __init__(self, answer: Answer, times: int) -> None:
+        self.inner, self.left = answer, times
+
+    def __call__(self, query: GateQuery) -> GateReply:
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return self.inner(query)
+
+
+def _random_state() -> list[Any]:
+    return [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]

@@ -1,0 +1,1 @@
+"""Learners: which groups stay, by gates on the whole dense model."""

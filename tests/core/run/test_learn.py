@@ -1,0 +1,204 @@
+"""Runs in which a learner takes the place of an allocator."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import prunekit
+from prunekit.cli.main import app
+from prunekit.errors import PluginError, WrongInput
+from prunekit.plugins.learner import Decision, GateProblem, GateQuery, GateReply, Learner
+from prunekit.plugins.registry import LEARNERS
+from prunekit.search.gated import GatedModel
+from prunekit.system.progress import Progress
+from prunekit.testing.learners import Surface, lesson, mask_of, noisy, space_of
+
+GRASP = {"name": "grasprune", "steps": 4, "batch_tokens": 32}
+
+
+@pytest.fixture(scope="module")
+def learning(quick: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """Arguments of a run with a learner, with changes."""
+
+    def settings(**changes: Any) -> dict[str, Any]:
+        base = quick(verify=False) | {"learner": GRASP} | changes
+        return {key: value for key, value in base.items() if key != "allocator"}
+
+    return settings
+
+
+@pytest.fixture(scope="module")
+def folder(saved_tiny: Any) -> Path:
+    return saved_tiny()
+
+
+def kept_of(result: Any) -> list[int]:
+    return [site["kept"] for site in result.report["sites"]]
+
+
+def test_a_run_that_was_stopped_while_it_learned_ends_in_the_same_bytes(
+    folder: Path, tmp_path: Path, learning: Any, content: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = learning(pruner={"name": "obs", "aim": "stream"})
+    whole = prunekit.prune(folder, output=tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        asked, real = list[GateQuery](), GatedModel.answer
+
+        def answer(self: GatedModel, query: GateQuery) -> GateReply:
+            if len(asked) == 2:
+                raise KeyboardInterrupt
+            asked.append(query)
+            return real(self, query)
+
+        patch.setattr(GatedModel, "answer", answer)
+        with pytest.raises(KeyboardInterrupt):
+            prunekit.prune(folder, output=tmp_path / "stopped", **settings)
+    prunekit.prune(folder, output=tmp_path / "stopped", **settings)
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+    report = whole.report
+    assert report["learner"]["queries"] == 4
+    assert report["learner"]["tokens_forward_and_back"] == 4 * 32
+    assert report["search"] == {"questions": 4, "token_forwards": 3 * 4 * 32}
+    assert "un-refitted weights" in report["learner"]["masks"]
+    assert report["budget"]["spent"] <= report["budget"]["limit"]
+    again = prunekit.prune(recipe=tmp_path / "whole", quiet=True)
+    assert again.report["learner"] == report["learner"]
+    assert kept_of(again) == kept_of(whole)
+
+
+def test_scales_are_folded_where_the_pruner_keeps_the_weights(folder: Path, learning: Any) -> None:
+    scaled = GRASP | {"scale_steps": 2}
+    plain, folded, refitted, again = (
+        prunekit.prune(folder, **learning(pruner=pruner, learner=learner, carry="dense"))
+        for pruner in ("magnitude", {"name": "obs", "aim": "own"})
+        for learner in (GRASP, scaled)
+    )
+    assert kept_of(plain) == kept_of(folded)
+    ratio = [
+        (two / one)[one != 0]
+        for (name, one), two in zip(plain.model.state_dict().items(), folded.model.state_dict().values(), strict=True)
+        if "down_proj" in name
+    ]
+    assert any(float((r - 1).abs().max()) > 1e-4 for r in ratio)
+    assert all(float(r.min()) >= 0.5 and float(r.max()) <= 1.5 for r in ratio)
+    assert refitted.report["losses"]["pruned"] == again.report["losses"]["pruned"], "a refit replaces scales"
+
+
+def test_the_pruner_may_choose_the_groups_of_what_was_learned(folder: Path, learning: Any) -> None:
+    own, chosen = (prunekit.prune(folder, **learning(learned=learned)) for learned in ("groups", "counts"))
+    assert kept_of(own) == kept_of(chosen)
+    assert own.report["losses"]["pruned"] != chosen.report["losses"]["pruned"]
+
+
+def test_a_learner_that_nests_is_asked_once_for_a_family(folder: Path, tmp_path: Path, learning: Any) -> None:
+    gisp = {"name": "gisp", "steps": 3, "tokens": 128}
+    found = prunekit.prune(folder, output=tmp_path / "out", sparsity=[0.3, 0.6], **learning(learner=gisp))
+    small = [json.loads((tmp_path / "out" / name / "report.json").read_text()) for name in ("0.3", "0.6")]
+    assert [report["search"]["questions"] for report in small] == [4, 0]
+    assert [report["learner"]["queries"] for report in small] == [4, 4]
+    counts = [[site["kept"] for site in report["sites"]] for report in small]
+    assert all(large >= less for large, less in zip(*counts, strict=True))
+    assert [row["folder"] for row in found.rows] == ["0.3", "0.6"]
+
+
+def test_any_other_learns_every_budget_by_itself_and_says_so(folder: Path, learning: Any) -> None:
+    lines: list[str] = []
+
+    class Said(Progress):
+        def say(self, line: str) -> None:
+            lines.append(line)
+
+    settings = {key: value for key, value in learning().items() if key != "quiet"}
+    family = prunekit.prune(folder, sparsity=[0.3, 0.6], progress=Said(), **settings)
+    assert any("one budget at a time: 2 are learned in turn" in line for line in lines)
+    assert [member.report["search"]["questions"] for member in family.members] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"time": "10m"}, "time limits searches"),
+        ({"search_budget": 1000}, "search_budget limits searches"),
+        ({"structure": "2:4", "pruner": "sparsegpt"}, "does not know structure n:m"),
+        ({"allocator": "uniform"}, "give one of them"),
+        ({"learner": "grasp"}, "grasprune"),
+    ],
+)
+def test_what_does_not_go_with_a_learner_is_refused(learning: Any, changes: dict[str, Any], sentence: str) -> None:
+    given = learning() | changes
+    keys = {key.replace("__", "."): value for key, value in given.items() if key not in ("quiet",)}
+    with pytest.raises(WrongInput, match=sentence):
+        prunekit.resolve(prunekit.Recipe.load().with_overrides(keys))
+
+
+def test_one_takes_the_place_of_the_other() -> None:
+    base = prunekit.Recipe.load()
+    learned = base.with_overrides({"learner": "gisp"})
+    assert (learned.allocator, learned.learner) == (None, {"name": "gisp"})
+    back = learned.with_overrides({"allocator": "uniform"})
+    assert (back.allocator, back.learner) == ({"name": "uniform"}, None)
+    assert "learner" not in base.to_yaml()
+    assert prunekit.Recipe.load("grasprune").allocator is None
+
+
+def test_the_command_line_plans_and_lists_it(folder: Path) -> None:
+    run = CliRunner().invoke(app, ["plan", str(folder), "--learner", "gisp", "--dataset", "python-docs", "--json"])
+    assert run.exit_code == 0, run.output
+    stages = {stage["name"]: stage for stage in json.loads(run.stdout)["stages"]}
+    assert stages["learn"]["flops"] > 0
+    assert stages["learn"]["disk"] > 0
+    assert "grasprune" in CliRunner().invoke(app, ["list", "--kind", "learner"]).output
+
+
+def broken(what: str) -> Learner:
+    """A learner that breaks its contract."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Broken(Learner):
+        def learn(self, problem: Any) -> Any:
+            gates = torch.ones(problem.groups)
+            if what == "shape":
+                yield GateQuery(gates[1:])
+            if what == "nan":
+                yield GateQuery(gates * float("nan"))
+            if what == "windows":
+                yield GateQuery(gates, (problem.windows,))
+            yield GateQuery(gates)
+            kept = tuple(tuple(range(site.n_groups)) for site in problem.space.sites)
+            return [Decision(kept)] if what == "budget" else [Decision(kept[1:])]
+
+        def effort(self, windows: int, seqlen: int, budgets: int = 1) -> Any:
+            return prunekit.Effort(1, windows * seqlen)
+
+    return Broken()
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("shape", "finite gates are asked with"),
+        ("nan", "finite gates are asked with"),
+        ("windows", "there are 0 to"),
+        ("budget", "not feasible under the budget"),
+        ("sites", "is no Decision about 2 sites"),
+    ],
+)
+def test_a_broken_learner_is_told(what: str, sentence: str) -> None:
+    problem = GateProblem((space_of([3, 6], [2, 1], 0.5),), 4, 8)
+    with pytest.raises(PluginError, match=sentence):
+        lesson(broken(what), problem, lambda query: GateReply(1.0))
+
+
+def test_decisions_of_a_family_nest(folder: Path, learning: Any) -> None:
+    spaces = tuple(space_of([3, 6], [2, 1], share) for share in (0.8, 0.5, 0.3))
+    surface = Surface(noisy(9, 3)[0].abs() + 0.01, noise=noisy(9, 4))
+    learned = lesson(LEARNERS.build("gisp"), GateProblem(spaces, 64, 8), surface.answer)
+    masks = [mask_of(decision, [3, 6]) for decision in learned.decisions]
+    assert all(bool((less <= more).all()) for more, less in pairwise(masks))

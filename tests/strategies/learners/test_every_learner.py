@@ -1,0 +1,34 @@
+"""Every registered learner keeps the promises of the suite."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from prunekit.plugins.learner import Learner
+from prunekit.plugins.registry import LEARNERS
+from prunekit.testing import LearnerSuite
+
+QUICK: Mapping[str, Mapping[str, Any]] = {
+    "grasprune": {"steps": 64, "rate": 0.05, "batch_tokens": 8, "scale_steps": 4},
+    "bypass-bp": {"steps": 30, "draws": 8, "rate": 0.8, "batch_tokens": 32},
+    "ddp": {"steps": 96, "batch_tokens": 8},
+    "gisp": {"steps": 6, "tokens": 512},
+}
+
+LEFT: Mapping[str, tuple[float, float, float]] = {  # on losses that are linear, flat around what is kept, of pairs
+    "bypass-bp": (0.5, 0.5, 0.7),  # of few draws
+    "ddp": (math.inf, 0.3, math.inf),  # Adam hears of slopes of one size their sign alone
+    "gisp": (0.3, math.inf, 0.2),  # its importance is of first order: a kept group without a slope has none
+}
+
+
+class TestEveryLearner(LearnerSuite):
+    @pytest.fixture(autouse=True, params=list(LEARNERS))
+    def _plugin(self, request: pytest.FixtureRequest) -> None:
+        name = request.param
+        self.plugin: Learner = LEARNERS.build({"name": name, **QUICK.get(name, {})})
+        self.draws = name in ("bypass-bp", "ddp")  # ddp draws where it begins
+        own = LearnerSuite
+        self.slack, self.flat_slack, self.pairs_slack = LEFT.get(name, (own.slack, own.flat_slack, own.pairs_slack))
