@@ -21,7 +21,7 @@ LOOKED_AT = 1_024  # tokens that the model reads of all sources together, at lea
 SHORTEST = 64  # tokens of a window; in shorter ones most tokens have too little in front of them
 LEAST = 512  # tokens of a source; a loss on fewer is chance
 BYTES = 4.48  # of a token of that law: MassiveText's 10.5 TB, of which 12.8 % are 300 billion tokens (arXiv:2112.11446)
-FACTOR = 2.0  # models were found to need 0.9 to 1.7 times as many bits of text that they know (docs/results.md)
+FACTOR = 2.0  # models were found to need 1.1 to 1.8 times as many bits of text that they know (docs/results.md)
 
 
 def expected_bits(parameters: int) -> float:
