@@ -8,7 +8,7 @@ it will really see.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import groupby
 from typing import Any, Literal
@@ -107,11 +107,7 @@ def build(
     """
     if all(site in store for site in space.sites):
         return tuple(tuple(store.errors(site)) for site in space.sites)
-    other_passes = {"gradient": gradients, "output-fisher": fisher, "contrast": contrast}
-    there = {name for name in STATISTICS if other_passes.get(name, ...) is not None}
-    for plugin in (pruner, *signals):
-        if unmet := sorted(need for need in plugin.needs if isinstance(need, str) and need not in there):
-            raise PluginError(f"{type(plugin).__name__} needs {', '.join(unmet)}, which calibration cannot collect")
+    _check_needs((pruner, *signals), {"gradient": gradients, "output-fisher": fisher, "contrast": contrast})
     needs = pruner.needs.union(*(signal.needs for signal in signals), () if fisher is None else ("output-fisher",))
     statistics, room, other = statistics_of(needs), room or Room(), None
     two = any("dense" in each.sees for each in statistics)
@@ -171,9 +167,8 @@ def build(
         for index, sites in groupby(space.sites, key=lambda site: site.block):
             here = tuple(sites)
             unfinished = any(site not in store for site in here)  # then all are met again: each needs what was before
-            behind = dict[
-                Site, Tensor
-            ]()  # what the next block is reached through, of a pruner that sees this one dense
+            # of a pruner that sees this block dense: what the next one is reached through
+            behind = dict[Site, Tensor]()
             for site in here:
                 if unfinished:
                     fill(site)
@@ -188,6 +183,13 @@ def build(
                 each.advance(index, behind)
             give_back()
     return tuple(tuple(store.errors(site)) for site in space.sites)
+
+
+def _check_needs(plugins: Sequence[LocalPruner | Signal], other_passes: Mapping[str, Any]) -> None:
+    there = {name for name in STATISTICS if other_passes.get(name, ...) is not None}
+    for plugin in plugins:
+        if unmet := sorted(need for need in plugin.needs if isinstance(need, str) and need not in there):
+            raise PluginError(f"{type(plugin).__name__} needs {', '.join(unmet)}, which calibration cannot collect")
 
 
 def layer_problem(
