@@ -151,6 +151,7 @@ class Effort:
     forward: int = 0  # tokens that go through the gated model alone
     back: int = 0  # tokens that go through it and back
     dense: int = 0  # tokens that go through the dense model beside it
+    taylor: bool = False  # whether slopes of all weights are held at once
 
 
 Lesson = Generator[GateQuery, GateReply, Sequence[Decision]]

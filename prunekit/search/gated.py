@@ -60,8 +60,14 @@ class GatedModel:
         """Answer a question that was checked.
 
         Raises:
-            WrongInput: a pass back finds a loss that is not finite.
+            WrongInput: a pass back finds a loss that is not finite, or slopes of all weights are wanted of a model that
+                is read block by block.
         """
+        if "taylor" in query.want and pager_of(self.model) is not None:
+            raise WrongInput(
+                "the learner needs the slopes of all weights at once, and the model is read block by block; "
+                "give more --memory, or a learner that asks for the slopes of gates"
+            )
         batch = self.text if query.windows is None else self.text.rows(list(query.windows))
         gates = query.gates.to(self.device, self.dtype, copy=True).requires_grad_(query.back)
         weights = dict(self._weights()) if "taylor" in query.want else {}
@@ -131,7 +137,7 @@ class GatedModel:
             for site in self.sites:
                 linear = self.adapter.linear(self.blocks[site.block], site)
                 stack.enter_context(linear.register_forward_pre_hook(partial(enter, site)))
-                if linear.bias is not None:
+                if linear._parameters.get("bias") is not None:  # asked for, that of a paged model would be read
                     open_ = bool(gates.detach()[self._group[site]].any())
                     stack.enter_context(linear.register_forward_hook(partial(leave, open_)))
             yield

@@ -98,6 +98,7 @@ def _counted(done: Effort, query: GateQuery, problem: GateProblem) -> Effort:
         done.forward + (0 if query.back else tokens),
         done.back + (tokens if query.back else 0),
         done.dense + (tokens if query.dense else 0),
+        done.taylor or "taylor" in query.want,
     )
 
 

@@ -109,7 +109,8 @@ class PrunerSuite:
                 for candidate in checked(self.plugin, layer, [0, layer.n_groups // 2, layer.n_groups]):
                     found = self.plugin.keep(layer, candidate.kept or ())
                     assert found.kept == candidate.kept
-                    torch.testing.assert_close(found.weight, candidate.weight)
+                    if type(self.plugin).keep is not LocalPruner.keep:  # else weights stay as they are
+                        torch.testing.assert_close(found.weight, candidate.weight)
                 odd = tuple(range(0, layer.n_groups, 2))
                 found = self.plugin.keep(layer, odd)
                 assert found.kept == odd

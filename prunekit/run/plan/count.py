@@ -270,6 +270,7 @@ class Count:
             effort = learner.effort(tokens // self.seqlen, self.seqlen, len(several))
             forwards = effort.forward + effort.dense + (BACK + again) * effort.back
             back = (graph // len(shape.blocks) if again else graph) if effort.back else 0
+            back += 2 * FLOAT * shape.weights if effort.taylor else 0  # of a batch, and their sum
             yield Stage(
                 "learn" if len(several) > 1 else several[0].called("learn"), held + max(said, back),
                 shares.blocks or 0, effort.queries * vector if effort.back else 0,

@@ -41,7 +41,7 @@ class GISP(Learner):
 
     def effort(self, windows: int, seqlen: int, budgets: int = 1) -> Effort:
         steps = self.steps + budgets - 1
-        return Effort(steps, back=steps * seqlen * max(1, min(windows, self.tokens // seqlen)))
+        return Effort(steps, back=steps * seqlen * max(1, min(windows, self.tokens // seqlen)), taylor=True)
 
     def learn(self, problem: GateProblem) -> Lesson:
         larger = mask = torch.ones(problem.groups, dtype=torch.bool)  # larger: what the budget before keeps
