@@ -18,6 +18,7 @@ from prunekit.errors import WrongInput
 from prunekit.models import paging
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.intake import check_config, check_loaded
+from prunekit.models.modules import widen_tables
 from prunekit.models.places import at_hand, cannot_open, check_device
 from prunekit.models.shards import is_packed, quantized
 from prunekit.plugins.adapter import ModelAdapter
@@ -92,6 +93,7 @@ def opened(
     if converted:
         warn_once(converted_as(name, converted, str(stored)[6:]))
     if paging.pager_of(model) is None:
+        widen_tables(model)
         stored_as(model.to(place), computed(stored)).eval().requires_grad_(False)  # type: ignore[arg-type]
     adapter, digest = adapter_for(model.config.model_type), fingerprint(model, name)
     return Dense(model, tokenizer, adapter, stored, name, digest, shares, converted)

@@ -26,6 +26,7 @@ from prunekit.errors import WrongInput
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.configs import make_shape
 from prunekit.models.intake import read_config
+from prunekit.models.modules import make_tables
 from prunekit.models.places import at_hand, here
 from prunekit.models.shards import INDEX, WEIGHTS, Shards
 from prunekit.plugins.adapter import ModelAdapter
@@ -426,10 +427,11 @@ def fill_buffers(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.d
                 continue
             made.append(full)
             if buffer.is_floating_point():
-                unmade = torch.full(buffer.shape, torch.nan, dtype=buffer.dtype, device=device)
+                exact = torch.promote_types(buffer.dtype, torch.float32)  # whatever the weights are rounded to
+                unmade = torch.full(buffer.shape, torch.nan, dtype=exact, device=device)
                 setattr(module, name, nn.Buffer(unmade, persistent=False))
         if made:
-            model._init_weights(module)
+            make_tables(model, module)
         for full in made:
             if (buffer := model.get_buffer(full)).is_meta or not bool(torch.isfinite(buffer).all()):
                 raise WrongInput(f"{full} is in no file and cannot be made by itself; open the model whole")

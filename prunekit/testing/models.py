@@ -17,6 +17,7 @@ COMMON: dict[str, Any] = {
 }
 HEADS: dict[str, Any] = {"num_attention_heads": 6, "max_position_embeddings": 64}
 GROUPED: dict[str, Any] = HEADS | {"num_key_value_heads": 3, "intermediate_size": 17, "initializer_range": 0.3}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 SIZES: dict[str, dict[str, Any]] = {  # by config.model_type; head_dim is not hidden_size / heads where it may differ
     "llama": GROUPED,
@@ -46,6 +47,6 @@ def tiny(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.3)
-            elif "norm" in name:
+            elif "norm" in name or "ln_" in name:
                 parameter.uniform_(0.5, 1.5)
     return model.double().eval()
