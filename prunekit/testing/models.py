@@ -24,6 +24,7 @@ SIZES: dict[str, dict[str, Any]] = {  # by config.model_type; head_dim is not hi
     "mistral": GROUPED | {"head_dim": 6, "sliding_window": None},
     "qwen2": GROUPED | {"tie_word_embeddings": True},
     "qwen3": GROUPED | {"head_dim": 8},
+    "smollm3": GROUPED | {"no_rope_layer_interval": 2},  # tied
     "opt": HEADS | {"ffn_dim": 17, "init_std": 0.3, "dropout": 0.0},
     "gpt_neox": HEADS | {"intermediate_size": 17, "initializer_range": 0.3, "rotary_pct": 0.5},
 }
