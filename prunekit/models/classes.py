@@ -161,6 +161,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": llama_like("qwen2", "Qwen2"),
     "qwen3": llama_like("qwen3", "Qwen3"),
     "smollm3": llama_like("smollm3", "SmolLM3", by_layer=("layer_types", "no_rope_layers")),
+    "granite": llama_like("granite", "Granite"),
     "opt": Family(
         "opt",
         "OPT",
