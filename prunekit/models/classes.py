@@ -162,6 +162,12 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": llama_like("qwen3", "Qwen3"),
     "smollm3": llama_like("smollm3", "SmolLM3", by_layer=("layer_types", "no_rope_layers")),
     "granite": llama_like("granite", "Granite"),
+    "starcoder2": llama_like(
+        "starcoder2",
+        "Starcoder2",
+        rows={**SEPARATE, "mlp.c_fc": "width"},
+        columns={"attention": "self_attn.o_proj", "mlp": "mlp.c_proj"},
+    ),
     "opt": Family(
         "opt",
         "OPT",
