@@ -162,6 +162,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": llama_like("qwen3", "Qwen3"),
     "smollm3": llama_like("smollm3", "SmolLM3", by_layer=("layer_types", "no_rope_layers")),
     "granite": llama_like("granite", "Granite"),
+    "cohere": llama_like("cohere", "Cohere", norms={"attention": ("input_layernorm",), "mlp": ()}),
     "starcoder2": llama_like(
         "starcoder2",
         "Starcoder2",
