@@ -163,6 +163,7 @@ FAMILIES: Mapping[str, Family] = {
     "smollm3": llama_like("smollm3", "SmolLM3", by_layer=("layer_types", "no_rope_layers")),
     "granite": llama_like("granite", "Granite"),
     "cohere": llama_like("cohere", "Cohere", norms={"attention": ("input_layernorm",), "mlp": ()}),
+    "stablelm": llama_like("stablelm", "StableLm", free_head_dim=False),
     "starcoder2": llama_like(
         "starcoder2",
         "Starcoder2",
