@@ -162,6 +162,9 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": llama_like("qwen3", "Qwen3"),
     "smollm3": llama_like("smollm3", "SmolLM3", by_layer=("layer_types", "no_rope_layers")),
     "granite": llama_like("granite", "Granite"),
+    "olmo2": llama_like(
+        "olmo2", "Olmo2", norms={"attention": ("post_attention_layernorm",), "mlp": ("post_feedforward_layernorm",)}
+    ),
     "cohere": llama_like("cohere", "Cohere", norms={"attention": ("input_layernorm",), "mlp": ()}),
     "stablelm": llama_like("stablelm", "StableLm", free_head_dim=False),
     "starcoder2": llama_like(
