@@ -165,6 +165,7 @@ FAMILIES: Mapping[str, Family] = {
     "olmo2": llama_like(
         "olmo2", "Olmo2", norms={"attention": ("post_attention_layernorm",), "mlp": ("post_feedforward_layernorm",)}
     ),
+    "gemma2": llama_like("gemma2", "Gemma2", norms=AROUND),
     "cohere": llama_like("cohere", "Cohere", norms={"attention": ("input_layernorm",), "mlp": ()}),
     "stablelm": llama_like("stablelm", "StableLm", free_head_dim=False),
     "starcoder2": llama_like(
