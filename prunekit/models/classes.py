@@ -166,6 +166,7 @@ FAMILIES: Mapping[str, Family] = {
         "olmo2", "Olmo2", norms={"attention": ("post_attention_layernorm",), "mlp": ("post_feedforward_layernorm",)}
     ),
     "gemma2": llama_like("gemma2", "Gemma2", norms=AROUND),
+    "gemma3_text": llama_like("gemma3_text", "Gemma3", norms=AROUND, module="gemma3", stock_base="Gemma3TextModel"),
     "cohere": llama_like("cohere", "Cohere", norms={"attention": ("input_layernorm",), "mlp": ()}),
     "stablelm": llama_like("stablelm", "StableLm", free_head_dim=False),
     "starcoder2": llama_like(

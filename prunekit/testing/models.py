@@ -28,6 +28,7 @@ SIZES: dict[str, dict[str, Any]] = {  # by config.model_type; head_dim is not hi
     "granite": GROUPED | {"residual_multiplier": 0.5, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
     "olmo2": GROUPED,
     "gemma2": GROUPED | {"head_dim": 6, "query_pre_attn_scalar": 6, "sliding_window": 4},  # tied
+    "gemma3_text": GROUPED | {"head_dim": 6, "query_pre_attn_scalar": 6, "sliding_window": 4, "layer_types": MIXED},
     "cohere": GROUPED | {"logit_scale": 0.5},  # tied
     "stablelm": GROUPED | {"use_qkv_bias": True, "partial_rotary_factor": 0.5},
     "starcoder2": GROUPED,  # tied, biased
