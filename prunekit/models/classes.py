@@ -175,6 +175,12 @@ FAMILIES: Mapping[str, Family] = {
         rows={**SEPARATE, "mlp.c_fc": "width"},
         columns={"attention": "self_attn.o_proj", "mlp": "mlp.c_proj"},
     ),
+    "phi3": llama_like(
+        "phi3",
+        "Phi3",
+        rows={"self_attn.qkv_proj": ("query", "kv", "kv"), "mlp.gate_up_proj": ("width", "width")},
+        asks_config=True,
+    ),
     "opt": Family(
         "opt",
         "OPT",

@@ -32,6 +32,7 @@ SIZES: dict[str, dict[str, Any]] = {  # by config.model_type; head_dim is not hi
     "cohere": GROUPED | {"logit_scale": 0.5},  # tied
     "stablelm": GROUPED | {"use_qkv_bias": True, "partial_rotary_factor": 0.5},
     "starcoder2": GROUPED,  # tied, biased
+    "phi3": GROUPED | {"head_dim": 6},
     "opt": HEADS | {"ffn_dim": 17, "init_std": 0.3, "dropout": 0.0},
     "gpt_neox": HEADS | {"intermediate_size": 17, "initializer_range": 0.3, "rotary_pct": 0.5},
 }

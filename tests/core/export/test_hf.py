@@ -271,6 +271,7 @@ def test_config_says_every_size_and_nothing_else(case: tuple[PreTrainedModel, Pa
         pytest.param("mistral", {"num_key_value_heads": 6}, 5, "MistralForCausalLM", id="mistral"),
         pytest.param("qwen2", {"num_key_value_heads": 6}, 5, "Qwen2ForCausalLM", id="qwen2"),
         pytest.param("qwen3", {"num_key_value_heads": 6}, 5, "Qwen3ForCausalLM", id="qwen3"),
+        pytest.param("phi3", {"num_key_value_heads": 6}, 5, "Phi3ForCausalLM", id="phi3"),
         pytest.param("phi3", LONG_PHI, 2, "PrunekitPhi3ForCausalLM", id="phi3 counts factors by heads"),
         pytest.param("gemma2", {"num_key_value_heads": 6}, 4, "Gemma2ForCausalLM", id="gemma2"),
         pytest.param("gemma3_text", {"num_key_value_heads": 6}, 5, "PrunekitGemma3ForCausalLM", id="5 heads of gemma3"),
