@@ -181,6 +181,18 @@ FAMILIES: Mapping[str, Family] = {
         rows={"self_attn.qkv_proj": ("query", "kv", "kv"), "mlp.gate_up_proj": ("width", "width")},
         asks_config=True,
     ),
+    "falcon": Family(
+        "falcon",
+        "Falcon",
+        rows={"self_attention.query_key_value": "qkv", "mlp.dense_h_to_4h": "width"},
+        columns={"attention": "self_attention.dense", "mlp": "mlp.dense_4h_to_h"},
+        norms={"attention": ("ln_attn", "input_layernorm"), "mlp": ("ln_mlp", "post_attention_layernorm")},
+        layers="h",
+        attention="self_attention",
+        kv_heads="num_kv_heads",
+        width="ffn_hidden_size",
+        free_head_dim=False,
+    ),
     "opt": Family(
         "opt",
         "OPT",

@@ -33,6 +33,9 @@ SIZES: dict[str, dict[str, Any]] = {  # by config.model_type; head_dim is not hi
     "stablelm": GROUPED | {"use_qkv_bias": True, "partial_rotary_factor": 0.5},
     "starcoder2": GROUPED,  # tied, biased
     "phi3": GROUPED | {"head_dim": 6},
+    "falcon": HEADS
+    | {"new_decoder_architecture": True, "num_kv_heads": 3, "ffn_hidden_size": 17, "bias": True}
+    | {"initializer_range": 0.3},  # tied
     "opt": HEADS | {"ffn_dim": 17, "init_std": 0.3, "dropout": 0.0},
     "gpt_neox": HEADS | {"intermediate_size": 17, "initializer_range": 0.3, "rotary_pct": 0.5},
 }

@@ -275,6 +275,7 @@ def test_config_says_every_size_and_nothing_else(case: tuple[PreTrainedModel, Pa
         pytest.param("phi3", LONG_PHI, 2, "PrunekitPhi3ForCausalLM", id="phi3 counts factors by heads"),
         pytest.param("gemma2", {"num_key_value_heads": 6}, 4, "Gemma2ForCausalLM", id="gemma2"),
         pytest.param("gemma3_text", {"num_key_value_heads": 6}, 5, "PrunekitGemma3ForCausalLM", id="5 heads of gemma3"),
+        pytest.param("falcon", {}, 2, "PrunekitFalconForCausalLM", id="falcon with fewer heads"),
         pytest.param("opt", {}, 6, "OPTForCausalLM", id="opt with all heads"),
         pytest.param("opt", {}, 4, "PrunekitOPTForCausalLM", id="opt with fewer heads"),
         pytest.param("gpt_neox", {}, 6, "GPTNeoXForCausalLM", id="gpt_neox with all heads"),

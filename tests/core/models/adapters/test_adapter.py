@@ -37,6 +37,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
     "cohere-norms-by-head": ("cohere", {"use_qk_norm": True, "attention_bias": True}),
     "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "falcon-7b": ("falcon", {"new_decoder_architecture": False, "num_kv_heads": None, "bias": False}),
+    "falcon-alibi": ("falcon", {"new_decoder_architecture": False, "num_kv_heads": 6, **RW}),
     "gpt_neox-bare": ("gpt_neox", {"attention_bias": False, "tie_word_embeddings": True}),
 }
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 58], [2, 7, 18, 28, 18, 28, 45, 9, 4]])
