@@ -42,7 +42,8 @@ def skeleton(source: str | PreTrainedModel, *, trust_remote_code: bool = False) 
         check_config(vars(source.config), name)
         if packed := [key for key, value in source.state_dict().items() if is_packed(key, str(value.dtype))]:
             raise quantized(name, f"{packed[0]} is {source.state_dict()[packed[0]].dtype}")
-        return source, adapter_for(source.config.model_type)
+        model = adapter_for(source.config.model_type).opened(source)
+        return model, adapter_for(model.config.model_type)
     model = paging.shaped(source, trust_remote_code=trust_remote_code)
     return model, adapter_for(model.config.model_type)
 
@@ -80,6 +81,7 @@ def opened(
         name = str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
         skeleton(source)
         model, stored = settle_ties(copy.deepcopy(source)), next(source.parameters()).dtype
+        model = adapter_for(model.config.model_type).opened(model)
     else:
         if shares.blocks is None:
             skeleton(source, trust_remote_code=trust_remote_code)  # wrong input fails before weights are read
@@ -214,7 +216,7 @@ def loaded(
     for name, there, wanted in sorted(report["mismatched_keys"])[:1]:
         raise WrongInput(f"{source!r}: {name} is {tuple(there)}, and its config asks for {tuple(wanted)}")
     paging.check_names(source, report["missing_keys"], paging.unused(path, model) | report["unexpected_keys"])
-    return settle_ties(model)
+    return adapter_for(model.config.model_type).opened(settle_ties(model))
 
 
 def settle_ties(model: PreTrainedModel) -> PreTrainedModel:

@@ -349,12 +349,12 @@ def shaped(source: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
         WrongInput: it cannot be opened.
     """
     config, path = read_config(source, trust_remote_code=trust_remote_code), at_hand(source)
-    adapter_for(config.model_type)
+    adapter = adapter_for(config.model_type)
     model = make_shape(config, source, path, trust_remote_code=trust_remote_code)
     if getattr(config, "tie_word_embeddings", False) and tied_otherwise(path, model):
         config.tie_word_embeddings = False
         model = make_shape(config, source, path, trust_remote_code=trust_remote_code)
-    return model
+    return adapter.opened(model)
 
 
 def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -396,6 +396,11 @@ def opened(
         WrongInput: it is not whole, or cannot be read block by block.
     """
     model, source, path = shaped(path, trust_remote_code=trust_remote_code), path, at_hand(path)
+    if (stored := read_config(source, trust_remote_code=trust_remote_code).model_type) != model.config.model_type:
+        raise WrongInput(
+            f"{source!r} is of type {stored} and opened as {model.config.model_type}, which needs it whole; give "
+            "--memory for all of it"
+        )
     if not Path(path).is_dir():
         Shards.of(path, source)  # fetched, so that the tensors can say what is tied
         model = shaped(source, trust_remote_code=trust_remote_code)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from prunekit.errors import WrongInput
 from prunekit.layer.candidates import Candidate
 from prunekit.space.forms import Form
 from prunekit.space.sites import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Heads = Literal["kv", "query"]
 
@@ -41,6 +44,15 @@ class ModelAdapter(ABC):
     """
 
     layers: ClassVar[str]  # path of the list of blocks
+
+    def opened(self, model: PreTrainedModel) -> PreTrainedModel:
+        """What is pruned in the place of a model that was read: itself, or a model of another class that computes the
+        same.
+
+        Raises:
+            UnsupportedModel: no class that can be pruned computes the same.
+        """
+        return model
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """The decoder blocks, in order of execution."""

@@ -36,7 +36,7 @@ class AdapterSuite:
 
     @pytest.fixture
     def model(self) -> PreTrainedModel:
-        return tiny(ADAPTERS.name_of(self.plugin) or "").requires_grad_(False)
+        return self.plugin.opened(tiny(ADAPTERS.name_of(self.plugin) or "")).requires_grad_(False)
 
     def test_blocks_one_by_one_are_the_model(self, model: PreTrainedModel) -> None:
         hidden, calls = entered(model, self.plugin, toy_tokens().ids)

@@ -39,6 +39,9 @@ SIZES: dict[str, dict[str, Any]] = {  # by config.model_type; head_dim is not hi
     "opt": HEADS | {"ffn_dim": 17, "init_std": 0.3, "dropout": 0.0},
     "gpt_neox": HEADS | {"intermediate_size": 17, "initializer_range": 0.3, "rotary_pct": 0.5},
 }
+OPENED: dict[str, dict[str, Any]] = {  # families that are pruned as another
+    "gpt2": HEADS | {"n_inner": 17, "initializer_range": 0.3, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+}
 STATES: dict[str, Any] = {"state_size": 5, "use_bias": True, "initializer_range": 0.3}
 MIXERS: dict[str, dict[str, Any]] = {  # families without groups
     "mamba": STATES | {"time_step_rank": 4},  # tied
@@ -52,7 +55,7 @@ def tiny(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     Families without an entry in `SIZES` get the sizes of a Llama.
     """
     set_seed(seed)
-    sizes = (SIZES | MIXERS).get(model_type, GROUPED)
+    sizes = (SIZES | OPENED | MIXERS).get(model_type, GROUPED)
     config = AutoConfig.for_model(model_type, **(COMMON | sizes | overrides))
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -55,7 +55,7 @@ class TestEveryAdapter(AdapterSuite):
 
     @pytest.fixture
     def model(self) -> PreTrainedModel:
-        return tiny(self.variant[0], **self.variant[1]).requires_grad_(False)
+        return self.plugin.opened(tiny(self.variant[0], **self.variant[1])).requires_grad_(False)
 
 
 @pytest.fixture(params=VARIANTS)
