@@ -53,6 +53,10 @@ class Family:
     asks_config: bool = False  # attention asks its config, when it runs, how many query heads it has
     by_layer: tuple[str, ...] = ("layer_types",)  # lists in the config with one entry per layer
 
+    def __post_init__(self) -> None:
+        if alone := next((name for name in self.norms.values() if isinstance(name, str)), None):
+            raise TypeError(f"norms of {self.prefix} are tuples of names, so ({alone!r},) and not {alone!r}")
+
     def heads(self, layer_config: Any) -> tuple[int, int]:
         """(query heads, KV heads) of one layer."""
         query = getattr(layer_config, self.query_heads)

@@ -72,6 +72,11 @@ def test_registering_twice_is_harmless_and_classes_are_made_once() -> None:
         _ = modeling.PrunekitBloomModel  # type: ignore[attr-defined]
 
 
+def test_norms_are_tuples_of_names() -> None:
+    with pytest.raises(TypeError, match=r"norms of X are tuples of names, so \('norm',\) and not 'norm'"):
+        modeling.llama_like("x", "X", norms={"attention": "norm", "mlp": ()})
+
+
 def test_a_skipped_layer_keeps_the_cache_in_step() -> None:
     lengths: list[tuple[int, ...]] = []
 
