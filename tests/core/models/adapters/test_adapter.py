@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Iterable
 from typing import Any, cast
 
 import pytest
@@ -41,12 +42,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-alibi": ("falcon", {"new_decoder_architecture": False, "num_kv_heads": 6, **RW}),
     "gpt_neox-bare": ("gpt_neox", {"attention_bias": False, "tie_word_embeddings": True}),
 }
+SLOW = {"falcon-alibi", "stablelm-parallel"}  # what is special in them is as in others
+
+
+def marked(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+
+
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 58], [2, 7, 18, 28, 18, 28, 45, 9, 4]])
 
 Plan = dict[Site, Candidate]
 
 
-@pytest.mark.parametrize("name", [*ADAPTERS, *sorted(VARIANTS.keys() - SIZES.keys())])
+@pytest.mark.parametrize("name", marked([*ADAPTERS, *sorted(VARIANTS.keys() - SIZES.keys())]))
 class TestEveryAdapter(AdapterSuite):
     @pytest.fixture(autouse=True)
     def _plugin(self, name: str) -> None:
@@ -58,7 +66,7 @@ class TestEveryAdapter(AdapterSuite):
         return self.plugin.opened(tiny(self.variant[0], **self.variant[1])).requires_grad_(False)
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=marked(VARIANTS))
 def case(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, ModelAdapter]:
     model_type, overrides = VARIANTS[request.param]
     return tiny(model_type, **overrides), adapter_for(model_type)
