@@ -231,7 +231,8 @@ def layer_problem(
     joins = adapter.adds_up(block) and adapter.part(site) is not None  # its output is a term of the residual stream
     unseen = [each.name for each in statistics_of(needs) if "residual" in each.sees and each.name != "drift"]
     if unseen and not joins:
-        why = "a norm comes after the sum" if adapter.part(site) is not None else "it is no whole sub-layer"
+        whole = adapter.part(site) is not None
+        why = "the stream is not a sum of outputs" if whole else "it is no whole sub-layer"
         raise WrongInput(f"{site.name}: {why}, so there is no {unseen[0]}; choose another signal")
     *front, own = adapter.cuts(block, site)
     straight = site.spread == 1  # wide matrices are not copied for nothing

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -20,7 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from prunekit.layer.layouts import layout_of
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.models.classes import BUNDLED, FAMILIES, Family, Part, UnequalLayers, define
-from prunekit.models.modules import shallow
+from prunekit.models.modules import make_tables, shallow
 from prunekit.models.opening import without_bars
 from prunekit.models.paging import attach, pager_of, real, shapes_of
 from prunekit.models.shards import SHARD_BYTES, write
@@ -38,16 +39,19 @@ def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrained
     blocks, kept = adapter.blocks(model), _kept(model, adapter)
     if not isinstance(adapter, Transformer):  # nothing but single weights can be removed
         return _filled(type(model), copy.deepcopy(model.config), model, adapter.layers, kept)
-    sizes = [adapter.layer_config(blocks[index]) for index in kept]
+    sizes, head_dim = [adapter.layer_config(blocks[index]) for index in kept], adapter.head_dim(blocks[kept[0]])
     values: dict[str, Any] = {key: value for key, value in model.config.to_dict().items() if key not in REWRITTEN}
-    values |= {"num_hidden_layers": len(kept), "head_dim": adapter.head_dim(blocks[kept[0]])}
-    if values.get("layer_types"):
-        values["layer_types"] = [values["layer_types"][index] for index in kept]
+    values["num_hidden_layers"] = len(kept)
+    if not isinstance(getattr(type(model.config), "head_dim", None), property):  # which follows from the rest
+        values["head_dim"] = head_dim
+    for key in adapter.family.by_layer:
+        if values.get(key):
+            values[key] = [values[key][index] for index in kept]
     native = _native_biases(adapter.family, values)
     added = [[part for part in adapter.biased(blocks[index]) if part not in native] for index in kept]
     if any(added):
         sizes = [size | {"biased": parts} for size, parts in zip(sizes, added, strict=True)]
-    config: Any = _stock_config(adapter.family, values, sizes)
+    config: Any = _stock_config(adapter.family, values, sizes, head_dim)
     if config is None:
         config_class, _, causal = define(adapter.family)
         config = config_class(**values, per_layer_config=dict(enumerate(sizes)))
@@ -166,8 +170,9 @@ def _kept(model: PreTrainedModel, adapter: ModelAdapter) -> list[int]:
 def _native_biases(family: Family, values: dict[str, Any]) -> set[Part]:
     """The parts whose linear map with cut columns has a bias in the stock class."""
     one: dict[str, Any] = values | {"num_hidden_layers": 1}
-    if one.get("layer_types"):
-        one["layer_types"] = one["layer_types"][:1]
+    for key in family.by_layer:
+        if one.get(key):
+            one[key] = one[key][:1]
     config = CONFIG_MAPPING[family.model_type](**one)
     causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
@@ -176,13 +181,15 @@ def _native_biases(family: Family, values: dict[str, Any]) -> set[Part]:
     return {part for part, path in family.columns.items() if block.get_submodule(path).bias is not None}
 
 
-def _stock_config(family: Family, values: dict[str, Any], sizes: Sequence[dict[str, Any]]) -> PreTrainedConfig | None:
+def _stock_config(
+    family: Family, values: dict[str, Any], sizes: Sequence[dict[str, Any]], head_dim: int
+) -> PreTrainedConfig | None:
     """The config of a stock class that can hold layers of these sizes, if there is one."""
     first = sizes[0]
     if {"skip", "biased"} & first.keys() or any(size != first for size in sizes):
         return None
     heads, hidden = first[family.query_heads], values["hidden_size"]
-    if not family.free_head_dim and heads * values["head_dim"] != hidden:
+    if not family.free_head_dim and heads * head_dim != hidden:
         return None
     values, model_type = values | first, family.model_type
     if model_type == "llama" and hidden % heads:  # which the validator of Llama forbids, and Mistral's does not
@@ -190,7 +197,10 @@ def _stock_config(family: Family, values: dict[str, Any], sizes: Sequence[dict[s
             return None
         values.pop("pretraining_tp", None)
         values["sliding_window"], model_type = None, "mistral"
-    return CONFIG_MAPPING[model_type](**values)
+    try:
+        return CONFIG_MAPPING[model_type](**values)
+    except StrictDataclassError:  # its validators demand of head counts what the model itself does not
+        return None
 
 
 def _filled(
@@ -213,7 +223,7 @@ def _filled(
             table = model.get_buffer(f"{path}.{name}").to(buffer.dtype, copy=True)
             setattr(module, name, nn.Buffer(table, persistent=False))
         if absent:
-            small._init_weights(module)  # anew: `model.to(torch.bfloat16)` would have rounded them
+            make_tables(small, module)  # anew: `model.to(torch.bfloat16)` would have rounded them
     small.tie_weights()
     small.generation_config = copy.deepcopy(model.generation_config)
     small.config.dtype = model.dtype

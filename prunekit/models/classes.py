@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 Part = Literal["attention", "mlp"]
 Unit = Literal["query", "kv", "qkv", "width"]
+Units = Unit | tuple[Unit, ...]
 
 BUNDLED = "modeling_prunekit"  # name of the copy of this file in an exported directory
 
@@ -35,10 +36,12 @@ class Family:
 
     model_type: str  # of the stock classes
     prefix: str  # of the names of the stock classes
-    rows: Mapping[str, Unit]  # linear maps in front, by what their rows count; qkv: side by side in every head
+    rows: Mapping[str, Units]  # linear maps in front, by what their rows count from top to bottom; qkv: side by side
     columns: Mapping[Part, str]  # linear maps whose columns are cut
-    norms: Mapping[Part, str]
-    norms_first: str | None = None  # attribute of a block: do norms come before their part? None: always
+    norms: Mapping[Part, tuple[str, ...]]  # of a part, before and behind it; a block may lack some
+    norms_first: str | None = None  # attribute of a block: does no norm come behind a sum? None: none ever does
+    module: str | None = None  # where the stock classes are; None: where the model type says
+    stock_base: str | None = None  # name of the stock base model class; None: prefix and Model
     layers: str = "layers"  # the decoder blocks inside the base model
     attention: str = "self_attn"
     mlp: str | None = "mlp"  # None: the block itself holds the linear maps
@@ -47,6 +50,12 @@ class Family:
     width: str = "intermediate_size"
     head_dim: str = "head_dim"  # attribute of the attention module
     free_head_dim: bool = True  # stock attention takes head_dim from the config, not from hidden size / heads
+    asks_config: bool = False  # attention asks its config, when it runs, how many query heads it has
+    by_layer: tuple[str, ...] = ("layer_types",)  # lists in the config with one entry per layer
+
+    def __post_init__(self) -> None:
+        if alone := next((name for name in self.norms.values() if isinstance(name, str)), None):
+            raise TypeError(f"norms of {self.prefix} are tuples of names, so ({alone!r},) and not {alone!r}")
 
     def heads(self, layer_config: Any) -> tuple[int, int]:
         """(query heads, KV heads) of one layer."""
@@ -61,30 +70,51 @@ class Family:
         elif self.mlp is not None:
             stubs = {self.mlp: SkippedMLP()}
         else:
-            stubs = {path: nn.Identity() for path, unit in self.rows.items() if unit == "width"}
+            stubs = {path: nn.Identity() for path in self.producers("mlp")}
             stubs[self.columns["mlp"]] = SkippedMLP()
         if self.has_norms_first(block):
-            stubs[self.norms[part]] = nn.Identity()
+            own = {p: [n for n in names if getattr(block, n, None) is not None] for p, names in self.norms.items()}
+            if all(own.values()):  # else one norm serves both parts
+                stubs |= {name: nn.Identity() for name in own[part]}
         return stubs
 
     def has_norms_first(self, block: nn.Module) -> bool:
-        """Whether norms come before their part, so that a block without parts passes its input through."""
+        """Whether no norm comes behind a sum, so that a block without parts passes its input through."""
         return self.norms_first is None or bool(getattr(block, self.norms_first))
+
+    def producers(self, part: Part) -> tuple[str, ...]:
+        """The linear maps in front of the one whose columns are cut."""
+        inside = f"{self.attention}."
+        return tuple(path for path in self.rows if path.startswith(inside) == (part == "attention"))
+
+    def units(self, path: str) -> tuple[Unit, ...]:
+        """What the rows of a linear map in front count, from top to bottom."""
+        units = self.rows[path]
+        return units if isinstance(units, tuple) else (units,)
+
+    def recount(self, attention: nn.Module, query: int, kv: int) -> None:
+        """Tell an attention module its head counts, under the names it may keep them."""
+        counts = {"num_heads": query, "num_key_value_heads": kv, "num_kv_heads": kv}
+        for name, count in (counts | {"num_key_value_groups": query // kv}).items():
+            if hasattr(attention, name):
+                setattr(attention, name, count)
+        if self.asks_config:
+            attention.config = LayerConfig(attention.config, {self.query_heads: query})  # type: ignore[assignment]
 
     def cut(self, block: nn.Module, layer_config: Any, index: int) -> None:
         """Give a freshly built stock block the sizes of its layer, in place."""
         attention = block.get_submodule(self.attention)
         head_dim = int(getattr(attention, self.head_dim))
         query, kv = self.heads(layer_config)
-        sizes = {"query": query, "kv": kv, "qkv": 3 * query}
+        sizes = {"query": query, "kv": kv, "qkv": query + 2 * kv}
         count = {unit: heads * head_dim for unit, heads in sizes.items()} | {"width": getattr(layer_config, self.width)}
-        for path, unit in self.rows.items():
-            _resize(block, path, rows=count[unit])
+        for path in self.rows:
+            _resize(block, path, rows=sum(count[unit] for unit in self.units(path)))
         _resize(block, self.columns["attention"], columns=count["query"])
         _resize(block, self.columns["mlp"], columns=count["width"])
         for part in getattr(layer_config, "biased", ()):
             _resize(block, self.columns[part], bias=True)
-        recount(attention, query, kv)
+        self.recount(attention, query, kv)
         for part in getattr(layer_config, "skip", ()):
             for path, stub in self.skipped(block, part, index, head_dim).items():
                 block.set_submodule(path, stub)
@@ -106,18 +136,27 @@ class Family:
 
 
 SEPARATE: Mapping[str, Unit] = {"self_attn.q_proj": "query", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"}
-NORMS: Mapping[Part, str] = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
+NORMS: Mapping[Part, tuple[str, ...]] = {"attention": ("input_layernorm",), "mlp": ("post_attention_layernorm",)}
+
+AROUND: Mapping[Part, tuple[str, ...]] = {
+    "attention": ("input_layernorm", "post_attention_layernorm"),
+    "mlp": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
 
 
-def llama_like(model_type: str, prefix: str) -> Family:
-    """A family with Llama's parts: separate q, k, v and o, grouped KV heads, a gated MLP, norms first."""
-    return Family(
-        model_type,
-        prefix,
-        rows={**SEPARATE, "mlp.gate_proj": "width", "mlp.up_proj": "width"},
-        columns={"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"},
-        norms=NORMS,
-    )
+def llama_like(model_type: str, prefix: str, **others: Any) -> Family:
+    """A family with Llama's parts: separate q, k, v and o, grouped KV heads, a gated MLP, norms first.
+
+    Args:
+        model_type, prefix: as of `Family`.
+        others: fields of `Family` that are not as Llama's.
+    """
+    parts: dict[str, Any] = {
+        "rows": {**SEPARATE, "mlp.gate_proj": "width", "mlp.up_proj": "width"},
+        "columns": {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"},
+        "norms": NORMS,
+    }
+    return Family(model_type, prefix, **(parts | others))
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -125,12 +164,45 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": llama_like("mistral", "Mistral"),
     "qwen2": llama_like("qwen2", "Qwen2"),
     "qwen3": llama_like("qwen3", "Qwen3"),
+    "smollm3": llama_like("smollm3", "SmolLM3", by_layer=("layer_types", "no_rope_layers")),
+    "granite": llama_like("granite", "Granite"),
+    "olmo2": llama_like(
+        "olmo2", "Olmo2", norms={"attention": ("post_attention_layernorm",), "mlp": ("post_feedforward_layernorm",)}
+    ),
+    "gemma2": llama_like("gemma2", "Gemma2", norms=AROUND),
+    "gemma3_text": llama_like("gemma3_text", "Gemma3", norms=AROUND, module="gemma3", stock_base="Gemma3TextModel"),
+    "cohere": llama_like("cohere", "Cohere", norms={"attention": ("input_layernorm",), "mlp": ()}),
+    "stablelm": llama_like("stablelm", "StableLm", free_head_dim=False),
+    "starcoder2": llama_like(
+        "starcoder2",
+        "Starcoder2",
+        rows={**SEPARATE, "mlp.c_fc": "width"},
+        columns={"attention": "self_attn.o_proj", "mlp": "mlp.c_proj"},
+    ),
+    "phi3": llama_like(
+        "phi3",
+        "Phi3",
+        rows={"self_attn.qkv_proj": ("query", "kv", "kv"), "mlp.gate_up_proj": ("width", "width")},
+        asks_config=True,
+    ),
+    "falcon": Family(
+        "falcon",
+        "Falcon",
+        rows={"self_attention.query_key_value": "qkv", "mlp.dense_h_to_4h": "width"},
+        columns={"attention": "self_attention.dense", "mlp": "mlp.dense_4h_to_h"},
+        norms={"attention": ("ln_attn", "input_layernorm"), "mlp": ("ln_mlp", "post_attention_layernorm")},
+        layers="h",
+        attention="self_attention",
+        kv_heads="num_kv_heads",
+        width="ffn_hidden_size",
+        free_head_dim=False,
+    ),
     "opt": Family(
         "opt",
         "OPT",
         rows={**SEPARATE, "fc1": "width"},
         columns={"attention": "self_attn.out_proj", "mlp": "fc2"},
-        norms={"attention": "self_attn_layer_norm", "mlp": "final_layer_norm"},
+        norms={"attention": ("self_attn_layer_norm",), "mlp": ("final_layer_norm",)},
         norms_first="do_layer_norm_before",
         layers="decoder.layers",
         mlp=None,
@@ -174,6 +246,18 @@ class SkippedMLP(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
+class LayerConfig:
+    """A config as one module reads it: some values of its own, all others as they are just then."""
+
+    def __init__(self, config: Any, own: dict[str, Any]) -> None:
+        self.whole, self.own = getattr(config, "whole", config), own
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("whole", "own"):  # asked while it is copied
+            raise AttributeError(name)
+        return self.own[name] if name in self.own else getattr(self.whole, name)
+
+
 class UnequalLayers(PreTrainedModel):
     """Mixed in before a stock model class: its layers take their own sizes.
 
@@ -185,12 +269,13 @@ class UnequalLayers(PreTrainedModel):
     def __init__(self, config: Any) -> None:
         with reading_globals(config):
             super().__init__(config)
-        blocks = self.base_model.get_submodule(self.family.layers)
-        for index, block in enumerate(blocks.children()):
+        blocks = list(self.base_model.get_submodule(self.family.layers).children())
+        head_dim = int(getattr(blocks[0].get_submodule(self.family.attention), self.family.head_dim))
+        for index, block in enumerate(blocks):
             self.family.cut(block, config.per_layer_config[index], index)
         for module in self.modules():
             if hasattr(module, "rope_type"):  # also when it runs, it asks for head counts that it does not use
-                module.config = config.per_layer_config[0]  # type: ignore[assignment]
+                module.config = LayerConfig(config.per_layer_config[0], {"head_dim": head_dim})  # type: ignore[assignment]
         self.init_weights()  # the linear maps that were replaced
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -204,8 +289,10 @@ class UnequalLayers(PreTrainedModel):
 @cache
 def define(family: Family) -> tuple[type, type, type]:
     """The config class, the base model class and the causal LM class of a family with unequal layers."""
-    stock = importlib.import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}")
-    base, causal = (getattr(stock, f"{family.prefix}{suffix}") for suffix in ("Model", "ForCausalLM"))
+    module = family.module or family.model_type
+    stock = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    names = family.stock_base or f"{family.prefix}Model", f"{family.prefix}ForCausalLM"
+    base, causal = (getattr(stock, name) for name in names)
     stock_config: Any = base.config_class
 
     @strict  # else the stock validators run, not these
@@ -238,13 +325,6 @@ def register(families: Iterable[Family] = tuple(FAMILIES.values())) -> None:
         AutoModelForCausalLM.register(config, causal, exist_ok=True)
 
 
-def recount(attention: nn.Module, query: int, kv: int) -> None:
-    """Tell an attention module its head counts, under the names it may keep them."""
-    for name, count in (("num_key_value_groups", query // kv), ("num_heads", query)):
-        if hasattr(attention, name):
-            setattr(attention, name, count)
-
-
 @contextmanager
 def reading_globals(config: Any) -> Iterator[None]:
     """Stock constructors may read the global value of a size that varies by layer, without a warning each."""
@@ -271,8 +351,8 @@ def _resize(
 
 def __getattr__(name: str) -> type:
     """PrunekitLlamaConfig, PrunekitLlamaModel, PrunekitLlamaForCausalLM, ...: defined when asked for."""
-    family = next((each for each in FAMILIES.values() if name.startswith(f"Prunekit{each.prefix}")), None)
-    found = {} if family is None else {each.__name__: each for each in define(family)}
+    families = [each for each in FAMILIES.values() if name.startswith(f"Prunekit{each.prefix}")]
+    found = {each.__name__: each for family in families for each in define(family)}
     if name not in found:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return found[name]

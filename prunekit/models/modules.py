@@ -5,9 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -17,7 +21,7 @@ def sliced(linear: nn.Linear, dim: Literal[0, 1], index: Tensor, source: Tensor 
     weight, bias = linear.weight, linear.bias
     picked = (weight if source is None else source).detach()
     picked = picked.index_select(dim, index.to(picked.device)).to(weight)
-    small = nn.Linear(picked.shape[1], picked.shape[0], bias=bias is not None, device="meta")
+    small = type(linear)(picked.shape[1], picked.shape[0], bias=bias is not None, device="meta")
     small.weight = nn.Parameter(picked, weight.requires_grad)
     if bias is not None:
         kept = bias.detach().index_select(0, index.to(bias.device)) if dim == 0 else bias.detach().clone()
@@ -46,6 +50,27 @@ def grafted(module: M, changed: Mapping[str, nn.Module]) -> M:
     for name, below in inside.items():
         twin._modules[name] = grafted(module.get_submodule(name), below)
     return twin
+
+
+def widen_tables(model: PreTrainedModel) -> None:
+    """Make the tables of a model that were rounded to half precision with its weights anew, in float32."""
+    for module in model.modules():
+        rounded = [
+            (name, table)
+            for name, table in module.named_buffers(recurse=False)
+            if table.dtype in (torch.bfloat16, torch.float16) and name in module._non_persistent_buffers_set
+        ]
+        for name, table in rounded:
+            setattr(module, name, nn.Buffer(table.float(), persistent=False))
+        if rounded:
+            make_tables(model, module)
+
+
+def make_tables(model: PreTrainedModel, module: nn.Module) -> None:
+    """Let a model make the buffers of a module of its own anew, such as rotary tables; parameters stay as they are."""
+    for parameter in module.parameters(recurse=False):
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    model._init_weights(module)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from prunekit.errors import WrongInput
 from prunekit.models import paging
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.intake import check_config, check_loaded
+from prunekit.models.modules import widen_tables
 from prunekit.models.places import at_hand, cannot_open, check_device
 from prunekit.models.shards import is_packed, quantized
 from prunekit.models.spread import placed, settle
@@ -48,9 +49,10 @@ def skeleton(source: str | PreTrainedModel, *, trust_remote_code: bool = False) 
         check_config(vars(source.config), name)
         if packed := [key for key, value in source.state_dict().items() if is_packed(key, str(value.dtype))]:
             raise quantized(name, f"{packed[0]} is {source.state_dict()[packed[0]].dtype}")
-        adapter = adapter_for(source.config.model_type)
-        placed(source, adapter)
-        return source, adapter
+        model = adapter_for(source.config.model_type).opened(source)
+        adapter = adapter_for(model.config.model_type)
+        placed(model, adapter)
+        return model, adapter
     model = paging.shaped(source, trust_remote_code=trust_remote_code)
     return model, adapter_for(model.config.model_type)
 
@@ -89,10 +91,10 @@ def opened(
         if tokenizer is None:
             raise WrongInput("a model in memory needs its tokenizer: prune(model, tokenizer, ...)")
         name = str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
-        _, adapter = skeleton(source)
-        there = placed(source, adapter)
+        there = placed(*skeleton(source))
         places = there if device == "auto" and len({*there}) > 1 else places
         model, stored = settle_ties(copy.deepcopy(source)), next(source.parameters()).dtype
+        model = adapter_for(model.config.model_type).opened(model)
     else:
         if shares.blocks is None:
             skeleton(source, trust_remote_code=trust_remote_code)  # wrong input fails before weights are read
@@ -110,6 +112,7 @@ def opened(
     adapter = adapter_for(model.config.model_type)
     if paging.pager_of(model) is None:
         settle(model, adapter, places)
+        widen_tables(model)
         stored_as(model, computed(stored)).eval().requires_grad_(False)
     digest = fingerprint(model, name)
     return Dense(model, tokenizer, adapter, stored, name, digest, shares, converted)
@@ -267,7 +270,7 @@ def loaded(
     for name, there, wanted in sorted(report["mismatched_keys"])[:1]:
         raise WrongInput(f"{source!r}: {name} is {tuple(there)}, and its config asks for {tuple(wanted)}")
     paging.check_names(source, report["missing_keys"], paging.unused(path, model) | report["unexpected_keys"])
-    return settle_ties(model)
+    return adapter_for(model.config.model_type).opened(settle_ties(model))
 
 
 def settle_ties(model: PreTrainedModel) -> PreTrainedModel:

@@ -26,6 +26,7 @@ from prunekit.errors import WrongInput
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.configs import make_shape
 from prunekit.models.intake import read_config
+from prunekit.models.modules import make_tables
 from prunekit.models.places import at_hand, here
 from prunekit.models.shards import INDEX, WEIGHTS, Shards
 from prunekit.models.spread import dealt_out, moved, place_of, spread
@@ -389,12 +390,12 @@ def shaped(source: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
         WrongInput: it cannot be opened.
     """
     config, path = read_config(source, trust_remote_code=trust_remote_code), at_hand(source)
-    adapter_for(config.model_type)
+    adapter = adapter_for(config.model_type)
     model = make_shape(config, source, path, trust_remote_code=trust_remote_code)
     if getattr(config, "tie_word_embeddings", False) and tied_otherwise(path, model):
         config.tie_word_embeddings = False
         model = make_shape(config, source, path, trust_remote_code=trust_remote_code)
-    return model
+    return adapter.opened(model)
 
 
 def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -438,6 +439,11 @@ def opened(
         WrongInput: it is not whole, or cannot be read block by block.
     """
     model, source, path = shaped(path, trust_remote_code=trust_remote_code), path, at_hand(path)
+    if (stored := read_config(source, trust_remote_code=trust_remote_code).model_type) != model.config.model_type:
+        raise WrongInput(
+            f"{source!r} is of type {stored} and opened as {model.config.model_type}, which needs it whole; give "
+            "--memory for all of it"
+        )
     if not Path(path).is_dir():
         Shards.of(path, source)  # fetched, so that the tensors can say what is tied
         model = shaped(source, trust_remote_code=trust_remote_code)
@@ -473,10 +479,11 @@ def fill_buffers(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.d
                 continue
             made.append(full)
             if buffer.is_floating_point():
-                unmade = torch.full(buffer.shape, torch.nan, dtype=buffer.dtype, device=device)
+                exact = torch.promote_types(buffer.dtype, torch.float32)  # whatever the weights are rounded to
+                unmade = torch.full(buffer.shape, torch.nan, dtype=exact, device=device)
                 setattr(module, name, nn.Buffer(unmade, persistent=False))
         if made:
-            model._init_weights(module)
+            make_tables(model, module)
         for full in made:
             if (buffer := model.get_buffer(full)).is_meta or not bool(torch.isfinite(buffer).all()):
                 raise WrongInput(f"{full} is in no file and cannot be made by itself; open the model whole")

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from prunekit.errors import WrongInput
 from prunekit.layer.candidates import Candidate
 from prunekit.space.forms import Form
 from prunekit.space.sites import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Heads = Literal["kv", "query"]
 
@@ -41,6 +44,15 @@ class ModelAdapter(ABC):
     """
 
     layers: ClassVar[str]  # path of the list of blocks
+
+    def opened(self, model: PreTrainedModel) -> PreTrainedModel:
+        """What is pruned in the place of a model that was read: itself, or a model of another class that computes the
+        same.
+
+        Raises:
+            UnsupportedModel: no class that can be pruned computes the same.
+        """
+        return model
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """The decoder blocks, in order of execution."""
@@ -97,11 +109,15 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def adds_up(self, block: nn.Module) -> bool:
-        """Whether a block is its input plus its sub-layers' outputs; not where a norm comes after the sum."""
+        """Whether a block is its input plus its sub-layers' outputs; not where norms come behind either."""
 
     @abstractmethod
     def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
         """What the model makes of the last block's output: (..., d) -> (..., vocabulary)."""
+
+    def answer(self, hidden: Tensor) -> Any:
+        """What a block of the model answers where its output is `hidden`."""
+        return hidden
 
     def exposed(self, block: nn.Module) -> AbstractContextManager[None]:
         """Within, a run of `block` calls every linear map, so that hooks see what each receives."""
@@ -161,7 +177,7 @@ class ModelAdapter(ABC):
 
 def reweighted(linear: nn.Linear, weight: Tensor) -> nn.Linear:
     """A linear map of the same shape with another weight; it shares the bias."""
-    other = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    other = type(linear)(linear.in_features, linear.out_features, bias=False, device="meta")
     other.weight = nn.Parameter(weight.detach().to(linear.weight), linear.weight.requires_grad)
     other.bias = linear.bias
     return other.train(linear.training)

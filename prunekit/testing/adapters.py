@@ -6,7 +6,7 @@ import copy
 import random
 from contextlib import ExitStack, suppress
 from itertools import groupby
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ class AdapterSuite:
 
     @pytest.fixture
     def model(self) -> PreTrainedModel:
-        return tiny(ADAPTERS.name_of(self.plugin) or "").requires_grad_(False)
+        return self.plugin.opened(tiny(ADAPTERS.name_of(self.plugin) or "")).requires_grad_(False)
 
     def test_blocks_one_by_one_are_the_model(self, model: PreTrainedModel) -> None:
         hidden, calls = entered(model, self.plugin, toy_tokens().ids)
@@ -44,6 +44,23 @@ class AdapterSuite:
             for call, block in zip(calls, self.plugin.blocks(model), strict=True):
                 hidden = call(block, hidden)
             torch.testing.assert_close(self.plugin.logits(model, hidden), _logits(model))
+
+    @torch.no_grad()
+    def test_a_block_is_the_sum_that_its_adapter_says_it_is(self, model: PreTrainedModel) -> None:
+        hidden, calls = entered(model, self.plugin, toy_tokens().ids)
+        ends = [site for site in self.plugin.linear_sites(model, WEIGHTS) if self.plugin.part(site) is not None]
+        for index, (call, block) in enumerate(zip(calls, self.plugin.blocks(model), strict=True)):
+            total, before = hidden.clone(), hidden
+
+            def add(*made: Any, total: Tensor = total) -> None:
+                total += made[-1].reshape(total.shape)
+
+            with ExitStack() as stack:
+                for site in (site for site in ends if site.block == index):
+                    stack.enter_context(self._linear(model, site).register_forward_hook(add))
+                hidden = call(block, before)
+            # state spaces add in float32
+            assert torch.allclose(hidden, total.to(hidden), rtol=0, atol=1e-4) == self.plugin.adds_up(block)
 
     @pytest.mark.parametrize("seed", range(3))
     @pytest.mark.parametrize("heads", ["kv", "query"])

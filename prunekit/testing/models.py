@@ -17,14 +17,30 @@ COMMON: dict[str, Any] = {
 }
 HEADS: dict[str, Any] = {"num_attention_heads": 6, "max_position_embeddings": 64}
 GROUPED: dict[str, Any] = HEADS | {"num_key_value_heads": 3, "intermediate_size": 17, "initializer_range": 0.3}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 SIZES: dict[str, dict[str, Any]] = {  # by config.model_type; head_dim is not hidden_size / heads where it may differ
     "llama": GROUPED,
     "mistral": GROUPED | {"head_dim": 6, "sliding_window": None},
     "qwen2": GROUPED | {"tie_word_embeddings": True},
     "qwen3": GROUPED | {"head_dim": 8},
+    "smollm3": GROUPED | {"no_rope_layer_interval": 2},  # tied
+    "granite": GROUPED | {"residual_multiplier": 0.5, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "olmo2": GROUPED,
+    "gemma2": GROUPED | {"head_dim": 6, "query_pre_attn_scalar": 6, "sliding_window": 4},  # tied
+    "gemma3_text": GROUPED | {"head_dim": 6, "query_pre_attn_scalar": 6, "sliding_window": 4, "layer_types": MIXED},
+    "cohere": GROUPED | {"logit_scale": 0.5},  # tied
+    "stablelm": GROUPED | {"use_qkv_bias": True, "partial_rotary_factor": 0.5},
+    "starcoder2": GROUPED,  # tied, biased
+    "phi3": GROUPED | {"head_dim": 6},
+    "falcon": HEADS
+    | {"new_decoder_architecture": True, "num_kv_heads": 3, "ffn_hidden_size": 17, "bias": True}
+    | {"initializer_range": 0.3},  # tied
     "opt": HEADS | {"ffn_dim": 17, "init_std": 0.3, "dropout": 0.0},
     "gpt_neox": HEADS | {"intermediate_size": 17, "initializer_range": 0.3, "rotary_pct": 0.5},
+}
+OPENED: dict[str, dict[str, Any]] = {  # families that are pruned as another
+    "gpt2": HEADS | {"n_inner": 17, "initializer_range": 0.3, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
 }
 STATES: dict[str, Any] = {"state_size": 5, "use_bias": True, "initializer_range": 0.3}
 MIXERS: dict[str, dict[str, Any]] = {  # families without groups
@@ -39,13 +55,13 @@ def tiny(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     Families without an entry in `SIZES` get the sizes of a Llama.
     """
     set_seed(seed)
-    sizes = (SIZES | MIXERS).get(model_type, GROUPED)
+    sizes = (SIZES | OPENED | MIXERS).get(model_type, GROUPED)
     config = AutoConfig.for_model(model_type, **(COMMON | sizes | overrides))
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.3)
-            elif "norm" in name:
+            elif "norm" in name or "ln_" in name:
                 parameter.uniform_(0.5, 1.5)
     return model.double().eval()

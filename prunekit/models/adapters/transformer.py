@@ -1,12 +1,12 @@
 """Where a model can be cut, what goes with each cut, and how it is made.
 
-A family of transformers is data: `modeling.Family` names its parts. Sites, prices, slices and dropped
+A family of transformers is data: `classes.Family` names its parts. Sites, prices, slices and dropped
 sub-layers follow from the names and from the shapes of the modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, get_args
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.layer.candidates import Candidate
-from prunekit.models.classes import Family, Part, SkippedMixer, SkippedMLP, recount
+from prunekit.models.classes import Family, Part, SkippedMixer, SkippedMLP, Unit
 from prunekit.models.modules import grafted, sliced
 from prunekit.plugins.adapter import Cut, Heads, ModelAdapter, UnsupportedModel, check_plain, linear_at
 from prunekit.space.sites import Site
@@ -48,7 +48,7 @@ class Transformer(ModelAdapter):
         stages: list[tuple[str, ...]] = []
         for part in PARTS:
             if part not in self.dropped(block):
-                stages += [self._producers(part), (self.family.columns[part],)]
+                stages += [self.family.producers(part), (self.family.columns[part],)]
         return stages
 
     def part(self, site: Site) -> Part | None:
@@ -73,7 +73,7 @@ class Transformer(ModelAdapter):
         if not site.form.shrinks:
             return super().maps(block, site)
         part = _part(site)
-        return [linear_at(block, path) for path in (*self._producers(part), self.family.columns[part])]
+        return [linear_at(block, path) for path in (*self.family.producers(part), self.family.columns[part])]
 
     def pruned(self, block: nn.Module, site: Site, candidate: Candidate) -> dict[str, nn.Module]:
         if not site.form.shrinks:
@@ -84,18 +84,16 @@ class Transformer(ModelAdapter):
             return self._stubs(block, site)
         kept = torch.tensor(candidate.kept)
         *producers, own = self.cuts(block, site)
-        # ascending, because query head h reads KV head h // n_rep also where a group is spread over all of them
-        changed = {cut.path: sliced(linear_at(block, cut.path), cut.dim, _rows(cut, kept)) for cut in producers}
-        columns = _rows(own, kept)
-        changed[own.path] = sliced(linear_at(block, own.path), 1, columns, source=candidate.weight)
+        changed = {cut.path: _sliced(block, cut, kept) for cut in producers}
+        changed[own.path] = _sliced(block, own, kept, source=candidate.weight)
         if (holder := self.holder(site)) is None:
             return dict(changed)
         inside = {path.removeprefix(f"{holder}."): module for path, module in changed.items()}
         whole = grafted(block.get_submodule(holder), inside)
         if site.kind == "attention":
             query, kv, _ = self.heads(block)
-            count = len(candidate.kept)
-            recount(whole, *((count * kv, kv) if _by_query(site, kv) else (count * (query // kv), count)))
+            left = query * len(candidate.kept) // site.n_groups
+            self.family.recount(whole, left, kv if _by_query(site, kv) else left * kv // query)
         return {holder: whole}
 
     # -- how a block is made ---------------------------------------------------------------------------
@@ -104,28 +102,42 @@ class Transformer(ModelAdapter):
         if not site.form.shrinks:
             return super().cuts(block, site)
         own = torch.tensor(site.columns(range(site.n_groups))).reshape(site.n_groups, -1)
+        index: dict[Unit, Tensor]  # (n_groups, rows of a group)
         if site.kind == "mlp":
+            total: dict[Unit, int] = {"width": site.d_in}
             index = {"width": own}
         else:
-            _, kv, width = self.heads(block)
-            index = {"query": own}
-            if not _by_query(site, kv):  # by query head, keys and values stay: each still has readers
-                index |= {"kv": torch.arange(kv * width).reshape(kv, -1)}
-                index |= {"qkv": torch.arange(3 * kv * width).reshape(kv, -1)}  # q, k, v side by side in every head
-        producers = [Cut(path, 0, index[unit]) for path, unit in self.family.rows.items() if unit in index]
-        return *producers, Cut(self.family.columns[_part(site)], 1, own)
+            query, kv, width = self.heads(block)
+            total = {"query": query * width, "kv": kv * width, "qkv": (query + 2 * kv) * width}
+            every = torch.arange(total["qkv"]).reshape(kv, -1)  # in every KV group its queries, its keys, its values
+            if _by_query(site, kv):  # keys and values stay: each still has readers
+                queries = every[:, : query // kv * width].reshape(kv, site.n_groups, -1)
+                index = {"query": own, "qkv": queries.transpose(0, 1).reshape(site.n_groups, -1)}
+            else:
+                keys = torch.arange(total["kv"])
+                index = {"query": own, "kv": keys.reshape(site.n_groups, -1), "qkv": every.reshape(site.n_groups, -1)}
+        producers = [_cut(path, self.family.units(path), index, total) for path in self.family.producers(_part(site))]
+        return *(cut for cut in producers if cut.index.numel()), Cut(self.family.columns[_part(site)], 1, own)
 
     def heads(self, block: nn.Module) -> tuple[int, int, int]:
         """(query heads, KV heads, head width) of the block's attention, read from its modules."""
         width = self.head_dim(block)
-        query = linear_at(block, self.family.columns["attention"]).in_features // width
-        keys = next((path for path, unit in self.family.rows.items() if unit == "kv"), None)
-        return query, query if keys is None else linear_at(block, keys).out_features // width, width
+        query = kv = linear_at(block, self.family.columns["attention"]).in_features // width
+        for path in self.family.producers("attention"):
+            units = self.family.units(path)
+            if times := units.count("kv") + 2 * units.count("qkv"):
+                of_queries = query * (units.count("query") + units.count("qkv"))
+                kv = (linear_at(block, path).out_features // width - of_queries) // times
+        return query, kv, width
 
     def head_dim(self, block: nn.Module) -> int:
         """Width of a head, which pruning never changes."""
         attention = block.get_submodule(self.family.attention)
         return int(getattr(attention, "head_dim" if isinstance(attention, SkippedMixer) else self.family.head_dim))
+
+    def heads_apart(self, block: nn.Module) -> bool:
+        """Whether heads can go one by one; where what one computes depends on others, attention is one group."""
+        return True
 
     def dropped(self, block: nn.Module) -> tuple[Part, ...]:
         """The parts of a block that were dropped."""
@@ -167,6 +179,8 @@ class Transformer(ModelAdapter):
                 raise UnsupportedModel(f"{name}: {query} query heads do not share {kv} KV heads evenly")
             by_query = heads == "query" and query > kv
             n_groups, spread, cached = (query // kv, kv, 0) if by_query else (kv, 1, 2 * width)
+            if not self.heads_apart(block):
+                n_groups, spread, cached = 1, 1, 2 * kv * width
         site = Site(
             name, index, part, n_groups, columns // n_groups, 0,
             cached_per_group=cached, spread=spread, d_out=linear.out_features,
@@ -175,11 +189,6 @@ class Transformer(ModelAdapter):
         gone = (block.get_submodule(path) for path in self._stubs(block, site))
         total = sum(p.numel() for module in gone for p in module.parameters())
         return replace(site, params_per_group=each, params_fixed=total - n_groups * each)
-
-    def _producers(self, part: Part) -> tuple[str, ...]:
-        """The linear maps in front of the one whose columns are cut."""
-        inside = f"{self.family.attention}."
-        return tuple(path for path in self.family.rows if path.startswith(inside) == (part == "attention"))
 
     def _stubs(self, block: nn.Module, site: Site) -> dict[str, nn.Module]:
         return self.family.skipped(block, _part(site), site.block, self.head_dim(block))
@@ -195,8 +204,24 @@ def _by_query(site: Site, kv_heads: int) -> bool:
     return site.spread > 1 or (kv_heads == 1 and site.n_groups > 1)
 
 
-def _rows(cut: Cut, kept: Tensor) -> Tensor:
-    return cut.index[kept].flatten().sort().values
+def _cut(path: str, units: Sequence[Unit], index: Mapping[Unit, Tensor], total: Mapping[Unit, int]) -> Cut:
+    """The rows of a linear map in front that go with each group, where rows of one unit are below those of another."""
+    above, rows = 0, list[Tensor]()
+    for unit in units:
+        if unit in index:
+            rows.append(index[unit] + above)
+        above += total[unit]
+    return Cut(path, 0, torch.cat(rows, dim=1) if rows else torch.empty(0, 0))
+
+
+def _sliced(block: nn.Module, cut: Cut, kept: Tensor, source: Tensor | None = None) -> nn.Linear:
+    """The linear map without what goes with groups that are not kept."""
+    linear = linear_at(block, cut.path)
+    stays = torch.ones(linear.weight.shape[cut.dim], dtype=torch.bool)
+    stays[cut.index.flatten()] = False
+    stays[cut.index[kept].flatten()] = True
+    # ascending, because query head h reads KV head h // n_rep also where a group is spread over all of them
+    return sliced(linear, cut.dim, stays.nonzero().flatten(), source)
 
 
 def _per_group(block: nn.Module, cut: Cut) -> int:

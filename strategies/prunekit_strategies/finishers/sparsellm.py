@@ -76,6 +76,9 @@ class SparseLLM(Finisher):
     def check(self, adapter: ModelAdapter) -> None:
         if not isinstance(adapter, Transformer):
             raise WrongInput("sparsellm works on the MLPs of a model, and this family has none; take least-squares")
+        front = [adapter.family.units(path) for path in adapter.family.producers("mlp")]
+        if any(len(units) > 1 for units in front):
+            raise WrongInput("sparsellm works on MLPs whose gate and up are maps of their own; take least-squares")
 
     @torch.no_grad()
     def finish(self, piece: Workpiece) -> dict[str, Any]:

@@ -242,7 +242,7 @@ def test_measurements_that_break_their_promise_are_named(tmp_path):
 def test_there_is_no_influence_where_a_norm_comes_after_the_sum(tmp_path, monkeypatch):
     net = toy_supernet()
     monkeypatch.setattr(type(net.adapter), "adds_up", lambda *_: False)
-    with pytest.raises(WrongInput, match="a norm comes after the sum, so there is no influence"):
+    with pytest.raises(WrongInput, match="the stream is not a sum of outputs, so there is no influence"):
         walk(net, Refit(), tmp_path, signals=(Lost("influence"),))
 
 

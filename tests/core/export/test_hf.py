@@ -41,7 +41,9 @@ SCALED = {
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}  # made anew where a text is longer than the model
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 4}
+LONG_PHI = {"head_dim": 4, "rope_parameters": LONG | {"short_factor": [1.0] * 2, "long_factor": [2.0] * 2}}
 COMPENSATED = {"compensated": True}  # maps whose columns were cut get a bias, as finishers may give them
+BIASED = ("falcon", "gpt_neox", "opt", "starcoder2")  # on all linear maps
 UNEQUAL = {
     **{model_type: (model_type, {}) for model_type in SIZES},
     "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -86,7 +88,7 @@ def cut(
 def extremes(site: Site) -> int:
     """Attention of the first layer and MLP of the last are dropped; elsewhere one group, one neuron, an odd width."""
     counts = {(0, "attention"): 0, (0, "mlp"): 7, (1, "attention"): 1, (1, "mlp"): 1, (2, "mlp"): 0}
-    return counts.get((site.block, site.kind), site.n_groups - 1)
+    return counts.get((site.block, site.kind), max(1, site.n_groups - 1))
 
 
 @torch.no_grad()
@@ -128,7 +130,7 @@ def test_layers_of_equal_size_need_our_class_only_for_biases_the_stock_class_lac
     for model_type in SIZES:
         small = cut(model_type, lambda site: site.n_groups, compensated=True)
         exported = to_transformers(small, adapter_for(model_type))
-        assert type(exported).__name__.startswith("Prunekit") == (model_type not in ("opt", "gpt_neox"))
+        assert type(exported).__name__.startswith("Prunekit") == (model_type not in BIASED)
         assert_same(exported, small)
 
 
@@ -161,6 +163,8 @@ def test_it_loads_as_it_was(case: tuple[PreTrainedModel, Path]) -> None:
 
 def test_it_generates_the_same_with_any_cache_and_padding(case: tuple[PreTrainedModel, Path]) -> None:
     loaded, ids = load(case[1]), IDS.clone()
+    if loaded.config._attn_implementation == "eager":  # its softmax is float32, which holds no mask of float64
+        loaded.float()
     mask = torch.ones_like(ids)
     ids[0, :3], mask[0, :3] = 0, 0
     plain = continued(loaded, ids, mask, use_cache=False)
@@ -175,12 +179,13 @@ def test_eager_attention_reaches_every_layer(case: tuple[PreTrainedModel, Path])
     loaded.set_attn_implementation("eager")
     theirs = [module for module in loaded.modules() if not hasattr(module, "rope_type")]  # which attends to nothing
     configs = {id(c): c for m in theirs if (c := getattr(m, "config", None)) is not None}
-    assert [c._attn_implementation for c in configs.values()] == ["eager"]
+    assert {c._attn_implementation for c in configs.values()} == {"eager"}
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)  # eager softmax is float32
     with torch.no_grad():
         found = loaded(IDS, use_cache=False, output_attentions=True, output_hidden_states=True)
     assert len(found.hidden_states) == loaded.config.num_hidden_layers + 1
-    assert len(found.attentions) == loaded.config.num_hidden_layers - 1  # the dropped one has none
+    seen = [each for each in found.attentions if each is not None]
+    assert len(seen) == loaded.config.num_hidden_layers - 1  # the dropped one has none
 
 
 def test_backward_fills_every_gradient(case: tuple[PreTrainedModel, Path]) -> None:
@@ -207,13 +212,14 @@ def test_what_was_loaded_can_be_saved_and_pruned_again(case: tuple[PreTrainedMod
     exported = to_transformers(loaded, adapter)
     norms_after = loaded.config.model_type == "prunekit_opt" and not loaded.config.do_layer_norm_before
     assert exported.config.num_hidden_layers == (3 if norms_after else 2)
-    assert_same(exported, loaded)
+    scaled = "gemma" in loaded.config.model_type  # by √d, in float32 or as exact as the weights
+    assert_same(exported, loaded, tolerance=1e-5 if scaled else 1e-10)
 
 
 def test_the_base_model_loads_too(case: tuple[PreTrainedModel, Path]) -> None:
     model, directory = case
     base = load(directory, AutoModel)
-    assert type(base).__name__ == type(load(directory)).__name__.replace("ForCausalLM", "Model")
+    assert type(base) is modeling.define(modeling.FAMILIES[model.config.model_type])[1]
     with torch.no_grad():
         expected = model.base_model(IDS).last_hidden_state
         torch.testing.assert_close(base(IDS).last_hidden_state, expected, rtol=0, atol=1e-5)
@@ -224,14 +230,14 @@ def test_config_says_every_size_and_nothing_else(case: tuple[PreTrainedModel, Pa
     config = json.loads((directory / "config.json").read_text())
     names = set(config)
     assert not names & {"allow_global_per_layer_attribute_access", "auto_map", "_heterogeneity_spec"}
-    assert names >= {"head_dim", "per_layer_config"}
+    assert names >= {"per_layer_config", *(["head_dim"] if model.config.model_type != "falcon" else [])}
     assert list(config["per_layer_config"]) == ["0", "1", "2"]
     assert config["architectures"] == [type(load(directory)).__name__]
     assert config["dtype"] == "float64"
     assert {path.suffix for path in directory.iterdir()} == {".json", ".safetensors"}
     family = model.config.model_type
     width = modeling.FAMILIES[family].width
-    grouped = {"num_key_value_heads": 1} if modeling.FAMILIES[family].kv_heads else {}
+    grouped = {name: 1} if (name := modeling.FAMILIES[family].kv_heads) else {}
     extra = {"biased": ["mlp"]} if "compensated" in directory.name else {}
     assert config["per_layer_config"]["0"] == (
         {width: 7, "num_attention_heads": 1, "skip": ["attention"]} | grouped | extra
@@ -265,6 +271,11 @@ def test_config_says_every_size_and_nothing_else(case: tuple[PreTrainedModel, Pa
         pytest.param("mistral", {"num_key_value_heads": 6}, 5, "MistralForCausalLM", id="mistral"),
         pytest.param("qwen2", {"num_key_value_heads": 6}, 5, "Qwen2ForCausalLM", id="qwen2"),
         pytest.param("qwen3", {"num_key_value_heads": 6}, 5, "Qwen3ForCausalLM", id="qwen3"),
+        pytest.param("phi3", {"num_key_value_heads": 6}, 5, "Phi3ForCausalLM", id="phi3"),
+        pytest.param("phi3", LONG_PHI, 2, "PrunekitPhi3ForCausalLM", id="phi3 counts factors by heads"),
+        pytest.param("gemma2", {"num_key_value_heads": 6}, 4, "Gemma2ForCausalLM", id="gemma2"),
+        pytest.param("gemma3_text", {"num_key_value_heads": 6}, 5, "PrunekitGemma3ForCausalLM", id="5 heads of gemma3"),
+        pytest.param("falcon", {}, 2, "PrunekitFalconForCausalLM", id="falcon with fewer heads"),
         pytest.param("opt", {}, 6, "OPTForCausalLM", id="opt with all heads"),
         pytest.param("opt", {}, 4, "PrunekitOPTForCausalLM", id="opt with fewer heads"),
         pytest.param("gpt_neox", {}, 6, "GPTNeoXForCausalLM", id="gpt_neox with all heads"),
@@ -282,7 +293,7 @@ def test_equal_layers_use_the_stock_class_that_can_hold_them(
     loaded = load(tmp_path)
     assert type(loaded).__name__ == expected
     assert count(loaded) == count(model)
-    assert_same(loaded, model, tolerance=1e-5)
+    assert_same(loaded, model, tolerance=2e-5)
     if not expected.startswith("Prunekit"):
         assert "auto_map" not in (tmp_path / "config.json").read_text()
         assert not list(tmp_path.glob("*.py"))
@@ -317,23 +328,21 @@ def test_one_layer_remains_when_all_are_dropped() -> None:
 # -- a family of a third party ---------------------------------------------------------------------------------
 
 
-class Granite(Transformer):
+class SeedOss(Transformer):
     """What a plug-in writes for one more family."""
 
-    family = modeling.llama_like("granite", "Granite")
-    layers = "model.layers"
-    final = ("model.norm", "lm_head")
+    family = modeling.llama_like("seed_oss", "SeedOss")
 
 
 def test_a_new_family_is_data(tmp_path: Path) -> None:
-    adapter = Granite()
-    model = cut("granite", extremes, adapter)
+    adapter = SeedOss()
+    model = cut("seed_oss", extremes, adapter)
     exported = to_transformers(model, adapter)
     assert_same(exported, model)
     modeling.register([adapter.family])
     save(exported, tmp_path)
     assert_same(load(tmp_path), model, tolerance=1e-5)
-    with pytest.raises(ValueError, match="the code of Granite models is not prunekit's own"):
+    with pytest.raises(ValueError, match="the code of SeedOss models is not prunekit's own"):
         save(exported, tmp_path / "bundled", code="bundled")
 
 

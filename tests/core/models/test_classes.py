@@ -16,14 +16,16 @@ modeling.register()
 
 
 def config_of(model_type: str, layers: dict[int, dict[str, Any]], **overrides: Any) -> Any:
-    values = COMMON | SIZES[model_type] | {"head_dim": 4} | overrides
+    values = COMMON | SIZES[model_type] | ({} if model_type == "falcon" else {"head_dim": 4}) | overrides
     return AutoConfig.for_model(f"prunekit_{model_type}", **values, per_layer_config=layers)
 
 
 @pytest.mark.parametrize("model_type", SIZES)
 def test_a_model_is_built_and_initialized_from_its_config(model_type: str) -> None:
     family = modeling.FAMILIES[model_type]
-    config = config_of(model_type, {1: {family.width: 500, "num_attention_heads": 3, "skip": []}, 2: {"skip": ["mlp"]}})
+    heads = 6 if model_type == "olmo2" else 3  # whose norms are over all of them
+    layers: dict[int, dict[str, Any]] = {1: {family.width: 500, "num_attention_heads": heads}, 2: {"skip": ["mlp"]}}
+    config = config_of(model_type, layers)
     model = AutoModelForCausalLM.from_config(config)
     assert type(model) is getattr(modeling, f"Prunekit{family.prefix}ForCausalLM")
     linear = model.base_model.get_submodule(f"{family.layers}.1.{family.columns['mlp']}")
@@ -68,6 +70,11 @@ def test_registering_twice_is_harmless_and_classes_are_made_once() -> None:
     assert modeling.define(modeling.FAMILIES["llama"])[2] is modeling.PrunekitLlamaForCausalLM  # type: ignore[attr-defined]
     with pytest.raises(AttributeError, match="PrunekitBloomModel"):
         _ = modeling.PrunekitBloomModel  # type: ignore[attr-defined]
+
+
+def test_norms_are_tuples_of_names() -> None:
+    with pytest.raises(TypeError, match=r"norms of X are tuples of names, so \('norm',\) and not 'norm'"):
+        modeling.llama_like("x", "X", norms={"attention": "norm", "mlp": ()})
 
 
 def test_a_skipped_layer_keeps_the_cache_in_step() -> None:

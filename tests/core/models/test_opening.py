@@ -1,14 +1,17 @@
 """What a model is computed in."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from prunekit.errors import WrongInput
-from prunekit.models import opening
+from prunekit.models import opening, paging
 from prunekit.models.adapters.find import adapter_for
-from prunekit.models.opening import computing_dtype
+from prunekit.models.opening import computing_dtype, opened
 from prunekit.system.rates import times_as_fast
-from prunekit.testing import tiny
+from prunekit.testing.models import tiny
 
 
 @pytest.mark.parametrize(
@@ -62,3 +65,17 @@ def test_measuring_leaves_the_number_of_threads_alone() -> None:
     before = torch.get_num_threads()
     assert times_as_fast(torch.bfloat16, 64, 64, tokens=64, turns=2) > 0
     assert torch.get_num_threads() == before
+
+
+@torch.no_grad()
+def test_tables_that_half_precision_rounds_are_those_of_a_model_in_float32(tmp_path: Path) -> None:
+    tiny("gemma2").bfloat16().save_pretrained(tmp_path)
+    float32, ids = torch.float32, torch.tensor([[3, 1, 4, 1, 5]])
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=float32)
+    whole = opened(str(tmp_path), tokenizer=object(), device="cpu").model
+    paged, _ = paging.opened(str(tmp_path), lambda _: float32, torch.device("cpu"), bound=0)
+    for model in (whole, paged):
+        scale = model.get_input_embeddings().embed_scale
+        assert scale.dtype == float32
+        assert scale == torch.tensor(24.0).sqrt(), "√24 in bfloat16 is 4.906"
+        assert torch.equal(model(ids).logits, expected(ids).logits)

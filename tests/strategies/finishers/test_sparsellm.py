@@ -10,6 +10,7 @@ from torch.nn.functional import silu
 
 import prunekit
 from prunekit.calibration.twin import Twin, whole_parts
+from prunekit.models.adapters.find import adapter_for
 from prunekit.testing import toy_supernet, toy_tokens, toy_workpiece
 from prunekit_strategies.finishers.sparsellm import MLP, SparseLLM, derivatives, downhill, gated, hidden, rectified
 from prunekit_strategies.pruners.score import Wanda
@@ -101,6 +102,11 @@ def test_an_mlp_is_what_the_model_has(family):
             site, count = mlp.counts[linear]
             assert piece.adapter.linear(here.block, site) is linear
             assert piece.plan[piece.sites.index(site)] == count
+
+
+def test_an_mlp_whose_gate_and_up_are_one_map_is_refused():
+    with pytest.raises(prunekit.WrongInput, match="gate and up are maps of their own; take least-squares"):
+        SparseLLM().check(adapter_for("phi3"))
 
 
 def total(mlp, x, y, pre, p):
