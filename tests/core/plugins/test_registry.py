@@ -16,7 +16,7 @@ def test_every_entry_loads_and_says_what_it_is(registry):
 
 
 def test_an_unknown_name_gets_the_nearest_and_the_list():
-    with pytest.raises(UnknownName, match="no pruner 'obz'; did you mean 'obs'\\? there are ace-cosp, ace-varp, "):
+    with pytest.raises(UnknownName, match="no pruner 'obz'; did you mean 'obs'\\? there are ace, ace-cosp, ace-varp, "):
         PRUNERS["obz"]
     assert "obz" not in PRUNERS
     assert "obs" in PRUNERS
