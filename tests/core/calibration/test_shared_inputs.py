@@ -18,10 +18,16 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(blocks_of, "TOKENS_AT_ONCE", 24)  # two windows: several chunks per batch
 
 
+def opened(family):
+    """A tiny model of a family, as it is pruned, and its adapter."""
+    model = adapter_for(family).opened(tiny(family))
+    return model, adapter_for(model.config.model_type)
+
+
 @pytest.mark.parametrize("family", list(ADAPTERS))
 @pytest.mark.parametrize("catch", [True, False], ids=["caught", "resumed"])
 def test_an_input_is_measured_behind_all_weights_that_are_carried(family, catch, inputs_of):
-    model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
+    model, adapter, tokens = *opened(family), toy_tokens()
     sites = adapter.linear_sites(model, WEIGHTS)
     generator = torch.Generator().manual_seed(1)
     weights = {}
@@ -29,7 +35,10 @@ def test_an_input_is_measured_behind_all_weights_that_are_carried(family, catch,
         own = adapter.linear(adapter.blocks(model)[site.block], site).weight.detach()
         weights[site] = own * (torch.rand(own.shape, generator=generator) < 0.5)
     weights[sites[1]] = torch.zeros_like(weights[sites[1]])  # a map of zeros keeps its bias
-    expected, dense = inputs_of(tiny(family), adapter, sites, tokens, weights), inputs_of(model, adapter, sites, tokens)
+    expected, dense = (
+        inputs_of(opened(family)[0], adapter, sites, tokens, weights),
+        inputs_of(model, adapter, sites, tokens),
+    )
     stream = BlockFlow(model, adapter, tokens, dense=True)
     for index in range(len(adapter.blocks(model))):
         for site in (site for site in sites if site.block == index):
@@ -41,11 +50,12 @@ def test_an_input_is_measured_behind_all_weights_that_are_carried(family, catch,
                 made, values = dense[site] @ own.T, moments.values(own)
                 torch.testing.assert_close(values["cross"], made.T @ expected[site] / tokens.n_tokens)
                 torch.testing.assert_close(values["energy"], made.square().sum() / tokens.n_tokens)
-                assert ("drift" in values) == (adapter.part(site) is not None)
+                joins = adapter.adds_up(adapter.blocks(model)[index]) and adapter.part(site) is not None
+                assert ("drift" in values) == joins
             stream.carry(site, weights[site])
         stream.advance(index)
     with torch.no_grad():
-        other = tiny(family)
+        other, _ = opened(family)
         inputs_of(other, adapter, sites, tokens, weights)
         hidden = torch.cat([*stream.stream.hidden])
         torch.testing.assert_close(adapter.logits(model, hidden), other(tokens.ids).logits)
@@ -65,7 +75,7 @@ def test_moments_of_a_shared_input_are_collected_once(monkeypatch):
 
 @pytest.mark.parametrize("family", list(ADAPTERS))
 def test_an_input_relative_to_the_output_is_of_every_map_its_own(family, inputs_of):
-    model, adapter, tokens = tiny(family), adapter_for(family), toy_tokens()
+    model, adapter, tokens = *opened(family), toy_tokens()
     sites, stream = adapter.linear_sites(model, WEIGHTS), BlockFlow(model, adapter, tokens, dense=False)
     expected = inputs_of(model, adapter, sites, tokens)
     for index in range(len(adapter.blocks(model))):

@@ -339,7 +339,7 @@ def test_a_model_that_holds_nan_is_refused(model: Path, text: Path, tmp_path: Pa
 
 
 def test_an_architecture_without_adapter_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom", "architectures": ["BloomForCausalLM"]}))
     assert "llama" in refused("prune", tmp_path, "-o", "out", "--quiet")
 
 

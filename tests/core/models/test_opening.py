@@ -73,7 +73,7 @@ def test_tables_that_half_precision_rounds_are_those_of_a_model_in_float32(tmp_p
     float32, ids = torch.float32, torch.tensor([[3, 1, 4, 1, 5]])
     expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=float32)
     whole = opened(str(tmp_path), tokenizer=object(), device="cpu").model
-    paged, _ = paging.opened(str(tmp_path), lambda _: float32, torch.device("cpu"), bound=0)
+    paged, _ = paging.opened(str(tmp_path), lambda _: float32, [torch.device("cpu")], bound=0)
     for model in (whole, paged):
         scale = model.get_input_embeddings().embed_scale
         assert scale.dtype == float32

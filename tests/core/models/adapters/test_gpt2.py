@@ -57,7 +57,7 @@ def test_a_folder_is_opened_as_opt_and_whole(tmp_path: Path) -> None:
         torch.testing.assert_close(found.model(IDS).logits, model(IDS).logits)
         assert len(found.adapter.sites(found.model)) == 6
     with pytest.raises(WrongInput, match="is of type gpt2 and opened as opt, which needs it whole; give --memory"):
-        paging.opened(str(tmp_path), lambda _: torch.float32, torch.device("cpu"), bound=0)
+        paging.opened(str(tmp_path), lambda _: torch.float32, [torch.device("cpu")], bound=0)
 
 
 def test_what_no_opt_model_computes_is_refused() -> None:
