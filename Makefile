@@ -5,14 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.NOTPARALLEL:
 .PHONY: demo test lint types wheel tests random slow format clean
 
 demo: $(VENV)/installed
 	$(BIN)/prunekit demo --output demo-output
 
-# tests come last, so that their count is what one reads at the end
-test: lint types wheel tests
+# lint, types and wheel side by side; tests come last, so that their count is what one reads at the end
+test: $(VENV)/installed-dev
+	$(MAKE) --no-print-directory --jobs 2 --output-sync types wheel lint
+	$(MAKE) --no-print-directory tests
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -26,12 +27,12 @@ wheel: $(VENV)/installed-dev
 	$(BIN)/python tests/wheel_check.py
 
 tests: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 # other examples, in another order, than everybody's; `make random SEED=…` says again what one found
 SEED := $(or $(SEED),$(shell date +%s))
 random: $(VENV)/installed-dev
-	HYPOTHESIS_PROFILE=random $(BIN)/pytest -n 2 -m "not slow and not gpu" --randomly-seed=$(SEED) --hypothesis-seed=$(SEED)
+	HYPOTHESIS_PROFILE=random $(BIN)/pytest -n 2 --dist worksteal -m "not slow and not gpu" --randomly-seed=$(SEED) --hypothesis-seed=$(SEED)
 
 slow: $(VENV)/installed-dev
 	$(BIN)/pytest -m "slow and not gpu"

@@ -1,14 +1,18 @@
 """Every test: one thread, so that workers do not fight for cores and sums have one order; no network; the same draws.
 
-And what several files need: small models on disk, and runs that are killed.
+And what several files need: small models on disk, runs that are killed, and a process that has transformers loaded.
 """
 
+import importlib
+import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -64,6 +68,52 @@ def saved_letters(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         return path
 
     return save
+
+
+class Forks:
+    """Runs Python scripts in forks of a process that has transformers loaded; it starts with the first of them."""
+
+    def __init__(self, scratch: Path, stack: ExitStack) -> None:
+        self._scratch, self._stack, self._pipes = scratch, stack, list[IO[str]]()
+
+    def run(
+        self, command: list[Any], *, env: Mapping[str, str] = os.environ, cwd: Path | str = ".", **_: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """As `subprocess.run` of [python, "-P", script, ...], with both streams captured as text."""
+        if not self._pipes:
+            server = [sys.executable, "-P", Path(__file__).with_name("forks.py")]
+            process = subprocess.Popen(server, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self._stack.enter_context(process)
+            assert process.stdin is not None
+            assert process.stdout is not None
+            self._pipes = [process.stdin, process.stdout]
+        streams = [self._scratch / name for name in ("out", "err")]
+        for stream in streams:
+            stream.unlink(missing_ok=True)
+        asked = {"argv": command[2:], "env": dict(env), "cwd": cwd, "streams": streams}
+        print(json.dumps(asked, default=str), file=self._pipes[0], flush=True)
+        code = int(self._pipes[1].readline())
+        return subprocess.CompletedProcess(command, code, *(stream.read_text() for stream in streams))
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    with ExitStack() as stack:
+        yield Forks(tmp_path_factory.mktemp("forks"), stack)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _verified_in_forks(forks: Forks) -> Iterator[None]:
+    """What is exported is verified in a fork, unless a test asks for `fresh`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("prunekit.export.verify"), "subprocess", forks)
+        yield
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are verified in a fresh process, as those of users are."""
+    monkeypatch.setattr(importlib.import_module("prunekit.export.verify"), "subprocess", subprocess)
 
 
 class Killed(BaseException):

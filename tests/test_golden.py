@@ -23,7 +23,12 @@ TEXT: dict[str, Any] = {
 }
 RUNS: dict[str, dict[str, Any]] = {
     "default": {"sparsity": 0.5},
-    "search": {"sparsity": 0.5, "recipe": "search", "allocator__inner__generations": 3},
+    "search": {
+        "sparsity": 0.5,
+        "recipe": "search",
+        "allocator__inner__generations": 3,
+        "allocator__last_stride": 1 / 16,  # two rounds
+    },
     "2:4": {"recipe": "fast", "structure": "2:4", "pruner": "sparsegpt", "allocator": "uniform"},
 }
 

@@ -22,7 +22,7 @@ from prunekit.models.adapters.find import adapter_for
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.finisher import Workpiece
 from prunekit.plugins.pruner import LocalPruner
-from prunekit.search.store import CandidateStore
+from prunekit.search.store import CandidateStore, Table
 from prunekit.search.supernet import Supernet
 from prunekit.space.budgets import Budget
 from prunekit.space.forms import parse_form
@@ -104,23 +104,34 @@ def toy_supernet(
     directory: Path | None = None,
     **sizes: Any,
 ) -> Supernet:
-    """A supernet over a tiny random model; its ladders hold every count, the dense allocation included."""
+    """A supernet over a tiny random model; its ladders hold every count, the dense allocation included.
+
+    Where neither a pruner nor a directory is given, all who ask for the same share its candidates, which are only read.
+    """
     model = tiny(model_type, **sizes).requires_grad_(False)
     adapter: ModelAdapter = adapter_for(model_type)
     form = parse_form(structure)
     sites = adapter.sites_of(model, form, heads)  # type: ignore[arg-type]
     whole = Space.whole(sites, Budget.keeping(share, sites))
+    plain, key = pruner is None and directory is None, str((model_type, carry, share, heads, structure, sizes))
+    if plain and (known := _MADE.get(key)):
+        return Supernet(model, adapter, whole, *known)
     folder = directory or Path(tempfile.mkdtemp(prefix="prunekit-toy-"))
     store = CandidateStore(folder, {"toy": model_type})
     if directory is None:
         weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
-    pruner = pruner or (KeepFirst() if form.shrinks else KeepLargest())
     fisher = OutputFisher.collected(model, adapter, sites, toy_tokens(), 0, folder / "fisher", Progress())
     errors = build(
-        model, adapter, whole, whole.uniform(), pruner, toy_tokens(), store, fisher=fisher,
-        carry=carry, dtype=torch.float64, progress=Progress(),
+        model, adapter, whole, whole.uniform(), pruner or (KeepFirst() if form.shrinks else KeepLargest()),
+        toy_tokens(), store, fisher=fisher, carry=carry, dtype=torch.float64, progress=Progress(),
     )  # fmt: skip
+    if plain:
+        _MADE[key] = errors, store
     return Supernet(model, adapter, whole, errors, store)
+
+
+_MADE: dict[str, tuple[Table, CandidateStore]] = {}
+"""Errors and candidates of the toys that were asked for, which take long and are only read."""
 
 
 def toy_workpiece(

@@ -52,7 +52,10 @@ def test_rows_are_read_from_lines_and_arrays_with_marks_and_behind_gzip(tmp_path
     assert values(written(tmp_path, content)) == ROWS
 
 
-@given(st.lists(st.recursive(st.none() | st.floats(allow_nan=False) | st.integers() | st.text(), st.lists), min_size=1))
+scalars = st.none() | st.floats(allow_nan=False) | st.integers() | st.text(max_size=8)
+
+
+@given(st.lists(st.recursive(scalars, st.lists, max_leaves=8), min_size=1, max_size=6))
 def test_an_array_is_read_however_it_is_cut(tmp_path_factory: pytest.TempPathFactory, array: list[Any]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "CHUNK", 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -403,7 +402,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "prunekit"]
 """
 
 
-def test_bundled_code_needs_no_prunekit(tmp_path: Path) -> None:
+def test_bundled_code_needs_no_prunekit(tmp_path: Path, forks: Any) -> None:
     model = cut("gpt_neox", extremes)
     exported = to_transformers(model, adapter_for("gpt_neox"))
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
@@ -414,12 +413,9 @@ def test_bundled_code_needs_no_prunekit(tmp_path: Path) -> None:
     save_file({"ids": IDS, "logits": logits(model)}, tmp_path / "probe.safetensors")
     script = tmp_path / "remote.py"
     script.write_text(REMOTE)
-    done = subprocess.run(
+    done = forks.run(
         [sys.executable, "-P", script, tmp_path / "first", tmp_path / "probe.safetensors", tmp_path / "second"],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        capture_output=True,
-        text=True,
-        check=False,
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
     )
     assert done.returncode == 0, done.stderr
     assert_same(load(tmp_path / "second"), model, tolerance=1e-5)  # the registered class wins, no prompt

@@ -56,11 +56,15 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "first",
     [
-        pytest.param("import transformers; transformers.AutoConfig; import prunekit", id="transformers"),
+        pytest.param(
+            "import transformers; transformers.AutoConfig; import prunekit", id="transformers", marks=pytest.mark.slow
+        ),
         pytest.param("import prunekit, transformers", id="prunekit"),
         pytest.param("import prunekit; from transformers import AutoTokenizer", id="tokenizer", marks=pytest.mark.slow),
         pytest.param("import prunekit; from transformers import LlamaForCausalLM", id="llama", marks=pytest.mark.slow),
-        pytest.param("import prunekit; import transformers.models.llama.modeling_llama", id="modeling"),
+        pytest.param(
+            "import prunekit; import transformers.models.llama.modeling_llama", id="modeling", marks=pytest.mark.slow
+        ),
         pytest.param("from prunekit.models.classes import PrunekitLlamaForCausalLM", id="classes"),
         pytest.param(
             "import prunekit, importlib.util; importlib.util.find_spec('transformers.models.auto')",

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -13,8 +14,13 @@ FILES = ("model.safetensors", "config.json", "recipe.yaml", "ledger.jsonl", "tok
 
 
 @pytest.fixture(scope="session")
-def quick() -> Callable[..., dict[str, Any]]:
-    """Arguments of a run with a search that takes seconds, with changes: quick(seed=1, last_stride=0.25)."""
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """Arguments of a run with a search that takes seconds, with changes: quick(seed=1, last_stride=0.25).
+
+    Its text is short, because most of a short run is to encode a slice of `python-docs`.
+    """
+    docs = tmp_path_factory.mktemp("text") / "docs.txt"
+    docs.write_text("\n".join(topics.values())[:20_000], encoding="utf-8")
 
     def settings(last_stride: float = 0.125, **changes: Any) -> dict[str, Any]:
         inner = {"name": "evolution", "generations": 2, "offspring": 4}
@@ -23,7 +29,7 @@ def quick() -> Callable[..., dict[str, Any]]:
             "pruner": "obs",
             "allocator": {"name": "tyr", "inner": inner, "last_stride": last_stride},
             "objective": "divergence",
-            "data__dataset": "python-docs",
+            "data__dataset": str(docs),
             "data__seqlen": 32,
             "quiet": True,
         }

@@ -61,6 +61,14 @@ def made(
     return output, found, walks
 
 
+@pytest.fixture(scope="module")
+def made_plain(folder: Path, tmp_path_factory: pytest.TempPathFactory, plain: dict[str, Any]) -> Path:
+    """An uninterrupted run without a search."""
+    output = tmp_path_factory.mktemp("plain") / "out"
+    prunekit.prune(folder, output=output, sparsity=SHARES, **plain)
+    return output
+
+
 def content(directory: Path) -> dict[str, bytes]:
     return {f"{name}/{file}": (directory / name / file).read_bytes() for name in NAMES for file in FILES}
 
@@ -200,11 +208,10 @@ def test_a_family_of_one_is_a_single_run(folder, tmp_path, plain):
     assert "family" not in (tmp_path / "single" / "recipe.yaml").read_text()
 
 
-def test_a_family_in_memory_is_saved_as_one_with_an_output(folder, tmp_path, plain):
-    prunekit.prune(folder, output=tmp_path / "there", sparsity=SHARES, **plain)
+def test_a_family_in_memory_is_saved_as_one_with_an_output(folder, tmp_path, plain, made_plain):
     held = prunekit.prune(folder, sparsity=SHARES, **plain)
     saved = held.save(tmp_path / "saved")
-    assert content(saved) == content(tmp_path / "there")
+    assert content(saved) == content(made_plain)
     there = prunekit.Family(json.loads((saved / "pareto.json").read_text()), saved)
     assert content(there.save(tmp_path / "copy")) == content(saved)
     (saved / "0.2" / "notes.txt").write_text("mine")  # is not copied
@@ -301,9 +308,10 @@ def test_only_a_family_of_ours_is_replaced(made, folder, tmp_path, plain):
 
 
 @pytest.mark.parametrize("damage", ["short", "bit", "gone", "list"])
-def test_a_member_that_was_damaged_before_the_command_goes_on_is_made_anew(folder, tmp_path, plain, damage, killed_at):
-    whole, output = tmp_path / "whole", tmp_path / "out"
-    prunekit.prune(folder, output=whole, sparsity=SHARES, **plain)
+def test_a_member_that_was_damaged_before_the_command_goes_on_is_made_anew(
+    folder, tmp_path, plain, made_plain, damage, killed_at
+):
+    output = tmp_path / "out"
     with killed_at(family, "make_result", 2):
         prunekit.prune(folder, output=output, sparsity=SHARES, **plain)
     member = tmp_path / "out.partial/result/0.2"
@@ -317,7 +325,7 @@ def test_a_member_that_was_damaged_before_the_command_goes_on_is_made_anew(folde
         weights[len(weights) // 2] ^= 1
         file.write_bytes(weights)
     prunekit.prune(folder, output=output, sparsity=SHARES, **plain)
-    assert content(output) == content(whole)
+    assert content(output) == content(made_plain)
 
 
 def test_a_family_that_was_stopped_while_it_tidied_up_is_not_made_again(folder, tmp_path, plain, killed_at):

@@ -25,6 +25,7 @@ QUICK: dict[str, Any] = {
     "data__calibration_tokens": 1024,
     "data__search_tokens": 512,
     "data__evaluation_tokens": 512,
+    "data__recovery_tokens": 1024,  # else as many as training is worth
     "data__seqlen": 32,
     "verify": False,
     "quiet": True,
@@ -135,7 +136,7 @@ def test_who_trains_reads_text_that_the_pruner_has_not_seen(folder, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FINISHERS, "build", spied)
         asked = {"finishers": ["bias", *TRAINED], "data__recovery_tokens": 256}
-        report = prunekit.prune(folder, output=tmp_path / "out", **asked, **QUICK).report
+        report = prunekit.prune(folder, output=tmp_path / "out", **QUICK | asked).report
     found = report["data"]
     assert seen["bias"].digest == found["calibration"]["sha256"]
     for name in ("reconstruction", "distillation"):

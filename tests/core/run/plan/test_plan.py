@@ -246,10 +246,10 @@ def large(tmp_path_factory):
     heads: dict[str, Any] = {
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
-        "num_hidden_layers": 96,
+        "num_hidden_layers": 24,
         "vocab_size": 2000,
     }
-    LlamaConfig(hidden_size=512, intermediate_size=1536, dtype="bfloat16", **heads).save_pretrained(path)
+    LlamaConfig(hidden_size=1024, intermediate_size=3072, dtype="bfloat16", **heads).save_pretrained(path)
     return path
 
 
@@ -271,7 +271,7 @@ def test_what_fits_is_opened_whole_and_what_does_not_block_by_block(folder, larg
         assert max(stage.memory + stage.shared for stage in plan.stages) <= max(plan.limit, plan.least)
     model, _ = skeleton(str(large))
     blocks = sum(p.numel() for p in model.model.layers[0].parameters()) * 4
-    assert (roomy.block, roomy.resident) == (blocks, (2000 * 512 + 512) * 4)  # float32 on a CPU; the head is a page
+    assert (roomy.block, roomy.resident) == (blocks, (2000 * 1024 + 1024) * 4)  # float32 on a CPU; the head is a page
     assert not plan_of(folder, memory="1MB").paged  # blocks of nothing
 
 
