@@ -166,7 +166,8 @@ class LearnerSuite:
 
     def test_does_not_care_for_the_order_of_groups_in_a_site(self) -> None:
         space = space_of([3, 6], [2, 1], 0.5)
-        worth = Knapsack(space).price * torch.tensor([0.2, 3.0, 0.4, 2.0, 0.1, 2.5, 0.3, 1.9, 0.2], dtype=torch.float64)
+        values = torch.tensor([0.2, 3.0, 0.4, 2.0, 0.1, 2.5, 0.3, 1.9, 0.2], dtype=torch.float64)
+        worth = Knapsack(space).price * values / 8
         order = torch.tensor([2, 0, 1, 8, 3, 7, 5, 4, 6])
         found = [
             lesson(self.plugin, problem_of(space), Surface(values, 1 + self.draws).answer).decisions[0]
