@@ -16,7 +16,7 @@ imports, loading and evaluation. All run on the CPU, in float32.
 Behind every peer comes recipe `fast` with `time` set to the peer's seconds, or to the least that its plan allows where
 that is more, on at most the peer's calibration tokens, at the sparsity that the peer realised: zeros that it left in
 its tensors count as removed there. Its seconds are all of the call but evaluation: imports, loading and the plan are in
-them.
+them. And the same method as we have it, on the same tokens, at that size: `same`.
 
 Some peers know no grouped heads. `--ungroup` gives all, ours too, the same model with a copy of its keys and values for
 every query head: the same function, with more parameters.
@@ -71,6 +71,7 @@ class Peer:
     title: str
     prepare: Callable[[Path, Any, Draws, float], Work]  # its folder, the model that it changes, tokens, share to remove
     shims: tuple[str, ...] = ()  # what it needs to run here
+    same: Mapping[str, Any] | None = None  # the same method here: a preset, and what of it changes
 
 
 def flap_of(method: str) -> Callable[[Path, Any, Draws, float], Work]:
@@ -186,11 +187,19 @@ BORDERS = "4 first and 2 last of 32 blocks whole, in proportion; the others cut 
 CPU = "the CPU for cuda, gloo for nccl"
 SMALL = "one round of ten generations of 16 on few tokens, levels of an eighth"
 ZEROS = "it hands back zeros in tensors of the old sizes"
+WANDA_SP = {
+    "recipe": "ziplm", "pruner": {"name": "wanda", "within": "block"}, "allocator": "uniform", "finishers": (),
+    "carry": "centre", "apart": True,
+}  # fmt: skip
 PEERS = {
-    "flap": Peer("FLAP", flap_of("prune_flap"), (LAYERS, HEADS, FLOAT, "zero biases on o_proj and down_proj")),
-    "wanda-sp": Peer("Wanda-sp", flap_of("prune_wanda_sp"), (LAYERS, HEADS, FLOAT)),
+    "flap": Peer(
+        "FLAP", flap_of("prune_flap"), (LAYERS, HEADS, FLOAT, "zero biases on o_proj and down_proj"), {"recipe": "flap"}
+    ),
+    "wanda-sp": Peer("Wanda-sp", flap_of("prune_wanda_sp"), (LAYERS, HEADS, FLOAT), WANDA_SP),
     "slicegpt": Peer("SliceGPT", slicegpt, (THIRD, TUPLE, NAMES)),
-    "llm-pruner": Peer("LLM-Pruner", llm_pruner, (ALONE, EAGER, WINDOWS, BORDERS)),
+    "llm-pruner": Peer(
+        "LLM-Pruner", llm_pruner, (ALONE, EAGER, WINDOWS, BORDERS), {"recipe": "llm-pruner", "finishers": (), "apart": True}
+    ),
     "tyr": Peer("Týr", tyr, (CPU, SMALL, ZEROS)),
 }
 
@@ -264,6 +273,19 @@ def ours(job: Job, shared: Mapping[str, Any], seconds: float | None) -> Row:
         model = stored_as(result.model, torch.float32)
         return told | counted(model) | judged(model, job.draws.evaluation)
     raise AssertionError("the last try returns or raises")
+
+
+def as_published(job: Job, shared: Mapping[str, Any], same: Mapping[str, Any]) -> Row:
+    """A peer's method as we have it, on all of its tokens."""
+    changes = {key: value for key, value in same.items() if key != "recipe"}
+    own = {"model": job.model, "sparsity": job.share, "device": "cpu", "verify": False, "data.evaluation_tokens": LEAST}
+    recipe = Recipe.load(same["recipe"]).with_overrides({**shared, **own, **changes})
+    began = time.perf_counter()
+    result = prunekit.prune(recipe=recipe, quiet=True)
+    seconds = time.perf_counter() - began - result.report["seconds"]["evaluate"]
+    told = {"seconds": seconds, "tokens": job.draws.calibration.n_tokens}
+    model = stored_as(result.model, torch.float32)
+    return told | counted(model) | judged(model, job.draws.evaluation)
 
 
 def counted(model: Any) -> Row:
@@ -369,6 +391,9 @@ def main(
                 same = replace(job, share=1 - peer["blocks_whole"] / whole["blocks"])
                 told = {"name": "fast", "beside": name} | asked
                 found.append((peer, row(told, ours, same, shared, peer["seconds"])))
+                if (method := PEERS[name].same) is not None:
+                    told = {"name": "same", "beside": name} | asked
+                    found.append((row(told, as_published, same, shared, method), None))
             told = {"name": "fast", "beside": None} | asked
             found.append((row(told, ours, replace(job, share=share), shared, None), None))
             show(share, found, whole, tokens)
@@ -383,6 +408,8 @@ def show(share: float, found: list[tuple[Row, Row | None]], whole: Row, tokens: 
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for one, beside in found:
         title = PEERS[one["name"]].title if one["name"] in PEERS else "prunekit, `fast`"
+        if one["name"] == "same":
+            title = f"prunekit, {PEERS[one['beside']].title}'s method"
         cells = [title, *(cell(one, whole) if "failed" not in one else [f"did not run: {one['failed']}", "", "", ""])]
         if beside is None:
             cells += ["", "", "", ""]

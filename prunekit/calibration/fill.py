@@ -161,16 +161,19 @@ def build(
         for index, sites in groupby(space.sites, key=lambda site: site.block):
             here = tuple(sites)
             unfinished = any(site not in store for site in here)  # then all are met again: each needs what was before
+            behind: dict[Site, Tensor] = {}  # of a pruner that sees this block dense: what the next one is reached through
             for site in here:
                 if unfinished:
                     fill(site)
                 counts = rungs_of[site] if carry == "expected" else (centre_of[site],)
                 weight = None if carry == "dense" else expected_weight(store, site, counts)
+                if weight is not None and pruner.within == "block":
+                    behind[site], weight = weight, None
                 for each in flows:
                     each.carry(site, weight)
                 stage.advance(note=site.name)
             for each in flows:
-                each.advance(index)
+                each.advance(index, behind)
             give_back()
     return tuple(tuple(store.errors(site)) for site in space.sites)
 

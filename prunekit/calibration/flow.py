@@ -6,7 +6,7 @@ arguments down. After that every block can be run alone, on any hidden states, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -84,8 +84,12 @@ class BlockFlow:
             self.dense.pass_through(self.blocks[site.block], site, None)
 
     @torch.no_grad()
-    def advance(self, block: int) -> None:
-        """Send the streams through a block, in place."""
+    def advance(self, block: int, weights: Mapping[Site, Tensor] | None = None) -> None:
+        """Send the streams through a block, in place; that of pruned layers through `weights`, where there are any, and
+        not through what it was carried through site by site."""
+        if weights:
+            self.stream.weights.update(weights)
+            self.stream.outputs.clear()
         self.stream.advance(self.blocks[block], block)
         if self.dense is not None:
             self.dense.advance(self.blocks[block], block)

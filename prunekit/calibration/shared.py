@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,9 +37,9 @@ class SharedFlow:
         """From here on every stream passes `site` through this weight."""
         self._ask("carry", site, weight)
 
-    def advance(self, block: int) -> None:
+    def advance(self, block: int, weights: Mapping[Site, Tensor] | None = None) -> None:
         """Send every stream through a block."""
-        self._ask("advance", block)
+        self._ask("advance", block, weights)
 
     def _ask(self, method: str, *args: Any) -> list[Any]:
         return self.team.ask(method, [args] * len(self.shards))

@@ -6,7 +6,7 @@ dealt out. What comes out is what one worker would find, but for the order of su
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from jaxtyping import Float
@@ -54,9 +54,9 @@ class Worker:
         """As `BlockFlow.carry`."""
         self._flow.carry(site, weight)
 
-    def advance(self, block: int) -> None:
+    def advance(self, block: int, weights: Mapping[Site, Tensor] | None) -> None:
         """As `BlockFlow.advance`."""
-        self._flow.advance(block)
+        self._flow.advance(block, weights)
 
     def open_supernet(self, space: Space, errors: Table, store: CandidateStore) -> None:
         """The candidates that questions will be about; the calibration pass is over."""

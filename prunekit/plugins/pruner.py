@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,11 +13,16 @@ from prunekit.layer.candidates import Candidate
 from prunekit.layer.problem import LayerProblem, Nested
 from prunekit.layer.statistics import Need
 
+Within = Literal["map", "block"]
+
 
 class LocalPruner(ABC):
     """Answers, for one layer, what to keep at every count."""
 
     structures: ClassVar[frozenset[str]] = frozenset({"groups"})  # and/or weights, n:m
+    within: Within = "map"
+    """What reaches a layer behind the pruned blocks: its input behind the pruned maps of its own block as well, or, with
+    `block`, behind that block's dense maps. An attribute, or a field of a pruner that has both."""
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -20,7 +20,7 @@ from prunekit.data.spec import TAGS, DataSpec, TextSpec
 from prunekit.errors import WrongInput, unknown
 from prunekit.recipe.overrides import expand_target, override, split_family
 from prunekit.recipe.presets import beside, laid_over, presets, read_yaml
-from prunekit.recipe.specs import Spec, as_engine, as_pattern, as_specs, outward, own_share
+from prunekit.recipe.specs import SpareSpec, Spec, as_engine, as_pattern, as_specs, outward, own_share
 from prunekit.space.latency import LatencySpec
 from prunekit.space.prices import FILE
 from prunekit.system.strict import Strict
@@ -38,6 +38,7 @@ class Recipe(Strict):
     metric: str | dict[str, Any] = "parameters"  # `target: METRIC=SHARE` says it together with a sparsity of 1 - SHARE
     latency: LatencySpec = LatencySpec()  # the options of metric latency
     apart: bool = False  # attention and MLP get `sparsity` each and do not trade
+    spare: SpareSpec = SpareSpec()  # blocks that stay whole; the others lose so much more
     structure: Annotated[str, BeforeValidator(as_pattern)] = "groups"  # or weights, or N:M, which says the sparsity
     heads: Literal["kv", "query"] = "kv"  # a group: a KV head with its query heads, or query heads of every KV head
     pruner: Spec
@@ -183,7 +184,8 @@ class Recipe(Strict):
     @property
     def unsaid(self) -> frozenset[str]:
         """Keys that need not be written."""
-        return frozenset() if self.family else frozenset({"family"})
+        said = {"family": bool(self.family), "spare": self.spare != SpareSpec()}
+        return frozenset(key for key in said if not said[key])
 
     def to_yaml(self) -> str:
         """Write all values in the order of the class, below a comment with the versions that were used.

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from prunekit.errors import WrongInput
 from prunekit.space.forms import parse_form
+from prunekit.system.strict import Strict
 
 OUTWARD = frozenset({"base_url", "key_variable", "address"})  # by which a plug-in says whom it talks to, with which key
+
+
+def _blocks(value: int | float) -> int | float:
+    if value >= 1 and value != int(value):
+        raise WrongInput(f"blocks are a whole number, or a share of all below 1, not {value}")
+    return int(value) if value >= 1 else value
+
+
+Blocks = Annotated[int | float, Field(ge=0), AfterValidator(_blocks)]
+"""A number of decoder blocks, or, below 1, a share of all, rounded to whole ones, halves up."""
+
+
+class SpareSpec(Strict):
+    """How many decoder blocks at either end stay as they are."""
+
+    first: Blocks = 0
+    last: Blocks = 0
+
+    def of(self, depth: int) -> tuple[int, int]:
+        """Both in blocks, of a model of so many."""
+        first, last = (
+            int(n) if n >= 1 else math.floor(Fraction(str(n)) * depth + Fraction(1, 2)) for n in (self.first, self.last)
+        )
+        return first, last
 
 
 def as_spec(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import torch
@@ -13,13 +15,27 @@ from prunekit.plugins.adapter import ModelAdapter
 from prunekit.recipe.resolve import Parts
 from prunekit.space.budgets import Budget
 from prunekit.space.ladders import Space
+from prunekit.space.sites import Site
+
+
+def sparing(sites: Sequence[Site], blocks: int, first: int, last: int) -> tuple[Site, ...]:
+    """The sites, those of the `first` and the `last` of so many blocks spared.
+
+    Raises:
+        WrongInput: that is all of them.
+    """
+    if (first or last) and not any(first <= site.block < blocks - last for site in sites):
+        raise WrongInput(
+            f"spare: {first} first and {last} last of {blocks} blocks leave none to prune; spare fewer of them"
+        )
+    return tuple(replace(site, spared=not first <= site.block < blocks - last) for site in sites)
 
 
 def whole_space(parts: Parts, model: nn.Module, adapter: ModelAdapter, dtype: torch.dtype) -> Space:
     """Find every count of every site of a model, under the recipe's budget.
 
     The budget of single weights is a share of the weights of the linear maps, as in the literature; with of=model,
-    of all parameters.
+    of all parameters. Blocks that are spared count in it, so that the others lose more; a pattern is that of the others.
 
     Args:
         parts: of the recipe; of its family, of one member.
@@ -35,13 +51,19 @@ def whole_space(parts: Parts, model: nn.Module, adapter: ModelAdapter, dtype: to
         sites = adapter.sites_of(model, form, recipe.heads)
     if not sites:
         raise WrongInput("the model has no site left to prune")
+    depth = len(adapter.blocks(model))
+    sites = sparing(sites, depth, *recipe.spare.of(depth))
     base = model if recipe.of == "model" else adapter.blocks(model)
     freed = sum(site.parameters(site.n_groups) for site in sites)
     counts = recipe.of == "model" or form.shrinks
     outside = sum(p.numel() for p in base.parameters()) - freed if counts else 0
     kept = float(1 - Fraction(str(recipe.sparsity)))
+    own = form.kept_share
+    if own is not None:  # of what is not spared
+        whole = sum(site.parameters(site.n_groups) for site in sites if site.spared)
+        own = (whole + own * (freed - whole)) / freed
     budget = Budget.keeping(
-        kept if form.kept_share is None else form.kept_share, sites,
+        kept if own is None else own, sites,
         metric=parts.metric.for_checkpoint(dtype.itemsize), outside=outside, apart=recipe.apart,
     )  # fmt: skip
     if any(finisher.adds_biases for finisher in parts.finishers):

@@ -58,6 +58,16 @@ class Space:
             (tuple(i for i, s in enumerate(self.sites) if s.kind == kind), limit) for kind, limit in self.budget.by_kind
         )
 
+    @cached_property
+    def open_partitions(self) -> tuple[tuple[tuple[int, ...], int], ...]:
+        """`partitions` of the sites that are not spared, the limits less what those cost that are."""
+        found = []
+        for members, limit in self.partitions:
+            whole = [i for i in members if self.sites[i].spared]
+            spent = sum(self.budget.price(self.sites[i], self.sites[i].n_groups) for i in whole)
+            found.append((tuple(i for i in members if i not in whole), limit - spent))
+        return tuple(found)
+
     def cost(self, allocation: Allocation) -> int:
         """Price of an allocation, in units of the budget's metric."""
         return sum(self.budget.price(s, k) for s, k in zip(self.sites, allocation, strict=True))

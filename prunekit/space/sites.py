@@ -37,6 +37,7 @@ class Site:
     d_out: int = 1  # rows of the linear map
     form: Form = GROUPS
     input_group: str = ""  # sites of one input group receive the same input; "": nobody else does
+    spared: bool = False  # nothing of it may go; its price counts
 
     @property
     def d_in(self) -> int:
@@ -46,7 +47,7 @@ class Site:
     @property
     def least(self) -> int:
         """The smallest count that may be kept."""
-        return self.form.least(self.d_in)
+        return self.n_groups if self.spared else self.form.least(self.d_in)
 
     @property
     def step(self) -> int:

@@ -124,6 +124,13 @@ def _uneven() -> Problem:
     return problem(Space.whole(sites, Budget.keeping(0.6, sites)).zoomed((2, 384) * 3, stride=1 / 8, reach=8))
 
 
+def _spared() -> Problem:
+    """Blocks at both ends stay whole."""
+    sites = sites_of(4, attention=(4, 10), mlp=(16, 3))
+    sites = tuple(replace(site, spared=site.block in (0, 3)) for site in sites)
+    return problem(Space.whole(sites, Budget.keeping(0.7, sites)))
+
+
 def _one_site() -> Problem:
     sites = (Site("only", 0, "mlp", 16, 1, 3),)
     return problem(Space.whole(sites, Budget.keeping(0.5, sites)))
@@ -139,6 +146,7 @@ ZOO: Mapping[str, Callable[[], Problem]] = {
     "nearly all": partial(_of, 2, 0.95),
     "nearly none": partial(_of, 2, 0.05),
     "one site": _one_site,
+    "spared": _spared,
     "one rung": lambda: problem(replace(_even().space, ladders=((2,),) * 4)),  # nothing to swap
     "no tokens": lambda: replace(_uneven(), tokens=0),
 }

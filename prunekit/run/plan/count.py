@@ -414,7 +414,8 @@ class Count:
         size, streams = shape.computed.itemsize, 1 + any("dense" in each.sees for each in statistics)
         memory = disk = spill = doubles = 0
         took: float | None = 0.0
-        flops = streams * shape.forward(tokens, self.seqlen, head=False)
+        twice = self.parts.pruner.within == "block" and self.recipe.carry != "dense"  # dense, and pruned to the next
+        flops = (streams + twice) * shape.forward(tokens, self.seqlen, head=False)
         for _, members in groupby(space.sites, key=lambda site: site.block):
             block = [(s.d_in, shape.adapter.part(s) is not None, bool(s.input_group)) for s in members]
             spill = max(spill, BlockFlow.peak(tokens, shape.width, size, block, streams))

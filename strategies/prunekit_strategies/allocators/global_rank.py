@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Literal
 
 from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
+from prunekit_strategies.allocators.competing import best_of
 
 FINE = 1 / 128  # stride of the second calibration pass, share of a site's groups
 Normalise = Literal["z-score", "l2", "none"]
@@ -24,7 +25,8 @@ class GlobalRank(Allocator):
     site goes: z-scores do not protect a site, every site has low ones. The limit gives way where the budget leaves no
     other choice. What is removed for one budget is removed for every smaller one.
 
-    Sources: FLAP (An et al. 2024, arXiv 2312.11983), z-scores in the order of the score, prices in the cut alone;
+    Sources: FLAP (An et al. 2024, arXiv 2312.11983), z-scores in the order of the score, prices in the cut alone: its
+    z are of channels, which the pruner's `standardise: channels` gives, and `normalise: none` leaves as they are;
     LLM-Pruner (Ma et al. 2023, arXiv 2305.11627), its global mode. Ours: exact integer prices (a head is worth its
     price in neurons), the protected share, and `compete`: the start is among the answers the objective chooses from.
     Which units of a site go stays with the pruner, in the same order. Normalised scores differ little between sites, so
@@ -55,7 +57,7 @@ class GlobalRank(Allocator):
         answer = problem.space.nearest(self.wish(problem))
         answers = dict.fromkeys([problem.start, answer] if self.compete else [answer])
         losses = yield [Query(a) for a in answers]
-        return min(zip(losses, answers, strict=True), key=lambda pair: pair[0])[1]
+        return best_of(type(self).__name__, problem, list(answers), losses)
 
     def wish(self, problem: Problem) -> list[int]:
         """Kept groups per site, before rounding to the ladders."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from prunekit import Allocator, Problem, Query, Search, Signal, Space, check_choices
+from prunekit_strategies.allocators.competing import best_of
 from prunekit_strategies.signals.influence import Influence
 from prunekit_strategies.signals.outliers import Outliers
 from prunekit_strategies.signals.tail_exponent import TailExponent
@@ -32,7 +33,8 @@ class MetricMap(Allocator):
     are cut off and all sites move by a common share until the budget is spent exactly. Equal numbers are uniform.
 
     With `spread: null` the objective chooses among SPREADS. With `compete` the start is among the answers it chooses
-    from, so that the result is never worse than uniform on the objective; without, the map has the last word.
+    from, so that the result is never worse than uniform on the objective, and the journal says who won; without, the
+    map has the last word.
 
     Sources: the subclasses. Ours: prices as weights (papers take the plain mean over blocks, which is wrong for
     unequal ones), the exact budget, and every combination of signal, comparison and map.
@@ -67,13 +69,13 @@ class MetricMap(Allocator):
         if self.compete:
             answers = {problem.start: None} | answers
         losses = yield [Query(a) for a in answers]
-        return min(zip(losses, answers, strict=True), key=lambda pair: pair[0])[1]
+        return best_of(type(self).__name__, problem, list(answers), losses)
 
     def wish(self, problem: Problem, spread: float) -> list[float]:
         """Kept groups per site, before rounding."""
         space, x = problem.space, self.standing(problem)
         wish = [float(site.n_groups) for site in space.sites]  # a site without a price keeps all
-        for members, limit in space.partitions:
+        for members, limit in space.open_partitions:
             price = {i: p for i in members if (p := space.budget.price(space.sites[i], space.sites[i].n_groups))}
             total = sum(price.values())
             mean = 1 - limit / max(total, 1)
@@ -93,7 +95,8 @@ class MetricMap(Allocator):
         largest = max(map(abs, values)) or 1.0
         values = [v / largest for v in values]  # differences of huge numbers are infinite
         groups: dict[object, list[int]] = {}
-        for i, site in enumerate(sites):
+        for i in (i for i, site in enumerate(sites) if not site.spared):
+            site = sites[i]
             groups.setdefault({"block": site.block, "kind": site.kind, "site": None}[self.per], []).append(i)
         x = [0.0] * len(sites)
         if self.per == "block":

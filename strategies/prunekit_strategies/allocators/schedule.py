@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prunekit import Allocator, Problem, Query, Search, check_choices
+from prunekit_strategies.allocators.competing import best_of
 
 Shape = Literal["log-increase", "linear-increase", "uniform", "linear-decrease", "log-decrease"]
 Bends = Literal["all", "attention", "mlp"]
@@ -59,13 +60,14 @@ class Schedule(Allocator):
         if self.compete:
             answers = {problem.start: None} | answers
         losses = yield [Query(a, self.tokens) for a in answers]
-        return min(zip(losses, answers, strict=True))[1]
+        pairs = sorted(zip(answers, losses, strict=True))  # on a tie the lowest counts
+        return best_of(type(self).__name__, problem, [a for a, _ in pairs], [loss for _, loss in pairs])
 
     def wish(self, problem: Problem, bend: float = 1.0) -> list[float]:
         """Kept groups per site, before rounding."""
         space = problem.space
-        wish = [0.0] * len(space.sites)
-        for members, limit in space.partitions:
+        wish = [float(site.n_groups) for site in space.sites]  # of those that are spared
+        for members, limit in space.open_partitions:
             price = {i: space.budget.price(space.sites[i], space.sites[i].n_groups) for i in members}
             mean = 1 - limit / max(sum(price.values()), 1)
             bent = [i for i in members if self.bends in ("all", space.sites[i].kind)]

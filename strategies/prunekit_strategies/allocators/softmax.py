@@ -77,7 +77,7 @@ class ClosedForm(Allocator):
         problem = separable(problem) if self.energy == "scores" else problem
         space = problem.space
         wish = [float(ladder[-1]) for ladder in space.ladders]
-        for members, limit in space.partitions:
+        for members, limit in space.open_partitions:
             whole = {i: space.budget.price(space.sites[i], space.sites[i].n_groups) for i in members}
             paid = [i for i in members if whole[i]]
             if self.rule == "threshold":

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from prunekit import Allocation, Allocator, Problem, Query, Search, Space
+from prunekit import Allocation, Allocator, Problem, Query, Search, Space, WrongInput
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class Uniform(Allocator):
         counts = whole.uniform()
         if not self.equal:
             return counts
+        if any(site.spared for site in whole.sites):
+            raise WrongInput(
+                "equal: true wants one count for all sites of a kind, and `spare` keeps some of them whole; "
+                "leave one of the two away"
+            )
         least: dict[object, int] = {}  # by kind and size: what the poorest of its sites keeps
         for site, kept in zip(whole.sites, counts, strict=True):
             least[site.kind, site.n_groups] = min(kept, least.get((site.kind, site.n_groups), kept))

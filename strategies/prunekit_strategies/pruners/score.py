@@ -14,11 +14,13 @@ from torch import Tensor
 
 from prunekit import LayerProblem, check_choices
 from prunekit.layer.candidates import Per
+from prunekit.plugins.pruner import Within
 from prunekit_strategies.pruners.ranking import Ranking
 
 Activation = Literal["rms", "std", "absolute", "relative", "contrast"]
 Reduce = Literal["sum", "mean", "max", "rms"]
 Scope = Literal["columns", "coupled"]
+Standardise = Literal["units", "channels"]
 
 NEEDS: dict[Activation, frozenset[str]] = {
     "rms": frozenset({"gram"}),
@@ -37,6 +39,7 @@ class Score(Ranking):
         u_g = reduce of s_j over the columns j of group g                                                 (2)
         u_g ← u_g + Σ_f reduce over rows r of g of (Σ_j (|F_rj| z_j^{a/q})^p)^(q/p)      scope: coupled    (3)
         s_ij = |W_ij|^q x_j^a                single weights, and n:m                                      (4)
+        s_j ← (s_j - mean s) / std s         before (2), over the columns of W        standardise: channels (5)
 
     W (d_out, d_in) is the layer, x_j a statistic of its input j: `rms` √E[x_j²]; `std`, about the mean; `absolute`,
     of the mean |x_j| of windows; `relative` √E[x_j² / ‖y‖²], y the layer's output; `contrast`
@@ -44,6 +47,8 @@ class Score(Ranking):
     group, z_j the rms of their inputs. q = 0 leaves the weights out, a = 0 the inputs. On a tie the lower id stays.
 
     Single weights compete within their row, their layer or their pattern; norms, reduce and scope are of groups only.
+    (5) is for allocators that compare the groups of all sites, to be taken as they are: `global-rank` with
+    `normalise: none`. Within a site the order stays: rms then is the mean of the squares' z, a sum the mean.
 
     Sources: the subclasses, each a paper. Ours: a group is what can be removed, a KV head with its query heads or
     one of the MLP's neurons, and every score is taken on the inputs that pruned layers carry here.
@@ -57,8 +62,10 @@ class Score(Ranking):
     activation_power: float = 1.0
     reduce: Reduce = "sum"
     scope: Scope = "columns"  # coupled: rows of the maps in front count as well
+    standardise: Standardise = "units"  # channels: (5); units: nothing here, z-scores of groups are an allocator's part
     per: Per = "row"  # among which single weights compete
     refit: bool = False  # least-squares weights on what is kept; False: as they are
+    within: Within = "map"  # inputs behind the pruned maps of the layer's own block, or behind its dense ones
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -74,6 +81,9 @@ class Score(Ranking):
                 "scope coupled scores rows by their weights and the rms of their inputs; "
                 "it needs weight_power > 0, and activation rms or activation_power = 0"
             )
+
+        if self.scope == "coupled" and self.standardise == "channels":
+            raise ValueError("standardise channels is of the layer's own columns; it needs scope columns")
 
     @property
     def _quiet(self) -> bool:
@@ -91,7 +101,10 @@ class Score(Ranking):
 
     def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"]:
         """u_g in float64."""
-        score = self._reduced(self._fibres(layer.weight, self._inputs(layer), 0), layer.n_groups)  # (1), (2)
+        columns = self._fibres(layer.weight, self._inputs(layer), 0)  # (1)
+        if self.standardise == "channels":
+            return self._standing(columns, layer.n_groups)
+        score = self._reduced(columns, layer.n_groups)  # (2)
         if self.scope == "columns":
             return score
         fed = torch.zeros_like(score)
@@ -129,6 +142,16 @@ class Score(Ranking):
         if inputs is not None:
             cells = cells * inputs ** (a / q)
         return cells.pow(p).sum(dim).pow(q / p)
+
+    def _standing(self, columns: Float[Tensor, " d_in"], n_groups: int) -> Float[Tensor, " n_groups"]:
+        """(5), (2); zeros where all columns are alike."""
+        if self.reduce == "rms" and len(columns) > n_groups:
+            columns = columns.square()
+        apart = columns - columns.mean()
+        spread = apart.norm() / max(len(columns) - 1, 1) ** 0.5
+        apart = apart / spread if spread > 1e-12 * columns.abs().max() else torch.zeros_like(apart)
+        units = apart.reshape(n_groups, -1)
+        return units.amax(1) if self.reduce == "max" else units.mean(1)
 
     def _reduced(self, fibres: Float[Tensor, " fibres"], n_groups: int) -> Float[Tensor, " n_groups"]:
         units = fibres.reshape(n_groups, -1)
@@ -185,8 +208,10 @@ class FLAP(Score):
         s_j = var(x_j) Σ_i W_ij²        the exact error of removing column j alone when b ← b + W_:j E[x_j]
         u_g = s_j of a neuron; the mean of s_j² over the columns of a group of heads
 
-    Source: An et al. 2024 (arXiv 2312.11983), with the released code's square for heads. Standardising scores over
-    layers is an allocator's part, the bias a finisher's.
+    Source: An et al. 2024 (arXiv 2312.11983), with the released code's square for heads. Before it compares layers it
+    standardises channels, and averages them into heads then: `standardise: channels`, as the recipe `flap` has it. The
+    spread of a layer's heads is so a third to a fifth of that of standardised heads: fewer are the first to go. The
+    bias is a finisher's part.
     """
 
     weight_norm: float = 2.0
@@ -197,7 +222,7 @@ class FLAP(Score):
 
     def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"]:
         score = super().scores(layer)
-        return score.square() if layer.group_size > 1 else score
+        return score.square() if layer.group_size > 1 and self.standardise == "units" else score
 
 
 @dataclass(frozen=True)

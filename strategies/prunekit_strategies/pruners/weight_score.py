@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prunekit import LayerProblem, check_choices
 from prunekit.layer.candidates import Per
+from prunekit.plugins.pruner import Within
 from prunekit_strategies.pruners.ranking import Ranking
 
 Shape = Literal["identity", "sqrt", "square", "exp", "log", "sigmoid", "softmax", "one"]
@@ -56,6 +57,7 @@ class RIA(WeightScore):
     activation_power: float = 0.5  # a
     per: Per = "row"
     refit: bool = False  # least-squares weights on what is kept; False: as they are
+    within: Within = "map"  # inputs behind the pruned maps of the layer's own block, or behind its dense ones
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -81,6 +83,7 @@ class ZPruner(WeightScore):
 
     per: Per = "row"
     refit: bool = False  # least-squares weights on what is kept; False: as they are
+    within: Within = "map"  # inputs behind the pruned maps of the layer's own block, or behind its dense ones
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -116,6 +119,7 @@ class OptiShear(WeightScore):
     input_share: Share = "one"  # c_x
     per: Per = "row"
     refit: bool = False  # least-squares weights on what is kept; False: as they are
+    within: Within = "map"  # inputs behind the pruned maps of the layer's own block, or behind its dense ones
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -1,0 +1,75 @@
+"""Which sites a recipe opens, and under which budget."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from prunekit.errors import WrongInput
+from prunekit.models.adapters.find import adapter_for
+from prunekit.recipe.resolve import resolve
+from prunekit.recipe.schema import Recipe
+from prunekit.recipe.specs import SpareSpec
+from prunekit.run.spaces import sparing, whole_space
+from prunekit.space.budgets import Budget
+from prunekit.space.ladders import Space
+from prunekit.testing.models import tiny
+from prunekit.testing.spaces import sites_of
+
+
+def opened(overrides):
+    model = tiny("llama", num_hidden_layers=4, intermediate_size=16)
+    adapter = adapter_for("llama")
+    parts = resolve(Recipe.load("default").with_overrides({"model": "nowhere", **overrides}))
+    return whole_space(parts, model, adapter, torch.float32)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.35, 0.5])
+def test_uniform_takes_from_open_blocks_what_the_spared_ones_keep(share):
+    sites = sparing(sites_of(8, attention=(64, 4), mlp=(512, 3)), 8, 1, 1)
+    space = Space.whole(sites, Budget.keeping(1 - Fraction(str(share)), sites))
+    uniform = space.uniform()
+    whole = [i for i, site in enumerate(sites) if site.block in (0, 7)]
+    assert [uniform[i] for i in whole] == [sites[i].n_groups for i in whole]
+    assert space.budget.limit - 3 < space.cost(uniform) <= space.budget.limit  # tight: no neuron more fits
+    local = share * 8 / 6  # r = S Σ all / Σ open
+    for i, kept in enumerate(uniform):
+        if i not in whole:
+            assert 1 - kept / sites[i].n_groups == pytest.approx(local, abs=1 / 64)
+
+
+def test_a_budget_that_open_blocks_cannot_meet_is_refused_in_a_sentence():
+    sites = sparing(sites_of(4, attention=(4, 10), mlp=(16, 3)), 4, 1, 1)
+    with pytest.raises(WrongInput, match=r"sparsity 0.6 of parameters cannot be met: reachable is 0 to 0.5, because"):
+        Budget.keeping(Fraction("0.4"), sites)
+    with pytest.raises(WrongInput, match="3 first and 1 last of 4 blocks leave none to prune"):
+        sparing(sites, 4, 3, 1)
+
+
+@pytest.mark.parametrize("structure", ["groups", "weights", "2:4"])
+def test_spared_blocks_have_one_count_and_the_budget_is_of_all(structure):
+    extra = {} if structure == "2:4" else {"sparsity": 0.3}
+    plain = opened({"structure": structure, "pruner": "magnitude", "allocator": "uniform", **extra})
+    spared = opened(
+        {"structure": structure, "pruner": "magnitude", "allocator": "uniform", "spare": {"first": 1, "last": 1}, **extra}
+    )
+    for site, ladder in zip(spared.sites, spared.ladders, strict=True):
+        assert (ladder == (site.n_groups,)) == (site.block in (0, 3))
+    if structure != "2:4":
+        assert spared.budget == plain.budget
+        return
+    # a pattern is that of the others: they keep half, the spared ones all
+    assert [k * 2 for k in spared.uniform()] == [s.n_groups * (4 if s.spared else 2) // 2 for s in spared.sites]
+
+
+def test_ends_are_numbers_of_blocks_or_shares_of_them():
+    assert SpareSpec(first=0.125, last=0.0625).of(32) == (4, 2)
+    assert SpareSpec(first=0.125, last=0.0625).of(8) == (1, 1)
+    assert SpareSpec(first=3, last=0).of(8) == (3, 0)
+    with pytest.raises(WrongInput, match=r"spare\.first: blocks are a whole number, or a share of all below 1, not 1\.5"):
+        Recipe.load("default").with_overrides({"spare.first": 1.5})
+
+
+def test_a_recipe_that_spares_nothing_says_nothing_of_it():
+    assert "spare" not in Recipe.load("default").to_yaml()
+    assert "first: 0.125" in Recipe.load("llm-pruner").to_yaml()
