@@ -1,8 +1,11 @@
 """The moments of the last states: by hand on the assembled model, zero for the dense one, and what they cannot see."""
 
+from typing import cast
+
 import pytest
 import torch
 
+from prunekit import Answers
 from prunekit.testing import toy_supernet, toy_tokens
 from prunekit_objectives.latent_stats import LatentStats
 
@@ -49,6 +52,10 @@ class States:
         return ((piece,) for piece in self._dense.split(1))
 
 
+def given(dense, pruned):
+    return cast("Answers", States(dense, pruned))
+
+
 def states(seed=0):
     return torch.randn(4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -58,7 +65,7 @@ def test_it_is_blind_to_the_order_of_tokens():
     order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
     shuffled = dense.flatten(0, 1)[order].view_as(dense)
     assert not torch.equal(shuffled, dense)
-    assert LatentStats().loss(States(dense, shuffled), (), batch) < 1e-12
+    assert LatentStats().loss(given(dense, shuffled), (), batch) < 1e-12
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4], ids=["small", "a massive channel"])
@@ -66,8 +73,8 @@ def test_a_shift_and_a_stretch_are_what_they_are(offset):
     dense, batch = states(), toy_tokens(4, 6)
     dense[..., 0] += offset
     shifted = dense + torch.tensor([0.0, 3.0, 0, 4.0, 0])
-    assert LatentStats().loss(States(dense, shifted), (), batch) == pytest.approx(5)
+    assert LatentStats().loss(given(dense, shifted), (), batch) == pytest.approx(5)
     mean = dense.mean((0, 1))
     stretched = mean + 2 * (dense - mean)
     spread = dense.std((0, 1), correction=0).norm()
-    assert LatentStats().loss(States(dense, stretched), (), batch) == pytest.approx(float(spread), rel=1e-6)
+    assert LatentStats().loss(given(dense, stretched), (), batch) == pytest.approx(float(spread), rel=1e-6)

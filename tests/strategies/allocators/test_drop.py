@@ -9,8 +9,6 @@ from prunekit.testing.spaces import additive, problem, rough_table, sites_of, sm
 from prunekit_strategies.allocators.drop import Drop
 from prunekit_strategies.allocators.removals import settled
 
-PAPER = {"compete": False}
-
 
 def toy(blocks=4, share=0.5, seed=0, attention=(4, 48), mlp=(16, 16), **budget):
     """Sub-layers of like prices: 192 and 256."""
@@ -36,7 +34,7 @@ def gone(allocation):
 
 def test_every_removal_is_the_best_of_all_that_are_left_and_none_comes_back():
     here = toy()
-    loss, talk = interacting(here), converse(Drop(**PAPER), here, interacting(here))
+    loss, talk = interacting(here), converse(Drop(compete=False), here, interacting(here))
     before = frozenset()
     for ask in talk.asks[:-1]:
         ways = [gone(q.allocation) for q in ask]
@@ -46,15 +44,15 @@ def test_every_removal_is_the_best_of_all_that_are_left_and_none_comes_back():
 
 
 def test_so_many_questions_are_asked():
-    talk = converse(Drop(**PAPER), toy(attention=(4, 48), mlp=(12, 16)))  # all of one price: half of eight go
+    talk = converse(Drop(compete=False), toy(attention=(4, 48), mlp=(12, 16)))  # all of one price: half of eight go
     assert [len(ask) for ask in talk.asks] == [8, 7, 6, 5, 1]
-    assert [len(ask) for ask in converse(Drop(order="once", **PAPER), toy()).asks] == [8, 1]
+    assert [len(ask) for ask in converse(Drop(order="once", compete=False), toy()).asks] == [8, 1]
 
 
 def test_the_best_pair_bounds_it():
     here = toy(attention=(4, 48), mlp=(12, 16), share=0.75)
     loss = interacting(here)
-    answer = converse(Drop(**PAPER), here, loss).answer
+    answer = converse(Drop(compete=False), here, loss).answer
     pairs = [tuple(0 if i in pair else k for i, k in enumerate((4, 12) * 4)) for pair in combinations(range(8), 2)]
     assert len(gone(answer)) == 2
     assert min(map(loss, pairs)) <= loss(answer) <= sorted(map(loss, pairs))[14]
@@ -63,18 +61,20 @@ def test_the_best_pair_bounds_it():
 def test_at_once_the_least_missed_go():
     here = toy(attention=(4, 48), mlp=(12, 16))
     alone = [row[0] - row[1] for row in here.errors]
-    assert gone(converse(Drop(order="once", **PAPER), here).answer) == set(sorted(range(8), key=alone.__getitem__)[:4])
+    assert gone(converse(Drop(order="once", compete=False), here).answer) == set(
+        sorted(range(8), key=alone.__getitem__)[:4]
+    )
 
 
 def test_blocks_go_as_a_whole():
     for order in ("greedy", "once"):
-        left = gone(converse(Drop(unit="blocks", order=order, **PAPER), toy()).answer)
+        left = gone(converse(Drop(unit="blocks", order=order, compete=False), toy()).answer)
         assert left == {i for i in range(8) if i // 2 in {j // 2 for j in left}}
         assert len(left) == 4
 
 
 def test_scores_are_summed_over_a_unit_and_nobody_is_asked():
-    drop = Drop(unit="blocks", order="once", by="scores", **PAPER)
+    drop = Drop(unit="blocks", order="once", by="scores", compete=False)
     scores = tuple(tuple(float(block == 2) for _ in range(n)) for block in (3, 2, 1, 0) for n in (4, 16))
     talk = converse(drop, replace(toy(share=0.25), scores=scores))
     assert talk.asks == ()
@@ -84,12 +84,12 @@ def test_scores_are_summed_over_a_unit_and_nobody_is_asked():
 def test_per_price_prefers_what_saves_more():
     here = toy(attention=(4, 10), mlp=(16, 50), share=0.9)
     loss = additive(tuple((1.0, 0.0) if i % 2 else (0.9, 0.0) for i in range(8)), here.space)
-    assert gone(converse(Drop(**PAPER), here, loss).answer) == {0, 2, 4, 6, 1}
-    assert gone(converse(Drop(per_price=True, **PAPER), here, loss).answer) == {1}
+    assert gone(converse(Drop(compete=False), here, loss).answer) == {0, 2, 4, 6, 1}
+    assert gone(converse(Drop(per_price=True, compete=False), here, loss).answer) == {1}
 
 
 def test_kinds_that_do_not_trade_both_come_down():
-    answer = converse(Drop(**PAPER), toy(apart=True)).answer
+    answer = converse(Drop(compete=False), toy(apart=True)).answer
     assert sum(i % 2 for i in gone(answer)) == 2
     assert len(gone(answer)) == 4
 
@@ -97,7 +97,7 @@ def test_kinds_that_do_not_trade_both_come_down():
 @pytest.mark.parametrize("share", [0.3, 0.45, 0.5, 0.77, 0.95])
 def test_what_is_left_over_gives_back_one_sub_layer_or_a_part_of_it(share):
     whole = small_llama(share)
-    drop = Drop(**PAPER)
+    drop = Drop(compete=False)
     here = problem(drop.first_space(whole), seed=3)
     best = converse(drop, here).answer
     plan = tuple(kept for (kept,) in drop.last_space(whole, best).ladders)
@@ -109,7 +109,7 @@ def test_what_is_left_over_gives_back_one_sub_layer_or_a_part_of_it(share):
 
 
 def test_nothing_is_asked_where_nothing_need_go():
-    talk = converse(Drop(**PAPER), toy(share=1.0))
+    talk = converse(Drop(compete=False), toy(share=1.0))
     assert [len(ask) for ask in talk.asks] == [1]
     assert not gone(talk.answer)
 
