@@ -9,7 +9,7 @@ interleaved.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -94,6 +94,7 @@ def draw(
         | {"seqlen": batches["calibration"].seqlen, "digests": digests}
         | {f"{part}_tokens": batches[part].n_tokens for part in DEFAULTS if part in batches}
     )
+    batches["search"] = replace(batches["search"], lessons=batches.get("recovery"))
     return Draws(**batches, source=", ".join(map(str, blends["calibration"])), spec=spec)
 
 
