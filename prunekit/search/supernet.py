@@ -197,7 +197,7 @@ class Supernet:
         """
         assert batch.lessons is not None  # drawn because the objective trains
         small = whole(self.assemble(allocation), self.model)
-        small.to(torch.promote_types(next(small.parameters()).dtype, torch.float32))
+        nn.Module.to(small, torch.promote_types(next(small.parameters()).dtype, torch.float32))
         masks = {
             site.name: small.get_submodule(site.name).get_parameter("weight") != 0
             for site in self.space.sites

@@ -30,6 +30,7 @@ def test_without_a_token_it_is_the_inner_objective(net):
 def test_it_is_the_inner_loss_of_a_model_that_was_trained_by_hand(net):
     plan, batch = net.space.uniform(), toy_tokens()
     small = toy_supernet().assemble(plan)  # of a model of its own
+    assert batch.lessons is not None
     small.requires_grad_(True)
     adam = torch.optim.AdamW(small.parameters(), lr=3e-3)
     for window in batch.lessons.ids[:2]:
