@@ -37,7 +37,9 @@ def learn_budgets(
     model_option: ModelOption = None,
     output: Annotated[Path | None, switch("Folder for what is learnt.", None, "--output", "-o")] = None,
     recipe: Annotated[str, option(RECIPE)] = "lop",
-    sparsity: Annotated[str, option(SHARES, None, metavar="SHARES")] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7",
+    sparsity: Annotated[
+        str, option(SHARES, None, metavar="SHARES")
+    ] = "0.2,0.25,0.3,0.35,0.4,0.45,0.5,0.55,0.6,0.65,0.7",
     set_: Set = None,
     trust_remote_code: Trust = False,
     dataset: Dataset = None,

@@ -72,7 +72,8 @@ class Bench:
             dense.tokenizer, recipe.data, session.progress,
             seed=recipe.seed, recovery=parts.learns, **limits(dense.model),
         )  # fmt: skip
-        draws = replace(draws, search=shared.search, recovery=shared.recovery or draws.recovery)
+        recovery = shared.recovery or draws.recovery
+        draws = replace(draws, search=replace(shared.search, lessons=recovery), recovery=recovery)
         for part in (draws.calibration, draws.recovery):
             if part is not None and overlap(part, shared.search):
                 raise WrongInput("it learns from text that trials are compared on; give data.search_dataset")
