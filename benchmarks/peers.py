@@ -187,6 +187,7 @@ BORDERS = "4 first and 2 last of 32 blocks whole, in proportion; the others cut 
 CPU = "the CPU for cuda, gloo for nccl"
 SMALL = "one round of ten generations of 16 on few tokens, levels of an eighth"
 ZEROS = "it hands back zeros in tensors of the old sizes"
+LLM_PRUNER = {"recipe": "llm-pruner", "finishers": (), "apart": True}
 WANDA_SP = {
     "recipe": "ziplm", "pruner": {"name": "wanda", "within": "block"}, "allocator": "uniform", "finishers": (),
     "carry": "centre", "apart": True,
@@ -197,9 +198,7 @@ PEERS = {
     ),
     "wanda-sp": Peer("Wanda-sp", flap_of("prune_wanda_sp"), (LAYERS, HEADS, FLOAT), WANDA_SP),
     "slicegpt": Peer("SliceGPT", slicegpt, (THIRD, TUPLE, NAMES)),
-    "llm-pruner": Peer(
-        "LLM-Pruner", llm_pruner, (ALONE, EAGER, WINDOWS, BORDERS), {"recipe": "llm-pruner", "finishers": (), "apart": True}
-    ),
+    "llm-pruner": Peer("LLM-Pruner", llm_pruner, (ALONE, EAGER, WINDOWS, BORDERS), LLM_PRUNER),
     "tyr": Peer("Týr", tyr, (CPU, SMALL, ZEROS)),
 }
 

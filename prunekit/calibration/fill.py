@@ -161,7 +161,9 @@ def build(
         for index, sites in groupby(space.sites, key=lambda site: site.block):
             here = tuple(sites)
             unfinished = any(site not in store for site in here)  # then all are met again: each needs what was before
-            behind: dict[Site, Tensor] = {}  # of a pruner that sees this block dense: what the next one is reached through
+            behind: dict[
+                Site, Tensor
+            ] = {}  # of a pruner that sees this block dense: what the next one is reached through
             for site in here:
                 if unfinished:
                     fill(site)

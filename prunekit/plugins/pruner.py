@@ -21,8 +21,8 @@ class LocalPruner(ABC):
 
     structures: ClassVar[frozenset[str]] = frozenset({"groups"})  # and/or weights, n:m
     within: Within = "map"
-    """What reaches a layer behind the pruned blocks: its input behind the pruned maps of its own block as well, or, with
-    `block`, behind that block's dense maps. An attribute, or a field of a pruner that has both."""
+    """What a layer receives behind the pruned blocks: what the pruned maps of its own block produce, or, with `block`,
+    what that block does while it is dense. An attribute, or a field of a pruner that has both."""
 
     @property
     def needs(self) -> frozenset[Need]:

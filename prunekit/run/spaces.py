@@ -35,7 +35,7 @@ def whole_space(parts: Parts, model: nn.Module, adapter: ModelAdapter, dtype: to
     """Find every count of every site of a model, under the recipe's budget.
 
     The budget of single weights is a share of the weights of the linear maps, as in the literature; with of=model,
-    of all parameters. Blocks that are spared count in it, so that the others lose more; a pattern is that of the others.
+    of all parameters. Spared blocks count in it, so that the others lose more; a pattern is that of the others.
 
     Args:
         parts: of the recipe; of its family, of one member.

@@ -80,9 +80,9 @@ class EngineSuite:
             torch.testing.assert_close(values, other.values(weight), msg=f"{site.name}: {', '.join(values)}")
             weight = weight * 0.5
             for flow in (alone, together):
-                flow.carry(site, weight)
+                flow.carry(site, weight if site.block else None)
                 if site.kind == "mlp":
-                    flow.advance(site.block)
+                    flow.advance(site.block, None if site.block else {site: weight})
 
     def test_fewer_windows_than_workers_are_enough(self, team: Team) -> None:
         net, tokens = toy_supernet(), toy_tokens(windows=1)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ import torch
 from prunekit.calibration.statistics import statistics_of
 from prunekit.layer.candidates import Candidate, is_sparse
 from prunekit.layer.problem import LayerProblem
-from prunekit.plugins.pruner import LocalPruner
+from prunekit.plugins.pruner import LocalPruner, Within
 from prunekit.testing.layers import STRUCTURES, Quirk, Zoo, counts_of, other_order, permuted, tensors_of, toy_layer
 from prunekit.testing.shapes import on_any_shape
 
@@ -78,6 +78,7 @@ class PrunerSuite:
 
     def test_is_a_frozen_dataclass_that_needs_known_fields(self) -> None:
         assert dataclasses.is_dataclass(self.plugin)
+        assert self.plugin.within in get_args(Within)
         assert hash(self.plugin) == hash(replace(self.plugin))  # type: ignore[type-var]
         statistics_of(self.plugin.needs)  # refuses what there is not
 

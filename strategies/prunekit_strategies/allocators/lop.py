@@ -37,7 +37,7 @@ class LOP(Allocator):
     `prunekit learn-budgets MODEL` makes it, with this search or an `inner` one. A budget then costs no question.
 
     Source: LOP (arXiv:2506.12826): 300 simulations, explore 1.414, 4 children, step 0.1; a transformer of 2 layers,
-    width 128, 4 heads, 200 epochs of several steps. The released network is an encoder of 4 layers that has all shares at once. Its
+    width 128, 4 heads, 200 epochs. The released network is an encoder of 4 layers that has all shares at once. Its
     search masks the model and rewards accuracy on benchmark questions, its constraint bounds the plain mean of shares
     from above, and its answer is the node of best mean, also of one that was visited once. Ours: every node spends
     the budget exactly, the objective rewards, (1) measures differences of means in the range of losses, since losses

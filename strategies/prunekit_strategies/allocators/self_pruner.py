@@ -40,7 +40,7 @@ class SelfPruner(Allocator):
     tournaments of 3, uniform crossover, exchanges between two sites. `classical` is the twin alone, on the same
     evaluations. Prompts and replies go into the journal, so that a resumed run asks nothing twice.
 
-    Source: Huang et al., Self-Pruner, arXiv:2502.14413, whose prompts, repair and temperature are not public: these
+    Source: Huang et al., Self-Pruner, arXiv:2502.14413, whose prompts, repair and temperature we did not find: these
     are ours. We differ: attention and MLP have rates of their own, the start and (with `warm_start`) the lowest
     allocation on the error table are in the first population, and a model that contributed nothing to three
     operators in a row is not asked again.

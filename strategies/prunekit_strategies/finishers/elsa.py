@@ -30,7 +30,8 @@ class Elsa(Finisher):
     """Train the model on its next-token loss, with every linear map pulled towards a sparse one.
 
     Of a map, x (d_out, d_in) learns, z has k d_out non-zeros, k as the allocator said, or n of every m, and u adds up
-    what keeps them apart. z and x begin as the pruner left them, or x dense (`start`), and u = 0. With f the mean loss
+    what keeps them apart. z and x begin as the pruner left them, or x dense and z as its largest weights (`start`), and
+    u = 0. With f the mean loss
     per token of the calibration text:
 
         learn      x ← Adam(x, g),   x ← x - λ (x - z + u),   g = ∇f, all of it of norm 1 at most      (1)
@@ -46,10 +47,10 @@ class Elsa(Finisher):
     In the end x is projected by (2), u = 0. For the last `settle` of the steps it then learns on with its zeros held:
     a long run ends with x = z, a short one does not, and what the projection takes has to be made up for.
 
-    Source: ELSA (arXiv 2510.01650), there with (1) or (1'), from the dense weights, in 4096 steps of 8 windows of 2048
-    tokens, `settle: 0`. Ours: the start and the end, for few steps; F in (2) of single tensors with an exact count, on
-    a tie the lower column stays; (4) as soon as λ changes; f with the divergence from the dense model if asked
-    (`teacher`).
+    Source: ELSA (arXiv 2510.01650) and its released code: (1') unless told, `start: dense`, F of 1 unless told, in
+    4096 steps of 8 windows of 2048 tokens, 32 between projections, `settle: 0`. Ours: (1), the start and the end, for
+    few steps; F in (2) of single tensors with an exact count, on a tie the lower column stays; (4) as soon as λ
+    changes; f with the divergence from the dense model if asked (`teacher`).
 
     Memory: 20 bytes a weight of a linear map (x, z, u and Adam's two moments), 12 of others, gradients and
     activations of `micro_tokens` tokens. What it reports is measured on windows that were held out; nothing ends it
@@ -67,9 +68,9 @@ class Elsa(Finisher):
     schedule: Schedule = "constant"  # or how λ rises, from a hundredth
     interval: int = 8  # steps between two projections
     settle: float = 0.5  # share of the steps, the last ones, on a fixed support
-    start: Start = "pruned"  # where x begins; dense is the paper's, and wants many steps
+    start: Start = "pruned"  # where x and z begin; dense is the paper's, and wants many steps
     aware: bool = True  # of the objective: F in (2)
-    coupled: bool = False  # (1') instead of (1)
+    coupled: bool = False  # (1') instead of (1), as the released code unless told otherwise
     per: Per = "layer"  # rows keep as many as (2) says, or k each
     others: bool = True  # embeddings, norms and biases learn too
     teacher: float = 0.0  # weight of the divergence from the dense model
@@ -325,9 +326,11 @@ def _maps(options: Elsa, piece: Workpiece) -> list[Map]:
     for site, keep in zip(piece.sites, piece.plan, strict=True):
         if not site.form.shrinks:
             x = piece.adapter.linear(small[site.block], site).weight
-            maps.append(Map(x, x.detach().clone(), keep, site.form.m, options))
+            z = x.detach().clone()
             if options.start == "dense":
                 x.copy_(piece.adapter.linear(dense[site.block], site).weight)
+                z = torch.where(best_weights(x.abs(), [keep], options.per, site.form.m)[0], x, 0)
+            maps.append(Map(x, z, keep, site.form.m, options))
     return maps
 
 

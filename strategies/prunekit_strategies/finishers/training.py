@@ -105,8 +105,12 @@ class Training:
         checkpoints: Checkpoints,
         name: str,
         stage: Stage,
+        tries: int = 0,
     ) -> list[float]:
         """Lower `loss(batch)`; the held-out losses at the start and after every epoch.
+
+        Until one has lowered it, as many as `tries` only look for a rate that does: each is the first epoch again, at a
+        third of the rate.
 
         Batches come in a new order whenever all have had their turn, drawn from the seed. After every epoch the state
         is saved under `name`, exactly, so that a killed run ends in the same bytes: four times the parameters, once in
@@ -118,10 +122,15 @@ class Training:
         if not history:
             history = [_number(held())]
             state.best = [p.detach().clone() for p in parameters]
-        stage.advance(begun := len(history) - 1)
         steps = self.epochs * batches if self.steps is None else self.steps
         epochs = min(self.epochs, steps)  # none without a step: it would count as one that gained nothing
-        for epoch in range(begun, 0 if state.done else epochs):
+
+        def counted() -> int:
+            """Epochs so far, without those that looked for a rate."""
+            return len(history) - 1 - min(tries, in_vain(history))
+
+        stage.advance(counted())
+        while (epoch := counted()) < epochs and not state.done:
             rate = self.rate / BACK_OFF ** undone(history)
             for step in range(steps * epoch // epochs, steps * (epoch + 1) // epochs):
                 adam.param_groups[0]["lr"] = rate * _height((step + 0.5) / steps)
@@ -131,12 +140,13 @@ class Training:
                 state.best = [p.detach().clone() for p in parameters]
             else:
                 state.go_back()
-            stage.advance(note=f"held-out loss {history[-1]:.4g}")
-            if epoch - history.index(min(history)) + 1 >= self.patience:
+            stage.advance(counted() - epoch, note=f"held-out loss {history[-1]:.4g}")
+            best = history.index(min(history))
+            if (len(history) - 1 - best if best else counted()) >= self.patience:
                 break
-            if epoch + 1 < epochs:
+            if counted() < epochs:
                 state.save(history)
-        stage.advance(self.epochs - len(history) + 1)
+        stage.advance(self.epochs - counted())
         state.close(history)
         return history
 
@@ -197,6 +207,11 @@ class _State:
 def undone(history: Sequence[float]) -> int:
     """Epochs that have not lowered the held-out loss; `history` begins with the loss before the first."""
     return sum(loss >= min(history[:epoch]) for epoch, loss in enumerate(history) if epoch)
+
+
+def in_vain(history: Sequence[float]) -> int:
+    """Epochs before the first that has lowered the held-out loss, or all."""
+    return next((epoch for epoch, loss in enumerate(history[1:]) if loss < history[0]), len(history) - 1)
 
 
 def gained(piece: Workpiece, name: str, training: Training, history: Sequence[float]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +15,7 @@ from prunekit.layer.candidates import Per
 from prunekit_strategies.pruners.compensation import SINGLE, Aim, aimed, best, check, needed, reached
 
 Mask = Bool[Tensor, "d_out d_in"]
+Rule = Literal["grow", "released", "constant"]
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,18 @@ class ALPS(LocalPruner):
         dual       Y ← Y + ρ (B - D)                                                  (3)
         penalty    every third round, s the weights of the support that are new since:
                    ρ ← 1.3 ρ if s ≥ 0.1 k d_out;  1.2 ρ if s ≥ 0.005 k d_out;  1.1 ρ if s > 0;  end if s = 0   (4)
+        or         s those that are new or gone; 1.3 and 1.2 as above; until one of them has been, ρ ← ρ / 5, and
+                   where s > 0 B, D and Y as in the beginning; then 1.1 ρ if s > 0, and the end if s = 0; after 30
+                   rounds the end if s < 0.0003 k d_out                              rule: released            (4')
 
     then the least squares of every row on the support of D, exact up to `exact` inputs, by conjugate gradients
     beyond. On a fixed support (1)-(3) converge to that optimum for every ρ; with (2) to a point that is optimal on
     its own support, once ρ is large.
 
-    Source: Meng et al. 2024 (arXiv 2406.07831), algorithms 1 and 2, whose 10 gradients are more here.
-    Ours: every count starts afresh, so that it has one answer whatever else is asked; the aims of `obs`.
-    (1)-(3) only choose, so they run in float32; A and the solution are float64. Weights that nothing reaches go first;
-    on a tie of (2) the lower column stays.
+    Source: Meng et al. 2024 (arXiv 2406.07831), algorithms 1 and 2, whose 10 gradients are more here; (4') is the
+    released code's. Ours: (4), which never lowers ρ; every count starts afresh, so that it has one answer whatever else
+    is asked; the aims of `obs`. (1)-(3) only choose, so they run in float32; A and the solution are float64. Weights
+    that nothing reaches go first; on a tie of (2) the lower column stays.
     """
 
     structures: ClassVar[frozenset[str]] = SINGLE
@@ -44,6 +48,7 @@ class ALPS(LocalPruner):
     aim: Aim = "own"  # its own output on what it will see, the dense model's output, or its residual stream
     per: Per = "layer"  # rows keep as many as (2) says, or k each
     rho: float = 0.1  # ρ of the first rounds; 1 is the mean eigenvalue of A
+    rule: Rule = "grow"  # (4), or (4')
     rounds: int = 300  # most rounds of (1)-(3) per count; 0: the k d_out largest of B₀
     exact: int = 1024  # inputs up to which rows are solved exactly
     steps: int = 100  # conjugate gradients beyond
@@ -75,7 +80,7 @@ class ALPS(LocalPruner):
 
             mask = choose(weight)
             if self.rounds and 0 < keep < layer.d_in:
-                *_, mask = alternate(weight.float(), gram.float(), eigen, choose, self.rho, self.rounds)
+                *_, mask = alternate(weight.float(), gram.float(), eigen, choose, self.rho, self.rounds, self.rule)
             candidates.append(best(layer, mask, exact=self.exact, steps=self.steps))
         return candidates
 
@@ -87,14 +92,14 @@ def alternate(
     choose: Callable[[Tensor], Mask],
     rho: float,
     rounds: int,
-    *,
-    grow: bool = True,
+    rule: Rule = "grow",
 ) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, "d_out d_in"], Mask]:
-    """(1)-(4); the last fit B, sparse D and support. Without `grow` ρ stays and every round is made."""
+    """(1)-(4); the last fit B, sparse D and support. With `constant` ρ stays and every round is made."""
     values, vectors = (part.to(weight) for part in eigen)
     reached = weight @ gram  # B₀ A
     b, d, y = weight, weight, torch.zeros_like(weight)
     mask = seen = choose(weight)
+    first, grown = torch.where(mask, weight, 0), False
     inverse = (vectors / (values + rho)) @ vectors.T
     for i in range(rounds):
         b = (reached - y + rho * d) @ inverse  # (1)
@@ -102,10 +107,22 @@ def alternate(
         mask = choose(x)
         d = torch.where(mask, x, 0)  # (2)
         y = y + rho * (b - d)  # (3)
-        if grow and i % 3 == 2:
-            new = int((mask & ~seen).sum()) / max(int(mask.sum()), 1)
+        if rule == "constant" or i % 3 != 2:
+            continue
+        kept = max(int(mask.sum()), 1)
+        if rule == "grow":
+            new = int((mask & ~seen).sum()) / kept
             if not new:
                 break
-            rho, seen = rho * (1.3 if new >= 0.1 else 1.2 if new >= 0.005 else 1.1), mask  # (4)
-            inverse = (vectors / (values + rho)) @ vectors.T
+            rho *= 1.3 if new >= 0.1 else 1.2 if new >= 0.005 else 1.1  # (4)
+        else:
+            new = int((mask ^ seen).sum()) / kept
+            grown = grown or new > 0.005
+            if (grown and not new) or (i >= 30 and new < 0.0003):
+                break
+            rho = min(rho * (1.3 if new > 0.1 else 1.2 if new > 0.005 else 1.1), 1e6) if grown else rho / 5  # (4')
+            if new and not grown:
+                b, d, y = weight, first, torch.zeros_like(weight)
+        seen = mask
+        inverse = (vectors / (values + rho)) @ vectors.T
     return b, d, mask

@@ -35,10 +35,11 @@ class FISTA(LocalPruner):
     before it is judged; the best is kept, the start included, and solved on its support. So no answer is worse than
     its start on the damped moments.
 
-    Source: FISTAPruner (Zhao et al. 2024, arXiv 2408.03728), which has 20 rounds and starts from Wanda or SparseGPT:
-    give one as `start`. Ours: `scaled`, `polish` and the last solution, the aims of `obs`, and that (4) bisects log μ
-    between 10⁻⁶ and 1 times the penalty at which nothing is left. (1)-(4) run in float32. Weights that
-    nothing reaches go first; on a tie of (3) the lower column stays.
+    Source: FISTAPruner (Zhao et al. 2024, arXiv 2408.03728), which corrects the errors of earlier maps: that is `aim:
+    dense`, not the default here. It has 20 rounds and starts from Wanda or SparseGPT: give one as `start`. Ours:
+    `scaled`, `polish` and the last solution, the aims of `obs`, and that (4) bisects log μ between 10⁻⁶ and 1 times the
+    penalty at which nothing is left. (1)-(4) run in float32. Weights that nothing reaches go first; on a tie of (3) the
+    lower column stays.
     """
 
     structures: ClassVar[frozenset[str]] = SINGLE

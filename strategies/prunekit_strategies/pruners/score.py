@@ -17,7 +17,7 @@ from prunekit.layer.candidates import Per
 from prunekit.plugins.pruner import Within
 from prunekit_strategies.pruners.ranking import Ranking
 
-Activation = Literal["rms", "std", "absolute", "relative", "contrast"]
+Activation = Literal["rms", "std", "absolute", "relative", "contrast", "std+relative"]
 Reduce = Literal["sum", "mean", "max", "rms"]
 Scope = Literal["columns", "coupled"]
 Standardise = Literal["units", "channels"]
@@ -28,6 +28,7 @@ NEEDS: dict[Activation, frozenset[str]] = {
     "absolute": frozenset({"absolute"}),
     "relative": frozenset({"relative"}),
     "contrast": frozenset({"gram", "contrast"}),
+    "std+relative": frozenset({"variance", "relative"}),
 }
 
 
@@ -43,15 +44,16 @@ class Score(Ranking):
 
     W (d_out, d_in) is the layer, x_j a statistic of its input j: `rms` √E[x_j²]; `std`, about the mean; `absolute`,
     of the mean |x_j| of windows; `relative` √E[x_j² / ‖y‖²], y the layer's output; `contrast`
-    √max(0, E[x_j²] - E'[x_j²]), E' on the second data set. F (rows, d) are the maps in front, whose rows go with a
-    group, z_j the rms of their inputs. q = 0 leaves the weights out, a = 0 the inputs. On a tie the lower id stays.
+    √max(0, E[x_j²] - E'[x_j²]), E' on the second data set; `std+relative` the sum of two, each over its mean.
+    F (rows, d) are the maps in front, whose rows go with a group, z_j the rms of their inputs. q = 0 leaves the weights
+    out, a = 0 the inputs. On a tie the lower id stays.
 
     Single weights compete within their row, their layer or their pattern; norms, reduce and scope are of groups only.
     (5) is for allocators that compare the groups of all sites, to be taken as they are: `global-rank` with
     `normalise: none`. Within a site the order stays: rms then is the mean of the squares' z, a sum the mean.
 
     Sources: the subclasses, each a paper. Ours: a group is what can be removed, a KV head with its query heads or
-    one of the MLP's neurons, and every score is taken on the inputs that pruned layers carry here.
+    one of the MLP's neurons, and every score is taken on the inputs that pruned blocks carry here.
     """
 
     structures: ClassVar[frozenset[str]] = frozenset({"groups", "weights", "n:m"})
@@ -125,6 +127,9 @@ class Score(Ranking):
             return None
         if self.activation == "absolute":
             return layer.require("absolute").double()
+        if self.activation == "std+relative":
+            parts = [layer.require(name).double().clamp_min(0).sqrt() for name in ("variance", "relative")]
+            return torch.stack([x / x.mean() if x.any() else x for x in parts]).sum(0)
         if self.activation in ("std", "relative"):
             power = layer.require("variance" if self.activation == "std" else "relative").double()
         else:
@@ -184,8 +189,11 @@ class Wanda(Score):
 
     Source: Sun et al. 2024 (arXiv 2306.11695), eq. 1, for single weights, row by row; Wanda-sp of FLAP (An et al.
     2024, arXiv 2312.11983) for groups, with the mean where we take the sum: groups of a site have one size, so the
-    order is the same. (|W_ij| ‖x_j‖)² is the exact error of zeroing that weight alone.
+    order is the same. (|W_ij| ‖x_j‖)² is the exact error of zeroing that weight alone. Their released codes take the
+    inputs of all maps of a block while it is dense, as `within: block` does.
     """
+
+    within: Within = "block"
 
 
 @dataclass(frozen=True)
@@ -284,6 +292,7 @@ class SafetyPotential(Score):
     """
 
     activation: Activation = "contrast"
+    within: Within = "block"
 
 
 @dataclass(frozen=True)
@@ -297,6 +306,7 @@ class ACE(Score):
     """
 
     activation: Activation = "std"
+    within: Within = "block"
 
 
 @dataclass(frozen=True)
@@ -311,3 +321,18 @@ class ACEDirection(Score):
     """
 
     activation: Activation = "relative"
+    within: Within = "block"
+
+
+@dataclass(frozen=True)
+class ACECombined(Score):
+    """ACE's CosP and VarP together: inputs that vary, and inputs that turn their outputs.
+
+        s_ij = |W_ij| (std(x_j) / mean std + √E[x_j² / ‖y‖²] / mean of it),        u_g = Σ_{j ∈ g} Σ_i s_ij
+
+    Source: ACE (arXiv 2505.21987), which combines the two; derived: the sum, with the same weight for both, whose units
+    differ.
+    """
+
+    activation: Activation = "std+relative"
+    within: Within = "block"

@@ -51,13 +51,14 @@ class RIA(WeightScore):
 
         s_ij = (|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) x_j^a            x_j root mean square over tokens
 
-    Source: Zhang et al. 2024, Plug-and-Play (ICLR), with a = ½. The permutation of channels before n:m is not here.
+    Source: Zhang et al. 2024, Plug-and-Play (ICLR), with a = ½; the weights of a map compete with each other, as in the
+    released code unless told, or within their rows, `per: row`. The permutation of channels before n:m is not here.
     """
 
     activation_power: float = 0.5  # a
-    per: Per = "row"
+    per: Per = "layer"
     refit: bool = False  # least-squares weights on what is kept; False: as they are
-    within: Within = "map"  # inputs behind the pruned maps of the layer's own block, or behind its dense ones
+    within: Within = "block"  # inputs behind the pruned maps of the layer's own block, or behind its dense ones
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -77,13 +78,13 @@ class ZPruner(WeightScore):
         ρ = share of weights with |W_ij| < 0.1 mean |W|,    α = 0.7 (1 - 0.3 ρ)
         s_ij = (α |z(R)|³ + (1 - α) |z(C)|³) x_j^1.5                        x_j root mean square over tokens
 
-    Source: Z-Pruner (arXiv 2508.15828). Ours: where all of R or of C are alike, they have no say. SparseGPT's update
-    for this mask is `{name: sparsegpt, mask: z-pruner}`.
+    Source: Z-Pruner (arXiv 2508.15828), over the whole map as in the released code unless told. Ours: where all of R or
+    of C are alike, they have no say. SparseGPT's update for this mask is `{name: sparsegpt, mask: z-pruner}`.
     """
 
-    per: Per = "row"
+    per: Per = "layer"
     refit: bool = False  # least-squares weights on what is kept; False: as they are
-    within: Within = "map"  # inputs behind the pruned maps of the layer's own block, or behind its dense ones
+    within: Within = "block"  # inputs behind the pruned maps of the layer's own block, or behind its dense ones
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -119,7 +120,7 @@ class OptiShear(WeightScore):
     input_share: Share = "one"  # c_x
     per: Per = "row"
     refit: bool = False  # least-squares weights on what is kept; False: as they are
-    within: Within = "map"  # inputs behind the pruned maps of the layer's own block, or behind its dense ones
+    within: Within = "block"  # inputs behind the pruned maps of the layer's own block, or behind its dense ones
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -7,6 +7,7 @@ import torch
 
 from prunekit.errors import WrongInput
 from prunekit.models.adapters.find import adapter_for
+from prunekit.plugins.registry import ALLOCATORS
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.recipe.specs import SpareSpec
@@ -49,10 +50,8 @@ def test_a_budget_that_open_blocks_cannot_meet_is_refused_in_a_sentence():
 @pytest.mark.parametrize("structure", ["groups", "weights", "2:4"])
 def test_spared_blocks_have_one_count_and_the_budget_is_of_all(structure):
     extra = {} if structure == "2:4" else {"sparsity": 0.3}
-    plain = opened({"structure": structure, "pruner": "magnitude", "allocator": "uniform", **extra})
-    spared = opened(
-        {"structure": structure, "pruner": "magnitude", "allocator": "uniform", "spare": {"first": 1, "last": 1}, **extra}
-    )
+    recipe = {"structure": structure, "pruner": "magnitude", "allocator": "uniform", **extra}
+    plain, spared = opened(recipe), opened({**recipe, "spare": {"first": 1, "last": 1}})
     for site, ladder in zip(spared.sites, spared.ladders, strict=True):
         assert (ladder == (site.n_groups,)) == (site.block in (0, 3))
     if structure != "2:4":
@@ -62,11 +61,20 @@ def test_spared_blocks_have_one_count_and_the_budget_is_of_all(structure):
     assert [k * 2 for k in spared.uniform()] == [s.n_groups * (4 if s.spared else 2) // 2 for s in spared.sites]
 
 
+def test_equal_sizes_and_spared_blocks_do_not_go_together():
+    sites = sparing(sites_of(4, attention=(4, 10), mlp=(16, 3)), 4, 1, 1)
+    space = Space.whole(sites, Budget.keeping(Fraction("0.7"), sites))
+    with pytest.raises(WrongInput, match="equal: true wants one count for all sites of a kind, and `spare` keeps some"):
+        ALLOCATORS.build({"name": "uniform", "equal": True}).first_space(space)
+
+
 def test_ends_are_numbers_of_blocks_or_shares_of_them():
     assert SpareSpec(first=0.125, last=0.0625).of(32) == (4, 2)
     assert SpareSpec(first=0.125, last=0.0625).of(8) == (1, 1)
     assert SpareSpec(first=3, last=0).of(8) == (3, 0)
-    with pytest.raises(WrongInput, match=r"spare\.first: blocks are a whole number, or a share of all below 1, not 1\.5"):
+    with pytest.raises(
+        WrongInput, match=r"spare\.first: blocks are a whole number, or a share of all below 1, not 1\.5"
+    ):
         Recipe.load("default").with_overrides({"spare.first": 1.5})
 
 

@@ -21,26 +21,28 @@ class Pad(Journal):
 
 
 def told(allocator, loss):
-    given = replace(furnished(problem(small_llama(0.5)), allocator, seed=1), journal=Pad())
-    return converse(allocator, given, lambda a: loss(a, given)).answer, given
+    """(its answer, the start, what was noted)."""
+    pad = Pad()
+    given = replace(furnished(problem(small_llama(0.5)), allocator, seed=1), journal=pad)
+    return converse(allocator, given, lambda a: loss(a, given)).answer, given.start, pad.lines
 
 
 @pytest.mark.parametrize("allocator", [OWL(), GlobalRank(), Schedule()], ids=lambda a: type(a).__name__)
 def test_an_allocator_whose_answer_loses_against_the_start_says_so(allocator):
     name = type(allocator).__name__
-    answer, given = told(allocator, lambda a, given: 1.0 if a == given.start else 1.5)
-    assert answer == given.start
-    assert given.journal.lines == [
-        f"{name}: the start has won, its loss 1 against 1.5; with compete: false the other is taken"
-    ]
-    answer, given = told(allocator, lambda a, given: 2.0 if a == given.start else 1.5)
-    assert answer != given.start
-    assert given.journal.lines == [f"{name}: its own answer has won, the start's loss 2 against 1.5"]
-    answer, given = told(replace(allocator, compete=False), lambda a, given: 1.0 if a == given.start else 1.5)
-    assert answer != given.start and not given.journal.lines
+    answer, start, lines = told(allocator, lambda a, given: 1.0 if a == given.start else 1.5)
+    assert answer == start
+    assert lines == [f"{name}: the start has won, its loss 1 against 1.5; with compete: false the other is taken"]
+    answer, start, lines = told(allocator, lambda a, given: 2.0 if a == given.start else 1.5)
+    assert answer != start
+    assert lines == [f"{name}: its own answer has won, the start's loss 2 against 1.5"]
+    answer, start, lines = told(replace(allocator, compete=False), lambda a, given: 1.0 if a == given.start else 1.5)
+    assert answer != start
+    assert not lines
 
 
 def test_an_answer_that_is_the_start_is_said_to_be():
-    given = replace(problem(small_llama(0.5)), journal=Pad())
+    pad = Pad()
+    given = replace(problem(small_llama(0.5)), journal=pad)
     assert best_of("Map", given, [given.start], [1.0]) == given.start
-    assert given.journal.lines == ["Map: its own answer is the start"]
+    assert pad.lines == ["Map: its own answer is the start"]

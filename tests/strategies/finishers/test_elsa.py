@@ -13,7 +13,7 @@ from prunekit import best_weights
 from prunekit.run.finish import check_finished, shapes
 from prunekit.system.checkpoints import Checkpoints
 from prunekit.testing import toy_supernet, toy_tokens, toy_workpiece
-from prunekit_strategies.finishers.elsa import LARGEST, SMALLEST, Elsa, ElsaL, Map, Weights, rounded
+from prunekit_strategies.finishers.elsa import LARGEST, SMALLEST, Elsa, ElsaL, Map, Weights, _maps, rounded
 from prunekit_strategies.finishers.training import LanguageLoss, held_out
 
 MANY = toy_tokens(windows=16)
@@ -49,6 +49,21 @@ class Quadratic:
         x = nn.Parameter(self.w.clone())
         z = torch.where(best_weights(self.w.abs(), [keep], "layer")[0], self.w, 0)
         return Map(x, z, keep, 0, Elsa(**dict[str, Any]({"aware": False, "coupled": True} | options)))
+
+
+@pytest.mark.parametrize("per", ["layer", "row"])
+def test_from_the_dense_weights_the_sparse_copy_begins_as_their_largest(per):
+    """As the released code has it; from the pruned ones both begin there."""
+    piece = _piece()
+    small = [part.x.detach().clone() for part in _maps(Elsa(), piece)]
+    for part, began in zip(_maps(Elsa(), piece), small, strict=True):
+        assert torch.equal(part.get("z"), began)
+    blocks = piece.adapter.blocks(piece.dense)
+    for part, site in zip(_maps(Elsa(start="dense", per=per), piece), piece.sites, strict=True):
+        dense = piece.adapter.linear(blocks[site.block], site).weight
+        assert torch.equal(part.x, dense)
+        kept = best_weights(dense.abs(), [part.keep], per, 0)[0]
+        assert torch.equal(part.get("z"), torch.where(kept, dense, 0))
 
 
 def admm(problem, part, penalty, rounds):

@@ -1,5 +1,8 @@
 """Sub-layers come closer to the dense ones on windows nobody trained on, and never further away."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,7 +13,7 @@ from prunekit_strategies.finishers.reconstruction import Reconstruction
 from prunekit_strategies.finishers.training import held_out
 
 MANY = toy_tokens(windows=16)
-QUICK = {"epochs": 3, "batch_tokens": 48, "rate": 3e-3}
+QUICK: dict[str, Any] = {"epochs": 3, "batch_tokens": 48, "rate": 3e-3}
 
 
 def test_every_sub_layer_ends_at_or_below_its_start_and_most_below():
@@ -50,3 +53,20 @@ def test_training_a_whole_mlp_beats_the_best_last_linear_map():
         here = next(h for h in Twin(piece, MANY, tokens=999) if h.site is piece.sites[1])
         left.append(float((here.made(0) - here.wanted(0, "dense")).square().sum()))
     assert left[1] < left[0]
+
+
+def test_a_rate_that_no_sub_layer_bears_is_found_for_each_and_what_was_gained_is_said(monkeypatch):
+    lines = []
+    piece = toy_workpiece(tokens=MANY)
+    monkeypatch.setattr(piece.progress, "say", lines.append)
+    found = replace(Reconstruction(**QUICK), rate=0.1).finish(piece)
+    assert found["better"] == sum(after < before for before, after in found["held_out_errors"].values()) >= 4
+    assert lines[-1].startswith(f"reconstruction: {found['better']} of {len(piece.sites)} sub-layers came closer")
+
+
+def test_where_nothing_was_gained_that_is_said(monkeypatch):
+    lines = []
+    piece = toy_workpiece(tokens=MANY)
+    monkeypatch.setattr(piece.progress, "say", lines.append)
+    assert replace(Reconstruction(**QUICK), rate=1e4).finish(piece)["better"] == 0
+    assert lines[-1] == "reconstruction: none of 6 sub-layers came closer on held-out windows, so nothing was changed"

@@ -11,12 +11,12 @@ from prunekit.system.checkpoints import Checkpoints
 from prunekit.system.progress import Stage
 from prunekit.testing import tiny, toy_tokens
 from prunekit_strategies.finishers import training
-from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out, told, undone
+from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out, in_vain, told, undone
 
 TARGETS = torch.tensor([[1.0, -2.0], [3.0, 0.5], [-1.0, 4.0]], dtype=torch.float64)
 
 
-def fitted(regime, held, *, checkpoints=None, start=0.0, seen=None):
+def fitted(regime, held, *, checkpoints=None, start=0.0, seen=None, tries=0):
     theta = nn.Parameter(torch.full((2,), start, dtype=torch.float64))
 
     def loss(i):
@@ -26,7 +26,7 @@ def fitted(regime, held, *, checkpoints=None, start=0.0, seen=None):
 
     history = regime.fit(
         [theta], loss, 3, lambda: float(held(theta.detach())),
-        seed=0, checkpoints=checkpoints or Checkpoints(), name="toy", stage=Stage(),
+        seed=0, checkpoints=checkpoints or Checkpoints(), name="toy", stage=Stage(), tries=tries,
     )  # fmt: skip
     return theta.detach(), history
 
@@ -74,6 +74,39 @@ def test_what_only_gets_worse_ends_where_it_began(worse):
     theta, history = fitted(Training(rate=0.2, epochs=9, patience=3), worse)
     assert not theta.any()
     assert len(history) == 1 + 3  # patience
+
+
+def near(theta):
+    """Falls for a little way and rises beyond: a bold rate is worse than none."""
+    far = float(theta.abs().max())
+    return torch.tensor(-far if far < 0.3 else far)
+
+
+def test_a_rate_that_is_too_bold_is_divided_until_the_first_epoch_gains_and_the_cosine_is_whole():
+    bold = Training(rate=8.1, epochs=4, patience=3)
+    stuck, history = fitted(bold, near)
+    assert not stuck.any()
+    assert len(history) == 1 + 3
+    theta, history = fitted(bold, near, tries=4)
+    assert in_vain(history) == 4  # 8.1, 2.7, 0.9, 0.3
+    assert min(history) < history[0]
+    modest, straight = fitted(Training(rate=0.1, epochs=4, patience=3), near)  # what follows is a run of its own
+    torch.testing.assert_close(theta, modest)
+    assert history[5:] == pytest.approx(straight[1:])
+
+
+def test_looking_for_a_rate_ends_and_an_interruption_changes_nothing(tmp_path, killed_at):
+    bold = Training(rate=8.1, epochs=4, patience=3)
+    _, history = fitted(bold, lambda t: t.abs().sum(), tries=3)
+    assert len(history) == 1 + 3 + 3  # three looked, three were in vain
+    whole, history = fitted(bold, near, tries=4)
+    for epoch in (2, 6):
+        place = Checkpoints(tmp_path / str(epoch))
+        with killed_at(training, "_number", epoch + 1):
+            fitted(bold, near, checkpoints=place, tries=4)
+        again, resumed = fitted(bold, near, checkpoints=place, tries=4)
+        assert torch.equal(again, whole)
+        assert resumed == history
 
 
 @pytest.mark.parametrize(("steps", "epochs"), [(1, 1), (2, 2), (5, 4), (7, 4)])

@@ -29,7 +29,7 @@ def test_on_a_fixed_support_it_converges_to_the_least_squares(share: float) -> N
     mask = torch.rand(7, 12, generator=torch.Generator().manual_seed(0)) < 0.5
     scale, weight, gram, eigen = scaled(problem)
     rho = share * float(eigen[0][-1])
-    fit, sparse, support = alternate(weight, gram, eigen, lambda _: mask, rho, 4000, grow=False)
+    fit, sparse, support = alternate(weight, gram, eigen, lambda _: mask, rho, 4000, "constant")
     assert torch.equal(support, mask)
     best = problem.refitted_rows(mask).weight
     torch.testing.assert_close(sparse / scale, best, rtol=1e-6, atol=1e-7)
@@ -46,9 +46,9 @@ def test_where_hard_thresholds_settle_is_a_fixed_point_and_optimal_on_its_suppor
         return best_weights(x.abs(), [6], "layer", block)[0]
 
     rho = 1.5 * float(eigen[0][-1])
-    _, sparse, support = alternate(weight, gram, eigen, choose, rho, 4000, grow=False)
+    _, sparse, support = alternate(weight, gram, eigen, choose, rho, 4000, "constant")
     torch.testing.assert_close(sparse / scale, problem.refitted_rows(support).weight, rtol=1e-6, atol=1e-7)
-    _, again, still = alternate(weight, gram, eigen, choose, rho, 4003, grow=False)
+    _, again, still = alternate(weight, gram, eigen, choose, rho, 4003, "constant")
     assert torch.equal(support, still)
     torch.testing.assert_close(again, sparse, rtol=1e-7, atol=1e-9)
 
@@ -67,6 +67,24 @@ def test_the_penalty_grows_until_the_support_stands_still() -> None:
     assert (len(asked) - 1) % 3 == 0
     assert torch.equal(support, asked[-4])  # three rounds ago
     assert not torch.equal(asked[-4], asked[-7])
+
+
+def test_the_released_rule_lowers_a_penalty_that_is_too_large_for_anything_to_move() -> None:
+    problem = layer(48, 24)
+    _, weight, gram, eigen = scaled(problem)
+    asked = []
+
+    def choose(x: Tensor) -> Tensor:
+        asked.append(best_weights(x.abs(), [8], "layer")[0])
+        return asked[-1]
+
+    *_, still = alternate(weight, gram, eigen, choose, 1e4, 300)
+    assert len(asked) - 1 == 3
+    assert torch.equal(still, asked[0])  # ours grows: it stays with the largest weights
+    *_, moved = alternate(weight, gram, eigen, choose, 1e4, 300, "released")
+    assert not torch.equal(moved, still)
+    lost = [problem.error(problem.refitted_rows(mask).weight) for mask in (moved, still)]
+    assert lost[0] < lost[1]
 
 
 @pytest.mark.parametrize("exact", [1024, 0])

@@ -12,6 +12,7 @@ from prunekit_strategies.pruners.score import (
     ACE,
     FASP,
     FLAP,
+    ACECombined,
     ACEDirection,
     Channel,
     FLAPNorm,
@@ -32,6 +33,7 @@ HAND = LayerProblem(
         "variance": torch.tensor([4.0, 0.64, 0.0, 0.0]),
         "absolute": torch.tensor([1.5, 0.5, 7.0, 0.5]),
         "contrast": torch.tensor([3.0, 2.0, 0.0, 0.25]),
+        "relative": torch.tensor([0.16, 0.09, 0.04, 0.01]),
     },
     producers=(Producer("up", torch.tensor([[0.0], [0.0], [3.0], [1.0]]), {"power": torch.tensor([4.0])}),),
 )
@@ -109,6 +111,40 @@ def test_flap_is_the_exact_error_of_removing_a_column_whose_mean_goes_into_the_b
         assert float(score[j]) == pytest.approx(float(lost.square().sum(1).mean()), rel=1e-12)
 
 
+def test_channels_are_standardised_before_they_become_heads() -> None:
+    """The released code of FLAP, line by line, on two layers of heads and two of neurons."""
+    for size, seed in ((1, 0), (1, 1), (4, 2), (4, 3)):
+        layer = toy_layer(6, size, seed=seed)
+        metric = layer.require("variance").double() * layer.weight.double().square().sum(0)  # WIFV
+        metric = metric**2 if size > 1 else metric
+        by_hand = (metric - metric.mean()) / metric.std()
+        score = FLAP(standardise="channels").scores(layer)
+        torch.testing.assert_close(score, by_hand.reshape(-1, size).mean(1), rtol=1e-9, atol=1e-12)
+        assert torch.equal(score.argsort(), FLAP().scores(layer).argsort())
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max", "rms"])
+def test_standing_does_not_change_with_the_unit_of_a_layer_nor_the_order_in_it(reduce: Any) -> None:
+    layer = toy_layer(8, 3, seed=5)
+    pruner = Score(reduce=reduce, standardise="channels")
+    score = pruner.scores(layer)
+    scaled = replace(layer, weight=1000 * layer.weight)
+    torch.testing.assert_close(pruner.scores(scaled), score)
+    assert torch.equal(score.argsort(), Score(reduce=reduce).scores(layer).argsort())
+
+
+def test_heads_of_standardised_channels_crowd_where_standardised_heads_do_not() -> None:
+    layer = toy_layer(16, 8)
+    spread = FLAP(standardise="channels").scores(layer).std()
+    assert spread < 0.6  # of standardised heads it is 1
+    assert not FLAP(standardise="channels").scores(replace(layer, weight=0 * layer.weight)).any()
+
+
+def test_what_cannot_be_standardised_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs scope columns"):
+        Magnitude(standardise="channels")
+
+
 def test_inputs_that_the_second_data_set_drives_harder_count_nothing() -> None:
     assert SafetyPotential().scores(with_statistics(HAND, contrast=2 * GRAM.diagonal())).tolist() == [0, 0, 0, 0]
     nothing = with_statistics(HAND, contrast=torch.zeros(4))
@@ -139,6 +175,7 @@ CELLS: list[tuple[Score, list[list[float]]]] = [
     (ACE(), [[6, 0.8, 0, 0], [0, 1.6, 0, 0]]),
     (SafetyPotential(), [[3, 0, 0, 0], [0, 0, 7, 0]]),
     (FLAP(), [[36, 0.64, 0, 0], [0, 2.56, 0, 0]]),
+    (ACECombined(), [[3 * (2 / 0.7 + 1.6), 0.8 / 0.7 + 1.2, 0, 0.8], [0, 2 * 0.8 / 0.7 + 2.4, 0.8, 0.8]]),
     (Score(weight_power=2, activation_power=0.5), [[9 * 2**0.5, 1, 0, 2 * 2**0.5], [0, 4, 7**0.5, 2 * 2**0.5]]),
 ]
 

@@ -49,7 +49,7 @@ class SlimGPT(OBS):
 class SPAP(OBS):
     """Groups in the order in which a growing penalty makes them vanish, then least squares.
 
-    Source: SPAP (arXiv 2505.03373), whose schedule is not public; the penalty is ours, see `penalty.py` for why.
+    Source: SPAP (arXiv 2505.03373), whose updates we did not find: these are derived, see `penalty.py`.
     """
 
     search: Search = "penalty"
