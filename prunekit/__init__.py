@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from prunekit.layer.solving import factored, inverted, solved
     from prunekit.layer.statistics import MapShape, Need, Received, Statistic, Total
     from prunekit.plugins.adapter import ModelAdapter
-    from prunekit.plugins.allocator import Allocator, Journal, Problem, Query, Search
+    from prunekit.plugins.allocator import Allocator, Journal, Problem, Query, Search, Searched
     from prunekit.plugins.dense import Dense
     from prunekit.plugins.engine import Engine, Opening, Team
     from prunekit.plugins.exporter import Exporter, Order, Probe, Product
@@ -54,7 +54,7 @@ _HOMES = {  # module: what of it is public
     "layer.solving": "factored inverted solved",
     "layer.statistics": "MapShape Need Received Statistic Total",
     "plugins.adapter": "ModelAdapter",
-    "plugins.allocator": "Allocator Journal Problem Query Search",
+    "plugins.allocator": "Allocator Journal Problem Query Search Searched",
     "plugins.dense": "Dense",
     "plugins.engine": "Engine Opening Team",
     "plugins.exporter": "Exporter Order Probe Product",

@@ -31,6 +31,8 @@ class HiddenState(pk.Objective):
             raise ValueError(f"at is a list of depths from 0, the first block, to 1, the last, not {self.at}")
         if not self.weight > 0:
             raise ValueError(f"weight is more than 0, not {self.weight}; without the distance take what is beside it")
+        if self.beside is not None and self.beside.training(1 << 40):
+            raise ValueError(f"{type(self.beside).__name__} trains another model; let it wrap hidden-state instead")
         if self.beside is not None and not self.beside.reads(1).tokens:
             raise ValueError(f"beside is an objective that reads tokens, not {type(self.beside).__name__}")
 

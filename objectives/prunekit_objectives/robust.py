@@ -39,6 +39,10 @@ class Robust(pk.Objective):
         pk.check_choices(self)
         if not self.temperature > 0 or not self.radius >= 0:
             raise ValueError(f"temperature is more than 0 and radius not below, not {self.temperature}, {self.radius}")
+        if self.inner.training(1 << 40):
+            raise ValueError(
+                f"{type(self.inner).__name__} trains a model for every data set; let it wrap robust instead"
+            )
         if not self.inner.reads(1).tokens:
             raise ValueError(f"{type(self.inner).__name__} reads no tokens, so it is the same for every data set")
 

@@ -1,4 +1,4 @@
-"""The command line: prune, plan, tune, evaluate, list, check, demo.
+"""The command line: prune, plan, tune, learn-budgets, evaluate, list, check, demo.
 
 Nothing heavy is imported before it is needed, so that help and wrong flags answer at once. Wrong input is one
 sentence on stderr and exit code 2.
@@ -16,6 +16,7 @@ from prunekit.cli.check import check
 from prunekit.cli.demo import demo
 from prunekit.cli.errors import Sentences
 from prunekit.cli.evaluate import evaluate
+from prunekit.cli.learn_budgets import learn_budgets
 from prunekit.cli.listing import list_
 from prunekit.cli.plan import plan
 from prunekit.cli.prune import prune
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 for command in (prune, plan, tune, evaluate, check, demo):
     app.command()(command)
+app.command("learn-budgets")(learn_budgets)
 app.command("list")(list_)
 
 

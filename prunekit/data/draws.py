@@ -10,7 +10,7 @@ BOS where the tokenizer puts it. Those that judge are cut as everybody cuts them
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -100,6 +100,7 @@ def draw(
         | {"seqlen": batches["calibration"].seqlen, "window_start": "bos" if start else "none", "digests": digests}
         | {f"{part}_tokens": batches[part].n_tokens for part in DEFAULTS if part in batches}
     )
+    batches["search"] = replace(batches["search"], lessons=batches.get("recovery"))
     return Draws(**batches, source=", ".join(map(str, blends["calibration"])), spec=spec)
 
 

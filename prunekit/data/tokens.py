@@ -38,6 +38,7 @@ class TokenBatch:
     source: str  # a short label: wikitext2-test; several are joined by +
     origins: tuple[str, ...] = ()  # the label of every window, where there are several
     answers: Answers | None = None  # where the windows are questions, not running text
+    lessons: TokenBatch | None = None  # beside text to judge on: that which a model may learn from before
 
     @property
     def n_tokens(self) -> int:
@@ -110,6 +111,7 @@ class TokenBatch:
             self.source if several or not origins else origins[0],
             origins if several else (),
             None if self.answers is None else self.answers[rows],
+            self.lessons,
         )
 
 

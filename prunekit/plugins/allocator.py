@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from prunekit.errors import WrongInput
 from prunekit.plugins.signal import Measurable
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
@@ -67,6 +69,16 @@ Search = Generator[Sequence[Query], Sequence[float], Allocation]
 """Yields questions, is sent as many losses (lower is better, inf for what failed), returns its answer."""
 
 
+@dataclass(frozen=True)
+class Searched:
+    """What the searches under one budget have found."""
+
+    whole: Space  # every count of every site, under the budget
+    judged: tuple[
+        tuple[Allocation, float], ...
+    ]  # feasible, each once, on the most tokens it was judged on: those on most first, and of them the best
+
+
 class Allocator(ABC):
     """Decides how much each site keeps, as a conversation. What wraps another asks for what that one asks for."""
 
@@ -91,6 +103,18 @@ class Allocator(ABC):
     def search(self, problem: Problem) -> Search:
         """Ask with `losses = yield queries`; questions are feasible or probes, the answer is feasible; where it `asks`,
         ask once."""
+
+    def learn(self, searches: Sequence[Searched], folder: Path) -> None:
+        """Save what answers other budgets without a search, as `learnt.safetensors` and `learnt.json`.
+
+        Args:
+            searches: of this allocator, under several budgets, ascending.
+            folder: an empty one; the user names it in an option of the allocator.
+
+        Raises:
+            WrongInput: it cannot; here always.
+        """
+        raise WrongInput(f"{type(self).__name__} does not learn from its searches; take an allocator that does")
 
     def ready(self) -> None:
         """Raise WrongInput for what the search needs and this machine lacks; called before any long work."""

@@ -106,6 +106,11 @@ class Answers(Protocol):
         """What an objective says of the dense model."""
         ...
 
+    def trained(self, allocation: Allocation, batch: TokenBatch, tokens: int, rate: float) -> Answers:
+        """Answers in which the model of this allocation has learnt from the first `tokens` tokens beside the batch, by
+        AdamW at a rate, a window a step; what was removed stays removed. `Objective.training` asks for the text."""
+        ...
+
 
 class Objective(ABC):
     """Judges an allocation through the supernet's answers; lower is better."""
@@ -127,6 +132,11 @@ class Objective(ABC):
     def reads(self, depth: int) -> Reads:
         """What `loss` reads, in a model of `depth` blocks; here logits on the whole batch."""
         return Reads()
+
+    def training(self, judged: int) -> int:
+        """Tokens a model is trained on before it is judged on so many; they are paid for three times, forwards and
+        back. Here none."""
+        return 0
 
     def check(self, batch: TokenBatch) -> None:
         """Refuse, before any long work, tokens that `loss` cannot judge on; here questions, whose windows are padded.

@@ -76,6 +76,11 @@ class Parts:
         """Whether a finisher learns from text of its own."""
         return any(finisher.trains for finisher in self.finishers)
 
+    @property
+    def learns(self) -> bool:
+        """Whether anybody trains: then there is text for it, which nothing else reads."""
+        return self.trains or self.objective.training(1 << 40) > 0
+
     def prices_nats(self, depth: int) -> bool:
         """Whether anybody reads what rungs cost in nats, of a model of so many blocks."""
         return "nats" in self.allocator.needs or self.objective.reads(depth).nats

@@ -65,14 +65,15 @@ class Bench:
     def _draw(self, parts: Parts) -> Draws:
         """The recipe's calibration tokens, and those it trains on; what judges is the same for all."""
         session, recipe, shared = self.session, parts.recipe, self.session.draws
-        if recipe.data == session.parts.recipe.data and (shared.recovery is not None or not parts.trains):
+        if recipe.data == session.parts.recipe.data and (shared.recovery is not None or not parts.learns):
             return shared
         dense = session.dense
         draws = draw(
             dense.tokenizer, recipe.data, session.progress,
-            seed=recipe.seed, recovery=parts.trains, **limits(dense.model),
+            seed=recipe.seed, recovery=parts.learns, **limits(dense.model),
         )  # fmt: skip
-        draws = replace(draws, search=shared.search, recovery=shared.recovery or draws.recovery)
+        recovery = shared.recovery or draws.recovery
+        draws = replace(draws, search=replace(shared.search, lessons=recovery), recovery=recovery)
         for part in (draws.calibration, draws.recovery):
             if part is not None and overlap(part, shared.search):
                 raise WrongInput("it learns from text that trials are compared on; give data.search_dataset")

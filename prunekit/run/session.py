@@ -222,7 +222,7 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
         )  # fmt: skip
         draws = draw(
             dense.tokenizer, data, progress,
-            seed=recipe.seed, recovery=parts.trains, most=most, **limits(dense.model),
+            seed=recipe.seed, recovery=parts.learns, most=most, **limits(dense.model),
         )  # fmt: skip
         parts.objective.check(draws.search)
         if parts.learner is not None:

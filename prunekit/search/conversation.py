@@ -98,6 +98,12 @@ def converse(
     Raises:
         PluginError: a question or the answer breaks the space, or nothing was asked.
     """
+
+    def training(count: int) -> int:
+        """Token-forwards beside those of a question on so many tokens: what is learnt from goes forwards and back."""
+        learnt = objective.training(count) if reads else 0
+        return 3 * tokens.lessons.first(learnt).n_tokens if learnt and tokens.lessons is not None else 0
+
     who, reads = (
         type(allocator).__name__,
         instance(objective, "what it reads", objective.reads(net.depth), Reads).tokens,
@@ -130,12 +136,12 @@ def converse(
                 raise PluginError(
                     f"{who} asks without end: {len(judged):,} questions, and {idle:,} asks without a new one"
                 )
-            price = sum(key[1] for key in new if key not in known)
+            price = sum(key[1] + training(key[1]) for key in new if key not in known)
             if limit is not None and ledger.tokens + price > limit:
                 progress.say(f"search stops at {ledger.tokens:,} token-forwards; the limit is {limit:,}")
                 answer = best(able).allocation if able else problem.start
                 break
-            _judge(new, known, problem.space, net, objective, tokens, ledger, pass_number)
+            _judge(new, known, problem.space, net, objective, tokens, ledger, pass_number, training)
             judged |= {key: known[key] for key in new}
             losses = [judged[key] for key in asked]
             able |= {key: judged[key] for key in new if problem.space.is_feasible(key[0])}
@@ -179,11 +185,14 @@ def _judge(
     tokens: TokenBatch,
     ledger: Ledger,
     pass_number: int,
+    training: Callable[[int], int],
 ) -> None:
     """Answer new questions from the ledger, then from what is known, then from the network, one fidelity together."""
     answers: dict[int, Iterator[tuple[Allocation, float]]] = {}  # by fidelity
     for i, (allocation, count) in enumerate(new):
         question = {"kind": "question", "walk": pass_number, "allocation": list(allocation), "tokens": count}
+        if beside := training(count):
+            question["training"] = beside
         if not space.is_feasible(allocation):
             question["probe"] = True
         if shared := (allocation, count) in known:

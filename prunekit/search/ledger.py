@@ -80,7 +80,7 @@ class Ledger:
         return self._met < len(self._past)
 
     def _account(self, record: Mapping[str, Any]) -> float:
-        self.tokens += 0 if "shared" in record else record["tokens"]
+        self.tokens += 0 if "shared" in record else record["tokens"] + record.get("training", 0)
         self.questions += 1
         return math.inf if record["loss"] is None else float(record["loss"])
 

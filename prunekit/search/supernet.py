@@ -21,12 +21,13 @@ from transformers import PreTrainedModel
 from prunekit.data.tokens import TokenBatch
 from prunekit.models.blocks import TOKENS_AT_ONCE, chunks, entered
 from prunekit.models.modules import grafted, shallow
-from prunekit.models.paging import pager_of
+from prunekit.models.paging import pager_of, whole
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.guard import number, unchanged
-from prunekit.plugins.objective import Logits, Objective, TopLogProbs
+from prunekit.plugins.objective import Answers, Logits, Objective, TopLogProbs
 from prunekit.search.store import CandidateStore, Table
 from prunekit.search.teacher import Teacher
+from prunekit.search.trained import Trained, learn
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
 from prunekit.system.memory import SHARES, Shares, give_back
@@ -124,7 +125,8 @@ class Supernet:
         """Every allocation once, in order, and what the objective says of it; as many as fit are run together."""
         rest, reads = list(dict.fromkeys(allocations)), objective.reads(self.depth)
         while rest:
-            ready = self.prefetch(rest, reads.parts(batch), reads.depths)
+            trains = objective.training(batch.n_tokens)  # then another model is judged than the one that could be run
+            ready = rest if trains else self.prefetch(rest, reads.parts(batch), reads.depths)
             for allocation in ready:
                 yield allocation, self.loss(objective, allocation, batch)
             rest = rest[len(ready) :]
@@ -185,17 +187,37 @@ class Supernet:
         """What the objective says of the dense model; computed once for a batch."""
         losses = self.teacher.losses
         if (objective, batch.digest) not in losses:
-            nothing = Space((), (), replace(self.space.budget, by_kind=()))
-            # over no sites there is one allocation, and it is the dense model
-            dense = Supernet(self.model, self.adapter, nothing, (), self.store, self.shares, self.teacher)
-            losses[objective, batch.digest] = dense.loss(objective, (), batch)
+            losses[objective, batch.digest] = self._of_no_site(self.model).loss(objective, (), batch)
         return losses[objective, batch.digest]
 
+    def trained(self, allocation: Allocation, batch: TokenBatch, tokens: int, rate: float) -> Answers:
+        """Answers in which the model of an allocation has learnt from the text beside `batch`, in float32 or better.
+
+        A copy learns, so that nothing else changes; it is gone with the answers.
+        """
+        assert batch.lessons is not None  # drawn because the objective trains
+        small = whole(self.assemble(allocation), self.model)
+        nn.Module.to(small, torch.promote_types(next(small.parameters()).dtype, torch.float32))
+        masks = {
+            site.name: small.get_submodule(site.name).get_parameter("weight") != 0
+            for site in self.space.sites
+            if not site.form.shrinks
+        }
+        learn(small, masks, batch.lessons.first(tokens), rate)
+        return Trained(self, allocation, self._of_no_site(small))
+
+    def _of_no_site(self, model: PreTrainedModel) -> Supernet:
+        """Over no sites there is one allocation, and it is the model itself."""
+        nothing = Space((), (), replace(self.space.budget, by_kind=()))
+        return Supernet(model, self.adapter, nothing, (), self.store, self.shares, self.teacher)
+
     def assemble(self, plan: Allocation) -> PreTrainedModel:
-        """A smaller model: every site cut to its candidate. Shares with the dense model what was not cut."""
+        """A smaller model: every site cut to its candidate, a probe's dense sub-layers as they are. Shares with the
+        dense model what was not cut."""
         small = shallow(self.model)
-        for site, kept in zip(self.space.sites, plan, strict=True):
-            self.adapter.remove(small, site, self.store.get(site, kept))
+        for site, ladder, kept in zip(self.space.sites, self.space.ladders, plan, strict=True):
+            if kept in ladder:
+                self.adapter.remove(small, site, self.store.get(site, kept))
         return small
 
     def rest(self) -> None:

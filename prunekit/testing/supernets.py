@@ -58,7 +58,8 @@ def toy_tokens(windows: int = 4, seqlen: int = 12, vocabulary: int = 61, seed: i
     """Random token ids; the windows of several sources take turns."""
     ids = torch.randint(2, vocabulary, (windows, seqlen), generator=torch.Generator().manual_seed(seed))
     origins = tuple(f"toy-{i % sources + 1}" for i in range(windows)) if sources > 1 else ()
-    return TokenBatch(ids, "+".join(dict.fromkeys(origins)) or "toy", origins)
+    lessons = TokenBatch(ids.roll(1, 0).flip(1), "lessons")
+    return TokenBatch(ids, "+".join(dict.fromkeys(origins)) or "toy", origins, lessons=lessons)
 
 
 def toy_questions(questions: int = 4, choices: int = 3, seqlen: int = 12, seed: int = 0) -> TokenBatch:

@@ -298,8 +298,9 @@ class Count:
                 if forwards is None:
                     why = most or "what the allocator will ask"
                 states, ready = self._searched(search, member.spaces[number], shares)
+                inside = asking + self._learning(member) + states
                 yield Stage(
-                    member.called(f"{SEARCH} {number + 1}"), asking + states, (shares.blocks or 0) + ready,
+                    member.called(f"{SEARCH} {number + 1}"), inside, (shares.blocks or 0) + ready,
                     flops=flops, unknown=why, member=member.name,
                     spread=None if search.least is None else (spread[0] or 0, spread[1] or 0),
                 )  # fmt: skip
@@ -336,7 +337,7 @@ class Count:
             )  # fmt: skip
         asked = self.tokens["search"] if self.parts.objective.reads(len(shape.blocks)).tokens else 0
         states, ready = self._searched(Rehearsal(asked, 1, asked), member.last, shares)  # what is built is judged once
-        asking = held + self._asking + CUSHION + states
+        asking = held + self._asking + self._learning(member) + CUSHION + states
         if first and not self.parts.searches(len(shape.blocks)):  # then it is asked now
             yield from self._hearing(shares, asking)
         measuring = both + forward + CUSHION
@@ -396,6 +397,15 @@ class Count:
         tokens = min(self.tokens["search"], TOKENS_AT_ONCE)
         some = max(self.seqlen, min(tokens, supernet.LOGITS_AT_ONCE // self.shape.vocabulary))
         return max(self._activations(max(tokens, self.seqlen)), 3 * FLOAT * some * self.shape.vocabulary)
+
+    def _learning(self, member: Member) -> int:
+        """Bytes of a copy that learns before it is judged, in float32, with what AdamW knows; 0 where none does."""
+        if not self.parts.objective.training(self.tokens["search"]):
+            return 0
+        shape = self.shape
+        stays = self.everything // shape.computed.itemsize - member.freed
+        kept = 2 * len(shape.blocks) * self._activations(self.seqlen)  # on the way there, for the way back
+        return 4 * FLOAT * stays + kept + 4 * FLOAT * self.seqlen * shape.vocabulary
 
     @property
     def _stored(self) -> int:

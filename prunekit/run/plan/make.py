@@ -70,12 +70,16 @@ def planned(
     allocator, known = parts.allocator, dict[int, Known]()
     free = not parts.searches(1)
 
+    def training(count: int) -> int:
+        learnt = min(parts.objective.training(count), tokens["recovery"])
+        return 3 * max(1, learnt // seqlen) * seqlen if learnt else 0
+
     def searched(number: int, space: Space) -> Rehearsal:
         if free or not rehearse:
             return Rehearsal(0, 0, 0) if free else Rehearsal()
         learnt = known.setdefault(number, {})
         question = (allocator, space, tokens["search"], seqlen, recipe.search_budget)
-        return between(rehearsed(*question, learnt), *question)
+        return between(rehearsed(*question, learnt, training=training), *question, training=training)
 
     members = []
     for each, whole in zip(recipe.members, wholes, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -61,6 +61,7 @@ def rehearsed(
     known: Known | None = None,
     patience: float = PATIENCE,
     luck: Luck = "some",
+    training: Callable[[int], int] = lambda _: 0,
 ) -> Rehearsal:
     """What a search will ask, counted by holding it on a stand-in table.
 
@@ -76,6 +77,7 @@ def rehearsed(
         known: losses that are free, learnt from another search; what is learnt is added.
         patience: questions at most, those that are asked again counted too; a search that asks more is not known.
         luck: what it finds.
+        training: token-forwards beside those of a question on so many tokens.
 
     Raises:
         Exception: whatever the allocator raises, WrongInput where it refuses what it is asked.
@@ -108,7 +110,7 @@ def rehearsed(
                 for q in queries
             ]
             new = Counter(count for key, count in dict.fromkeys((k, k[1]) for k in asked) if key not in judged)
-            paid += sum(count * times for count, times in new.items())
+            paid += sum((count + training(count)) * times for count, times in new.items())
             if limit is not None and paid > limit:
                 return Rehearsal(limit, allocations, together, frozenset(rungs))
             questions += len(asked)
@@ -126,10 +128,10 @@ def rehearsed(
         return Rehearsal()
 
 
-def between(likely: Rehearsal, *question: Any) -> Rehearsal:
+def between(likely: Rehearsal, *question: Any, training: Callable[[int], int] = lambda _: 0) -> Rehearsal:
     """With the least and the most that a search may ask; `question` as of `rehearsed`."""
     if likely.forwards is None:
         return likely
-    ends = [rehearsed(*question, luck=luck).forwards for luck in ("none", "all")]
+    ends = [rehearsed(*question, luck=luck, training=training).forwards for luck in ("none", "all")]
     known = [likely.forwards, *(forwards for forwards in ends if forwards is not None)]
     return replace(likely, least=min(known), most=max(known))

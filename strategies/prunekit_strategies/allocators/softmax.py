@@ -37,9 +37,13 @@ class ClosedForm(Allocator):
     With `energy: scores` the curve is the one the pruner's unit scores draw: the sum of the least scores of as many
     units as go, as a share of the sum of all. (5) is then one quantile over the units of all sites.
 
-    The idea of an energy is from StruPrune (arXiv:2510.03246), whose formulas we did not find: these are derived. The
-    error table costs nothing to read, so T is the best on it unless given, and the answer is the start where that is
-    better on it: never worse than uniform in expected error.
+    Where units of a layer are removed, (1) counts the ways to choose them, and (2) the ways to choose with a unit put
+    back each time: without its bound it can ask for more than the layer has.
+
+    The idea of an energy is from StruPrune (arXiv:2510.03246), whose equations were not found, and whose code, which is
+    public, gives every layer the same share: (1)-(5) are derived. The error table costs nothing to read, so T is the
+    best on it unless given, and the answer is the start where that is better on it: never worse than uniform in
+    expected error.
     """
 
     rule: Rule = "fermi"

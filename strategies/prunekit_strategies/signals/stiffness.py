@@ -22,7 +22,7 @@ class Stiffness(Signal):
     so 0 ≤ A ≤ 1; 0 where the site puts nothing out, 1 where no mask is better than the even one. Q has a share
     `damping` of its mean diagonal added to it. `diagonal` leaves out what groups do to each other: c = Σ_g 1/Q_gg.
 
-    Source: the closed-form mask of STRUPRUNE (arXiv 2510.03246), whose formulas we did not find: derived.
+    Source: the closed-form mask of STRUPRUNE (arXiv 2510.03246); derived: its formulas for allocation were not found.
     """
 
     unitless: ClassVar[bool] = True

@@ -23,7 +23,10 @@ for arguments in sys.argv[1:]:
 COMMANDS = [
     (0, "--help"),
     (0, "--version"),
-    *((0, f"{command} --help") for command in ("prune", "plan", "tune", "evaluate", "list", "check", "demo")),
+    *(
+        (0, f"{command} --help")
+        for command in ("prune", "plan", "tune", "learn-budgets", "evaluate", "list", "check", "demo")
+    ),
     (0, "list"),
     (0, "list --kind allocator"),
     (2, "prun"),

@@ -19,6 +19,11 @@ QUICK: Mapping[str, Mapping[str, Any]] = {
 }
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "drop, blocks once": {"name": "drop", "unit": "blocks", "order": "once", "per_price": True},
+    "drop, scores": {"name": "drop", "order": "once", "by": "scores"},
+    "drop, per price": {"name": "drop", "per_price": True},
+    "2ssp, none": {"name": "2ssp", "removed": 0, "tokens": 512},
+    "mop, best block": {"name": "mop", "block": "best", "steps": 3},
     "evolution, cold": {"name": "evolution", "warm_start": "none"},
     "evolution, one stage": {"name": "evolution", "selections": [[1, 4_096]], "offspring": 3},
     "greedy, table": {"name": "greedy", "by": "table", "table": "errors"},

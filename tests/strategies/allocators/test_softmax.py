@@ -1,5 +1,6 @@
 import math
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,36 @@ def test_fermi_minimises_its_free_energy() -> None:
         moved[i] += step / PRICES[i]
         moved[j] -= step / PRICES[j]
         assert free_energy(moved) >= free_energy(best)
+
+
+def test_fermi_counts_the_ways_to_choose_units_and_the_softmax_those_to_choose_them_again() -> None:
+    """Σ K_l e_l - T log(ways), enumerated over all ways to take 40 of 30, 20 and 50 units."""
+    energies, units, taken, heat = (0.2, 0.9, 1.7), (30, 20, 50), 40, 0.5
+
+    def lgamma(*terms: float) -> float:
+        return math.fsum(math.lgamma(t + 1) for t in terms)
+
+    def once(counts: tuple[int, ...]) -> float:
+        return math.fsum(math.log(math.comb(n, k)) for n, k in zip(units, counts, strict=True))
+
+    def again(counts: tuple[int, ...]) -> float:
+        chosen = math.fsum(k * math.log(n) for n, k in zip(units, counts, strict=True))
+        return lgamma(taken) - lgamma(*counts) + chosen
+
+    def least(ways: Callable[[tuple[int, ...]], float], most: tuple[int, ...]) -> tuple[int, ...]:
+        every = [(a, b, taken - a - b) for a in range(most[0] + 1) for b in range(min(most[1], taken - a) + 1)]
+        able = [counts for counts in every if counts[2] <= most[2]]
+        return min(able, key=lambda c: math.fsum(k * e for k, e in zip(c, energies, strict=True)) - heat * ways(c))
+
+    def law(occupied: Callable[[float], float]) -> list[float]:
+        shares = level([e / heat for e in energies], units, sum(units) - taken, occupied)
+        return [n * s for n, s in zip(units, shares, strict=True)]
+
+    assert least(once, units) == (24, 9, 7)
+    assert law(fermi) == pytest.approx([23.3, 9.3, 7.4], abs=0.05)
+    assert least(again, (taken,) * 3) == (33, 5, 2)  # more than the 30 there are
+    assert law(math.exp) == pytest.approx([32.1, 5.3, 2.7], abs=0.05)
+    assert law(dilute)[0] == 30
 
 
 def test_z_scores_weigh_by_price_and_equal_energies_are_zero() -> None:
