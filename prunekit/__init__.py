@@ -79,14 +79,14 @@ _HOMES = {  # module: what of it is public
 _HOME_OF = {name: f"prunekit.{module}" for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
-    "Allocation", "Allocator", "Answers", "Budget", "Candidate", "CandidateStore", "Decision", "Dense", "Effort",
-    "Engine", "Exporter", "Family", "Finisher", "GateProblem", "GateQuery", "GateReply", "Journal", "LayerProblem",
-    "Learner", "Lesson", "LocalPruner", "MapShape", "MeasuredMetric", "Metric",
-    "ModelAdapter", "Moments", "Need", "NotVerified", "Objective", "Opening", "Order", "Parameters", "Parts",
-    "PluginError", "Probe", "Problem", "Product", "Query", "Reads", "Received", "Recipe", "Result", "Runs", "Search",
+    "Allocation", "Allocator", "Answers", "Budget", "Candidate", "CandidateStore", "Decision", "Dense",
+    "Effort", "Engine", "Exporter", "Family", "Finisher", "GateProblem", "GateQuery", "GateReply", "Journal",
+    "LayerProblem", "Learner", "Lesson", "LocalPruner", "MapShape", "MeasuredMetric", "Metric", "ModelAdapter",
+    "Moments", "Need", "NotVerified", "Objective", "Opening", "Order", "Parameters", "Parts", "PluginError",
+    "Probe", "Problem", "Product", "Query", "Reads", "Received", "Recipe", "Result", "Runs", "Search",
     "Searched", "Signal", "Site", "Space", "Statistic", "Supernet", "Team", "TokenBatch", "Total", "Worker",
-    "Workpiece", "WrongInput", "best_groups", "best_weights", "check_choices", "factored", "inverted", "prune", "ranked", "resolve",
-    "solved", "tune",
+    "Workpiece", "WrongInput", "best_groups", "best_weights", "check_choices", "factored", "inverted", "prune",
+    "ranked", "resolve", "solved", "tune",
 ]  # fmt: skip
 
 
