@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from prunekit.recipe.schema import Recipe
-from prunekit.run.learn import searched
+from prunekit.run.learn_budgets import searched
 from prunekit.run.prune import open_runs, run_search
 from prunekit.run.session import Job
 from prunekit.system.progress import progress_for

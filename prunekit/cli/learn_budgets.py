@@ -70,5 +70,6 @@ def learn_budgets(
     quiet_libraries()
     job = Job(output=output, progress=progress_for(quiet), resume=resume, overwrite=overwrite, announce=True)
     found = learning.learn_budgets(chosen, job)
+    assert chosen.allocator is not None  # else nothing was learnt
     name = chosen.allocator["name"]
     typer.echo(f"any budget: prunekit prune MODEL --allocator {name} --set allocator.model={found} --output DIR")

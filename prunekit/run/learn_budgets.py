@@ -38,6 +38,8 @@ def learn_budgets(recipe: Recipe, job: Job) -> Path:
     output, asked = job.output, [member.sparsity for member in recipe.members]
     if output is None:
         raise WrongInput("what is learnt needs a folder; give output")
+    if recipe.allocator is None:
+        raise WrongInput("an allocator learns from its searches, and the recipe has a learner; give an allocator")
     allocator = resolve(recipe).allocator
     if type(allocator).learn is Allocator.learn:
         allocator.learn((), output)

@@ -63,6 +63,9 @@ def test_what_cannot_learn_says_so_before_any_work(recipe, tmp_path):
     with pytest.raises(WrongInput, match="does not learn"):
         learning.learn_budgets(recipe.with_overrides({"allocator": "uniform"}), Job(output=tmp_path / "b"))
     assert not list(tmp_path.iterdir())
+    learner = recipe.with_overrides({"learner": "gisp"})
+    with pytest.raises(WrongInput, match="the recipe has a learner; give an allocator"):
+        learning.learn_budgets(learner, Job(output=tmp_path / "out"))
 
 
 def test_one_budget_and_no_folder_are_refused_on_the_command_line(recipe):
