@@ -81,9 +81,9 @@ __all__ = [
     "Family", "Finisher", "Journal", "LayerProblem", "LocalPruner", "MapShape", "MeasuredMetric", "Metric",
     "ModelAdapter", "Moments", "Need", "NotVerified", "Objective", "Opening", "Order", "Parameters", "Parts",
     "PluginError", "Probe", "Problem", "Product", "Query", "Reads", "Received", "Recipe", "Result", "Runs", "Search",
-    "Searched", "Signal", "Site", "Space", "Statistic", "Supernet", "Team", "TokenBatch", "Total", "Worker", "Workpiece",
-    "WrongInput", "best_groups", "best_weights", "check_choices", "factored", "inverted", "prune", "ranked", "resolve",
-    "solved", "tune",
+    "Searched", "Signal", "Site", "Space", "Statistic", "Supernet", "Team", "TokenBatch", "Total", "Worker",
+    "Workpiece", "WrongInput", "best_groups", "best_weights", "check_choices", "factored", "inverted", "prune",
+    "ranked", "resolve", "solved", "tune",
 ]  # fmt: skip
 
 
