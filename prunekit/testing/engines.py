@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ from prunekit.layer.candidates import Candidate
 from prunekit.layer.problem import LayerProblem
 from prunekit.plugins.dense import Dense
 from prunekit.plugins.engine import Engine, Opening, Team
-from prunekit.plugins.objective import Reads
+from prunekit.plugins.objective import Objective
 from prunekit.plugins.pruner import LocalPruner
 from prunekit.search.shared import SharedSupernet
 from prunekit.search.store import CandidateStore
@@ -39,11 +40,9 @@ class Aimed(KeepFirst):
         return [layer.refitted(range(keep)) for keep in keeps]
 
 
-class Spread:
+@dataclass(frozen=True)
+class Spread(Objective):
     """An objective that hardly anybody would write: how far the logits are from zero."""
-
-    def reads(self, depth):  # type: ignore[no-untyped-def]
-        return Reads()
 
     def loss(self, net, allocation, batch):  # type: ignore[no-untyped-def]
         return float(sum(logits.square().sum() for _, logits in net.logits(allocation, batch)))
@@ -100,8 +99,8 @@ class EngineSuite:
                 assert mine_.kept == theirs_.kept
                 torch.testing.assert_close(mine_.weight, theirs_.weight)
         asked, tokens, objective = questions(together), toy_tokens(windows=3), Spread()
-        found = list(SharedSupernet(together, team).judged(objective, [*asked, asked[0]], tokens))  # type: ignore[arg-type]
-        assert found == list(together.judged(objective, asked, tokens))  # type: ignore[arg-type]
+        found = list(SharedSupernet(together, team).judged(objective, [*asked, asked[0]], tokens))
+        assert found == list(together.judged(objective, asked, tokens))
 
     def test_what_a_worker_refuses_is_said(self, team: Team) -> None:
         with pytest.raises(AttributeError, match="no_such_work"):
