@@ -26,6 +26,7 @@ PLUGINS = {
     "loudest": "signal",
     "tails": "signal",
     "descent": "allocator",
+    "one-look": "learner",
     "worst-site": "objective",
     "volume": "finisher",
     "weighted-parameters": "metric",
