@@ -112,7 +112,8 @@ def check_plugin(clean: Environment, plugin: Path) -> None:
     rows = json.loads(clean("prunekit", "list", "--json"))
     owned = {row["name"]: row["kind"] for row in rows if row["owner"] == OWNER}
     assert owned == PLUGINS, f"{OWNER} owns {owned}"
-    first, *others = PLUGINS
+    # a learner says in its own suite how far from the optimum it may end, which `prunekit check` cannot know
+    first, *others = (name for name, kind in PLUGINS.items() if kind != "learner")
     print(clean("prunekit", "check", first), clean("python", "-c", CHECKS, *others))
     quiet = ("-q", "-p", "no:cacheprovider", "--import-mode=importlib")
     print(f"{OWNER}: {clean('python', '-m', 'pytest', *quiet, plugin).splitlines()[-1]}")
