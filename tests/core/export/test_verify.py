@@ -56,6 +56,16 @@ def test_every_route_is_verified(
     assert (found.parameters, found.model_class) == (parameters, expected)
 
 
+def test_one_logit_that_differs_is_found(tmp_path: Path) -> None:
+    model = tiny("llama")
+    save(to_transformers(model, adapter_for("llama")), tmp_path)
+    with torch.no_grad():
+        logits = model(IDS).logits
+    logits[0, -1, -1] += 1
+    with pytest.raises(NotVerified, match=r"differ by 1; 0\.0001 is allowed"):
+        verify(tmp_path, IDS, logits, sum(p.numel() for p in model.parameters()))
+
+
 @pytest.mark.parametrize(
     ("found", "sentence"),
     [
