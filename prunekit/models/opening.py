@@ -94,7 +94,6 @@ def opened(
         there = placed(*skeleton(source))
         places = there if device == "auto" and len({*there}) > 1 else places
         model, stored = settle_ties(copy.deepcopy(source)), next(source.parameters()).dtype
-        model = adapter_for(model.config.model_type).opened(model)
     else:
         if shares.blocks is None:
             skeleton(source, trust_remote_code=trust_remote_code)  # wrong input fails before weights are read
@@ -109,6 +108,8 @@ def opened(
     converted = {} if isinstance(source, PreTrainedModel) else paging.converted(at_hand(source), model, stored)
     if converted:
         warn_once(converted_as(name, converted, str(stored)[6:]))
+    if paging.pager_of(model) is None:
+        model = adapter_for(model.config.model_type).opened(model)
     adapter = adapter_for(model.config.model_type)
     if paging.pager_of(model) is None:
         settle(model, adapter, places)
@@ -270,7 +271,7 @@ def loaded(
     for name, there, wanted in sorted(report["mismatched_keys"])[:1]:
         raise WrongInput(f"{source!r}: {name} is {tuple(there)}, and its config asks for {tuple(wanted)}")
     paging.check_names(source, report["missing_keys"], paging.unused(path, model) | report["unexpected_keys"])
-    return adapter_for(model.config.model_type).opened(settle_ties(model))
+    return settle_ties(model)
 
 
 def settle_ties(model: PreTrainedModel) -> PreTrainedModel:

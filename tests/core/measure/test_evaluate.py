@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from prunekit.data.spec import DataSpec
 from prunekit.data.tokens import TokenBatch
@@ -118,6 +118,14 @@ def test_a_checkpoint_that_lacks_weights_is_not_made_up(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(WrongInput, match=r"lacks model\.layers\.0\.mlp\.up_proj\.weight; it is not whole"):
         load(str(tmp_path))
+
+
+def test_a_model_that_is_pruned_as_another_is_measured_as_it_is(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=64, n_embd=16, n_layer=1, n_head=2)).eval()
+    model.save_pretrained(tmp_path)
+    read = load(str(tmp_path), device="cpu")
+    assert type(read) is type(model)
+    assert perplexity(read, batch([1, 2, 3])) == perplexity(model, batch([1, 2, 3]))
 
 
 @pytest.mark.parametrize(
