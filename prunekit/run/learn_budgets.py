@@ -10,6 +10,7 @@ from prunekit.plugins.allocator import Allocator, Searched
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.run.prune import open_runs, run_search
+from prunekit.run.results import clear_result
 from prunekit.run.session import Job
 from prunekit.run.stages import Run
 from prunekit.run.workplace import publish, published
@@ -17,7 +18,6 @@ from prunekit.space.sites import Allocation
 from prunekit.system.files import write_json
 
 FILE = "searches.json"  # what it was learnt from
-TENSORS = (".safetensors", ".json")
 
 
 def learn_budgets(recipe: Recipe, job: Job) -> Path:
@@ -49,9 +49,8 @@ def learn_budgets(recipe: Recipe, job: Job) -> Path:
         run_search(runs)
         searches = [searched(run) for run in sorted(runs, key=lambda run: run.whole.budget.limit)]
         done = place / "result"
-        done.mkdir(exist_ok=True)
-        for path in [path for path in done.iterdir() if path.suffix in TENSORS]:
-            path.unlink()
+        clear_result(done, runs[0].parts.exporters)
+        done.mkdir()
         first = runs[0].parts.recipe
         with runs[0].progress.stage("learning", 0):
             allocator.learn(searches, done)
