@@ -12,8 +12,8 @@ from prunekit.errors import WrongInput, first_line
 
 LONGEST_CHAT = 1_000_000  # characters; a chat template takes a conversation whole
 LONE = re.compile("[\ud800-\udfff]")  # half a character: JSON can say it, UTF-8 and tokenizers cannot
-# templates that write today's date would give other tokens tomorrow
 ANY_TEXT = "A text."  # that shows what a tokenizer puts in front of one
+# templates that write today's date would give other tokens tomorrow
 DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 

@@ -74,9 +74,9 @@ class Searched:
     """What the searches under one budget have found."""
 
     whole: Space  # every count of every site, under the budget
-    judged: tuple[
-        tuple[Allocation, float], ...
-    ]  # feasible, each once, on the most tokens it was judged on: those on most first, and of them the best
+    judged: tuple[tuple[Allocation, float], ...]
+    """Feasible allocations, each once with its loss on the most tokens it was judged on: those on most tokens first,
+    and of them the best."""
 
 
 class Allocator(ABC):

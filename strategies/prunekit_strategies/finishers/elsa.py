@@ -31,8 +31,7 @@ class Elsa(Finisher):
 
     Of a map, x (d_out, d_in) learns, z has k d_out non-zeros, k as the allocator said, or n of every m, and u adds up
     what keeps them apart. z and x begin as the pruner left them, or x dense and z as its largest weights (`start`), and
-    u = 0. With f the mean loss
-    per token of the calibration text:
+    u = 0. With f the mean loss per token of the calibration text:
 
         learn      x ← Adam(x, g),   x ← x - λ (x - z + u),   g = ∇f, all of it of norm 1 at most      (1)
         or         x ← Adam(x, g + λ (x - z + u))                         with `coupled`               (1')
