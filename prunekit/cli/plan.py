@@ -52,7 +52,7 @@ def plan(*, as_json: Json = False, **options: Any) -> None:
     if allotment is not None:
         typer.echo(f"in {span(allotment.seconds)}: {allotment}")
     typer.echo(
-        f"counted at {rates.flops / 1e9:,.0f} GFLOP/s of products in {str(found.dtype)[6:]}, "
+        f"counted at {rates.flops / 1e9:,.0f} GFLOP/s of a block in {str(found.dtype)[6:]}, "
         f"{rates.doubles / 1e9:,.0f} in float64, {rates.write / 1e6:,.0f} MB/s written and {rates.read / 1e6:,.0f} read"
     )
     found.check()

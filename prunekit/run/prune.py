@@ -130,7 +130,8 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
         judged = run.final_loss(net, plan)
     net.rest()  # what was cut out to be judged and what is assembled are not held together
     small = assemble(net, plan, run.parts)
-    raw = perplexity(small, evaluation) if run.parts.finishers else None
+    with run.clock("evaluate"):
+        raw = perplexity(small, evaluation) if run.parts.finishers else None
     written = run.samples(run.dense.model)
     said = finish_model(run, small, net, plan)
     with run.clock("evaluate"):

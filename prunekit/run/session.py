@@ -5,6 +5,7 @@ Everything the user may have got wrong is refused here, before any long work.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,9 +32,10 @@ from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.run.allotment import Allotment, filled, share_text
 from prunekit.run.clock import Clock
+from prunekit.run.plan.count import Shape
 from prunekit.run.plan.make import planned
 from prunekit.run.plan.plan import Plan
-from prunekit.run.plan.trial import Trials
+from prunekit.run.plan.trial import Trials, forward_seconds
 from prunekit.run.spaces import whole_space
 from prunekit.run.stages import Run, clear_folder
 from prunekit.run.workplace import begun
@@ -168,7 +170,7 @@ def foreseen(recipe: Recipe, source: str, output: Path, *, several: bool) -> tup
         allotment, _ = allot(parts, shape, output)
         return allotment.plan, allotment.rates, allotment
     plan = make_plan(parts, *shape, output, asked, rehearse=True, trials=tried(parts, shape))
-    return plan, Rates.measured(plan.device, plan.dtype, plan.place or Path()), None
+    return plan, measured_rates(plan, shape, window_of(recipe.data, limits(shape[0])["max_seqlen"])), None
 
 
 def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -> Session:
@@ -255,18 +257,37 @@ def allot(
     if recipe.family:
         raise WrongInput("a time is of one result; give one sparsity, or leave --time away")
 
-    trials = tried(parts, shape)
+    trials, begun_at = tried(parts, shape), time.perf_counter()
 
     def plan_of(data: DataSpec) -> Plan:
         return make_plan(parts.with_data(data), *shape, output, trials=trials)
 
     first = plan_of(recipe.data)
-    rates = Rates.measured(first.device, first.dtype, first.place or Path())
     seqlen = window_of(recipe.data, limits(shape[0])["max_seqlen"])
-    most = parts.amounts if chosen else share_text(parts, seqlen, plan_of, rates)
+    rates = measured_rates(first, shape, seqlen)
+    most = parts.amounts if chosen else share_text(parts, seqlen, plan_of, rates, time.perf_counter() - begun_at)
     data = filled(recipe.data, most)
     text = {part: getattr(data, f"{part}_tokens") for part in most}
     return Allotment(recipe.time, plan_of(data), rates, parts.trains, text), most
+
+
+def measured_rates(plan: Plan, shape: tuple[PreTrainedModel, ModelAdapter], seqlen: int) -> Rates:
+    """How fast this machine is where a plan wants to work: products are counted at what a block of the model reaches.
+
+    Args:
+        plan: its device, its dtype and its disk.
+        shape: the model, or its skeleton, and the adapter of its family.
+        seqlen: tokens in a window.
+    """
+    rates, counted = (
+        Rates.measured(plan.device, plan.dtype, plan.place or Path()),
+        Shape(*shape, (), plan.dtype, plan.dtype),
+    )
+    timed = forward_seconds(*shape, seqlen, plan.device, plan.dtype)
+    if timed is None:
+        return rates
+    seconds, tokens = timed
+    return replace(rates, flops=counted.forward(tokens, seqlen, head=False) / len(counted.blocks) / seconds)
 
 
 def _with_measured_dtype(parts: Parts, shape: tuple[PreTrainedModel, ModelAdapter], job: Job) -> Parts:
@@ -292,7 +313,7 @@ def _announce(
     parts: Parts, shape: tuple[PreTrainedModel, ModelAdapter], plan: Plan, job: Job, asked: Sequence[float] | None
 ) -> None:
     """Say what a run will take before it begins and, where that is long, what takes less."""
-    rates = Rates.measured(plan.device, plan.dtype, plan.place or Path())
+    rates = measured_rates(plan, shape, window_of(parts.recipe.data, limits(shape[0])["max_seqlen"]))
     told = plan.as_dict(rates)
     least = "" if told["seconds_complete"] else "at least "
     job.progress.say(

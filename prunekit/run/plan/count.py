@@ -44,7 +44,7 @@ from prunekit.system.memory import Shares
 
 FLOAT, DOUBLE = 4, 8  # bytes
 CUSHION = 64 << 20  # bytes: what libraries take when they are first used; of a run on a tiny model 64 MB were measured
-STEP = 32  # a step of writing reads all weights, and takes as long as so many tokens that are read at once
+STEP = 96  # a step of writing reads all weights, and takes as long as so many tokens that are read at once
 KEPT = 4  # of what comes and goes, at most one part in so many stays with the C library or lies in too small pieces
 KEPT_MOST = 128 << 20  # bytes that stay at most: what is larger than 32 MiB goes back to the system at once
 
@@ -86,9 +86,16 @@ class Shape:
 
     def producers(self, site: Site) -> dict[str, MapShape]:
         """Of the linear maps whose rows go with its groups, by path."""
-        block = self.blocks[site.block]
-        fed = {cut.path: linear_at(block, cut.path) for cut in self.adapter.cuts(block, site)[:-1]}
-        return {path: MapShape(linear.in_features, linear.out_features) for path, linear in fed.items()}
+        if site not in self._fed:
+            block = self.blocks[site.block]
+            fed = {cut.path: linear_at(block, cut.path) for cut in self.adapter.cuts(block, site)[:-1]}
+            self._fed[site] = {path: MapShape(each.in_features, each.out_features) for path, each in fed.items()}
+        return self._fed[site]
+
+    @cached_property
+    def _fed(self) -> dict[Site, dict[str, MapShape]]:
+        """What `producers` has answered; the cuts of a wide block are long lists."""
+        return {}
 
     def collected(self, site: Site, statistics: Sequence[Statistic]) -> tuple[Statistic, ...]:
         """What is added up at the site."""
@@ -342,7 +349,8 @@ class Count:
             yield from self._hearing(shares, asking)
         measuring = both + forward + CUSHION
         models = 1 + first
-        small = shape.forward(judged, self.seqlen, head=True, share=self._share(member))
+        times = 2 if recipe.finishers else 1  # before and after them
+        small = shape.forward(times * judged + asked, self.seqlen, head=True, share=self._share(member))
         yield Stage(
             member.called("evaluate"), max(asking, measuring), kept + max(0, min(ready, asking + ready - measuring)),
             read=models * self._stored if paged else 0,

@@ -1,7 +1,8 @@
-"""How long a pruner works, measured on layers that stand in for those of the model."""
+"""How long a pruner works, and how fast blocks run, measured on what stands in for those of the model."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -17,6 +18,8 @@ from prunekit.calibration.moments import Moments, collected
 from prunekit.calibration.statistics import statistics_of
 from prunekit.layer.problem import LayerProblem, Producer
 from prunekit.layer.statistics import MapShape, Need, Received, named
+from prunekit.models.blocks import TOKENS_AT_ONCE, entered
+from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.pruner import LocalPruner
 from prunekit.space.sites import Site
 from prunekit.system.rates import wait_for
@@ -24,6 +27,7 @@ from prunekit.system.rates import wait_for
 FIRST = 512  # columns of the first stand-in
 ENOUGH = 0.3  # seconds: what takes as long is not tried on a wider layer
 WINDOW = 8  # tokens of a stand-in's windows
+RUNS = 3  # of a block, of which the fastest counts
 
 Fed = Sequence[tuple[int, int]]
 """(rows that go with a group, columns) of every producer layer."""
@@ -143,3 +147,66 @@ class Trials:
             ),
             "a layer to try",
         )  # fmt: skip
+
+
+@torch.no_grad()
+def forward_seconds(
+    model: nn.Module, adapter: ModelAdapter, seqlen: int, device: torch.device, dtype: torch.dtype
+) -> tuple[float, int] | None:
+    """Seconds that one block takes for a chunk of tokens, and how many they are, so that a plan knows a real rate.
+
+    Products of a model's own shapes, attention and all that is added and normalised between them are slower than
+    square products. It is the block in the middle; that of a skeleton gets values that mean nothing.
+
+    Returns:
+        None: it does not run so; a skeleton may hold what only a whole model can compute.
+    """
+    try:
+        with torch.random.fork_rng(devices=()):
+            return _forward_seconds(model, adapter, seqlen, device, dtype)
+    except Exception as error:  # the code of a model may read values that a skeleton does not have
+        _log.info("no block was timed: %s", error)
+        return None
+
+
+def _forward_seconds(
+    model: nn.Module, adapter: ModelAdapter, seqlen: int, device: torch.device, dtype: torch.dtype
+) -> tuple[float, int]:
+    windows, skeleton = max(1, TOKENS_AT_ONCE // seqlen), next(model.parameters()).is_meta
+    if skeleton:
+        model = _with_values_in_front(copy.deepcopy(model), adapter, device, dtype)
+    first = next(model.parameters()).device
+    hidden, calls = entered(model, adapter, torch.zeros(windows, seqlen, dtype=torch.long, device=first))
+    middle = len(calls) // 2
+    block, call = adapter.blocks(model)[middle], calls[middle]
+    if skeleton:
+        _fill(block.to_empty(device=device).to(dtype))
+    hidden.normal_()
+    call(block, hidden)  # the first time pays for what later ones find ready
+    took = []
+    for _ in range(RUNS):
+        wait_for(device)
+        started = time.perf_counter()
+        call(block, hidden)
+        wait_for(device)
+        took.append(time.perf_counter() - started)
+    return min(took), windows * seqlen
+
+
+def _with_values_in_front(model: Any, adapter: ModelAdapter, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A skeleton that can be run as far as its first block, with a vocabulary of one word."""
+    width = model.get_input_embeddings().weight.shape[1]
+    model.set_input_embeddings(nn.Embedding(1, width, device="meta"))
+    behind = {
+        id(module) for part in (adapter.blocks(model), model.get_output_embeddings()) for module in part.modules()
+    }
+    for module in model.modules():
+        if id(module) not in behind:
+            _fill(module.to_empty(device=device, recurse=False), recurse=False)
+    return model.to(dtype)
+
+
+def _fill(module: nn.Module, *, recurse: bool = True) -> None:
+    """With values that mean nothing, of the size of weights."""
+    for values in (*module.parameters(recurse), *module.buffers(recurse)):
+        _ = values.normal_(std=0.02) if values.is_floating_point() else values.fill_(0)

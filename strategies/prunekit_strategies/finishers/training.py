@@ -23,6 +23,7 @@ WARMUP = 0.05  # share of all steps in which the rate rises to its full height
 CLIP = 1.0  # norm of a gradient
 BACK_OFF = 3.0  # what the rate is divided by when an epoch was undone
 JUDGING = 0.1  # share of a limited time for held-out losses
+STEP = 2  # a step takes at least so many times what it takes to judge its windows
 MOST_TURNS = 16  # of a batch, when the number of steps hangs on the time: it would be learnt by heart
 LOGITS_AT_ONCE = 1 << 24  # values; logits are made and forgotten slice by slice, backwards too
 
@@ -44,7 +45,7 @@ class Training:
     patience: int = 3  # epochs without a lower held-out loss, one after the other, before it ends
     batch_tokens: int = 2048  # per step; whole windows, at least one
     held_out: float = 0.125  # share of the windows, the last ones
-    steps: int | None = None  # in all, dealt out to the epochs; None: every epoch has one on every batch
+    steps: int | None = None  # in all, dealt out to the epochs, 0: none; None: every epoch has one on every batch
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -52,8 +53,8 @@ class Training:
             raise ValueError(
                 f"rate > 0, epochs ≥ 1 and patience ≥ 1 are needed, not {self.rate}, {self.epochs} and {self.patience}"
             )
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps ≥ 1 are needed, not {self.steps}; without, every epoch takes every batch once")
+        if self.steps is not None and self.steps < 0:
+            raise ValueError(f"steps ≥ 0 are needed, not {self.steps}; without, every epoch takes every batch once")
         if self.batch_tokens < 1 or not 0 < self.held_out < 1:
             raise ValueError(
                 f"batch_tokens ≥ 1 and 0 < held_out < 1 are needed, not {self.batch_tokens} and {self.held_out}"
@@ -62,32 +63,46 @@ class Training:
     def paced(self, piece: Workpiece, loss: LanguageLoss, parameters: Sequence[nn.Parameter], name: str) -> Self:
         """With as many steps as the time of `piece` allows, if there is a limit and nobody has said how many.
 
-        A step is timed, and so is judging; windows that would take too long are not held out. What comes of it is saved
-        under `name`: an interrupted run keeps it. No batch has more than `MOST_TURNS` turns.
+        A step is timed, and so is judging; windows that would take too long are not held out. No batch has more than
+        `MOST_TURNS` turns. Where a step and its judging do not fit, there is none. What comes of it is saved under
+        `name`: an interrupted run keeps it.
         """
         if piece.seconds is None or self.steps is not None:
             return self
         held_out(piece.tokens, self.held_out)  # refuses text of a single window
-        count = len(piece.tokens)
         if (saved := piece.checkpoints.load(f"{name}-pace")) is None:
-            ids = next(iter(chunks(piece.tokens, self.batch_tokens)))
-            loss.mean([ids])  # the first time pays for what later ones find ready
-            judging = _seconds(lambda: loss.mean([ids])) / len(ids)
-            step = _seconds(lambda: loss(ids).backward(inputs=list(parameters)))
-            for parameter in parameters:
-                parameter.grad = None
-            left, times = piece.seconds - 2 * judging * len(ids) - step, self.epochs + 1
-            held = max(1, min(round(self.held_out * count), int(JUDGING * left / times / judging), count - 1))
-            batches = -(-(count - held) // len(ids))
-            steps = max(1, min(int((left - times * judging * held) / step), MOST_TURNS * batches))
+            steps, held = self._afforded(piece, piece.seconds, loss, parameters)
             saved = {"steps": torch.tensor(steps), "held": torch.tensor(held)}
             piece.checkpoints.save(f"{name}-pace", saved)
-        return replace(self, steps=int(saved["steps"]), held_out=int(saved["held"]) / count)
+        return replace(self, steps=int(saved["steps"]), held_out=int(saved["held"]) / len(piece.tokens))
+
+    def _afforded(
+        self, piece: Workpiece, seconds: float, loss: LanguageLoss, parameters: Sequence[nn.Parameter]
+    ) -> tuple[int, int]:
+        """Steps, and windows to hold out, for so many seconds, those of finding out included."""
+        begun, count = time.perf_counter(), len(piece.tokens)
+        ids = next(iter(chunks(piece.tokens, self.batch_tokens)))
+        if seconds <= 0:
+            return 0, 1
+        loss.mean([ids[:1]])  # the first time pays for what later ones find ready
+        judging = _seconds(lambda: loss.mean([ids[:1]]))
+        if time.perf_counter() - begun + 2 * judging + 2 * STEP * judging * len(ids) > seconds:
+            return 0, 1
+        step = _seconds(lambda: loss(ids).backward(inputs=list(parameters)))
+        for parameter in parameters:
+            parameter.grad = None
+        left, times = seconds - (time.perf_counter() - begun), self.epochs + 1
+        held = max(1, min(round(self.held_out * count), int(JUDGING * left / times / judging), count - 1))
+        batches = -(-(count - held) // len(ids))
+        return max(0, min(int((left - times * judging * held) / step), MOST_TURNS * batches)), held
 
     def learn(
         self, piece: Workpiece, loss: LanguageLoss, parameters: Sequence[nn.Parameter], name: str, stage: Stage
     ) -> list[float]:
-        """Lower a loss of the whole model on the text of `piece`; the held-out losses, as of `fit`."""
+        """Lower a loss of the whole model on the text of `piece`; the losses of `fit`, none where there is no step."""
+        if self.steps == 0:
+            stage.advance(self.epochs)
+            return []
         train, judge = (list(chunks(some, self.batch_tokens)) for some in held_out(piece.tokens, self.held_out))
         return self.fit(
             parameters, lambda i: loss(train[i]), len(train), lambda: loss.mean(judge),
@@ -217,7 +232,9 @@ def in_vain(history: Sequence[float]) -> int:
 def gained(piece: Workpiece, name: str, training: Training, history: Sequence[float]) -> dict[str, Any]:
     """What a finisher that trains the whole model has to report; said to the user, too."""
     piece.progress.say(told(name, history))
-    found = {"held_out_loss": [history[0], min(history)], "epochs": len(history) - 1, "undone": undone(history)}
+    found: dict[str, Any] = {"epochs": 0, "undone": 0}
+    if history:
+        found = {"held_out_loss": [history[0], min(history)], "epochs": len(history) - 1, "undone": undone(history)}
     if piece.seconds is None:
         return found
     return found | {"options": {"steps": training.steps, "held_out": training.held_out}}
@@ -225,6 +242,8 @@ def gained(piece: Workpiece, name: str, training: Training, history: Sequence[fl
 
 def told(name: str, history: Sequence[float]) -> str:
     """What training has gained, in a sentence for the user."""
+    if not history:
+        return f"{name}: no step was taken, so nothing was changed"
     first, best, epochs = history[0], min(history), len(history) - 1
     kept = epochs - undone(history)
     if not kept:

@@ -17,7 +17,7 @@ from prunekit.cli.main import app
 from prunekit.data.windows import JUDGED, LEAST
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
-from prunekit.run.allotment import AROUND, CALIBRATING, JUDGING, WORK, Allotment, share_text
+from prunekit.run.allotment import AROUND, CALIBRATING, FIRST, JUDGING, WELL, WORK, Allotment, share_text
 from prunekit.run.plan.plan import Plan, Stage
 from prunekit.system.rates import Rates
 from prunekit_strategies.finishers.training import Training, _State
@@ -62,8 +62,12 @@ def test_as_much_text_as_the_time_allows_and_no_window_more(time: float, recipe:
         return AROUND + 1 + passes / RATES.flops
 
     assert all(tokens % seqlen == 0 and tokens >= LEAST for tokens in found.values())
-    assert seconds(found["calibration"]) <= share or found["calibration"] == LEAST
-    assert seconds(found["calibration"] + seqlen) > share or found["calibration"] > (1 << 20) - seqlen
+    limit = share
+    if recipe == "default-recover" and seconds(WELL) > share:  # what gains more than training comes first
+        limit = max(share, seconds(LEAST) + FIRST * (time - seconds(LEAST)))
+    assert seconds(found["calibration"]) <= limit or found["calibration"] == LEAST
+    enough = WELL if limit > share else 1 << 20
+    assert seconds(found["calibration"] + seqlen) > limit or found["calibration"] > enough - seqlen
     assert 2 * FORWARD * found["evaluation"] / RATES.flops <= JUDGING * time or found["evaluation"] == LEAST
 
 
@@ -100,6 +104,9 @@ def test_a_time_that_is_too_short_says_what_it_takes() -> None:
         WrongInput, match=r"5\.0 s are too short: recipe and model take about 14\.9 s here at the least"
     ):
         share_text(parts_of(5), 32, plan_of, RATES)
+    share_text(parts_of(14.9), 32, plan_of, RATES)  # nearly enough
+    with pytest.raises(WrongInput, match="here at the least"):
+        share_text(parts_of(14.9), 32, plan_of, RATES, planning=4.0)
 
 
 def test_search_and_training_get_what_is_left_at_the_pace_so_far() -> None:
@@ -112,8 +119,8 @@ def test_search_and_training_get_what_is_left_at_the_pace_so_far() -> None:
     assert half.search_tokens(spent) == pytest.approx(allotment.search_tokens(spent) / 2, abs=1)
     assert half.search_tokens({"prune": 500.0}) == 1
     spent = {"open": 2.0, "prune": 12.0, "search": 20.0, "evaluate": 4.0}
-    assert half.training_seconds(spent, 1) == pytest.approx(100 - AROUND - 38 - 2 - 1)
-    assert half.training_seconds(spent, 2) == pytest.approx((100 - AROUND - 41) / 2)
+    assert half.training_seconds(spent, 1) == pytest.approx(100 - AROUND - 38 - 4 / 3 - 1)
+    assert half.training_seconds(spent, 2) == pytest.approx((100 - AROUND - 38 - 4 / 3 - 1) / 2)
     assert half.training_seconds({"prune": 500.0}, 1) == 0
 
 

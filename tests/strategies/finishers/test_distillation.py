@@ -1,5 +1,7 @@
 """The small model's predictions come closer to the dense model's; a copy of the dense model has nothing to learn."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -36,3 +38,22 @@ def test_zeros_stay_and_all_other_weights_learn(scope):
         assert torch.equal(linear.weight != 0, old != 0)
         assert (linear.weight[old != 0] != old[old != 0]).float().mean() > 0.9
         assert not linear.weight._backward_hooks
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.0, None), (1e-9, None), (None, 0)])
+def test_without_time_for_a_step_or_with_none_asked_for_nothing_changes(seconds, steps):
+    piece = replace(toy_workpiece(tokens=MANY), seconds=seconds)
+    before = {name: p.clone() for name, p in piece.model.named_parameters()}
+    found = Distillation(steps=steps, **QUICK).finish(piece)
+    assert all(torch.equal(p, before[name]) for name, p in piece.model.named_parameters())
+    assert (found["epochs"], found["undone"]) == (0, 0)
+    if steps is None:
+        again = Distillation(**(QUICK | found["options"])).finish(piece)  # the recipe beside the result
+        assert again["options"]["steps"] == 0
+    assert "held_out_loss" not in found
+
+
+def test_with_time_steps_are_taken():
+    found = Distillation(**QUICK).finish(replace(toy_workpiece(tokens=MANY), seconds=60.0))
+    assert found["options"]["steps"] > 0
+    assert found["held_out_loss"][1] < found["held_out_loss"][0]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from prunekit import Candidate, LayerProblem, LocalPruner
 from prunekit.calibration.fill import PRICED_AT_ONCE
 from prunekit.layer.problem import Nested
 from prunekit.layer.statistics import MapShape
+from prunekit.models.adapters.find import adapter_for
+from prunekit.models.blocks import TOKENS_AT_ONCE
 from prunekit.plugins.registry import PRUNERS
 from prunekit.run.plan import trial
-from prunekit.run.plan.trial import ENOUGH, FIRST, Trials
+from prunekit.run.plan.trial import ENOUGH, FIRST, Trials, forward_seconds
 from prunekit.space.forms import GROUPS, WEIGHTS, Pattern
 from prunekit.space.sites import Site
+from prunekit.testing import tiny
 
 
 @dataclass(frozen=True)
@@ -110,3 +114,28 @@ def test_every_built_in_pruner_works_on_a_stand_in(name: str, units: str) -> Non
         found = trials(pruner, stored).seconds(site(24, form=form), fed, [12, 6], None)
         assert found is not None
         assert found > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "phi3", "mamba", "falcon"])
+def test_a_block_is_timed_of_a_model_and_of_its_skeleton(family):
+    model = tiny(family)
+    adapter = adapter_for(model.config.model_type)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with torch.device("meta"):
+        bones = type(model)(model.config)
+    state = torch.random.get_rng_state()
+    for each in (model, bones):
+        found = forward_seconds(each, adapter, 8, torch.device("cpu"), torch.float32)
+        assert found is not None
+        assert found[0] > 0
+        assert found[1] == TOKENS_AT_ONCE
+    assert torch.equal(torch.random.get_rng_state(), state)  # a run is the same whether it was planned or not
+    assert all(p.is_meta for p in bones.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_block_that_cannot_be_run_is_not_timed():
+    model = tiny("llama")
+    with patch.object(type(model), "forward", side_effect=TypeError("reads what a skeleton has not")):
+        found = forward_seconds(model, adapter_for("llama"), 8, torch.device("cpu"), torch.float32)
+    assert found is None
