@@ -25,7 +25,7 @@ BACK_OFF = 3.0  # what the rate is divided by when an epoch was undone
 JUDGING = 0.1  # share of a limited time for held-out losses
 STEP = 2  # a step takes at least so many times what it takes to judge its windows
 MOST_TURNS = 16  # of a batch, when the number of steps hangs on the time: it would be learnt by heart
-LOGITS_AT_ONCE = 1 << 24  # values; logits are made and forgotten slice by slice, backwards too
+LOGITS_AT_ONCE = 1 << 22  # values; logits are made and forgotten slice by slice, backwards too; 16 MB stay in the heap
 
 
 @dataclass(frozen=True)
@@ -316,9 +316,8 @@ class LanguageLoss:
         """Positions of a slice."""
         return max(1, LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0])
 
-    def of_slice(self, hidden: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
-        """Summed over positions, of hidden states (positions, d) that the heads of both models read."""
-        logits = _headed(self.model, hidden)
+    def of_slice(self, logits: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+        """Summed over positions, of logits (positions, vocabulary) and the hidden states that the dense head reads."""
         loss = logits.new_zeros(())
         if self.truth:
             loss = loss + self.truth * cross_entropy(logits, targets, reduction="sum")
@@ -344,13 +343,13 @@ class _Sliced(torch.autograd.Function):
         for h, t, target in zip(*(x.split(loss.rows) for x in (hidden, teacher, targets)), strict=True):
             with torch.set_grad_enabled(learning):
                 state = h.detach().requires_grad_(learning)
-                part = loss.of_slice(state, t, target)
+                made = _headed(loss.model, state)
+                logits = made.detach().requires_grad_(learning)
+                part = loss.of_slice(logits, t, target)
             total += part.detach()
             if learning:
-                at_state, *at_head = torch.autograd.grad(part, [state, *head])
-                ahead.append(at_state)
-                for known, new in zip(sums, at_head, strict=True):
-                    known.add_(new)
+                (slope,) = torch.autograd.grad(part, [logits])
+                ahead.append(_through_head(loss.model, state, made, slope, head, sums))
         ctx.gradients = (torch.cat(ahead), *sums) if learning else ()
         return total
 
@@ -359,6 +358,25 @@ class _Sliced(torch.autograd.Function):
         """Backwards once: the gradients are scaled where they lie."""
         at_hidden, *at_head = (gradient.mul_(outer[0].to(gradient)) for gradient in ctx.gradients)
         return None, at_hidden, None, None, *at_head
+
+
+def _through_head(
+    model: Any, state: Tensor, logits: Tensor, slope: Tensor, head: Sequence[Tensor], sums: Sequence[Tensor]
+) -> Tensor:
+    """The gradient at hidden states, from that at their logits; those at the head's parameters are added to `sums`.
+
+    A gradient of a vocabulary's size for every slice costs more than the products: of a linear head it is added where
+    the sum lies.
+    """
+    module = model.get_output_embeddings()
+    plain = type(module) is nn.Linear and module.bias is None and [*head] == [module.weight]
+    if plain and slope.dtype == state.dtype == module.weight.dtype:
+        sums[0].addmm_(slope.T, state.detach())
+        return slope @ module.weight.detach()
+    at_state, *at_head = torch.autograd.grad(logits, [state, *head], slope)
+    for known, new in zip(sums, at_head, strict=True):
+        known.add_(new)
+    return at_state
 
 
 def _descend(adam: torch.optim.AdamW, parameters: Sequence[nn.Parameter], loss: Tensor) -> None:
