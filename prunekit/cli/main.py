@@ -1,4 +1,4 @@
-"""The command line: prune, plan, tune, learn-budgets, evaluate, list, check, demo.
+"""The command line: prune, plan, compare, tune, learn-budgets, evaluate, list, check, demo.
 
 Nothing heavy is imported before it is needed, so that help and wrong flags answer at once. Wrong input is one
 sentence on stderr and exit code 2.
@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from prunekit.cli.check import check
+from prunekit.cli.compare import compare
 from prunekit.cli.demo import demo
 from prunekit.cli.errors import Sentences
 from prunekit.cli.evaluate import evaluate
@@ -30,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Structured, unstructured and semi-structured (N:M) pruning of language models.",
 )
-for command in (prune, plan, tune, evaluate, check, demo):
+for command in (prune, plan, compare, tune, evaluate, check, demo):
     app.command()(command)
 app.command("learn-budgets")(learn_budgets)
 app.command("list")(list_)
