@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20
     Raises:
         WrongInput: says what was asked, what there is and what to do; before any long work.
     """
+    if find_spec("scipy") is None:
+        raise WrongInput("prunekit compare needs scipy, which is not installed: pip install 'prunekit[compare]'")
     output, cells, base = job.output, suite.every_cell(), suite.base()
     assert output is not None  # a comparison is on disk
     models = list(suite.models) or ([] if base.model is None else [base.model])

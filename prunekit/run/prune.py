@@ -15,6 +15,7 @@ from prunekit.plugins.guard import instance
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
+from prunekit.report.page import add_page
 from prunekit.run.finish import finish_model
 from prunekit.run.learn import run_learner
 from prunekit.run.results import Result, clear_result, load_small, make_export, write_result
@@ -55,6 +56,8 @@ def prune(recipe: Recipe, job: Job) -> Result:
         result = make_result(run, *found[run], run.measure_dense(), output)
         if output is not None:
             write_result(result, place / "result")
+            if job.page:
+                add_page(place / "result", run.progress.say)
             publish(place / "result", output, overwrite=job.overwrite)
     if output is not None and paging.pager_of(result.model) is not None:  # what it was cut from is gone
         model = load_small(output, result.blocks, trust_remote_code=recipe.trust_remote_code)

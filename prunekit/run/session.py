@@ -63,6 +63,7 @@ class Job:
     resume: bool = True  # whether an interrupted run of the same recipe is continued
     overwrite: bool = False  # whether an earlier result in `output` may be replaced
     announce: bool = False  # whether the user is told what it will take before it begins
+    page: bool = False  # whether a page about the result is written into it
 
 
 @dataclass(frozen=True, eq=False)
