@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from prunekit.plugins.allocator import Allocator, Journal, Problem, Query, Search, Searched
     from prunekit.plugins.dense import Dense
     from prunekit.plugins.engine import Engine, Opening, Team
-    from prunekit.plugins.exporter import Exporter, Order, Probe, Product
+    from prunekit.plugins.exporter import Exporter, Inquiry, Order, Probe, Product, Response
     from prunekit.plugins.finisher import Finisher, Workpiece
     from prunekit.plugins.learner import Decision, Effort, GateProblem, GateQuery, GateReply, Learner, Lesson
     from prunekit.plugins.metric import MeasuredMetric, Runs
@@ -57,7 +57,7 @@ _HOMES = {  # module: what of it is public
     "plugins.allocator": "Allocator Journal Problem Query Search Searched",
     "plugins.dense": "Dense",
     "plugins.engine": "Engine Opening Team",
-    "plugins.exporter": "Exporter Order Probe Product",
+    "plugins.exporter": "Exporter Inquiry Order Probe Product Response",
     "plugins.finisher": "Finisher Workpiece",
     "plugins.learner": "Decision Effort GateProblem GateQuery GateReply Learner Lesson",
     "plugins.metric": "MeasuredMetric Runs",

@@ -52,7 +52,7 @@ _MADE = re.compile(  # whatever runs and studies write below the folder that the
 
 _RESULT = re.compile(r"(\d[\d.e-]*/)?(result|written)/(\d[\d.e-]*/)?(?P<name>.*)", re.DOTALL)  # half-written ones
 _RESULT_FILES = (*MODEL_FILES, "recipe.yaml", "ledger.jsonl", "report.json", "README.md", "*.svg", "permissions")
-_RESULT_FILES += ("prices.json", "pareto.json", "searches.json", "learnt.safetensors", "learnt.json", SEAL)
+_RESULT_FILES += ("prices.json", "pareto.json", "searches.json", "learnt.safetensors", "learnt.json", "judged/*", SEAL)
 
 
 @contextmanager
