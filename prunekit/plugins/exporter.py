@@ -158,6 +158,20 @@ class Exporter(ABC):
         """
         return None
 
+    def deliver(self, folder: Path) -> str | None:
+        """Send a result on, when all of it is verified and in its place; most stay where they are.
+
+        Args:
+            folder: of the result, with all its files.
+
+        Returns:
+            Where to, for the user; None: nowhere.
+
+        Raises:
+            CannotGoOn: it did not arrive; the result is where it is.
+        """
+        return None
+
     def size(self, order: Order) -> int:
         """Bytes of the files, for plans."""
         return order.parameters * order.bytes_per_parameter
