@@ -80,10 +80,10 @@ _HOME_OF = {name: f"prunekit.{module}" for module, names in _HOMES.items() for n
 
 __all__ = [
     "Allocation", "Allocator", "Answers", "Budget", "Candidate", "CandidateStore", "Decision", "Dense",
-    "Effort", "Engine", "Exporter", "Family", "Finisher", "GateProblem", "GateQuery", "GateReply", "Journal",
+    "Effort", "Engine", "Exporter", "Family", "Finisher", "GateProblem", "GateQuery", "GateReply", "Inquiry", "Journal",
     "LayerProblem", "Learner", "Lesson", "LocalPruner", "MapShape", "MeasuredMetric", "Metric", "ModelAdapter",
     "Moments", "Need", "NotVerified", "Objective", "Opening", "Order", "Parameters", "Parts", "PluginError",
-    "Probe", "Problem", "Product", "Query", "Reads", "Received", "Recipe", "Result", "Runs", "Search",
+    "Probe", "Problem", "Product", "Query", "Reads", "Received", "Recipe", "Response", "Result", "Runs", "Search",
     "Searched", "Signal", "Site", "Space", "Statistic", "Supernet", "Team", "TokenBatch", "Total", "Worker",
     "Workpiece", "WrongInput", "best_groups", "best_weights", "check_choices", "factored", "inverted", "prune",
     "ranked", "resolve", "solved", "tune",

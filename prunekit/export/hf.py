@@ -149,7 +149,7 @@ def save(
     if code == "bundled" and isinstance(model, UnequalLayers):
         if FAMILIES.get(model.family.model_type) is not model.family:
             raise ValueError(f"the code of {model.family.prefix} models is not prunekit's own: save with code='import'")
-        classes = dict(zip(AUTOS, define(model.family), strict=True)) | define_heads(model.family)
+        classes = {**dict(zip(AUTOS, define(model.family), strict=True)), **define_heads(model.family)}
         model.config.auto_map = {auto: f"{BUNDLED}.{each.__name__}" for auto, each in classes.items()}
     with without_bars():
         if pager_of(model) is None:

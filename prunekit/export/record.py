@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int64
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from prunekit.errors import WrongInput, first_line
 from prunekit.plugins.exporter import Inquiry, Response
-from prunekit.system.files import read_json, write_json
+from prunekit.system.files import read_json, write_bytes, write_json
 
 FOLDER = "judged"  # not beside the weights: servers read all safetensors that lie there
 NUMBERS, FACTS = "answers.safetensors", "answers.json"
@@ -33,8 +33,8 @@ class Record:
 
     inquiry: Inquiry  # tokens: the next one of the text, then the likeliest few, descending
     logprobs: Float[Tensor, "windows length few"]  # nats
-    continuation: Int64[Tensor, "new_tokens"]
-    margins: Float[Tensor, "new_tokens"]  # nats between each of these and the second likeliest
+    continuation: Int64[Tensor, " new_tokens"]
+    margins: Float[Tensor, " new_tokens"]  # nats between each of these and the second likeliest
     dtype: str  # of the weights
     parameters: int  # tied ones counted once
 
@@ -76,7 +76,7 @@ class Record:
         whole = {"ids": self.inquiry.ids, "tokens": self.inquiry.tokens, "prompt": self.inquiry.prompt}
         tensors = {name: tensor.int().contiguous() for name, tensor in (whole | {"new": self.continuation}).items()}
         tensors |= {"logprobs": self.logprobs.contiguous(), "margins": self.margins.contiguous()}
-        save_file(tensors, folder / FOLDER / NUMBERS)
+        write_bytes(folder / FOLDER / NUMBERS, save(tensors))
         windows, length = self.inquiry.ids.shape
         facts = {
             "schema": SCHEMA,
@@ -107,7 +107,11 @@ class Record:
                 Inquiry(ids, tokens, prompt, len(new)), found["logprobs"], new, found["margins"],
                 str(facts["dtype"]), int(facts["parameters"]),
             )  # fmt: skip
-            if record.logprobs.shape != tokens.shape or tokens.shape[:-1] != ids.shape or len(new) != len(found["margins"]):
+            if (
+                record.logprobs.shape != tokens.shape
+                or tokens.shape[:-1] != ids.shape
+                or len(new) != len(found["margins"])
+            ):
                 raise ValueError("its tensors do not belong together")
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise WrongInput(f"{file} cannot be read: {first_line(error)}") from error
@@ -117,7 +121,7 @@ class Record:
 @torch.no_grad()
 def continue_greedily(
     logits_of: Callable[[Int64[Tensor, "1 length"]], Float[Tensor, "1 length vocabulary"]],
-    window: Int64[Tensor, "length"],
+    window: Int64[Tensor, " length"],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Continue the start of a window with the likeliest tokens, without a cache: what every cache must agree with.
 

@@ -78,9 +78,7 @@ def ask_transformers(
     from prunekit.plugins.exporter import Response
 
     asked = {"ids": inquiry.ids, "tokens": inquiry.tokens, "prompt": inquiry.prompt}
-    told, found = _asked(
-        Path(directory), asked, inquiry.new_tokens, blocks=blocks, trust_remote_code=trust_remote_code
-    )
+    told, found = _asked(Path(directory), asked, inquiry.new_tokens, blocks=blocks, trust_remote_code=trust_remote_code)
     return Response(**found, parameters=told["parameters"], tensors=told["tensors"])  # type: ignore[arg-type]
 
 

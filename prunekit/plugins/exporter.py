@@ -31,6 +31,7 @@ class Order:
     code: Code  # how a model of uneven sizes is to find its classes: after `import prunekit`, or beside its weights
     parameters: int = 0  # of the pruned model
     bytes_per_parameter: int = 2  # in the dtype of the checkpoint
+    config: Any = None  # of the model, as transformers has it: of the dense one where it is yet to be pruned
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ class Inquiry:
 
     ids: Int64[Tensor, "windows length"]
     tokens: Int64[Tensor, "windows length few"]  # whose log-probabilities behind every position are wanted
-    prompt: Int64[Tensor, "prompt"]
+    prompt: Int64[Tensor, " prompt"]
     new_tokens: int  # always the likeliest, whatever it is: an end of text is a token as others are
 
 
@@ -70,7 +71,7 @@ class Response:
 
     logprobs: Float[Tensor, "windows length few"]  # nats, of `tokens`; NaN where the program does not tell
     likeliest: Int64[Tensor, "windows length"]  # the likeliest token behind every position
-    continuation: Int64[Tensor, "new_tokens"]
+    continuation: Int64[Tensor, " new_tokens"]
     parameters: int | None = None  # that it has read, tied ones once; None: it does not tell
     tensors: int | None = None  # in the files, all of which it uses; None: it does not tell
 

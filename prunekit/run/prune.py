@@ -56,6 +56,9 @@ def prune(recipe: Recipe, job: Job) -> Result:
         if output is not None:
             write_result(result, place / "result")
             publish(place / "result", output, overwrite=job.overwrite)
+            for exporter in run.parts.exporters:
+                if (where := exporter.deliver(output)) is not None:
+                    run.progress.say(f"uploaded to {where}")
     if output is not None and paging.pager_of(result.model) is not None:  # what it was cut from is gone
         model = load_small(output, result.blocks, trust_remote_code=recipe.trust_remote_code)
         return replace(result, model=model)

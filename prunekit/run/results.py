@@ -217,7 +217,11 @@ def write_result(result: Result, folder: Path) -> None:
     if result.recipe.verify and result.probe is not None:
         try:
             paging.rest(result.model)
-            prove(exporters, folder, Probe(*result.probe, reporting.count(result.model), result.blocks, result.model.dtype))
+            prove(
+                exporters,
+                folder,
+                Probe(*result.probe, reporting.count(result.model), result.blocks, result.model.dtype),
+            )
         except NotVerified as error:
             raise CannotGoOn(f"the result was not kept: {error}") from error
 

@@ -36,7 +36,9 @@ class HF(pk.Exporter):
     def __post_init__(self) -> None:
         pk.check_choices(self)
         if not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", self.max_shard_size):
-            raise pk.WrongInput(f"max_shard_size is a number with KB, MB, GB or TB, as 5GB, not {self.max_shard_size!r}")
+            raise pk.WrongInput(
+                f"max_shard_size is a number with its unit, as 500MB or 5GB, not {self.max_shard_size!r}"
+            )
         if self.push_to_hub is not None:
             check_repository(self.push_to_hub)
 
