@@ -274,7 +274,7 @@ def _halve(graph: Any) -> None:
     for each in graph.graph.initializer:
         if each.data_type == TensorProto.FLOAT and len(each.dims) > 1:
             values, name = numpy_helper.to_array(each), each.name
-            if float(np.abs(values).max(initial=0)) > np.finfo(np.float16).max:
+            if float(np.abs(values).max(initial=0)) > float(np.finfo(np.float16).max):
                 raise pk.WrongInput(f"{name} holds values that float16 cannot; take --dtype float32")
             each.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}.half"))
             widened.append(helper.make_node("Cast", [each.name], [name], to=TensorProto.FLOAT, name=f"widen {name}"))
