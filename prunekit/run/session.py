@@ -19,6 +19,7 @@ from prunekit.data.draws import Draws, draw, window_of
 from prunekit.data.spec import DataSpec
 from prunekit.data.windows import DEFAULTS
 from prunekit.errors import WrongInput
+from prunekit.export.formats import check_installed
 from prunekit.measure.fit import doubts
 from prunekit.models.opening import limits, measured_dtype, opened, resolved_devices, skeleton
 from prunekit.plugins.adapter import ModelAdapter
@@ -27,6 +28,7 @@ from prunekit.plugins.engine import Opening, Team
 from prunekit.plugins.exporter import Order
 from prunekit.plugins.guard import instance, unchanged
 from prunekit.plugins.metric import MeasuredMetric
+from prunekit.plugins.registry import EXPORTERS
 from prunekit.recipe.resolve import Parts, resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
@@ -363,8 +365,9 @@ def make_plan(
     spaces = [whole_space(member, shape, adapter, next(shape.parameters()).dtype) for member in counted.members]
     for finisher in parts.finishers:
         finisher.check(adapter)
-    order = Order(adapter, parts.form.units, parts.recipe.code)
+    order = Order(adapter, parts.form.units, parts.recipe.code, config=shape.config)
     for exporter in parts.exporters:
+        check_installed(exporter, f"exporter {EXPORTERS.name_of(exporter)!r}")
         exporter.check(order)
     return planned(parts, shape, adapter, spaces, output, asked, rehearse=rehearse, trials=trials)
 

@@ -65,8 +65,6 @@ def page(parts: Sequence[Part]) -> str:
     Args:
         parts: in order; every one becomes a section.
     """
-    import vl_convert
-
     title = parts[0].title if parts else "prunekit"
     charts = {chart.name: chart.spec for part in parts for chart in part.charts}
     links = "".join(f'<li><a href="#{part.anchor}">{html.escape(part.heading)}</a></li>' for part in parts)
@@ -96,7 +94,7 @@ def page(parts: Sequence[Part]) -> str:
 </main>
 <script type="application/json" id="charts">{_script_safe(charts)}</script>
 <script>
-{_bundle(vl_convert)}
+{_bundle()}
 </script>
 <script>
 {script}
@@ -125,7 +123,9 @@ def _script_safe(value: Mapping[str, Any]) -> str:
 
 
 @cache
-def _bundle(vl_convert: Any) -> str:
+def _bundle() -> str:
     """Vega, Vega-Lite and what embeds them, as a script that puts `vegaEmbed` into the page."""
+    import vl_convert
+
     made = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     return str(made).replace("</script", "<\\/script")
