@@ -29,6 +29,9 @@ class Order:
     code: Code  # how a model of uneven sizes is to find its classes: after `import prunekit`, or beside its weights
     parameters: int = 0  # of the pruned model
     bytes_per_parameter: int = 2  # in the dtype of the checkpoint
+    config: Any = None  # of the model that is pruned, or of the result where it is there; None: not known
+    tokenizer: Any = None  # None: not known yet, or there is none
+    settled: bool = False  # whether the sizes in `config` are those of the result
 
 
 @dataclass(frozen=True, eq=False)

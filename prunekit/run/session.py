@@ -220,6 +220,9 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
             source, job.tokenizer, device=_opened_on(recipe, source, plan), dtype=recipe.dtype,
             trust_remote_code=recipe.trust_remote_code, shares=plan.shares,
         )  # fmt: skip
+        order = Order(dense.adapter, parts.form.units, recipe.code, config=dense.model.config, tokenizer=dense.tokenizer)
+        for exporter in parts.exporters:
+            exporter.check(order)
         draws = draw(
             dense.tokenizer, data, progress,
             seed=recipe.seed, recovery=parts.learns, most=most, **limits(dense.model),
@@ -341,7 +344,7 @@ def make_plan(
     spaces = [whole_space(member, shape, adapter, next(shape.parameters()).dtype) for member in counted.members]
     for finisher in parts.finishers:
         finisher.check(adapter)
-    order = Order(adapter, parts.form.units, parts.recipe.code)
+    order = Order(adapter, parts.form.units, parts.recipe.code, config=shape.config)
     for exporter in parts.exporters:
         exporter.check(order)
     return planned(parts, shape, adapter, spaces, output, asked, rehearse=rehearse, trials=trials)
