@@ -46,7 +46,9 @@ def made(case: str, model_type: str = "llama", seed: int = 0) -> Made:
     with torch.no_grad():
         logits = exported(ids, use_cache=False).logits
     parameters = sum(p.numel() for p in exported.parameters())
-    order = Order(adapter, form.units, "import", parameters, exported.dtype.itemsize)
+    order = Order(
+        adapter, form.units, "import", parameters, exported.dtype.itemsize, config=exported.config, settled=True
+    )
     return Product(exported, None, {"sites": rows}), Probe(ids, logits, parameters), order
 
 

@@ -201,8 +201,8 @@ def _check_unequal(config: Any, family: str, route: Route) -> None:
     equal = "with equal layers it can: prune with allocator uniform and give gguf.equal=true"
     if route.unequal is None:
         raise WrongInput(
-            f"gguf cannot carry {family} whose layers differ in size: no graph of llama.cpp has them and layers without "
-            f"rotation; {equal}; or {ELSEWHERE}"
+            f"gguf cannot carry {family} whose layers differ in size: no graph of llama.cpp has them and layers "
+            f"without rotation; {equal}; or {ELSEWHERE}"
         )
     graph = GRAPHS[route.unequal]
     if not graph.untied and not config.tie_word_embeddings:
@@ -211,7 +211,7 @@ def _check_unequal(config: Any, family: str, route: Route) -> None:
             f"the one graph of llama.cpp with norms on heads and unequal layers, {route.unequal}, ties them; {equal}; "
             f"or {ELSEWHERE}"
         )
-    if getattr(config, "attention_bias", False) and not QKV <= graph.biases:
+    if getattr(config, "attention_bias", False) and not graph.biases >= QKV:
         raise WrongInput(f"gguf cannot carry {family} with attention_bias: {route.unequal} has none; {ELSEWHERE}")
 
 

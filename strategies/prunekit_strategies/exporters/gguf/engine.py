@@ -5,6 +5,7 @@ The child runs this file alone, reads a request as JSON, and leaves arrays and J
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -114,8 +115,7 @@ def _ask(path: Path, threads: int, **request: Any) -> dict[str, Any]:
 
 def _answer(folder: Path, request: Mapping[str, Any]) -> None:
     """What was asked, in this process."""
-    import llama_cpp
-
+    llama_cpp: Any = importlib.import_module(PACKAGE)
     path, do, found = request["path"], request["do"], dict[str, Any]()
     if do == "quantize":
         _quantize(llama_cpp, request)
@@ -154,12 +154,10 @@ def _logits(folder: Path, model: Any, ids: Sequence[Sequence[int]]) -> dict[str,
 
 
 def _likeliest(model: Any, prompt: Sequence[int], new: int) -> Iterator[int]:
-    from llama_cpp import llama_get_logits_ith
-
-    following = list(prompt)
+    following, logits = list(prompt), importlib.import_module(PACKAGE).llama_get_logits_ith
     for _ in range(new):
         model.eval(following)
-        scores = np.ctypeslib.as_array(llama_get_logits_ith(model.ctx, -1), shape=(model.n_vocab(),))
+        scores = np.ctypeslib.as_array(logits(model.ctx, -1), shape=(model.n_vocab(),))
         following = [int(scores.argmax())]
         yield following[0]
 

@@ -30,7 +30,11 @@ ENGINES = {  # what the engine's own quantizer writes, and the bytes of a weight
 BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
 EXACT = 1e-3  # of a log-probability: what float32 computed in another order may be apart
 BESIDE = 5e-3  # the same, of an engine
-DIVERGED = {"f16": 0.01, "bf16": 0.05, "q8_0": 0.05}  # nats per token, at most; of other dtypes 5: no other model is so near
+DIVERGED = {
+    "f16": 0.01,
+    "bf16": 0.05,
+    "q8_0": 0.05,
+}  # nats per token, at most; of other dtypes 5: no other model is so near
 FAR = 5.0
 
 
@@ -78,9 +82,12 @@ class GGUF(pk.Exporter):
                 f"gguf.dtype {self.dtype} is written by llama.cpp's own quantizer, which is not installed: "
                 f"{engine.INSTALL}; without it there are {', '.join(OWN)}"
             )
-        if order.config is not None:
-            check_config(order.config, unequal=order.units == "groups" and not self.equal and _may_differ(order))
-        if order.tokenizer is not None and order.config is not None:
+        if order.config is None:
+            return
+        check_config(order.config, unequal=False)
+        if order.units == "groups" and not self.equal and _may_differ(order):
+            check_config(order.config, unequal=True)
+        if order.tokenizer is not None:
             make_vocabulary(order.tokenizer, order.config.vocab_size, pre=self.pre)
 
     def write(self, product: pk.Product, path: Path) -> None:
@@ -169,10 +176,8 @@ def _check_values(file: File, folder: Path) -> None:
     config = _config_in(folder)
     if config is None:
         return
-    stored = Shards.of(str(folder)).tensors
     shards = Shards.of(str(folder))
-    layout = Layout.of(config)
-    entries = make_entries(layout, file.architecture, stored.keys())
+    entries = make_entries(Layout.of(config), file.architecture, shards.tensors.keys())
     if apart := {entry.name for entry in entries} ^ (file.tensors.keys() - {"rope_freqs.weight"}):
         raise pk.NotVerified(f"{file.path} and {folder} do not agree in {', '.join(sorted(apart)[:5])}")
     for entry in entries:

@@ -82,7 +82,7 @@ class File:
     def head_dim(self) -> int:
         return self.get("attention.key_length")
 
-    def values(self, name: str) -> Float[Tensor, "..."]:
+    def values(self, name: str) -> Float[Tensor, " *shape"]:
         """The values of a tensor, in float32."""
         tensor = self.tensors[name]
         shape = [int(size) for size in reversed(tensor.shape)]

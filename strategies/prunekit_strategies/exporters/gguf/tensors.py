@@ -116,7 +116,9 @@ def make_entries(layout: Layout, architecture: str, names: Collection[str]) -> l
     if not layout.tied or factors:
         output = _plain("output.weight", head, (words, hidden), factors.get("output", 1))
         entries.append(replace(output, copy=layout.tied))
-    return [replace(each, pieces=tuple(_scaled(piece, each.name, factors) for piece in each.pieces)) for each in entries]
+    return [
+        replace(each, pieces=tuple(_scaled(piece, each.name, factors) for piece in each.pieces)) for each in entries
+    ]
 
 
 def fold_factors(layout: Layout, architecture: str) -> Mapping[str, float]:
@@ -138,7 +140,7 @@ def fold_factors(layout: Layout, architecture: str) -> Mapping[str, float]:
     }
 
 
-def rope_factors(layout: Layout) -> Float[np.ndarray, "half"] | None:
+def rope_factors(layout: Layout) -> Float[np.ndarray, " half"] | None:
     """What rotary frequencies are divided by, for positions of type llama3; None: nothing.
 
     With λ_j = 2π θ^(2j/d) tokens per turn and n = original positions / λ_j turns in the original length,
@@ -155,7 +157,7 @@ def rope_factors(layout: Layout) -> Float[np.ndarray, "half"] | None:
     return (1 / ((1 - blend) / settings["factor"] + blend)).astype(np.float32)
 
 
-def make_values(entry: Entry, read: Read) -> Float[Tensor, "..."]:
+def make_values(entry: Entry, read: Read) -> Float[Tensor, " *shape"]:
     """The values of a tensor of the file, in float32."""
     parts = []
     for piece in entry.pieces:

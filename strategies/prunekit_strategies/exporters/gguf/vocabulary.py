@@ -100,10 +100,8 @@ def make_vocabulary(tokenizer: Any, size: int, ends: Sequence[int] = (), pre: st
     tokens, types = _tokens(rules, model["vocab"], size, model.get("unk_token"))
     merges = tuple(each if isinstance(each, str) else " ".join(each) for each in model["merges"])
     found = Vocabulary("gpt2", "", tokens, types, merges)
-    if model.get("byte_fallback"):
-        found = _sentencepiece(found, rules)
-    else:
-        found = replace(found, pre=pre or _find_pre(rules))
+    pieces = bool(model.get("byte_fallback"))
+    found = _sentencepiece(found, rules) if pieces else replace(found, pre=pre or _find_pre(rules))
     bos, eos = (getattr(tokenizer, f"{each}_token_id", None) for each in ("bos", "eos"))
     others = [each for each in ends if each != eos and each < size]
     special = {"bos": bos, "eos": eos if eos is not None or not others else others.pop(0)}
