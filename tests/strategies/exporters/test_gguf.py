@@ -254,7 +254,11 @@ def test_what_is_too_large_or_not_finite_is_not_written(tmp_path: Path) -> None:
     model = pruned("llama")
     weight = model.get_parameter("model.layers.1.mlp.up_proj.weight")
     for value, dtype, said in (
-        (7e4, "f16", r"model.layers.1.mlp.up_proj.weight in float16: it holds 7e\+04; give gguf.dtype bf16 or f32"),
+        (
+            7e4,
+            "f16",
+            r"model.layers.1.mlp.up_proj.weight in float16: it holds 7e\+04; give exporters.gguf.dtype bf16 or f32",
+        ),
         (float("nan"), "f32", "up_proj.weight: it holds values that are not finite"),
         (float("inf"), "bf16", "up_proj.weight: it holds values that are not finite"),
     ):
@@ -293,7 +297,7 @@ def test_every_family_is_carried_or_refused_with_a_reason(model_type: str) -> No
             GGUF().check(order)
     elif model_type == "qwen3":
         with pytest.raises(
-            WrongInput, match=r"output is not tied to its embeddings.*give gguf.equal=true; or exporter hf"
+            WrongInput, match=r"output is not tied to its embeddings.*give exporters.gguf.equal=true; or exporter hf"
         ):
             GGUF().check(order)
         GGUF().check(order_of("qwen3", tie_word_embeddings=True))
@@ -479,7 +483,7 @@ def test_holes_in_a_vocabulary_are_unused_tokens() -> None:
         (lambda: PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a"))), "model Word"),
         (object, "a tokenizer with a tokenizer.json, not object"),
         (lambda: byte_level(splits=pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel()])),
-         "does not know the rules by which this tokenizer splits a text; give gguf.pre"),
+         "does not know the rules by which this tokenizer splits a text; give exporters.gguf.pre"),
     ],
 )  # fmt: skip
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(tokenizer: Any, said: str) -> None:
@@ -492,7 +496,7 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(tokenizer: Any, sai
 
 def test_a_wrong_name_of_rules_is_noticed_on_the_probes() -> None:
     with pytest.raises(
-        WrongInput, match=r"by the rules of smollm in llama.cpp .* becomes .*; give gguf.pre another name"
+        WrongInput, match=r"by the rules of smollm in llama.cpp .* becomes .*; give exporters.gguf.pre another name"
     ):
         make_vocabulary(byte_level(), 400, pre="smollm")
 
@@ -544,8 +548,9 @@ def test_llama_cpp_computes_the_same(case: str, tmp_path: Path) -> None:
         wanted = model(ids, use_cache=False).logits
     parity = compare(torch.from_numpy(engine.compute_logits(file.path, ids.numpy())), wanted)
     assert parity.apart < 5e-3
-    new = engine.generate(file.path, ids[0, :20].tolist(), 8)
-    assert new == model.generate(ids[:, :20], max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, 20:].tolist()
+    prompt, greedy = ids[:, :20], {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    theirs = model.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)[0, 20:]
+    assert engine.generate(file.path, prompt[0].tolist(), 8) == theirs.tolist()
 
 
 @with_engine

@@ -198,7 +198,7 @@ def rope(config: Any) -> dict[str, Any]:
 
 
 def _check_unequal(config: Any, family: str, route: Route) -> None:
-    equal = "with equal layers it can: prune with allocator uniform and give gguf.equal=true"
+    equal = "with equal layers it can: prune with allocator uniform and give exporters.gguf.equal=true"
     if route.unequal is None:
         raise WrongInput(
             f"gguf cannot carry {family} whose layers differ in size: no graph of llama.cpp has them and layers "

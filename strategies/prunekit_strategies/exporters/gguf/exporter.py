@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from jaxtyping import Float
 from tokenizers import Tokenizer
@@ -27,7 +28,7 @@ ENGINES = {  # what the engine's own quantizer writes, and the bytes of a weight
     "q2_k": 0.42, "q3_k_s": 0.44, "q3_k_m": 0.49, "q3_k_l": 0.53, "q4_0": 0.57, "q4_k_s": 0.58, "q4_k_m": 0.61,
     "q5_0": 0.69, "q5_k_s": 0.7, "q5_k_m": 0.72, "q6_k": 0.83,
 }  # fmt: skip
-BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
+BYTES = {name: bytes_ / weights for name, (kind, _) in OWN.items() for weights, bytes_ in [gguf.GGML_QUANT_SIZES[kind]]}
 EXACT = 1e-3  # of a log-probability: what float32 computed in another order may be apart
 BESIDE = 5e-3  # the same, of an engine
 DIVERGED = {
@@ -79,7 +80,7 @@ class GGUF(pk.Exporter):
     def check(self, order: pk.Order) -> None:
         if self.dtype not in OWN and not engine.installed():
             raise pk.WrongInput(
-                f"gguf.dtype {self.dtype} is written by llama.cpp's own quantizer, which is not installed: "
+                f"exporters.gguf.dtype {self.dtype} is written by llama.cpp's own quantizer, which is not installed: "
                 f"{engine.INSTALL}; without it there are {', '.join(OWN)}"
             )
         if order.config is None:

@@ -120,7 +120,7 @@ def make_vocabulary(tokenizer: Any, size: int, ends: Sequence[int] = (), pre: st
         text, theirs, ours = apart
         raise WrongInput(
             f"gguf cannot carry this tokenizer: by the rules of {found.pre or found.model} in llama.cpp {text!r} "
-            f"becomes {ours[:8]}, not {theirs[:8]}; give gguf.pre another name, or leave gguf away"
+            f"becomes {ours[:8]}, not {theirs[:8]}; give exporters.gguf.pre another name, or leave gguf away"
         )
     return found
 
@@ -221,8 +221,8 @@ def _find_pre(rules: Mapping[str, Any]) -> str:
     name = next((name for name, known in PRES.items() if known == wanted), None)
     if name is None:
         raise WrongInput(
-            f"gguf does not know the rules by which this tokenizer splits a text; give gguf.pre their name in "
-            f"llama.cpp if it is one of {', '.join(PRES)}, or leave gguf away"
+            f"gguf does not know the rules by which this tokenizer splits a text; give exporters.gguf.pre their name "
+            f"in llama.cpp if it is one of {', '.join(PRES)}, or leave gguf away"
         )
     return name
 

@@ -99,7 +99,7 @@ def _encoded(entry: Entry, read: Read, kind: Type) -> np.ndarray:
     if own is Type.F16 and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
         raise WrongInput(
             f"gguf cannot write {entry.pieces[0].source} in float16: it holds {np.abs(values).max():.3g}; "
-            "give gguf.dtype bf16 or f32"
+            "give exporters.gguf.dtype bf16 or f32"
         )
     return gguf.quantize(values, own).view(np.uint8)
 
