@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -47,6 +48,13 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e3, "factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
 IDS = torch.arange(2, 50).reshape(2, 24)
 ALL = 4 * ((2, 20),)  # groups of attention and neurons of the MLP that layers keep
+
+
+@pytest.fixture(autouse=True)
+def _without_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only slow tests ask it, where it is installed."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(engine, "installed", lambda: False)
 
 
 def pruned(model_type: str, kept: Any = ALL, **sizes: Any) -> PreTrainedModel:
@@ -244,7 +252,7 @@ def test_smaller_types_diverge_little(dtype: str, tmp_path: Path) -> None:
     file = written(model, tmp_path, dtype=dtype)
     parity = compare(compute(file, IDS), probe_of(model).logits)
     assert 0 < parity.divergence < 0.02
-    kinds = {name: tensor.tensor_type.name for name, tensor in file.tensors.items()}
+    kinds = {name: tensor.kind.name for name, tensor in file.tensors.items()}
     assert kinds["blk.1.ffn_down.weight"].lower() == dtype
     assert kinds["blk.0.ffn_down.weight"].lower() == ("f16" if dtype == "q8_0" else dtype)  # rows of 7
     assert kinds["blk.0.attn_norm.weight"] == "F32"
@@ -384,7 +392,7 @@ def test_what_an_interrupted_export_has_left_is_its_own(tmp_path: Path) -> None:
     ("change", "said"),
     [
         (lambda b: b[: len(b) // 2], "cannot be read|ends before"),
-        (lambda b: b"GGML" + b[4:], "cannot be read: GGUF magic invalid"),
+        (lambda b: b"GGML" + b[4:], "cannot be read: it begins with b'GGML', version 3"),
         (lambda b: b"", "cannot be read"),
         (lambda b: b.replace(b"blk.1.ffn_up", b"blk.1.ffn_uq"), "holds blk.1.ffn_uq.weight of shape .* does not have"),
         (lambda b: b.replace(b"general.architecture", b"general.architectura"), "has the architecture None"),
@@ -397,6 +405,18 @@ def test_a_damaged_file_is_noticed(change: Any, said: str, tmp_path: Path) -> No
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(NotVerified, match=said):
         GGUF(dtype="f32").verify(path, probe_of(model))
+
+
+def test_a_file_is_read_as_the_gguf_package_reads_it(tmp_path: Path) -> None:
+    model = pruned("llama", ((1, 7), (2, 20), (2, 9), (0, 19)), vocab_size=400)
+    file = written(model, tmp_path, byte_level(chat_template="{{ messages }} ü"), "q8_0")
+    theirs = gguf.GGUFReader(file.path)
+    fields = {name: field.contents() for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
+    assert file.fields == fields
+    assert file.tensors.keys() == {tensor.name for tensor in theirs.tensors}
+    for tensor in theirs.tensors:
+        found = torch.from_numpy(gguf.dequantize(np.array(tensor.data), tensor.tensor_type))
+        assert torch.equal(file.values(tensor.name), found.reshape(file.tensors[tensor.name].shape))
 
 
 def test_rows_in_the_wrong_order_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -513,22 +533,30 @@ def test_more_tokens_than_embeddings_are_refused() -> None:
         make_vocabulary(byte_level(), 300)
 
 
-def test_pieces_with_scores_are_those_of_ordered_merges() -> None:
+PIECES = ("the cat sat on the mat, the hat; that cat", "then there they sat at the hat of that cat")
+
+
+def by_pieces() -> PreTrainedTokenizerFast:
+    """A tokenizer as transformers makes of a SentencePiece model: merges over whole texts, bytes for the unknown."""
     made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    texts = ("the cat sat on the mat, the hat; that cat", "then there they sat at the hat of that cat")
     trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=tokens, show_progress=False)
-    made.train_from_iterator(texts, trainer)
+    made.train_from_iterator(PIECES, trainer)
     rules = json.loads(made.to_str())
     rules["added_tokens"] = rules["added_tokens"][:3]
     made = Tokenizer.from_str(json.dumps(rules))
-    found = make_vocabulary(PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", unk_token="<unk>"), 340)
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_pieces_with_scores_are_those_of_ordered_merges() -> None:
+    tokenizer = by_pieces()
+    found = make_vocabulary(tokenizer, 340)
     assert (found.model, found.add_space) == ("llama", True)
     assert found.types[3:259] == 256 * (6,)
     ours = make_tokenizer(found)
-    for text in (*texts, *PROBES):
-        assert ours(text) == made.encode(text, add_special_tokens=False).ids
+    for text in (*PIECES, *PROBES):
+        assert ours(text) == tokenizer.encode(text, add_special_tokens=False)
 
 
 # -- engine --------------------------------------------------------------------------------------------
@@ -568,11 +596,20 @@ def test_llama_cpp_splits_texts_by_the_rules_of_that_name(name: str, tmp_path: P
 
 @with_engine
 @pytest.mark.slow
+def test_llama_cpp_joins_pieces_by_their_scores(tmp_path: Path) -> None:
+    tokenizer = by_pieces()
+    file = written(pruned("llama", vocab_size=340), tmp_path, tokenizer)
+    texts = [*PIECES, *PROBES]
+    assert engine.tokenize(file.path, texts) == [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+
+@with_engine
+@pytest.mark.slow
 def test_the_engine_writes_k_quants_of_unequal_layers(tmp_path: Path) -> None:
     sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 320, "initializer_range": 0.05}
     model = pruned("llama", ((1, 256), (2, 97), (0, 320), (2, 0)), **sizes)
     file = written(model, tmp_path, dtype="q4_k_m")
-    assert "Q4_K" in {tensor.tensor_type.name for tensor in file.tensors.values()}
+    assert "Q4_K" in {tensor.kind.name for tensor in file.tensors.values()}
     assert [each.name for each in tmp_path.iterdir()] == ["model-q4_k_m.gguf"]
 
 

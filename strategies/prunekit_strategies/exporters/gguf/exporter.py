@@ -240,6 +240,6 @@ def describe(path: Path) -> Mapping[str, Any]:
     return {
         "architecture": file.architecture,
         "layers": [(layer.query, layer.kv, layer.width) for layer in file.layers],
-        "types": sorted({tensor.tensor_type.name for tensor in file.tensors.values()}),
+        "types": sorted({stored.kind.name for stored in file.tensors.values()}),
         "parameters": file.parameters(),
     }

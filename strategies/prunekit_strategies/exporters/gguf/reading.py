@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,13 +26,74 @@ ABSENT = "prunekit.absent.{}"  # layers whose attention or MLP is a stand-in tha
 TIED = "prunekit.tied"  # the output is a copy of the embeddings
 
 
+VERSIONS = (2, 3)
+STRING, ARRAY = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
+SCALARS = dict(zip(gguf.GGUFValueType, "BbHhIif?  Qqd", strict=False))  # letters of struct, by type
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, unread."""
+
+    shape: tuple[int, ...]
+    kind: gguf.GGMLQuantizationType
+    start: int  # byte in the file
+    size: int  # bytes
+
+
+@dataclass
+class _Header:
+    """What stands in front of the tensors; the reader of the gguf package takes minutes for a large vocabulary."""
+
+    data: mmap.mmap
+    at: int = 0
+
+    def take(self, letters: str) -> tuple[Any, ...]:
+        found = struct.unpack_from(f"<{letters}", self.data, self.at)
+        self.at += struct.calcsize(f"<{letters}")
+        return found
+
+    def text(self) -> str:
+        (length,) = self.take("Q")
+        self.at += length
+        if self.at > len(self.data):
+            raise ValueError("a text is longer than the file")
+        return self.data[self.at - length : self.at].decode()
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY:
+            return self.take(SCALARS[gguf.GGUFValueType(kind)])[0]
+        inside, count = self.take("IQ")
+        if inside in (STRING, ARRAY):
+            return [self.value(inside) for _ in range(count)]
+        return list(self.take(f"{count}{SCALARS[gguf.GGUFValueType(inside)]}"))
+
+    def read(self) -> tuple[dict[str, Any], dict[str, Stored]]:
+        magic, version, tensors, values = self.take("4sIQQ")
+        if magic != b"GGUF" or version not in VERSIONS:
+            raise ValueError(f"it begins with {magic!r}, version {version}, and not with b'GGUF', version 3")
+        fields = {self.text(): self.value(*self.take("I")) for _ in range(values)}
+        places = []
+        for _ in range(tensors):
+            name, (rank,) = self.text(), self.take("I")
+            places.append((name, self.take(f"{rank}Q")[::-1], *self.take("IQ")))
+        start = -(-self.at // (align := fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT))) * align
+        stored = {}
+        for name, shape, number, offset in places:
+            weights, size = gguf.GGML_QUANT_SIZES[kind := gguf.GGMLQuantizationType(number)]
+            stored[name] = Stored(shape, kind, start + offset, math.prod(shape) // weights * size)
+        return fields, stored
+
+
 @dataclass(frozen=True, eq=False)
 class File:
     """A GGUF file, its tensors unread."""
 
     path: Path
     fields: Mapping[str, Any]  # all it says
-    tensors: Mapping[str, Any]  # by name
+    tensors: Mapping[str, Stored]  # by name
 
     @classmethod
     def opened(cls, path: Path) -> File:
@@ -40,11 +103,10 @@ class File:
             NotVerified: it is no GGUF file, or of an architecture that is not read here.
         """
         try:
-            reader = gguf.GGUFReader(path)
-            fields = {name: field.contents() for name, field in reader.fields.items()}
-        except Exception as error:  # whatever the reader makes of a damaged file
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                found = cls(path, *_Header(data).read())
+        except (OSError, ValueError, KeyError, struct.error, OverflowError, MemoryError) as error:
             raise NotVerified(f"{path} cannot be read: {one_line(error)}") from error
-        found = cls(path, fields, {tensor.name: tensor for tensor in reader.tensors})
         if found.fields.get("general.architecture") not in GRAPHS:
             raise NotVerified(f"{path} has the architecture {found.fields.get('general.architecture')!r}")
         return found
@@ -84,10 +146,12 @@ class File:
 
     def values(self, name: str) -> Float[Tensor, " *shape"]:
         """The values of a tensor, in float32."""
-        tensor = self.tensors[name]
-        shape = [int(size) for size in reversed(tensor.shape)]
-        found = gguf.dequantize(np.array(tensor.data), tensor.tensor_type)
-        return torch.from_numpy(np.ascontiguousarray(found)).reshape(shape)
+        stored = self.tensors[name]
+        with self.path.open("rb") as file:
+            raw = np.fromfile(file, np.uint8, stored.size, offset=stored.start)
+        width = raw.size // max(1, math.prod(stored.shape[:-1]))  # bytes of a row
+        found = gguf.dequantize(raw.reshape(-1, width), stored.kind)
+        return torch.from_numpy(np.ascontiguousarray(found)).reshape(stored.shape)
 
     def vocabulary(self) -> Vocabulary:
         """What it tells of its tokenizer."""
@@ -117,7 +181,7 @@ class File:
         Raises:
             NotVerified: one is missing, of another shape, unknown, or outside the file.
         """
-        there = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in self.tensors.items()}
+        there = {name: stored.shape for name, stored in self.tensors.items()}
         wanted, optional = dict(self._wanted()), dict(self._optional())
         for name, shape in there.items():
             known = (wanted | optional).get(name)
@@ -127,19 +191,19 @@ class File:
         if missing := sorted(wanted.keys() - there.keys()):
             raise NotVerified(f"{self.path} lacks {', '.join(missing[:5])}")
         size = self.path.stat().st_size
-        if late := [name for name, each in self.tensors.items() if each.data_offset + each.n_bytes > size]:
+        if late := [name for name, stored in self.tensors.items() if stored.start + stored.size > size]:
             raise NotVerified(f"{self.path} ends before {late[0]} does")
 
     def parameters(self) -> int:
         """How many parameters the model has: tied ones once, stand-ins not at all."""
         absent = {part: set(self.fields.get(ABSENT.format(part), ())) for part in ("attn", "ffn")}
         count = 0
-        for name, tensor in self.tensors.items():
+        for name, stored in self.tensors.items():
             block, _, rest = name.removeprefix("blk.").partition(".")
             stand_in = block.isdecimal() and int(block) in absent.get(rest[: rest.find("_")], ())
             copy = name == "output.weight" and self.fields.get(TIED, False)
             if not (stand_in or copy or name == "rope_freqs.weight"):
-                count += int(tensor.n_elements)
+                count += math.prod(stored.shape)
         return count
 
     def _wanted(self) -> Iterator[tuple[str, tuple[int, ...]]]:
