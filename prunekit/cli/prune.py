@@ -40,7 +40,7 @@ EFFORT = "quick, standard or thorough, instead of a recipe: fast, default, or de
 RECIPE = "Preset, YAML file, or folder of a pruned model; default without it."
 LEARNER = "Method that learns which heads and neurons stay, in the place of --allocator."
 FINISHER = "Recovery step after pruning, instead of the recipe's. Repeatable, in the order given."
-EXPORTER = "Format of the result, beside the folder for transformers. Repeatable."
+EXPORTER = "Format of the result, beside the folder for transformers. Repeatable, or several by comma."
 CARRY = "Activations passed on to the next block: dense, centre or expected."
 CALIBRATION_TOKENS = "Number of tokens for layer statistics."
 SEARCH_TOKENS = "Number of tokens for comparing allocations."
@@ -65,7 +65,7 @@ def prune(
     learner: Annotated[str | None, option(LEARNER, METHOD)] = None,
     objective: Annotated[str | None, option("Measure by which allocations are compared.", METHOD)] = None,
     finisher: Annotated[list[str] | None, option(FINISHER, METHOD)] = None,
-    exporter: Annotated[list[str] | None, option(EXPORTER, METHOD)] = None,
+    exporter: Annotated[list[str] | None, option(EXPORTER, METHOD, "--format", "--exporter")] = None,
     carry: Annotated[str | None, option(CARRY, METHOD)] = None,
     set_: Set = None,
     trust_remote_code: Trust = False,

@@ -56,6 +56,9 @@ def prune(recipe: Recipe, job: Job) -> Result:
         if output is not None:
             write_result(result, place / "result")
             publish(place / "result", output, overwrite=job.overwrite)
+            for exporter in run.parts.exporters:
+                if (where := exporter.deliver(output)) is not None:
+                    run.progress.say(f"uploaded to {where}")
     if output is not None and paging.pager_of(result.model) is not None:  # what it was cut from is gone
         model = load_small(output, result.blocks, trust_remote_code=recipe.trust_remote_code)
         return replace(result, model=model)
@@ -145,7 +148,7 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
         } | ({} if raw is None else {"unfinished": raw.as_dict()})
     texts = side_by_side(written, run.samples(small))
     pace = run.time_result(small, plan)
-    exported, probe = make_export(run, net, plan, small, stays=output is None)
+    exported, probe, record = make_export(run, net, plan, small, stays=output is None)
     document = reporting.report(
         run.parts, run.dense, run.draws, run.whole, net, plan, exported, losses=losses, finishers=said, pace=pace,
         samples=texts, learned=run.learned,
@@ -153,4 +156,4 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
         seconds=run.clock.seconds, seconds_shared=run.clock.shared.own,
     )  # fmt: skip
     blocks, recipe = run.blocks(reporting.count(exported)), run.timeless(said)
-    return Result(exported, run.dense.tokenizer, recipe, document, run.ledger.text(), output, probe, blocks)
+    return Result(exported, run.dense.tokenizer, recipe, document, run.ledger.text(), output, probe, blocks, record)

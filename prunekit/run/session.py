@@ -18,6 +18,7 @@ from prunekit.data.draws import Draws, draw, window_of
 from prunekit.data.spec import DataSpec
 from prunekit.data.windows import DEFAULTS
 from prunekit.errors import WrongInput
+from prunekit.export.formats import check_installed
 from prunekit.measure.fit import doubts
 from prunekit.models.opening import limits, measured_dtype, opened, resolved_devices, skeleton
 from prunekit.plugins.adapter import ModelAdapter
@@ -26,6 +27,7 @@ from prunekit.plugins.engine import Opening, Team
 from prunekit.plugins.exporter import Order
 from prunekit.plugins.guard import instance, unchanged
 from prunekit.plugins.metric import MeasuredMetric
+from prunekit.plugins.registry import EXPORTERS
 from prunekit.recipe.resolve import Parts, resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
@@ -348,6 +350,7 @@ def make_plan(
         finisher.check(adapter)
     order = Order(adapter, parts.form.units, parts.recipe.code, config=shape.config)
     for exporter in parts.exporters:
+        check_installed(exporter, f"exporter {EXPORTERS.name_of(exporter)!r}")
         exporter.check(order)
     return planned(parts, shape, adapter, spaces, output, asked, rehearse=rehearse, trials=trials)
 

@@ -52,7 +52,16 @@ _MADE = re.compile(  # whatever runs and studies write below the folder that the
 
 _RESULT = re.compile(r"(\d[\d.e-]*/)?(result|written)/(\d[\d.e-]*/)?(?P<name>.*)", re.DOTALL)  # half-written ones
 _RESULT_FILES = (*MODEL_FILES, "recipe.yaml", "ledger.jsonl", "report.json", "README.md", "*.svg", "permissions")
-_RESULT_FILES += ("prices.json", "pareto.json", "searches.json", "learnt.safetensors", "learnt.json", SEAL)
+_RESULT_FILES += (
+    "prices.json",
+    "pareto.json",
+    "searches.json",
+    "learnt.safetensors",
+    "learnt.json",
+    "judged/*",
+    "exports.json",
+    SEAL,
+)
 
 
 @contextmanager
@@ -234,12 +243,13 @@ def _beside(output: Path, suffix: str) -> Path:
 
 
 def _is_result(folder: Path) -> bool:
-    """Whether we have made it: one model, a family of them, or what was learnt from searches."""
+    """Whether we have made it: one model, a family of them, an export, or what was learnt from searches."""
     listed = sealed(folder)
     return listed is not None and (
         {"report.json", "recipe.yaml", "ledger.jsonl"} <= listed.keys()
         or "pareto.json" in listed
         or "searches.json" in listed
+        or "exports.json" in listed
     )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gguf
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor
 import prunekit as pk
 from prunekit.models.paging import real, shapes_of
 from prunekit.models.shards import Shards
+from prunekit.space.prices import Workload
 from prunekit.system.files import settle, settle_folder, temporary_of
-from prunekit_strategies.exporters.gguf import engine
+from prunekit_strategies.exporters.gguf import engine as runner
 from prunekit_strategies.exporters.gguf.carriers import Layout, carrier, check_config
 from prunekit_strategies.exporters.gguf.reading import File, compute
 from prunekit_strategies.exporters.gguf.tensors import find_biases, make_entries, sources_of
@@ -28,6 +29,7 @@ ENGINES = {  # what the engine's own quantizer writes, and the bytes of a weight
     "q2_k": 0.42, "q3_k_s": 0.44, "q3_k_m": 0.49, "q3_k_l": 0.53, "q4_0": 0.57, "q4_k_s": 0.58, "q4_k_m": 0.61,
     "q5_0": 0.69, "q5_k_s": 0.7, "q5_k_m": 0.72, "q6_k": 0.83,
 }  # fmt: skip
+NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # as torch calls them
 BYTES = {name: bytes_ / weights for name, (kind, _) in OWN.items() for weights, bytes_ in [gguf.GGML_QUANT_SIZES[kind]]}
 EXACT = 1e-3  # of a log-probability: what float32 computed in another order may be apart
 BESIDE = 5e-3  # the same, of an engine
@@ -37,6 +39,7 @@ DIVERGED = {
     "q8_0": 0.05,
 }  # nats per token, at most; of other dtypes 5: no other model is so near
 FAR = 5.0
+ROUNDED = {"f32": BESIDE, "f16": 0.05, "bf16": 0.3, "q8_0": 1.0}  # of a log-probability of likely tokens, by rounding
 
 
 @dataclass(frozen=True)
@@ -65,23 +68,32 @@ class GGUF(pk.Exporter):
     is installed, also those that the engine computes, and its tokens.
     """
 
+    engine: ClassVar[str] = "llama.cpp"
+    engine_modules: ClassVar[tuple[str, ...]] = (runner.PACKAGE,)
+    install: ClassVar[str] = "prunekit[llama-cpp]"
+
     dtype: str = "f16"  # f32, f16, bf16, q8_0; or, by the engine, q4_k_m and others
     equal: bool = False  # a promise that all layers will keep the same sizes, as with allocator uniform
     pre: str = ""  # the name that llama.cpp has for the tokenizer's rules; "": found
 
     def __post_init__(self) -> None:
-        if self.dtype not in (known := {**OWN, **ENGINES}):
+        if self.kind not in (known := {**OWN, **ENGINES}):
             raise ValueError(f"dtype is one of {', '.join(known)}, not {self.dtype!r}")
 
     @property
+    def kind(self) -> str:
+        """The dtype as names of files have it."""
+        return NAMES.get(self.dtype, self.dtype)
+
+    @property
     def place(self) -> str:
-        return f"model-{self.dtype}.gguf"
+        return f"model-{self.kind}.gguf"
 
     def check(self, order: pk.Order) -> None:
-        if self.dtype not in OWN and not engine.installed():
+        if self.kind not in OWN and not runner.installed():
             raise pk.WrongInput(
-                f"exporters.gguf.dtype {self.dtype} is written by llama.cpp's own quantizer, which is not installed: "
-                f"{engine.INSTALL}; without it there are {', '.join(OWN)}"
+                f"exporters.gguf.dtype {self.kind} is written by llama.cpp's own quantizer, which is not installed: "
+                f"{runner.INSTALL}; without it there are {', '.join(OWN)}"
             )
         if order.config is None:
             return
@@ -109,14 +121,14 @@ class GGUF(pk.Exporter):
             return real(model.get_parameter(name))
 
         try:
-            if self.dtype in OWN:
-                write_file(whole, layout, architecture, entries, read, vocabulary, self.dtype)
+            if self.kind in OWN:
+                write_file(whole, layout, architecture, entries, read, vocabulary, self.kind)
             else:
                 stored = "bf16" if model.dtype == torch.bfloat16 else "f32"
                 write_file(source, layout, architecture, entries, read, vocabulary, stored)
                 try:
-                    engine.quantize(source, whole, self.dtype)
-                except engine.EngineFailed as error:
+                    runner.quantize(source, whole, self.kind)
+                except runner.EngineFailed as error:
                     raise pk.NotVerified(str(error)) from error
             settle(whole)
             if path.exists():
@@ -132,28 +144,47 @@ class GGUF(pk.Exporter):
         file.check()
         if (found := file.parameters()) != probe.parameters:
             raise pk.NotVerified(f"{path} has {found:,} parameters, not {probe.parameters:,}")
-        if self.dtype == "f32":
+        if self.kind == "f32":
             _check_values(file, path.parent)
         self._check_near(compare(compute(file, probe.ids), probe.logits), path, EXACT)
         tokenizer = path.parent / "tokenizer.json"
         if tokenizer.is_file() and file.vocabulary().model != "no_vocab":
             _check_tokens(file, Tokenizer.from_file(str(tokenizer)))
-        if engine.installed():
+        if runner.installed():
             try:
-                logits = torch.from_numpy(engine.compute_logits(path, probe.ids.cpu().numpy()))
-            except engine.EngineFailed as error:
+                logits = runner.compute_logits(path, probe.ids)
+            except runner.EngineFailed as error:
                 raise pk.NotVerified(str(error)) from error
             self._check_near(compare(logits, probe.logits), path, BESIDE)
 
+    def answers(self, path: Path, inquiry: pk.Inquiry) -> pk.Response:
+        file = File.opened(path)
+        try:
+            logits = runner.compute_logits(path, inquiry.ids)
+            new = runner.generate(path, inquiry.prompt.tolist(), inquiry.new_tokens) if inquiry.new_tokens else []
+        except runner.EngineFailed as error:
+            raise pk.NotVerified(str(error)) from error
+        found = pk.Response.read(logits, inquiry)
+        return pk.Response(*found, torch.tensor(new, dtype=torch.long), file.parameters(), len(file.tensors))
+
+    def tolerance(self, path: Path, dtype: torch.dtype | None = None) -> float:
+        return ROUNDED.get(self.kind, FAR)
+
+    def timer(self, path: Path) -> Callable[[Workload], tuple[int, int]] | None:
+        if not runner.installed():
+            return None
+        run = runner.open_timer(path, torch.get_num_threads())
+        return lambda work: run(work.batch, work.prompt, work.new_tokens)
+
     def size(self, order: pk.Order) -> int:
-        return int(order.parameters * (BYTES | ENGINES)[self.dtype])
+        return int(order.parameters * (BYTES | ENGINES)[self.kind])
 
     def files(self, folder: Path) -> list[Path]:
         path = folder / self.place
         return [each for each in (path, temporary_of(path), _source_of(path)) if each.is_file()]
 
     def _check_near(self, parity: Parity, path: Path, bar: float) -> None:
-        far = parity.apart > bar if self.dtype == "f32" else parity.divergence > DIVERGED.get(self.dtype, FAR)
+        far = parity.apart > bar if self.kind == "f32" else parity.divergence > DIVERGED.get(self.kind, FAR)
         if far or not parity.apart < float("inf"):  # NaN is not
             raise pk.NotVerified(f"{path} computes something else than the model that was judged: {parity}")
 
@@ -208,9 +239,9 @@ def _check_tokens(file: File, tokenizer: Tokenizer) -> None:
 
     vocabulary = file.vocabulary()
     apart = find_difference(vocabulary, encode)
-    if apart is None and engine.installed():
+    if apart is None and runner.installed():
         texts = probes_of(vocabulary)
-        found = engine.tokenize(file.path, texts)
+        found = runner.tokenize(file.path, texts)
         pairs = zip(texts, map(encode, texts), found, strict=True)
         apart = next(((text, theirs, ours) for text, theirs, ours in pairs if theirs != ours), None)
     if apart is not None:
