@@ -99,8 +99,8 @@ def open_timer(path: Path, threads: int = 1) -> Callable[[int, int, int], tuple[
     """Open a file in this process, to time it again and again.
 
     Returns:
-        A function of (batch, prompt tokens, new tokens) that gives the nanoseconds of reading the prompts, and of making
-        the new tokens, of one prompt after the other.
+        A function of (batch, prompt tokens, new tokens) that gives the nanoseconds of reading the prompts, and of
+        making the new tokens, one prompt after the other.
     """
     models: dict[int, Any] = {}
 
