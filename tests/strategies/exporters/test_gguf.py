@@ -313,6 +313,20 @@ def test_every_family_is_carried_or_refused_with_a_reason(model_type: str) -> No
         GGUF().check(order)
 
 
+def test_the_table_of_families_says_what_is_carried() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "families.md").read_text(encoding="utf-8")
+    table = text.partition("## GGUF")[2].partition("## ")[0]
+    rows = {cells[1].strip(" `"): cells[2:4] for line in table.splitlines() if len(cells := line.split("|")) == 5}
+    assert rows.keys() >= {*ADAPTERS}
+    for name in ADAPTERS:
+        equal, unequal = rows[name]
+        if name in REASONS:
+            assert (equal.strip(), unequal.strip()) == (f"refused: {REASONS[name]}", "refused")
+        else:
+            assert f"`{ROUTES[name].equal}`" in equal
+            assert f"`{ROUTES[name].unequal}`" in unequal or "refused" in unequal
+
+
 def test_a_family_of_others_is_refused() -> None:
     config: Any = copy.copy(tiny("llama").config)
     config.model_type = "somebody's"
