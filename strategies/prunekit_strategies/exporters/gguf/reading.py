@@ -26,6 +26,7 @@ ABSENT = "prunekit.absent.{}"  # layers whose attention or MLP is a stand-in tha
 TIED = "prunekit.tied"  # the output is a copy of the embeddings
 
 
+AT_ONCE = 1 << 14  # rows of the output that are in memory together
 VERSIONS = (2, 3)
 STRING, ARRAY = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
 SCALARS = dict(zip(gguf.GGUFValueType, "BbHhIif?  Qqd", strict=False))  # letters of struct, by type
@@ -144,14 +145,15 @@ class File:
     def head_dim(self) -> int:
         return self.get("attention.key_length")
 
-    def values(self, name: str) -> Float[Tensor, " *shape"]:
-        """The values of a tensor, in float32."""
+    def values(self, name: str, start: int = 0, stop: int | None = None) -> Float[Tensor, " *shape"]:
+        """The values of a tensor, in float32, or of the rows of a matrix from `start` to `stop`."""
         stored = self.tensors[name]
+        stop = stored.shape[0] if stop is None else min(stop, stored.shape[0])
+        width = stored.size // stored.shape[0]  # bytes of a row; of a vector, of a number
         with self.path.open("rb") as file:
-            raw = np.fromfile(file, np.uint8, stored.size, offset=stored.start)
-        width = raw.size // max(1, math.prod(stored.shape[:-1]))  # bytes of a row
-        found = gguf.dequantize(raw.reshape(-1, width), stored.kind)
-        return torch.from_numpy(np.ascontiguousarray(found)).reshape(stored.shape)
+            raw = np.fromfile(file, np.uint8, (stop - start) * width, offset=stored.start + start * width)
+        found = gguf.dequantize(raw.reshape(-1, width) if len(stored.shape) > 1 else raw, stored.kind)
+        return torch.from_numpy(np.ascontiguousarray(found)).reshape(stop - start, *stored.shape[1:])
 
     def vocabulary(self) -> Vocabulary:
         """What it tells of its tokenizer."""
@@ -248,8 +250,9 @@ def compute(file: File, ids: Int64[Tensor, "windows length"]) -> Float[Tensor, "
         ids: of tokens.
     """
     eps = file.get("attention.layer_norm_rms_epsilon")
-    table = file.values("token_embd.weight")
-    x = table[ids] * (file.get("embedding_scale") or 1)  # (windows, length, hidden)
+    used, places = ids.unique(return_inverse=True)
+    table = torch.cat([file.values("token_embd.weight", row, row + 1) for row in used.tolist()])
+    x = table[places] * (file.get("embedding_scale") or 1)  # (windows, length, hidden)
     turn = _angles(file, ids.shape[1])
     scale = file.get("residual_scale") or 1
     for index, layer in enumerate(file.layers):
@@ -259,9 +262,10 @@ def compute(file: File, ids: Int64[Tensor, "windows length"]) -> Float[Tensor, "
         y = F.silu(_apply(file, f"blk.{index}.ffn_gate", y)) * _apply(file, f"blk.{index}.ffn_up", y)
         x = x + scale * _apply(file, f"blk.{index}.ffn_down", y)
     x = _norm(file, "output_norm", x, eps)
-    if "output.weight" in file.tensors:
-        table = file.values("output.weight")
-    return x @ table.T / (file.get("logit_scale") or 1)
+    output = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
+    starts = range(0, file.tensors[output].shape[0], AT_ONCE)
+    logits = torch.cat([x @ file.values(output, start, start + AT_ONCE).T for start in starts], dim=-1)
+    return logits / (file.get("logit_scale") or 1)
 
 
 def _attend(file: File, index: int, layer: Layer, x: Tensor, turn: tuple[Tensor, Tensor], eps: float) -> Tensor:
