@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 PACKAGE = "llama_cpp"
 INSTALL = 'pip install "prunekit[llama-cpp]"'
 F32 = 0  # of ggml: keys and values are cached as they are computed
-CHAT = 2048  # tokens that a chat may have
+CHAT = 1024  # tokens that a chat may have
+PART = 512  # tokens of a prompt that are computed together
 
 
 class EngineFailed(RuntimeError):
@@ -169,7 +170,7 @@ def _opened(path: str, length: int, threads: int, *, exact: bool = False, logits
     llama_cpp: Any = importlib.import_module(PACKAGE)
     cached = {"type_k": F32, "type_v": F32} if exact else {}
     return llama_cpp.Llama(
-        path, n_ctx=length, n_batch=length, n_ubatch=length, n_threads=threads, n_threads_batch=threads,
+        path, n_ctx=length, n_batch=length, n_ubatch=min(length, PART), n_threads=threads, n_threads_batch=threads,
         logits_all=logits_all, verbose=False, **cached,
     )  # fmt: skip
 
