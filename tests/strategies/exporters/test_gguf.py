@@ -573,6 +573,16 @@ def test_pieces_with_scores_are_those_of_ordered_merges() -> None:
         assert ours(text) == tokenizer.encode(text, add_special_tokens=False)
 
 
+def test_another_tokenizer_beside_a_file_is_noticed(tmp_path: Path) -> None:
+    model, tokenizer = pruned("llama", vocab_size=400), byte_level()
+    file = written(model, tmp_path, tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    GGUF("f32").verify(file.path, probe_of(model))
+    byte_level(splits=isolated(*PRES["smollm"][0])).save_pretrained(tmp_path)
+    with pytest.raises(NotVerified, match=r"makes \[.*\] of .*, not \["):
+        GGUF("f32").verify(file.path, probe_of(model))
+
+
 # -- engine --------------------------------------------------------------------------------------------
 
 with_engine = pytest.mark.skipif(not engine.installed(), reason="llama-cpp-python is not installed")

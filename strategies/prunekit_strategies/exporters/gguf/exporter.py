@@ -22,7 +22,12 @@ from prunekit_strategies.exporters.gguf import engine as runner
 from prunekit_strategies.exporters.gguf.carriers import Layout, carrier, check_config
 from prunekit_strategies.exporters.gguf.reading import File, compute
 from prunekit_strategies.exporters.gguf.tensors import find_biases, make_entries, sources_of
-from prunekit_strategies.exporters.gguf.vocabulary import find_difference, make_vocabulary, probes_of
+from prunekit_strategies.exporters.gguf.vocabulary import (
+    find_difference,
+    make_tokenizer,
+    make_vocabulary,
+    probes_of,
+)
 from prunekit_strategies.exporters.gguf.writing import OWN, write_file
 
 ENGINES = {  # what the engine's own quantizer writes, and the bytes of a weight then
@@ -33,12 +38,8 @@ NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # as torch cal
 BYTES = {name: bytes_ / weights for name, (kind, _) in OWN.items() for weights, bytes_ in [gguf.GGML_QUANT_SIZES[kind]]}
 EXACT = 1e-3  # of a log-probability: what float32 computed in another order may be apart
 BESIDE = 5e-3  # the same, of an engine
-DIVERGED = {
-    "f16": 0.01,
-    "bf16": 0.05,
-    "q8_0": 0.05,
-}  # nats per token, at most; of other dtypes 5: no other model is so near
-FAR = 5.0
+DIVERGED = {"f16": 0.01, "bf16": 0.05, "q8_0": 0.05}  # nats per token, at most
+FAR = 5.0  # the same, of other dtypes: no other model is so near
 ROUNDED = {"f32": BESIDE, "f16": 0.05, "bf16": 0.3, "q8_0": 1.0}  # of a log-probability of likely tokens, by rounding
 
 
@@ -147,9 +148,8 @@ class GGUF(pk.Exporter):
         if self.kind == "f32":
             _check_values(file, path.parent)
         self._check_near(compare(compute(file, probe.ids), probe.logits), path, EXACT)
-        tokenizer = path.parent / "tokenizer.json"
-        if tokenizer.is_file() and file.vocabulary().model != "no_vocab":
-            _check_tokens(file, Tokenizer.from_file(str(tokenizer)))
+        if file.vocabulary().model != "no_vocab":
+            _check_tokens(file, path.parent / "tokenizer.json")
         if runner.installed():
             try:
                 logits = runner.compute_logits(path, probe.ids)
@@ -227,18 +227,18 @@ def _config_in(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder)
 
 
-def _check_tokens(file: File, tokenizer: Tokenizer) -> None:
-    """Compare the tokenizer of a file with the one beside it, as far as it is read here and by the engine.
+def _check_tokens(file: File, beside: Path) -> None:
+    """Compare the tokenizer of a file, as it is read here and by the engine, with the one beside it, if there is one.
 
     Raises:
         NotVerified: a text becomes other ids.
     """
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
     vocabulary = file.vocabulary()
-    apart = find_difference(vocabulary, encode)
+    encode, apart = make_tokenizer(vocabulary), None
+    if beside.is_file():
+        tokenizer = Tokenizer.from_file(str(beside))
+        encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+        apart = find_difference(vocabulary, encode)
     if apart is None and runner.installed():
         texts = probes_of(vocabulary)
         found = runner.tokenize(file.path, texts)
