@@ -52,7 +52,9 @@ def ask_fresh(
 
     with tidy_ending(), tempfile.TemporaryDirectory(prefix="prunekit-verify-") as scratch, _held_pipe() as pipe:
         probe, found = Path(scratch, "probe.safetensors"), Path(scratch, "found.safetensors")
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in asked.items()}, probe)  # views share memory
+        save_file(
+            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in asked.items()}, probe
+        )  # views share memory
         # -P: the folder of this file is no place to import from; modules of remote code go to the scratch folder
         command = [sys.executable, "-P", __file__, str(Path(script).resolve()), str(probe), str(found)]
         child = subprocess.run(

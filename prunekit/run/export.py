@@ -86,7 +86,10 @@ def export_model(
     report = read_json(folder / "report.json") if (folder / "report.json").exists() else {}
     record = Record.read(folder) or (record_of_model(model) if blocks is None else None)
     product = Product(model, _tokenizer(source, trust_remote_code=trust_remote_code), report, order.code)
-    probe = _probe_of(model, record, order.parameters, blocks) if verify and record is not None else None
+    probe = None
+    if verify and record is not None:
+        how = {"trust_remote_code": trust_remote_code}
+        probe = _probe_of(model, record, source, order.parameters, blocks, **how)
 
     def make(place: Path) -> Verdict | None:
         with progress.stage("write", len(exporters)) as stage:
@@ -189,16 +192,19 @@ def _verified(
 
 
 @torch.no_grad()
-def _probe_of(model: Any, record: Record, parameters: int, blocks: int | None) -> Probe:
-    """What an export must give back: the logits of the model that is in memory, on the record's windows, in float32."""
-    ids = record.inquiry.ids[: max(1, PROBE // record.inquiry.ids.shape[1])]
-    dtype = model.dtype
-    if paging.pager_of(model) is None:
-        stored_as(model, torch.float32)
-    logits = model(ids, use_cache=False).logits.float()
-    if paging.pager_of(model) is None:
-        stored_as(model, dtype)
-    paging.rest(model)
+def _probe_of(
+    model: Any, record: Record, source: str, parameters: int, blocks: int | None, *, trust_remote_code: bool
+) -> Probe:
+    """What an export must give back: the logits of the model on the record's windows, in float32."""
+    ids, dtype = record.inquiry.ids[: max(1, PROBE // record.inquiry.ids.shape[1])], model.dtype
+    if blocks is None:
+        logits = stored_as(model, torch.float32)(ids, use_cache=False).logits
+        stored_as(model, dtype)  # which has held these values before
+        return Probe(ids, logits, parameters, None, dtype)
+    cpu, float32 = torch.device("cpu"), torch.float32
+    wide, _ = paging.opened(source, lambda _: float32, [cpu], blocks, trust_remote_code=trust_remote_code)
+    logits = wide(ids, use_cache=False).logits
+    paging.rest(wide)
     return Probe(ids, logits, parameters, blocks, dtype)
 
 

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.export import hub
+from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.report.card import card
 from prunekit.system.files import seal
@@ -115,8 +116,6 @@ def test_a_repository_that_only_a_file_names_does_not_count(tmp_path: Path) -> N
     (tmp_path / "theirs.yaml").write_text("exporters: [{name: hf, push_to_hub: theirs/models}]\n")
     recipe = Recipe.load(tmp_path / "theirs.yaml")
     with pytest.raises(WrongInput, match="push_to_hub"):
-        from prunekit.recipe.resolve import resolve
-
         resolve(recipe)
     mine = recipe.with_overrides({"exporters.hf.push_to_hub": "me/models"})
     assert mine.exporters[0]["push_to_hub"] == "me/models"

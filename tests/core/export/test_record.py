@@ -142,7 +142,8 @@ def test_the_continuation_is_what_transformers_generates_with_its_cache() -> Non
     window = torch.randint(61, (40,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         prompt, new, margins = continue_greedily(lambda ids: model(ids, use_cache=False).logits, window)
-    made = model.generate(prompt[None], max_new_tokens=len(new), do_sample=False, eos_token_id=None, pad_token_id=0)
+    greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": len(new)}
+    made = model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), **greedy)
     assert torch.equal(made[0, len(prompt) :], new)
     assert (len(prompt), len(new), len(margins)) == (20, 16, 16)
     assert bool((margins >= 0).all())
