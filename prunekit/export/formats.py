@@ -49,19 +49,21 @@ def build_formats(names: Sequence[str], dtype: str | None, options: Mapping[str,
     return exporters
 
 
-def check_installed(exporter: Exporter, what: str) -> None:
+def check_installed(exporter: Exporter, what: str, *, running: bool = False) -> None:
     """Refuse an exporter whose packages are not there.
 
     Args:
         exporter: the plug-in.
         what: needs them, for the message.
+        running: whether its files are to be run, too.
 
     Raises:
         WrongInput: says what pip installs.
     """
-    if absent := [module for module in exporter.modules if find_spec(module) is None]:
-        wanted = exporter.install or " ".join(absent)
-        raise WrongInput(f'{what} needs {", ".join(absent)}, which is not installed: pip install "{wanted}"')
+    wanted = (*exporter.modules, *(exporter.engine_modules if running else ()))
+    if absent := [module for module in wanted if find_spec(module) is None]:
+        how = exporter.install or " ".join(absent)
+        raise WrongInput(f'{what} needs {", ".join(absent)}, which is not installed: pip install "{how}"')
 
 
 def formats_in(folder: Path, specs: Sequence[Mapping[str, Any]] = ()) -> dict[str, Exporter]:
@@ -116,7 +118,7 @@ def choose_formats(folder: Path, engine: str | None, specs: Sequence[Mapping[str
     if engine not in engines:
         raise WrongInput(unknown("engine", engine, engines))
     for name in engines[engine]:
-        check_installed(EXPORTERS.build(name), f"engine {engine!r}")
+        check_installed(EXPORTERS.build(name), f"engine {engine!r}", running=True)
     found = {name: exporter for name, exporter in there.items() if exporter.engine == engine}
     if not found:
         how = " or ".join(f"prunekit export {folder} --format {name}" for name in engines[engine])

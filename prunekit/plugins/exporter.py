@@ -32,6 +32,8 @@ class Order:
     parameters: int = 0  # of the pruned model
     bytes_per_parameter: int = 2  # in the dtype of the checkpoint
     config: Any = None  # of the model, as transformers has it: of the dense one where it is yet to be pruned
+    tokenizer: Any = None  # None: not known yet, or there is none
+    settled: bool = False  # whether the sizes in `config` are those of the result
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +97,8 @@ class Exporter(ABC):
     structures: ClassVar[frozenset[str]] = frozenset({"groups", "weights", "n:m"})  # that it can write
     engine: ClassVar[str] = ""  # the program that runs its files, as users call it; "": there is none here
     modules: ClassVar[tuple[str, ...]] = ()  # that must be importable to write its files and to run them
-    install: ClassVar[str] = ""  # what pip installs for them, such as prunekit[onnx]
+    engine_modules: ClassVar[tuple[str, ...]] = ()  # further ones without which they are written, and not run
+    install: ClassVar[str] = ""  # what pip installs for all of them, such as prunekit[onnx]
 
     @property
     @abstractmethod

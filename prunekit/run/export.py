@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from prunekit.errors import CannotGoOn, NotVerified, WrongInput
+from prunekit.export.compare import Row
 from prunekit.export.formats import FILE, check_installed
 from prunekit.export.record import FOLDER, Record
 from prunekit.export.write import prove, write
@@ -26,7 +27,7 @@ from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.report.origin import taken_over
 from prunekit.run.results import PROBE, load_small
-from prunekit.run.verify import Check, Verdict, ask, record_of_model
+from prunekit.run.verify import Check, Verdict, absent, ask, record_of_model
 from prunekit.run.workplace import check_output, is_of_result, new_folder
 from prunekit.space.forms import parse_form
 from prunekit.system.files import MODEL_FILES, changed, extend_seal, read_json, sealed, write_bytes, write_json
@@ -144,7 +145,7 @@ def _ordered(source: str, recipe: Recipe | None, memory: str, *, trust_remote_co
     units = parse_form("groups" if recipe is None else recipe.structure).units
     limit = parse_size(memory)
     blocks = None if limit is None or OVERHEAD * 4 * parameters < limit else max(1, limit // 5)
-    return Order(adapter, units, code, parameters, _bytes_per_parameter(source), shape.config), blocks
+    return Order(adapter, units, code, parameters, _bytes_per_parameter(source), shape.config, settled=True), blocks
 
 
 def _name(exporter: Exporter) -> str:
@@ -177,7 +178,9 @@ def _verified(
             except NotVerified as error:
                 raise CannotGoOn(f"the {name} export was not kept: {error}") from error
             if exporter.engine:
-                checks.append(Check(name, exporter.engine, tuple(ask(exporter, folder, record))))
+                why = absent(exporter)
+                rows = [Row("not run", "", why)] if why is not None else ask(exporter, folder, record)
+                checks.append(Check(name, exporter.engine, tuple(rows)))
             stage.advance(note=name)
     verdict = Verdict(str(folder), "the network that was judged", (), tuple(checks))
     for check in checks:

@@ -225,6 +225,11 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
             source, job.tokenizer, device=_opened_on(recipe, source, plan), dtype=recipe.dtype,
             trust_remote_code=recipe.trust_remote_code, shares=plan.shares,
         )  # fmt: skip
+        order = Order(
+            dense.adapter, parts.form.units, recipe.code, config=dense.model.config, tokenizer=dense.tokenizer
+        )
+        for exporter in parts.exporters:
+            exporter.check(order)
         draws = draw(
             dense.tokenizer, data, progress,
             seed=recipe.seed, recovery=parts.learns, most=most, **limits(dense.model),

@@ -98,7 +98,7 @@ def verify_result(
         record, what = record_of(folder, trust_remote_code=trust_remote_code), "the folder's own model, no judged one"
     checks = list[Check]()
     for name, exporter in formats.items():
-        if engine is None and (why := _absent(exporter)) is not None:
+        if engine is None and (why := absent(exporter)) is not None:
             checks.append(Check(name, exporter.engine, (Row("not run", "", why),)))
             continue
         with progress.stage(f"verify {name}", 1) as stage:
@@ -141,9 +141,10 @@ def record_of_model(model: Any) -> Record:
     return Record.of(ids, logits, dtype, parameters, continued)
 
 
-def _absent(exporter: Exporter) -> str | None:
+def absent(exporter: Exporter) -> str | None:
+    """Why the engine of an exporter cannot be asked, in a sentence; None: it can."""
     try:
-        check_installed(exporter, f"engine {exporter.engine!r}")
+        check_installed(exporter, f"engine {exporter.engine!r}", running=True)
     except WrongInput as error:
         return str(error)
     return None

@@ -51,7 +51,7 @@ def made(case: str, model_type: str = "llama", seed: int = 0) -> Made:
     with torch.no_grad():
         logits = exported(ids, use_cache=False).logits
     parameters = sum(p.numel() for p in exported.parameters())
-    order = Order(adapter, form.units, "import", parameters, exported.dtype.itemsize, exported.config)
+    order = Order(adapter, form.units, "import", parameters, exported.dtype.itemsize, exported.config, settled=True)
     return Product(exported, None, {"sites": rows}), Probe(ids, logits, parameters), order
 
 
@@ -100,7 +100,7 @@ class ExporterSuite:
     def engine(cls) -> Exporter:
         """The exporter, where the engine that runs its files is installed."""
         plugin = cls.plugin
-        if not plugin.engine or any(find_spec(module) is None for module in plugin.modules):
+        if not plugin.engine or None in map(find_spec, (*plugin.modules, *plugin.engine_modules)):
             pytest.skip(f"no engine is installed for {type(plugin).__name__}")
         return plugin
 

@@ -24,7 +24,7 @@ OPSET = 18
 LARGEST = 1_800_000_000  # bytes of weights in the graph's own file: protobuf ends at 2 GiB
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 STORED = "prunekit.stored"  # key of the dtype in the file's metadata
-HALF_ALLOWED = 0.05  # nats, as for any format that stores 11 bits of a weight
+HALF_ALLOWED = 0.1  # nats, as for any format that stores 11 bits of a weight
 GROWING = ("dynamic", "longrope")  # rotary tables that follow the length of the text, which no fixed graph has
 AT_ONCE = 4  # windows that are read together
 
