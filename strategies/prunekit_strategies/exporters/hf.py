@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import prunekit as pk
 from prunekit.export import save, verify
@@ -12,6 +13,8 @@ from prunekit.system.files import MODEL_FILES
 @dataclass(frozen=True)
 class HF(pk.Exporter):
     """Config, safetensors and tokenizer as transformers saves them, proved by loading them in a fresh process."""
+
+    structures: ClassVar[frozenset[str]] = frozenset({"groups", "weights", "n:m", "low-rank"})
 
     @property
     def place(self) -> str:
