@@ -267,7 +267,7 @@ class LayerProblem:
         return Nested(self, tuple(ranking))
 
     def truncated(self, basis: Float[Tensor, "d_out m"]) -> Truncated:
-        """The truncations U_r U_rᵀ W* to all ranks r, U_r the first r of orthonormal columns, which span those of W*."""
+        """The truncations U_r U_rᵀ W* to all ranks r, U_r the first r of orthonormal columns that span those of W*."""
         return Truncated(self, basis)
 
     def _whole(self) -> Candidate:

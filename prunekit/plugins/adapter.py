@@ -202,5 +202,6 @@ def check_plain(block: nn.Module, path: str, name: str) -> None:
     found = block.get_submodule(path)
     if not isinstance(found, nn.Linear) or not found.weight.is_floating_point():
         raise UnsupportedModel(
-            f"{name} needs plain linear maps, but {path} is {type(found).__name__}; prune before quantizing, factoring or wrapping"
+            f"{name} needs plain linear maps, but {path} is {type(found).__name__}; "
+            "prune before quantizing, factoring or wrapping"
         )

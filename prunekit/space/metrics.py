@@ -20,7 +20,8 @@ class Metric(ABC):
     """
 
     unit: ClassVar[str]  # in sentences: sparsity 0.5 of parameters, 12 parameters
-    structures: ClassVar[frozenset[str]] = frozenset({"groups", "weights", "n:m", "low-rank"})  # whose removal it counts
+    structures: ClassVar[frozenset[str]] = frozenset({"groups", "weights", "n:m", "low-rank"})
+    """Whose removal it counts."""
 
     @abstractmethod
     def price(self, site: Site, kept: int) -> int:

@@ -22,8 +22,8 @@ class Site:
     0 groups drops the whole sub-layer, its norm and biases included.
 
     Of the other forms the kind is linear. Where single weights are removed, a count is that of the weights kept per
-    output row, in exact mean over the rows; keeping 0 leaves a map of zeros and its bias. Of low rank, it is the rank of
-    what takes the place of the map, and the largest count the map itself.
+    output row, in exact mean over the rows; keeping 0 leaves a map of zeros and its bias. Of low rank, it is the rank
+    of what takes the place of the map, and the largest count the map itself.
     """
 
     name: str  # module path of the linear map inside the model

@@ -183,7 +183,7 @@ def with_statistics(layer: LayerProblem, **statistics: torch.Tensor) -> LayerPro
 
 
 def counts_of(layer: LayerProblem) -> range:
-    """All counts that may be asked of a layer, from 0, or rank 1, to all; of a pattern, whole weights of every block."""
+    """All counts that may be asked of a layer, 0, or rank 1, to all; of a pattern, whole weights of every block."""
     return range(int(layer.structure == "low-rank"), layer.most + 1, layer.d_in // layer.m if layer.m else 1)
 
 

@@ -56,7 +56,7 @@ def checked(pruner: LocalPruner, layer: LayerProblem, keeps: Sequence[int]) -> l
 
 
 def checked_factors(layer: LayerProblem, keep: int, candidate: Candidate) -> None:
-    """A candidate of low rank is two factors of its rank, and their product; all there is, the weight and no factors."""
+    """A candidate of low rank is two factors of its rank, and their product; all there is, the weight, no factors."""
     if keep == layer.most:
         assert candidate.factors is None, "all there is stays one map"
         return

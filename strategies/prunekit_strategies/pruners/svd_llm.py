@@ -26,13 +26,13 @@ class SVDLLM(LowRank):
     on H itself (`LayerProblem.truncated`). As there, all linear maps of a block are factored, and one share of the
     parameters is one rank, ⌊share · d_out d_in / (d_out + d_in)⌋, with allocator uniform. Where ours differs:
 
-    - λ is the recipe's `damping`; there it is 0 where H has a Cholesky factor, else what makes its least eigenvalue 10⁻⁶
-      in sums over tokens.
-    - H is of what earlier factored maps hand on; in the released code of the dense model's inputs, as with `carry: dense`
-      (preset `svd-llm`).
+    - λ is the recipe's `damping`; there it is 0 where H has a Cholesky factor, else what makes its least eigenvalue
+      10⁻⁶ in sums over tokens.
+    - H is of what earlier factored maps hand on; in the released code of the dense model's inputs, as with
+      `carry: dense` (preset `svd-llm`).
     - Factors have rows and columns of equal norms; there √Σ is given to each. The product is the same.
-    - What follows there, the update of U on inputs of the compressed model in the code, or training one factor after the
-      other with LoRA in the paper, is not here; the finisher `lora` trains both factors at once.
+    - What follows there, the update of U on inputs of the compressed model in the code, or training one factor after
+      the other with LoRA in the paper, is not here; the finisher `lora` trains both factors at once.
     """
 
     def scaled(self, layer: pk.LayerProblem) -> Float[Tensor, "d_out d_in"]:
