@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 import prunekit as pk
-from prunekit.layer.solving import factored
 from prunekit_strategies.pruners.low_rank import LowRank
 
 
@@ -36,4 +35,4 @@ class SVDLLM(LowRank):
     """
 
     def scaled(self, layer: pk.LayerProblem) -> Float[Tensor, "d_out d_in"]:
-        return layer.target @ factored(layer.hessian)  # (1), (2)
+        return layer.target @ pk.factored(layer.hessian)  # (1), (2)
