@@ -483,6 +483,9 @@ class Count:
                 moments += DOUBLE * site.d_in * d_out  # what is made of the pairs
             # the weight of every rung as proposed and as rounded, or rounded and twice to be written; mean in float64
             each = max(size + shape.stored.itemsize, 3 * shape.stored.itemsize)
+            factored = site.form.shrinks and not site.form.coupled
+            if factored:  # and the product of two factors
+                each += 2 * FLOAT
             kept = (centre[site],) if alone else ladder
             asked = kept if at_once else ladder
             there_at_once = ladder[:PRICED_AT_ONCE] if alone else ladder  # with other options a pruner may not nest
@@ -495,7 +498,7 @@ class Count:
             matrices = max(self.parts.pruner.matrices, 3 * nats)  # candidates are priced with H damped, by its factor
             solve = matrices * DOUBLE * site.d_in**2
             memory = max(memory, moments + beside, moments + weights + solve)
-            if site.form.shrinks and not site.form.coupled:
+            if factored:
                 weights += FACTORING * DOUBLE * site.d_in * d_out
             if nats:
                 weights += 3 * DOUBLE * d_out**2 + DOUBLE * site.d_in * d_out
