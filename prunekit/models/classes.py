@@ -116,7 +116,9 @@ class Family:
             _resize(block, self.columns[part], bias=True)
         self.recount(attention, query, kv)
         for path, rank in getattr(layer_config, "ranks", {}).items():
-            block.set_submodule(path, LowRank.of(block.get_submodule(path), rank))
+            whole = block.get_submodule(path)
+            assert isinstance(whole, nn.Linear)
+            block.set_submodule(path, LowRank.of(whole, rank))
         for part in getattr(layer_config, "skip", ()):
             for path, stub in self.skipped(block, part, index, head_dim).items():
                 block.set_submodule(path, stub)

@@ -155,10 +155,9 @@ class Transformer(ModelAdapter):
 
     def ranks(self, block: nn.Module) -> dict[str, int]:
         """The ranks of the linear maps of a block that are two, by path."""
-        paths = (*self.family.rows, *self.family.columns.values())
-        parts = {part: self.family.columns[part] for part in self.dropped(block)}
-        gone = {path for part in parts for path in (*self.family.producers(part), parts[part])}
-        maps = {path: map_at(block, path) for path in paths if path not in gone}
+        left = [part for part in PARTS if part not in self.dropped(block)]
+        paths = [path for part in left for path in (*self.family.producers(part), self.family.columns[part])]
+        maps = {path: map_at(block, path) for path in paths}
         return {path: found.rank for path, found in maps.items() if isinstance(found, LowRank)}
 
     def layer_config(self, block: nn.Module) -> dict[str, Any]:

@@ -118,7 +118,8 @@ def test_equal_singular_values_lose_the_same_whichever_stays() -> None:
 
 def test_both_factors_have_rows_of_equal_norms_so_that_half_precision_holds_them() -> None:
     for found in SVDLLM().prune(exact(), [1, 2, 3]):
-        left, right = found.factors or ()
+        assert found.factors is not None
+        left, right = found.factors
         torch.testing.assert_close(left.norm(dim=0), right.norm(dim=1))
 
 
