@@ -26,7 +26,7 @@ from prunekit.data.tokens import TokenBatch
 from prunekit.errors import PluginError, WrongInput
 from prunekit.layer.candidates import Candidate
 from prunekit.layer.layouts import layout_of
-from prunekit.layer.problem import LayerProblem, Nested, Producer
+from prunekit.layer.problem import LayerProblem, Nested, Producer, Truncated
 from prunekit.layer.statistics import Need
 from prunekit.plugins.adapter import Cut, ModelAdapter
 from prunekit.plugins.engine import Team
@@ -284,11 +284,11 @@ def batched(counts: Sequence[int], most: int) -> Iterator[Sequence[int]]:
     yield from (counts[start : start + most] for start in range(0, len(counts), most))
 
 
-def priced_at_once(pruner: LocalPruner, layer: LayerProblem, site: Site) -> Nested | None:
+def priced_at_once(pruner: LocalPruner, layer: LayerProblem, site: Site) -> Nested | Truncated | None:
     """The pruner's refits of all counts, where it has them."""
     with unchanged(pruner, site.name, values=True, layer=layer):
         nested = pruner.nested(layer) if site.form.shrinks else None
-    return instance(pruner, f"its nested refits of {site.name}", nested, (Nested, type(None)))
+    return instance(pruner, f"its nested refits of {site.name}", nested, (Nested, Truncated, type(None)))
 
 
 def answers(
@@ -297,7 +297,7 @@ def answers(
     site: Site,
     keeps: Sequence[int],
     dtype: torch.dtype,
-    nested: Nested | None = None,
+    nested: Nested | Truncated | None = None,
 ) -> list[Candidate]:
     """The pruner's candidates for `keeps`, of its `nested` refits where they are there, checked and rounded to `dtype`.
 
@@ -350,7 +350,7 @@ def _checked(
         raise PluginError(f"{who}: the weight of count {keep} is not finite")
     if fault := layout_of(site).fault(site, keep, candidate, layer.columns):
         raise PluginError(f"{who}: {fault}")
-    return Candidate(candidate.kept, candidate.weight.to(dtype))
+    return layout_of(site).rounded(candidate, dtype)
 
 
 def _by_site(
@@ -426,4 +426,6 @@ def _in_model(site: Site, candidate: Candidate) -> Candidate:
 
 def _order(site: Site, device: torch.device) -> Tensor:
     """Columns of the model in the order of the layer problem, group by group."""
+    if site.spread == 1:
+        return torch.arange(site.d_in, device=device)
     return torch.tensor(site.columns(range(site.n_groups)), dtype=torch.long, device=device)

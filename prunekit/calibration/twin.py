@@ -57,7 +57,7 @@ class Twin:
     def _groups(self) -> list[Sequence[int]]:
         """By site, those that are left; of a linear map, all its columns."""
         pairs = zip(self.piece.sites, self.piece.kept, strict=True)
-        return [groups if site.form.shrinks else range(site.n_groups) for site, groups in pairs]
+        return [groups if site.form.coupled else range(site.n_groups) for site, groups in pairs]
 
     def __iter__(self) -> Iterator[SubLayer]:
         """Every sub-layer that is left in the small model, in order of execution; once."""
@@ -81,7 +81,7 @@ class Twin:
     def _catch(self, here: SubLayer) -> None:
         """Keep what reaches the linear map in the dense model; where single weights go, in the small one too."""
         pairs = [(self.dense, here.dense_linear, here.dense_block)]
-        pairs += [] if here.site.form.shrinks else [(self.small, here.linear, here.block)]
+        pairs += [] if here.site.form.coupled else [(self.small, here.linear, here.block)]
         for stream, linear, block in pairs:
             stream.inputs.clear()
             stream.inputs.extend(stream.caught(linear, block, here.site, i) for i in range(len(here)))
@@ -158,7 +158,7 @@ class SubLayer:
         stream    f(h) + δ    and what the residual stream has lost before it, where a block is a sum; else f(h)
         """
         twin, dtype = self.twin, self.linear.weight.dtype
-        if aim == "own" and not self.site.form.shrinks:
+        if aim == "own" and not self.site.form.coupled:
             return self.dense_linear(self.inputs(i).to(twin.dense.dtype)).to(dtype)
         if aim == "own":
             seen = twin.small.caught(self.dense_linear, self.dense_block, self.site, i, of=twin.dense)
@@ -172,4 +172,4 @@ class SubLayer:
     def _reaching(self, linear: nn.Linear, i: int) -> Float[Tensor, "windows length d_in"]:
         """What reaches a map of the small sub-layer; single weights: what was caught."""
         small = self.twin.small
-        return small.caught(linear, self.block, self.site, i) if self.site.form.shrinks else small.inputs[i]
+        return small.caught(linear, self.block, self.site, i) if self.site.form.coupled else small.inputs[i]

@@ -35,7 +35,7 @@ TARGET = (
     "Share to keep, instead of --sparsity: parameters=0.5, bytes, flops, kv-cache, or latency=0.6 as measured on this "
     "machine. Several by comma make a family of models."
 )
-STRUCTURE = "Unit of removal: groups (heads and neurons), weights, or a pattern such as 2:4."
+STRUCTURE = "Unit of removal: groups (heads and neurons), weights, a pattern such as 2:4, or low-rank."
 EFFORT = "quick, standard or thorough, instead of a recipe: fast, default, or default-recover, which trains."
 RECIPE = "Preset, YAML file, or folder of a pruned model; default without it."
 LEARNER = "Method that learns which heads and neurons stay, in the place of --allocator."

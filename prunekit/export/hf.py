@@ -53,6 +53,9 @@ def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrained
     added = [[part for part in adapter.biased(blocks[index]) if part not in native] for index in kept]
     if any(added):
         sizes = [size | {"biased": parts} for size, parts in zip(sizes, added, strict=True)]
+    ranks = [adapter.ranks(blocks[index]) for index in kept]
+    if any(ranks):
+        sizes = [size | {"ranks": of_layer} for size, of_layer in zip(sizes, ranks, strict=True)]
     config: Any = _stock_config(adapter.family, values, sizes, head_dim)
     if config is None:
         config_class, _, causal = define(adapter.family)
@@ -213,7 +216,7 @@ def _stock_config(
 ) -> PreTrainedConfig | None:
     """The config of a stock class that can hold layers of these sizes, if there is one."""
     first = sizes[0]
-    if {"skip", "biased"} & first.keys() or any(size != first for size in sizes):
+    if {"skip", "biased", "ranks"} & first.keys() or any(size != first for size in sizes):
         return None
     heads, hidden = first[family.query_heads], values["hidden_size"]
     if not family.free_head_dim and heads * head_dim != hidden:

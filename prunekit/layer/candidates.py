@@ -1,4 +1,4 @@
-"""Candidates: answers to the question which groups, or which single weights, to keep."""
+"""Candidates: answers to the question which groups, which single weights, or which rank to keep."""
 
 from __future__ import annotations
 
@@ -16,10 +16,27 @@ Per = Literal["row", "layer"]
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One answer: which groups stay, and the weight with exact zeros elsewhere."""
+    """One answer: which groups stay, and the weight with exact zeros elsewhere; or two factors, and their product."""
 
     kept: tuple[int, ...] | None  # ids, ascending; None when the structure has no groups
     weight: Float[Tensor, "d_out d_in"]
+    factors: tuple[Float[Tensor, "d_out r"], Float[Tensor, "r d_in"]] | None = None  # of low rank; None: not factored
+
+    def to(self, device: torch.device | str) -> Candidate:
+        """On another device, without a history."""
+        factors = None if self.factors is None else (moved(self.factors[0], device), moved(self.factors[1], device))
+        return Candidate(self.kept, moved(self.weight, device), factors)
+
+
+def moved(values: Tensor, device: torch.device | str) -> Tensor:
+    """On another device, without a history."""
+    return values.detach().to(device)
+
+
+def product(left: Float[Tensor, "d_out r"], right: Float[Tensor, "r d_in"]) -> Float[Tensor, "d_out d_in"]:
+    """Of two factors, in float32 or better: the model multiplies by one after the other, and never rounds it."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    return left.to(wide) @ right.to(wide)
 
 
 def is_sparse(weight: Float[Tensor, "d_out d_in"], keep: int, m: int = 0) -> bool:

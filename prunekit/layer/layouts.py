@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from prunekit.layer.candidates import Candidate, is_sparse
+from prunekit.layer.candidates import Candidate, is_sparse, product
 from prunekit.space.forms import Units
 from prunekit.space.sites import Site
 
@@ -38,6 +38,10 @@ class Layout(ABC):
             candidate: its weight is (d_out, d_in), finite, columns group by group.
             columns: of groups, in the order of the candidate's.
         """
+
+    def rounded(self, candidate: Candidate, dtype: torch.dtype) -> Candidate:
+        """In the dtype of the checkpoint: what is judged is what will be saved."""
+        return Candidate(candidate.kept, candidate.weight.to(dtype))
 
     def overflow(self, site: Site, kept: int, weight: Float[Tensor, "d_out kept"]) -> str:
         """How a weight of the small model exceeds its count, in words; here it cannot, for its shape says it."""
@@ -159,7 +163,64 @@ class SparseLayout(Layout):
         return Candidate(None, weight)
 
 
-LAYOUTS: Mapping[Units, Layout] = {"groups": GroupLayout(), "weights": SparseLayout(), "n:m": SparseLayout()}
+class RankLayout(Layout):
+    """Low rank: both factors, or the weight where the map stays as it is."""
+
+    def fault(self, site: Site, kept: int, candidate: Candidate, columns: Columns) -> str:
+        if candidate.kept is not None:
+            return "a weight without groups was asked, and some were named"
+        found = None if candidate.factors is None else [tuple(factor.shape) for factor in candidate.factors]
+        asked = None if kept == site.n_groups else [(site.d_out, kept), (kept, site.d_in)]
+        if found != asked:
+            return f"factors of shapes {asked} were asked, not {found}" if asked else "no factors were asked"
+        if not all(bool(torch.isfinite(factor).all()) for factor in candidate.factors or ()):
+            return f"a factor of rank {kept} is not finite"
+        return ""
+
+    def rounded(self, candidate: Candidate, dtype: torch.dtype) -> Candidate:
+        if candidate.factors is None:
+            return super().rounded(candidate, dtype)
+        left, right = (factor.to(dtype) for factor in candidate.factors)
+        return Candidate(None, product(left, right), (left, right))
+
+    def encode(self, site: Site, kept: int, candidate: Candidate) -> dict[str, Tensor]:
+        if candidate.factors is None:
+            return {"weight": candidate.weight.contiguous()}
+        left, right = candidate.factors
+        return {"left": left.contiguous(), "right": right.contiguous()}
+
+    def decode(self, site: Site, kept: int, read: Callable[[str], Tensor]) -> Candidate:
+        if kept == site.n_groups:
+            return Candidate(None, read("weight"))
+        left, right = read("left"), read("right")
+        return Candidate(None, product(left, right), (left, right))
+
+    def stored(self, site: Site, kept: int, dtype: torch.dtype) -> Stored:
+        if kept == site.n_groups:
+            return {"weight": (dtype, [site.d_out, site.d_in])}
+        return {"left": (dtype, [site.d_out, kept]), "right": (dtype, [kept, site.d_in])}
+
+    def width(self, site: Site, kept: int) -> int:
+        return site.d_in
+
+    def freed(self, site: Site, kept: int) -> int:
+        return site.parameters(site.n_groups) - site.parameters(kept)
+
+    def groups(self, site: Site, candidate: Candidate) -> Sequence[int]:
+        return range(site.n_groups)
+
+    def stand_in(self, site: Site, kept: int, weight: Tensor) -> Candidate:
+        if kept == site.n_groups:
+            return Candidate(None, weight)
+        return Candidate(None, weight, (weight.new_empty(site.d_out, kept), weight.new_empty(kept, site.d_in)))
+
+
+LAYOUTS: Mapping[Units, Layout] = {
+    "groups": GroupLayout(),
+    "weights": SparseLayout(),
+    "n:m": SparseLayout(),
+    "low-rank": RankLayout(),
+}
 
 
 def layout_of(site: Site) -> Layout:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prunekit.layer.candidates import Candidate
+from prunekit.layer.candidates import Candidate, product
 from prunekit.layer.solving import factored, inverted, margin, solved
 from prunekit.layer.statistics import Need, named, required
 from prunekit.space.forms import GROUPS, Form, Units
@@ -66,7 +66,7 @@ class LayerProblem:
     weight: Float[Tensor, "d_out d_in"]
     gram: Float[Tensor, "d_in d_in"]  # H = E[x̂ x̂ᵀ]
     group_size: int = 1
-    form: Form = GROUPS  # or of single weights: a group is a column, a count the weights kept per row
+    form: Form = GROUPS  # of single weights a group is a column, a count the weights kept per row; or counts are ranks
     damping: float = 0.01  # ridge, as a share of the mean of diag H
     cross: Float[Tensor, "d_out d_in"] | None = None  # R = E[y x̂ᵀ], y = W x with the dense model's input x
     drift: Float[Tensor, "d_out d_in"] | None = None  # D = E[δ x̂ᵀ], δ what earlier layers lost in the residual stream
@@ -128,7 +128,7 @@ class LayerProblem:
 
     @property
     def structure(self) -> Units:
-        """groups, weights, or n:m."""
+        """groups, weights, n:m, or low-rank."""
         return self.form.units
 
     @property
@@ -143,6 +143,11 @@ class LayerProblem:
     @property
     def n_groups(self) -> int:
         return self.d_in // self.group_size
+
+    @property
+    def most(self) -> int:
+        """The count of all there is; of low rank, less than the columns."""
+        return self.form.most(self.n_groups, self.d_in, len(self.weight))
 
     @cached_property
     def ridge(self) -> float:
@@ -261,6 +266,10 @@ class LayerProblem:
         """The refits of the first 0, 1, … n_groups groups of a ranking, from one factorisation."""
         return Nested(self, tuple(ranking))
 
+    def truncated(self, basis: Float[Tensor, "d_out m"]) -> Truncated:
+        """The truncations U_r U_rᵀ W* to all ranks r, U_r the first r of orthonormal columns that span those of W*."""
+        return Truncated(self, basis)
+
     def _whole(self) -> Candidate:
         """Keep everything: the weight itself, bit for bit, unless other inputs ask for W*."""
         groups = range(self.n_groups)
@@ -281,8 +290,9 @@ class LayerProblem:
             error = power - 2 * float((weight.double() * self.cross).sum()) + _energy(weight, self.gram)
         return max(error, 0.0) / power if power > 0 else 0.0
 
-    def errors(self, nested: Nested) -> Float[Tensor, " counts"]:
-        """`error` of the refits at every count, on damped moments and before they are rounded."""
+    def errors(self, nested: Nested | Truncated) -> Float[Tensor, " counts"]:
+        """`error` of the refits at every count, on damped moments, or of truncations, on H itself; before they are
+        rounded."""
         if self._power <= 0:
             return torch.zeros_like(nested.losses)
         return self.error(nested.layer.target) + nested.losses / self._power
@@ -361,6 +371,63 @@ class Nested:
             fitted[:done] += inverse[new, :done].T @ self._energy[new] if done else 0.0  # (2), the new rows
             found[keep] = layer._placed(self.ranking[:keep], fitted[:done].T)
         return [found[keep] for keep in keeps]
+
+
+@dataclass(frozen=True, eq=False)
+class Truncated:
+    """All ranks along one orthonormal basis of the outputs, for the price of one.
+
+    Let U (d_out, m) have orthonormal columns that span those of W*, the first ones the most important, and U_r be the
+    first r of them. Whatever whitens the inputs, a truncated singular value decomposition has this form: of
+    W* S = U Σ Vᵀ, U_r Σ_r V_rᵀ S⁻¹ = U_r U_rᵀ W*, so that no S is inverted.
+
+        Ŵ_r = U_r (U_rᵀ W*)                                                                 (1)
+        E_r = tr (W* - Ŵ_r) H (W* - Ŵ_r)ᵀ = Σ_{i > r} u_iᵀ W* H W*ᵀ u_i                      (2)
+        ½ ‖R (W* - Ŵ_r) (H + λI)^½‖² = ½ Σ_{i, j > r} (u_iᵀ W* (H + λI) W*ᵀ u_j) (u_iᵀ RᵀR u_j)   (3)
+
+    Where U has the singular vectors of W* S, S Sᵀ = H, (2) is the sum of the squared singular values beyond r. It never
+    falls short of that (Eckart & Young 1936), for any U.
+    """
+
+    layer: LayerProblem
+    basis: Float[Tensor, "d_out m"]
+
+    @cached_property
+    def _rows(self) -> Float[Tensor, "m d_in"]:
+        return self.basis.T @ self.layer.target  # UᵀW*
+
+    @property
+    def losses(self) -> Float[Tensor, " counts"]:
+        """E_r at every count 0 … `layer.most`, of which 0 is no rank that can be asked for, and the last the weight."""
+        energy = ((self._rows @ self.layer.gram.double()) * self._rows).sum(1)
+        return self._behind(energy)  # (2)
+
+    def nats(self, root: Float[Tensor, "d_out d_out"]) -> Float[Tensor, " counts"]:
+        """(3) at every count: as `LayerProblem.nats` of the truncations, before they are rounded."""
+        weighed = root @ self.basis
+        pairs = (self._rows @ self.layer.hessian @ self._rows.T) * (weighed.T @ weighed)
+        whole = pairs.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)  # Σ_{i, j ≥ r}, at every r
+        return self._ended(whole).div_(2)  # (3)
+
+    def _behind(self, rises: Float[Tensor, " m"]) -> Float[Tensor, " counts"]:
+        return self._ended(rises.flip(0).cumsum(0).flip(0))
+
+    def _ended(self, sums: Float[Tensor, " m"]) -> Float[Tensor, " counts"]:
+        """Of the ranks that are counts; nothing is lost at the last count."""
+        return torch.cat([sums[: self.layer.most], sums.new_zeros(1)]).clamp_(min=0)
+
+    def candidates(self, keeps: Sequence[int]) -> list[Candidate]:
+        """One candidate for every count, in the order of `keeps`; both factors have rows or columns of equal norms."""
+        norms = self._rows.norm(dim=1)
+        scale = torch.where(norms > 0, norms, 1).sqrt()
+        left, right = self.layer.rounded(self.basis * scale), self.layer.rounded(self._rows / scale[:, None])
+        return [self._of_rank(left[:, :keep].clone(), right[:keep].clone()) for keep in keeps]
+
+    def _of_rank(self, left: Float[Tensor, "d_out r"], right: Float[Tensor, "r d_in"]) -> Candidate:
+        """(1), or the weight itself where that has no more parameters."""
+        if len(right) == self.layer.most:
+            return Candidate(None, self.layer._whole().weight)
+        return Candidate(None, self.layer.rounded(product(left, right)), (left, right))
 
 
 def _solved_rows(

@@ -1,9 +1,9 @@
 """Models whose layers differ in size, or lack attention or MLP, as ordinary transformers classes.
 
 The stock model is built from the global sizes, then every layer is cut to its entry of the config's
-`per_layer_config`, and given the biases that its `biased` names. Layers stay what they were, so
-checkpointing, adapters and serving engines find the classes they know. Exported models may carry a copy
-of this file: it needs torch and transformers and nothing of prunekit.
+`per_layer_config`, given the biases that its `biased` names, and its linear maps that `ranks` names become
+two. Layers stay what they were, so checkpointing, adapters and serving engines find the classes they know.
+Exported models may carry a copy of this file: it needs torch and transformers and nothing of prunekit.
 """
 
 from __future__ import annotations
@@ -127,6 +127,10 @@ class Family:
         for part in getattr(layer_config, "biased", ()):
             _resize(block, self.columns[part], bias=True)
         self.recount(attention, query, kv)
+        for path, rank in getattr(layer_config, "ranks", {}).items():
+            whole = block.get_submodule(path)
+            assert isinstance(whole, nn.Linear)
+            block.set_submodule(path, LowRank.of(whole, rank))
         for part in getattr(layer_config, "skip", ()):
             for path, stub in self.skipped(block, part, index, head_dim).items():
                 block.set_submodule(path, stub)
@@ -145,6 +149,9 @@ class Family:
         for name in ("skip", "biased"):
             if strange := set(getattr(layer_config, name, ())) - {"attention", "mlp"}:
                 raise ValueError(f"layer {index}: {name} lists attention and mlp, not {', '.join(sorted(strange))}")
+        known, ranks = {*self.rows, *self.columns.values()}, getattr(layer_config, "ranks", {})
+        if strange := sorted(path for path, rank in ranks.items() if path not in known or not rank >= 1):
+            raise ValueError(f"layer {index}: ranks names linear maps, each with a rank of 1 or more, not {strange[0]}")
 
 
 SEPARATE: Mapping[str, Unit] = {"self_attn.q_proj": "query", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"}
@@ -256,6 +263,40 @@ class SkippedMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(hidden_states)
+
+
+class LowRank(nn.Sequential):
+    """A linear map of low rank: `v` to as many values as the rank, and `u` from them, which has the bias."""
+
+    v: nn.Linear
+    u: nn.Linear
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, **place: Any) -> None:
+        super().__init__()
+        self.v = nn.Linear(in_features, rank, bias=False, **place)
+        self.u = nn.Linear(rank, out_features, bias=bias, **place)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, rank: int) -> LowRank:
+        """In the place of a linear map, with values of its own."""
+        place = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        return cls(linear.in_features, linear.out_features, rank, linear.bias is not None, **place)
+
+    @property
+    def in_features(self) -> int:
+        return self.v.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.u.out_features
+
+    @property
+    def rank(self) -> int:
+        return self.v.out_features
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.u.bias
 
 
 class LayerConfig:

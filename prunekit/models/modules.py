@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from prunekit.models.classes import LowRank
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -26,6 +28,15 @@ def sliced(linear: nn.Linear, dim: Literal[0, 1], index: Tensor, source: Tensor 
     if bias is not None:
         kept = bias.detach().index_select(0, index.to(bias.device)) if dim == 0 else bias.detach().clone()
         small.bias = nn.Parameter(kept, bias.requires_grad)
+    return small.train(linear.training)
+
+
+def factored(linear: nn.Linear, left: Tensor, right: Tensor) -> LowRank:
+    """Two linear maps in the place of one: right (r, d_in), then left (d_out, r) with the bias, which is shared."""
+    small = LowRank(linear.in_features, linear.out_features, len(right), bias=False, device="meta")
+    for part, factor in ((small.v, right), (small.u, left)):
+        part.weight = nn.Parameter(factor.detach().to(linear.weight), linear.weight.requires_grad)
+    small.u.bias = linear.bias
     return small.train(linear.training)
 
 

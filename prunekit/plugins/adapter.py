@@ -40,10 +40,11 @@ class ModelAdapter(ABC):
     """What the road asks of a model: its blocks, and their linear maps in order of execution.
 
     `block` below is one of `model`. Single weights can be removed in every family; groups, and with them whole
-    sub-layers, where the family says how.
+    sub-layers, where the family says how; maps become two of low rank where there are classes for such models.
     """
 
     layers: ClassVar[str]  # path of the list of blocks
+    factors: ClassVar[bool] = False  # are there classes whose linear maps may be two of low rank?
 
     def opened(self, model: PreTrainedModel) -> PreTrainedModel:
         """What is pruned in the place of a model that was read: itself, or a model of another class that computes the
@@ -80,14 +81,21 @@ class ModelAdapter(ABC):
         Raises:
             UnsupportedModel: as `sites` and `linear_sites`.
         """
-        return self.sites(model, heads=heads) if form.shrinks else self.linear_sites(model, form)
+        return self.sites(model, heads=heads) if form.coupled else self.linear_sites(model, form)
 
     def linear_sites(self, model: nn.Module, form: Form) -> tuple[Site, ...]:
-        """Every linear map of every block as a site where single weights are removed, in order of execution.
+        """Every linear map of every block as a site where single weights are removed, or ranks, in order of execution.
 
         Raises:
-            UnsupportedModel: a linear map is not a plain one, or its rows are no whole number of pattern blocks.
+            UnsupportedModel: a linear map is not a plain one, its rows are no whole number of pattern blocks, or the
+                family has no classes of low rank.
         """
+        if form.shrinks and not self.factors:
+            name = getattr(model.config, "model_type", type(model).__name__)
+            raise UnsupportedModel(
+                f"models of type {name!r} have no class whose linear maps may be two of low rank; "
+                "remove single weights with structure weights or a pattern N:M, such as 2:4"
+            )
         return tuple(
             self._linear_site(block, index, path, shared, form)
             for index, block in enumerate(self.blocks(model))
@@ -170,8 +178,9 @@ class ModelAdapter(ABC):
                 "choose a pattern N:M whose M divides them, or structure weights"
             )
         return Site(
-            name, index, "linear", d_in, 1, d_out,
+            name, index, "linear", form.most(d_in, d_in, d_out), 1, form.each(d_in, d_out),
             d_out=d_out, form=form, input_group=f"{prefix}.{shared[0]}" if len(shared) > 1 else "",
+            inputs=d_in if form.shrinks else 0,
         )  # fmt: skip
 
 
@@ -193,5 +202,6 @@ def check_plain(block: nn.Module, path: str, name: str) -> None:
     found = block.get_submodule(path)
     if not isinstance(found, nn.Linear) or not found.weight.is_floating_point():
         raise UnsupportedModel(
-            f"{name} needs plain linear maps, but {path} is {type(found).__name__}; prune before quantizing or wrapping"
+            f"{name} needs plain linear maps, but {path} is {type(found).__name__}; "
+            "prune before quantizing, factoring or wrapping"
         )

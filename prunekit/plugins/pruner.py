@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunekit.layer.candidates import Candidate
-from prunekit.layer.problem import LayerProblem, Nested
+from prunekit.layer.problem import LayerProblem, Nested, Truncated
 from prunekit.layer.statistics import Need
 
 Within = Literal["map", "block"]
@@ -19,7 +19,7 @@ Within = Literal["map", "block"]
 class LocalPruner(ABC):
     """Answers, for one layer, what to keep at every count."""
 
-    structures: ClassVar[frozenset[str]] = frozenset({"groups"})  # and/or weights, n:m
+    structures: ClassVar[frozenset[str]] = frozenset({"groups"})  # and/or weights, n:m, low-rank
     within: Within = "map"
     """What a layer receives behind the pruned blocks: what the pruned maps of its own block produce, or, with `block`,
     what that block does while it is dense. An attribute, or a field of a pruner that has both."""
@@ -46,7 +46,8 @@ class LocalPruner(ABC):
         `keeps` holds distinct counts of kept groups in any order, 0 and all included. The layer is not changed.
 
         Where `layer.structure` is weights, a count k allows k non-zeros in every row, or k · d_out anywhere; where it
-        is n:m, k · m / d_in in every m of a row, m = `layer.m`. Such candidates have no `kept`.
+        is n:m, k · m / d_in in every m of a row, m = `layer.m`. Such candidates have no `kept`. Where it is low-rank,
+        counts are ranks from 1, and candidates have `factors`; `layer.most` is the count of the weight as it is.
         """
 
     def keep(
@@ -59,10 +60,11 @@ class LocalPruner(ABC):
         """
         return layer.masked(groups, scales)
 
-    def nested(self, layer: LayerProblem) -> Nested | None:
-        """The refits of all counts along one ranking, of which `prune` gives those that are asked for.
+    def nested(self, layer: LayerProblem) -> Nested | Truncated | None:
+        """The refits of all counts along one ranking, or the truncations to all ranks along one basis, of which `prune`
+        gives those that are asked for.
 
-        With them every count has its price though few are made. None, as here: the candidates are not such refits.
+        With them every count has its price though few are made. None, as here: the candidates are no such answers.
         """
         return None
 

@@ -256,7 +256,7 @@ def _check_structure(parts: Parts) -> None:
             there = ", ".join(sorted(plugin.structures))
             raise WrongInput(f"{kind} {spec['name']!r} does not know structure {form.units}; it knows {there}")
     parts.metric.check(form.units)
-    if form.shrinks:
+    if form.coupled:
         return
     for kind, spec, plugin in named:
         if isinstance(plugin, Finisher) and plugin.adds_biases:

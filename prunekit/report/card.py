@@ -39,6 +39,8 @@ def card(document: Mapping[str, Any], recipe: Recipe, facts: Mapping[str, Any]) 
         for site in document["sites"]
     )
     title, unit, more, note = f"{pruned['sparsity_of_blocks']:.1%} of the block parameters removed", "groups", "", ""
+    if any("keeps" in site for site in document["sites"]):
+        unit = "rank"
     if (found := document.get("weights")) is not None:
         title, unit = f"{found['sparsity']:.1%} of the weights in the blocks' linear maps are zero", "weights per row"
         more = f"\n| not zero in linear maps | {found['in_linear_maps']:,} | {found['not_zero']:,} |"

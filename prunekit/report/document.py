@@ -123,7 +123,7 @@ def report(
                 "kind": site.kind,
                 "groups": site.n_groups,
                 "kept": kept,
-                **({} if site.form.shrinks else {"keeps": site.describe(kept)}),
+                **({} if site.form.coupled else {"keeps": site.describe(kept)}),
                 "parameters": site.parameters(kept),
                 "error": error,
             }

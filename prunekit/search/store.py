@@ -107,8 +107,7 @@ class CandidateStore:
         counts = list(keeps) if keeps is not None else [len(c.kept or ()) for c in candidates]
         tensors = dict[str, Tensor]()
         for count, candidate in zip(counts, candidates, strict=True):
-            here = Candidate(candidate.kept, candidate.weight.detach().cpu())
-            encoded = layout_of(site).encode(site, count, here)
+            encoded = layout_of(site).encode(site, count, candidate.to("cpu"))
             tensors |= {f"{count}.{name}": tensor for name, tensor in encoded.items()}
         if scores is not None:
             tensors["scores"] = torch.tensor(scores, dtype=torch.float64)
@@ -136,7 +135,7 @@ class CandidateStore:
             raise KeyError(f"{site.name}: no candidate keeps {kept}; there are {entry['kept']}")
         with safe_open(self._intact(site), "pt") as file:
             found = layout_of(site).decode(site, kept, lambda name: file.get_tensor(f"{kept}.{name}"))
-        return Candidate(found.kept, found.weight.to(device))
+        return found.to(device)
 
     @staticmethod
     def bytes(site: Site, ladder: Sequence[int], dtype: torch.dtype, *, scores: bool = False) -> int:

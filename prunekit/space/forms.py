@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from prunekit.errors import WrongInput
 
-Units = Literal["groups", "weights", "n:m"]
+Units = Literal["groups", "weights", "n:m", "low-rank"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Form(ABC):
     """What is removed, what a count means, and which counts there are."""
 
     units: ClassVar[Units]  # what plug-ins say in `structures`
-    shrinks: ClassVar[bool]  # modules become smaller, with rows of producer layers; else one linear map gets zeros
+    shrinks: ClassVar[bool]  # parameters leave the model; else a linear map gets zeros
+    coupled: ClassVar[bool]  # rows of producer layers go along, of whole sub-layers; else every linear map is a site
 
     @property
     def m(self) -> int:
@@ -41,9 +42,17 @@ class Form(ABC):
         """The smallest count."""
         return 0
 
+    def most(self, groups: int, d_in: int, d_out: int) -> int:
+        """The count of all there is in a linear map (d_out, d_in) whose columns are so many groups."""
+        return groups
+
+    def each(self, d_in: int, d_out: int) -> int:
+        """Parameters of a linear map (d_out, d_in) that one more of a count keeps, where nothing else goes along."""
+        return d_out
+
     @abstractmethod
-    def describe(self, kept: int, of: int) -> str:
-        """A count in words."""
+    def describe(self, kept: int, of: int, d_in: int, d_out: int) -> str:
+        """A count in words, `of`: all there is."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +61,9 @@ class Groups(Form):
 
     units = "groups"
     shrinks = True
+    coupled = True
 
-    def describe(self, kept: int, of: int) -> str:
+    def describe(self, kept: int, of: int, d_in: int, d_out: int) -> str:
         return f"{kept:,} of {of:,}"
 
 
@@ -63,8 +73,9 @@ class Weights(Form):
 
     units = "weights"
     shrinks = False
+    coupled = False
 
-    def describe(self, kept: int, of: int) -> str:
+    def describe(self, kept: int, of: int, d_in: int, d_out: int) -> str:
         return f"{kept:,} of {of:,}"
 
 
@@ -74,6 +85,7 @@ class Pattern(Form):
 
     units = "n:m"
     shrinks = False
+    coupled = False
 
     kept: int  # n
     block: int  # m
@@ -94,28 +106,53 @@ class Pattern(Form):
     def least(self, d_in: int) -> int:
         return self.step(d_in)  # a pattern keeps something of every block
 
-    def describe(self, kept: int, of: int) -> str:
+    def describe(self, kept: int, of: int, d_in: int, d_out: int) -> str:
         return f"{kept * self.block // of}:{self.block}"
 
 
-GROUPS, WEIGHTS = Groups(), Weights()
+@dataclass(frozen=True)
+class Ranks(Form):
+    """Low rank: a linear map becomes two, U (d_out, r) behind V (r, d_in); a count is r, and all there is: the map.
+
+    Ranks whose factors have as many parameters as the map, or more, are no counts: the largest count is the first of
+    them, and stands for the map as it is. So a count over the largest is, but for rounding, a share of the parameters.
+    """
+
+    units = "low-rank"
+    shrinks = True
+    coupled = False
+
+    def least(self, d_in: int) -> int:
+        return 1  # a factor without rows is no linear map
+
+    def most(self, groups: int, d_in: int, d_out: int) -> int:
+        return -(-d_in * d_out // (d_in + d_out))
+
+    def each(self, d_in: int, d_out: int) -> int:
+        return d_in + d_out
+
+    def describe(self, kept: int, of: int, d_in: int, d_out: int) -> str:
+        return f"rank {kept:,} of {min(d_in, d_out):,}" if kept < of else "dense"
+
+
+GROUPS, WEIGHTS, RANKS = Groups(), Weights(), Ranks()
 
 
 def parse_form(text: str) -> Form:
     """The form of a recipe's `structure`.
 
     Args:
-        text: groups, weights, or a pattern such as 2:4, which keeps two of every four weights.
+        text: groups, weights, low-rank, or a pattern such as 2:4, which keeps two of every four weights.
 
     Raises:
         WrongInput: it is none of them.
     """
-    if text in ("groups", "weights"):
-        return GROUPS if text == "groups" else WEIGHTS
+    if (named := next((form for form in (GROUPS, WEIGHTS, RANKS) if form.units == text), None)) is not None:
+        return named
     kept, colon, block = text.partition(":")
     if colon and kept.isdecimal() and block.isdecimal() and 0 < int(kept) < int(block):
         return Pattern(int(kept), int(block))
     raise WrongInput(
-        f"no structure {text!r}; there are groups, weights, and patterns N:M that keep N of every M weights, "
+        f"no structure {text!r}; there are groups, weights, low-rank, and patterns N:M that keep N of every M weights, "
         "0 < N < M, such as 2:4"
     )

@@ -14,13 +14,14 @@ from prunekit.space.sites import Site
 
 
 class Metric(ABC):
-    """What a budget counts: the price of every count of groups, or of weights per row, at every site.
+    """What a budget counts: the price of every count of groups, of weights per row, or of ranks, at every site.
 
     Prices are integers and add up over sites, so that a budget can be met exactly.
     """
 
     unit: ClassVar[str]  # in sentences: sparsity 0.5 of parameters, 12 parameters
-    structures: ClassVar[frozenset[str]] = frozenset({"groups", "weights", "n:m"})  # whose removal it counts
+    structures: ClassVar[frozenset[str]] = frozenset({"groups", "weights", "n:m", "low-rank"})
+    """Whose removal it counts."""
 
     @abstractmethod
     def price(self, site: Site, kept: int) -> int:

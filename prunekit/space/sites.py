@@ -21,8 +21,9 @@ class Site:
     Of form groups, a group lives or dies together with everything that feeds it (rows of the producer layers). Keeping
     0 groups drops the whole sub-layer, its norm and biases included.
 
-    Of the other forms the kind is linear and single weights are removed: a count is that of the weights kept per output
-    row, in exact mean over the rows. Keeping 0 leaves a map of zeros and its bias.
+    Of the other forms the kind is linear. Where single weights are removed, a count is that of the weights kept per
+    output row, in exact mean over the rows; keeping 0 leaves a map of zeros and its bias. Of low rank, it is the rank
+    of what takes the place of the map, and the largest count the map itself.
     """
 
     name: str  # module path of the linear map inside the model
@@ -37,12 +38,13 @@ class Site:
     d_out: int = 1  # rows of the linear map
     form: Form = GROUPS
     input_group: str = ""  # sites of one input group receive the same input; "": nobody else does
+    inputs: int = 0  # columns of the linear map where counts are not of them; 0: all columns are in groups
     spared: bool = False  # nothing of it may go; its price counts
 
     @property
     def d_in(self) -> int:
         """Columns of the linear map."""
-        return self.n_groups * self.group_size
+        return self.inputs or self.n_groups * self.group_size
 
     @property
     def least(self) -> int:
@@ -62,12 +64,13 @@ class Site:
         )
 
     def describe(self, kept: int) -> str:
-        """A count in words: 12 of 32, or as a pattern, 2:4."""
-        return self.form.describe(kept, self.n_groups)
+        """A count in words: 12 of 32, or as a pattern, 2:4, or as a rank, rank 96 of 288."""
+        return self.form.describe(kept, self.n_groups, self.d_in, self.d_out)
 
     def parameters(self, kept: int) -> int:
-        """Parameters of the sub-layer when `kept` groups are kept."""
-        return kept * self.params_per_group + (self.params_fixed if kept else 0)
+        """Parameters of the sub-layer when `kept` groups are kept; of low rank, never more than the map's own."""
+        parameters = kept * self.params_per_group + (self.params_fixed if kept else 0)
+        return min(parameters, self.d_in * self.d_out) if self.inputs else parameters
 
     def columns(self, groups: Sequence[int]) -> list[int]:
         """Input columns of `groups`, group by group."""

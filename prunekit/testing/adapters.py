@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunekit.export.hf import to_transformers
-from prunekit.layer.candidates import Candidate
+from prunekit.layer.candidates import Candidate, product
 from prunekit.models.blocks import entered
 from prunekit.plugins.adapter import Heads, ModelAdapter, UnsupportedModel
 from prunekit.plugins.registry import ADAPTERS
-from prunekit.space.forms import WEIGHTS
+from prunekit.space.forms import RANKS, WEIGHTS
 from prunekit.space.sites import Site
 from prunekit.testing.models import tiny
 from prunekit.testing.supernets import toy_tokens
@@ -153,6 +153,31 @@ class AdapterSuite:
         assert type(exported) is type(model), "shapes are as before, so the stock class holds them"
         torch.testing.assert_close(_logits(exported), _logits(small), rtol=0, atol=1e-10)
         assert exported.num_parameters() == model.num_parameters()
+
+    @pytest.mark.parametrize("seed", range(2))
+    def test_a_map_of_low_rank_is_the_product_of_its_factors_at_exactly_its_price(
+        self, model: PreTrainedModel, seed: int
+    ) -> None:
+        try:
+            sites = self.plugin.sites_of(model, RANKS)
+        except UnsupportedModel as error:
+            pytest.skip(str(error))
+        generator, rng, plan = torch.Generator().manual_seed(seed), random.Random(seed), Plan()
+        twin, freed = copy.deepcopy(model), 0
+        for site in sites:
+            kept, own = rng.randint(1, site.n_groups), self._linear(twin, site).weight
+            pair = torch.randn(site.d_out, kept, generator=generator), torch.randn(kept, site.d_in, generator=generator)
+            factors = pair[0].to(own), pair[1].to(own)
+            whole = kept == site.n_groups
+            plan[site] = Candidate(None, own.detach().clone()) if whole else Candidate(None, product(*factors), factors)
+            own.data.copy_(plan[site].weight)
+            freed += site.parameters(site.n_groups) - site.parameters(kept)
+        small = self._cut(model, plan)
+        torch.testing.assert_close(_logits(small), _logits(twin), rtol=1e-9, atol=1e-8)
+        exported = to_transformers(small, self.plugin)
+        torch.testing.assert_close(_logits(exported), _logits(small), rtol=0, atol=1e-10)
+        assert exported.num_parameters() == model.num_parameters() - freed
+        self._assert_generates(self._cut(model, plan))
 
     def test_the_dense_model_is_left_alone(self, model: PreTrainedModel) -> None:
         before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, Sequence[int]]] = {  # structure, and groups of atte
     "a layer lost, the others even": ("groups", (0, 0, 2, 9, 2, 9)),
     "weights": ("weights", ()),
     "n:m": ("2:4", ()),
+    "low rank": ("low-rank", ()),
 }
 UNEVEN, EVEN, *_ = CASES
 SLACK = 1 << 18  # bytes of configs and of what else says how to compute, which no plan counts
@@ -45,6 +46,8 @@ def made(case: str, model_type: str = "llama", seed: int = 0) -> Made:
         weight = adapter.linear(adapter.blocks(model)[site.block], site).weight
         kept = counts[number] if counts else site.n_groups // 2
         half = Candidate(None, weight * (torch.arange(site.d_in) % 2))
+        if form.shrinks and not form.coupled and number % 5:  # some maps stay whole
+            half = Candidate(None, weight, (weight[:, :1].repeat(1, kept), weight[:1].repeat(kept, 1)))
         adapter.remove(model, site, Candidate(tuple(range(kept)), weight) if counts else half)
         rows.append({"name": site.name, "groups": site.n_groups, "kept": kept})
     exported, ids = to_transformers(model, adapter), torch.arange(2, 14)[None]

@@ -69,12 +69,12 @@ class FinisherSuite:
         self._finished(self._piece(plan=counts))
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Single weights for the finishers that know them; biases are paid for with groups."""
+        """Single weights and low rank for the finishers that know them; biases are paid for with groups."""
         if "pattern" in metafunc.fixturenames:
-            known = {} if self.plugin.adds_biases else {"weights": "weights", "n:m": "2:4"}
+            known = {} if self.plugin.adds_biases else {"weights": "weights", "n:m": "2:4", "low-rank": "low-rank"}
             metafunc.parametrize("pattern", [text for units, text in known.items() if units in self.plugin.structures])
 
-    def test_no_linear_map_gets_more_weights_than_its_count(self, pattern: str) -> None:
+    def test_no_linear_map_gets_more_than_its_count(self, pattern: str) -> None:
         self._finished(toy_workpiece(toy_supernet(structure=pattern, intermediate_size=16)))  # checked as in a run
 
     @pytest.mark.parametrize("model_type", ["opt", "gpt_neox"])

@@ -10,7 +10,7 @@ import torch
 from prunekit.calibration.moments import Moments, collected
 from prunekit.layer.problem import LayerProblem, Producer
 from prunekit.layer.statistics import MapShape, Need, Received, Statistic
-from prunekit.space.forms import GROUPS, WEIGHTS, Pattern
+from prunekit.space.forms import GROUPS, RANKS, WEIGHTS, Form, Pattern
 
 Quirk = Literal["plain", "dead", "duplicate", "constant", "low rank", "loud", "zero weight", "silent"]
 QUIRKS: tuple[Quirk, ...] = get_args(Quirk)
@@ -26,6 +26,7 @@ def toy_layer(
     dtype: torch.dtype = torch.float32,
     moments: torch.dtype = torch.float32,
     block: int | None = None,
+    form: Form | None = None,
     needs: Iterable[Need] = (),
 ) -> LayerProblem:
     """A layer with correlated inputs and all that a pruner may need by name, but no cross moment.
@@ -33,8 +34,8 @@ def toy_layer(
     quirk: dead (the first group receives nothing), duplicate (the second receives what the first does), constant
     (the first column is 1), low rank (two directions in all), loud (the last column is 1000 times the others),
     zero weight (the first group has none), silent (no group receives anything). With a block, single weights are
-    removed: 0 for structure weights, m for n:m; then nothing in front of the layer goes with them. Statistics that are
-    objects in `needs` are taken of the layer's tokens.
+    removed: 0 for structure weights, m for n:m, or what `form` says; then nothing in front of the layer goes with them.
+    Statistics that are objects in `needs` are taken of the layer's tokens.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -69,8 +70,10 @@ def toy_layer(
         "gradient": normal(d_out, d_in),
         "fisher": normal(d_out, d_in).square(),
     }
+    if form is None:
+        form = GROUPS if block is None else Pattern(1, block) if block else WEIGHTS
     fed, learnt = {}, {}
-    for name, rows in (("wide", group_size), ("narrow", 1)) if block is None else ():  # as queries, and shared keys
+    for name, rows in (("wide", group_size), ("narrow", 1)) if form.coupled else ():  # as queries, and shared keys
         fed[name], size = normal(n_groups * rows, 3), (n_groups * rows, 3)
         learnt[name] = {"power": normal(3).square(), "gradient": normal(*size), "fisher": normal(*size).square()}
     statistics["influence"] = normal(1).square()[0]
@@ -82,7 +85,7 @@ def toy_layer(
         weight=weight.to(dtype),
         gram=(x.T @ x / len(x)).to(moments),
         group_size=group_size,
-        form=GROUPS if block is None else Pattern(1, block) if block else WEIGHTS,
+        form=form,
         statistics={name: value.to(moments) for name, value in (statistics | own[""]).items()},
         producers=tuple(
             Producer(name, w.to(dtype), {key: value.to(moments) for key, value in (learnt[name] | own[name]).items()})
@@ -180,8 +183,17 @@ def with_statistics(layer: LayerProblem, **statistics: torch.Tensor) -> LayerPro
 
 
 def counts_of(layer: LayerProblem) -> range:
-    """All counts that may be asked of a layer, 0 and all included; of a pattern, whole weights of every block."""
-    return range(0, layer.n_groups + 1, layer.d_in // layer.m if layer.m else 1)
+    """All counts that may be asked of a layer, 0, or rank 1, to all; of a pattern, whole weights of every block."""
+    return range(int(layer.structure == "low-rank"), layer.most + 1, layer.d_in // layer.m if layer.m else 1)
+
+
+def few_tokens(
+    d_in: int, d_out: int, tokens: int, *, needs: Iterable[Need] = (), dtype: torch.dtype = torch.float32
+) -> LayerProblem:
+    """A layer of low rank whose moments are of fewer tokens than it has inputs."""
+    layer = toy_layer(d_in, 1, d_out, form=RANKS, needs=needs, dtype=dtype)
+    x = torch.randn(tokens, d_in, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return replace(layer, gram=(x.T @ x / tokens).to(layer.gram))
 
 
 Zoo = dict[str, Callable[..., LayerProblem]]
@@ -211,5 +223,11 @@ STRUCTURES: dict[str, Zoo] = {
     "weights": _zoo(8, "rows", block=0) | {"one weight": partial(toy_layer, 1, block=0)},
     "n:m": _zoo(8, "rows", block=4)
     | {"one block": partial(toy_layer, 4, block=4), "pairs": partial(toy_layer, 6, block=2)},
+    "low-rank": _zoo(8, "rows", form=RANKS)
+    | {
+        "one column": partial(toy_layer, 1, form=RANKS),
+        "tall": partial(toy_layer, 6, 1, 20, form=RANKS),
+        "few tokens": partial(few_tokens, 8, 5, 3),
+    },
 }
 """Layers for every structure, by its name."""

@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from prunekit.models.opening import fingerprint
 from prunekit.plugins.dense import Dense
 from prunekit.plugins.metric import MeasuredMetric
 from prunekit.space.budgets import Budget
-from prunekit.space.forms import parse_form
+from prunekit.space.forms import Units, parse_form
 from prunekit.space.ladders import Space
 from prunekit.space.metrics import Metric
 from prunekit.space.prices import Workload
@@ -31,7 +31,7 @@ from prunekit.space.sites import Site
 from prunekit.system.progress import Progress
 from prunekit.testing.models import tiny
 
-STRUCTURES = {"groups": "groups", "weights": "weights", "n:m": "2:4"}
+STRUCTURES = {"groups": "groups", "weights": "weights", "n:m": "2:4", "low-rank": "low-rank"}
 OUTSIDE = 1_000  # parameters
 
 
@@ -138,7 +138,7 @@ class MetricSuite:
             assert "\n" not in str(refused.value)
 
     def test_structures_it_does_not_count_are_refused(self) -> None:
-        for units in ("groups", "weights", "n:m"):
+        for units in get_args(Units):
             with nullcontext() if units in self.plugin.structures else pytest.raises(WrongInput):
                 self.plugin.check(units)
 

@@ -4,15 +4,17 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, get_args
 
 import pytest
 import torch
 
 from prunekit.calibration.statistics import statistics_of
-from prunekit.layer.candidates import Candidate, is_sparse
+from prunekit.layer.candidates import Candidate, is_sparse, product
 from prunekit.layer.problem import LayerProblem
 from prunekit.plugins.pruner import LocalPruner, Within
+from prunekit.space.forms import RANKS
 from prunekit.testing.layers import STRUCTURES, Quirk, Zoo, counts_of, other_order, permuted, tensors_of, toy_layer
 from prunekit.testing.shapes import on_any_shape
 
@@ -35,6 +37,10 @@ def checked(pruner: LocalPruner, layer: LayerProblem, keeps: Sequence[int]) -> l
         of_layer = layer.weight
         assert (weight.shape, weight.dtype, weight.device) == (of_layer.shape, of_layer.dtype, of_layer.device)
         assert bool(torch.isfinite(weight).all())
+        if layer.structure == "low-rank":
+            assert kept is None
+            checked_factors(layer, keep, candidate)
+            continue
         if layer.structure != "groups":
             assert kept is None
             assert is_sparse(weight, keep, layer.m), "exact zeros, as many as were asked for where they were asked"
@@ -49,10 +55,25 @@ def checked(pruner: LocalPruner, layer: LayerProblem, keeps: Sequence[int]) -> l
     return candidates
 
 
+def checked_factors(layer: LayerProblem, keep: int, candidate: Candidate) -> None:
+    """A candidate of low rank is two factors of its rank, and their product; all there is, the weight, no factors."""
+    if keep == layer.most:
+        assert candidate.factors is None, "all there is stays one map"
+        return
+    assert candidate.factors is not None
+    (d_out, d_in), (left, right) = layer.weight.shape, candidate.factors
+    assert (tuple(left.shape), tuple(right.shape)) == ((d_out, keep), (keep, d_in)), "the rank that was asked for"
+    for factor in (left, right):
+        assert (factor.dtype, factor.device) == (layer.weight.dtype, layer.weight.device)
+        assert bool(torch.isfinite(factor).all())
+    assert torch.equal(candidate.weight, layer.rounded(product(left, right))), "the weight is the product"
+
+
 PLAIN: dict[str, Zoo] = {
     "groups": {"columns": partial(toy_layer, 12), "blocks": partial(toy_layer, 6, 4)},
     "weights": {"weights": partial(toy_layer, 12, block=0)},
     "n:m": {"fours": partial(toy_layer, 12, block=4)},
+    "low-rank": {"wide": partial(toy_layer, 12, 1, 9, form=RANKS), "tall": partial(toy_layer, 6, 1, 15, form=RANKS)},
 }
 SHARED = {
     structure: {name: made for name, made in zoo.items() if name.startswith(("plain", "dead", "bf", "float"))}
@@ -72,7 +93,9 @@ class PrunerSuite:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """The structures that the pruner knows; what is said of groups meets groups only."""
         known = sorted(self.plugin.structures)
-        for name, some in (("structure", known), ("groups", ["groups"]), ("single", ["weights", "n:m"])):
+        kinds = {"groups": ["groups"], "single": ["weights", "n:m"], "ranks": ["low-rank"]}
+        kinds |= {"structure": known, "by_row": ["weights", "n:m", "low-rank"], "priced": ["groups", "low-rank"]}
+        for name, some in kinds.items():
             if name in metafunc.fixturenames:
                 metafunc.parametrize(name, [structure for structure in some if structure in known])
 
@@ -86,7 +109,8 @@ class PrunerSuite:
         for name, layer in self._layers(STRUCTURES[structure]):
             with subtests.test(name):
                 *_, whole = checked(self.plugin, layer, counts_of(layer))
-                _, alone = (*checked(self.plugin, layer, [0]), *checked(self.plugin, layer, [layer.n_groups]))
+                checked(self.plugin, layer, [counts_of(layer)[0]])
+                (alone,) = checked(self.plugin, layer, [layer.most])
                 for candidate in (whole, alone):
                     assert layer.error(candidate.weight) == pytest.approx(0, abs=1e-5)
 
@@ -137,8 +161,8 @@ class PrunerSuite:
             for keep, candidate in zip(counts_of(layer), checked(self.plugin, layer, counts_of(layer)), strict=True):
                 assert int(candidate.weight.count_nonzero()) == keep * len(layer.weight)
 
-    def test_follows_its_rows_when_they_change_places(self, single: str) -> None:
-        for _, layer in self._layers(PLAIN[single]):
+    def test_follows_its_rows_when_they_change_places(self, by_row: str) -> None:
+        for _, layer in self._layers(PLAIN[by_row]):
             order = torch.arange(len(layer.weight)).roll(1)  # none stays
             of_rows = {"weight": layer.weight, "cross": layer.cross, "drift": layer.drift}
             rows: dict[str, Any] = {name: values[order] for name, values in of_rows.items() if values is not None}
@@ -162,8 +186,8 @@ class PrunerSuite:
                     assert one.kept == tuple(sorted(order[g] for g in two.kept))
                     torch.testing.assert_close(two.weight, one.weight[:, layer.columns(order)], rtol=1e-3, atol=1e-5)
 
-    def test_its_nested_refits_if_any_are_what_it_answers(self, groups: str, subtests: pytest.Subtests) -> None:
-        for name, layer in self._layers(PLAIN[groups]):
+    def test_its_nested_refits_if_any_are_what_it_answers(self, priced: str, subtests: pytest.Subtests) -> None:
+        for name, layer in self._layers(PLAIN[priced]):
             with subtests.test(name):
                 nested, counts = self.plugin.nested(layer), counts_of(layer)
                 if nested is None:
@@ -172,6 +196,18 @@ class PrunerSuite:
                 for one, two in zip(plain, nested.candidates(counts), strict=True):
                     assert one.kept == two.kept
                     torch.testing.assert_close(two.weight, one.weight, rtol=1e-3, atol=1e-5)
+
+    def test_more_rank_never_loses_more_and_its_price_is_what_it_loses(
+        self, ranks: str, subtests: pytest.Subtests
+    ) -> None:
+        for name, layer in self._layers(STRUCTURES[ranks]):
+            with subtests.test(name):
+                counts, nested = counts_of(layer), self.plugin.nested(layer)
+                lost = [layer.error(found.weight) for found in checked(self.plugin, layer, counts)]
+                close = 1e-2 if layer.weight.dtype in (torch.bfloat16, torch.float16) else 1e-5
+                assert all(more <= less + close for less, more in pairwise(lost))
+                if nested is not None:
+                    assert layer.errors(nested)[list(counts)].tolist() == pytest.approx(lost, rel=close, abs=close)
 
     def test_its_scores_if_any_are_one_finite_number_per_group(self, groups: str, subtests: pytest.Subtests) -> None:
         for name, layer in self._layers(STRUCTURES[groups]):
@@ -219,6 +255,9 @@ class PrunerSuite:
         for structure in sorted(self.plugin.structures):
             if structure == "groups":
                 layer = toy_layer(n_groups, group_size, d_out, quirk=quirk, seed=seed, needs=self.plugin.needs)
+            elif structure == "low-rank":
+                d_in, options = n_groups * group_size, {"quirk": quirk, "seed": seed, "needs": self.plugin.needs}
+                layer = toy_layer(d_in, 1, d_out, form=RANKS, **options)
             else:
                 d_in, block = n_groups * (group_size + 1), group_size + 1 if structure == "n:m" else 0
                 layer = toy_layer(d_in, 1, d_out, quirk=quirk, seed=seed, block=block, needs=self.plugin.needs)

@@ -54,6 +54,17 @@ class KeepLargest(LocalPruner):
         return [Candidate(None, (blocks * (place < count)).flatten(1)) for count in counts]
 
 
+@dataclass(frozen=True)
+class KeepSpectrum(LocalPruner):
+    """Keep the largest singular values of the weight."""
+
+    structures = frozenset({"low-rank"})
+
+    def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
+        basis, _, _ = torch.linalg.svd(layer.weight.double(), full_matrices=False)
+        return layer.truncated(basis).candidates(keeps)
+
+
 def toy_tokens(windows: int = 4, seqlen: int = 12, vocabulary: int = 61, seed: int = 0, sources: int = 1) -> TokenBatch:
     """Random token ids; the windows of several sources take turns."""
     ids = torch.randint(2, vocabulary, (windows, seqlen), generator=torch.Generator().manual_seed(seed))
@@ -114,6 +125,8 @@ def toy_supernet(
     form = parse_form(structure)
     sites = adapter.sites_of(model, form, heads)  # type: ignore[arg-type]
     whole = Space.whole(sites, Budget.keeping(share, sites))
+    toy: dict[str, LocalPruner] = {"groups": KeepFirst(), "low-rank": KeepSpectrum()}
+    toy |= {"weights": KeepLargest(), "n:m": KeepLargest()}
     plain, key = pruner is None and directory is None, str((model_type, carry, share, heads, structure, sizes))
     if plain and (known := _MADE.get(key)):
         return Supernet(model, adapter, whole, *known)
@@ -123,7 +136,7 @@ def toy_supernet(
         weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
     fisher = OutputFisher.collected(model, adapter, sites, toy_tokens(), 0, folder / "fisher", Progress())
     errors = build(
-        model, adapter, whole, whole.uniform(), pruner or (KeepFirst() if form.shrinks else KeepLargest()),
+        model, adapter, whole, whole.uniform(), pruner or toy[form.units],
         toy_tokens(), store, fisher=fisher, carry=carry, dtype=torch.float64, progress=Progress(),
     )  # fmt: skip
     if plain:

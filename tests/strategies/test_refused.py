@@ -22,6 +22,7 @@ REFUSED: dict[str, dict[str, list[dict[str, Any]]]] = {  # options by what the s
         "no variant 'MX'; there are SS, SM, MS, MM": [{"variant": "MX"}],
         "width ≥ 1|steps ≥ 1|exact ≥ 0": [{"width": 0}, {"steps": 0}, {"exact": -1}],
     },
+    "pruner asvd": {"alpha is between 0, the weight itself, and 4, not": [{"alpha": -1}, {"alpha": 5}]},
     "pruner fista": {
         "rounds, steps ≥ 1": [{"rounds": 0}],
         "share lies between": [{"share": 1.0}],

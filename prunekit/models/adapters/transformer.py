@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.layer.candidates import Candidate
-from prunekit.models.classes import Family, Part, SkippedMixer, SkippedMLP, Unit
-from prunekit.models.modules import grafted, sliced
+from prunekit.models.classes import Family, LowRank, Part, SkippedMixer, SkippedMLP, Unit
+from prunekit.models.modules import factored, grafted, sliced
 from prunekit.plugins.adapter import Cut, Heads, ModelAdapter, UnsupportedModel, check_plain, linear_at
 from prunekit.space.sites import Site
 
@@ -31,6 +31,7 @@ class Transformer(ModelAdapter):
 
     family: ClassVar[Family]
     layers = "model.layers"
+    factors = True
     final: ClassVar[tuple[str, ...]] = (
         "model.norm",
         "lm_head",
@@ -70,13 +71,15 @@ class Transformer(ModelAdapter):
         return hidden
 
     def maps(self, block: nn.Module, site: Site) -> list[nn.Linear]:
-        if not site.form.shrinks:
+        if not site.form.coupled:
             return super().maps(block, site)
         part = _part(site)
         return [linear_at(block, path) for path in (*self.family.producers(part), self.family.columns[part])]
 
     def pruned(self, block: nn.Module, site: Site, candidate: Candidate) -> dict[str, nn.Module]:
-        if not site.form.shrinks:
+        if candidate.factors is not None:
+            return {self.path(site): factored(self.linear(block, site), *candidate.factors)}
+        if not site.form.coupled:
             return super().pruned(block, site, candidate)
         if candidate.kept is None:
             raise ValueError(f"{site.name}: only candidates with groups can be cut out")
@@ -99,7 +102,7 @@ class Transformer(ModelAdapter):
     # -- how a block is made ---------------------------------------------------------------------------
 
     def cuts(self, block: nn.Module, site: Site) -> Sequence[Cut]:
-        if not site.form.shrinks:
+        if not site.form.coupled:
             return super().cuts(block, site)
         own = torch.tensor(site.columns(range(site.n_groups))).reshape(site.n_groups, -1)
         index: dict[Unit, Tensor]  # (n_groups, rows of a group)
@@ -122,12 +125,12 @@ class Transformer(ModelAdapter):
     def heads(self, block: nn.Module) -> tuple[int, int, int]:
         """(query heads, KV heads, head width) of the block's attention, read from its modules."""
         width = self.head_dim(block)
-        query = kv = linear_at(block, self.family.columns["attention"]).in_features // width
+        query = kv = map_at(block, self.family.columns["attention"]).in_features // width
         for path in self.family.producers("attention"):
             units = self.family.units(path)
             if times := units.count("kv") + 2 * units.count("qkv"):
                 of_queries = query * (units.count("query") + units.count("qkv"))
-                kv = (linear_at(block, path).out_features // width - of_queries) // times
+                kv = (map_at(block, path).out_features // width - of_queries) // times
         return query, kv, width
 
     def head_dim(self, block: nn.Module) -> int:
@@ -148,7 +151,14 @@ class Transformer(ModelAdapter):
     def biased(self, block: nn.Module) -> tuple[Part, ...]:
         """The parts of a block whose linear map with cut columns has a bias."""
         there: list[Part] = [part for part in PARTS if part not in self.dropped(block)]
-        return tuple(part for part in there if linear_at(block, self.family.columns[part]).bias is not None)
+        return tuple(part for part in there if map_at(block, self.family.columns[part]).bias is not None)
+
+    def ranks(self, block: nn.Module) -> dict[str, int]:
+        """The ranks of the linear maps of a block that are two, by path."""
+        left = [part for part in PARTS if part not in self.dropped(block)]
+        paths = [path for part in left for path in (*self.family.producers(part), self.family.columns[part])]
+        maps = {path: map_at(block, path) for path in paths}
+        return {path: found.rank for path, found in maps.items() if isinstance(found, LowRank)}
 
     def layer_config(self, block: nn.Module) -> dict[str, Any]:
         """Sizes of a (pruned) block as an entry of `per_layer_config`; `skip` lists dropped parts."""
@@ -159,7 +169,7 @@ class Transformer(ModelAdapter):
         if family.kv_heads is not None:
             entry[family.kv_heads] = kv
         if "mlp" not in dropped:
-            entry[family.width] = linear_at(block, family.columns["mlp"]).in_features
+            entry[family.width] = map_at(block, family.columns["mlp"]).in_features
         return entry
 
     # -- inside ------------------------------------------------------------------------------------------
@@ -192,6 +202,13 @@ class Transformer(ModelAdapter):
 
     def _stubs(self, block: nn.Module, site: Site) -> dict[str, nn.Module]:
         return self.family.skipped(block, _part(site), site.block, self.head_dim(block))
+
+
+def map_at(block: nn.Module, path: str) -> nn.Linear | LowRank:
+    """A linear map of a block, in one piece or two."""
+    found = block.get_submodule(path)
+    assert isinstance(found, nn.Linear | LowRank)
+    return found
 
 
 def _part(site: Site) -> Part:

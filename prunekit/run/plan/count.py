@@ -45,6 +45,7 @@ from prunekit.system.memory import Shares
 FLOAT, DOUBLE = 4, 8  # bytes
 CUSHION = 64 << 20  # bytes: what libraries take when they are first used; of a run on a tiny model 64 MB were measured
 STEP = 96  # a step of writing reads all weights, and takes as long as so many tokens that are read at once
+FACTORING = 6  # float64 matrices (d_out, d_in) while ranks are made: the map, whitened, its factors, what makes them
 KEPT = 4  # of what comes and goes, at most one part in so many stays with the C library or lies in too small pieces
 KEPT_MOST = 128 << 20  # bytes that stay at most: what is larger than 32 MiB goes back to the system at once
 
@@ -140,7 +141,7 @@ class Member:
         A group of some sites has more of its parameters in the site's own linear map, which alone is stored.
         """
         counted = [(site, kept) for site, (kept,) in zip(self.last.sites, self.last.ladders, strict=True)]
-        if not all(site.form.shrinks for site, _ in counted):
+        if not all(site.form.coupled for site, _ in counted):
             return 0
         stored = sum(site.d_out * kept * site.group_size for site, kept in counted)
         most = max(site.d_out * site.group_size / site.params_per_group for site, _ in counted)
@@ -482,6 +483,9 @@ class Count:
                 moments += DOUBLE * site.d_in * d_out  # what is made of the pairs
             # the weight of every rung as proposed and as rounded, or rounded and twice to be written; mean in float64
             each = max(size + shape.stored.itemsize, 3 * shape.stored.itemsize)
+            factored = site.form.shrinks and not site.form.coupled
+            if factored:  # and the product of two factors
+                each += 2 * FLOAT
             kept = (centre[site],) if alone else ladder
             asked = kept if at_once else ladder
             there_at_once = ladder[:PRICED_AT_ONCE] if alone else ladder  # with other options a pruner may not nest
@@ -494,11 +498,13 @@ class Count:
             matrices = max(self.parts.pruner.matrices, 3 * nats)  # candidates are priced with H damped, by its factor
             solve = matrices * DOUBLE * site.d_in**2
             memory = max(memory, moments + beside, moments + weights + solve)
+            if factored:
+                weights += FACTORING * DOUBLE * site.d_in * d_out
             if nats:
                 weights += 3 * DOUBLE * d_out**2 + DOUBLE * site.d_in * d_out
             disk += CandidateStore.bytes(site, kept, shape.stored, scores=scores)
             flops += Moments.flops(there, own, fed, tokens)
-            cross = "cross" in needs and site.form.shrinks
+            cross = "cross" in needs and site.form.coupled
             widths = [layout_of(site).width(site, count) if cross else site.d_in for count in asked]
             doubles += judging_flops(site.d_in, d_out, widths, cross=cross)
             if nats:  # the factor weighed once, or every candidate

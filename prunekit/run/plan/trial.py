@@ -79,8 +79,9 @@ class Trials:
             width = site.d_in if columns == site.d_in else max(1, columns // part) * part
             layer, step = self._stand_in(site, width, fed), site.form.step(width)
 
-            def counts(shares: Sequence[float], n: int = layer.n_groups, step: int = step) -> list[int]:
-                return sorted({max(site.form.least(n * site.group_size), round(x * n / step) * step) for x in shares})
+            def counts(shares: Sequence[float], layer: LayerProblem = layer, step: int = step) -> list[int]:
+                least = site.form.least(layer.d_in)
+                return sorted({max(least, round(x * layer.most / step) * step) for x in shares})
 
             started = time.perf_counter()
             times = self._work(layer, counts(ladder), counts(made))

@@ -30,11 +30,11 @@ class Distillation(Training, Finisher):
     it goes on behind the last whole epoch.
     """
 
-    structures = frozenset({"groups", "weights", "n:m"})
+    structures = frozenset({"groups", "weights", "n:m", "low-rank"})
 
     rate: float = 1e-4  # of AdamW, at its height; models of a few million parameters bear 3e-4
     epochs: int = 4
-    scope: Scope = "model"  # what is trained: all, the blocks, or only the linear maps whose columns were cut
+    scope: Scope = "model"  # what is trained: all, the blocks, or only the linear maps that were cut
     temperature: float = 1.0  # τ
     truth: float = 0.0  # weight of the next-token loss
 
@@ -63,4 +63,5 @@ class Distillation(Training, Finisher):
         if self.scope == "blocks":
             return list(blocks.parameters())
         cut = [site for site, count in zip(piece.sites, piece.plan, strict=True) if count]
-        return [p for site in cut for p in piece.adapter.linear(blocks[site.block], site).parameters()]
+        maps = (blocks[site.block].get_submodule(piece.adapter.path(site)) for site in cut)  # of low rank they are two
+        return [parameter for module in maps for parameter in module.parameters()]

@@ -81,7 +81,7 @@ class LeastSquares(Finisher):
                     reached = reached - sums.missing[:, None] * sums.mean
                 problem = LayerProblem(linear.weight, gram, damping=self.damping, name=here.site.name)
                 change = solved(problem.hessian, reached.T).T  # (1)
-                if not here.site.form.shrinks:
+                if not here.site.form.coupled:
                     alone = replace(problem, weight=change)
                     change = best(alone, linear.weight != 0, exact=self.exact, steps=self.steps).weight  # (5)
                 gain = 2 * float((change * reached).sum()) - float(((change @ gram) * change).sum())

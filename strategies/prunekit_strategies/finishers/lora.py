@@ -27,11 +27,15 @@ class LoRA(Training, Finisher):
 
     Source: LoRA (Hu et al. 2021, arXiv 2106.09685) by `peft`; as recovery of pruned models LLM-Pruner (arXiv
     2305.11627), SlimGPT and Týr-the-Pruner (arXiv 2503.09657, rank 16). Those train on instructions; this trains on
-    the recovery tokens. Merged weights have the shape they had: nothing of LoRA is left in the result.
+    the recovery tokens. Merged weights have the shape they had: nothing of LoRA is left in the result. Of a map of low
+    rank both factors are trained at once, each with A and B of its own, where SVD-LLM (arXiv 2403.07378) trains one
+    after the other.
 
     Memory: the small model, gradients and two moments of A and B, and activations of `batch_tokens` tokens; with a
     teacher, the dense model's too. After an interruption it goes on behind the last whole epoch.
     """
+
+    structures = frozenset({"groups", "low-rank"})
 
     rank: int = 16
     alpha: float = 32.0

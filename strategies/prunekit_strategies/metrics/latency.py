@@ -79,9 +79,9 @@ class Latency(pk.MeasuredMetric):
 
     def check(self, units: Units) -> None:
         if units != "groups":
-            raise pk.WrongInput(
-                "zeros are multiplied like other numbers and save no time; latency goes with structure groups"
-            )
+            zeros = "zeros are multiplied like other numbers and save no time"
+            why = "of low rank no map was timed" if units == "low-rank" else zeros
+            raise pk.WrongInput(f"{why}; latency goes with structure groups")
 
     def unreachable(self, share: Fraction, least: int, full: int) -> str:
         lowest = -(-10_000 * least // full) / 10_000

@@ -301,7 +301,10 @@ def test_prune_then_evaluate(model: Path, text: Path, tmp_path: Path) -> None:
         (("MODEL", "-o", "out", "--recipe", "tir"), "did you mean 'tyr'?"),
         (("MODEL", "-o", "out", "--recipe", "gone.yaml"), "no recipe file 'gone.yaml'"),
         (("MODEL", "-o", "out", "--carry", "none"), "carry is one of"),
-        (("MODEL", "-o", "out", "--structure", "rows"), "no structure 'rows'; there are groups, weights, and patterns"),
+        (
+            ("MODEL", "-o", "out", "--structure", "rows"),
+            "no structure 'rows'; there are groups, weights",
+        ),
         (("MODEL", "-o", "out", "--dataset", "gone.txt"), "no file 'gone.txt'"),
         (("MODEL", "-o", "out", "--dataset", "wikitex2"), "did you mean 'wikitext2'?"),
         (("MODEL", "-o", "out", "--calibration-tokens", "0"), "data.calibration_tokens"),

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -23,6 +24,7 @@ from prunekit.models import classes as modeling
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.plugins.adapter import ModelAdapter
+from prunekit.space.forms import RANKS
 from prunekit.space.sites import Site
 from prunekit.testing.models import SIZES, tiny
 
@@ -88,6 +90,19 @@ def extremes(site: Site) -> int:
     """Attention of the first layer and MLP of the last are dropped; elsewhere one group, one neuron, an odd width."""
     counts = {(0, "attention"): 0, (0, "mlp"): 7, (1, "attention"): 1, (1, "mlp"): 1, (2, "mlp"): 0}
     return counts.get((site.block, site.kind), max(1, site.n_groups - 1))
+
+
+def factored(model_type: str, **overrides: Any) -> PreTrainedModel:
+    """A tiny model whose linear maps are two, each of a rank of its own, but for every fifth."""
+    model, adapter = tiny(model_type, **overrides), adapter_for(model_type)
+    for number, site in enumerate(adapter.sites_of(model, RANKS)):
+        weight = adapter.linear(adapter.blocks(model)[site.block], site).weight.detach()
+        if number % 5 != 3:
+            rank = 1 + number % (site.n_groups - 1)
+            u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+            pair = u[:, :rank] * s[:rank], vt[:rank]
+            adapter.remove(model, site, Candidate(None, pair[0] @ pair[1], pair))
+    return model
 
 
 @torch.no_grad()
@@ -337,6 +352,29 @@ def test_whole_layers_are_left_out(model_type: str, tmp_path: Path) -> None:
     assert_same(load(tmp_path), model, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_maps_of_low_rank_are_saved_and_load_in_every_family(name: str, tmp_path: Path) -> None:
+    model_type, overrides = UNEQUAL[name]
+    model = factored(model_type, **{key: value for key, value in overrides.items() if key != "compensated"})
+    exported = to_transformers(model, adapter_for(model_type))
+    assert type(exported).__name__.startswith("Prunekit")
+    assert_same(exported, model)
+    save(exported, tmp_path)
+    loaded, mask = load(tmp_path), torch.ones_like(IDS)
+    assert (type(loaded), count(loaded)) == (type(exported), count(model))
+    assert_same(loaded, model, tolerance=1e-4)  # in float32
+    assert torch.equal(continued(exported, IDS, mask), continued(model, IDS, mask, use_cache=False))
+    biases = [name for name, _ in exported.named_parameters() if name.endswith(".v.bias")]
+    assert not biases, "the bias is behind both factors"
+
+
+@pytest.mark.parametrize("ranks", [{"mlp.down_proj": 0}, {"mlp.side_proj": 2}])
+def test_ranks_that_no_layer_can_have_are_one_sentence(ranks: dict[str, int]) -> None:
+    config: Any = modeling.define(modeling.FAMILIES["llama"])[0]
+    with pytest.raises(StrictDataclassError, match="layer 0: ranks names linear maps, each with a rank of 1 or more"):
+        config(num_hidden_layers=1, per_layer_config={0: {"ranks": ranks}})
+
+
 def test_one_layer_remains_when_all_are_dropped() -> None:
     model = cut("llama", lambda _: 0)
     exported = to_transformers(model, adapter_for("llama"))
@@ -429,9 +467,14 @@ assert not [name for name in sys.modules if name.split(".")[0] == "prunekit"]
 """
 
 
-@pytest.mark.parametrize(("model_type", "prefix"), [("gpt_neox", "GPTNeoX"), ("llama", "Llama")])
-def test_bundled_code_needs_no_prunekit(model_type: str, prefix: str, tmp_path: Path, forks: Any) -> None:
-    model = cut(model_type, extremes)
+@pytest.mark.parametrize(
+    ("model_type", "prefix", "low_rank"),
+    [("gpt_neox", "GPTNeoX", False), ("llama", "Llama", False), ("gpt_neox", "GPTNeoX", True)],
+)
+def test_bundled_code_needs_no_prunekit(
+    model_type: str, prefix: str, low_rank: bool, tmp_path: Path, forks: Any
+) -> None:
+    model = factored(model_type) if low_rank else cut(model_type, extremes)
     exported = to_transformers(model, adapter_for(model_type))
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

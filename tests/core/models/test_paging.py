@@ -181,6 +181,7 @@ def text_in(folder) -> dict[str, Any]:
         # gradients, tied embeddings, dropped sub-layers
         ("qwen2", {"pruner": "llm-pruner", "sparsity": 0.8, "allocator": "softmax", "objective": "expected-error"}),
         ("gpt_neox", {"structure": "weights", "pruner": "wanda", "allocator": "uniform"}),
+        ("qwen2", {"structure": "low-rank", "pruner": "svd-llm", "allocator": "uniform"}),
         ("mamba", {"structure": "weights", "pruner": "wanda", "allocator": "uniform"}),
         ("opt", {"finishers": ["bias"], "allocator": "softmax", "objective": "expected-error"}),
     ],

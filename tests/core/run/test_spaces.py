@@ -47,10 +47,11 @@ def test_a_budget_that_open_blocks_cannot_meet_is_refused_in_a_sentence():
         sparing(sites, 4, 3, 1)
 
 
-@pytest.mark.parametrize("structure", ["groups", "weights", "2:4"])
+@pytest.mark.parametrize("structure", ["groups", "weights", "2:4", "low-rank"])
 def test_spared_blocks_have_one_count_and_the_budget_is_of_all(structure):
     extra = {} if structure == "2:4" else {"sparsity": 0.3}
-    recipe = {"structure": structure, "pruner": "magnitude", "allocator": "uniform", **extra}
+    pruner = "svd-llm" if structure == "low-rank" else "magnitude"
+    recipe = {"structure": structure, "pruner": pruner, "allocator": "uniform", **extra}
     plain, spared = opened(recipe), opened({**recipe, "spare": {"first": 1, "last": 1}})
     for site, ladder in zip(spared.sites, spared.ladders, strict=True):
         assert (ladder == (site.n_groups,)) == (site.block in (0, 3))

@@ -350,7 +350,7 @@ def test_patterns_are_rungs_and_uniform_is_the_pattern_that_was_asked(text, rung
 
 @pytest.mark.parametrize("text", ["rows", "4:2", "2:2", "0:4", "2:", ":4", "2:4:8", "-1:4", "a:b", ""])
 def test_what_is_no_structure_is_one_sentence(text):
-    with pytest.raises(WrongInput, match="there are groups, weights, and patterns N:M"):
+    with pytest.raises(WrongInput, match="there are groups, weights, low-rank, and patterns N:M"):
         parse_form(text)
 
 

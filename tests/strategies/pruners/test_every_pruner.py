@@ -31,6 +31,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"order": "mix", "grain": "coarse", "reduce": "prod"},
         {"refit": True, "reduce": "first"},
     ],
+    "asvd": [{"alpha": 0}, {"alpha": 1}],
     "magnitude": [{"refit": True}],
     "optishear": [
         {"weights": "log", "weight_share": "row", "inputs": "sqrt"},

@@ -52,6 +52,7 @@ from prunekit.system.memory import GIB, Room, Shares
 from prunekit.system.progress import Progress
 from prunekit.system.rates import Rates
 from prunekit.testing import KeepFirst, KeepLargest, tiny, toy_supernet, toy_tokens
+from prunekit.testing.supernets import KeepSpectrum
 
 EVERYTHING = frozenset({"gram", "cross", "drift", "absolute", "relative", "power"})
 
@@ -65,7 +66,7 @@ def d_out(model, adapter, site):
 
 
 @pytest.mark.parametrize("needs", [frozenset({"gram"}), frozenset({"cross"}), EVERYTHING], ids=len)
-@pytest.mark.parametrize("structure", ["groups", "weights"])
+@pytest.mark.parametrize("structure", ["groups", "weights", "low-rank"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_moments_take_what_was_counted(family, structure, needs):
     model, adapter, tokens, statistics = tiny(family), adapter_for(family), toy_tokens(), statistics_of(needs)
@@ -82,13 +83,19 @@ def test_moments_take_what_was_counted(family, structure, needs):
 
 @pytest.mark.parametrize(
     ("family", "structure", "dtype"),
-    [("llama", "groups", torch.bfloat16), ("gpt_neox", "groups", torch.float32), ("llama", "weights", torch.float64)],
+    [
+        ("llama", "groups", torch.bfloat16),
+        ("gpt_neox", "groups", torch.float32),
+        ("llama", "weights", torch.float64),
+        ("qwen2", "low-rank", torch.bfloat16),
+    ],
 )
 def test_candidates_take_what_was_counted(family, structure, dtype, tmp_path):
     model, adapter = tiny(family).float(), adapter_for(family)
     sites = sites_of(model, adapter, structure)
     space = Space.whole(sites, Budget.keeping(0.5, sites))
-    store, pruner = CandidateStore(tmp_path, {}), KeepFirst() if structure == "groups" else KeepLargest()
+    toys = {"groups": KeepFirst(), "weights": KeepLargest(), "low-rank": KeepSpectrum()}
+    store, pruner = CandidateStore(tmp_path, {}), toys[structure]
     run = partial(build, model, adapter, space, space.uniform(), pruner, toy_tokens(), store)
     run(carry="dense", dtype=dtype, progress=Progress())
     for site, ladder in zip(space.sites, space.ladders, strict=True):

@@ -17,7 +17,7 @@ from prunekit.models.blocks import TOKENS_AT_ONCE
 from prunekit.plugins.registry import PRUNERS
 from prunekit.run.plan import trial
 from prunekit.run.plan.trial import ENOUGH, FIRST, Trials, forward_seconds
-from prunekit.space.forms import GROUPS, WEIGHTS, Pattern
+from prunekit.space.forms import GROUPS, RANKS, WEIGHTS, Pattern
 from prunekit.space.sites import Site
 from prunekit.testing import tiny
 
@@ -49,7 +49,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def site(n_groups: int, size: int = 1, form: Any = GROUPS, d_out: int = 6) -> Site:
-    return Site("layer", 0, "mlp" if form.shrinks else "linear", n_groups, size, 3 * d_out, d_out=d_out, form=form)
+    most, kind = form.most(n_groups, n_groups * size, d_out), "mlp" if form.coupled else "linear"
+    inputs = 0 if form.coupled else n_groups
+    return Site("layer", 0, kind, most, size, 3 * d_out, d_out=d_out, form=form, inputs=inputs)
 
 
 def trials(pruner: LocalPruner, stored: torch.dtype = torch.float32) -> Trials:
@@ -102,16 +104,18 @@ def test_a_pruner_that_refuses_the_layer_is_not_known() -> None:
     assert trials(Choosy()).seconds(site(8), {}, [4], None) is None
 
 
-FORMS = {"groups": GROUPS, "weights": WEIGHTS, "n:m": Pattern(2, 4)}
+FORMS = {"groups": GROUPS, "weights": WEIGHTS, "n:m": Pattern(2, 4), "low-rank": RANKS}
 KNOWN = [(name, units) for name in PRUNERS for units in FORMS if units in PRUNERS.build({"name": name}).structures]
 
 
 @pytest.mark.parametrize(("name", "units"), KNOWN)
 def test_every_built_in_pruner_works_on_a_stand_in(name: str, units: str) -> None:
     pruner, form = PRUNERS.build({"name": name}), FORMS[units]
-    fed = {"up": MapShape(5, 24), "gate": MapShape(5, 24)} if form.shrinks else {}
+    fed = {"up": MapShape(5, 24), "gate": MapShape(5, 24)} if form.coupled else {}
+    layer = site(24, form=form)
+    half, quarter = layer.n_groups // 2, layer.n_groups // 4
     for stored in (torch.float32, torch.bfloat16):
-        found = trials(pruner, stored).seconds(site(24, form=form), fed, [12, 6], None)
+        found = trials(pruner, stored).seconds(layer, fed, [half, quarter], None)
         assert found is not None
         assert found > 0
 
