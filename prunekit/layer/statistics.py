@@ -104,7 +104,7 @@ class Received:
         dense: Received | None = None,
         channels: int = 1,
     ) -> None:
-        """`caught` and `residual` give (..., d); `length`: tokens of a window; `channels`: inputs that a token brings."""
+        """`caught` and `residual` give (..., d); `length`: tokens of a window; `channels`: inputs of a token."""
         self._caught, self._linear, self._length, self._residual, self._dense = caught, linear, length, residual, dense
         self.channels = channels
 

@@ -32,8 +32,7 @@ BUNDLED = "modeling_prunekit"  # name of the copy of this file in an exported di
 
 @dataclass(frozen=True, eq=False)
 class Experts:
-    """What a family calls the experts of a block and their router. The first dimension of every parameter of both counts
-    experts."""
+    """What a family calls the experts of a block and their router; all parameters of both count experts first."""
 
     count: str  # in the config: how many there are
     path: str = "mlp.experts"  # the module with the matrices of all experts
@@ -57,6 +56,7 @@ class Experts:
                 for name, old in list(module.named_parameters()):
                     setattr(module, name, nn.Parameter(old.new_empty(count, *old.shape[1:])))
                 module.num_experts = count  # type: ignore[assignment]
+                module.__dict__.pop("_is_hf_initialized", None)  # else what is new would stay as memory was
 
 
 @dataclass(frozen=True, eq=False)

@@ -328,9 +328,7 @@ def _merged(stored: list[str], model: PreTrainedModel, state: Mapping[str, Tenso
     return {name: ours for name, ours, merged in _renamed(stored, model, state) if merged}
 
 
-def _renamed(
-    stored: list[str], model: PreTrainedModel, state: Mapping[str, Tensor]
-) -> Iterator[tuple[str, str, bool]]:
+def _renamed(stored: list[str], model: PreTrainedModel, state: Mapping[str, Tensor]) -> Iterator[tuple[str, str, bool]]:
     """(a name in the files, the model's name, whether others are merged with it) of what the model has."""
     transforms, own = get_model_conversion_mapping(model), dict(state)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]

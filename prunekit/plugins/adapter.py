@@ -51,7 +51,9 @@ class Cut:
         """The slices of some groups, or of all, one below the other: (rows, columns), in the order of the groups."""
         value = block.get_submodule(self.path).get_parameter(self.parameter).detach().movedim(self.dim, 0)
         index = (self.index if groups is None else self.index[groups]).flatten().to(value.device)
-        whole = torch.equal(index, torch.arange(len(value), device=index.device))  # wide ones are not copied for nothing
+        whole = torch.equal(
+            index, torch.arange(len(value), device=index.device)
+        )  # wide ones are not copied for nothing
         return (value if whole else value[index]).reshape(-1, _columns(value))
 
 
@@ -155,8 +157,8 @@ class ModelAdapter(ABC):
     def map_at(self, block: nn.Module, path: str) -> nn.Linear:
         """The linear map at a path in a block: a module of it, or one that stands for what a module adds up.
 
-        It is the same object as long as the block is, so that what it receives can be listened to, and its weight can be
-        another for a while. Only of a module of the block can the weight be changed for good.
+        It is the same object as long as the block is, so that what it receives can be listened to, and its weight can
+        be another for a while. Only of a module of the block can the weight be changed for good.
         """
         return linear_at(block, path)
 
@@ -169,8 +171,9 @@ class ModelAdapter(ABC):
         """How many weights of a block a token is multiplied with."""
         return sum(module.weight.numel() for module in block.modules() if isinstance(module, nn.Linear))
 
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Make a model that a run has for itself compute in a way in which it can be looked at, in place."""
+    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A model that a run has for itself, made in place to compute in a way in which it can be looked at."""
+        return model
 
     def maps(self, block: nn.Module, site: Site) -> list[nn.Linear]:
         """The linear maps a group goes through, the one whose columns it cuts last; of single weights, their own."""

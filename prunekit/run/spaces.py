@@ -33,15 +33,18 @@ def sparing(sites: Sequence[Site], blocks: int, first: int, last: int) -> tuple[
     return tuple(replace(site, spared=not first <= site.block < blocks - last) for site in sites)
 
 
-def check_experts(parts: Parts) -> None:
-    """Refuse what does not reach the experts of a model.
+def check_sites(parts: Parts, sites: Sequence[Site]) -> None:
+    """Refuse what does not reach the experts of a model, where it has any.
 
     Args:
         parts: of the recipe.
+        sites: of the model.
 
     Raises:
         WrongInput: a recovery step, a learner, a metric or a statistic that asks for more than the sum over experts.
     """
+    if not any(site.kind == "experts" for site in sites):
+        return
     recipe, instead = parts.recipe, "; leave it away for a mixture of experts"
     if recipe.finishers:
         names = ", ".join(spec["name"] for spec in recipe.finishers)
@@ -79,8 +82,7 @@ def whole_space(parts: Parts, model: nn.Module, adapter: ModelAdapter, dtype: to
         sites = adapter.sites_of(model, form, recipe.heads)
     if not sites:
         raise WrongInput("the model has no site left to prune")
-    if any(site.kind == "experts" for site in sites):
-        check_experts(parts)
+    check_sites(parts, sites)
     depth = len(adapter.blocks(model))
     sites = sparing(sites, depth, *recipe.spare.of(depth))
     base = model if recipe.of == "model" else adapter.blocks(model)

@@ -42,14 +42,23 @@ SIZES: dict[str, dict[str, Any]] = {  # by config.model_type; head_dim is not hi
 OPENED: dict[str, dict[str, Any]] = {  # families that are pruned as another
     "gpt2": HEADS | {"n_inner": 17, "initializer_range": 0.3, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
 }
-ROUTED: dict[str, Any] = GROUPED | {"num_experts_per_tok": 2, "intermediate_size": 16}  # kernels ask for rows of 16 bytes
+ROUTED: dict[str, Any] = GROUPED | {
+    "num_experts_per_tok": 2,
+    "intermediate_size": 16,
+}  # kernels ask for rows of 16 bytes
 EXPERTS: dict[str, dict[str, Any]] = {  # families of experts: six, of which a token selects two
     "mixtral": ROUTED | {"num_local_experts": 6, "head_dim": 6},
     "olmoe": ROUTED | {"num_experts": 6},
     "qwen2_moe": ROUTED
     | {"num_experts": 6, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 7, "mlp_only_layers": [1]},
     "qwen3_moe": ROUTED | {"num_experts": 6, "moe_intermediate_size": 8, "head_dim": 6, "norm_topk_prob": True},
-    "gpt_oss": ROUTED | {"num_local_experts": 6, "head_dim": 6, "sliding_window": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "gpt_oss": ROUTED
+    | {
+        "num_local_experts": 6,
+        "head_dim": 6,
+        "sliding_window": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
 }
 STATES: dict[str, Any] = {"state_size": 5, "use_bias": True, "initializer_range": 0.3}
 MIXERS: dict[str, dict[str, Any]] = {  # families without groups

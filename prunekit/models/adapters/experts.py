@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from prunekit.layer.candidates import Candidate
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.models.classes import Experts, Part
-from prunekit.plugins.adapter import Cut, Heads, ModelAdapter, UnsupportedModel, linear_at
+from prunekit.plugins.adapter import Cut, Heads, UnsupportedModel, linear_at
 from prunekit.space.forms import Form
 from prunekit.space.sites import Site
 
@@ -66,9 +66,10 @@ class MixtureOfExperts(Transformer):
         assert self.family.experts is not None
         return self.family.experts
 
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Expert after expert: the same bits on every device, and in any dtype."""
+    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Expert after expert: in a fixed order on every device, and in any dtype."""
         model.config._experts_implementation = "eager"
+        return model
 
     def sites(self, model: nn.Module, heads: Heads = "kv") -> tuple[Site, ...]:
         """One for every block with experts; there are no groups of heads."""
@@ -128,7 +129,7 @@ class MixtureOfExperts(Transformer):
     def pruned(self, block: nn.Module, site: Site, candidate: Candidate) -> dict[str, nn.Module]:
         if not candidate.kept or len(candidate.kept) < site.minimum:
             raise ValueError(
-                f"{site.name}: a token selects {site.minimum} experts, and a candidate keeps {candidate.kept}"
+                f"{site.name}: a token selects {site.minimum} experts, and the candidate keeps {candidate.kept}"
             )
         kept, experts = torch.tensor(candidate.kept), self.experts
         router, module = (_of_experts(block.get_submodule(path), kept) for path in (experts.router, experts.path))
