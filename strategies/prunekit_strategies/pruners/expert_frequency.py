@@ -30,18 +30,22 @@ class ExpertFrequency(Ranking):
 
         s_e = |T_e| / T        T tokens, of which T_e select expert e                                         (1)
 
-    The baseline of REAP (Lasby et al. 2025, arXiv 2510.13999), `frequency` in its released code. On a tie the lower id
-    stays.
+    The baseline of REAP (Lasby et al. 2025, arXiv 2510.13999), `frequency` in its released code.
 
-    Ours: of a site without experts the score of a group is the sum of the shares in which its inputs are not zero.
+    Ours: on a tie what adds more power stays, then the lower id. Of a site without experts the score of a group is the
+    sum of the shares in which its inputs are not zero.
     """
 
     refit: bool = False  # one factor for every expert that stays, by least squares at the routing of the dense model
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({Selected(), *(("gram",) if self.refit else ())})
+        return frozenset({Selected(), "gram"})
 
     def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"]:
         """s_e in float64."""
         return layer.group_sum(layer.require(Selected()))  # (1)
+
+    def ranking(self, layer: LayerProblem) -> list[int]:
+        shares, power = self.scores(layer).tolist(), layer.group_sum(layer.gram.diagonal()).tolist()
+        return sorted(range(layer.n_groups), key=lambda group: (-shares[group], -power[group], group))
