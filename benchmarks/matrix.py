@@ -3,9 +3,9 @@
     python benchmarks/matrix.py --families llama,phi3 --rounds 7
 
 Models of random weights in float32, half of every site removed. `uneven`: one attention and one MLP are dropped whole,
-others keep different counts; `equal`: all layers keep the same. Parity is the greatest difference of a logit between
-the model in memory and the one that transformers loads; other formats are proved as a run proves them, and `--fresh`
-proves all, in a process of its own.
+others keep different counts; `equal`: all layers keep the same. Of experts none are dropped whole, and `equal` keeps
+three quarters. Parity is the greatest difference of a logit between the model in memory and the one that transformers
+loads; other formats are proved as a run proves them, and `--fresh` proves all, in a process of its own.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from prunekit.plugins.exporter import Exporter, Order, Probe, Product
 from prunekit.plugins.registry import ADAPTERS, EXPORTERS
 from prunekit.space.forms import parse_form
 from prunekit.space.sites import Site
-from prunekit.testing.models import SIZES, tiny
+from prunekit.testing.models import EXPERTS, SIZES, tiny
 
-HIDDEN, WIDTH, HEAD, VOCABULARY, POSITIONS = 192, 768, 32, 1024, 512
+HIDDEN, WIDTH, HEAD, VOCABULARY, POSITIONS, EXPERT = 192, 768, 32, 1024, 512, 8
 IDS = torch.arange(2, 130).reshape(2, 64)
 
 
@@ -45,12 +45,17 @@ def uneven(site: Site) -> int:
     """Groups kept: no attention in the first block, no MLP in the last, elsewhere half and a quarter."""
     if (site.block, site.kind) in ((0, "attention"), (2, "mlp")):
         return 0
-    return max(1, site.n_groups // (2 + 2 * (site.block % 2)))
+    return max(1, site.least, site.n_groups // (2 + 2 * (site.block % 2)))
+
+
+def equal(site: Site) -> int:
+    """Groups kept: half, of experts three quarters."""
+    return 3 * site.n_groups // 4 if site.kind == "experts" else max(1, site.n_groups // 2)
 
 
 STRUCTURES: dict[str, tuple[str, Callable[[Site], int]]] = {  # the form, and the counts of groups
     "groups, uneven": ("groups", uneven),
-    "groups, equal": ("groups", lambda site: max(1, site.n_groups // 2)),
+    "groups, equal": ("groups", equal),
     "weights": ("weights", lambda site: site.n_groups // 2),
     "2:4": ("2:4", lambda site: site.n_groups // 2),
 }
@@ -78,14 +83,21 @@ class Row:
 def dense_of(name: str) -> PreTrainedModel:
     """A model of random weights, large enough to be timed."""
     sizes: dict[str, Any] = {"hidden_size": HIDDEN, "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS}
-    if name in classes.FAMILIES:
+    if name in EXPERTS:
+        sizes |= {"num_experts": EXPERT, "num_local_experts": EXPERT, "intermediate_size": HIDDEN}
+        sizes = {key: value for key, value in sizes.items() if key in EXPERTS[name] or "num" not in key}
+        sizes |= {key: HIDDEN for key in EXPERTS[name] if key.endswith("_intermediate_size")}
+    elif name in classes.FAMILIES:
         sizes[classes.FAMILIES[name].width] = WIDTH
         sizes |= {"head_dim": HEAD} if "head_dim" in SIZES.get(name, {}) else {}
     elif name == "mamba2":
         sizes["head_dim"] = HIDDEN // 2
     elif name == "gpt2":
         sizes["n_inner"] = WIDTH
-    return adapter_for(name).opened(tiny(name, **sizes, initializer_range=0.02)).float().requires_grad_(False)
+    model = adapter_for(name).opened(tiny(name, **sizes, initializer_range=0.02)).float().requires_grad_(False)
+    if name in EXPERTS:
+        model.set_experts_implementation("grouped_mm")  # as one that is loaded
+    return model
 
 
 def cut(dense: PreTrainedModel, adapter: ModelAdapter, structure: str) -> PreTrainedModel:
@@ -126,7 +138,7 @@ def rows(name: str, rounds: int, fresh: bool) -> Iterator[Row]:
         try:
             small = cut(dense, adapter, structure)
         except UnsupportedModel:
-            yield Row(name, structure, "", parity="no groups")
+            yield Row(name, structure, "", parity="no groups" if parse_form(form).shrinks else "refused")
             continue
         kept = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in dense.parameters())
         found: dict[str, Speed] = {}

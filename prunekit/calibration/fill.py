@@ -247,11 +247,9 @@ def layer_problem(
         return {"gradient": gradient[index], "fisher": fisher[index]}
 
     def producer(cut: Cut) -> Producer:
-        rows = cut.index.flatten().to(order.device)
-        weight: Tensor = block.get_parameter(f"{cut.path}.weight").detach()
-        whole = torch.equal(rows, torch.arange(len(weight), device=rows.device))
-        statistics = {**moments.values(weight, cut.path), **gradient_of(cut, (rows,))}
-        return Producer(cut.path, weight if whole else weight[rows], statistics)
+        taken = cut.taken(block)
+        statistics = {**moments.values(taken, cut.path), **gradient_of(cut, (cut.index.flatten().to(order.device),))}
+        return Producer(cut.name, taken, statistics)
 
     def fisher_of(path: str) -> dict[str, Tensor]:
         if fisher is None or "output-fisher" not in needs:

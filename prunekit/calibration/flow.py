@@ -53,7 +53,7 @@ class BlockFlow:
             return shared.of_map(shape, (self._received(site, linear, i) for i in range(len(self.stream))))
         for stream in (self.stream, self.dense):
             if stream is not None:
-                stream.inputs.clear()  # of an input that was shared
+                stream.begin(site)
         there = collected(statistics, residual=self.adapter.adds_up(block) and self.adapter.part(site) is not None)
         front = self.adapter.cuts(block, site)[:-1] if any("producers" in each.sees for each in there) else ()
         layers = {cut.path: linear_at(block, cut.path) for cut in front}
@@ -98,14 +98,15 @@ class BlockFlow:
     def peak(tokens: int, d: int, itemsize: int, block: Sequence[tuple[int, bool, bool]], streams: int) -> int:
         """Bytes: the most that is kept at once within one block.
 
-        `block`: of every site (d_in, whether its output is that of a sub-layer, whether others have its input too).
+        `block`: of every site (values of a token that reach its map, whether its output is that of a sub-layer, whether
+        others have its input too).
         Hidden states are there all the time, outputs of sub-layers until the block is done, inputs of a site until its
         outputs are; those of the dense stream only where others have them too.
         """
         most = before = 0
-        for d_in, part, shared in block:
+        for width, part, shared in block:
             before += d if part else 0
-            most = max(most, streams * before + d_in * (streams if shared else 1))
+            most = max(most, streams * before + width * (streams if shared else 1))
         return tokens * itemsize * (streams * d + most)
 
     def _add(self, moments: Moments, site: Site, linear: nn.Linear, i: int) -> None:
@@ -125,7 +126,7 @@ class BlockFlow:
 
         def at(stream: Stream, caught: Tensor | None, dense: Received | None = None) -> Received:
             inputs = partial(stream.inputs.__getitem__, i) if caught is None else lambda: caught
-            return Received(inputs, linear, self.seqlen, partial(stream.residual, i), dense)
+            return Received(inputs, linear, self.seqlen, partial(stream.residual, i), dense, site.channels)
 
         return at(self.stream, None, None if self.dense is None else at(self.dense, own))
 
@@ -138,6 +139,7 @@ class Stream:
         self.adapter, self.calls, self.room = adapter, calls, room
         self.hidden = room.row(hidden)
         self.inputs = room.row()  # of the present site's linear map
+        self.before = room.row()  # the sum that its output is added to, where that is not known from `outputs`
         self.made = room.row()  # what its own weight makes of them, where that is known already
         self.weights: dict[Site, Tensor | None] = {}  # of the sites that are done; None: their own
         self.outputs: dict[Site, Row] = {}  # of the sub-layers that are done
@@ -166,10 +168,17 @@ class Stream:
     def dtype(self) -> torch.dtype:
         return self.hidden[0].dtype
 
+    def begin(self, site: Site) -> None:
+        """Forget what reached another site."""
+        self.inputs = self.room.row() if site.channels == 1 else Experts(self.room)
+        self.before.clear()
+
     def caught(
         self, linear: nn.Linear, block: nn.Module, site: Site, i: int, of: Stream | None = None
-    ) -> Float[Tensor, "windows length d_in"]:
+    ) -> Float[Tensor, "windows length ... d_in"]:
         """What reaches a linear map in chunk i; the block, of this model or of that stream's, runs no further.
+
+        Of a token with several channels it is (windows, length, channels, d_in).
 
         Raises:
             UnsupportedModel: the map is never called.
@@ -179,10 +188,19 @@ class Stream:
             hidden = hidden.to(of.dtype)
 
         def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append(args[0].reshape(*hidden.shape[:-1], -1))  # OPT flattens windows
+            each = (-1,) if site.channels == 1 else args[0].shape[-2:]
+            seen.append(args[0].reshape(*hidden.shape[:-1], *each))  # OPT flattens windows, and so do experts
             raise Seen
 
-        with self.replaying(block, i, of), linear.register_forward_pre_hook(catch), suppress(Seen):
+        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.before.append(args[0])
+
+        with ExitStack() as stack:
+            stack.enter_context(self.replaying(block, i, of))
+            if of is None and len(self.before) == i and (path := self.adapter.stream_before(site)) is not None:
+                stack.enter_context(block.get_submodule(path).register_forward_pre_hook(note))
+            stack.enter_context(linear.register_forward_pre_hook(catch))
+            stack.enter_context(suppress(Seen))
             (self if of is None else of).calls[i][site.block](block, hidden)
             raise UnsupportedModel(f"{site.name} is never called: other code, say a fused kernel, reads its weight")
         return seen[0]
@@ -198,10 +216,11 @@ class Stream:
                 self.outputs[site] = self.room.row(linear(x) for x in self.inputs)
         if not site.input_group:
             self.inputs.clear()
+        self.before.clear()
 
     def residual(self, i: int) -> Tensor:
         """Chunk i of the sum that the present sub-layer will be added to."""
-        return sum((outputs[i] for outputs in self.outputs.values()), self.hidden[i])
+        return self.before[i] if self.before else sum((o[i] for o in self.outputs.values()), self.hidden[i])
 
     @torch.no_grad()
     def advance(self, block: nn.Module, index: int) -> None:
@@ -228,6 +247,36 @@ class Stream:
             yield
 
 
+class Experts(Row):
+    """What reaches the sum over experts, (windows, length, channels, experts), of which most is zero: kept is what the
+    experts of each token make, (windows, length, most of a token, channels), and which they are."""
+
+    def __init__(self, room: Room) -> None:
+        super().__init__(room)
+        self._ids, self._width = room.row(), 0
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        made, ids = super().__getitem__(index), self._ids[index]
+        whole = made.new_zeros(*made.shape[:-2], self._width, made.shape[-1])
+        return whole.scatter_(-2, ids[..., None].long().expand_as(made), made).transpose(-1, -2)
+
+    def __delitem__(self, index: int | slice) -> None:
+        super().__delitem__(index)
+        del self._ids[index]
+
+    def clear(self) -> None:
+        del self[:]
+
+    def insert(self, index: int, value: Tensor) -> None:
+        there, self._width = (value != 0).any(-2), value.shape[-1]
+        ids = there.byte().argsort(dim=-1, descending=True, stable=True)[..., : max(1, int(there.sum(-1).max()))]
+        made = value.transpose(-1, -2)
+        super().insert(index, made.gather(-2, ids[..., None].expand(*ids.shape, made.shape[-1])))
+        self._ids.insert(index, ids.to(torch.int16))
+
+
 @contextmanager
 def installed(linear: nn.Linear, site: Site, weight: Tensor | None) -> Iterator[None]:
     """The linear map of a site with another weight; None leaves it. Zeros silence the bias where a sub-layer drops."""
@@ -249,6 +298,8 @@ def replayed(module: nn.Module, output: Tensor, part: str | None) -> Iterator[No
     """Within: the module of a part gives `output`, whatever it is called with."""
 
     def replay(*_: Any, **__: Any) -> Any:
+        if part == "experts":  # which are called with tokens, and not with windows of them
+            return output.flatten(0, -2)
         return (output, None) if part == "attention" else output
 
     module.forward = replay

@@ -6,7 +6,7 @@ a site when it gets there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -78,7 +78,7 @@ class Gradients:
 
         def add(sums: Sums, path: str, x: Tensor, dy: Tensor) -> None:
             for own_x, own_dy in zip(x, dy, strict=True):  # windows go together, yet each has a gradient of its own
-                gradient = multiplied(own_dy, own_x) / (x.shape[1] - 1)  # for y = W x it is Σ_t ∂L/∂y_t x_tᵀ
+                gradient = multiplied(own_dy, own_x) / (tokens.seqlen - 1)  # for y = W x it is Σ_t ∂L/∂y_t x_tᵀ
                 for name, term in (("gradient", gradient), ("fisher", gradient.square())):
                     key = f"{path}.{name}"
                     sums[key] = sums[key].add_(term) if key in sums else term
@@ -186,7 +186,7 @@ def backwards(
         directory: has a file for every block; those that are there and whole are not made again.
         wanted: the paths of the linear maps of a block that are looked at.
         add: given the sums of the block, the path of a map, what it receives and the slope ∂(length - 1)L/∂y of what it
-            makes, both (windows, length, d).
+            makes, both (windows, inputs of a window, d).
         mean: what is written of a sum.
         labels: whose next tokens L is the loss of: sampled from the model with this generator; None: those of the text.
         label: of the stage.
@@ -221,7 +221,8 @@ def backwards(
             sums: Sums = {}
             for i, hidden in enumerate(inputs.pop()):
                 paths, entering = wanted(b) if b not in there else [], hidden.to(places[b])
-                slopes[i] = _backwards(blocks[b], calls[i][b], entering, slopes[i], paths, partial(add, sums))
+                maps = {path: adapter.map_at(blocks[b], path) for path in paths}
+                slopes[i] = _backwards(blocks[b], calls[i][b], entering, slopes[i], maps, partial(add, sums))
             if b not in there:
                 done.save(_name(b), {name: mean(total) for name, total in sums.items()})
             stage.advance()
@@ -271,35 +272,32 @@ def _backwards(
     call: Call,
     hidden: Float[Tensor, "windows length d"],
     slope: Float[Tensor, "windows length d"],
-    paths: list[str],
+    maps: Mapping[str, nn.Linear],
     add: Callable[[str, Tensor, Tensor], None],
 ) -> Float[Tensor, "windows length d"]:
-    """∂(length - 1)L/∂h of what enters the block; its maps at `paths` are added on the way."""
+    """∂(length - 1)L/∂h of what enters the block; its `maps`, by path, are added on the way."""
     # the other attention kernels add up in no fixed order on CUDA; on a CPU they do, and are faster
     plain = sdpa_kernel(SDPBackend.MATH) if hidden.is_cuda else nullcontext()
-    with torch.enable_grad(), plain, _caught(block, paths) as caught:
+    with torch.enable_grad(), plain, _caught(maps) as caught:
         hidden = hidden.detach().requires_grad_()
         out = call(block, hidden)
         into, *outof = torch.autograd.grad(out, [hidden, *(y for _, y in caught.values())], slope)
     for path, (x, _), dy in zip(caught, caught.values(), outof, strict=True):
-        add(path, _by_window(x.detach(), hidden), _by_window(dy, hidden))
+        linear = maps[path]
+        inputs = x.detach().reshape(len(hidden), -1, linear.in_features)  # some blocks flatten windows
+        add(path, inputs, dy.reshape(len(hidden), -1, linear.out_features))
     return into
 
 
 @contextmanager
-def _caught(block: nn.Module, paths: list[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Within: what the linear maps of the block receive and give, by path, in the order of the graph."""
+def _caught(maps: Mapping[str, nn.Linear]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Within: what linear maps of a block receive and give, by path, in the order of the graph."""
     caught: dict[str, tuple[Tensor, Tensor]] = {}
 
     def catch(path: str, _: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         caught[path] = args[0], out
 
     with ExitStack() as stack:
-        for path in paths:
-            stack.enter_context(block.get_submodule(path).register_forward_hook(partial(catch, path)))
+        for path, linear in maps.items():
+            stack.enter_context(linear.register_forward_hook(partial(catch, path)))
         yield caught
-
-
-def _by_window(values: Tensor, hidden: Tensor) -> Float[Tensor, "windows length d"]:
-    """Some blocks flatten windows into one row of tokens."""
-    return values.reshape(len(hidden), hidden.shape[1], -1)

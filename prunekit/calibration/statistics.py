@@ -63,9 +63,10 @@ class Relative(Statistic):
     sees: ClassVar[Sees] = frozenset({"output"})
 
     def add(self, sums: Sums, received: Received) -> None:
-        squared = received.output.double().square().sum(-1, keepdim=True)
-        squares = received.inputs.double().square()
-        sums["sum"] += torch.where(squared > 0, squares / torch.where(squared > 0, squared, 1), 0).sum(0)
+        squared = received.by_token(received.output.double().square()).sum((-2, -1)).unsqueeze(-1)
+        squares = received.by_token(received.inputs.double().square()).sum(1)
+        shares = torch.where(squared > 0, squares / torch.where(squared > 0, squared, 1), 0)
+        sums["sum"] += received.channels * shares.sum(0)  # a mean over tokens, and each counts for all it brings
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,10 @@ class Influence(Statistic):
         return {"sum": ()}
 
     def add(self, sums: Sums, received: Received) -> None:
-        before, added = received.residual.double(), received.output.double()  # 1 - cos of nearly equal vectors cancels
-        sums["sum"] += (1 - torch.nn.functional.cosine_similarity(before, before + added, dim=-1)).sum()
+        # of whole tokens; in float64, for 1 - cos of nearly equal vectors cancels
+        before, added = (received.by_token(x.double()).flatten(1) for x in (received.residual, received.output))
+        turned = 1 - torch.nn.functional.cosine_similarity(before, before + added, dim=-1)
+        sums["sum"] += received.channels * turned.sum()
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,9 @@ def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrained
     for key in adapter.family.by_layer:
         if values.get(key):
             values[key] = [values[key][index] for index in kept]
+    if (experts := adapter.family.experts) is not None:  # blocks without any go by the number of the others
+        count = next(size[experts.count] for size in sizes if experts.count in size)
+        sizes = [{experts.count: count} | size for size in sizes]
     native = _native_biases(adapter.family, values)
     added = [[part for part in adapter.biased(blocks[index]) if part not in native] for index in kept]
     if any(added):
@@ -63,6 +66,7 @@ def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrained
     else:
         causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config._attn_implementation = model.config._attn_implementation
+    config._experts_implementation = model.config._experts_implementation
     return _filled(causal, config, model, adapter.layers, kept)
 
 

@@ -102,9 +102,11 @@ class Received:
         length: int = 1,
         residual: Callable[[], Tensor] | None = None,
         dense: Received | None = None,
+        channels: int = 1,
     ) -> None:
-        """`caught` and `residual` give (..., d); `length`: tokens of a window."""
+        """`caught` and `residual` give (..., d); `length`: tokens of a window; `channels`: inputs of a token."""
         self._caught, self._linear, self._length, self._residual, self._dense = caught, linear, length, residual, dense
+        self.channels = channels
 
     @cached_property
     def _inputs(self) -> Tensor:
@@ -118,7 +120,14 @@ class Received:
     @property
     def windows(self) -> Float[Tensor, "windows length d_in"]:
         """x̂, window by window."""
-        return self._inputs.reshape(-1, self._length, self._inputs.shape[-1])
+        return self._inputs.reshape(-1, self._length * self.channels, self._inputs.shape[-1])
+
+    def by_token(self, values: Float[Tensor, "inputs d"]) -> Float[Tensor, "tokens channels d"]:
+        """Values of every input, those that one token brings together: one, or one of every channel at experts.
+
+        Means are over inputs: what is added once for a token has to count `channels` times.
+        """
+        return values.unflatten(0, (-1, self.channels))
 
     @cached_property
     def made(self) -> Float[Tensor, "... d_out"]:
@@ -128,18 +137,23 @@ class Received:
     @property
     def output(self) -> Float[Tensor, "tokens d_out"]:
         """y = W x̂ + b."""
-        return self.made.flatten(0, -2)
+        return self.made.reshape(-1, self._d_out)
 
     @property
     def product(self) -> Float[Tensor, "tokens d_out"]:
         """W x̂."""
         bias = _there(self._linear, "output").bias
-        return (self.made if bias is None else self.made - bias).flatten(0, -2)
+        return (self.made if bias is None else self.made - bias).reshape(-1, self._d_out)
 
     @property
     def residual(self) -> Float[Tensor, "tokens d_out"]:
         """The sum that the output is added to."""
-        return _there(self._residual, "residual")().flatten(0, -2)
+        residual = _there(self._residual, "residual")()
+        return residual.flatten(0, -2) if self.channels == 1 else residual.reshape(-1, 1)
+
+    @property
+    def _d_out(self) -> int:
+        return _there(self._linear, "output").out_features
 
     @property
     def dense(self) -> Received:

@@ -43,6 +43,35 @@ BUNDLED = "modeling_prunekit"  # name of the copy of this file in an exported di
 
 
 @dataclass(frozen=True, eq=False)
+class Experts:
+    """What a family calls the experts of a block and their router; all parameters of both count experts first."""
+
+    count: str  # in the config: how many there are
+    path: str = "mlp.experts"  # the module with the matrices of all experts
+    router: str = "mlp.gate"
+    outputs: tuple[str, ...] = ("down_proj",)  # parameters of the experts that their outputs are proportional to
+
+    def there(self, block: nn.Module) -> bool:
+        """Whether a block has experts; some have a plain MLP."""
+        module = block
+        for name in self.path.split("."):
+            module = getattr(module, name, None)
+            if module is None:
+                return False
+        return True
+
+    def cut(self, block: nn.Module, count: int) -> None:
+        """Leave room for so many experts, in place; what is in them is lost where it was another number."""
+        for path in (self.path, self.router):
+            module = block.get_submodule(path)
+            if module.num_experts != count:
+                for name, old in list(module.named_parameters()):
+                    setattr(module, name, nn.Parameter(old.new_empty(count, *old.shape[1:])))
+                module.num_experts = count  # type: ignore[assignment]
+                module.__dict__.pop("_is_hf_initialized", None)  # else what is new would stay as memory was
+
+
+@dataclass(frozen=True, eq=False)
 class Family:
     """What a model family calls its parts. Paths lie inside a decoder block, names in the config."""
 
@@ -64,6 +93,7 @@ class Family:
     free_head_dim: bool = True  # stock attention takes head_dim from the config, not from hidden size / heads
     asks_config: bool = False  # attention asks its config, when it runs, how many query heads it has
     by_layer: tuple[str, ...] = ("layer_types",)  # lists in the config with one entry per layer
+    experts: Experts | None = None  # in the place of the MLP, or of that of some blocks
 
     def __post_init__(self) -> None:
         if alone := next((name for name in self.norms.values() if isinstance(name, str)), None):
@@ -123,7 +153,10 @@ class Family:
         for path in self.rows:
             _resize(block, path, rows=sum(count[unit] for unit in self.units(path)))
         _resize(block, self.columns["attention"], columns=count["query"])
-        _resize(block, self.columns["mlp"], columns=count["width"])
+        if "mlp" in self.columns:
+            _resize(block, self.columns["mlp"], columns=count["width"])
+        if self.experts is not None and self.experts.there(block):
+            self.experts.cut(block, getattr(layer_config, self.experts.count))
         for part in getattr(layer_config, "biased", ()):
             _resize(block, self.columns[part], bias=True)
         self.recount(attention, query, kv)
@@ -146,6 +179,10 @@ class Family:
             raise ValueError(f"layer {index}: {query} query heads do not share {kv} KV heads evenly")
         if (width := getattr(layer_config, self.width)) < 1:
             raise ValueError(f"layer {index}: {self.width} is {width}; an absent MLP is written as skip: [mlp]")
+        if self.experts is not None:
+            count, least = getattr(layer_config, self.experts.count), layer_config.num_experts_per_tok
+            if count < least:
+                raise ValueError(f"layer {index}: {count} experts, and a token selects {least}")
         for name in ("skip", "biased"):
             if strange := set(getattr(layer_config, name, ())) - {"attention", "mlp"}:
                 raise ValueError(f"layer {index}: {name} lists attention and mlp, not {', '.join(sorted(strange))}")
@@ -176,6 +213,18 @@ def llama_like(model_type: str, prefix: str, **others: Any) -> Family:
         "norms": NORMS,
     }
     return Family(model_type, prefix, **(parts | others))
+
+
+def of_experts(model_type: str, prefix: str, count: str, **experts: Any) -> Family:
+    """A family with Llama's attention and, in the place of the MLP, experts.
+
+    Args:
+        model_type, prefix: as of `Family`.
+        count, experts: as of `Experts`.
+    """
+    return llama_like(
+        model_type, prefix, rows=SEPARATE, columns={"attention": "self_attn.o_proj"}, experts=Experts(count, **experts)
+    )
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -215,6 +264,13 @@ FAMILIES: Mapping[str, Family] = {
         kv_heads="num_kv_heads",
         width="ffn_hidden_size",
         free_head_dim=False,
+    ),
+    "mixtral": of_experts("mixtral", "Mixtral", "num_local_experts"),
+    "olmoe": of_experts("olmoe", "Olmoe", "num_experts"),
+    "qwen2_moe": of_experts("qwen2_moe", "Qwen2Moe", "num_experts"),
+    "qwen3_moe": of_experts("qwen3_moe", "Qwen3Moe", "num_local_experts"),
+    "gpt_oss": of_experts(
+        "gpt_oss", "GptOss", "num_local_experts", router="mlp.router", outputs=("down_proj", "down_proj_bias")
     ),
     "opt": Family(
         "opt",

@@ -115,6 +115,7 @@ def opened(
         settle(model, adapter, places)
         widen_tables(model)
         stored_as(model, computed(stored)).eval().requires_grad_(False)
+        adapter.prepare(model)
     digest = fingerprint(model, name)
     return Dense(model, tokenizer, adapter, stored, name, digest, shares, converted)
 

@@ -314,17 +314,29 @@ class Checkpoint:
 
 def _origins(stored: list[str], model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, str]:
     """The model's names -> names in the files: transformers has renamed some, or the files are without its head."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-    converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    found = {}
-    for name in stored:
-        ours, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, dict(state))
-        if ours in state and converted is None:
+    found = dict[str, str]()
+    for name, ours, merged in _renamed(stored, model, state):
+        if not merged:
             if ours in found:
                 raise WrongInput(f"the checkpoint holds {ours} twice, as {found[ours]} and as {name}; remove one")
             found[ours] = name
     return found
+
+
+def _merged(stored: list[str], model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names in the files -> the model's name of what several of them are merged to, such as the matrices of experts."""
+    return {name: ours for name, ours, merged in _renamed(stored, model, state) if merged}
+
+
+def _renamed(stored: list[str], model: PreTrainedModel, state: Mapping[str, Tensor]) -> Iterator[tuple[str, str, bool]]:
+    """(a name in the files, the model's name, whether others are merged with it) of what the model has."""
+    transforms, own = get_model_conversion_mapping(model), dict(state)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    for name in stored:
+        ours, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        if ours in state:
+            yield name, ours, converted is not None
 
 
 def check_names(source: str, missing: Iterable[str], unused: Iterable[str]) -> None:
@@ -365,8 +377,8 @@ def unused(path: str, model: PreTrainedModel) -> set[str]:
     folder = here(path)
     if not ((folder / WEIGHTS).exists() or (folder / INDEX).exists()):
         return set()
-    names = Shards.of(str(folder)).tensors.keys()
-    return names - set(_origins(list(names), model, model.state_dict()).values())
+    names, state = Shards.of(str(folder)).tensors.keys(), model.state_dict()
+    return names - set(_origins(list(names), model, state).values()) - _merged(list(names), model, state).keys()
 
 
 def converted(path: str, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, int]:
@@ -377,9 +389,9 @@ def converted(path: str, model: PreTrainedModel, dtype: torch.dtype) -> dict[str
     with shapes_of(model):
         state, own = model.state_dict(), {name for name, _ in model.named_parameters(remove_duplicate=False)}
     stored = Shards.of(str(folder)).tensors
-    found = [
-        str(stored[there].dtype)[6:] for name, there in _origins(list(stored), model, state).items() if name in own
-    ]
+    sources = [(there, name) for name, there in _origins(list(stored), model, state).items()]
+    sources += _merged(list(stored), model, state).items()
+    found = [str(stored[there].dtype)[6:] for there, name in sources if name in own]
     return {name: found.count(name) for name in sorted({*found} - {str(dtype)[6:]})}
 
 
@@ -443,6 +455,11 @@ def opened(
         raise WrongInput(
             f"{source!r} is of type {stored} and opened as {model.config.model_type}, which needs it whole; give "
             "--memory for all of it"
+        )
+    if not adapter_for(model.config.model_type).by_block:
+        raise WrongInput(
+            f"{source!r} has experts, whose matrices are merged when it is read, so it cannot be read block by block; "
+            "give --memory for all of it"
         )
     if not Path(path).is_dir():
         Shards.of(path, source)  # fetched, so that the tensors can say what is tied

@@ -28,11 +28,33 @@ class UnsupportedModel(WrongInput):
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Rows (dim 0, biases with them) or columns (dim 1) of one linear map, by group."""
+    """Slices of one parameter along one dimension, by group: rows (0, a bias with them) or columns (1) of a linear map,
+    or whatever else a parameter is made of, such as the experts of a layer."""
 
-    path: str  # of the linear map inside its block
-    dim: Literal[0, 1]
-    index: Tensor  # (n_groups, width): which rows or columns go with each group
+    path: str  # of the module inside its block
+    dim: int
+    index: Tensor  # (n_groups, width): which slices go with each group
+    parameter: str = "weight"  # of the module
+
+    @property
+    def name(self) -> str:
+        """Of the parameter inside its block; of the weight of a module, that of the module."""
+        return self.path if self.parameter == "weight" else f"{self.path}.{self.parameter}"
+
+    def rows(self, block: nn.Module) -> tuple[int, int]:
+        """(rows, columns) of the parameter as a matrix whose slices are equal blocks of rows."""
+        value = block.get_submodule(self.path).get_parameter(self.parameter)
+        columns = _columns(value.movedim(self.dim, 0))
+        return value.numel() // columns, columns
+
+    def taken(self, block: nn.Module, groups: Tensor | None = None) -> Tensor:
+        """The slices of some groups, or of all, one below the other: (rows, columns), in the order of the groups."""
+        value = block.get_submodule(self.path).get_parameter(self.parameter).detach().movedim(self.dim, 0)
+        index = (self.index if groups is None else self.index[groups]).flatten().to(value.device)
+        whole = torch.equal(
+            index, torch.arange(len(value), device=index.device)
+        )  # wide ones are not copied for nothing
+        return (value if whole else value[index]).reshape(-1, _columns(value))
 
 
 @dataclass(frozen=True)
@@ -45,6 +67,7 @@ class ModelAdapter(ABC):
 
     layers: ClassVar[str]  # path of the list of blocks
     factors: ClassVar[bool] = False  # are there classes whose linear maps may be two of low rank?
+    by_block: ClassVar[bool] = True  # parameters are in the files one by one, so that blocks can be read one by one
 
     def opened(self, model: PreTrainedModel) -> PreTrainedModel:
         """What is pruned in the place of a model that was read: itself, or a model of another class that computes the
@@ -137,7 +160,28 @@ class ModelAdapter(ABC):
 
     def linear(self, block: nn.Module, site: Site) -> nn.Linear:
         """The linear map whose input columns `site` cuts."""
-        return linear_at(block, self.path(site))
+        return self.map_at(block, self.path(site))
+
+    def map_at(self, block: nn.Module, path: str) -> nn.Linear:
+        """The linear map at a path in a block: a module of it, or one that stands for what a module adds up.
+
+        It is the same object as long as the block is, so that what it receives can be listened to, and its weight can
+        be another for a while. Only of a module of the block can the weight be changed for good.
+        """
+        return linear_at(block, path)
+
+    def stream_before(self, site: Site) -> str | None:
+        """Path in a block of the module that receives the sum that the site's output is added to; None: that sum is
+        what enters the block and the outputs of the sites before."""
+        return None
+
+    def multiplied(self, block: nn.Module) -> int:
+        """How many weights of a block a token is multiplied with."""
+        return sum(module.weight.numel() for module in block.modules() if isinstance(module, nn.Linear))
+
+    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A model that a run has for itself, made in place to compute in a way in which it can be looked at."""
+        return model
 
     def maps(self, block: nn.Module, site: Site) -> list[nn.Linear]:
         """The linear maps a group goes through, the one whose columns it cuts last; of single weights, their own."""
@@ -190,6 +234,11 @@ def reweighted(linear: nn.Linear, weight: Tensor) -> nn.Linear:
     other.weight = nn.Parameter(weight.detach().to(linear.weight), linear.weight.requires_grad)
     other.bias = linear.bias
     return other.train(linear.training)
+
+
+def _columns(value: Tensor) -> int:
+    """Of a parameter as a matrix of rows; of a vector, one."""
+    return value.shape[-1] if value.ndim > 1 else 1
 
 
 def linear_at(block: nn.Module, path: str) -> nn.Linear:

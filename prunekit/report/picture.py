@@ -77,6 +77,8 @@ def _part(site: Mapping[str, Any]) -> str:
     inside = re.sub(r"^.*?\.\d+\.", "", site["name"]).split(".")[0]
     if site["kind"] == "attention" or "att" in inside:
         return "attention"
+    if site["kind"] == "experts":
+        return "experts"
     return "MLP" if site["kind"] == "mlp" or "mixer" not in inside else inside
 
 

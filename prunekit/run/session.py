@@ -38,7 +38,7 @@ from prunekit.run.plan.count import Shape
 from prunekit.run.plan.make import planned
 from prunekit.run.plan.plan import Plan
 from prunekit.run.plan.trial import Trials, forward_seconds
-from prunekit.run.spaces import whole_space
+from prunekit.run.spaces import check_sites, whole_space
 from prunekit.run.stages import Run, clear_folder
 from prunekit.run.workplace import begun
 from prunekit.search.ledger import Ledger
@@ -365,6 +365,7 @@ def make_plan(
     """
     counted = parts
     if isinstance(parts.metric, MeasuredMetric) and parts.metric.prices is None:
+        check_sites(parts, adapter.sites_of(shape, parts.form, parts.recipe.heads))  # the stand-in is another metric
         counted = parts.with_metric(parts.metric.stand_in())
         counted = replace(counted, recipe=counted.recipe.model_copy(update={"of": "blocks"}))
     spaces = [whole_space(member, shape, adapter, next(shape.parameters()).dtype) for member in counted.members]

@@ -9,9 +9,11 @@ from fractions import Fraction
 import torch
 from torch import nn
 
+from prunekit.calibration.statistics import statistics_of
 from prunekit.errors import WrongInput
 from prunekit.models import paging
 from prunekit.plugins.adapter import ModelAdapter
+from prunekit.plugins.metric import MeasuredMetric
 from prunekit.recipe.resolve import Parts
 from prunekit.space.budgets import Budget
 from prunekit.space.ladders import Space
@@ -29,6 +31,35 @@ def sparing(sites: Sequence[Site], blocks: int, first: int, last: int) -> tuple[
             f"spare: {first} first and {last} last of {blocks} blocks leave none to prune; spare fewer of them"
         )
     return tuple(replace(site, spared=not first <= site.block < blocks - last) for site in sites)
+
+
+def check_sites(parts: Parts, sites: Sequence[Site]) -> None:
+    """Refuse what does not reach the experts of a model, where it has any.
+
+    Args:
+        parts: of the recipe.
+        sites: of the model.
+
+    Raises:
+        WrongInput: a recovery step, a learner, a metric or a statistic that asks for more than the sum over experts.
+    """
+    if not any(site.kind == "experts" for site in sites):
+        return
+    recipe, instead = parts.recipe, "; leave it away for a mixture of experts"
+    if recipe.finishers:
+        names = ", ".join(spec["name"] for spec in recipe.finishers)
+        raise WrongInput(f"recovery step {names} does not reach experts yet{instead}")
+    if parts.learner is not None:
+        raise WrongInput("a learner cannot keep as many experts as a token selects yet; choose an allocator")
+    if isinstance(parts.metric, MeasuredMetric):
+        raise WrongInput("times of layers without experts cannot be measured; choose metric parameters or bytes")
+    looking = [each.name for each in statistics_of(parts.needs) if "producers" in each.sees]
+    looking += ["gradient"] if "gradient" in parts.needs else []
+    if looking:
+        raise WrongInput(
+            f"the statistic {looking[0]} is not taken of single experts yet; choose another pruner or signal, such as "
+            "reap, obs or wanda"
+        )
 
 
 def whole_space(parts: Parts, model: nn.Module, adapter: ModelAdapter, dtype: torch.dtype) -> Space:
@@ -51,6 +82,7 @@ def whole_space(parts: Parts, model: nn.Module, adapter: ModelAdapter, dtype: to
         sites = adapter.sites_of(model, form, recipe.heads)
     if not sites:
         raise WrongInput("the model has no site left to prune")
+    check_sites(parts, sites)
     depth = len(adapter.blocks(model))
     sites = sparing(sites, depth, *recipe.spare.of(depth))
     base = model if recipe.of == "model" else adapter.blocks(model)

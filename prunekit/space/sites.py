@@ -11,7 +11,7 @@ from prunekit.space.forms import GROUPS, Form
 Allocation = tuple[int, ...]
 """Kept groups per site, in order of execution."""
 
-Kind = Literal["attention", "mlp", "linear"]
+Kind = Literal["attention", "mlp", "experts", "linear"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,9 @@ class Site:
 
     Of form groups, a group lives or dies together with everything that feeds it (rows of the producer layers). Keeping
     0 groups drops the whole sub-layer, its norm and biases included.
+
+    Experts are the inputs of a map of ones, the sum over them, which meets every channel of a token by itself: one
+    column each. At least `minimum` of them stay.
 
     Of the other forms the kind is linear. Where single weights are removed, a count is that of the weights kept per
     output row, in exact mean over the rows; keeping 0 leaves a map of zeros and its bias. Of low rank, it is the rank
@@ -40,6 +43,8 @@ class Site:
     input_group: str = ""  # sites of one input group receive the same input; "": nobody else does
     inputs: int = 0  # columns of the linear map where counts are not of them; 0: all columns are in groups
     spared: bool = False  # nothing of it may go; its price counts
+    minimum: int = 0  # groups that have to stay: as many experts as a token selects
+    channels: int = 1  # inputs of the map that one token brings: one, or one per channel where it is the sum of experts
 
     @property
     def d_in(self) -> int:
@@ -47,9 +52,19 @@ class Site:
         return self.inputs or self.n_groups * self.group_size
 
     @property
+    def width(self) -> int:
+        """Values of a token that reach the linear map."""
+        return self.channels * self.d_in
+
+    @property
+    def kept_width(self) -> int:
+        """Values of a token that are kept until the site is done: of experts, those that a token selects."""
+        return self.channels * (self.minimum or self.d_in)
+
+    @property
     def least(self) -> int:
         """The smallest count that may be kept."""
-        return self.n_groups if self.spared else self.form.least(self.d_in)
+        return self.n_groups if self.spared else max(self.minimum, self.form.least(self.d_in))
 
     @property
     def step(self) -> int:

@@ -42,6 +42,24 @@ SIZES: dict[str, dict[str, Any]] = {  # by config.model_type; head_dim is not hi
 OPENED: dict[str, dict[str, Any]] = {  # families that are pruned as another
     "gpt2": HEADS | {"n_inner": 17, "initializer_range": 0.3, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
 }
+ROUTED: dict[str, Any] = GROUPED | {
+    "num_experts_per_tok": 2,
+    "intermediate_size": 16,
+}  # kernels ask for rows of 16 bytes
+EXPERTS: dict[str, dict[str, Any]] = {  # families of experts: six, of which a token selects two
+    "mixtral": ROUTED | {"num_local_experts": 6, "head_dim": 6},
+    "olmoe": ROUTED | {"num_experts": 6},
+    "qwen2_moe": ROUTED
+    | {"num_experts": 6, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 7, "mlp_only_layers": [1]},
+    "qwen3_moe": ROUTED | {"num_experts": 6, "moe_intermediate_size": 8, "head_dim": 6, "norm_topk_prob": True},
+    "gpt_oss": ROUTED
+    | {
+        "num_local_experts": 6,
+        "head_dim": 6,
+        "sliding_window": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
 STATES: dict[str, Any] = {"state_size": 5, "use_bias": True, "initializer_range": 0.3}
 MIXERS: dict[str, dict[str, Any]] = {  # families without groups
     "mamba": STATES | {"time_step_rank": 4},  # tied
@@ -55,7 +73,7 @@ def tiny(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     Families without an entry in `SIZES` get the sizes of a Llama.
     """
     set_seed(seed)
-    sizes = (SIZES | OPENED | MIXERS).get(model_type, GROUPED)
+    sizes = (SIZES | OPENED | EXPERTS | MIXERS).get(model_type, GROUPED)
     config = AutoConfig.for_model(model_type, **(COMMON | sizes | overrides))
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -64,4 +82,6 @@ def tiny(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
                 parameter.normal_(std=0.3)
             elif "norm" in name or "ln_" in name:
                 parameter.uniform_(0.5, 1.5)
+    if model_type in EXPERTS:
+        model.config._experts_implementation = "eager"  # others have no float64
     return model.double().eval()

@@ -238,7 +238,7 @@ def _sliced(block: nn.Module, cut: Cut, kept: Tensor, source: Tensor | None = No
     stays[cut.index.flatten()] = False
     stays[cut.index[kept].flatten()] = True
     # ascending, because query head h reads KV head h // n_rep also where a group is spread over all of them
-    return sliced(linear, cut.dim, stays.nonzero().flatten(), source)
+    return sliced(linear, 0 if cut.dim == 0 else 1, stays.nonzero().flatten(), source)
 
 
 def _per_group(block: nn.Module, cut: Cut) -> int:

@@ -24,7 +24,7 @@ from prunekit.measure.samples import NEW
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.models.blocks import TOKENS_AT_ONCE, forward_flops
 from prunekit.models.spread import dealt_out
-from prunekit.plugins.adapter import ModelAdapter, linear_at
+from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.exporter import Order
 from prunekit.plugins.metric import Runs
 from prunekit.plugins.pruner import LocalPruner
@@ -78,19 +78,19 @@ class Shape:
 
     @cached_property
     def weights(self) -> int:
-        """Of the linear maps of all blocks."""
-        return sum(m.weight.numel() for b in self.blocks for m in b.modules() if isinstance(m, nn.Linear))
+        """That a token is multiplied with in all blocks."""
+        return sum(map(self.adapter.multiplied, self.blocks))
 
     def map(self, site: Site) -> MapShape:
         """Of its linear map."""
         return MapShape(site.d_in, site.d_out, shared=bool(site.input_group))
 
     def producers(self, site: Site) -> dict[str, MapShape]:
-        """Of the linear maps whose rows go with its groups, by path."""
+        """Of the parameters whose rows go with its groups, as matrices, by name."""
         if site not in self._fed:
             block = self.blocks[site.block]
-            fed = {cut.path: linear_at(block, cut.path) for cut in self.adapter.cuts(block, site)[:-1]}
-            self._fed[site] = {path: MapShape(each.in_features, each.out_features) for path, each in fed.items()}
+            sizes = {cut.name: cut.rows(block) for cut in self.adapter.cuts(block, site)[:-1]}
+            self._fed[site] = {name: MapShape(columns, rows) for name, (rows, columns) in sizes.items()}
         return self._fed[site]
 
     @cached_property
@@ -266,7 +266,7 @@ class Count:
         shape, learner, tokens = self.shape, self.parts.learner, self.tokens["search"]
         assert learner is not None
         members = [self.members] if learner.nests else [[member] for member in self.members]
-        widest, heads = max(site.d_in for site in shape.sites), getattr(shape.model.config, "num_attention_heads", 1)
+        widest, heads = max(site.width for site in shape.sites), getattr(shape.model.config, "num_attention_heads", 1)
         some = min(max(TOKENS_AT_ONCE, self.seqlen), tokens)
         graph = GatedModel.graph_bytes(
             some, shape.width, widest, len(shape.blocks), heads, self.seqlen, shape.computed.itemsize
@@ -397,7 +397,7 @@ class Count:
 
     def _activations(self, tokens: int) -> int:
         """Bytes of what a block makes of so many tokens at once."""
-        widest = max(site.d_in for site in self.shape.sites)
+        widest = max(site.width for site in self.shape.sites)
         return tokens * self.shape.computed.itemsize * (3 * widest + 6 * self.shape.width)
 
     @property
@@ -473,7 +473,7 @@ class Count:
         twice = self.parts.pruner.within == "block" and self.recipe.carry != "dense"  # dense, and pruned to the next
         flops = (streams + twice) * shape.forward(tokens, self.seqlen, head=False)
         for _, members in groupby(space.sites, key=lambda site: site.block):
-            block = [(s.d_in, shape.adapter.part(s) is not None, bool(s.input_group)) for s in members]
+            block = [(s.kept_width, shape.adapter.part(s) is not None, bool(s.input_group)) for s in members]
             spill = max(spill, BlockFlow.peak(tokens, shape.width, size, block, streams))
         for site, ladder in zip(space.sites, space.ladders, strict=True):
             own, there, fed = shape.map(site), shape.collected(site, statistics), shape.producers(site)
@@ -503,7 +503,7 @@ class Count:
             if nats:
                 weights += 3 * DOUBLE * d_out**2 + DOUBLE * site.d_in * d_out
             disk += CandidateStore.bytes(site, kept, shape.stored, scores=scores)
-            flops += Moments.flops(there, own, fed, tokens)
+            flops += Moments.flops(there, own, fed, tokens * site.channels)
             cross = "cross" in needs and site.form.coupled
             widths = [layout_of(site).width(site, count) if cross else site.d_in for count in asked]
             doubles += judging_flops(site.d_in, d_out, widths, cross=cross)

@@ -104,7 +104,8 @@ def planned(
         )  # fmt: skip
 
     plan, tight = of(Shares()), of(Shares(blocks=0))
-    can = next(model.parameters()).is_meta and tight.least < plan.least  # else it is in memory already, or very small
+    # else it is in memory already, or very small
+    can = next(model.parameters()).is_meta and adapter.by_block and tight.least < plan.least
     if not (can and not measured and plan.least > limit):
         return of(Shares.of(limit - plan.least, paged=False))
     devices = every_device(recipe.device)

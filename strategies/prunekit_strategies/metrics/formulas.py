@@ -27,11 +27,19 @@ class Bytes(pk.Metric):
 
 @dataclass(frozen=True)
 class Flops(pk.Metric):
-    """Floating-point operations a token takes in linear maps: a product and a sum for every parameter."""
+    """Floating-point operations a token takes in linear maps: a product and a sum for every parameter.
+
+    It is refused for experts, for a token goes through as many of them however many there are.
+    """
 
     unit: ClassVar[str] = "flops"
 
     def price(self, site: pk.Site, kept: int) -> int:
+        if site.kind == "experts":
+            raise pk.WrongInput(
+                "a token goes through as many experts as before, so their removal frees next to nothing in flops; "
+                "choose metric parameters or bytes"
+            )
         return 2 * site.parameters(kept)
 
     def outside(self, sites: Sequence[pk.Site], parameters: int) -> int:

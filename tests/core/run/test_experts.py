@@ -1,0 +1,109 @@
+"""Whole runs on mixtures of experts: pruned, saved, proved in a fresh process, reported; and what is refused."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import prunekit
+from prunekit.demo import MODEL
+from prunekit.errors import WrongInput
+from prunekit.testing.models import EXPERTS, tiny
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny model of eight experts with the tokenizer of the demo, by family, in folders of their own."""
+    made = {}
+
+    def save(family):
+        if family not in made:
+            made[family] = path = tmp_path_factory.mktemp(family) / "model"
+            count = next(name for name in EXPERTS[family] if name in ("num_experts", "num_local_experts"))
+            model = tiny(family, vocab_size=2048, initializer_range=0.1, **{count: 8})
+            model.float().save_pretrained(path)
+            AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
+        return made[family]
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def short(quick):
+    """Arguments of a run on little text, with changes; the method is that of the recipe."""
+
+    def settings(**changes):
+        method = {"pruner", "allocator", "objective"}
+        return {key: value for key, value in quick().items() if key not in method} | changes
+
+    return settings
+
+
+def experts_of(path):
+    """The model in a folder, and how many experts each of its layers has; a plain MLP has none."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+    mlps = [layer.mlp for layer in model.model.layers]
+    return model, [mlp.experts.num_experts for mlp in mlps if hasattr(mlp, "experts")]
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_a_quarter_of_the_experts_goes_and_the_stock_class_loads_the_rest(family, saved, tmp_path, short):
+    prunekit.prune(saved(family), output=tmp_path / "out", **short(recipe="reap", sparsity=0.25))  # and is verified
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {(site["kind"], site["groups"], site["kept"]) for site in report["sites"]} == {("experts", 8, 6)}
+    assert report["budget"]["spent"] == report["budget"]["limit"], "three quarters, exactly"
+    (small, kept), (dense, _) = experts_of(tmp_path / "out"), experts_of(saved(family))
+    assert type(small) is type(dense)
+    assert {*kept} == {6}
+    freed = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in small.parameters())
+    assert 3 * freed == sum(site["parameters"] for site in report["sites"]), "experts and their rows of the router"
+    assert "experts, % removed" in (tmp_path / "out" / "sparsity.svg").read_text()
+    assert "6 of 8" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_layers_of_different_numbers_are_of_our_class(family, saved, tmp_path, quick):
+    options = quick(sparsity=0.25, apart=True, spare__first=1)
+    prunekit.prune(saved(family), output=tmp_path / "out", **options)  # and is verified, in a fresh process
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    small, kept = experts_of(tmp_path / "out")
+    assert (kept[0], sum(kept)) == (8, 18)
+    assert min(kept) >= 2
+    assert [site["kept"] for site in report["sites"]] == kept
+    assert report["budget"]["spent"] == report["budget"]["limit"]
+    assert small.config.model_type == f"prunekit_{family}"
+
+
+def test_the_default_recipe_prunes_experts(saved, tmp_path, short):
+    prunekit.prune(saved("olmoe"), output=tmp_path / "out", **short(sparsity=0.3))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    _, kept = experts_of(tmp_path / "out")
+    assert [site["kept"] for site in report["sites"]] == kept
+    assert report["budget"]["limit"] - report["budget"]["spent"] < report["sites"][0]["parameters"] / kept[0]
+    assert all(0 < site["error"] < 1 for site in report["sites"] if site["kept"] < 8)
+
+
+def test_a_run_on_experts_is_repeated_to_the_same_bytes(saved, tmp_path, short, content):
+    for name in ("one", "two"):
+        options = short(recipe="reap", sparsity=0.5, verify=False)
+        prunekit.prune(saved("qwen3_moe"), output=tmp_path / name, **options)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sparsity": 0.8}, "cannot be met: reachable is 0 to 0.75, because"),
+        ({"finishers": "bias"}, "recovery step bias does not reach experts yet"),
+        ({"pruner": "llm-pruner"}, "the statistic gradient is not taken of single experts yet"),
+        ({"metric": "flops"}, "a token goes through as many experts as before"),
+        ({"metric": "latency"}, "times of layers without experts cannot be measured"),
+        ({"metric": "kv-cache"}, "no site has a price in kv-cache"),
+        ({"structure": "2:4", "pruner": "wanda"}, "single weights of experts cannot be removed yet"),
+        ({"allocator": None, "learner": "grasprune"}, "a learner cannot keep as many experts as a token selects yet"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_what_does_not_reach_experts_is_refused_before_any_work(saved, short, options, said):
+    with pytest.raises(WrongInput, match=said):
+        prunekit.prune(saved("mixtral"), **short(recipe="reap", **options))
