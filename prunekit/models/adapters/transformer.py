@@ -155,7 +155,7 @@ class Transformer(ModelAdapter):
 
     def ranks(self, block: nn.Module) -> dict[str, int]:
         """The ranks of the linear maps of a block that are two, by path."""
-        left = [part for part in PARTS if part not in self.dropped(block)]
+        left: list[Part] = [part for part in PARTS if part not in self.dropped(block)]
         paths = [path for part in left for path in (*self.family.producers(part), self.family.columns[part])]
         maps = {path: map_at(block, path) for path in paths}
         return {path: found.rank for path, found in maps.items() if isinstance(found, LowRank)}
