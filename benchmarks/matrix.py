@@ -137,7 +137,9 @@ def rows(name: str, rounds: int, fresh: bool) -> Iterator[Row]:
             for each in ("prefill", "decode")
         }
         for exporter in map(EXPORTERS.build, EXPORTERS):
-            order = Order(adapter, parse_form(form).units, "import", small.num_parameters(), 4)
+            order = Order(
+                adapter, parse_form(form).units, "import", small.num_parameters(), 4, config=small.config, settled=True
+            )
             with tempfile.TemporaryDirectory() as folder, without_bars():
                 try:
                     if order.units not in exporter.structures:

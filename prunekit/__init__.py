@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prunekit.models import registration
 
 if TYPE_CHECKING:
-    from prunekit.api import prune, tune
+    from prunekit.api import compare, prune, tune
     from prunekit.calibration.moments import Moments
     from prunekit.data.tokens import TokenBatch
     from prunekit.engine.worker import Worker
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from prunekit.plugins.allocator import Allocator, Journal, Problem, Query, Search, Searched
     from prunekit.plugins.dense import Dense
     from prunekit.plugins.engine import Engine, Opening, Team
-    from prunekit.plugins.exporter import Exporter, Order, Probe, Product
+    from prunekit.plugins.exporter import Exporter, Inquiry, Order, Probe, Product, Response
     from prunekit.plugins.finisher import Finisher, Workpiece
     from prunekit.plugins.learner import Decision, Effort, GateProblem, GateQuery, GateReply, Learner, Lesson
     from prunekit.plugins.metric import MeasuredMetric, Runs
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from prunekit.space.sites import Allocation, Site
 
 _HOMES = {  # module: what of it is public
-    "api": "prune tune",
+    "api": "compare prune tune",
     "calibration.moments": "Moments",
     "data.tokens": "TokenBatch",
     "engine.worker": "Worker",
@@ -57,7 +57,7 @@ _HOMES = {  # module: what of it is public
     "plugins.allocator": "Allocator Journal Problem Query Search Searched",
     "plugins.dense": "Dense",
     "plugins.engine": "Engine Opening Team",
-    "plugins.exporter": "Exporter Order Probe Product",
+    "plugins.exporter": "Exporter Inquiry Order Probe Product Response",
     "plugins.finisher": "Finisher Workpiece",
     "plugins.learner": "Decision Effort GateProblem GateQuery GateReply Learner Lesson",
     "plugins.metric": "MeasuredMetric Runs",
@@ -80,13 +80,13 @@ _HOME_OF = {name: f"prunekit.{module}" for module, names in _HOMES.items() for n
 
 __all__ = [
     "Allocation", "Allocator", "Answers", "Budget", "Candidate", "CandidateStore", "Decision", "Dense",
-    "Effort", "Engine", "Exporter", "Family", "Finisher", "GateProblem", "GateQuery", "GateReply", "Journal",
+    "Effort", "Engine", "Exporter", "Family", "Finisher", "GateProblem", "GateQuery", "GateReply", "Inquiry", "Journal",
     "LayerProblem", "Learner", "Lesson", "LocalPruner", "MapShape", "MeasuredMetric", "Metric", "ModelAdapter",
     "Moments", "Need", "NotVerified", "Objective", "Opening", "Order", "Parameters", "Parts", "PluginError",
-    "Probe", "Problem", "Product", "Query", "Reads", "Received", "Recipe", "Result", "Runs", "Search",
+    "Probe", "Problem", "Product", "Query", "Reads", "Received", "Recipe", "Response", "Result", "Runs", "Search",
     "Searched", "Signal", "Site", "Space", "Statistic", "Supernet", "Team", "TokenBatch", "Total", "Worker",
-    "Workpiece", "WrongInput", "best_groups", "best_weights", "check_choices", "factored", "inverted", "prune",
-    "ranked", "resolve", "solved", "tune",
+    "Workpiece", "WrongInput", "best_groups", "best_weights", "check_choices", "compare", "factored",
+    "inverted", "prune", "ranked", "resolve", "solved", "tune",
 ]  # fmt: skip
 
 

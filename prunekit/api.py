@@ -1,4 +1,4 @@
-"""`prunekit.prune` and `prunekit.tune`: pruning from Python."""
+"""`prunekit.prune`, `prunekit.compare` and `prunekit.tune`: pruning from Python."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from prunekit.errors import WrongInput
 from prunekit.plugins.registry import plain
 from prunekit.recipe.choices import Choices
 from prunekit.recipe.schema import Recipe
+from prunekit.recipe.suite import Suite
+from prunekit.report.comparison import Comparison
 from prunekit.run.family import Family
 from prunekit.run.family import family as run_all
 from prunekit.run.prune import prune as run
 from prunekit.run.results import Result
 from prunekit.run.session import Job
 from prunekit.system.progress import Progress, progress_for
+from prunekit.system.times import as_seconds
 
 if TYPE_CHECKING:
     from prunekit.run.study import Tuned
@@ -142,6 +145,65 @@ def tune(
         storage=storage,
         study_name=study_name,
     )
+
+
+def compare(
+    model: str | Path | PreTrainedModel | Sequence[str | Path] | None = None,
+    tokenizer: Any = None,
+    *,
+    suite: str | Path | Mapping[str, Any] | Suite | None = None,
+    output: str | Path,
+    time: str | float | None = None,
+    quiet: bool = False,
+    progress: Progress | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Comparison:
+    """Compare methods on the same tokens, at the same price, judged on the same windows of text.
+
+    The same call continues a comparison that was interrupted.
+
+    Args:
+        model: one, as of `prune`, or several folders or hub ids; None: the suite names them.
+        tokenizer: of a model in memory.
+        suite: what is compared: a YAML file, a preset by name, or what such a file says.
+        output: folder for the rows and tables.
+        time: to spend, as "2h" or in seconds; None: as long as it takes.
+        quiet: whether progress is not shown.
+        progress: receives the progress instead of the terminal.
+        resume: whether an earlier comparison is continued.
+        overwrite: whether another one in `output` may be replaced.
+        settings: keys of a suite, as pruners=["obs", "wanda"], seeds=3; all others are recipe keys for all cells, as
+            of `prune`.
+
+    Returns:
+        All rows, and what can be said of them.
+
+    Raises:
+        WrongInput: what cannot be done, what there is instead and what to do; before any long work.
+
+    Example:
+        >>> found = prunekit.compare("my-model", recipes=["fast", "flap"], output="comparison")  # doctest: +SKIP
+        >>> print(found.table())  # doctest: +SKIP
+    """
+    from prunekit.run import compare as comparing
+
+    said = {key: settings.pop(key) for key in list(settings) if key in Suite.model_fields and key != "set"}
+    if isinstance(data := settings.pop("data", None), dict):
+        settings |= {f"data__{key}": value for key, value in data.items()}
+    in_memory = model if isinstance(model, PreTrainedModel) else None
+    if model is not None and not isinstance(model, PreTrainedModel):
+        said["models"] = [str(name) for name in ([model] if isinstance(model, str | Path) else model)]
+    found: dict[str, Any] = {}
+    if isinstance(suite, Mapping):
+        found = dict(suite)
+    elif suite is not None:
+        found = (suite if isinstance(suite, Suite) else Suite.load(suite)).model_dump()
+    keys = {key.replace("__", "."): plain(value) for key, value in settings.items()}
+    chosen = Suite.of_mapping({**found, **said, "set": {**found.get("set", {}), **keys}})
+    job = Job(in_memory, tokenizer, Path(output), progress or progress_for(quiet), resume, overwrite)
+    return comparing.compare(chosen, job, time=as_seconds(time))
 
 
 def _chosen(

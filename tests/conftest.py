@@ -106,14 +106,14 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 def _verified_in_forks(forks: Forks) -> Iterator[None]:
     """What is exported is verified in a fork, unless a test asks for `fresh`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("prunekit.export.verify"), "subprocess", forks)
+        patch.setattr(importlib.import_module("prunekit.export.fresh"), "subprocess", forks)
         yield
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports are verified in a fresh process, as those of users are."""
-    monkeypatch.setattr(importlib.import_module("prunekit.export.verify"), "subprocess", subprocess)
+    monkeypatch.setattr(importlib.import_module("prunekit.export.fresh"), "subprocess", subprocess)
 
 
 class Killed(BaseException):

@@ -124,6 +124,7 @@ def choose_recipe(options: Mapping[str, Any], command: str) -> tuple[Recipe, str
     given = {FLAGS[name]: value for name, value in options.items() if name in FLAGS}
     given["model"] = given_model(options["model"], options["model_option"])
     given["data.dataset"] = split_datasets(options["dataset"])
+    given["exporters"] = split_names(given["exporters"])
     given = {key: value for key, value in given.items() if value not in (None, [])}
     overrides = given | allowed(options["trust_remote_code"]) | dict(map(parsed, options["set_"] or []))
     base = Recipe.load(_recipe_of(options), trust_remote_code="trust_remote_code" in overrides)
@@ -177,6 +178,12 @@ def check_words(recipe: Recipe) -> None:
     parse_size(recipe.memory)
     for device in recipe.device.split(","):
         check_device(device.strip())
+
+
+def split_names(names: Sequence[str] | None) -> list[str] | None:
+    """Split names that are given one by one or by comma, each once."""
+    found = [name.strip() for text in names or () for name in text.split(",")]
+    return list(dict.fromkeys(filter(None, found))) or None
 
 
 def split_datasets(names: Sequence[str] | None) -> list[str] | None:

@@ -40,7 +40,7 @@ EFFORT = "quick, standard or thorough, instead of a recipe: fast, default, or de
 RECIPE = "Preset, YAML file, or folder of a pruned model; default without it."
 LEARNER = "Method that learns which heads and neurons stay, in the place of --allocator."
 FINISHER = "Recovery step after pruning, instead of the recipe's. Repeatable, in the order given."
-EXPORTER = "Format of the result, beside the folder for transformers. Repeatable."
+EXPORTER = "Format of the result, beside the folder for transformers. Repeatable, or several by comma."
 CARRY = "Activations passed on to the next block: dense, centre or expected."
 CALIBRATION_TOKENS = "Number of tokens for layer statistics."
 SEARCH_TOKENS = "Number of tokens for comparing allocations."
@@ -65,7 +65,7 @@ def prune(
     learner: Annotated[str | None, option(LEARNER, METHOD)] = None,
     objective: Annotated[str | None, option("Measure by which allocations are compared.", METHOD)] = None,
     finisher: Annotated[list[str] | None, option(FINISHER, METHOD)] = None,
-    exporter: Annotated[list[str] | None, option(EXPORTER, METHOD)] = None,
+    exporter: Annotated[list[str] | None, option(EXPORTER, METHOD, "--format", "--exporter")] = None,
     carry: Annotated[str | None, option(CARRY, METHOD)] = None,
     set_: Set = None,
     trust_remote_code: Trust = False,
@@ -81,12 +81,14 @@ def prune(
     seed: Annotated[int | None, option("Random seed; the same seed gives the same model.", RUN, metavar="N")] = None,
     resume: Annotated[bool, switch("Continuation of an interrupted run of the same recipe.", RUN)] = True,
     overwrite: Annotated[bool, switch("Replacement of an earlier result in --output.", RUN, "--overwrite")] = False,
+    page: Annotated[bool, switch("A page about the result in it, report.html.", RUN, "--page/--no-page")] = True,
     quiet: Quiet = False,
 ) -> None:
     """Prune a model, e.g. prunekit prune MODEL --sparsity 0.5 --output DIR. The recipe has the other values."""
     chosen, source, several = choose_recipe(locals(), "prune")
     assert output is not None
     from prunekit.report.document import gained, kept_promise, promise
+    from prunekit.report.page import PAGE, can_draw
     from prunekit.run import prune as pruning
     from prunekit.run.session import Job
     from prunekit.run.workplace import unfinished
@@ -94,12 +96,13 @@ def prune(
 
     quiet_libraries()
     new = not (quiet or unfinished(output))
-    job = Job(output=output, progress=progress_for(quiet), resume=resume, overwrite=overwrite, announce=new)
+    drawn = page and can_draw()
+    job = Job(None, None, output, progress_for(quiet), resume, overwrite, announce=new, page=drawn)
     if several:
         from prunekit.run.family import FILE, family
 
         print_table(members(str(output), family(chosen, job).document))
-        echo(f"details: {output / FILE}")
+        echo(f"details: {output / (PAGE if drawn else FILE)}")
         return
     report = pruning.prune(chosen, job).report
     print_table(comparison(str(output), *rows_of_report(report, source, output)))
@@ -107,3 +110,7 @@ def prune(
         echo(gained(report["weights"]))
     if (found := promise(report)) is not None:
         echo(kept_promise(found))
+    if drawn:
+        echo(f"details: {output / PAGE}")
+    elif page and not quiet:
+        echo(f"for a page about it: pip install 'prunekit[page]', then prunekit report {output}")

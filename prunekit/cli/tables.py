@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from prunekit.run.study import Tuned
+    from prunekit.run.verify import Check, Verdict
 
 
 def format_bytes(n: float) -> str:
@@ -129,6 +130,32 @@ def rows_of_report(report: Mapping[str, Any], model: str, output: Path) -> tuple
         return {**found, "size on disk": stored} if stored else found
 
     return rows("dense", Path(model).expanduser()), rows("pruned", output)
+
+
+def verdict_table(verdict: Verdict) -> Table:
+    """Make a table of what was compared; a row that differs says so."""
+    table = new_table(verdict.folder, "", "expected", "found")
+    words = {True: "agrees", False: "DIFFERS", None: ""}
+    sections = [
+        ("files", verdict.rows),
+        *((f"{check.format} in {check.engine}", check.rows) for check in verdict.checks),
+    ]
+    for title, rows in sections:
+        for row in rows:
+            table.add_row(f"{title}: {row.what}", words[row.agrees], row.judged, row.found)
+    table.caption = f"expected: of {verdict.against}"
+    table.caption_justify = "left"
+    for column in table.columns[1:]:
+        column.justify = "left"
+    return table
+
+
+def speed_table(check: Check) -> Table:
+    """Make a table of two models in one engine."""
+    table = new_table(check.engine, "dense", "pruned", "ratio")
+    for cells in check.speed:
+        table.add_row(*cells)
+    return table
 
 
 def new_table(title: str, *columns: str) -> Table:

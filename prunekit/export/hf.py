@@ -7,6 +7,7 @@ prunekit; otherwise its config tells the size of every layer and `prunekit.model
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,15 +21,16 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from prunekit.layer.layouts import layout_of
 from prunekit.models.adapters.transformer import Transformer
-from prunekit.models.classes import BUNDLED, FAMILIES, Family, Part, UnequalLayers, define
+from prunekit.models.classes import AUTOS, BUNDLED, FAMILIES, Family, Part, UnequalLayers, define, define_heads
 from prunekit.models.modules import make_tables, shallow
-from prunekit.models.opening import without_bars
+from prunekit.models.opening import stored_as, without_bars
 from prunekit.models.paging import attach, pager_of, real, shapes_of
 from prunekit.models.shards import SHARD_BYTES, write
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.exporter import Code
 from prunekit.search.supernet import Supernet
 from prunekit.space.sites import Allocation
+from prunekit.system.files import write_json
 
 # written anew by transformers, or true of the model before only
 REWRITTEN = ("architectures", "auto_map", "dtype", "model_type", "per_layer_config", "transformers_version")
@@ -118,11 +120,25 @@ class _Cut:
         return {name: block.get_parameter(name) for name, _ in block.named_parameters()}
 
 
-def save(model: PreTrainedModel, directory: str | Path, tokenizer: Any = None, code: Code = "import") -> None:
+def save(
+    model: PreTrainedModel,
+    directory: str | Path,
+    tokenizer: Any = None,
+    code: Code = "import",
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = SHARD_BYTES,
+) -> None:
     """Write what `to_transformers` made: config, safetensors, generation config and tokenizer files.
 
-    `code` says how a model with unequal layers loads: after `import prunekit`, or by its bundled code
-    with `trust_remote_code=True`. Stock models load anywhere and carry no code.
+    Args:
+        model: whole or paged; it is not changed.
+        directory: a new folder, or one without a model.
+        tokenizer: written beside it; None: there is none.
+        code: how a model with unequal layers loads: after `import prunekit`, or by its bundled code with
+            `trust_remote_code=True`. Stock models load anywhere and carry no code.
+        dtype: of the weights in the files; None: that of the model.
+        max_shard_size: of the largest file of weights, as 5GB.
 
     Raises:
         FileExistsError: the directory holds a model; old weights next to new ones would be read.
@@ -136,28 +152,39 @@ def save(model: PreTrainedModel, directory: str | Path, tokenizer: Any = None, c
     if code == "bundled" and isinstance(model, UnequalLayers):
         if FAMILIES.get(model.family.model_type) is not model.family:
             raise ValueError(f"the code of {model.family.prefix} models is not prunekit's own: save with code='import'")
-        autos = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-        classes = (c.__name__ for c in define(model.family))
-        model.config.auto_map = {auto: f"{BUNDLED}.{name}" for auto, name in zip(autos, classes, strict=True)}
+        classes = {**dict(zip(AUTOS, define(model.family), strict=True)), **define_heads(model.family)}
+        model.config.auto_map = {auto: f"{BUNDLED}.{each.__name__}" for auto, each in classes.items()}
     with without_bars():
         if pager_of(model) is None:
-            model.save_pretrained(directory, max_shard_size=SHARD_BYTES)
+            written = model if dtype in (None, model.dtype) else stored_as(copy.deepcopy(model), dtype)
+            written.save_pretrained(directory, max_shard_size=max_shard_size)
         else:
             model.save_pretrained(directory, state_dict={})  # all but the weights
-            _write_paged(model, directory)
+            _write_paged(model, directory, dtype, max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 
 
-def _write_paged(model: PreTrainedModel, directory: Path) -> None:
+def _write_paged(model: PreTrainedModel, directory: Path, dtype: torch.dtype | None, max_shard_size: str) -> None:
     """The weights as `save_pretrained` writes them, under the names that it gives them, one at a time."""
     with shapes_of(model):
         state = model.state_dict(keep_vars=True)
     first = {id(value): name for name, value in reversed(state.items())}  # tied ones are written once
-    metas = {name: torch.empty_like(state[name], device="meta") for name in state if first[id(state[name])] == name}
+    metas = {
+        name: torch.empty_like(state[name], device="meta", dtype=dtype or state[name].dtype)
+        for name in state
+        if first[id(state[name])] == name
+    }
     ours = {id(meta): name for name, meta in metas.items()}
     named = revert_weight_conversion(model, metas)
-    write(directory, named, lambda name: real(state[ours[id(named[name])]]), shard_bytes=SHARD_BYTES)
+
+    def read(name: str) -> Tensor:
+        return real(state[ours[id(named[name])]]).to(named[name].dtype)
+
+    write(directory, named, read, shard_bytes=max_shard_size)
+    if dtype is not None:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        write_json(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
 
 
 def _kept(model: PreTrainedModel, adapter: ModelAdapter) -> list[int]:

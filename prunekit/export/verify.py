@@ -8,14 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +17,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int64
     from torch import Tensor
 
+    from prunekit.plugins.exporter import Inquiry, Response
+
 TOLERANCE = 1e-4  # of a logit, computed in float32
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True)
@@ -57,30 +51,13 @@ def verify(
     Raises:
         NotVerified: it does not load, the parameter count is not exact, or logits differ.
     """
-    from safetensors.torch import save_file
-
     from prunekit.errors import NotVerified  # here, because the fresh process runs this file without prunekit
-    from prunekit.system.ending import tidy_ending
 
     directory = Path(directory)
-    with tidy_ending(), tempfile.TemporaryDirectory(prefix="prunekit-verify-") as scratch, _held_pipe() as pipe:
-        probe = Path(scratch, "probe.safetensors")
-        save_file({"ids": probe_ids.cpu().contiguous(), "logits": expected_logits.detach().cpu().contiguous()}, probe)
-        # -P: the folder of this file is no place to import from; modules of remote code go to the scratch folder
-        trusted = "trusted" if trust_remote_code or _is_ours(directory) else ""
-        how = ["" if blocks is None else str(blocks), trusted]
-        child = subprocess.run(
-            [sys.executable, "-P", __file__, str(directory.resolve()), str(probe), *how],
-            env=os.environ | OFFLINE | {"HF_MODULES_CACHE": str(Path(scratch, "modules"))},
-            cwd=scratch,
-            stdin=pipe,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if child.returncode:
-        raise NotVerified(f"{directory} does not load in a fresh process:\n{child.stderr[-4000:].strip()}")
-    found = Verified(**json.loads(child.stdout.splitlines()[-1]))
+    told, _ = _asked(
+        directory, {"ids": probe_ids, "logits": expected_logits}, blocks=blocks, trust_remote_code=trust_remote_code
+    )
+    found = Verified(**told)
     if found.parameters != expected_parameters:
         raise NotVerified(f"{directory} has {found.parameters:,} parameters, not {expected_parameters:,}")
     if not found.difference <= tolerance:  # NaN is not within any tolerance
@@ -88,22 +65,40 @@ def verify(
     return found
 
 
-@contextmanager
-def _held_pipe() -> Iterator[int]:
-    """A pipe to read from that ends when this process does, however it does."""
-    read, write = os.pipe()
+def ask_transformers(
+    directory: str | Path, inquiry: Inquiry, *, blocks: int | None = None, trust_remote_code: bool = False
+) -> Response:
+    """Load `directory` in a fresh process as of `verify`, in float32, and ask it.
+
+    The continuation is made with the cache that `generate` of transformers makes.
+
+    Raises:
+        NotVerified: it does not load, or its files hold tensors that its class does not use.
+    """
+    from prunekit.plugins.exporter import Response
+
+    asked = {"ids": inquiry.ids, "tokens": inquiry.tokens, "prompt": inquiry.prompt}
+    told, found = _asked(Path(directory), asked, inquiry.new_tokens, blocks=blocks, trust_remote_code=trust_remote_code)
+    return Response(**found, parameters=told["parameters"], tensors=told["tensors"])  # type: ignore[arg-type]
+
+
+def _asked(
+    directory: Path,
+    asked: Mapping[str, Tensor],
+    new_tokens: int = 0,
+    *,
+    blocks: int | None,
+    trust_remote_code: bool,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from prunekit.errors import NotVerified
+    from prunekit.export.fresh import Failed, ask_fresh
+
+    trusted = "trusted" if trust_remote_code or _is_ours(directory) else ""
+    how = [directory.resolve(), "" if blocks is None else blocks, trusted, new_tokens]
     try:
-        yield read
-    finally:
-        os.close(read)
-        os.close(write)
-
-
-def _end_with_parent(scratch: Path) -> None:
-    """Wait until the process that asked is gone; then nobody wants the answer, nor tidies up."""
-    os.read(sys.stdin.fileno(), 1)  # nothing is ever written; a buffer would be locked when this process ends
-    shutil.rmtree(scratch, ignore_errors=True)
-    os._exit(1)
+        return ask_fresh(__file__, asked, how)
+    except Failed as error:
+        raise NotVerified(f"{directory} does not load in a fresh process:\n{error}") from error
 
 
 def _is_ours(directory: Path) -> bool:
@@ -123,10 +118,34 @@ def _is_ours(directory: Path) -> bool:
     )
 
 
-def _compare(directory: Path, probe: Path, blocks: str = "", trusted: str = "") -> Verified:
-    """Load and compare, in this process."""
+def answer(
+    asked: Mapping[str, Tensor], directory: str, blocks: str, trusted: str, new_tokens: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Load and compare, or answer, in the fresh process."""
     import torch
-    from safetensors.torch import load_file
+
+    model, tensors = _loaded(Path(directory), blocks, trusted)
+    with torch.no_grad():
+        if "logits" in asked:
+            expected = asked["logits"].double()
+            logits = model(asked["ids"], use_cache=False).logits.double()
+            if logits.shape != expected.shape:
+                raise SystemExit(f"logits have shape {tuple(logits.shape)}, not {tuple(expected.shape)}")
+            difference = float((logits - expected).abs().max())
+            return asdict(Verified(_count(model), difference, type(model).__name__)), {}
+        logits = model(asked["ids"], use_cache=False).logits.float()
+        found = {
+            "logprobs": logits.gather(-1, asked["tokens"]) - logits.logsumexp(-1, keepdim=True),
+            "likeliest": logits.argmax(-1),
+            "continuation": _continued(model, asked["prompt"], int(new_tokens)),
+        }
+    return {"parameters": _count(model), "tensors": tensors}, found
+
+
+def _loaded(directory: Path, blocks: str, trusted: str) -> tuple[Any, int]:
+    """(the model in float32, the number of tensors in its files); all of them are used, and all of it is in them."""
+    import torch
+    from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
     config = json.loads((directory / "config.json").read_text())
@@ -144,19 +163,28 @@ def _compare(directory: Path, probe: Path, blocks: str = "", trusted: str = "") 
 
         float32, cpu = torch.float32, torch.device("cpu")
         model, _ = opened(str(directory), lambda _: float32, [cpu], int(blocks), **trust)
-    tensors = load_file(probe)
-    expected = tensors["logits"].double()
-    with torch.no_grad():
-        logits = model(tensors["ids"], use_cache=False).logits.double()
-    if logits.shape != expected.shape:
-        raise SystemExit(f"logits have shape {tuple(logits.shape)}, not {tuple(expected.shape)}")
-    return Verified(
-        parameters=sum(p.numel() for p in model.parameters()),
-        difference=float((logits - expected).abs().max()),
-        model_class=type(model).__name__,
-    )
+    index = directory / "model.safetensors.index.json"
+    read = {*json.loads(index.read_text())["weight_map"].values()} if index.exists() else {"model.safetensors"}
+    files, tensors = sorted(directory.glob("*.safetensors")), 0
+    if strange := [file.name for file in files if file.name not in read]:
+        raise SystemExit(f"no part of the model is read from {', '.join(strange)}")
+    for file in files:
+        with safe_open(file, "pt") as stored:
+            tensors += len(stored.keys())
+    return model, tensors
 
 
-if __name__ == "__main__":
-    threading.Thread(target=_end_with_parent, args=[Path(sys.argv[2]).parent], daemon=True).start()
-    print(json.dumps(asdict(_compare(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]))))
+def _continued(model: Any, prompt: Tensor, new_tokens: int) -> Tensor:
+    """The likeliest tokens one by one, with the cache and through `generate` of transformers."""
+    import torch
+    from transformers import GenerationConfig
+
+    if not new_tokens:
+        return prompt[:0]
+    greedy = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    made = model.generate(prompt[None], attention_mask=torch.ones_like(prompt)[None], generation_config=greedy)
+    return made[0, len(prompt) :]
+
+
+def _count(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -21,12 +21,24 @@ from typing import Any, ClassVar, Literal
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 Part = Literal["attention", "mlp"]
 Unit = Literal["query", "kv", "qkv", "width"]
 Units = Unit | tuple[Unit, ...]
 
+AUTOS = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")  # what `define` gives, by who loads it
+HEADS = {  # of models that were made for language: what else may stand on their base model
+    "AutoModelForSequenceClassification": (AutoModelForSequenceClassification, "ForSequenceClassification"),
+    "AutoModelForTokenClassification": (AutoModelForTokenClassification, "ForTokenClassification"),
+}
 BUNDLED = "modeling_prunekit"  # name of the copy of this file in an exported directory
 
 
@@ -310,6 +322,8 @@ class UnequalLayers(PreTrainedModel):
     def __init__(self, config: Any) -> None:
         with reading_globals(config):
             super().__init__(config)
+        if self.base_model is not self and isinstance(self.base_model, UnequalLayers):
+            return  # a head on a base model that the Auto class has made: one of ours
         blocks = list(self.base_model.get_submodule(self.family.layers).children())
         head_dim = int(getattr(blocks[0].get_submodule(self.family.attention), self.family.head_dim))
         for index, block in enumerate(blocks):
@@ -330,10 +344,8 @@ class UnequalLayers(PreTrainedModel):
 @cache
 def define(family: Family) -> tuple[type, type, type]:
     """The config class, the base model class and the causal LM class of a family with unequal layers."""
-    module = family.module or family.model_type
-    stock = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
-    names = family.stock_base or f"{family.prefix}Model", f"{family.prefix}ForCausalLM"
-    base, causal = (getattr(stock, name) for name in names)
+    stock, body = _stock(family), {"__module__": __name__, "family": family}
+    base, causal = (getattr(stock, name) for name in (_base_name(family), f"{family.prefix}ForCausalLM"))
     stock_config: Any = base.config_class
 
     @strict  # else the stock validators run, not these
@@ -349,12 +361,35 @@ def define(family: Family) -> tuple[type, type, type]:
                 stock_config.validate_rope(self)
 
     Config.__name__ = Config.__qualname__ = f"Prunekit{family.prefix}Config"
-    body = {"__module__": __name__, "config_class": Config, "family": family}
+    body["config_class"] = Config
     return (
         Config,
         type(f"Prunekit{base.__name__}", (UnequalLayers, base), dict(body)),
         type(f"Prunekit{causal.__name__}", (UnequalLayers, causal), dict(body)),
     )
+
+
+@cache
+def define_heads(family: Family) -> Mapping[str, type]:
+    """The classes of a family with unequal layers that classify texts or tokens, by the Auto class that loads them."""
+    stock, (config, base, _) = _stock(family), define(family)
+    AutoModel.register(config, base, exist_ok=True)  # some stock heads ask it for the base model that they stand on
+    found = dict[str, type]()
+    for auto, (_, suffix) in HEADS.items():
+        name = f"{_base_name(family).removesuffix('Model')}{suffix}"
+        if (head := getattr(stock, name, None)) is not None:
+            body = {"__module__": __name__, "config_class": config, "family": family}
+            found[auto] = type(f"Prunekit{name}", (UnequalLayers, head), body)
+    return found
+
+
+def _stock(family: Family) -> Any:
+    module = family.module or family.model_type
+    return importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+
+
+def _base_name(family: Family) -> str:
+    return family.stock_base or f"{family.prefix}Model"
 
 
 def register(families: Iterable[Family] = tuple(FAMILIES.values())) -> None:
@@ -364,6 +399,8 @@ def register(families: Iterable[Family] = tuple(FAMILIES.values())) -> None:
         AutoConfig.register(f"prunekit_{family.model_type}", config, exist_ok=True)
         AutoModel.register(config, base, exist_ok=True)
         AutoModelForCausalLM.register(config, causal, exist_ok=True)
+        for auto, head in define_heads(family).items():
+            HEADS[auto][0].register(config, head, exist_ok=True)
 
 
 @contextmanager
@@ -371,12 +408,14 @@ def reading_globals(config: Any) -> Iterator[None]:
     """Stock constructors may read the global value of a size that varies by layer, without a warning each."""
     warner = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
     disabled, warner.disabled = warner.disabled, True
+    within = config.__dict__.get("allow_global_per_layer_attribute_access")  # a head is made around a base model
     config.allow_global_per_layer_attribute_access = True
     try:
         yield
     finally:
         warner.disabled = disabled
-        config.__dict__.pop("allow_global_per_layer_attribute_access", None)  # even False would be saved
+        if not within:
+            config.__dict__.pop("allow_global_per_layer_attribute_access", None)  # even False would be saved
 
 
 def _resize(
@@ -393,7 +432,7 @@ def _resize(
 def __getattr__(name: str) -> type:
     """PrunekitLlamaConfig, PrunekitLlamaModel, PrunekitLlamaForCausalLM, ...: defined when asked for."""
     families = [each for each in FAMILIES.values() if name.startswith(f"Prunekit{each.prefix}")]
-    found = {each.__name__: each for family in families for each in define(family)}
+    found = {each.__name__: each for family in families for each in (*define(family), *define_heads(family).values())}
     if name not in found:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return found[name]

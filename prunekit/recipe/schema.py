@@ -118,7 +118,7 @@ class Recipe(Strict):
         try:
             return cls.model_validate(expand_target(values))
         except ValidationError as error:
-            raise WrongInput(_sentence(error)) from None
+            raise WrongInput(sentence(error)) from None
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Self:
         """Replace values.
@@ -215,20 +215,27 @@ class Recipe(Strict):
 # -- saying what is wrong -----------------------------------------------------------------------------
 
 
-def _sentence(error: ValidationError) -> str:
+def sentence(error: ValidationError, of: type[Strict] = Recipe) -> str:
+    """Say in one sentence what is wrong first.
+
+    Args:
+        error: of values for a recipe, or for what else is written as one.
+        of: the class that they are for.
+    """
+    what = of.__name__.lower()
     first = error.errors()[0]
-    *path, last = [str(part) for part in first["loc"] if part not in TAGS] or ["recipe"]
+    *path, last = [str(part) for part in first["loc"] if part not in TAGS] or [what]
     key, kind, context = ".".join([*path, last]), first["type"], first.get("ctx", {})
     if kind == "extra_forbidden":
         parts = {"data": TextSpec if path[2:] else DataSpec, "latency": LatencySpec}
-        fields = (parts.get(path[0], Recipe) if path else Recipe).model_fields
-        return unknown("recipe key", key, [".".join([*path, name]) for name in fields])
+        fields = (parts.get(path[0], of) if path else of).model_fields
+        return unknown(f"{what} key", key, [".".join([*path, name]) for name in fields])
     if kind == "missing":
-        return f"the recipe has no {key}; take it from a preset or add it"
+        return f"the {what} has no {key}; take it from a preset or add it"
     if kind == "literal_error":
         return f"{key} is one of {context['expected']}, not {first['input']!r}"
     if isinstance(context.get("error"), WrongInput):  # it says all
-        return f"{key}: {context['error']}" if path or key != "recipe" else str(context["error"])
+        return f"{key}: {context['error']}" if path or key != what else str(context["error"])
     if kind in ("greater_than", "less_than") and key == "sparsity":
         return f"sparsity is the share that is removed, more than 0 and less than 1, not {first['input']}"
     return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"

@@ -13,7 +13,9 @@ from prunekit.errors import WrongInput
 from prunekit.space.forms import parse_form
 from prunekit.system.strict import Strict
 
-OUTWARD = frozenset({"base_url", "key_variable", "address"})  # by which a plug-in says whom it talks to, with which key
+OUTWARD = frozenset(
+    {"base_url", "key_variable", "address", "push_to_hub"}
+)  # by which a plug-in says whom it talks to, with which key
 
 
 def _blocks(value: int | float) -> int | float:

@@ -1,9 +1,13 @@
-"""Runs the recipes of a study on one open model and measures them on one text."""
+"""Runs recipes on one open model and measures them on one text: the trials of a study, the cells of a comparison."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from transformers import PreTrainedModel
 
 from prunekit.data.draws import Draws, draw
 from prunekit.data.tokens import overlap
@@ -17,7 +21,34 @@ from prunekit.run.finish import finish_model
 from prunekit.run.prune import run_search
 from prunekit.run.session import Session
 from prunekit.run.spaces import whole_space
-from prunekit.run.stages import assemble, clear_folder
+from prunekit.run.stages import Run, assemble, clear_folder
+from prunekit.search.supernet import Supernet
+from prunekit.space.sites import Allocation
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A recipe that was run: the small model, and what it was made of."""
+
+    run: Run
+    net: Supernet
+    plan: Allocation
+    small: PreTrainedModel
+    draws: Draws
+
+    @property
+    def parameters(self) -> int:
+        """Of the small model; single weights that are zero do not count."""
+        kept = reporting.count(self.small)
+        if self.run.parts.form.shrinks:
+            return kept
+        single = reporting.weights(self.small, self.net, self.plan, self.run.parts.recipe.structure)
+        return kept - (single["in_linear_maps"] - single["not_zero"])
+
+    @property
+    def objective(self) -> float:
+        """What the recipe's objective says of the allocation."""
+        return self.net.loss(self.run.parts.objective, self.plan, self.draws.search)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,41 +57,52 @@ class Bench:
 
     session: Session  # of the base recipe
     place: Path
-    metrics: tuple[str, ...]
     disk: int  # bytes of the shelf
 
-    def judge(self, parts: Parts) -> dict[str, float]:
-        """Run a recipe.
-
-        Returns:
-            Its metrics, by name.
+    @contextmanager
+    def make(self, parts: Parts) -> Iterator[Made]:
+        """Run a recipe; within, the small model is there.
 
         Raises:
             WrongInput: there can be no such recipe.
         """
-        session, dense, recipe = self.session, self.session.dense, parts.recipe
+        session, dense = self.session, self.session.dense
         shelf, folder = self.place / "walks", self.place / f"trial-{parts.digest[:16]}"
         for path in (shelf, folder):
             path.mkdir(exist_ok=True)
         whole, draws = whole_space(parts, dense.model, dense.adapter, dense.dtype), self._draw(parts)
         parts.objective.check(draws.search)
+        if parts.learner is not None:
+            parts.learner.check(draws.search)
         (run,) = session.start_runs(parts, [whole], draws, folder, shelf, Clock())
         net, plan = run.rebuild(*run_search([run])[0])
         small = assemble(net, plan, parts)
         finish_model(run, small, net, plan)
-        kept = reporting.count(small)
-        if not parts.form.shrinks:
-            single = reporting.weights(small, net, plan, recipe.structure)
-            kept -= single["in_linear_maps"] - single["not_zero"]
-        found: dict[str, float] = {"parameters": kept, "seconds": sum(run.clock.seconds.values())}
-        if {"perplexity", "loss"} & set(self.metrics):
-            measured = perplexity(small, draws.search, progress=session.progress)
-            found |= {"perplexity": measured.value, "loss": measured.nll}
-        if "objective" in self.metrics:
-            found["objective"] = net.loss(parts.objective, plan, draws.search)
+        yield Made(run, net, plan, small, draws)
         clear_folder(folder)
         self._tidy(shelf)
-        return {metric: float(found[metric]) for metric in self.metrics}
+
+    def judge(self, parts: Parts, metrics: Collection[str]) -> dict[str, float]:
+        """Run a recipe and measure it on the search text.
+
+        Args:
+            parts: of the recipe.
+            metrics: what is measured.
+
+        Returns:
+            The metrics, by name.
+
+        Raises:
+            WrongInput: there can be no such recipe.
+        """
+        with self.make(parts) as made:
+            found: dict[str, float] = {"parameters": made.parameters, "seconds": sum(made.run.clock.seconds.values())}
+            if {"perplexity", "loss"} & set(metrics):
+                measured = perplexity(made.small, made.draws.search, progress=self.session.progress)
+                found |= {"perplexity": measured.value, "loss": measured.nll}
+            if "objective" in metrics:
+                found["objective"] = made.objective
+        return {metric: float(found[metric]) for metric in metrics}
 
     def _draw(self, parts: Parts) -> Draws:
         """The recipe's calibration tokens, and those it trains on; what judges is the same for all."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from prunekit.recipe.schema import Recipe
 from prunekit.report.document import promise
+from prunekit.report.page import add_page
 from prunekit.run.prune import make_result, open_runs, run_search
 from prunekit.run.results import Result, clear_result, write_result
 from prunekit.run.session import Job
@@ -123,6 +124,8 @@ def family(recipe: Recipe, job: Job) -> Family:
         document = make_pareto(reports)
         if output is not None:
             write_json(done / FILE, document)
+            if job.page:
+                add_page(done, runs[0].progress.say)
             publish(done, output, overwrite=job.overwrite)
     return _family(document, output, results, runs[0])
 

@@ -15,6 +15,7 @@ from prunekit.plugins.guard import instance
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
+from prunekit.report.page import add_page
 from prunekit.run.finish import finish_model
 from prunekit.run.learn import run_learner
 from prunekit.run.results import Result, clear_result, load_small, make_export, write_result
@@ -55,7 +56,12 @@ def prune(recipe: Recipe, job: Job) -> Result:
         result = make_result(run, *found[run], run.measure_dense(), output)
         if output is not None:
             write_result(result, place / "result")
+            if job.page:
+                add_page(place / "result", run.progress.say)
             publish(place / "result", output, overwrite=job.overwrite)
+            for exporter in run.parts.exporters:
+                if (where := exporter.deliver(output)) is not None:
+                    run.progress.say(f"uploaded to {where}")
     if output is not None and paging.pager_of(result.model) is not None:  # what it was cut from is gone
         model = load_small(output, result.blocks, trust_remote_code=recipe.trust_remote_code)
         return replace(result, model=model)
@@ -146,7 +152,7 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
         } | ({} if raw is None else {"unfinished": raw.as_dict()})
     texts = side_by_side(written, run.samples(small))
     pace = run.time_result(small, plan)
-    exported, probe = make_export(run, net, plan, small, stays=output is None)
+    exported, probe, record = make_export(run, net, plan, small, stays=output is None)
     document = reporting.report(
         run.parts, run.dense, run.draws, run.whole, net, plan, exported, losses=losses, finishers=said, pace=pace,
         samples=texts, learned=run.learned,
@@ -154,4 +160,4 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
         seconds=run.clock.seconds, seconds_shared=run.clock.shared.own,
     )  # fmt: skip
     blocks, recipe = run.blocks(reporting.count(exported)), run.timeless(said)
-    return Result(exported, run.dense.tokenizer, recipe, document, run.ledger.text(), output, probe, blocks)
+    return Result(exported, run.dense.tokenizer, recipe, document, run.ledger.text(), output, probe, blocks, record)

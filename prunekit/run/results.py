@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from prunekit.data.tokens import TokenBatch
 from prunekit.errors import CannotGoOn, NotVerified, WrongInput
 from prunekit.export import hf
+from prunekit.export.record import Record, continue_greedily
 from prunekit.export.verify import TOLERANCE
 from prunekit.export.write import prove, write
 from prunekit.models import paging
@@ -46,6 +47,7 @@ class Result:
     directory: Path | None = None
     probe: tuple[torch.Tensor, torch.Tensor] | None = None  # (ids, float32 logits) that an export must reproduce
     blocks: int | None = None  # bytes of blocks to hold at once, of a model that does not fit memory; None: it does
+    record: Record | None = None  # what the judged network answered; None: what the probe tells is all there is
 
     @classmethod
     def load(cls, directory: str | Path, *, blocks: int | None = None, trust_remote_code: bool = False) -> Result:
@@ -111,7 +113,7 @@ class Result:
 
 def make_export(
     run: Run, net: Supernet, plan: Allocation, small: PreTrainedModel, *, stays: bool
-) -> tuple[PreTrainedModel, tuple[torch.Tensor, torch.Tensor]]:
+) -> tuple[PreTrainedModel, tuple[torch.Tensor, torch.Tensor], Record]:
     """Turn a small model into the one that will be exported.
 
     Args:
@@ -122,20 +124,24 @@ def make_export(
         stays: whether the result stays in memory, where no fresh process compares it.
 
     Returns:
-        (the model as it is exported, the probe that verifies it, as of `make_probe`).
+        (the model as it is exported, the probe that verifies it, as of `make_probe`, and the record that stays).
 
     Raises:
         CannotGoOn: it is not the model that was measured.
     """
-    dense, tokens = run.dense, run.draws.evaluation
+    dense, tokens, continued = run.dense, run.draws.evaluation, None
     if paging.pager_of(small) is None:
         gather(small, torch.device("cpu"))
         probe = make_probe(stored_as(small, dense.dtype), tokens)
+        continued = continue_greedily(lambda ids: small(ids, use_cache=False).logits, probe[0][0])
         if stays and run.parts.recipe.verify:
             compare(hf.to_transformers(small, dense.adapter), probe)
-        return hf.to_transformers(stored_as(small, dense.dtype), dense.adapter), probe
-    paging.rest(small)
-    return hf.paged(net, plan, dense.dtype, torch.device("cpu")), make_paged_probe(run, net, plan, tokens)
+        exported = hf.to_transformers(stored_as(small, dense.dtype), dense.adapter)
+    else:
+        paging.rest(small)
+        exported = hf.paged(net, plan, dense.dtype, torch.device("cpu"))
+        probe = make_paged_probe(run, net, plan, tokens)
+    return exported, probe, Record.of(*probe, dense.dtype, reporting.count(exported), continued)
 
 
 @torch.no_grad()
@@ -204,11 +210,18 @@ def write_result(result: Result, folder: Path) -> None:
     write_prices(result.recipe, folder)
     (folder / "recipe.yaml").write_text(result.recipe.to_yaml())
     (folder / "ledger.jsonl").write_text(result.ledger)
+    if result.probe is not None:
+        parameters = reporting.count(result.model)
+        (result.record or Record.of(*result.probe, result.model.dtype, parameters)).write(folder)
     write_report(result.report, result.recipe, folder)
     if result.recipe.verify and result.probe is not None:
         try:
             paging.rest(result.model)
-            prove(exporters, folder, Probe(*result.probe, reporting.count(result.model), result.blocks))
+            prove(
+                exporters,
+                folder,
+                Probe(*result.probe, reporting.count(result.model), result.blocks, result.model.dtype),
+            )
         except NotVerified as error:
             raise CannotGoOn(f"the result was not kept: {error}") from error
 

@@ -19,6 +19,7 @@ from prunekit.data.draws import Draws, draw, window_of
 from prunekit.data.spec import DataSpec
 from prunekit.data.windows import DEFAULTS
 from prunekit.errors import WrongInput
+from prunekit.export.formats import check_installed
 from prunekit.measure.fit import doubts
 from prunekit.models.opening import limits, measured_dtype, opened, resolved_devices, skeleton
 from prunekit.plugins.adapter import ModelAdapter
@@ -27,6 +28,7 @@ from prunekit.plugins.engine import Opening, Team
 from prunekit.plugins.exporter import Order
 from prunekit.plugins.guard import instance, unchanged
 from prunekit.plugins.metric import MeasuredMetric
+from prunekit.plugins.registry import EXPORTERS
 from prunekit.recipe.resolve import Parts, resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
@@ -63,6 +65,7 @@ class Job:
     resume: bool = True  # whether an interrupted run of the same recipe is continued
     overwrite: bool = False  # whether an earlier result in `output` may be replaced
     announce: bool = False  # whether the user is told what it will take before it begins
+    page: bool = False  # whether a page about the result is written into it
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +225,11 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
             source, job.tokenizer, device=_opened_on(recipe, source, plan), dtype=recipe.dtype,
             trust_remote_code=recipe.trust_remote_code, shares=plan.shares,
         )  # fmt: skip
+        order = Order(
+            dense.adapter, parts.form.units, recipe.code, config=dense.model.config, tokenizer=dense.tokenizer
+        )
+        for exporter in parts.exporters:
+            exporter.check(order)
         draws = draw(
             dense.tokenizer, data, progress,
             seed=recipe.seed, recovery=parts.learns, most=most, **limits(dense.model),
@@ -362,8 +370,9 @@ def make_plan(
     spaces = [whole_space(member, shape, adapter, next(shape.parameters()).dtype) for member in counted.members]
     for finisher in parts.finishers:
         finisher.check(adapter)
-    order = Order(adapter, parts.form.units, parts.recipe.code)
+    order = Order(adapter, parts.form.units, parts.recipe.code, config=shape.config)
     for exporter in parts.exporters:
+        check_installed(exporter, f"exporter {EXPORTERS.name_of(exporter)!r}")
         exporter.check(order)
     return planned(parts, shape, adapter, spaces, output, asked, rehearse=rehearse, trials=trials)
 

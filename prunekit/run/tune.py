@@ -89,8 +89,8 @@ def tune(
     )  # fmt: skip
     with session.work_in(folder) as (session, place), studies.silence_optuna():
         study = studies.open_study(place, storage, study_name or output.name, identity, len(metrics), keep)
-        bench = Bench(session, place, tuple(metrics), disk)
-        rows = [_base_row(bench)]
+        bench = Bench(session, place, disk)
+        rows = [_base_row(bench, metrics)]
 
         def found() -> Tuned:
             tuned = Tuned(study, base, [*rows, *studies.read_rows(study, metrics)], metrics)
@@ -102,7 +102,7 @@ def tune(
             ended = min(trials, len(studies.read_rows(study, metrics)))
             stage.advance(ended, f"base: {studies.format_values(rows[0].values) or rows[0].reason}")
             for trial in studies.propose_trials(study, choices, trials, base.seed, place, sampler):
-                _run(study, trial, bench)
+                _run(study, trial, bench, metrics)
                 tuned = found()
                 stage.advance(1, _standing(tuned, trial))
         if not any(row.values for row in tuned.rows):
@@ -113,19 +113,21 @@ def tune(
 # -- running a recipe ---------------------------------------------------------------------------------
 
 
-def _run(study: optuna.Study, trial: FrozenTrial, bench: Bench) -> None:
+def _run(study: optuna.Study, trial: FrozenTrial, bench: Bench, metrics: Sequence[str]) -> None:
     """Judge a trial's recipe, or say what another trial of the same recipe said, and tell the study."""
     note: dict[str, Any] = dict(trial.user_attrs[OURS])
     state, values = TrialState.COMPLETE, list[float]()
     try:
         parts = resolve(bench.session.parts.recipe.with_overrides(note["overrides"]))
         note["recipe"] = parts.digest
-        known = {row.recipe: row for row in [_base_row(bench), *studies.read_rows(study, bench.metrics)] if row.recipe}
+        known = {
+            row.recipe: row for row in [_base_row(bench, metrics), *studies.read_rows(study, metrics)] if row.recipe
+        }
         if (same := known.get(parts.digest)) is not None:
             note |= {"same": same.name, "reason": same.reason}
-            state, values = TrialState[same.state.upper()], [same.values[m] for m in bench.metrics if same.values]
+            state, values = TrialState[same.state.upper()], [same.values[m] for m in metrics if same.values]
         else:
-            values = list(bench.judge(parts).values())
+            values = list(bench.judge(parts, metrics).values())
             if not all(map(math.isfinite, values)):
                 raise WrongInput(f"its metrics are not finite: {values}")
     except WrongInput as error:  # a sampler learns from what cannot be, not from what broke
@@ -136,7 +138,7 @@ def _run(study: optuna.Study, trial: FrozenTrial, bench: Bench) -> None:
     study.tell(trial.number, values if state == TrialState.COMPLETE else None, state=state)
 
 
-def _base_row(bench: Bench) -> Row:
+def _base_row(bench: Bench, metrics: Sequence[str]) -> Row:
     """The base recipe, run once for a study: what every trial is compared with, and the first pass on the shelf."""
     file = bench.place / "base.json"
     try:
@@ -145,7 +147,7 @@ def _base_row(bench: Bench) -> Row:
         if file.exists():
             bench.session.progress.say(f"{error}; the base recipe is judged anew")
         try:
-            found = {"state": "complete", "values": bench.judge(bench.session.parts)}
+            found = {"state": "complete", "values": bench.judge(bench.session.parts, metrics)}
         except (WrongInput, RuntimeError, ArithmeticError) as error:
             found = {"state": "fail", "values": {}, "reason": str(error)}
         write_state(file, found)

@@ -42,17 +42,36 @@ from prunekit.system.files import (
 LOCK = ".prunekit.lock"  # in a folder that one process at a time may use
 CARD = "run.json"
 _MADE = re.compile(  # whatever runs and studies write below the folder that they work in
-    r"(\d[\d.e-]*/)?("  # a member of a family
+    r"(model-\d+/)?(\d[\d.e-]*/)?("  # a model of a comparison, a member of a family
     r"(walks/)?(walk|gradients|fisher)-[\w-]+/.*\.(safetensors|json)"
     r"|(teacher|activations|learner|finisher-\d+)/.*\.(safetensors|json)"
     r"|replaced/.*|\.?(run|prices|priced|base)\.json|ledger\.jsonl|\.prunekit\.lock"
+    r"|rows\.(jsonl|parquet)|summary\.json|leaderboard\.md"
     r"|trial-\w+/.*\.(safetensors|jsonl?)|study\.log.*|(best|pareto-\d+)\.yaml)",
     re.DOTALL,
 )
 
 _RESULT = re.compile(r"(\d[\d.e-]*/)?(result|written)/(\d[\d.e-]*/)?(?P<name>.*)", re.DOTALL)  # half-written ones
-_RESULT_FILES = (*MODEL_FILES, "recipe.yaml", "ledger.jsonl", "report.json", "README.md", "*.svg", "permissions")
-_RESULT_FILES += ("prices.json", "pareto.json", "searches.json", "learnt.safetensors", "learnt.json", SEAL)
+_RESULT_FILES = (
+    *MODEL_FILES,
+    "recipe.yaml",
+    "ledger.jsonl",
+    "report.json",
+    "report.html",
+    "README.md",
+    "*.svg",
+    "permissions",
+)
+_RESULT_FILES += (
+    "prices.json",
+    "pareto.json",
+    "searches.json",
+    "learnt.safetensors",
+    "learnt.json",
+    "judged/*",
+    "exports.json",
+    SEAL,
+)
 
 
 @contextmanager
@@ -234,12 +253,13 @@ def _beside(output: Path, suffix: str) -> Path:
 
 
 def _is_result(folder: Path) -> bool:
-    """Whether we have made it: one model, a family of them, or what was learnt from searches."""
+    """Whether we have made it: one model, a family of them, an export, or what was learnt from searches."""
     listed = sealed(folder)
     return listed is not None and (
         {"report.json", "recipe.yaml", "ledger.jsonl"} <= listed.keys()
         or "pareto.json" in listed
         or "searches.json" in listed
+        or "exports.json" in listed
     )
 
 

@@ -146,6 +146,24 @@ def seal(folder: Path) -> str:
     return digest(folder / SEAL)
 
 
+def extend_seal(folder: Path, names: Sequence[str]) -> None:
+    """Add files to what is written down of a sealed folder, and to what a sealed folder around it says of this one.
+
+    Args:
+        folder: sealed.
+        names: of files in it that we have put there since.
+    """
+    listed = sealed(folder)
+    assert listed is not None
+    for name in names:
+        settle(folder / name)
+        listed[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)}
+    write_json(folder / SEAL, {"made by": _MADE_BY, "files": dict(sorted(listed.items()))})
+    around, inside = folder.resolve().parent, folder.resolve().name
+    if f"{inside}/{SEAL}" in (sealed(around) or {}):
+        extend_seal(around, [f"{inside}/{name}" for name in (SEAL, *names)])
+
+
 def sealed(folder: Path) -> dict[str, dict[str, Any]] | None:
     """What is written down of a folder, by file; None: it is no folder of ours."""
     try:

@@ -22,6 +22,7 @@ class RandomDraws(Allocator):
     tokens: int = 8_192  # to judge a draw on
     finalists: int = 4  # draws judged again on all tokens
     reach: float = 1.0  # largest deviation of a target, share of a site's groups
+    compete: bool = True  # whether the start takes part, or a draw is the answer however it is judged
 
     def __post_init__(self) -> None:
         if min(self.draws, self.tokens, self.finalists) < 1 or not 0 < self.reach <= 1:
@@ -35,6 +36,10 @@ class RandomDraws(Allocator):
                 break
             target = [k + self.reach * s.n_groups * rng.uniform(-1, 1) for k, s in zip(start, space.sites, strict=True)]
             drawn[space.nearest(target)] = None  # (1)
+        if not self.compete and len(drawn) > 1:  # there may be a single tight allocation, the start
+            drawn.pop(start)
         losses = yield [Query(a, min(self.tokens, problem.tokens) or None) for a in drawn]
         ranked = [a for _, a in sorted(zip(losses, drawn, strict=True))]
+        if not self.compete:
+            return ranked[0]
         return (yield from judged_again(ranked[: self.finalists], problem))

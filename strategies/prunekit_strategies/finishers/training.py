@@ -25,7 +25,7 @@ BACK_OFF = 3.0  # what the rate is divided by when an epoch was undone
 JUDGING = 0.1  # share of a limited time for held-out losses
 STEP = 2  # a step takes at least so many times what it takes to judge its windows
 MOST_TURNS = 16  # of a batch, when the number of steps hangs on the time: it would be learnt by heart
-LOGITS_AT_ONCE = 1 << 24  # values; logits are made and forgotten slice by slice, backwards too
+LOGITS_AT_ONCE = 1 << 22  # values; logits are made and forgotten slice by slice, backwards too; 16 MB stay in the heap
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Training:
     batch_tokens: int = 2048  # per step; whole windows, at least one
     held_out: float = 0.125  # share of the windows, the last ones
     steps: int | None = None  # in all, dealt out to the epochs, 0: none; None: every epoch has one on every batch
+    until: int | None = None  # epochs after which it ends, whatever is left of the steps; None: all of them
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -55,6 +56,8 @@ class Training:
             )
         if self.steps is not None and self.steps < 0:
             raise ValueError(f"steps ≥ 0 are needed, not {self.steps}; without, every epoch takes every batch once")
+        if self.until is not None and self.until < 1:
+            raise ValueError(f"until is an epoch, 1 at least, not {self.until}; steps=0 leaves all of them away")
         if self.batch_tokens < 1 or not 0 < self.held_out < 1:
             raise ValueError(
                 f"batch_tokens ≥ 1 and 0 < held_out < 1 are needed, not {self.batch_tokens} and {self.held_out}"
@@ -72,7 +75,8 @@ class Training:
         held_out(piece.tokens, self.held_out)  # refuses text of a single window
         if (saved := piece.checkpoints.load(f"{name}-pace")) is None:
             steps, held = self._afforded(piece, piece.seconds, loss, parameters)
-            saved = {"steps": torch.tensor(steps), "held": torch.tensor(held)}
+            seconds = torch.tensor(piece.seconds, dtype=torch.float64)
+            saved = {"steps": torch.tensor(steps), "held": torch.tensor(held), "seconds": seconds}
             piece.checkpoints.save(f"{name}-pace", saved)
         return replace(self, steps=int(saved["steps"]), held_out=int(saved["held"]) / len(piece.tokens))
 
@@ -97,16 +101,25 @@ class Training:
         return max(0, min(int((left - times * judging * held) / step), MOST_TURNS * batches)), held
 
     def learn(
-        self, piece: Workpiece, loss: LanguageLoss, parameters: Sequence[nn.Parameter], name: str, stage: Stage
+        self,
+        piece: Workpiece,
+        loss: LanguageLoss,
+        parameters: Sequence[nn.Parameter],
+        name: str,
+        stage: Stage,
+        ends: float,
     ) -> list[float]:
-        """Lower a loss of the whole model on the text of `piece`; the losses of `fit`, none where there is no step."""
+        """Lower a loss of the whole model on the text of `piece`; the losses of `fit`, none where there is no step.
+
+        `ends`: of `deadline`, before the first work.
+        """
         if self.steps == 0:
             stage.advance(self.epochs)
             return []
         train, judge = (list(chunks(some, self.batch_tokens)) for some in held_out(piece.tokens, self.held_out))
         return self.fit(
             parameters, lambda i: loss(train[i]), len(train), lambda: loss.mean(judge),
-            seed=piece.seed, checkpoints=piece.checkpoints, name=name, stage=stage,
+            seed=piece.seed, checkpoints=piece.checkpoints, name=name, stage=stage, ends=ends,
         )  # fmt: skip
 
     def fit(
@@ -121,6 +134,7 @@ class Training:
         name: str,
         stage: Stage,
         tries: int = 0,
+        ends: float = math.inf,
     ) -> list[float]:
         """Lower `loss(batch)`; the held-out losses at the start and after every epoch.
 
@@ -129,7 +143,7 @@ class Training:
 
         Batches come in a new order whenever all have had their turn, drawn from the seed. After every epoch the state
         is saved under `name`, exactly, so that a killed run ends in the same bytes: four times the parameters, once in
-        the end.
+        the end. No epoch is begun that would end behind `ends`, on the clock of `time.perf_counter`.
         """
         adam = torch.optim.AdamW(parameters, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0)
         state = _State(parameters, adam, checkpoints, name)
@@ -145,7 +159,8 @@ class Training:
             return len(history) - 1 - min(tries, in_vain(history))
 
         stage.advance(counted())
-        while (epoch := counted()) < epochs and not state.done:
+        while (epoch := counted()) < min(epochs, self.until or epochs) and not state.done:
+            begun = time.perf_counter()
             rate = self.rate / BACK_OFF ** undone(history)
             for step in range(steps * epoch // epochs, steps * (epoch + 1) // epochs):
                 adam.param_groups[0]["lr"] = rate * _height((step + 0.5) / steps)
@@ -158,6 +173,8 @@ class Training:
             stage.advance(counted() - epoch, note=f"held-out loss {history[-1]:.4g}")
             best = history.index(min(history))
             if (len(history) - 1 - best if best else counted()) >= self.patience:
+                break
+            if 2 * time.perf_counter() - begun > ends:  # another one takes as long
                 break
             if counted() < epochs:
                 state.save(history)
@@ -237,7 +254,16 @@ def gained(piece: Workpiece, name: str, training: Training, history: Sequence[fl
         found = {"held_out_loss": [history[0], min(history)], "epochs": len(history) - 1, "undone": undone(history)}
     if piece.seconds is None:
         return found
-    return found | {"options": {"steps": training.steps, "held_out": training.held_out}}
+    options: dict[str, Any] = {"steps": training.steps, "held_out": training.held_out}
+    return found | {"options": options | ({"until": found["epochs"]} if history else {})}
+
+
+def deadline(piece: Workpiece, name: str) -> float:
+    """When the time of `piece` is over, on the clock of `time.perf_counter`; a run that goes on has what it had."""
+    if piece.seconds is None:
+        return math.inf
+    saved = piece.checkpoints.load(f"{name}-pace")
+    return time.perf_counter() + (piece.seconds if saved is None else float(saved["seconds"]))
 
 
 def told(name: str, history: Sequence[float]) -> str:
@@ -316,9 +342,8 @@ class LanguageLoss:
         """Positions of a slice."""
         return max(1, LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0])
 
-    def of_slice(self, hidden: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
-        """Summed over positions, of hidden states (positions, d) that the heads of both models read."""
-        logits = _headed(self.model, hidden)
+    def of_slice(self, logits: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+        """Summed over positions, of logits (positions, vocabulary) and the hidden states that the dense head reads."""
         loss = logits.new_zeros(())
         if self.truth:
             loss = loss + self.truth * cross_entropy(logits, targets, reduction="sum")
@@ -344,13 +369,13 @@ class _Sliced(torch.autograd.Function):
         for h, t, target in zip(*(x.split(loss.rows) for x in (hidden, teacher, targets)), strict=True):
             with torch.set_grad_enabled(learning):
                 state = h.detach().requires_grad_(learning)
-                part = loss.of_slice(state, t, target)
+                made = _headed(loss.model, state)
+                logits = made.detach().requires_grad_(learning)
+                part = loss.of_slice(logits, t, target)
             total += part.detach()
             if learning:
-                at_state, *at_head = torch.autograd.grad(part, [state, *head])
-                ahead.append(at_state)
-                for known, new in zip(sums, at_head, strict=True):
-                    known.add_(new)
+                (slope,) = torch.autograd.grad(part, [logits])
+                ahead.append(_through_head(loss.model, state, made, slope, head, sums))
         ctx.gradients = (torch.cat(ahead), *sums) if learning else ()
         return total
 
@@ -359,6 +384,25 @@ class _Sliced(torch.autograd.Function):
         """Backwards once: the gradients are scaled where they lie."""
         at_hidden, *at_head = (gradient.mul_(outer[0].to(gradient)) for gradient in ctx.gradients)
         return None, at_hidden, None, None, *at_head
+
+
+def _through_head(
+    model: Any, state: Tensor, logits: Tensor, slope: Tensor, head: Sequence[Tensor], sums: Sequence[Tensor]
+) -> Tensor:
+    """The gradient at hidden states, from that at their logits; those at the head's parameters are added to `sums`.
+
+    A gradient of a vocabulary's size for every slice costs more than the products: of a linear head it is added where
+    the sum lies.
+    """
+    module = model.get_output_embeddings()
+    plain = type(module) is nn.Linear and module.bias is None and [*head] == [module.weight]
+    if plain and slope.dtype == state.dtype == module.weight.dtype:
+        sums[0].addmm_(slope.T, state.detach())
+        return slope @ module.weight.detach()
+    at_state, *at_head = torch.autograd.grad(logits, [state, *head], slope)
+    for known, new in zip(sums, at_head, strict=True):
+        known.add_(new)
+    return at_state
 
 
 def _descend(adam: torch.optim.AdamW, parameters: Sequence[nn.Parameter], loss: Tensor) -> None:

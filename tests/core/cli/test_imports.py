@@ -25,7 +25,18 @@ COMMANDS = [
     (0, "--version"),
     *(
         (0, f"{command} --help")
-        for command in ("prune", "plan", "tune", "learn-budgets", "evaluate", "list", "check", "demo")
+        for command in (
+            "prune",
+            "plan",
+            "compare",
+            "report",
+            "tune",
+            "learn-budgets",
+            "evaluate",
+            "list",
+            "check",
+            "demo",
+        )
     ),
     (0, "list"),
     (0, "list --kind allocator"),

@@ -127,6 +127,11 @@ def load(directory: Path, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
     return auto.from_pretrained(directory).eval()
 
 
+def load_head(auto: Any, directory: Path, **options: Any) -> Any:
+    """A model that classifies into three, whose head is new."""
+    return auto.from_pretrained(directory, num_labels=3, **options).eval()
+
+
 @pytest.fixture(scope="module", params=UNEQUAL)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
     """A pruned network in memory, and where its export was saved."""
@@ -237,6 +242,22 @@ def test_the_base_model_loads_too(case: tuple[PreTrainedModel, Path]) -> None:
     with torch.no_grad():
         expected = model.base_model(IDS).last_hidden_state
         torch.testing.assert_close(base(IDS).last_hidden_state, expected, rtol=0, atol=1e-5)
+
+
+def test_heads_that_classify_stand_on_the_same_base_model(case: tuple[PreTrainedModel, Path]) -> None:
+    model, directory = case
+    family = modeling.FAMILIES[model.config.model_type]
+    heads = modeling.define_heads(family)
+    assert ("AutoModelForSequenceClassification" in heads) == (family.model_type not in ("cohere", "granite"))
+    for auto, head in heads.items():
+        loaded = load_head(modeling.HEADS[auto][0], directory)
+        assert type(loaded) is head
+        expected = dict(cast(nn.Module, model.base_model).named_parameters())
+        for name, parameter in loaded.base_model.named_parameters():
+            assert parameter.shape == expected[name].shape
+            assert torch.equal(parameter.double(), expected[name])
+        with torch.no_grad():
+            assert loaded(IDS).logits.shape in ((2, 3), (2, 9, 3))
 
 
 def test_config_says_every_size_and_nothing_else(case: tuple[PreTrainedModel, Path]) -> None:
@@ -418,11 +439,17 @@ sys.meta_path.insert(0, Absent())
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 def check(directory):
-    trusted = dict(trust_remote_code=True)
-    assert type(AutoConfig.from_pretrained(directory, **trusted)).__name__ == "PrunekitGPTNeoXConfig"
-    assert type(AutoModel.from_pretrained(directory, **trusted)).__name__ == "PrunekitGPTNeoXModel"
+    trusted, name = dict(trust_remote_code=True), "Prunekit" + sys.argv[4]
+    heads = AutoModelForSequenceClassification, AutoModelForTokenClassification  # first: nothing else is known yet
+    for suffix, shape, auto in zip(("Sequence", "Token"), ((2, 3), (2, 9, 3)), heads):
+        loaded = auto.from_pretrained(directory, num_labels=3, **trusted).eval()
+        assert type(loaded).__name__ == name + "For" + suffix + "Classification"
+        assert loaded(probe["ids"]).logits.shape == shape
+    assert type(AutoConfig.from_pretrained(directory, **trusted)).__name__ == name + "Config"
+    assert type(AutoModel.from_pretrained(directory, **trusted)).__name__ == name + "Model"
     model = AutoModelForCausalLM.from_pretrained(directory, **trusted).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(probe["ids"]).logits, probe["logits"], rtol=0, atol=1e-5)
@@ -440,10 +467,15 @@ assert not [name for name in sys.modules if name.split(".")[0] == "prunekit"]
 """
 
 
-@pytest.mark.parametrize("low_rank", [False, True])
-def test_bundled_code_needs_no_prunekit(low_rank: bool, tmp_path: Path, forks: Any) -> None:
-    model = factored("gpt_neox") if low_rank else cut("gpt_neox", extremes)
-    exported = to_transformers(model, adapter_for("gpt_neox"))
+@pytest.mark.parametrize(
+    ("model_type", "prefix", "low_rank"),
+    [("gpt_neox", "GPTNeoX", False), ("llama", "Llama", False), ("gpt_neox", "GPTNeoX", True)],
+)
+def test_bundled_code_needs_no_prunekit(
+    model_type: str, prefix: str, low_rank: bool, tmp_path: Path, forks: Any
+) -> None:
+    model = factored(model_type) if low_rank else cut(model_type, extremes)
+    exported = to_transformers(model, adapter_for(model_type))
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
@@ -453,7 +485,7 @@ def test_bundled_code_needs_no_prunekit(low_rank: bool, tmp_path: Path, forks: A
     script = tmp_path / "remote.py"
     script.write_text(REMOTE)
     done = forks.run(
-        [sys.executable, "-P", script, tmp_path / "first", tmp_path / "probe.safetensors", tmp_path / "second"],
+        [sys.executable, "-P", script, *(tmp_path / name for name in ("first", "probe.safetensors", "second")), prefix],
         env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
     )
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 import prunekit
 from prunekit.demo import MODEL
 from prunekit.errors import CannotGoOn
-from prunekit.export.verify import _compare
+from prunekit.export.verify import answer
 from prunekit.models import shards
 from prunekit.models.blocks import entered
 from prunekit.models.opening import opened, stored_as
@@ -213,9 +213,8 @@ def test_what_does_not_fit_is_verified_block_by_block(folder, tmp_path):
     path, ids = folder("qwen3"), toy_tokens().ids
     with torch.no_grad():
         logits = opened(str(path)).model(ids).logits
-    save_file({"ids": ids, "logits": logits}, tmp_path / "probe")
-    found = _compare(path, tmp_path / "probe", "0")
-    assert (found.difference, found.parameters) == (0, sum(p.numel() for p in tiny("qwen3").parameters()))
+    found, _ = answer({"ids": ids, "logits": logits}, str(path), "0", "", "0")
+    assert (found["difference"], found["parameters"]) == (0, sum(p.numel() for p in tiny("qwen3").parameters()))
 
 
 def test_a_paged_result_is_compared_with_the_network_that_was_judged(folder, tmp_path, monkeypatch):

@@ -149,7 +149,7 @@ def test_passes_are_shared_where_only_the_search_differs(quick, passes: list[str
 def test_a_recipe_is_run_once(quick, monkeypatch) -> None:
     runs: list[Any] = []
     judge = tuning.Bench.judge
-    monkeypatch.setattr(tuning.Bench, "judge", lambda self, parts: runs.append(parts.digest) or judge(self, parts))
+    monkeypatch.setattr(tuning.Bench, "judge", lambda self, *asked: runs.append(asked[0].digest) or judge(self, *asked))
     tuned = prunekit.tune(**quick, space={"pruner": ["wanda", "magnitude"]}, trials=7)
     assert len(tuned.rows) == 8
     assert len(runs) == len(set(runs)) == 3  # the base is neither of them
@@ -163,7 +163,7 @@ def test_a_full_shelf_lets_the_longest_unused_pass_go(quick, passes: list[str]) 
     first, second = sorted(shelf.glob("walk-*"), key=lambda walk: walk.stat().st_mtime)
     room = sum(file.stat().st_size for file in second.iterdir())
     nothing: Any = None
-    tuning.Bench(nothing, quick["output"], (), room)._tidy(shelf)
+    tuning.Bench(nothing, quick["output"], room)._tidy(shelf)
     assert {*shelf.iterdir()} == {second, shelf / "mine"}
     assert first != second
     assert len(passes) == 2
@@ -188,10 +188,10 @@ def test_what_cannot_be_is_pruned_and_what_breaks_fails(quick, monkeypatch) -> N
     space = {"of": ["blocks", "model"], "apart": [False, True], "pruner": ["magnitude", "wanda"]}
     judge = tuning.Bench.judge
 
-    def breaking(self: Any, parts: Parts) -> Any:
+    def breaking(self: Any, parts: Parts, metrics: Any) -> Any:
         if parts.recipe.pruner["name"] == "wanda":
             raise RuntimeError("out of memory\nand more")
-        return judge(self, parts)
+        return judge(self, parts, metrics)
 
     monkeypatch.setattr(tuning.Bench, "judge", breaking)
     tuned = prunekit.tune(**quick | {"sparsity": 0.1}, space=space, trials=12)

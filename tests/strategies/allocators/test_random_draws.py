@@ -50,3 +50,15 @@ def test_asks_its_draws_once_and_the_best_again_on_everything():
     assert {q.tokens for q in finals} == {None}
     assert toy.start in {q.allocation for q in finals}
     assert 3 <= len(finals) <= 4
+
+
+def test_where_the_start_does_not_compete_a_draw_is_the_answer():
+    toy = problem(small_llama())
+    answers = set()
+    for seed in range(4):
+        talk = converse(RandomDraws(draws=1, compete=False), replace(toy, seed=seed))
+        assert [[q.allocation for q in asked] for asked in talk.asks] == [[talk.answer]]
+        assert toy.space.is_feasible(talk.answer)
+        answers.add(talk.answer)
+    assert len(answers) == 4
+    assert toy.start not in answers

@@ -1,6 +1,7 @@
 """The loop is AdamW with a cosine, keeps the best it met, and goes on after an interruption bit for bit."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -237,3 +238,32 @@ def test_the_language_loss_is_that_of_whole_logits_gradients_too(family, rows, m
 def test_nonsense_is_refused(values):
     with pytest.raises(ValueError, match="rate > 0"):
         Training(*values)
+
+
+def test_no_epoch_is_begun_that_would_end_too_late_and_until_does_the_same_again(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+
+    def run(regime, ends):
+        now[0] = 0.0
+        theta = nn.Parameter(torch.ones(3))
+
+        def held():
+            now[0] += 5.0  # an epoch takes as long as its judging
+            return theta.detach().square().sum().item()
+
+        history = regime.fit(
+            [theta], lambda _: theta.square().sum(), 2, held,
+            seed=0, checkpoints=Checkpoints(), name="x", stage=Stage(), ends=ends,
+        )  # fmt: skip
+        return history, theta.detach()
+
+    regime = Training(rate=0.1, epochs=4)
+    history, theta = run(regime, 16.0)  # 5 at the start, then epochs until 10 and 15; a third would end at 20
+    assert len(history) - 1 == 2
+    again, same = run(replace(regime, until=2), math.inf)
+    assert again == history
+    assert torch.equal(theta, same)
+    assert len(run(regime, math.inf)[0]) - 1 == 4
+    with pytest.raises(ValueError, match="until is an epoch"):
+        replace(regime, until=0)

@@ -1,0 +1,126 @@
+"""Formats by name, and the engines that run them: found in the registry, never named here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from prunekit.errors import WrongInput, unknown
+from prunekit.plugins.exporter import Exporter
+from prunekit.plugins.registry import EXPORTERS, BrokenPlugin
+from prunekit.system.files import read_json
+
+FILE = "exports.json"  # in a folder: what was exported into it later, with which options
+
+
+def build_formats(names: Sequence[str], dtype: str | None, options: Mapping[str, Any]) -> list[Exporter]:
+    """Make the exporters that a command asks for.
+
+    Args:
+        names: of formats.
+        dtype: of all of them; None: as each has it.
+        options: NAME.option -> value; where one format is asked for, `exporter` stands for its name.
+
+    Returns:
+        One exporter for each name, in their order.
+
+    Raises:
+        WrongInput: no such format or option, a format without dtype, or two of one place.
+    """
+    specs: dict[str, dict[str, Any]] = {name: {"name": name} for name in names}
+    for name in specs:
+        known = [field.name for field in dataclasses.fields(EXPORTERS[name].load()) if field.init]
+        if dtype is not None and "dtype" not in known:
+            raise WrongInput(f"format {name!r} takes no dtype; its options are {', '.join(known) or 'none'}")
+        specs[name] |= {} if dtype is None else {"dtype": dtype}
+    for key, value in options.items():
+        name, _, option = key.removeprefix("exporters.").rpartition(".")
+        name = names[0] if name == "exporter" and len(specs) == 1 else name
+        if name not in specs:
+            raise WrongInput(f"--set takes FORMAT.option=value for {', '.join(specs)}, not {key!r}")
+        specs[name][option] = value
+    exporters = [EXPORTERS.build(spec) for spec in specs.values()]
+    places = [exporter.place for exporter in exporters]
+    if twice := [place for place in places if places.count(place) > 1]:
+        raise WrongInput(f"two formats write {twice[0] or 'the folder itself'}; export them one by one")
+    return exporters
+
+
+def check_installed(exporter: Exporter, what: str, *, running: bool = False) -> None:
+    """Refuse an exporter whose packages are not there.
+
+    Args:
+        exporter: the plug-in.
+        what: needs them, for the message.
+        running: whether its files are to be run, too.
+
+    Raises:
+        WrongInput: says what pip installs.
+    """
+    wanted = (*exporter.modules, *(exporter.engine_modules if running else ()))
+    if absent := [module for module in wanted if find_spec(module) is None]:
+        how = exporter.install or " ".join(absent)
+        raise WrongInput(f'{what} needs {", ".join(absent)}, which is not installed: pip install "{how}"')
+
+
+def formats_in(folder: Path, specs: Sequence[Mapping[str, Any]] = ()) -> dict[str, Exporter]:
+    """Find the formats that a folder holds and that an engine runs.
+
+    Args:
+        folder: of a result or of a model.
+        specs: of exporters that have written there, with their options; others are looked for as they are by default.
+
+    Returns:
+        Exporters by name, the folder's own (of place "") first; of two of one name, the second by its place.
+    """
+    later = read_json(folder / FILE).get("exports", []) if (folder / FILE).exists() else []
+    found, places = dict[str, Exporter](), set[str]()
+    for spec in (*specs, *later, *({"name": name} for name in EXPORTERS)):
+        try:
+            exporter = EXPORTERS.build(spec)
+        except (BrokenPlugin, ImportError, WrongInput):
+            continue  # of a package that is not here; nobody asked for it by name
+        if exporter.engine and exporter.place not in places and exporter.files(folder):
+            name = str(spec["name"])
+            found[name if name not in found else exporter.place] = exporter
+            places.add(exporter.place)
+    return dict(sorted(found.items(), key=lambda each: each[1].place != ""))
+
+
+def all_engines() -> dict[str, list[str]]:
+    """Names of formats by the engine that runs them."""
+    found = dict[str, list[str]]()
+    for name, entry in EXPORTERS.items():
+        try:
+            engine = entry.load().engine  # type: ignore[attr-defined]
+        except (BrokenPlugin, ImportError):
+            continue
+        if engine:
+            found.setdefault(engine, []).append(name)
+    return found
+
+
+def choose_formats(folder: Path, engine: str | None, specs: Sequence[Mapping[str, Any]] = ()) -> dict[str, Exporter]:
+    """Choose what is verified: all that a folder holds and that can be run here, or all that one engine runs.
+
+    Raises:
+        WrongInput: no such engine, it is not installed, or the folder holds nothing for it.
+    """
+    there = formats_in(folder, specs)
+    if engine is None:
+        if not there:
+            raise WrongInput(f"{folder} holds nothing that an engine runs; export it with prunekit export")
+        return there
+    engines = all_engines()
+    if engine not in engines:
+        raise WrongInput(unknown("engine", engine, engines))
+    for name in engines[engine]:
+        check_installed(EXPORTERS.build(name), f"engine {engine!r}", running=True)
+    found = {name: exporter for name, exporter in there.items() if exporter.engine == engine}
+    if not found:
+        how = " or ".join(f"prunekit export {folder} --format {name}" for name in engines[engine])
+        raise WrongInput(f"{folder} holds nothing that {engine} runs; make it with {how}")
+    return found

@@ -1,0 +1,229 @@
+"""The charts of a page, by Altair, as Vega-Lite. Colours are Okabe and Ito's, which colour-blind people tell apart;
+ink has the colour of the text around, so that a chart is readable in light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8c8c8c"
+INK = "currentColor"
+MANY = [BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", "#e69f00", GREY]
+CONFIG: dict[str, Any] = {
+    "background": "transparent",
+    "font": "system-ui, sans-serif",
+    "view": {"stroke": None},
+    "axis": {"labelColor": INK, "titleColor": INK, "tickColor": INK, "domainColor": INK, "gridColor": INK,
+             "gridOpacity": 0.15, "labelFontSize": 12, "titleFontSize": 12, "labelLimit": 400},
+    "legend": {"labelColor": INK, "titleColor": INK, "orient": "top", "labelFontSize": 12, "titleFontSize": 12,
+               "labelLimit": 400, "symbolLimit": 40},
+    "header": {"labelColor": INK, "titleColor": INK},
+    "title": {"color": INK},
+    "text": {"color": INK},
+}  # fmt: skip
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture, and what it shows in words."""
+
+    name: str  # id in the page
+    caption: str
+    description: str  # for who cannot see it
+    spec: Mapping[str, Any]  # Vega-Lite
+
+
+def _made(name: str, caption: str, description: str, chart: Any, height: int = 260) -> Chart:
+    spec = chart.properties(width="container", height=height).to_dict()
+    spec |= {"config": CONFIG, "description": description}
+    return Chart(name, caption, description, spec)
+
+
+def _tall(rows: Sequence[object]) -> int:
+    """Enough for a line of text each."""
+    return 24 * max(1, len(rows))
+
+
+def _kinds(alt: Any) -> Any:
+    return alt.Color("kind:N", title=None, scale=alt.Scale(domain=["attention", "mlp"], range=[BLUE, ORANGE]))
+
+
+def layers(name: str, rows: Rows) -> Chart:
+    """What every block keeps of its attention and its MLP."""
+    import altair as alt
+
+    base = alt.Chart(alt.Data(values=list(rows))).encode(
+        x=alt.X("block:O", title="block", sort=None, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+        xOffset=alt.XOffset("kind:N", sort=None),
+    )
+    whole = base.mark_bar(fill=None, stroke=GREY, strokeOpacity=0.6).encode(
+        y=alt.Y("whole:Q", title="kept", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
+    ).transform_calculate(whole="1")  # fmt: skip
+    kept = base.mark_bar().encode(
+        y="share:Q", color=_kinds(alt),
+        tooltip=["block:O", "kind:N", "kept:Q", "groups:Q", alt.Tooltip("error:Q", format=".4f")],
+    )  # fmt: skip
+    whole_kept = sum(row["share"] for row in rows) / max(1, len(rows))
+    return _made(
+        name, "What every block keeps; the outline is the dense model",
+        f"Bars of the share of attention groups and neurons kept in each of {len({r['block'] for r in rows})} blocks; "
+        f"{whole_kept:.0%} on average. The table of sites has the numbers.",
+        alt.layer(whole, kept),
+    )  # fmt: skip
+
+
+def errors(name: str, rows: Rows) -> Chart:
+    """Error against what is kept, a line per site."""
+    import altair as alt
+
+    chart = alt.Chart(alt.Data(values=list(rows))).mark_line(opacity=0.55, strokeWidth=1.3).encode(
+        x=alt.X("share:Q", title="kept", axis=alt.Axis(format="%")),
+        y=alt.Y("error:Q", title="relative error", scale=alt.Scale(type="sqrt")),
+        color=_kinds(alt), detail="site:N", tooltip=["site:N", alt.Tooltip("share:Q", format=".0%"), "error:Q"],
+    )  # fmt: skip
+    return _made(
+        name, "Error of every site against what it keeps",
+        f"Lines that fall from few kept groups to all, for {len({row['site'] for row in rows})} sites.", chart,
+    )  # fmt: skip
+
+
+def search(name: str, rows: Rows) -> Chart:
+    """The losses of all questions, and the lowest so far."""
+    import altair as alt
+
+    data = alt.Data(values=list(rows))
+    x = alt.X("tokens:Q", title="token-forwards", axis=alt.Axis(format="~s"))
+    dots = alt.Chart(data).mark_circle(opacity=0.5, size=28).encode(
+        x=x, y=alt.Y("loss:Q", title="objective", scale=alt.Scale(zero=False)),
+        color=alt.Color("on:N", title="judged on", scale=alt.Scale(range=[GREY, BLUE, GREEN, ORANGE])),
+        tooltip=["tokens:Q", "loss:Q", "on:N"],
+    )  # fmt: skip
+    line = alt.Chart(data).mark_line(interpolate="step-after", color=ORANGE, strokeWidth=2).encode(x=x, y="lowest:Q")
+    least = min((row["lowest"] for row in rows if row["lowest"] is not None), default=float("nan"))
+    return _made(
+        name, "The search as it went; the line is the lowest loss so far on the most tokens",
+        f"{len(rows)} judged allocations over {rows[-1]['tokens']:,} token-forwards; the lowest loss is {least:.4g}.",
+        dots + line,
+    )  # fmt: skip
+
+
+def cost(name: str, rows: Rows) -> Chart:
+    """Seconds by stage."""
+    import altair as alt
+
+    chart = alt.Chart(alt.Data(values=list(rows))).mark_bar(color=BLUE).encode(
+        y=alt.Y("stage:N", title=None, sort="-x"), x=alt.X("seconds:Q", title="seconds"),
+        tooltip=["stage:N", alt.Tooltip("seconds:Q", format=",.1f")],
+    )  # fmt: skip
+    said = ", ".join(f"{row['stage']} {row['seconds']:,.1f}" for row in rows)
+    return _made(name, "Seconds by stage", f"Seconds: {said}.", chart, _tall(rows))
+
+
+def front(name: str, rows: Rows, size: str) -> Chart:
+    """Size against perplexity."""
+    import altair as alt
+
+    data = alt.Data(values=[row for row in rows if row["perplexity"] is not None])
+    x = alt.X(f"{size}:Q", title=size, scale=alt.Scale(zero=False), axis=alt.Axis(format="~s"))
+    y = alt.Y("perplexity:Q", scale=alt.Scale(zero=False))
+    line = alt.Chart(data).mark_line(color=GREY).encode(x=x, y=y).transform_filter("datum.front")
+    dots = alt.Chart(data).mark_point(filled=True, size=80).encode(
+        x=x, y=y, tooltip=["name:N", f"{size}:Q", "perplexity:Q"],
+        color=alt.Color("front:N", title="on the front", scale=alt.Scale(domain=[True, False], range=[BLUE, GREY])),
+    )  # fmt: skip
+    names = alt.Chart(data).mark_text(dy=-10, color=INK).encode(x=x, y=y, text="name:N")
+    said = "; ".join(f"{row['name']}: {row[size]:,}, {row['perplexity']}" for row in rows)
+    return _made(name, f"{size} against perplexity", f"Points: {said}.", line + dots + names)
+
+
+def intervals(name: str, rows: Rows) -> Chart:
+    """Differences with their intervals, the best first."""
+    import altair as alt
+
+    data = alt.Data(values=[row for row in rows if row["low"] is not None])
+    order = [row["cell"] for row in rows]
+    y = alt.Y("cell:N", title=None, sort=None, scale=alt.Scale(domain=order))
+    zero = alt.Chart(alt.Data(values=[{"x": 0}])).mark_rule(color=INK, strokeDash=[3, 3]).encode(x="x:Q")
+    words = ["not separated from the best", "worse than the best"]
+    color = alt.Color("tied:N", title=None, scale=alt.Scale(domain=words, range=[BLUE, ORANGE]))
+    shape = alt.Shape("tied:N", title=None, scale=alt.Scale(domain=words, range=["circle", "square"]))
+    title = "log ratio to uniform; left is better"
+    bars = alt.Chart(data).mark_rule(strokeWidth=2).encode(
+        y=y, x=alt.X("low:Q", title=title), x2="high:Q", color=color,
+    )  # fmt: skip
+    dots = alt.Chart(data).mark_point(filled=True, size=60).encode(
+        y=y, x="mean:Q", color=color, shape=shape,
+        tooltip=["cell:N", alt.Tooltip("mean:Q", format="+.4f"), alt.Tooltip("low:Q", format="+.4f"),
+                 alt.Tooltip("high:Q", format="+.4f")],
+    )  # fmt: skip
+    return _made(
+        name, "Differences with 95 % intervals", "The numbers are in the columns of the leaderboard.",
+        zero + bars + dots, _tall(rows),
+    )  # fmt: skip
+
+
+def tradeoff(name: str, rows: Rows) -> Chart:
+    """Seconds against perplexity."""
+    import altair as alt
+
+    data = alt.Data(values=list(rows))
+    x = alt.X("seconds:Q", title="seconds", scale=alt.Scale(type="log", nice=False, padding=24))
+    y = alt.Y("perplexity:Q", scale=alt.Scale(type="log", nice=False, padding=24))
+    dots = alt.Chart(data).mark_point(filled=True, size=60, color=BLUE).encode(
+        x=x, y=y, tooltip=["cell:N", "seed:O", alt.Tooltip("seconds:Q", format=",.1f"), "perplexity:Q", "tokens:Q"],
+    )  # fmt: skip
+    names = (
+        alt.Chart(data)
+        .mark_text(dy=-9, fontSize=11, color=INK)
+        .encode(x=x, y=y, text="cell:N")
+        .transform_filter("datum.seed == 0")
+    )
+    return _made(
+        name, "Perplexity against seconds, both on logarithmic axes",
+        "The numbers are in the columns of the leaderboard.", dots + names, 320,
+    )  # fmt: skip
+
+
+def anytime(name: str, rows: Rows) -> Chart:
+    """The lowest loss so far against token-forwards."""
+    import altair as alt
+
+    chart = alt.Chart(alt.Data(values=list(rows))).mark_line(interpolate="step-after", point=True).encode(
+        x=alt.X("tokens:Q", title="token-forwards", axis=alt.Axis(format="~s"),
+                scale=alt.Scale(type="log", nice=False, padding=16)),
+        y=alt.Y("loss:Q", title="lowest objective so far", scale=alt.Scale(zero=False)),
+        color=alt.Color("cell:N", title=None, scale=alt.Scale(range=MANY)),
+        strokeDash=alt.StrokeDash("cell:N", title=None),
+        tooltip=["cell:N", "tokens:Q", "loss:Q"],
+    )  # fmt: skip
+    cells = ", ".join(dict.fromkeys(str(row["cell"]) for row in rows))
+    return _made(name, "What a search has at any time", f"Steps down for {cells}.", chart)
+
+
+def ranks(name: str, mean: Mapping[str, float], critical: float) -> Chart:
+    """Mean ranks, each with the critical difference to its right."""
+    import altair as alt
+
+    rows = [
+        {"cell": cell, "rank": rank, "to": rank + critical} for cell, rank in sorted(mean.items(), key=lambda x: x[1])
+    ]
+    data, y = (
+        alt.Data(values=rows),
+        alt.Y("cell:N", title=None, sort=None, scale=alt.Scale(domain=[row["cell"] for row in rows])),
+    )
+    bars = (
+        alt.Chart(data)
+        .mark_rule(color=GREY, strokeWidth=2)
+        .encode(y=y, x=alt.X("rank:Q", title="mean rank"), x2="to:Q")
+    )
+    dots = (
+        alt.Chart(data)
+        .mark_point(filled=True, size=60, color=BLUE)
+        .encode(y=y, x="rank:Q", tooltip=["cell:N", "rank:Q"])
+    )
+    said = ", ".join(f"{row['cell']} {row['rank']:.2f}" for row in rows)
+    return _made(
+        name, "Mean ranks; ranks within a bar are not separated from its left end", f"{said}.", bars + dots, _tall(rows)
+    )

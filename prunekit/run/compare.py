@@ -1,0 +1,271 @@
+"""Every cell of a suite on the same tokens, at the same price, judged on the same windows; kept row by row.
+
+A cell is what `prune` does, short of the export. What two cells have in common is not done twice: a model is opened
+once, a calibration pass lies on a shelf by what determines it, a recipe that two cells come to is run once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time as clocks
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from prunekit.data.windows import whole_windows
+from prunekit.errors import WrongInput, first_line
+from prunekit.measure.perplexity import Perplexity, perplexity
+from prunekit.recipe.resolve import Parts, resolve
+from prunekit.recipe.suite import Cell, Suite
+from prunekit.report import document as reporting
+from prunekit.report.comparison import (
+    COMPLETE,
+    DENSE,
+    FAILED,
+    LEFT,
+    REFERENCE,
+    REFUSED,
+    ROWS,
+    Comparison,
+    Row,
+    Rows,
+    number,
+    write_summary,
+)
+from prunekit.run.bench import Bench
+from prunekit.run.session import Job, open_session
+from prunekit.run.workplace import claimed
+from prunekit.system.progress import Stage, span
+
+SHARES = (0.25, 0.5, 1.0)  # of the calibration text, one rung after the other, where a time is given
+
+
+def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20 << 30) -> Comparison:
+    """Run all cells of a suite that have no row yet, and say what can be said of them.
+
+    Args:
+        suite: what is compared, on which models.
+        job: the folder of the comparison, and whether an earlier one is continued or replaced; or a model in memory.
+        time: seconds to spend; then cells are tried on a quarter of the text, the better ones on half, and the best of
+            these on all of it, as many as there is time for. None: all cells on all of it, as long as it takes.
+        disk: bytes of candidates to keep for cells to come.
+
+    Returns:
+        All rows, those of earlier calls included.
+
+    Raises:
+        WrongInput: says what was asked, what there is and what to do; before any long work.
+    """
+    if find_spec("scipy") is None:
+        raise WrongInput("prunekit compare needs scipy, which is not installed: pip install 'prunekit[compare]'")
+    output, cells, base = job.output, suite.every_cell(), suite.base()
+    assert output is not None  # a comparison is on disk
+    models = list(suite.models) or ([] if base.model is None else [base.model])
+    if job.model is not None:
+        models = [type(job.model).__name__]
+    if not models:
+        raise WrongInput("no model was given; name one, several by comma, or a suite with models")
+    if base.family or base.time is not None:
+        raise WrongInput("a comparison has sparsities and a time of its own; leave family and time of the recipe away")
+    for name in set(models):
+        if models.count(name) > 1:
+            raise WrongInput(f"model {name} is given twice; give it once")
+    versions = {name: metadata.version(name) for name in ("prunekit", "torch", "transformers")}
+    identity = {"suite": suite.model_dump(mode="json"), "models": models, "versions": versions}
+    with claimed(output, identity, "a comparison", resume=job.resume, overwrite=job.overwrite) as place:
+        rows = Rows(place / ROWS)
+        for i, model in enumerate(models):
+            over = base if job.model is not None else base.with_overrides({"model": model})
+            left = None if time is None else (time - sum(row.wall for row in rows)) / (len(models) - i)
+            with _bench(resolve(over), job, place / f"model-{i}", disk) as bench:
+                _Work(bench, suite, cells, model, rows, left).run()
+            write_summary(Comparison(suite, list(rows), place), place)
+        found = Comparison(suite, list(rows), place)
+        write_summary(found, place)
+    return found
+
+
+@contextmanager
+def _bench(parts: Parts, job: Job, folder: Path, disk: int) -> Iterator[Bench]:
+    """An open model, in a folder of its own for what cells share."""
+    folder.mkdir(exist_ok=True)
+    session = open_session(parts, replace(job, output=folder))
+    if session.draws.search.answers is not None:
+        raise WrongInput("questions have no perplexity to compare; give a text as data.search_dataset")
+    session = session.with_prices(folder)
+    session.make_spaces()  # can the budget be met, at these prices?
+    with session.work_in(nullcontext(folder)) as (session, place):
+        yield Bench(session, place, disk)
+
+
+@dataclass
+class _Work:
+    """The cells of a suite on one model."""
+
+    bench: Bench
+    suite: Suite
+    cells: Sequence[Cell]
+    model: str
+    rows: Rows
+    left: float | None  # seconds; None: as many as it takes
+
+    def run(self) -> None:
+        """Make all rows that are not there yet."""
+        self._dense()
+        total = 1 + len(self.suite.sparsity) * len(self.cells) * self.suite.seeds
+        with self.bench.session.progress.stage(f"compare on {self.model}", total) as stage:
+            stage.advance(1, f"dense {number(self._dense().perplexity)}")
+            chosen = {sparsity: list(self.cells) for sparsity in self.suite.sparsity}
+            if self.left is not None:
+                chosen = self._chosen(stage)
+            for seed in range(self.suite.seeds):
+                for sparsity, cells in chosen.items():
+                    for cell in cells:
+                        self._row(cell, sparsity, seed, 1.0, stage)
+
+    def _dense(self) -> Row:
+        """The model as it was; its row says of which weights and which text all rows are.
+
+        Raises:
+            WrongInput: the rows on file are of others.
+        """
+        session = self.bench.session
+        text = [part.digest for part in (session.draws.calibration, session.draws.search, session.draws.evaluation)]
+        of = hashlib.sha256(json.dumps([session.dense.fingerprint, text]).encode()).hexdigest()
+        known = self.rows.found.get((self.model, DENSE, 0.0, 0, 1.0))
+        if known is not None and known.recipe != of:
+            raise WrongInput(
+                f"{self.rows.path} has rows of other weights or text than {self.model} and its data have now; choose "
+                "another --output, or discard them with --overwrite"
+            )
+        if known is not None:
+            return known
+        begun = clocks.perf_counter()
+        measured = perplexity(session.dense.model, session.draws.evaluation, progress=session.progress)
+        took, size = clocks.perf_counter() - begun, reporting.count(session.dense.model)
+        row = Row(self.model, DENSE, 0.0, 0, recipe=of, wall=took, seconds=took, parameters=size)
+        return self.rows.add(replace(row, **_measured(measured)))
+
+    def _chosen(self, stage: Stage) -> dict[float, list[Cell]]:
+        """The cells that the time allows on all of the text, by sparsity: the best of those tried on less."""
+        assert self.left is not None
+        began, cells = clocks.perf_counter(), {sparsity: list(self.cells) for sparsity in self.suite.sparsity}
+        for rung, share in enumerate(SHARES[:-1]):
+            spent, until = self._spent(), (rung + 1) / len(SHARES) * self.left
+            tried: dict[float, list[Row]] = {sparsity: [] for sparsity in cells}
+            for sparsity, some in cells.items():
+                for cell in some:
+                    if spent + clocks.perf_counter() - began > until and cell.name != REFERENCE and tried[sparsity]:
+                        self._leave_out(cell, sparsity, share, "the time was spent before its turn")
+                        continue
+                    row = self._row(cell, sparsity, 0, share, Stage())
+                    if row.state == COMPLETE:
+                        tried[sparsity].append(row)
+            nxt = SHARES[rung + 1]
+            rest = self.left - spent - (clocks.perf_counter() - began)
+            everything = sum(row.seconds for some in tried.values() for row in some) / share * self.suite.seeds
+            room = rest if everything <= rest else rest / (len(SHARES) - 1 - rung)
+            cells = self._survivors(tried, nxt / share, room / len(cells))
+            if everything <= rest:
+                break  # all of them fit, on all of the text
+        return cells
+
+    def _survivors(
+        self, tried: Mapping[float, Sequence[Row]], longer: float, seconds: float
+    ) -> dict[float, list[Cell]]:
+        """The best cells of every sparsity that take no more than so many seconds when they take so much longer."""
+        by_name, found = {cell.name: cell for cell in self.cells}, dict[float, list[Cell]]()
+        for sparsity, rows in tried.items():
+            order = sorted(rows, key=lambda row: math.inf if row.perplexity is None else row.perplexity)
+            order.sort(key=lambda row: row.cell != REFERENCE)  # what all are compared with stays
+            spent, kept = 0.0, list[str]()
+            for row in order:
+                spent += longer * row.seconds
+                if spent <= seconds or len(kept) < 2:
+                    kept.append(row.cell)
+                else:
+                    self._leave_out(
+                        by_name[row.cell], sparsity, 1.0, f"others were better on {row.share:.0%} of the text"
+                    )
+            found[sparsity] = [cell for cell in self.cells if cell.name in kept]
+        return found
+
+    def _leave_out(self, cell: Cell, sparsity: float, share: float, reason: str) -> None:
+        row = Row(self.model, cell.name, sparsity, 0, share, LEFT, reason)
+        if row.key not in self.rows.found:
+            self.rows.add(row)
+
+    def _spent(self) -> float:
+        return sum(row.wall for row in self.rows if row.model == self.model)
+
+    def _row(self, cell: Cell, sparsity: float, seed: int, share: float, stage: Stage) -> Row:
+        """The row of a cell: that on file, that of the same recipe under another name, or a new one."""
+        known = self.rows.found.get((self.model, cell.name, sparsity, seed, share))
+        if known is None or known.state == LEFT:
+            begun = clocks.perf_counter()
+            blank = Row(self.model, cell.name, sparsity, seed, share)
+            try:
+                made = self._made(cell, blank)
+            except WrongInput as error:
+                made = replace(blank, state=REFUSED, reason=first_line(error))
+            except (RuntimeError, ArithmeticError, MemoryError) as error:  # broken promises, memory, factorisations
+                made = replace(blank, state=FAILED, reason=f"{type(error).__name__}: {first_line(error)}")
+            known = self.rows.add(replace(made, wall=clocks.perf_counter() - begun))
+        said = number(known.perplexity) if known.state == COMPLETE else known.state
+        stage.advance(1, f"{cell.name} {said}, {span(known.seconds)}")
+        return known
+
+    def _made(self, cell: Cell, blank: Row) -> Row:
+        session = self.bench.session
+        recipe = cell.under(session.parts.recipe, blank.sparsity, blank.seed)
+        if blank.share < 1:
+            tokens = session.draws.calibration
+            some = max(1, whole_windows(round(blank.share * tokens.n_tokens), tokens.seqlen))
+            recipe = recipe.with_overrides({"data.calibration_tokens": some * tokens.seqlen})
+        parts = resolve(recipe)
+        for row in self.rows:
+            if (row.model, row.recipe, row.share, row.state) == (blank.model, parts.digest, blank.share, COMPLETE):
+                return replace(row, cell=blank.cell)
+        with self.bench.make(parts) as made:
+            text = session.draws.evaluation if blank.share == 1 else session.draws.search
+            measured = perplexity(made.small, text, progress=session.progress)
+            ledger, clock, budget = made.run.ledger, made.run.clock.seconds, made.run.whole.budget
+            spent = budget.outside + made.run.whole.cost(made.plan)
+            return replace(
+                blank, recipe=parts.digest, objective=_finite(made.objective), parameters=made.parameters,
+                removed=float(1 - spent / budget.dense), token_forwards=ledger.tokens, questions=ledger.questions,
+                seconds=sum(clock.values()), stages=dict(clock), trace=_trace(ledger.text()), **_measured(measured),
+            )  # fmt: skip
+
+
+def _measured(found: Perplexity) -> dict[str, Any]:
+    return {
+        "perplexity": _finite(found.value),
+        "losses": tuple(_finite(loss) for loss in found.losses),
+        "label": found.label,
+    }
+
+
+def _finite(value: float) -> float | None:
+    """As JSON can say it."""
+    return value if math.isfinite(value) else None
+
+
+def _trace(ledger: str) -> tuple[tuple[int, float], ...]:
+    """The lowest loss so far, whenever a question on the most tokens has lowered it, by token-forwards."""
+    asked = [json.loads(line) for line in ledger.splitlines()]
+    asked = [record for record in asked if record.get("kind") == "question"]
+    most, spent, lowest, found = max((r["tokens"] for r in asked), default=0), 0, math.inf, list[tuple[int, float]]()
+    for record in asked:
+        spent += 0 if "shared" in record else record["tokens"] + record.get("training", 0)
+        loss = record["loss"]
+        if record["tokens"] == most and loss is not None and loss < lowest:
+            lowest = loss
+            found.append((spent, loss))
+    return tuple(found)

@@ -1,0 +1,224 @@
+"""A result in the engines that run it, beside what the judged network answered: `prunekit verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunekit.errors import NotVerified, WrongInput
+from prunekit.export.compare import Row, compare
+from prunekit.export.formats import check_installed, choose_formats
+from prunekit.export.record import FOLDER, Record, continue_greedily
+from prunekit.measure.rounds import FEWEST, interleaved, own_time
+from prunekit.measure.speed import ROUNDS, SECONDS, Speed, compared
+from prunekit.models import paging
+from prunekit.models.adapters.find import adapter_for
+from prunekit.models.opening import loaded, stored_as
+from prunekit.models.places import located
+from prunekit.models.shards import INDEX, WEIGHTS, Shards
+from prunekit.plugins.exporter import Exporter
+from prunekit.recipe.schema import Recipe
+from prunekit.space.forms import parse_form
+from prunekit.space.prices import Workload
+from prunekit.system.files import changed, read_json, sealed
+from prunekit.system.progress import Progress
+
+WINDOW = 128  # tokens of a model without record
+PROMPT, NEW = 256, 32  # tokens that are timed
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one engine says of one format."""
+
+    format: str
+    engine: str
+    rows: tuple[Row, ...]
+    speed: tuple[tuple[str, str, str, str], ...] = ()  # what, dense, pruned, ratio
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All that was compared."""
+
+    folder: str
+    against: str  # what the answers are of
+    rows: tuple[Row, ...]  # of the files
+    checks: tuple[Check, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing differs."""
+        return all(row.agrees is not False for rows in (self.rows, *(c.rows for c in self.checks)) for row in rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"agrees": self.agrees, **asdict(self)}
+
+
+def verify_result(
+    source: str,
+    *,
+    engine: str | None = None,
+    against: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Compare what is in a folder with what its report says, and what engines make of it with the judged network.
+
+    Args:
+        source: folder of a result, or of a model that was exported.
+        engine: by its name; None: all whose files are there and that are installed.
+        against: the dense model, timed in turns with this one; None: nothing is timed.
+        trust_remote_code: whether code in the folder may run.
+        progress: what the user is told; None: nothing.
+
+    Raises:
+        WrongInput: no such folder or engine, an engine that is not installed, or there is nothing to compare with.
+    """
+    progress, folder = progress or Progress(), Path(located(source)).expanduser()
+    if not folder.is_dir():
+        raise WrongInput(f"{source!r} is no folder; verify reads the files of a result")
+    recipe = Recipe.load(folder, trust_remote_code=trust_remote_code) if (folder / "recipe.yaml").exists() else None
+    formats = choose_formats(folder, engine, () if recipe is None else recipe.exporters)
+    lost = [] if sealed(folder) is None else changed(folder)
+    if mine := [name for name in lost if name.startswith(f"{FOLDER}/")]:
+        raise WrongInput(f"{folder / mine[0]} is not what was written when the result was judged; bring it back")
+    record, what = Record.read(folder), "the network that was judged"
+    if record is None:
+        if all(exporter.place == "" for exporter in formats.values()):
+            raise WrongInput(
+                f"{folder} has no record of a network that was judged ({FOLDER}/), as prune leaves it beside its "
+                "results; there is nothing to compare it with"
+            )
+        record, what = record_of(folder, trust_remote_code=trust_remote_code), "the folder's own model, no judged one"
+    checks = list[Check]()
+    for name, exporter in formats.items():
+        if engine is None and (why := absent(exporter)) is not None:
+            checks.append(Check(name, exporter.engine, (Row("not run", "", why),)))
+            continue
+        with progress.stage(f"verify {name}", 1) as stage:
+            rows = ask(exporter, folder, record)
+            stage.advance()
+        speed = () if against is None else _paces(exporter, folder, against, progress)
+        checks.append(Check(name, exporter.engine, tuple(rows), tuple(speed)))
+    return Verdict(str(folder), what, tuple(_sizes(folder, lost)), tuple(checks))
+
+
+def ask(exporter: Exporter, folder: Path, record: Record) -> list[Row]:
+    """Ask the engine of an exporter what a record asks, and compare; what does not load is a row that differs."""
+    path = folder / exporter.place
+    try:
+        response = exporter.answers(path, record.inquiry)
+    except NotVerified as error:
+        return [Row("loads", "yes", str(error), False)]
+    return compare(record, response, exporter.tolerance(path, getattr(torch, record.dtype)))
+
+
+@torch.no_grad()
+def record_of(folder: Path, *, trust_remote_code: bool = False) -> Record:
+    """Ask the model of a folder itself, as transformers loads it, in float32: of a model that nothing was judged of."""
+    model = loaded(str(folder), dtype="auto", trust_remote_code=trust_remote_code).eval()
+    return record_of_model(model)
+
+
+@torch.no_grad()
+def record_of_model(model: Any) -> Record:
+    """As `record_of`, of a model in memory, which is the same afterwards."""
+    dtype, parameters = model.dtype, sum(p.numel() for p in model.parameters())
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    length = min(WINDOW, int(getattr(model.config, "max_position_embeddings", None) or WINDOW))
+    windows = max(1, -(-WINDOW // length))
+    ids = torch.randint(vocabulary, (windows, length), generator=torch.Generator().manual_seed(0))
+    stored_as(model, torch.float32)
+    logits = model(ids, use_cache=False).logits
+    continued = continue_greedily(lambda text: model(text, use_cache=False).logits, ids[0])
+    stored_as(model, dtype)
+    return Record.of(ids, logits, dtype, parameters, continued)
+
+
+def absent(exporter: Exporter) -> str | None:
+    """Why the engine of an exporter cannot be asked, in a sentence; None: it can."""
+    try:
+        check_installed(exporter, f"engine {exporter.engine!r}", running=True)
+    except WrongInput as error:
+        return str(error)
+    return None
+
+
+def _sizes(folder: Path, lost: Sequence[str]) -> list[Row]:
+    """What is in the files beside what the list of files and the report say."""
+    rows = list[Row]()
+    if sealed(folder) is not None:
+        said = f"{', '.join(lost[:3])} changed" if lost else "unchanged"
+        rows.append(Row("files", "as they were written", said, not lost))
+    if not (folder / "report.json").exists() or not any((folder / name).exists() for name in (WEIGHTS, INDEX)):
+        return rows
+    report, shards = read_json(folder / "report.json"), Shards.of(str(folder))
+    promised: Mapping[str, Any] = report["pruned"]
+    model = paging.shaped(str(folder), trust_remote_code=False)
+    adapter = adapter_for(model.config.model_type)
+    sizes = {name: torch.Size(tensor.shape).numel() for name, tensor in shards.tensors.items()}
+    blocks = sum(size for name, size in sizes.items() if f"{adapter.layers}." in name)
+    for what, wanted, found in (
+        ("parameters in the files", promised["parameters"], sum(sizes.values())),
+        ("of these in blocks", promised["block_parameters"], blocks),
+    ):
+        rows.append(Row(what, f"{wanted:,}", f"{found:,}", wanted == found))
+    if (weights := report.get("weights")) is not None:
+        sites = adapter.sites_of(model, parse_form(weights["structure"]))
+        kept = sum(int(shards.read(f"{site.name}.weight").count_nonzero()) for site in sites)
+        rows.append(
+            Row("not zero in linear maps", f"{weights['not_zero']:,}", f"{kept:,}", kept == weights["not_zero"])
+        )
+        return rows
+    wanted_sites = [site["parameters"] for site in report["sites"] if site["kept"]]
+    sites = adapter.sites(model)
+    found_sites = [site.parameters(site.n_groups) for site in sites]
+    # a recovery step may have given the map of a site a bias
+    same = len(found_sites) == len(wanted_sites) and all(
+        found - wanted in (0, site.d_out) for wanted, found, site in zip(wanted_sites, found_sites, sites, strict=True)
+    )
+    rows.append(Row("sub-layers", f"{len(wanted_sites)} of their sizes", f"{len(found_sites)}", same))
+    return rows
+
+
+def _paces(exporter: Exporter, folder: Path, against: str, progress: Progress) -> list[tuple[str, str, str, str]]:
+    """Size on disk, and prefill and decode speed, of the dense model and of this one, in turns."""
+    folders = {"dense": Path(against).expanduser(), "pruned": folder}
+    if exporter.place and not (there := folders["dense"] / exporter.place).exists():
+        return [("speed", f"{there} is not there: export the dense model too", "", "")]
+    rows = list[tuple[str, str, str, str]]()
+    if folders["dense"].exists():
+        dense, pruned = (sum(file.stat().st_size for file in exporter.files(each)) for each in folders.values())
+        rows.append(("size on disk", f"{dense / 1e6:,.1f} MB", f"{pruned / 1e6:,.1f} MB", f"{pruned / dense:.2f}"))
+    timers = {name: exporter.timer(each / exporter.place) for name, each in folders.items()}
+    turns = {name: timer for name, timer in timers.items() if timer is not None}
+    if len(turns) < len(timers):
+        return [*rows, ("speed", f"{exporter.engine} is not timed", "", "")]
+    work = _workload(folder)
+    calls = {name: lambda timer=timer: timer(work) for name, timer in turns.items()}
+    times = interleaved(calls, progress, "speed", rounds=ROUNDS, fewest=FEWEST, seconds=SECONDS)
+    told, own = torch.get_num_threads(), own_time(torch.device("cpu"))
+    paces = [
+        Speed(
+            tuple(work.prompt * 1e9 / read for read, _ in times[name]),
+            tuple(work.new_tokens * 1e9 / made for _, made in times[name]),
+            work, "cpu", told, own,
+        )
+        for name in folders
+    ]  # fmt: skip
+    return [*rows, *compared(*paces), ("timed", str(paces[1]), "", "")]
+
+
+def _workload(folder: Path) -> Workload:
+    """One prompt, as long as models of this folder take."""
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    room = config.get("max_position_embeddings")
+    room = room if isinstance(room, int) and room > 2 else PROMPT + NEW
+    new = min(NEW, max(1, room // 4))
+    return Workload(1, min(PROMPT, room - new), new)

@@ -1,0 +1,318 @@
+"""A file as an engine reads it: by what it says of itself, with nothing from prunekit, and what it computes then."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from prunekit.errors import NotVerified, one_line
+from prunekit_strategies.exporters.gguf.carriers import GRAPHS, Graph, Layer
+from prunekit_strategies.exporters.gguf.vocabulary import Vocabulary
+
+ABSENT = "prunekit.absent.{}"  # layers whose attention or MLP is a stand-in that adds nothing
+TIED = "prunekit.tied"  # the output is a copy of the embeddings
+
+
+AT_ONCE = 1 << 14  # rows of the output that are in memory together
+VERSIONS = (2, 3)
+STRING, ARRAY = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
+SCALARS = dict(zip(gguf.GGUFValueType, "BbHhIif?  Qqd", strict=False))  # letters of struct, by type
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, unread."""
+
+    shape: tuple[int, ...]
+    kind: gguf.GGMLQuantizationType
+    start: int  # byte in the file
+    size: int  # bytes
+
+
+@dataclass
+class _Header:
+    """What stands in front of the tensors; the reader of the gguf package takes minutes for a large vocabulary."""
+
+    data: mmap.mmap
+    at: int = 0
+
+    def take(self, letters: str) -> tuple[Any, ...]:
+        found = struct.unpack_from(f"<{letters}", self.data, self.at)
+        self.at += struct.calcsize(f"<{letters}")
+        return found
+
+    def text(self) -> str:
+        (length,) = self.take("Q")
+        self.at += length
+        if self.at > len(self.data):
+            raise ValueError("a text is longer than the file")
+        return self.data[self.at - length : self.at].decode()
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY:
+            return self.take(SCALARS[gguf.GGUFValueType(kind)])[0]
+        inside, count = self.take("IQ")
+        if inside in (STRING, ARRAY):
+            return [self.value(inside) for _ in range(count)]
+        return list(self.take(f"{count}{SCALARS[gguf.GGUFValueType(inside)]}"))
+
+    def read(self) -> tuple[dict[str, Any], dict[str, Stored]]:
+        magic, version, tensors, values = self.take("4sIQQ")
+        if magic != b"GGUF" or version not in VERSIONS:
+            raise ValueError(f"it begins with {magic!r}, version {version}, and not with b'GGUF', version 3")
+        fields = {self.text(): self.value(*self.take("I")) for _ in range(values)}
+        places = []
+        for _ in range(tensors):
+            name, (rank,) = self.text(), self.take("I")
+            places.append((name, self.take(f"{rank}Q")[::-1], *self.take("IQ")))
+        start = -(-self.at // (align := fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT))) * align
+        stored = {}
+        for name, shape, number, offset in places:
+            weights, size = gguf.GGML_QUANT_SIZES[kind := gguf.GGMLQuantizationType(number)]
+            stored[name] = Stored(shape, kind, start + offset, math.prod(shape) // weights * size)
+        return fields, stored
+
+
+@dataclass(frozen=True, eq=False)
+class File:
+    """A GGUF file, its tensors unread."""
+
+    path: Path
+    fields: Mapping[str, Any]  # all it says
+    tensors: Mapping[str, Stored]  # by name
+
+    @classmethod
+    def opened(cls, path: Path) -> File:
+        """The file at `path`.
+
+        Raises:
+            NotVerified: it is no GGUF file, or of an architecture that is not read here.
+        """
+        try:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                found = cls(path, *_Header(data).read())
+        except (OSError, ValueError, KeyError, struct.error, OverflowError, MemoryError) as error:
+            raise NotVerified(f"{path} cannot be read: {one_line(error)}") from error
+        if found.fields.get("general.architecture") not in GRAPHS:
+            raise NotVerified(f"{path} has the architecture {found.fields.get('general.architecture')!r}")
+        return found
+
+    @property
+    def architecture(self) -> str:
+        return self.fields["general.architecture"]
+
+    @property
+    def graph(self) -> Graph:
+        return GRAPHS[self.architecture]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value of the architecture."""
+        return self.fields.get(f"{self.architecture}.{key}", default)
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """Sizes of the layers; a graph that reads one entry takes it for all.
+
+        Raises:
+            NotVerified: there are none, or too few.
+        """
+        keys = "attention.head_count", "attention.head_count_kv", "feed_forward_length"
+        count, columns = self.get("block_count", 0), list[list[int]]()
+        for key in keys:
+            value = self.get(key)
+            column = list(value) if isinstance(value, list) else [value] * count
+            columns.append(column if self.graph.unequal else column[:1] * count)
+        if not count or any(len(column) != count or None in column for column in columns):
+            raise NotVerified(f"{self.path} does not tell the sizes of its layers")
+        return [Layer(*sizes) for sizes in zip(*columns, strict=True)]
+
+    @property
+    def head_dim(self) -> int:
+        return self.get("attention.key_length")
+
+    def values(self, name: str, start: int = 0, stop: int | None = None) -> Float[Tensor, " *shape"]:
+        """The values of a tensor, in float32, or of the rows of a matrix from `start` to `stop`."""
+        stored = self.tensors[name]
+        stop = stored.shape[0] if stop is None else min(stop, stored.shape[0])
+        width = stored.size // stored.shape[0]  # bytes of a row; of a vector, of a number
+        with self.path.open("rb") as file:
+            raw = np.fromfile(file, np.uint8, (stop - start) * width, offset=stored.start + start * width)
+        found = gguf.dequantize(raw.reshape(-1, width) if len(stored.shape) > 1 else raw, stored.kind)
+        return torch.from_numpy(np.ascontiguousarray(found)).reshape(stop - start, *stored.shape[1:])
+
+    def vocabulary(self) -> Vocabulary:
+        """What it tells of its tokenizer."""
+
+        def get(key: str, default: Any = None) -> Any:
+            return self.fields.get(f"tokenizer.ggml.{key}", default)
+
+        names = {"bos": "bos", "eos": "eos", "eot": "eot", "unk": "unknown", "pad": "padding"}
+        special = {ours: get(f"{theirs}_token_id") for ours, theirs in names.items()}
+        return Vocabulary(
+            get("model", ""),
+            get("pre", ""),
+            tuple(get("tokens", ())),
+            tuple(get("token_type", ())),
+            tuple(get("merges", ())),
+            tuple(get("scores", ())),
+            {name: value for name, value in special.items() if value is not None},
+            bool(get("add_bos_token")),
+            bool(get("add_eos_token")),
+            bool(get("add_space_prefix")),
+            self.fields.get("tokenizer.chat_template"),
+        )
+
+    def check(self) -> None:
+        """Compare its tensors with those that its architecture asks for.
+
+        Raises:
+            NotVerified: one is missing, of another shape, unknown, or outside the file.
+        """
+        there = {name: stored.shape for name, stored in self.tensors.items()}
+        wanted, optional = dict(self._wanted()), dict(self._optional())
+        for name, shape in there.items():
+            known = (wanted | optional).get(name)
+            if known != shape:
+                what = "which its architecture does not have" if known is None else f"and its sizes ask for {known}"
+                raise NotVerified(f"{self.path} holds {name} of shape {shape}, {what}")
+        if missing := sorted(wanted.keys() - there.keys()):
+            raise NotVerified(f"{self.path} lacks {', '.join(missing[:5])}")
+        size = self.path.stat().st_size
+        if late := [name for name, stored in self.tensors.items() if stored.start + stored.size > size]:
+            raise NotVerified(f"{self.path} ends before {late[0]} does")
+
+    def parameters(self) -> int:
+        """How many parameters the model has: tied ones once, stand-ins not at all."""
+        absent = {part: set(self.fields.get(ABSENT.format(part), ())) for part in ("attn", "ffn")}
+        count = 0
+        for name, stored in self.tensors.items():
+            block, _, rest = name.removeprefix("blk.").partition(".")
+            stand_in = block.isdecimal() and int(block) in absent.get(rest[: rest.find("_")], ())
+            copy = name == "output.weight" and self.fields.get(TIED, False)
+            if not (stand_in or copy or name == "rope_freqs.weight"):
+                count += math.prod(stored.shape)
+        return count
+
+    def _wanted(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        hidden, words, width = self.get("embedding_length"), self.get("vocab_size"), self.head_dim
+        yield "token_embd.weight", (words, hidden)
+        yield "output_norm.weight", (hidden,)
+        for index, layer in enumerate(self.layers):
+            block, query, kv = f"blk.{index}.", layer.query * width, layer.kv * width
+            if layer.query:
+                yield f"{block}attn_norm.weight", (hidden,)
+                if self.graph.fused:
+                    yield f"{block}attn_qkv.weight", (query + 2 * kv, hidden)
+                else:
+                    for name, rows in (("attn_q", query), ("attn_k", kv), ("attn_v", kv)):
+                        yield f"{block}{name}.weight", (rows, hidden)
+                if self.graph.head_norms:
+                    yield f"{block}attn_q_norm.weight", (width,)
+                    yield f"{block}attn_k_norm.weight", (width,)
+                yield f"{block}attn_output.weight", (hidden, query)
+            yield f"{block}ffn_norm.weight", (hidden,)
+            for name in ("ffn_gate", "ffn_up"):
+                yield f"{block}{name}.weight", (layer.width, hidden)
+            yield f"{block}ffn_down.weight", (hidden, layer.width)
+
+    def _optional(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        if self.graph.untied:
+            yield "output.weight", (self.get("vocab_size"), self.get("embedding_length"))
+        if self.graph.frequencies:
+            yield "rope_freqs.weight", (self.head_dim // 2,)
+        for name, shape in [*self._wanted()]:
+            path = name.removesuffix(".weight")
+            if path.rpartition(".")[2] in self.graph.biases:
+                yield f"{path}.bias", shape[:1]
+
+
+@torch.no_grad()
+def compute(file: File, ids: Int64[Tensor, "windows length"]) -> Float[Tensor, "windows length vocabulary"]:
+    """The logits of a file, in float32, one layer in memory at a time.
+
+    Args:
+        file: whose structure was checked.
+        ids: of tokens.
+    """
+    eps = file.get("attention.layer_norm_rms_epsilon")
+    used, places = ids.unique(return_inverse=True)
+    table = torch.cat([file.values("token_embd.weight", row, row + 1) for row in used.tolist()])
+    x = table[places] * (file.get("embedding_scale") or 1)  # (windows, length, hidden)
+    turn = _angles(file, ids.shape[1])
+    scale = file.get("residual_scale") or 1
+    for index, layer in enumerate(file.layers):
+        if layer.query:
+            x = x + scale * _attend(file, index, layer, _norm(file, f"blk.{index}.attn_norm", x, eps), turn, eps)
+        y = _norm(file, f"blk.{index}.ffn_norm", x, eps)
+        y = F.silu(_apply(file, f"blk.{index}.ffn_gate", y)) * _apply(file, f"blk.{index}.ffn_up", y)
+        x = x + scale * _apply(file, f"blk.{index}.ffn_down", y)
+    x = _norm(file, "output_norm", x, eps)
+    output = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
+    starts = range(0, file.tensors[output].shape[0], AT_ONCE)
+    logits = torch.cat([x @ file.values(output, start, start + AT_ONCE).T for start in starts], dim=-1)
+    return logits / (file.get("logit_scale") or 1)
+
+
+def _attend(file: File, index: int, layer: Layer, x: Tensor, turn: tuple[Tensor, Tensor], eps: float) -> Tensor:
+    block, width = f"blk.{index}.", file.head_dim
+    if file.graph.fused:
+        counts = [layer.query * width, layer.kv * width, layer.kv * width]
+        q, k, v = _apply(file, f"{block}attn_qkv", x).split(counts, dim=-1)
+    else:
+        q, k, v = (_apply(file, f"{block}attn_{each}", x) for each in "qkv")
+    q, k, v = (each.unflatten(-1, (-1, width)).transpose(1, 2) for each in (q, k, v))  # (windows, heads, length, width)
+    if file.graph.head_norms:
+        q, k = (_norm(file, f"{block}attn_{name}_norm", each, eps) for name, each in (("q", q), ("k", k)))
+    if not file.graph.still or (index + 1) % file.graph.still:
+        q, k = (rotate(each, *turn, neighbours=file.graph.neighbours) for each in (q, k))
+    scores = file.get("attention.scale") or 1 / math.sqrt(width)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores, enable_gqa=layer.query > layer.kv)
+    return _apply(file, f"{block}attn_output", y.transpose(1, 2).flatten(2))
+
+
+def rotate(
+    x: Float[Tensor, "*more length width"],
+    cos: Float[Tensor, "length half"],
+    sin: Float[Tensor, "length half"],
+    *,
+    neighbours: bool,
+) -> Float[Tensor, "*more length width"]:
+    """Turn pairs of a head by their angles: rows 2j and 2j + 1 with `neighbours`, else j and j + width / 2."""
+    a, b = (x[..., ::2], x[..., 1::2]) if neighbours else x.chunk(2, dim=-1)
+    one, other = a * cos - b * sin, b * cos + a * sin
+    return torch.stack([one, other], dim=-1).flatten(-2) if neighbours else torch.cat([one, other], dim=-1)
+
+
+def _angles(file: File, length: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles, by position and pair: (length, width / 2)."""
+    width, base = file.head_dim, file.get("rope.freq_base")
+    turns = 1 / base ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
+    if "rope_freqs.weight" in file.tensors:
+        turns = turns / file.values("rope_freqs.weight")
+    turns = turns / (file.get("rope.scaling.factor") or 1)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * turns
+    return angles.cos().float(), angles.sin().float()
+
+
+def _apply(file: File, name: str, x: Tensor) -> Tensor:
+    bias = file.values(f"{name}.bias") if f"{name}.bias" in file.tensors else None
+    return F.linear(x, file.values(f"{name}.weight"), bias)
+
+
+def _norm(file: File, name: str, x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * file.values(f"{name}.weight")

@@ -1,0 +1,1 @@
+"""Comparisons as they are shipped, as YAML."""

@@ -1,0 +1,152 @@
+"""A page is one file that asks nobody for anything, and whatever a folder says, no word of it becomes markup."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prunekit import WrongInput
+from prunekit.recipe.suite import Suite
+from prunekit.report.comparison import DENSE, FAILED, Row, Rows
+from prunekit.report.page import add_page, write_page
+from prunekit.system.files import write_state
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;"
+
+
+def result(folder: Path, **changes: Any) -> Path:
+    """The files of a result that a page reads."""
+    folder.mkdir()
+    one = {"groups": 4, "parameters": 8, "error": 0.1}
+    sites = [
+        {"name": f"model.layers.{b}.{part}", "block": b, "kind": kind, "kept": 2 + b, **one}
+        for b in range(2) for part, kind in (("self_attn.o_proj", "attention"), ("mlp.down_proj", "mlp"))
+    ]  # fmt: skip
+    measured = {"perplexity": 10.0, "nll": 2.3, "label": "ppl/text/seq8/n4/float32"}
+    text = {"source": "text", "tokens": 64, "seqlen": 8, "sha256": "ab" * 32}
+    report = {
+        "model": "somebody/model", "dense": {"parameters": 100, "block_parameters": 80},
+        "pruned": {"parameters": 60, "block_parameters": 40, "sparsity_of_blocks": 0.5, "sparsity_of_model": 0.4},
+        "losses": {"dense": measured, "pruned": measured | {"perplexity": 12.0}},
+        "sites": sites, "data": {"source": "text", "calibration": text},
+        "search": {"questions": 2, "token_forwards": 128},
+        "seconds": {"prune": 3.0, "search": 1.0}, "versions": {"prunekit": "1"},
+    } | changes  # fmt: skip
+    names = [site["name"] for site in sites]
+    ledger = [
+        {"kind": "space", "walk": 0, "sites": names, "ladders": [[0, 2, 4]] * 4, "errors": [[1.0, 0.2, 0.0]] * 4},
+        {"kind": "question", "allocation": [2] * 4, "tokens": 64, "loss": 0.5},
+        {"kind": "question", "allocation": [3] * 4, "tokens": 64, "loss": 0.4},
+        {"kind": "question", "allocation": [1] * 4, "tokens": 64, "loss": None},
+    ]
+    (folder / "report.json").write_text(json.dumps(report))
+    (folder / "ledger.jsonl").write_text("".join(json.dumps(record) + "\n" for record in ledger))
+    (folder / "recipe.yaml").write_text("version: 1\n")
+    return folder
+
+
+def comparison(folder: Path, evil: str = "") -> Path:
+    """The files of a comparison."""
+    folder.mkdir()
+    suite = Suite.of_mapping({"recipes": ["fast"], "models": ["m"], "sparsity": [0.25, 0.5]})
+    write_state(folder / "run.json", {"identity": {"suite": suite.model_dump(mode="json")}})
+    rows, rng = Rows(folder / "rows.jsonl"), np.random.default_rng(0)
+    base = rng.normal(3, 1, 16)
+
+    def row(cell: str, sparsity: float, seed: int, above: float) -> Row:
+        losses = base + above + 0.01 * rng.normal(size=16)
+        return Row(
+            "m", cell, sparsity, seed, losses=tuple(losses), perplexity=float(np.exp(losses.mean())), label="ppl/t",
+            seconds=2.0 + above, wall=1.0, parameters=50, removed=sparsity, token_forwards=64, trace=((64, 0.5),),
+        )  # fmt: skip
+
+    rows.add(row(DENSE, 0.0, 0, 0.0))
+    for sparsity in (0.25, 0.5):
+        for seed in (0, 1):
+            for cell, above in (("uniform", 0.3), (f"ours{evil}", 0.1), ("twin", 0.1)):
+                rows.add(row(cell, sparsity, seed, above))
+    rows.add(Row("m", "broken", 0.5, 0, state=FAILED, reason=f"RuntimeError: {evil or 'memory'}"))
+    return folder
+
+
+class Tags(HTMLParser):
+    """The tags of a page, and what is asked of others."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.ids, self.outward = list[str](), list[str](), list[str]()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "action") or (name == "href" and not value.startswith("#")):
+                self.outward.append(value)
+
+
+def test_a_page_is_one_file_without_requests_under_three_megabytes(tmp_path: Path) -> None:
+    folders = [result(tmp_path / "a"), result(tmp_path / "b"), comparison(tmp_path / "c")]
+    text = write_page(folders, tmp_path / "page.html").read_text()
+    assert len(text) < 3_000_000
+    found = Tags(text)
+    assert found.outward == []
+    assert len(set(found.ids)) == len(found.ids)
+    assert found.tags.count("h1") == 1
+    assert found.tags.count("h2") == found.tags.count("section") >= 10
+    assert "default-src 'none'" in text
+    charts = json.loads(text.split('<script type="application/json" id="charts">')[1].split("</script>")[0])
+    assert set(charts) < set(found.ids)
+    assert all(spec["description"] for spec in charts.values())
+
+
+@pytest.mark.parametrize("kind", ["result", "comparison"])
+def test_no_word_of_a_folder_becomes_markup(tmp_path: Path, kind: str) -> None:
+    plain, odd = tmp_path / "plain.html", tmp_path / "odd.html"
+    if kind == "result":
+        samples = [{"prompt": EVIL, "dense": {"text": EVIL}, "pruned": {"text": EVIL}}]
+        same = [{"prompt": "a", "dense": {"text": "b"}, "pruned": {"text": "c"}}]
+        evil = result(tmp_path / "evil", model=f"x/{EVIL}", versions={EVIL: EVIL}, samples=samples)
+        (evil / "recipe.yaml").write_text(EVIL)
+        write_page([result(tmp_path / "good", samples=same)], plain)
+    else:
+        evil = comparison(tmp_path / "evil", EVIL)
+        write_page([comparison(tmp_path / "good")], plain)
+    write_page([evil], odd)
+    assert Tags(odd.read_text()).tags == Tags(plain.read_text()).tags
+    assert EVIL not in odd.read_text()
+
+
+def test_what_a_page_says_of_a_comparison(tmp_path: Path) -> None:
+    text = write_page([comparison(tmp_path / "c")], tmp_path / "page.html").read_text()
+    places = re.findall(r"<tr><td>(=|\d+)</td><td>(\w+)</td>", text)
+    assert {cell for _, cell in places[:2]} == {"ours", "twin"}
+    assert [place for place, _ in places] == ["1", "=", "3"] * 2  # a tie is no second place
+    assert "RuntimeError: memory" in text
+    assert "Mean ranks" in text
+
+
+def test_folders_of_nothing_and_reports_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WrongInput, match="is no result, family or comparison"):
+        write_page([tmp_path / "empty"], tmp_path / "page.html")
+    odd = result(tmp_path / "odd", losses={})
+    with pytest.raises(WrongInput, match="cannot read"):
+        write_page([odd], tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+    said: list[str] = []
+    add_page(odd, said.append)  # a result is not lost for its picture
+    assert "no page was made" in said[0]
+
+
+def test_losses_that_are_not_finite_are_shown_as_such(tmp_path: Path) -> None:
+    folder = comparison(tmp_path / "c")
+    Rows(folder / "rows.jsonl").add(Row("m", "diverged", 0.5, 0, losses=(None,) * 16, label="ppl/t", seconds=1.0))  # type: ignore[arg-type]
+    text = write_page([folder], tmp_path / "page.html").read_text()
+    assert "<td>diverged</td><td>inf</td>" in text
+    assert "NaN" not in text.split('id="charts">')[1].split("</script>")[0]

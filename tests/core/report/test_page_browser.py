@@ -1,0 +1,102 @@
+"""A page in a real browser, where one is installed beside playwright: `pip install playwright`, and Chromium."""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunekit.report.page import write_page
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+HERE = importlib.util.spec_from_file_location("pages", Path(__file__).parent / "test_page.py")
+assert HERE is not None
+assert HERE.loader is not None
+pages: Any = importlib.util.module_from_spec(HERE)
+HERE.loader.exec_module(pages)
+CHROMIUM = next((found for name in ("chromium", "google-chrome", "chrome") if (found := shutil.which(name))), None)
+AXE = os.environ.get("AXE")  # path of axe.min.js, of the npm package axe-core
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Any:
+    with sync_api.sync_playwright() as playing:
+        opened = playing.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def shown(browser: Any, tmp_path: Path) -> Any:
+    """The page of a result and a comparison, its requests and its complaints."""
+    folders = [pages.comparison(tmp_path / "c"), pages.result(tmp_path / "a")]
+    file = write_page(folders, tmp_path / "page.html")
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.complaints, page.requests = [], []
+    page.on("console", lambda message: page.complaints.append(message.text) if message.type != "info" else None)
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.on("request", lambda request: page.requests.append(request.url))
+    page.goto(file.as_uri())
+    page.evaluate("window.drawn.then(() => null)")
+    yield page
+    assert page.complaints == []
+    assert page.requests == [file.as_uri()]
+    page.close()
+
+
+def test_all_charts_are_drawn(shown: Any) -> None:
+    charts = shown.locator(".chart")
+    assert charts.count() >= 8
+    for i in range(charts.count()):
+        assert charts.nth(i).locator("svg").count() == 1
+        assert charts.nth(i).locator("svg path, svg text").count() > 3
+
+
+def test_the_leaderboard_sorts_and_filters(shown: Any) -> None:
+    table = shown.locator("table.filtered").first
+
+    def cells() -> list[str]:
+        return table.locator("tbody tr:visible td:nth-child(2)").all_inner_texts()
+
+    before = cells()
+    heading = table.locator("th").nth(2)  # perplexity
+    heading.locator("button").click()
+    assert heading.get_attribute("aria-sort") == "ascending"
+    assert cells() == before
+    heading.locator("button").press("Enter")  # by keyboard
+    assert heading.get_attribute("aria-sort") == "descending"
+    assert cells() == before[::-1]
+    shown.locator("input[type=search]").first.fill("twin")
+    assert cells() == ["twin"]
+
+
+def test_the_theme_switches_and_ink_follows(shown: Any) -> None:
+    def ink() -> str:
+        return shown.locator(".chart svg text").first.evaluate("e => getComputedStyle(e).fill")
+
+    light = ink()
+    shown.locator("#theme").click()
+    assert shown.locator("html").get_attribute("data-theme") == "dark"
+    assert shown.locator("#theme").get_attribute("aria-pressed") == "true"
+    assert ink() != light
+
+
+@pytest.mark.parametrize("width", [360, 768, 1400])
+def test_nothing_is_wider_than_the_window(shown: Any, width: int) -> None:
+    shown.set_viewport_size({"width": width, "height": 800})
+    shown.wait_for_timeout(300)
+    assert shown.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.skipif(AXE is None, reason="AXE does not name axe.min.js")
+@pytest.mark.parametrize("dark", [False, True])
+def test_axe_finds_nothing_serious(shown: Any, dark: bool) -> None:
+    if dark:
+        shown.locator("#theme").click()
+    shown.evaluate(Path(str(AXE)).read_text())
+    found = shown.evaluate("axe.run()")["violations"]
+    assert [(v["id"], v["nodes"][0]["html"]) for v in found if v["impact"] in ("serious", "critical")] == []

@@ -1,0 +1,193 @@
+"""A comparison: all cells on the same tokens, resumed to the same rows, faults on record, time spent on the better."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import prunekit
+from prunekit import WrongInput
+from prunekit.report.comparison import COMPLETE, DENSE, FAILED, LEFT, REFUSED, Comparison, Row, Rows
+from prunekit.run.bench import Bench
+
+TIMES = {"seconds": 0.0, "wall": 0.0, "stages": {}}
+
+
+@pytest.fixture(scope="module")
+def small(quick: Any, saved_tiny: Any) -> dict[str, Any]:
+    """A small comparison, without its folder."""
+    keys = {k: v for k, v in quick().items() if k.startswith("data__") or k == "quiet"}
+    cells = {"greedy": {"allocator": {"name": "greedy", "steps": 1}, "objective": "divergence"}}
+    return {
+        "model": str(saved_tiny()),
+        "recipe": "fast",
+        "pruners": ["obs", "magnitude"],
+        "allocators": ["uniform", "table"],
+        "cells": cells,
+        "sparsity": [0.25, 0.5],
+        **keys,
+    }
+
+
+@pytest.fixture(scope="module")
+def done(small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    """It, done."""
+    return prunekit.compare(**small, output=tmp_path_factory.mktemp("done") / "comparison")
+
+
+@pytest.fixture
+def asked(small: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """It, to be done in a folder of the test's own."""
+    return small | {"output": tmp_path / "comparison"}
+
+
+FEW = {"sparsity": [0.5], "pruners": ["magnitude"], "allocators": ["uniform"], "cells": {}}
+
+
+def timeless(rows: Any) -> list[Row]:
+    return [replace(row, **TIMES) for row in rows]
+
+
+def test_every_cell_has_its_row_on_the_same_windows_at_its_price(small: Any, done: Comparison) -> None:
+    found, asked = done, small
+    rows = [row for row in found.rows if row.cell != DENSE]
+    names = {"uniform", "random", "greedy"} | {f"{p} + {a}" for p in ("obs", "magnitude") for a in ("uniform", "table")}
+    assert {(row.cell, row.sparsity) for row in rows} == {(name, s) for name in names for s in (0.25, 0.5)}
+    dense = found.dense(asked["model"])
+    assert all(row.state == COMPLETE and row.removed >= row.sparsity for row in rows)
+    assert {row.label for row in rows} == {dense.label}
+    assert {len(row.losses) for row in rows} == {len(dense.losses)}
+    twin = {row.cell: row for row in rows if row.sparsity == 0.5}
+    assert twin["uniform"].recipe == twin["obs + uniform"].recipe  # run once
+    assert twin["uniform"].losses == twin["obs + uniform"].losses
+    assert twin["greedy"].trace
+    losses = [loss for _, loss in twin["greedy"].trace]
+    assert losses == sorted(losses, reverse=True)
+    alone = prunekit.prune(
+        asked["model"],
+        recipe="fast",
+        sparsity=0.5,
+        **{k: v for k, v in asked.items() if k.startswith("data") or k == "quiet"},
+    )
+    assert alone.report["losses"]["pruned"]["perplexity"] == pytest.approx(twin["obs + table"].perplexity, rel=1e-6)
+
+
+def test_what_is_said_of_the_rows(small: Any, done: Comparison) -> None:
+    found, folder = done, done.output
+    assert folder is not None
+    assert found.places == [(small["model"], 0.25), (small["model"], 0.5)]
+    standing = found.standings(*found.places[1])
+    assert [each.loss for each in standing] == sorted(each.loss for each in standing)
+    assert standing[0].tied
+    table, summary = (folder / "leaderboard.md").read_text(), json.loads((folder / "summary.json").read_text())
+    assert table == found.table()
+    assert all(f"| {each.name} |" in table for each in standing)
+    assert [cell["name"] for cell in summary["standings"][1]["cells"]] == [each.name for each in standing]
+    assert summary["ranks"]["blocks"] == 2
+    columns = pq.read_table(folder / "rows.parquet").to_pylist()
+    assert [(row["cell"], row["perplexity"]) for row in columns] == [(row.cell, row.perplexity) for row in found.rows]
+
+
+def test_a_comparison_that_was_killed_goes_on_to_the_same_rows(asked: Any, done: Comparison, monkeypatch: Any) -> None:
+    make, made = Bench.make, []
+
+    def killed(self: Any, parts: Any) -> Any:
+        made.append(parts.digest)
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        return make(self, parts)
+
+    monkeypatch.setattr(Bench, "make", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prunekit.compare(**asked)
+    file = asked["output"] / "rows.jsonl"
+    assert len(file.read_text().splitlines()) == 1 + 3 + 1  # the dense model, three that were made, and one the same
+    with file.open("a") as half:
+        half.write('{"model": "cut off')
+    made.extend(range(9))
+    found = prunekit.compare(**asked)
+    assert timeless(found.rows) == timeless(done.rows)
+    before = len(made)
+    assert timeless(prunekit.compare(**asked).rows) == timeless(done.rows)
+    assert len(made) == before  # nothing is run twice
+
+
+def test_a_cell_that_cannot_be_or_breaks_is_on_record_and_the_rest_goes_on(asked: Any, monkeypatch: Any) -> None:
+    make = Bench.make
+
+    def breaking(self: Any, parts: Any) -> Any:
+        if parts.recipe.pruner["name"] == "magnitude":
+            raise RuntimeError("out of memory\nand more")
+        return make(self, parts)
+
+    monkeypatch.setattr(Bench, "make", breaking)
+    cells = {"impossible": {"allocator": {"name": "milp", "limits": [["nonsense", 0.5]]}}}
+    found = prunekit.compare(**asked | {"cells": cells, "sparsity": [0.5]})
+    state = {row.cell: row for row in found.rows}
+    assert state["magnitude + table"].state == FAILED
+    assert state["magnitude + table"].reason == "RuntimeError: out of memory"
+    assert state["impossible"].state == REFUSED
+    assert state["obs + table"].state == COMPLETE
+    assert "| impossible |" in found.table()
+    assert {each.name for each in found.standings(*found.places[0])} == {
+        "uniform",
+        "random",
+        "obs + uniform",
+        "obs + table",
+    }
+
+
+def test_rows_of_other_weights_or_text_are_not_gone_on_with(asked: Any, saved_tiny: Any) -> None:
+    asked |= FEW | {"model": str(saved_tiny())}
+    prunekit.compare(**asked)
+    weights = Path(asked["model"]) / "model.safetensors"
+    weights.write_bytes((saved_tiny(hidden_act="gelu") / "model.safetensors").read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(WrongInput, match="other weights or text"):
+        prunekit.compare(**asked)
+    with pytest.raises(WrongInput, match="another suite"):
+        prunekit.compare(**asked | {"sparsity": [0.25]})
+    assert prunekit.compare(**asked | {"sparsity": [0.25]}, overwrite=True).places == [(asked["model"], 0.25)]
+
+
+def test_seeds_are_rows_of_their_own_on_the_same_text(asked: Any) -> None:
+    asked |= FEW | {"seeds": 2}
+    found = prunekit.compare(**asked)
+    drawn = found.of(asked["model"], 0.5)["random"]
+    assert [row.seed for row in drawn] == [0, 1]
+    assert drawn[0].losses != drawn[1].losses
+    assert len({row.label for row in found.rows}) == 1
+
+
+def test_a_time_goes_to_the_better_cells(asked: Any) -> None:
+    asked["data__calibration_tokens"] = 1024
+    found = prunekit.compare(**asked | {"sparsity": [0.5]}, time=0.01)
+    shares = {
+        share: {row.cell for row in found.rows if row.share == share and row.state == COMPLETE} for share in (0.25, 1)
+    }
+    assert "uniform" in shares[0.25] & shares[1]
+    assert len(shares[1] - {DENSE}) < 7
+    left = [row for row in found.rows if row.state == LEFT]
+    assert left
+    assert all("the time was spent" in row.reason or "others were better" in row.reason for row in left)
+    quarter, whole = (
+        next(row for row in found.rows if (row.cell, row.share) == ("uniform", share)) for share in (0.25, 1)
+    )
+    assert quarter.losses != whole.losses  # on the search text
+
+
+def test_enough_time_is_no_halving(asked: Any, done: Comparison) -> None:
+    timed = prunekit.compare(**asked, time="1h")
+    finals = [
+        sorted((row for row in timeless(each.rows) if row.share == 1), key=lambda r: r.key) for each in (done, timed)
+    ]
+    assert finals[0] == finals[1]
+    assert not timed.without
+
+
+def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
+    row = Row("m", "c", 0.5, 0, losses=(1.0, None), trace=((3, 0.5),), stages={"prune": 1.0}, perplexity=None)  # type: ignore[arg-type]
+    Rows(tmp_path / "rows").add(row)
+    assert list(Rows(tmp_path / "rows")) == [row]
