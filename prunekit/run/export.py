@@ -18,6 +18,7 @@ from prunekit.export.formats import FILE, check_installed
 from prunekit.export.record import FOLDER, Record
 from prunekit.export.write import prove, write
 from prunekit.models import paging
+from prunekit.models.classes import LowRank
 from prunekit.models.opening import load_tokenizer, skeleton, stored_as
 from prunekit.models.places import located
 from prunekit.models.shards import Shards
@@ -79,6 +80,9 @@ def export_model(
     recipe = Recipe.load(folder, trust_remote_code=trust_remote_code) if (folder / "recipe.yaml").exists() else None
     order, blocks = _ordered(source, recipe, memory, trust_remote_code=trust_remote_code)
     for exporter in exporters:
+        if order.units not in exporter.structures:
+            there = ", ".join(sorted(exporter.structures))
+            raise WrongInput(f"format {_name(exporter)!r} does not know structure {order.units}; it knows {there}")
         exporter.check(order)
     with progress.stage("open", 1) as stage:
         model = load_small(Path(source), blocks, trust_remote_code=trust_remote_code).eval()
@@ -143,6 +147,8 @@ def _ordered(source: str, recipe: Recipe | None, memory: str, *, trust_remote_co
     shape, adapter = skeleton(source, trust_remote_code=trust_remote_code)
     parameters, code = reporting.count(shape), "import" if recipe is None else recipe.code
     units = parse_form("groups" if recipe is None else recipe.structure).units
+    if any(isinstance(module, LowRank) for module in shape.modules()):  # which a folder without a recipe may be, too
+        units = "low-rank"
     limit = parse_size(memory)
     blocks = None if limit is None or OVERHEAD * 4 * parameters < limit else max(1, limit // 5)
     return Order(adapter, units, code, parameters, _bytes_per_parameter(source), shape.config, settled=True), blocks

@@ -20,6 +20,7 @@ from prunekit.models.adapters.find import adapter_for
 from prunekit.models.classes import LowRank
 from prunekit.plugins.adapter import UnsupportedModel
 from prunekit.report.picture import removed_shares
+from prunekit.run.export import export_model
 from prunekit.search.ledger import Ledger
 from prunekit.search.store import CandidateStore
 from prunekit.search.supernet import Supernet
@@ -31,6 +32,8 @@ from prunekit.system.memory import Shares
 from prunekit.system.progress import Progress
 from prunekit.testing import tiny, toy_supernet, toy_tokens
 from prunekit.testing.supernets import KeepSpectrum
+from prunekit_corner import Table
+from prunekit_strategies.exporters.hf import HF
 
 FILES = ("model.safetensors", "config.json", "recipe.yaml", "ledger.jsonl")
 
@@ -157,6 +160,18 @@ def test_evaluation_reads_what_was_saved(folder, searched):
     found, report = evaluate(str(searched), data), json.loads((searched / "report.json").read_text())
     assert found["parameters"] == report["pruned"]["parameters"]
     assert found["perplexity"] > 1
+
+
+def test_formats_that_know_nothing_of_factors_are_refused_and_the_folder_is_the_model(searched, tmp_path):
+    (tmp_path / "bare").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "bare" / name).write_bytes((searched / name).read_bytes())
+    for source in (searched, tmp_path / "bare"):
+        with pytest.raises(WrongInput, match="does not know structure low-rank; it knows groups, n:m, weights"):
+            export_model(str(source), [Table()])
+    export_model(str(searched), [HF()], tmp_path / "again")
+    one, two = ((path / "model.safetensors").read_bytes() for path in (searched, tmp_path / "again"))
+    assert one == two
 
 
 def test_without_a_search_the_table_is_priced_at_once_and_ranks_follow_the_fisher_table(folder, tmp_path, pruned):
