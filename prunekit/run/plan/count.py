@@ -38,6 +38,7 @@ from prunekit.search.gated import GatedModel
 from prunekit.search.lessons import BACK
 from prunekit.search.store import CandidateStore
 from prunekit.search.teacher import Teacher
+from prunekit.search.weights import Weights
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Site
 from prunekit.system.memory import Shares
@@ -271,11 +272,25 @@ class Count:
             forwards = effort.forward + effort.dense + (BACK + again) * effort.back
             back = (graph // len(shape.blocks) if again else graph) if effort.back else 0
             back += 2 * FLOAT * shape.weights if effort.taylor else 0  # of a batch, and their sum
+            copied, states = self._copied
             yield Stage(
-                "learn" if len(several) > 1 else several[0].called("learn"), held + max(said, back),
-                shares.blocks or 0, effort.queries * vector if effort.back else 0,
+                "learn" if len(several) > 1 else several[0].called("learn"), held + max(said, back) + copied,
+                shares.blocks or 0, (effort.queries * vector if effort.back else 0) + states,
                 flops=shape.forward(forwards, self.seqlen, head=True),
             )  # fmt: skip
+
+    @cached_property
+    def _copied(self) -> tuple[int, int]:
+        """(bytes of the copy that a learner trains, of the states of it on disk); nothing where it trains none."""
+        training = None if self.parts.learner is None else self.parts.learner.training
+        if training is None:
+            return 0, 0
+        inside = [m for block in self.shape.blocks for m in block.modules() if isinstance(m, nn.Linear)]
+        adapters = training.rank * sum(m.in_features + m.out_features for m in inside)
+        trained = adapters if training.rank else sum(map(self.shape.parameters, self.shape.blocks))
+        known = 3 if training.optimizer == "adamw" else 2
+        copied = Weights.bytes(self.shape.parameters(self.shape.model), trained, training.optimizer)
+        return copied, 2 * known * FLOAT * trained
 
     def _rounds(self, shares: Shares, held: int, working: int) -> Iterator[Stage]:
         """A calibration pass along the rungs of all, then the search of each."""
@@ -325,7 +340,7 @@ class Count:
         some = min(judged, max(self.seqlen, LOGITS_AT_ONCE // shape.vocabulary))  # tokens of a forward pass
         forward = max(2 * FLOAT * some * shape.vocabulary, self._activations(some))
         hidden = min(HIDDEN_BYTES, judged * shape.width * size)
-        both = held + self._page + hidden if paged else self.everything + stays * size
+        both = held + (self._page + hidden if paged else stays * size)
         if recipe.finishers:
             own = stays * max(size, FLOAT)
             both = max(both, held + own)
@@ -383,8 +398,10 @@ class Count:
         return max(self.block, self._head)
 
     def _held(self, shares: Shares) -> int:
-        """Bytes of the dense model that are always in memory, and of what is read of a paged one."""
-        return self.everything if shares.blocks is None else self.resident + self._page
+        """Bytes of the dense model that are always in memory, and of what is read of a paged one; of those that
+        learners have trained in the place of it."""
+        trained = len(self.members) * self.everything if self._copied[0] else 0
+        return trained + (self.everything if shares.blocks is None else self.resident + self._page)
 
     def _activations(self, tokens: int) -> int:
         """Bytes of what a block makes of so many tokens at once."""

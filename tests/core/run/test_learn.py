@@ -51,11 +51,11 @@ def test_a_run_that_was_stopped_while_it_learned_ends_in_the_same_bytes(
     with monkeypatch.context() as patch:
         asked, real = list[GateQuery](), GatedModel.answer
 
-        def answer(self: GatedModel, query: GateQuery) -> GateReply:
+        def answer(self: GatedModel, query: GateQuery, number: int = 0) -> GateReply:
             if len(asked) == 2:
                 raise KeyboardInterrupt
             asked.append(query)
-            return real(self, query)
+            return real(self, query, number)
 
         patch.setattr(GatedModel, "answer", answer)
         with pytest.raises(KeyboardInterrupt):
