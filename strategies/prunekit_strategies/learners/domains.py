@@ -13,7 +13,6 @@ from prunekit import GateProblem
 
 HALVINGS = 100  # of an interval: more than float64 can tell apart
 POINTS = 10  # losses of a data set below which no curve is fitted
-HUBER = 1e-3
 MOVES = 0.1  # of a moving mean, to what is new
 
 
@@ -104,9 +103,11 @@ class RobustLoading:
     below `POINTS` losses the dense model's own. Where every loss is below its reference they are lowered by tenths.
 
     Source: DRPruning (arXiv 2411.14055) and its released code: ρ 0.1, 0.05 by default, least 0.2, moving means of
-    losses by 0.1, (3) by L-BFGS on a Huber loss of 1e-3 from a grid, the mean of the best three. We differ: the code
-    then raises every q_i to the least p, which its problem does not ask for, and it is not done here. In the code the
-    fitted references never arrive: the callback reads an attribute that its constructor does not set.
+    losses by 0.1, (3) by L-BFGS on a Huber loss of 1e-3 from a grid of starts, the mean of the best three. We differ:
+    (3) is fitted for every pair of exponents of a grid, where A and E follow by least squares, so that no start
+    decides. The code then raises every q_i to the least p, which its problem does not ask for, and it is not done
+    here. In the code the fitted references never arrive: the callback reads an attribute that its constructor does not
+    set.
     """
 
     reference: list[float]
@@ -152,62 +153,47 @@ def excess(losses: Sequence[float], reference: Sequence[float]) -> list[float]:
 
 def worst(p: Sequence[float], above: Sequence[float], rho: float, least: float = 0.0) -> list[float]:
     """(1) of `RobustLoading`: q_i = p_i max(relu(above_i - η) / Z, least), scaled to 1, η by bisection."""
-    base, high = torch.tensor(p, dtype=torch.float64), torch.tensor(above, dtype=torch.float64)
-    if rho <= 0 or float(high.max() - high.min()) <= 1e-12 * (1 + float(high.abs().max())):
-        return base.tolist()
+    top, spread = max(above), max(above) - min(above)
+    if rho <= 0 or spread <= 1e-12 * (1 + abs(top)):
+        return list(p)
 
-    def at(eta: float) -> Tensor:
-        raised = base * torch.relu(high - eta)
-        ratio = (raised / raised.sum() / base).clamp_min(least)
-        return ratio * base / (ratio * base).sum()
+    def at(eta: float) -> list[float]:
+        raised = [max(each - eta, 0.0) for each in above]
+        total = sum(x * r for x, r in zip(p, raised, strict=True))
+        q = [x * max(r / total, least) for x, r in zip(p, raised, strict=True)]
+        return [x / sum(q) for x in q]
 
-    def far(q: Tensor) -> float:
-        return float(0.5 * (base * (q / base - 1).square()).sum()) - rho
+    def far(q: Sequence[float]) -> float:
+        return sum(x * (y / x - 1) ** 2 for x, y in zip(p, q, strict=True)) / 2 - rho
 
-    spread = float(high.max() - high.min())
-    top = float(high.max())
-    low, up = top - spread * (1 + 1 / math.sqrt(2 * rho)) * 4, top - 1e-9 * spread  # far below all; only the worst left
+    low, up = top - 8 * spread, top - 1e-9 * spread  # below all; only the worst is left
     while far(at(low)) > 0:
         low -= 2 * (top - low)
     if far(at(up)) <= 0:  # even the worst alone is near enough
-        return at(up).tolist()
+        return at(up)
     for _ in range(HALVINGS):
         middle = (low + up) / 2
         low, up = (low, middle) if far(at(middle)) > 0 else (middle, up)
-    return at(low).tolist()
+    return at(low)
 
 
 def foretold(at: Tensor, losses: Tensor, end: tuple[float, float]) -> float:
-    """(3) of `RobustLoading` at the end: the mean of the three best fits.
+    """(3) of `RobustLoading` at the end: the mean of the three best fits over a grid of exponents.
 
     Args:
         at: (points, 2): share of all steps, share that is kept.
         losses: (points,), nats per token.
         end: where it is asked.
     """
-    x, goal = torch.log(at), torch.log(torch.tensor(end, dtype=torch.float64))
-
-    def curve(theta: Tensor, where: Tensor) -> Tensor:
-        return torch.exp(theta[0] - where @ theta[2:]) + torch.exp(theta[1])
-
-    fits: list[tuple[float, float]] = []
-    for start in torch.cartesian_prod(
-        torch.tensor([0.0, 10, 20]), torch.tensor([0.0, 1]), torch.tensor([0.0, 0.5, 1]), torch.tensor([0.0, -0.5])
-    ):
-        theta = start.double().requires_grad_()
-        lbfgs = torch.optim.LBFGS([theta], max_iter=100, line_search_fn="strong_wolfe")
-
-        def closure(theta: Tensor = theta, lbfgs: torch.optim.LBFGS = lbfgs) -> Tensor:
-            lbfgs.zero_grad()
-            loss = torch.nn.functional.huber_loss(curve(theta, x), losses, delta=HUBER)
-            loss.backward()
-            return loss
-
-        lbfgs.step(closure)  # type: ignore[arg-type]
-        with torch.no_grad():
-            left = float(torch.nn.functional.huber_loss(curve(theta, x), losses, delta=HUBER))
-            found = float(curve(theta, goal))
-        if math.isfinite(left) and math.isfinite(found):
-            fits.append((left, max(found, 0.0)))
-    best = sorted(fits)[:3]
-    return sum(value for _, value in best) / len(best) if best else float(losses.min())
+    beta, kappa = torch.cartesian_prod(torch.arange(0, 21).double() / 20, torch.arange(-10, 11).double() / 10).unbind(1)
+    x = torch.exp(-torch.outer(beta, at[:, 0].log()) - torch.outer(kappa, at[:, 1].log()))  # (grid, points)
+    asked = torch.exp(-beta * math.log(end[0]) - kappa * math.log(end[1]))
+    spread = (x - x.mean(1, keepdim=True)).square().mean(1)
+    joint = ((x - x.mean(1, keepdim=True)) * (losses - losses.mean())).mean(1)
+    a = (joint / spread.clamp_min(1e-30)).clamp_min(0)  # A and E by least squares, neither below 0
+    e = losses.mean() - a * x.mean(1)
+    alone = ((x * losses).mean(1) / x.square().mean(1)).clamp_min(0)
+    a, e = torch.where(e < 0, alone, a), e.clamp_min(0)
+    left = (a[:, None] * x + e[:, None] - losses).square().mean(1)
+    best = torch.sort(left, stable=True).indices[:3]
+    return float((a * asked + e)[best].mean())

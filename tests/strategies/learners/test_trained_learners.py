@@ -123,7 +123,8 @@ def test_lora_prune_lets_go_along_a_cubic_in_the_price_and_trains_under_the_budg
     for step in range(6, 32, 2):
         limit = full - progress(step / 40, 0.1, 0.2) * (full - space.budget.limit)
         assert limit - 10 < spent[step] <= limit
-    assert spent[-7:] == [space.budget.limit - space.budget.limit % 1] * 7 or spent[-1] <= space.budget.limit
+    assert spent[-7:] == [spent[-1]] * 7, "the last set is trained under"
+    assert space.budget.limit - 3 < spent[-1] <= space.budget.limit
     assert all(bool((after.gates <= before.gates).all()) for before, after in itertools.pairwise(asked))
     kept = decision.counts
     assert max(k / n for k, n in zip(kept, [4, 16, 4, 16], strict=True)) <= 0.5, "all sites keep about one share"
@@ -224,7 +225,7 @@ def test_windows_are_drawn_by_the_shares_of_data_sets(plugin: DRPruning | Sheare
 
 
 def test_dr_pruning_asks_for_several_data_sets() -> None:
-    with pytest.raises(WrongInput, match="give several in data.search_dataset"):
+    with pytest.raises(WrongInput, match="give several in data"):
         DRPruning().check(TokenBatch(torch.zeros(2, 8, dtype=torch.long), "one"))
     DRPruning().check(TokenBatch(torch.zeros(2, 8, dtype=torch.long), "a+b", ("a", "b")))
 
