@@ -45,6 +45,7 @@ from prunekit.system.memory import Shares
 
 FLOAT, DOUBLE = 4, 8  # bytes
 CUSHION = 64 << 20  # bytes: what libraries take when they are first used; of a run on a tiny model 64 MB were measured
+MAPS = 4  # of a sub-layer, at most: queries, keys, values and outputs
 STEP = 32  # a step of writing reads all weights, and takes as long as so many tokens that are read at once
 KEPT = 4  # of what comes and goes, at most one part in so many stays with the C library or lies in too small pieces
 KEPT_MOST = 128 << 20  # bytes that stay at most: what is larger than 32 MiB goes back to the system at once
@@ -273,9 +274,10 @@ class Count:
             back = (graph // len(shape.blocks) if again else graph) if effort.back else 0
             back += 2 * FLOAT * shape.weights if effort.taylor else 0  # of a batch, and their sum
             copied, states = self._copied
+            rows = MAPS if learner.training is not None and learner.training.rank else 1  # of what adapters tell
             yield Stage(
                 "learn" if len(several) > 1 else several[0].called("learn"), held + max(said, back) + copied,
-                shares.blocks or 0, (effort.queries * vector if effort.back else 0) + states,
+                shares.blocks or 0, (effort.queries * rows * vector if effort.back else 0) + states,
                 flops=shape.forward(forwards, self.seqlen, head=True),
             )  # fmt: skip
 

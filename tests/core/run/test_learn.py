@@ -19,6 +19,7 @@ from prunekit.plugins.registry import LEARNERS
 from prunekit.search import lessons
 from prunekit.search.gated import GatedModel
 from prunekit.system.progress import Progress
+from prunekit.testing import tiny
 from prunekit.testing.learners import Surface, lesson, mask_of, noisy, space_of
 
 GRASP = {"name": "grasprune", "steps": 4, "batch_tokens": 32}
@@ -264,3 +265,19 @@ def test_decisions_of_a_family_nest(folder: Path, learning: Any) -> None:
     learned = lesson(LEARNERS.build("gisp"), GateProblem(spaces, 64, 8), surface.answer)
     masks = [mask_of(decision, [3, 6]) for decision in learned.decisions]
     assert all(bool((less <= more).all()) for more, less in pairwise(masks))
+
+
+def test_a_plan_counts_the_copy_that_is_trained_and_its_states(folder: Path) -> None:
+    def planned(learner: str, *more: str) -> dict[str, Any]:
+        asked = ["plan", str(folder), "--learner", learner, "--dataset", "python-docs", "--json", *more]
+        run = CliRunner().invoke(app, asked)
+        assert run.exit_code == 0, run.output
+        return {stage["name"]: stage for stage in json.loads(run.stdout)["stages"]}
+
+    gates, weights = planned("grasprune", "--set", "learner.steps=256"), planned("sheared-llama")
+    adapters = planned("lora-prune", "--set", "learner.rank=1")
+    blocks = sum(p.numel() for b in tiny("llama").model.layers for p in b.parameters())
+    more = weights["learn"]["memory"] - gates["learn"]["memory"]
+    assert more >= (4 + 16) * blocks, "a copy; slopes twice and two moments in float32"
+    assert weights["learn"]["disk"] - gates["learn"]["disk"] >= 2 * 3 * 4 * blocks
+    assert adapters["learn"]["disk"] < weights["learn"]["disk"]
