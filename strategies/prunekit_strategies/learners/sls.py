@@ -69,12 +69,13 @@ class SLS(Learner):
         q, adam = torch.ones_like(price), Adam(price, self.score_rate, (0.9, 0.99), "shared")
         penalty, before, held = self.penalty, 1.0, None
         for step, windows in enumerate(problem.batches(self.steps, self.batch_tokens)):
-            if held is None:
+            kept = held
+            if kept is None:
                 p = falling(products(q, sizes), sizes)  # (1)
                 kept = p > HALF
                 if float(price @ kept.double()) <= sum(limits):
-                    held = problem.project(price * p)
-            mask = (kept if held is None else held).double()
+                    held = kept = problem.project(price * p)
+            mask = kept.double()
             rate = self.rate * (1 - step / self.steps)
             gradient = (yield GateQuery(mask, windows, frozenset({"gradient"}), rate=rate)).gradient
             assert gradient is not None
