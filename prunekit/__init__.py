@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from prunekit.plugins.engine import Engine, Opening, Team
     from prunekit.plugins.exporter import Exporter, Inquiry, Order, Probe, Product, Response
     from prunekit.plugins.finisher import Finisher, Workpiece
-    from prunekit.plugins.learner import Decision, Effort, GateProblem, GateQuery, GateReply, Learner, Lesson
+    from prunekit.plugins.learner import Decision, Effort, GateProblem, GateQuery, GateReply, Learner, Lesson, Training
     from prunekit.plugins.metric import MeasuredMetric, Runs
     from prunekit.plugins.objective import Answers, Objective, Reads
     from prunekit.plugins.options import check_choices
@@ -59,7 +59,7 @@ _HOMES = {  # module: what of it is public
     "plugins.engine": "Engine Opening Team",
     "plugins.exporter": "Exporter Inquiry Order Probe Product Response",
     "plugins.finisher": "Finisher Workpiece",
-    "plugins.learner": "Decision Effort GateProblem GateQuery GateReply Learner Lesson",
+    "plugins.learner": "Decision Effort GateProblem GateQuery GateReply Learner Lesson Training",
     "plugins.metric": "MeasuredMetric Runs",
     "plugins.objective": "Answers Objective Reads",
     "plugins.options": "check_choices",
@@ -80,13 +80,13 @@ _HOME_OF = {name: f"prunekit.{module}" for module, names in _HOMES.items() for n
 
 __all__ = [
     "Allocation", "Allocator", "Answers", "Budget", "Candidate", "CandidateStore", "Decision", "Dense",
-    "Effort", "Engine", "Exporter", "Family", "Finisher", "GateProblem", "GateQuery", "GateReply", "Inquiry", "Journal",
-    "LayerProblem", "Learner", "Lesson", "LocalPruner", "MapShape", "MeasuredMetric", "Metric", "ModelAdapter",
-    "Moments", "Need", "NotVerified", "Objective", "Opening", "Order", "Parameters", "Parts", "PluginError",
-    "Probe", "Problem", "Product", "Query", "Reads", "Received", "Recipe", "Response", "Result", "Runs", "Search",
-    "Searched", "Signal", "Site", "Space", "Statistic", "Supernet", "Team", "TokenBatch", "Total", "Worker",
-    "Workpiece", "WrongInput", "best_groups", "best_weights", "check_choices", "compare", "factored",
-    "inverted", "prune", "ranked", "resolve", "solved", "tune",
+    "Effort", "Engine", "Exporter", "Family", "Finisher", "GateProblem", "GateQuery", "GateReply", "Inquiry",
+    "Journal", "LayerProblem", "Learner", "Lesson", "LocalPruner", "MapShape", "MeasuredMetric", "Metric",
+    "ModelAdapter", "Moments", "Need", "NotVerified", "Objective", "Opening", "Order", "Parameters", "Parts",
+    "PluginError", "Probe", "Problem", "Product", "Query", "Reads", "Received", "Recipe", "Response", "Result",
+    "Runs", "Search", "Searched", "Signal", "Site", "Space", "Statistic", "Supernet", "Team", "TokenBatch",
+    "Total", "Training", "Worker", "Workpiece", "WrongInput", "best_groups", "best_weights", "check_choices",
+    "compare", "factored", "inverted", "prune", "ranked", "resolve", "solved", "tune",
 ]  # fmt: skip
 
 

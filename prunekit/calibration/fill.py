@@ -63,6 +63,7 @@ def build(
     sparse: bool = False,
     decision: Decision | None = None,
     contrast: TokenBatch | None = None,
+    reference: nn.Module | None = None,
     room: Room | None = None,
     team: Team | None = None,
     progress: Progress,
@@ -75,7 +76,7 @@ def build(
     Candidates are rounded to `dtype` before they are judged: what is measured is what will be saved.
 
     Args:
-        model: the dense model; left as it was.
+        model: the dense model, or one whose weights were trained since; left as it was.
         adapter: of its family.
         space: the sites and their ladders.
         centre: an allocation of it.
@@ -93,6 +94,7 @@ def build(
         sparse: make the candidates of the centre alone; the other rungs are only priced.
         decision: of a learner, whose groups every site keeps: the only rung of every ladder is their count.
         contrast: a second data set, for plug-ins that need it.
+        reference: the dense model, where `model` is another: what statistics of a dense stream are of.
         room: where activations are kept.
         team: workers that stream the calibration tokens side by side; None: nobody else.
         progress: advanced at every site.
@@ -112,7 +114,7 @@ def build(
     statistics, room, other = statistics_of(needs), room or Room(), None
     two = any("dense" in each.sees for each in statistics)
     flow: BlockFlow | SharedFlow = (
-        BlockFlow(model, adapter, tokens, dense=two, room=room)
+        BlockFlow(model, adapter, tokens, dense=two, room=room, reference=reference)
         if team is None
         else SharedFlow(team, tokens, next(model.parameters()).device, dense=two)
     )
@@ -128,8 +130,9 @@ def build(
         if site in store:
             return None
         return layer_problem(
-            model, adapter, site, moments, needs, damping, gradients, fisher, against, last=not site.input_group
-        )
+            model, adapter, site, moments, needs, damping, gradients, fisher, against,
+            last=not site.input_group, reference=reference,
+        )  # fmt: skip
 
     def fill(site: Site) -> None:
         if (whole := stated(site)) is None:
@@ -204,6 +207,7 @@ def layer_problem(
     contrast: Moments | None = None,
     *,
     last: bool = False,
+    reference: nn.Module | None = None,
 ) -> LayerProblem:
     """State the layer problem of a site for plug-ins with these needs; groups made contiguous.
 
@@ -220,6 +224,7 @@ def layer_problem(
         fisher: read where "output-fisher" is needed.
         contrast: of what the site receives of a second data set.
         last: nobody reads the moments afterwards, so that the gram may take their place.
+        reference: whose outputs `cross` is of; None: those of `model`.
 
     Raises:
         WrongInput: what reaches the site is not finite, or it has no influence to measure.
@@ -258,6 +263,9 @@ def layer_problem(
 
     weight = adapter.linear(block, site).weight.detach()
     values = moments.values(weight) | ({} if contrast is None else {"contrast": contrast.power})
+    if reference is not None and "cross" in values:
+        before = adapter.linear(adapter.blocks(reference)[site.block], site).weight.detach()
+        values["cross"] = moments.values(before)["cross"]
     values = {name: arranged(value) for name, value in values.items()}
     cross, drift, energy = (values.pop(name, None) for name in ("cross", "drift", "energy"))
     producers = "producers" in needs or any("producers" in each.sees for each in moments.statistics)

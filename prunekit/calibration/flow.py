@@ -36,11 +36,23 @@ class BlockFlow:
 
     @torch.no_grad()
     def __init__(
-        self, model: nn.Module, adapter: ModelAdapter, batch: TokenBatch, *, dense: bool, room: Room | None = None
+        self,
+        model: nn.Module,
+        adapter: ModelAdapter,
+        batch: TokenBatch,
+        *,
+        dense: bool,
+        room: Room | None = None,
+        reference: nn.Module | None = None,
     ) -> None:
+        """`reference`: the model of the dense stream, where that is not `model`: another of the same shape."""
         self.adapter, self.blocks, self.seqlen = adapter, adapter.blocks(model), batch.seqlen
-        self.stream = Stream.entering(model, adapter, batch, room or Room())
-        self.dense = self.stream.copy() if dense else None
+        self.dense_blocks = self.blocks if reference is None else adapter.blocks(reference)
+        self.stream, self.dense = Stream.entering(model, adapter, batch, room or Room()), None
+        if dense and reference is not None:
+            self.dense = Stream.entering(reference, adapter, batch, room or Room())
+        elif dense:
+            self.dense = self.stream.copy()
         self._shared: tuple[str, Moments | None] = "", None
 
     @torch.no_grad()
@@ -81,7 +93,7 @@ class BlockFlow:
         """
         self.stream.pass_through(self.blocks[site.block], site, weight)
         if self.dense is not None:
-            self.dense.pass_through(self.blocks[site.block], site, None)
+            self.dense.pass_through(self.dense_blocks[site.block], site, None)
 
     @torch.no_grad()
     def advance(self, block: int, weights: Mapping[Site, Tensor] | None = None) -> None:
@@ -92,7 +104,7 @@ class BlockFlow:
             self.stream.outputs.clear()
         self.stream.advance(self.blocks[block], block)
         if self.dense is not None:
-            self.dense.advance(self.blocks[block], block)
+            self.dense.advance(self.dense_blocks[block], block)
 
     @staticmethod
     def peak(tokens: int, d: int, itemsize: int, block: Sequence[tuple[int, bool, bool]], streams: int) -> int:
@@ -113,7 +125,8 @@ class BlockFlow:
         """Add chunk i of what the site has received; keep what is used again of the dense stream."""
         dense, own = self.dense, None
         if dense is not None:
-            own = dense.caught(linear, self.blocks[site.block], site, i)
+            block = self.dense_blocks[site.block]
+            own = dense.caught(self.adapter.linear(block, site), block, site, i)
             if site.input_group:
                 dense.inputs.append(own)
         received = self._received(site, linear, i, own)
@@ -124,11 +137,14 @@ class BlockFlow:
     def _received(self, site: Site, linear: nn.Linear, i: int, own: Tensor | None = None) -> Received:
         """Chunk i at a site, `own` caught of the dense stream or kept for maps that share it."""
 
-        def at(stream: Stream, caught: Tensor | None, dense: Received | None = None) -> Received:
+        def at(stream: Stream, linear: nn.Linear, caught: Tensor | None, dense: Received | None = None) -> Received:
             inputs = partial(stream.inputs.__getitem__, i) if caught is None else lambda: caught
             return Received(inputs, linear, self.seqlen, partial(stream.residual, i), dense, site.channels)
 
-        return at(self.stream, None, None if self.dense is None else at(self.dense, own))
+        if self.dense is None:
+            return at(self.stream, linear, None)
+        before = self.adapter.linear(self.dense_blocks[site.block], site)
+        return at(self.stream, linear, None, at(self.dense, before, own))
 
 
 class Stream:

@@ -30,9 +30,21 @@ class Knapsack:
     # -- shapes and prices --------------------------------------------------------------------------
 
     @cached_property
+    def steps(self) -> tuple[int, ...]:
+        """What a group of every site counts for: 1, and of a pattern the weights of a row between two counts."""
+        return tuple(1 if site.form.shrinks else site.step for site in self.space.sites)
+
+    @cached_property
     def sizes(self) -> list[int]:
         """Groups of every site."""
-        return [site.n_groups for site in self.space.sites]
+        return [site.n_groups // step for site, step in zip(self.space.sites, self.steps, strict=True)]
+
+    @cached_property
+    def ladders(self) -> tuple[tuple[int, ...], ...]:
+        """The ladders of the space, in groups."""
+        return tuple(
+            tuple(k // step for k in ladder) for ladder, step in zip(self.space.ladders, self.steps, strict=True)
+        )
 
     @cached_property
     def site(self) -> Int64[Tensor, " groups"]:
@@ -48,8 +60,8 @@ class Knapsack:
     def _lines(self) -> list[tuple[float, int, bool]]:
         """(price of a group, what the first costs more, whether all prices of the site are on that line)."""
         lines: list[tuple[float, int, bool]] = []
-        for site, ladder, prices in zip(self.space.sites, self.space.ladders, self.space.prices, strict=True):
-            n, known = site.n_groups, dict(zip(ladder, prices, strict=True))
+        for n, ladder, prices in zip(self.sizes, self.ladders, self.space.prices, strict=True):
+            known = dict(zip(ladder, prices, strict=True))
             each = known[n] - known[n - 1] if n > 1 and n - 1 in known else known[n] - known.get(0, 0)
             first = known[n] - n * each
             on_line = len(ladder) == n + 1 and all(p == (first + k * each if k else 0) for k, p in known.items())
@@ -183,7 +195,7 @@ class Knapsack:
         rows = []
         for i in members:
             most = int(allowed[self.site == i].sum())
-            pairs = [(k, p) for k, p in zip(self.space.ladders[i], self.space.prices[i], strict=True) if k <= most]
+            pairs = [(k, p) for k, p in zip(self.ladders[i], self.space.prices[i], strict=True) if k <= most]
             rows.append((i, [k for k, _ in pairs], [p for _, p in pairs]))
         keep |= self._dynamic(value, allowed, rows, limit)
 
@@ -224,12 +236,12 @@ class Knapsack:
     def _filled(self, value: Tensor, allowed: Tensor, members: Sequence[int], limit: int, keep: Tensor) -> None:
         """Raise sites by what still fits, the groups of most value for their price first, in place."""
         counts, most = self.counts(keep), self.counts(allowed)
-        rungs = {i: self.space.ladders[i].index(counts[i]) for i in members}
+        rungs = {i: self.ladders[i].index(counts[i]) for i in members}
         spare = limit - sum(self.space.prices[i][rungs[i]] for i in members)
         while True:
             offers = []
             for i in members:
-                ladder, prices, r = self.space.ladders[i], self.space.prices[i], rungs[i]
+                ladder, prices, r = self.ladders[i], self.space.prices[i], rungs[i]
                 if r + 1 < len(ladder) and ladder[r + 1] <= most[i] and (rise := prices[r + 1] - prices[r]) <= spare:
                     order = _ranked(value, allowed & ~keep & (self.site == i))[: ladder[r + 1] - ladder[r]]
                     offers.append((-float(value[order].sum()) / max(rise, 1), i, rise, order))

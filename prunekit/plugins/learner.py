@@ -18,18 +18,47 @@ from prunekit.layer.knapsack import Knapsack
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
 
-Want = Literal["gradient", "taylor", "power"]
+Want = Literal["gradient", "taylor", "power", "lora", "aligned", "windows"]
+Optimizer = Literal["adamw", "sgd"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the weights of all blocks are trained along with the gates. Embeddings, the last norm and the head stay.
+
+    What is trained is a copy of the model in float32 or better; all answers are the copy's, but the divergence is from
+    the dense model. A question with a `rate` moves the weights once, behind its answer.
+    """
+
+    rank: int = 0  # of adapters, in the place of the weights themselves; 0: all parameters of the blocks
+    alpha: float = 1.0  # an adapter adds (alpha / rank) B A to a weight: A random from the seed, B zeros
+    optimizer: Optimizer = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW; the first alone is the momentum of SGD
+    decay: float = 0.0  # of weights; of SGD a part of the gradient
+    clip: float = 1.0  # norm of a gradient, at most; 0: any
+    reorder: int = 64  # questions after which gates of a pattern are told anew which weights of a block are the largest
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or not (self.alpha > 0 and self.decay >= 0 and self.clip >= 0 and self.reorder >= 1):
+            raise ValueError("rank, decay and clip are at least 0, alpha above 0, reorder at least 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are in 0 to 1, not {self.betas}")
 
 
 @dataclass(frozen=True, eq=False)
 class GateProblem:
     """All a learner may see: budgets, and how much text there is. A vector has one number for every group of all sites,
-    site by site, in float64 on the host."""
+    site by site, in float64 on the host.
+
+    Where a pattern N:M is learned, a group is a rank: the first is the largest weights of all blocks of M, the next the
+    second largest, and so on, as many at once as counts are apart. A set then keeps the first ranks of every site.
+    """
 
     spaces: tuple[Space, ...]  # every count of every site, under every budget, the largest budget first
     windows: int  # of the text that is learned on
     seqlen: int  # tokens in a window
     seed: int = 0
+    sources: tuple[int, ...] = ()  # number of the data set of every window; (): there is one
 
     @property
     def space(self) -> Space:
@@ -79,13 +108,25 @@ class GateProblem:
 
     def decision(self, keep: Bool[Tensor, " groups"], scales: Float[Tensor, " groups"] | None = None) -> Decision:
         """The groups of a mask, and what each kept one is multiplied by."""
-        parts = self.knapsacks[-1].split(keep)
-        return Decision(tuple(tuple(part.nonzero().flatten().tolist()) for part in parts), scales)
+        parts, steps = self.knapsacks[-1].split(keep), self.knapsacks[-1].steps
+        return Decision(
+            tuple(tuple(part.nonzero().flatten().tolist()) for part in parts), scales, () if max(steps) == 1 else steps
+        )
+
+    @cached_property
+    def domains(self) -> tuple[tuple[int, ...], ...]:
+        """The windows of every data set."""
+        of = self.sources or (0,) * self.windows
+        return tuple(tuple(i for i, own in enumerate(of) if own == n) for n in sorted(set(of)))
+
+    def batch(self, tokens: int) -> int:
+        """Windows that hold at most so many tokens, at least one."""
+        return max(1, min(self.windows, tokens // self.seqlen))
 
     def batches(self, steps: int, tokens: int, seed: int = 0) -> list[tuple[int, ...]]:
         """Windows for every one of so many steps: as many as hold at most `tokens` tokens, at least one, in an order
         that is drawn anew whenever all have had their turn."""
-        size, rng = max(1, min(self.windows, tokens // self.seqlen)), torch.Generator().manual_seed(self.seed + seed)
+        size, rng = self.batch(tokens), torch.Generator().manual_seed(self.seed + seed)
         drawn: list[int] = []
         while len(drawn) < steps * size:
             drawn += torch.randperm(self.windows, generator=rng).tolist()
@@ -94,10 +135,11 @@ class GateProblem:
 
 @dataclass(frozen=True, eq=False)
 class GateQuery:
-    """A question: what does the dense model lose with these gates?
+    """A question: what does the model lose with these gates?
 
     Gates multiply what enters the linear map that a site cuts: at 0 a group is as good as removed (where all of a site
-    are 0, its bias is too), at 1 it is as it was. The loss, in nats per token, is
+    are 0, its bias is too), at 1 it is as it was. Those of a pattern multiply the weights of a rank. The loss, in nats
+    per token, is
 
         text · CE(next token) + dense · KL(dense ‖ gated)
 
@@ -106,6 +148,12 @@ class GateQuery:
         gradient    ∂loss/∂gate
         taylor      Σ |w ∂loss/∂w| over the weights of every group, producer layers included
         power       Σ_ij |w_ij| √E[x_j²] over the columns j of every group: no pass back
+        lora        Σ |ĝ w| over the weights of every group in each of its maps, ĝ = g_B A + B g_A - g_B g_A what
+                    adapters tell of ∂loss/∂w, with g their own slopes and w the weight with its adapter
+        aligned     Σ ∂loss/∂w ∂loss'/∂w over the columns of every group, loss' on the windows `beside`
+        windows     the loss of every window that was asked about
+
+    A learner that trains weights along may give a `rate`: behind the answer they go down the slope of the loss once.
     """
 
     gates: Float[Tensor, " groups"]
@@ -113,11 +161,13 @@ class GateQuery:
     want: frozenset[Want] = frozenset()
     text: float = 1.0
     dense: float = 0.0
+    rate: float = 0.0  # of the step that the weights take; 0: none
+    beside: tuple[int, ...] = ()  # windows that `aligned` compares with
 
     @property
     def back(self) -> bool:
         """Whether the answer takes a pass back through the model."""
-        return bool(self.want & {"gradient", "taylor"})
+        return bool(self.want & {"gradient", "taylor", "lora", "aligned"}) or self.rate > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +178,9 @@ class GateReply:
     gradient: Float[Tensor, " groups"] | None = None
     taylor: Float[Tensor, " groups"] | None = None
     power: Float[Tensor, " groups"] | None = None
+    lora: Float[Tensor, "maps groups"] | None = None  # in the order of the maps of a sub-layer, its own the last
+    aligned: Float[Tensor, " groups"] | None = None
+    windows: Float[Tensor, " windows"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,11 +189,13 @@ class Decision:
 
     kept: tuple[tuple[int, ...], ...]  # ids of the groups that stay, ascending, by site
     scales: Float[Tensor, " groups"] | None = None  # what a pruner that leaves the weights as they are multiplies by
+    steps: tuple[int, ...] = ()  # what a group of every site counts for, where that is a rank; (): 1
 
     @property
     def counts(self) -> Allocation:
-        """How many groups of every site stay."""
-        return tuple(map(len, self.kept))
+        """How many groups of every site stay, or weights of every row."""
+        steps = self.steps or (1,) * len(self.kept)
+        return tuple(len(groups) * step for groups, step in zip(self.kept, steps, strict=True))
 
 
 @dataclass(frozen=True)
@@ -152,6 +207,7 @@ class Effort:
     back: int = 0  # tokens that go through it and back
     dense: int = 0  # tokens that go through the dense model beside it
     taylor: bool = False  # whether slopes of all weights are held at once
+    steps: int = 0  # that the weights are trained for
 
 
 Lesson = Generator[GateQuery, GateReply, Sequence[Decision]]
@@ -164,12 +220,19 @@ class Learner(ABC):
     structures: ClassVar[frozenset[str]] = frozenset({"groups"})
     nests: ClassVar[bool] = False  # one conversation decides for every budget of a family, each within the larger
 
+    @property
+    def training(self) -> Training | None:
+        """How weights are trained along; None, as here: they stay those of the dense model. Whoever nests trains none:
+        there would be other weights for every budget."""
+        return None
+
     @abstractmethod
     def learn(self, problem: GateProblem) -> Lesson:
         """Ask with `reply = yield query`; return one decision for every one of `problem.spaces`.
 
         Deterministic: the seed of the problem is the only source of randomness. Weights are the dense model's
-        throughout; what the pruner then makes of the kept groups nobody has learned.
+        throughout, unless the learner has a `training`; what the pruner then makes of the kept groups nobody has
+        learned.
         """
 
     @abstractmethod

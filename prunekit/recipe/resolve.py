@@ -12,14 +12,14 @@ from typing import Any
 from prunekit.data.sources import is_file
 from prunekit.data.spec import DataSpec
 from prunekit.data.windows import DEFAULTS, JUDGED
-from prunekit.errors import WrongInput
+from prunekit.errors import PluginError, WrongInput
 from prunekit.layer.statistics import Need
 from prunekit.plugins.allocator import Allocator, NoAllocator
 from prunekit.plugins.engine import Engine
 from prunekit.plugins.exporter import Exporter
 from prunekit.plugins.finisher import Finisher
 from prunekit.plugins.guard import instance
-from prunekit.plugins.learner import Learner
+from prunekit.plugins.learner import Learner, Training
 from prunekit.plugins.objective import Objective
 from prunekit.plugins.pruner import LocalPruner
 from prunekit.plugins.registry import (
@@ -230,6 +230,11 @@ def _check_plugins(parts: Parts) -> None:
     learners = () if parts.learner is None else (parts.learner,)
     for plugin in (parts.pruner, *parts.finishers, *parts.exporters, parts.metric, *learners):
         instance(plugin, "structures", plugin.structures, sets)
+    for learner in learners:
+        if instance(learner, "training", learner.training, (Training, type(None))) is not None and learner.nests:
+            raise PluginError(
+                f"{type(learner).__name__} trains weights and nests; every budget needs weights of its own"
+            )
     for finisher in parts.finishers:
         instance(finisher, "adds_biases", finisher.adds_biases, bool)
         instance(finisher, "trains", finisher.trains, bool)

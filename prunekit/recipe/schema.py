@@ -44,7 +44,7 @@ class Recipe(Strict):
     pruner: Spec
     allocator: Spec | None
     learner: Spec | None = None  # in the place of an allocator: which groups are kept, and so how many
-    learned: Literal["groups", "counts"] = "groups"  # what the pruner is told of it; of counts it chooses the groups
+    learned: Literal["weights", "groups", "counts"] = "weights"  # what is taken over: weights it trains and groups
     objective: Spec
     finishers: Annotated[tuple[Spec, ...], BeforeValidator(as_specs)] = ()  # in this order; one may stand alone
     carry: Literal["dense", "centre", "expected"] = "expected"  # activations that reach the next block

@@ -157,9 +157,16 @@ def learned(parts: Parts, effort: Effort, *, shared: int) -> dict[str, Any]:
         shared: number of budgets of a family that it decided for at once.
     """
     assert parts.recipe.learner is not None
+    masks = "learned on un-refitted weights: those of the dense model, before the pruner works on what is kept"
+    if effort.steps:
+        kept = (
+            "and pruned" if parts.recipe.learned == "weights" else "and not kept: those of the dense model are pruned"
+        )
+        masks = f"learned together with weights, which were trained along {kept}"
     return {
         "name": parts.recipe.learner["name"],
-        "masks": "learned on un-refitted weights: those of the dense model, before the pruner works on what is kept",
+        "masks": masks,
+        **({"steps_of_weights": effort.steps} if effort.steps else {}),
         "queries": effort.queries,
         "tokens_forward": effort.forward,
         "tokens_forward_and_back": effort.back,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from prunekit.data.tokens import TokenBatch
 from prunekit.plugins.guard import unchanged
 from prunekit.plugins.learner import Decision, GateProblem
 from prunekit.report import document as reporting
-from prunekit.run.stages import Run
+from prunekit.run.stages import Run, TrainedModel
 from prunekit.search.gated import GatedModel
 from prunekit.search.lessons import Learned, hold_lesson
 from prunekit.search.supernet import Supernet
@@ -32,33 +34,50 @@ def run_learner(runs: Sequence[Run]) -> list[tuple[Supernet, Allocation]]:
         first.progress.say(
             f"{type(learner).__name__} decides for one budget at a time: {len(runs)} are learned in turn"
         )
-    decisions: list[Decision] = []
+    decisions: list[tuple[Decision, TrainedModel | None]] = []
     for some in [runs] if learner.nests else [[run] for run in runs]:
-        learned = _learned(some)
+        learned, trained = _learned(some)
         for run, decision in zip(some, learned.decisions, strict=True):
             run.learned.update(reporting.learned(run.parts, learned.effort, shared=len(some)))
             counts = list(decision.counts)
             run.ledger.note({"kind": "decision", "allocation": counts, "of": reporting.decision_digest(decision)})
-        decisions += learned.decisions
+        decisions += [(decision, trained) for decision in learned.decisions]
     found: list[tuple[Supernet, Allocation]] = []
-    for run, decision in zip(runs, decisions, strict=True):
+    for run, (decision, trained) in zip(runs, decisions, strict=True):
         space = run.whole.zoomed(decision.counts, reach=0)
-        told = decision if run.parts.recipe.learned == "groups" else None
-        net = run.calibrate(space, decision.counts, run.label("prune"), run.clock, search=False, decision=told)
+        told = decision if run.parts.recipe.learned != "counts" and run.parts.form.shrinks else None
+        if trained is not None and told is not None:
+            told = replace(told, scales=None)  # they are part of its weights
+        net = run.calibrate(
+            space, decision.counts, run.label("prune"), run.clock, search=False, decision=told, trained=trained
+        )
         found.append((net, decision.counts))
     return found
 
 
-def _learned(runs: Sequence[Run]) -> Learned:
-    """What the learner has come to, one decision for every run: budgets fall from run to run."""
+def _learned(runs: Sequence[Run]) -> tuple[Learned, TrainedModel | None]:
+    """What the learner has come to, one decision for every run, budgets falling from run to run; and the model that it
+    has trained along, where it has and the recipe takes it over."""
     run = runs[0]
     learner, text, dense = run.parts.learner, run.draws.search, run.dense
     assert learner is not None
-    problem = GateProblem(tuple(each.whole for each in runs), len(text), text.seqlen, run.parts.recipe.seed)
-    model = GatedModel(dense.model, dense.adapter, run.whole.sites, text, dense.shares)
+    problem = GateProblem(
+        tuple(each.whole for each in runs), len(text), text.seqlen, run.parts.recipe.seed, numbers(text)
+    )
+    training = learner.training
+    model = GatedModel(dense.model, dense.adapter, run.whole.sites, text, dense.shares, training, problem.seed)
     label = "learn" if len(runs) > 1 else run.label("learn")
     with run.clock("learn"), unchanged(learner, values=True, model=dense.model):
-        return hold_lesson(
-            learner, problem, model.answer, run.ledger, Checkpoints(run.place / REPLIES),
-            progress=run.progress, label=label,
-        )  # fmt: skip
+        learned = hold_lesson(
+            learner, problem, model, run.ledger, Checkpoints(run.place / REPLIES), progress=run.progress, label=label
+        )
+        if not learned.weights or run.parts.recipe.learned != "weights":
+            return learned, None
+        (decision,) = learned.decisions
+        return learned, TrainedModel(model.trained(decision), learned.weights)
+
+
+def numbers(text: TokenBatch) -> tuple[int, ...]:
+    """The number of the data set of every window; of text from one, nothing."""
+    names = list(dict.fromkeys(text.origins))
+    return tuple(map(names.index, text.origins))

@@ -217,6 +217,12 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
         _announce(parts, shape, plan, job, asked)
     devices = choose_devices(recipe, plan)
     if plan.paged:
+        if parts.learner is not None and parts.learner.training is not None:
+            assert recipe.learner is not None
+            raise WrongInput(
+                f"learner {recipe.learner['name']!r} trains weights, all of them in memory, and the model does not fit "
+                f"{amount(plan.limit)}; give more --memory, or a learner that trains gates alone"
+            )
         progress.say(_paged(plan))
         if job.output is None:
             raise WrongInput("a model that does not fit memory needs a folder for the result; give output")

@@ -50,6 +50,14 @@ SECONDS = "seconds.json"  # beside the candidates: what their calibration pass t
 
 
 @dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """The model that a learner has trained along with its gates, which are part of its weights."""
+
+    model: PreTrainedModel
+    digest: str  # of all that made it
+
+
+@dataclass(frozen=True, eq=False)
 class Run:
     """One small model in the making, and what its stages need."""
 
@@ -97,6 +105,7 @@ class Run:
         *,
         search: bool,
         decision: Decision | None = None,
+        trained: TrainedModel | None = None,
     ) -> Supernet:
         """Make the calibration pass along all rungs, go on with one that was interrupted, or read a finished one.
 
@@ -107,11 +116,14 @@ class Run:
             clock: whose seconds it takes.
             search: whether what the allocator reads of layers, sensitivity metrics and scores, is measured on the way.
             decision: of a learner: the groups that every site keeps; None: the pruner chooses.
+            trained: what is pruned in the place of the dense model. Dense streams, to which refits return, stay those
+                of the dense model.
 
         Returns:
             The network that can be asked about every allocation of the space.
         """
         dense, parts, recipe, draws = self.dense, self.parts, self.parts.recipe, self.draws
+        model, reference = (dense.model, None) if trained is None else (trained.model, dense.model)
         signals, scores = (parts.signals, "scores" in parts.allocator.needs) if search else ((), False)
         depth = len(dense.adapter.blocks(dense.model))
         nats, sparse = parts.prices_nats(depth), search and parts.prices_alone(depth)
@@ -123,27 +135,30 @@ class Run:
             "measured": [*map(repr, signals), scores, *([recipe.seed] if nats else []), *(["alone"] if sparse else [])],
             **{name: getattr(recipe, name) for name in ("structure", "pruner", "carry", "damping")},
             **({} if decision is None else {"decision": reporting.decision_digest(decision)}),
+            **({} if trained is None else {"weights": trained.digest}),
         }
         store, started = self._store(self.shelf / f"walk-{_name(key)}", key), time.perf_counter()
         new, gradients, fisher = any(site not in store for site in space.sites), None, None
         if new and any("gradient" in plugin.needs for plugin in (parts.pruner, *signals)):
             # of the dense model: every pass reads the same
+            of = draws.calibration.digest[:16] + ("" if trained is None else f"-{trained.digest[:16]}")
             gradients = Gradients.collected(
-                dense.model, dense.adapter, draws.calibration,
-                self.shelf / f"gradients-{draws.calibration.digest[:16]}", self.progress, self.room,
-            )  # fmt: skip
+                model, dense.adapter, draws.calibration, self.shelf / f"gradients-{of}", self.progress, self.room
+            )
         if new and (nats or any("output-fisher" in plugin.needs for plugin in (parts.pruner, *signals))):
             tokens = draws.calibration.spread(FISHER_TOKENS)
-            of = _name([tokens.digest, recipe.seed, [site.name for site in space.sites]])
+            past = [] if trained is None else [trained.digest]
+            of = _name([tokens.digest, recipe.seed, [site.name for site in space.sites], *past])
             fisher = OutputFisher.collected(
-                dense.model, dense.adapter, space.sites, tokens, recipe.seed, self.shelf / f"fisher-{of}",
+                model, dense.adapter, space.sites, tokens, recipe.seed, self.shelf / f"fisher-{of}",
                 self.progress, self.room,
             )  # fmt: skip
         errors = build(
-            dense.model, dense.adapter, space, centre, parts.pruner, draws.calibration, store,
+            model, dense.adapter, space, centre, parts.pruner, draws.calibration, store,
             signals=signals, scores=scores, carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype,
             gradients=gradients, fisher=fisher, sparse=sparse, decision=decision, contrast=draws.contrast,
-            room=self.room, team=self.team, progress=self.progress, label=label,
+            reference=reference, room=self.room, team=self.team if trained is None else None, progress=self.progress,
+            label=label,
         )  # fmt: skip
         try:
             spent = time.perf_counter() - started if new else float(read_state(store.directory / SECONDS))
@@ -151,8 +166,9 @@ class Run:
             spent = time.perf_counter() - started
         write_state(store.directory / SECONDS, spent)
         clock.add("prune", spent)
-        net = Supernet(dense.model, dense.adapter, space, errors, store, dense.shares, self.teacher)
-        return net if self.team is None else SharedSupernet(net, self.team)
+        net = Supernet(model, dense.adapter, space, errors, store, dense.shares, self.teacher, reference)
+        # workers have the dense model beside them
+        return net if self.team is None or trained is not None else SharedSupernet(net, self.team)
 
     def _store(self, folder: Path, key: Mapping[str, Any]) -> CandidateStore:
         """Open what is there of a pass, or begin anew where it cannot be trusted."""

@@ -47,10 +47,13 @@ class Supernet:
         store: CandidateStore,
         shares: Shares = SHARES,
         teacher: Teacher | None = None,
+        dense: PreTrainedModel | None = None,
     ) -> None:
-        """`teacher`: predictions of the model, shared with other supernets over it; None: there are no others."""
+        """`teacher`: predictions of the dense model, shared with other supernets over it; None: there are no others.
+        `dense`: the dense model, where candidates are of another, whose weights were trained since."""
         self.model, self.adapter, self.space, self.store, self.shares = model, adapter, space, store, shares
         self.teacher = teacher or Teacher(shares)
+        self._dense_net = None if dense is None else self._of_no_site(dense)
         self.errors = tuple(tuple(row) for row in errors)
         self.blocks = adapter.blocks(model)
         ends = [sum(s.block <= b for s in space.sites) for b in range(len(self.blocks))]
@@ -146,11 +149,16 @@ class Supernet:
 
     def dense_logits(self, batch: TokenBatch) -> Iterator[Logits]:
         """As `logits`, of the dense model."""
+        if self._dense_net is not None:
+            return self._dense_net.dense_logits(batch)
         return chain.from_iterable(self._headed(None, batch))
 
     def dense_top(self, batch: TokenBatch, k: int) -> Iterator[TopLogProbs]:
         """The dense model's k most probable next tokens, in the pieces of `logits`; computed once where the teacher
         has place for them."""
+        if self._dense_net is not None:
+            yield from self._dense_net.dense_top(batch, k)
+            return
         k, parts = min(k, self._vocabulary), [TokenBatch(ids, batch.source) for ids in chunks(batch)]
         kept = [self.teacher.top(part.digest, k) for part in parts]
         new = [part.ids for part, pieces in zip(parts, kept, strict=True) if pieces is None]
@@ -175,6 +183,9 @@ class Supernet:
         self, batch: TokenBatch, depths: Sequence[int]
     ) -> Iterator[tuple[Float[Tensor, "windows length d"], ...]]:
         """As `hidden`, of the dense model, and in the same pieces; kept as far as memory is given to it."""
+        if self._dense_net is not None:
+            yield from self._dense_net.dense_hidden(batch, depths)
+            return
         missing = [depth for depth in depths if (None, batch.digest, depth) not in self._hidden]
         if missing and self._dense_bytes + (more := self._bytes_of(batch, missing)) <= self.shares.dense:
             for states in self._run([None], batch, missing):
@@ -185,6 +196,8 @@ class Supernet:
 
     def dense_loss(self, objective: Objective, batch: TokenBatch) -> float:
         """What the objective says of the dense model; computed once for a batch."""
+        if self._dense_net is not None:
+            return self._dense_net.dense_loss(objective, batch)
         losses = self.teacher.losses
         if (objective, batch.digest) not in losses:
             losses[objective, batch.digest] = self._of_no_site(self.model).loss(objective, (), batch)
@@ -223,6 +236,8 @@ class Supernet:
     def rest(self) -> None:
         """Free what is kept ready; it is computed again when it is asked for."""
         self._hidden, self._dense_bytes = {}, 0
+        if self._dense_net is not None:
+            self._dense_net.rest()
         self._parts.clear()
         self._parts_bytes = 0
         give_back()

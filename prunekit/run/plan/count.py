@@ -38,6 +38,7 @@ from prunekit.search.gated import GatedModel
 from prunekit.search.lessons import BACK
 from prunekit.search.store import CandidateStore
 from prunekit.search.teacher import Teacher
+from prunekit.search.weights import Weights
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Site
 from prunekit.system.memory import Shares
@@ -46,6 +47,7 @@ FLOAT, DOUBLE = 4, 8  # bytes
 CUSHION = 64 << 20  # bytes: what libraries take when they are first used; of a run on a tiny model 64 MB were measured
 STEP = 96  # a step of writing reads all weights, and takes as long as so many tokens that are read at once
 FACTORING = 6  # float64 matrices (d_out, d_in) while ranks are made: the map, whitened, its factors, what makes them
+MAPS = 4  # of a sub-layer, at most: queries, keys, values and outputs
 KEPT = 4  # of what comes and goes, at most one part in so many stays with the C library or lies in too small pieces
 KEPT_MOST = 128 << 20  # bytes that stay at most: what is larger than 32 MiB goes back to the system at once
 
@@ -279,11 +281,26 @@ class Count:
             forwards = effort.forward + effort.dense + (BACK + again) * effort.back
             back = (graph // len(shape.blocks) if again else graph) if effort.back else 0
             back += 2 * FLOAT * shape.weights if effort.taylor else 0  # of a batch, and their sum
+            copied, states = self._copied
+            rows = MAPS if learner.training is not None and learner.training.rank else 1  # of what adapters tell
             yield Stage(
-                "learn" if len(several) > 1 else several[0].called("learn"), held + max(said, back),
-                shares.blocks or 0, effort.queries * vector if effort.back else 0,
+                "learn" if len(several) > 1 else several[0].called("learn"), held + max(said, back) + copied,
+                shares.blocks or 0, (effort.queries * rows * vector if effort.back else 0) + states,
                 flops=shape.forward(forwards, self.seqlen, head=True),
             )  # fmt: skip
+
+    @cached_property
+    def _copied(self) -> tuple[int, int]:
+        """(bytes of the copy that a learner trains, of the states of it on disk); nothing where it trains none."""
+        training = None if self.parts.learner is None else self.parts.learner.training
+        if training is None:
+            return 0, 0
+        inside = [m for block in self.shape.blocks for m in block.modules() if isinstance(m, nn.Linear)]
+        adapters = training.rank * sum(m.in_features + m.out_features for m in inside)
+        trained = adapters if training.rank else sum(map(self.shape.parameters, self.shape.blocks))
+        known = 3 if training.optimizer == "adamw" else 2
+        copied = Weights.bytes(self.shape.parameters(self.shape.model), trained, training.optimizer)
+        return copied, 2 * known * FLOAT * trained
 
     def _rounds(self, shares: Shares, held: int, working: int) -> Iterator[Stage]:
         """A calibration pass along the rungs of all, then the search of each."""
@@ -333,7 +350,7 @@ class Count:
         some = min(judged, max(self.seqlen, LOGITS_AT_ONCE // shape.vocabulary))  # tokens of a forward pass
         forward = max(2 * FLOAT * some * shape.vocabulary, self._activations(some))
         hidden = min(HIDDEN_BYTES, judged * shape.width * size)
-        both = held + self._page + hidden if paged else self.everything + stays * size
+        both = held + (self._page + hidden if paged else stays * size)
         if recipe.finishers:
             own = stays * max(size, FLOAT)
             both = max(both, held + own)
@@ -392,8 +409,10 @@ class Count:
         return max(self.block, self._head)
 
     def _held(self, shares: Shares) -> int:
-        """Bytes of the dense model that are always in memory, and of what is read of a paged one."""
-        return self.everything if shares.blocks is None else self.resident + self._page
+        """Bytes of the dense model that are always in memory, and of what is read of a paged one; of those that
+        learners have trained in the place of it."""
+        trained = len(self.members) * self.everything if self._copied[0] else 0
+        return trained + (self.everything if shares.blocks is None else self.resident + self._page)
 
     def _activations(self, tokens: int) -> int:
         """Bytes of what a block makes of so many tokens at once."""

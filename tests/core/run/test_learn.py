@@ -16,8 +16,10 @@ from prunekit.cli.main import app
 from prunekit.errors import PluginError, WrongInput
 from prunekit.plugins.learner import Decision, GateProblem, GateQuery, GateReply, Learner
 from prunekit.plugins.registry import LEARNERS
+from prunekit.search import lessons
 from prunekit.search.gated import GatedModel
 from prunekit.system.progress import Progress
+from prunekit.testing import tiny
 from prunekit.testing.learners import Surface, lesson, mask_of, noisy, space_of
 
 GRASP = {"name": "grasprune", "steps": 4, "batch_tokens": 32}
@@ -49,15 +51,7 @@ def test_a_run_that_was_stopped_while_it_learned_ends_in_the_same_bytes(
     settings = learning(pruner={"name": "obs", "aim": "stream"})
     whole = prunekit.prune(folder, output=tmp_path / "whole", **settings)
     with monkeypatch.context() as patch:
-        asked, real = list[GateQuery](), GatedModel.answer
-
-        def answer(self: GatedModel, query: GateQuery) -> GateReply:
-            if len(asked) == 2:
-                raise KeyboardInterrupt
-            asked.append(query)
-            return real(self, query)
-
-        patch.setattr(GatedModel, "answer", answer)
+        stopped(2, patch)
         with pytest.raises(KeyboardInterrupt):
             prunekit.prune(folder, output=tmp_path / "stopped", **settings)
     prunekit.prune(folder, output=tmp_path / "stopped", **settings)
@@ -119,6 +113,75 @@ def test_any_other_learns_every_budget_by_itself_and_says_so(folder: Path, learn
     family = prunekit.prune(folder, sparsity=[0.3, 0.6], progress=Said(), **settings)
     assert any("one budget at a time: 2 are learned in turn" in line for line in lines)
     assert [member.report["search"]["questions"] for member in family.members] == [4, 4]
+
+
+SHEARED = {"name": "sheared-llama", "steps": 6, "batch_tokens": 32, "rate": 0.01}
+
+
+def stopped(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the model answers so many questions, then the user stops the run."""
+    asked, real = list[GateQuery](), GatedModel.answer
+
+    def answer(self: GatedModel, query: GateQuery, number: int = 0) -> GateReply:
+        if len(asked) == after:
+            raise KeyboardInterrupt
+        asked.append(query)
+        return real(self, query, number)
+
+    monkeypatch.setattr(GatedModel, "answer", answer)
+
+
+def test_a_run_that_was_stopped_while_it_trained_weights_ends_in_the_same_bytes(
+    folder: Path, tmp_path: Path, learning: Any, content: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = learning(pruner={"name": "obs", "aim": "stream"}, learner=SHEARED)
+    whole = prunekit.prune(folder, output=tmp_path / "whole", **settings)
+    monkeypatch.setattr(lessons, "SAVED", 2)
+    with monkeypatch.context() as patch:
+        stopped(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            prunekit.prune(folder, output=tmp_path / "stopped", **settings)
+    prunekit.prune(folder, output=tmp_path / "stopped", **settings)
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+    assert whole.report["learner"]["steps_of_weights"] == 6
+    assert "trained along and pruned" in whole.report["learner"]["masks"]
+    assert whole.report["budget"]["spent"] <= whole.report["budget"]["limit"]
+
+
+def test_a_pruner_that_keeps_weights_keeps_the_trained_ones_and_a_refit_goes_back_to_the_dense_outputs(
+    folder: Path, learning: Any
+) -> None:
+    runs = {
+        name: prunekit.prune(folder, **learning(pruner=pruner, learner=SHEARED, learned=learned, carry="centre"))
+        for name, pruner, learned in (
+            ("kept", "magnitude", "weights"),
+            ("own", {"name": "obs", "aim": "own"}, "weights"),
+            ("stream", {"name": "obs", "aim": "stream"}, "weights"),
+            ("none", {"name": "obs", "aim": "stream", "correction": 0.0}, "weights"),
+            ("dense", "magnitude", "groups"),
+        )
+    }
+    losses = {name: run.report["losses"]["pruned"]["nll"] for name, run in runs.items()}
+    # the gates are part of the weights: what is refitted to its own outputs, or not at all, is as it was
+    assert losses["own"] == pytest.approx(losses["kept"], rel=1e-4)
+    assert losses["none"] == pytest.approx(losses["kept"], rel=1e-4)
+    assert abs(losses["stream"] - losses["kept"]) > 1e-4
+    assert abs(losses["dense"] - losses["kept"]) > 1e-4
+    norm = {name: run.model.get_parameter("model.layers.0.input_layernorm.weight") for name, run in runs.items()}
+    assert not torch.equal(norm["kept"], norm["dense"]), "all of the blocks is trained"
+    assert torch.equal(norm["kept"], norm["stream"])
+    assert kept_of(runs["kept"]) == kept_of(runs["dense"])
+    assert runs["kept"].report["losses"]["dense"] == runs["dense"].report["losses"]["dense"]
+
+
+def test_patterns_are_learned_with_weights(saved_tiny: Any, learning: Any) -> None:
+    model = saved_tiny(intermediate_size=16)
+    sls = {"name": "sls", "steps": 12, "batch_tokens": 32, "score_rate": 0.3, "patience": 1, "penalty": 1.0}
+    found = prunekit.prune(model, **learning(learner=sls, structure="2:4", pruner="magnitude", sparsity=0.5))
+    kept = [site["kept"] / site["groups"] for site in found.report["sites"]]
+    assert found.report["budget"]["spent"] == found.report["budget"]["limit"]
+    assert min(kept) >= 0.25
+    assert all(share * 4 == round(share * 4) for share in kept)
 
 
 @pytest.mark.parametrize(
@@ -202,3 +265,19 @@ def test_decisions_of_a_family_nest(folder: Path, learning: Any) -> None:
     learned = lesson(LEARNERS.build("gisp"), GateProblem(spaces, 64, 8), surface.answer)
     masks = [mask_of(decision, [3, 6]) for decision in learned.decisions]
     assert all(bool((less <= more).all()) for more, less in pairwise(masks))
+
+
+def test_a_plan_counts_the_copy_that_is_trained_and_its_states(folder: Path) -> None:
+    def planned(learner: str, *more: str) -> dict[str, Any]:
+        asked = ["plan", str(folder), "--learner", learner, "--dataset", "python-docs", "--json", *more]
+        run = CliRunner().invoke(app, asked)
+        assert run.exit_code == 0, run.output
+        return {stage["name"]: stage for stage in json.loads(run.stdout)["stages"]}
+
+    gates, weights = planned("grasprune", "--set", "learner.steps=256"), planned("sheared-llama")
+    adapters = planned("lora-prune", "--set", "learner.rank=1")
+    blocks = sum(p.numel() for b in tiny("llama").model.layers for p in b.parameters())
+    more = weights["learn"]["memory"] - gates["learn"]["memory"]
+    assert more >= (4 + 16) * blocks, "a copy; slopes twice and two moments in float32"
+    assert weights["learn"]["disk"] - gates["learn"]["disk"] >= 2 * 3 * 4 * blocks
+    assert adapters["learn"]["disk"] < weights["learn"]["disk"]

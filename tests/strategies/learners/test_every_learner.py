@@ -15,12 +15,25 @@ QUICK: Mapping[str, Mapping[str, Any]] = {
     "bypass-bp": {"steps": 30, "draws": 8, "rate": 0.8, "batch_tokens": 32},
     "ddp": {"steps": 96, "batch_tokens": 8},
     "gisp": {"steps": 6, "tokens": 512},
-}
+    "sheared-llama": {
+        "steps": 48, "batch_tokens": 8, "mask_rate": 0.5, "multiplier_rate": 0.2, "loading": "dynamic", "rate": 1e-3,
+    },
+    "dr-pruning": {
+        "steps": 48, "batch_tokens": 8, "mask_rate": 0.5, "multiplier_rate": 0.2, "fit": False, "rate": 1e-3,
+    },
+    "lora-prune": {"steps": 12, "batch_tokens": 32, "every": 2, "rank": 2, "rate": 1e-2},
+    "bip": {"steps": 32, "batch_tokens": 8, "mask_rate": 0.05, "rate": 1e-3},
+    "sls": {"steps": 24, "batch_tokens": 8, "score_rate": 0.1, "penalty": 0.5, "rate": 1e-3, "patience": 1},
+}  # fmt: skip
 
 LEFT: Mapping[str, tuple[float, float, float]] = {  # on losses that are linear, flat around what is kept, of pairs
     "bypass-bp": (0.5, 0.5, 0.7),  # of few draws
     "ddp": (math.inf, 0.3, math.inf),  # Adam hears of slopes of one size their sign alone
     "gisp": (0.3, math.inf, 0.2),  # its importance is of first order: a kept group without a slope has none
+    "lora-prune": (math.inf, math.inf, math.inf),  # it ranks within a site, and all keep one share
+    "sheared-llama": (0.6, 0.4, 0.6),  # of few draws
+    "dr-pruning": (0.6, 0.4, 0.6),
+    "sls": (0.1, 0.3, 0.2),  # a rank that is kept without a slope is not told from others
 }
 
 
@@ -29,6 +42,6 @@ class TestEveryLearner(LearnerSuite):
     def _plugin(self, request: pytest.FixtureRequest) -> None:
         name = request.param
         self.plugin: Learner = LEARNERS.build({"name": name, **QUICK.get(name, {})})
-        self.draws = name in ("bypass-bp", "ddp")  # ddp draws where it begins
+        self.draws = name in ("bypass-bp", "ddp", "dr-pruning", "sheared-llama")  # ddp draws where it begins
         own = LearnerSuite
         self.slack, self.flat_slack, self.pairs_slack = LEFT.get(name, (own.slack, own.flat_slack, own.pairs_slack))

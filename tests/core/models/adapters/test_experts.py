@@ -149,7 +149,7 @@ def test_a_block_is_the_stream_before_its_experts_and_what_they_and_a_shared_exp
     assert path is not None
     case.block.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.update(before=args[0]))
     total = case.adapter.linear(case.block, case.site)
-    with total.register_forward_hook(lambda _, __, out: seen.update(added=out)):
+    with total.register_forward_hook(lambda _, __, out: seen.update(added=torch.as_tensor(out))):
         out = calls[case.site.block](case.block, hidden)
     whole = seen["before"] + seen["added"].reshape(out.shape)
     if hasattr(case.block.mlp, "shared_expert"):
