@@ -186,7 +186,7 @@ class Stream:
 
     def begin(self, site: Site) -> None:
         """Forget what reached another site."""
-        self.inputs = self.room.row() if site.channels == 1 else Experts(self.room)
+        self.inputs = self.room.row() if site.channels == 1 else ExpertRow(self.room)
         self.before.clear()
 
     def caught(
@@ -263,7 +263,7 @@ class Stream:
             yield
 
 
-class Experts(Row):
+class ExpertRow(Row):
     """What reaches the sum over experts, (windows, length, channels, experts), of which most is zero: kept is what the
     experts of each token make, (windows, length, most of a token, channels), and which they are."""
 

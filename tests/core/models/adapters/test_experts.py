@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prunekit.calibration.fill import layer_problem
-from prunekit.calibration.flow import BlockFlow, Experts, installed
+from prunekit.calibration.flow import BlockFlow, ExpertRow, installed
 from prunekit.calibration.statistics import statistics_of
 from prunekit.errors import WrongInput
 from prunekit.export.hf import to_transformers
@@ -177,7 +177,7 @@ def test_what_reaches_the_sum_is_kept_without_its_zeros_bit_for_bit(bound: int |
     x = torch.randn(3, 5, 7, 11, generator=generator)  # (windows, length, channels, experts)
     x[:, :, 0] = 0.0  # of whole channels, too
     x *= torch.rand(3, 5, 1, 11, generator=generator) < 0.2
-    row = Experts(room := Room(bound))
+    row = ExpertRow(room := Room(bound))
     for part in x.split(1):
         row.append(part)
     assert all(torch.equal(kept, part) for kept, part in zip(row, x.split(1), strict=True))
@@ -287,7 +287,7 @@ def test_a_refit_is_the_least_squares_factor_of_every_expert(case: Case) -> None
     layer, added = case.layer(), case.added()
     samples = added.transpose(1, 2).reshape(-1, 6)  # channels of tokens
     kept = [0, 1, 3, 4]
-    best = torch.linalg.lstsq(samples[:, kept], samples.sum(1)).solution
+    best = torch.linalg.pinv(samples[:, kept]) @ samples.sum(1)
     found = layer.refitted(kept).weight[0, kept]  # an expert that nobody selects may have any
     torch.testing.assert_close(samples[:, kept] @ found, samples[:, kept] @ best, rtol=0, atol=1e-4)
 
