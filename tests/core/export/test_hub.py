@@ -66,7 +66,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
 
 def test_the_card_is_read_by_the_library_of_the_hub(folder: Path) -> None:
-    found = ModelCard((folder / "README.md").read_text(encoding="utf-8")).data
+    found: Any = ModelCard((folder / "README.md").read_text(encoding="utf-8")).data
     assert (found.base_model, found.library_name, found.license) == ("owner/dense", "transformers", "apache-2.0")
     assert found.language == ["en", "no"]
     assert {"prunekit", "pruned"} <= set(found.tags or [])
