@@ -59,6 +59,7 @@ class MixtureOfExperts(Transformer):
     activations that calibration carries on are those of the routing as it was; searches run cut layers.
     """
 
+    factors = False
     by_block = False  # a checkpoint has one tensor for every matrix of every expert
 
     @property
@@ -166,6 +167,9 @@ class MixtureOfExperts(Transformer):
 
     def biased(self, block: nn.Module) -> tuple[Part, ...]:
         return () if linear_at(block, self.family.columns["attention"]).bias is None else ("attention",)
+
+    def ranks(self, block: nn.Module) -> dict[str, int]:
+        return {}
 
     def layer_config(self, block: nn.Module) -> dict[str, Any]:
         query, kv, _ = self.heads(block)

@@ -64,7 +64,7 @@ def test_adapters_of_peft_are_trained_and_merged(model: Any) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     with torch.no_grad():
         adapted = wide(IDS, use_cache=False).logits

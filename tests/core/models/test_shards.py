@@ -43,9 +43,8 @@ def test_what_was_written_is_read(tmp_path):
 def test_shards_and_index_are_those_of_transformers(family, tmp_path, monkeypatch):
     model = tiny(family)
     model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
-    monkeypatch.setattr("prunekit.export.hf.SHARD_BYTES", "20KB")
     monkeypatch.setattr("prunekit.export.hf.pager_of", lambda _: model)  # so that it is written tensor by tensor
-    save(model, tmp_path / "ours")
+    save(model, tmp_path / "ours", max_shard_size="20KB")
     files = sorted(file.name for file in (tmp_path / "theirs").iterdir())
     assert files == sorted(file.name for file in (tmp_path / "ours").iterdir())
     assert "model.safetensors.index.json" in files

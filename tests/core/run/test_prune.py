@@ -277,5 +277,5 @@ def test_what_is_written_has_the_permissions_of_the_user_and_the_tokenizer_model
         prunekit.prune(source, output=tmp_path / "out", **settings)
     finally:
         os.umask(old)
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()} == {0o640}
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
