@@ -131,7 +131,14 @@ class Suite(Strict):
         if not asked:
             raise WrongInput("nothing is to be compared; give --recipes, --pruners, --allocators or a suite with cells")
         base = Suite.load(BASELINES).model_copy(update={"recipe": self.recipe})
-        return [*(cell for cell in base._named() if cell.name not in there), *asked]
+        cells = [*(cell for cell in base._named() if cell.name not in there), *asked]
+        own = {key: value for key, value in self.set.items() if key.split(".")[0] not in SHARED}
+        if plugins := [key for key in own if key in AXES.values()]:
+            raise WrongInput(
+                f"{plugins[0]} is what cells differ in, so it cannot be set for all of them; give it as an axis, as a "
+                f"recipe or as a cell, or an option of it as {plugins[0]}.OPTION"
+            )
+        return [Cell(cell.name, cell.recipe.with_overrides(own)) for cell in cells] if own else cells
 
     def _recipes(self) -> Iterator[Cell]:
         for name in self.recipes:

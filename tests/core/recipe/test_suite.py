@@ -54,7 +54,8 @@ def test_what_all_cells_share_is_the_base_recipes():
     found = cell.under(suite.base().with_overrides({"model": "m", "metric": "kv-cache"}), 0.25, 3)
     assert (found.model, found.sparsity, found.seed, found.metric) == ("m", 0.25, 3, "kv-cache")
     assert found.data.calibration_tokens == 4096
-    assert found.damping == Recipe.load("fast").damping  # it is the cell's own
+    assert found.damping == 0.5  # of all cells, whatever their recipes say
+    assert {cell.recipe.damping for cell in suite.every_cell()} == {0.5}
     assert set(SHARED) <= set(Recipe.model_fields)
 
 
@@ -69,6 +70,7 @@ def test_what_all_cells_share_is_the_base_recipes():
         ({"cells": {"a": {"data.seqlen": 4}}}, "cell 'a' says data.seqlen"),
         ({"recipes": ["fast"], "sparsity": [1.5]}, "sparsity"),
         ({"recipes": ["fast"], "seeds": 0}, "seeds"),
+        ({"recipes": ["fast"], "set": {"pruner": "wanda"}}, "pruner is what cells differ in"),
     ],
 )
 def test_what_cannot_be_compared_is_said(values, said):
