@@ -26,7 +26,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from prunekit.errors import WrongInput
 from prunekit.recipe.presets import presets, read_yaml
 from prunekit.recipe.schema import Recipe, sentence
-from prunekit.recipe.specs import Spec, as_specs, outward
+from prunekit.recipe.specs import OUTWARD, Spec, as_engine, as_specs, outward
 from prunekit.system.strict import Strict
 
 SUITES = "prunekit.suites"  # group of entry points
@@ -87,9 +87,9 @@ class Suite(Strict):
         found = read_yaml(name, SUITES)
         suite = cls.of_mapping(found)
         if str(name) not in presets(SUITES):
-            said = {**dict(suite.set), **{f"cells.{cell}": dict(keys) for cell, keys in suite.cells.items()}}
-            said |= {axis: list(getattr(suite, axis)) for axis in AXES}
-            for key in (key for slot, value in said.items() for key in outward(value, slot)):
+            said = [pair for keys in (suite.set, *suite.cells.values()) for pair in keys.items()]
+            said += [(axis, list(getattr(suite, axis))) for axis in AXES]
+            for key in (key for slot, value in said for key in _outward(slot, value)):
                 raise WrongInput(
                     f"suite {str(name)!r} says {key}; whom to talk to, and with which key, is for the caller to say: "
                     "leave it away there, and give it with --set"
@@ -164,6 +164,13 @@ class Suite(Strict):
                     f"cell {name!r} says {foreign[0]}, which all cells share; leave it away there, or give it for all"
                 )
             yield Cell(name, Recipe.load(keys.get("recipe", self.recipe)).with_overrides(own))
+
+
+def _outward(key: str, value: Any) -> list[str]:
+    """The keys of what a recipe key says of whom to talk to: itself, an engine by its address, or options in it."""
+    if key.rpartition(".")[2] in OUTWARD:
+        return [key]
+    return [*outward(as_engine(value) if key == "engine" else value, key)]
 
 
 def _name(spec: Mapping[str, Any]) -> str:

@@ -81,6 +81,9 @@ def test_what_cannot_be_compared_is_said(values, said):
 def test_a_file_cannot_say_whom_to_talk_to_nor_allow_code(tmp_path):
     for keys, said in (
         ({"allocators": [{"name": "self-pruner", "base_url": "http://x"}]}, "whom to talk to"),
+        ({"set": {"engine": "ray://somebody:10001"}}, "whom to talk to"),
+        ({"set": {"engine.address": "ray://somebody:10001"}}, "whom to talk to"),
+        ({"cells": {"a": {"allocator.base_url": "http://x"}}}, "whom to talk to"),
         ({"set": {"trust_remote_code": True}}, "only the caller can allow"),
     ):
         file = tmp_path / "suite.yaml"
