@@ -157,18 +157,18 @@ class _Work:
         assert self.left is not None
         began, cells = clocks.perf_counter(), {sparsity: list(self.cells) for sparsity in self.suite.sparsity}
         for rung, share in enumerate(SHARES[:-1]):
-            spent, until = self._spent(), (rung + 1) / len(SHARES) * self.left
+            until = (rung + 1) / len(SHARES) * self.left
             tried: dict[float, list[Row]] = {sparsity: [] for sparsity in cells}
             for sparsity, some in cells.items():
                 for cell in some:
-                    if spent + clocks.perf_counter() - began > until and cell.name != REFERENCE and tried[sparsity]:
+                    if clocks.perf_counter() - began > until and cell.name != REFERENCE and tried[sparsity]:
                         self._leave_out(cell, sparsity, share, "the time was spent before its turn")
                         continue
                     row = self._row(cell, sparsity, 0, share, Stage())
                     if row.state == COMPLETE:
                         tried[sparsity].append(row)
             nxt = SHARES[rung + 1]
-            rest = self.left - spent - (clocks.perf_counter() - began)
+            rest = self.left - (clocks.perf_counter() - began)
             everything = sum(row.seconds for some in tried.values() for row in some) / share * self.suite.seeds
             room = rest if everything <= rest else rest / (len(SHARES) - 1 - rung)
             cells = self._survivors(tried, nxt / share, room / len(cells))
@@ -200,9 +200,6 @@ class _Work:
         row = Row(self.model, cell.name, sparsity, 0, share, LEFT, reason)
         if row.key not in self.rows.found:
             self.rows.add(row)
-
-    def _spent(self) -> float:
-        return sum(row.wall for row in self.rows if row.model == self.model)
 
     def _row(self, cell: Cell, sparsity: float, seed: int, share: float, stage: Stage) -> Row:
         """The row of a cell: that on file, that of the same recipe under another name, or a new one."""
