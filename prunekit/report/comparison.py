@@ -18,7 +18,7 @@ import numpy as np
 
 from prunekit.recipe.suite import Suite
 from prunekit.report.statistics import Difference, Ranks, Standing, ranks, standings
-from prunekit.system.files import write_bytes, write_json
+from prunekit.system.files import Damaged, write_bytes, write_json
 
 DENSE, REFERENCE = "dense", "uniform"  # names of the model as it was, and of the baseline that all are compared with
 ROWS, SUMMARY, TABLE, PARQUET = "rows.jsonl", "summary.json", "leaderboard.md", "rows.parquet"
@@ -57,7 +57,11 @@ class Row:
 
 
 class Rows:
-    """Rows in a file, one JSON object a line; begins with those that are there."""
+    """Rows in a file, one JSON object a line; begins with those that are there.
+
+    Raises:
+        Damaged: a whole line is no row.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -65,7 +69,10 @@ class Rows:
         text = path.read_bytes() if path.exists() else b""
         whole = text[: text.rfind(b"\n") + 1]  # a killed writer leaves half a line
         for line in whole.splitlines():
-            row = _row_of(json.loads(line))
+            try:
+                row = _row_of(json.loads(line))
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise Damaged(f"{path} was changed since it was written; begin again with --overwrite") from error
             self.found[row.key] = row
         if len(whole) != len(text):
             with path.open("r+b") as file:
@@ -154,10 +161,10 @@ class Comparison:
                 rows = found[each.name]
                 spread = f" ± {_spread(rows):.2f}" if len(rows) > 1 else ""
                 mark = str(place) if not each.tied or place == 1 else "="
-                other = "" if each.above_reference is None or each.name == REFERENCE else _said(each.above_reference)
+                other = "" if each.above_reference is None or each.name == REFERENCE else said(each.above_reference)
                 lines.append(
                     f"| {mark} | {each.name} | {number(_mean(rows))}{spread} "
-                    f"| {'' if place == 1 else _said(each.above_best)} | {other} "
+                    f"| {'' if place == 1 else said(each.above_best)} | {other} "
                     f"| {min(row.removed for row in rows):.2%} "
                     f"| {sum(row.token_forwards for row in rows) // len(rows):,} "
                     f"| {sum(row.seconds for row in rows) / len(rows):.0f} | {len(rows)} |"
@@ -245,8 +252,8 @@ def number(value: float | None) -> str:
     return "inf" if value is None else f"{value:.2f}"
 
 
-def _said(found: Difference) -> str:
-    """With its interval."""
+def said(found: Difference) -> str:
+    """A difference with its interval, in words."""
     if not math.isfinite(found.low):
         return "no finite loss"
     return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"

@@ -13,10 +13,10 @@ from typing import Any
 
 from prunekit.errors import WrongInput
 from prunekit.recipe.suite import Suite
-from prunekit.report.comparison import COMPLETE, DENSE, REFERENCE, ROWS, Comparison, Rows, number
+from prunekit.report.comparison import COMPLETE, DENSE, REFERENCE, ROWS, Comparison, Rows, number, said
 from prunekit.report.page import charts
 from prunekit.report.page.charts import Chart
-from prunekit.report.statistics import Difference, Standing
+from prunekit.report.statistics import Standing
 from prunekit.system.files import Damaged, read_json, read_state
 from prunekit.system.progress import span
 
@@ -80,7 +80,7 @@ def _of_result(folder: Path, name: str) -> list[Part]:
     ]
     if "unfinished" in losses:
         facts.append(("Perplexity before recovery", "", _number(losses["unfinished"]["perplexity"])))
-    pace = next((report[key] for key in ("latency",) if key in report), None)
+    pace = report.get("latency")
     if pace is not None and "dense" in pace and "pruned" in pace:
         facts.append(("Milliseconds", _number(pace["dense"]), _number(pace["pruned"])))
     text = f"Perplexity is of {losses['dense']['label']}."
@@ -306,8 +306,8 @@ def _leaderboard(standing: Sequence[Standing], rows: Mapping[str, Sequence[Any]]
             str(place) if place == 1 or not each.tied else "=",
             each.name,
             _number(value) + (spread if len(some) > 1 and math.isfinite(value) else ""),
-            "" if place == 1 else _said(each.above_best),
-            "" if each.above_reference is None or each.name == REFERENCE else _said(each.above_reference),
+            "" if place == 1 else said(each.above_best),
+            "" if each.above_reference is None or each.name == REFERENCE else said(each.above_reference),
             f"{min(row.removed for row in some):.2%}",
             f"{sum(row.token_forwards for row in some) // len(some):,}",
             f"{sum(row.seconds for row in some) / len(some):,.1f}",
@@ -315,12 +315,6 @@ def _leaderboard(standing: Sequence[Standing], rows: Mapping[str, Sequence[Any]]
         ))  # fmt: skip
     heads = ("", "cell", "perplexity", "to the best", "to uniform", "removed", "token-forwards", "seconds", "seeds")
     return _table("Leaderboard", heads, lines, sortable=True, filtered=True)
-
-
-def _said(found: Difference) -> str:
-    if not math.isfinite(found.low):
-        return "no finite loss"
-    return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
 # -- HTML ---------------------------------------------------------------------------------------------
