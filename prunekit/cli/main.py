@@ -15,6 +15,7 @@ import typer
 from prunekit.cli.check import check
 from prunekit.cli.compare import compare
 from prunekit.cli.demo import demo
+from prunekit.cli.doctor import doctor
 from prunekit.cli.errors import Sentences
 from prunekit.cli.evaluate import evaluate
 from prunekit.cli.export import export
@@ -35,7 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Structured, unstructured and semi-structured (N:M) pruning of language models.",
 )
-for command in (prune, plan, export, verify, compare, report, tune, evaluate, new, check, demo):
+for command in (prune, plan, export, verify, compare, report, tune, evaluate, new, check, doctor, demo):
     app.command()(command)
 app.command("learn-budgets")(learn_budgets)
 app.command("list")(list_)
