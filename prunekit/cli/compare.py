@@ -13,6 +13,7 @@ from prunekit.cli.options import (
     TEXT,
     Dataset,
     Json,
+    JsonLines,
     Quiet,
     Trust,
     check_words,
@@ -58,7 +59,8 @@ def compare(
     overwrite: Annotated[bool, switch("Replacement of an earlier one in --output.", RUN, "--overwrite")] = False,
     json_: Json = False,
     quiet: Quiet = False,
-) -> None:
+    json_lines: JsonLines = None,
+) -> dict[str, Any]:
     """Compare methods on the same tokens, at the same price, judged on the same windows of text."""
     from prunekit.recipe.overrides import parsed
     from prunekit.recipe.suite import AXES, Suite
@@ -105,9 +107,10 @@ def compare(
         import json
 
         typer.echo(json.dumps(comparison.as_dict()))
-        return
-    typer.echo(comparison.table())
-    typer.echo(f"rows: {output / 'rows.jsonl'}")
+    else:
+        typer.echo(comparison.table())
+        typer.echo(f"rows: {output / 'rows.jsonl'}")
+    return {"output": output, "rows": output / "rows.jsonl", "summary": output / "summary.json"}
 
 
 def _is_suite(word: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from prunekit.cli.options import (
     MACHINE,
     TEXT,
     Json,
+    JsonLines,
     Model,
     ModelOption,
     Quiet,
@@ -48,7 +49,8 @@ def evaluate(
     against: Annotated[str | None, option(AGAINST, MACHINE, metavar="MODEL")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
-) -> None:
+    json_lines: JsonLines = None,
+) -> dict[str, Any]:
     """Measure perplexity, size and speed of a model, dense or pruned."""
     name = needed_model(given_model(model, model_option), "prunekit evaluate MODEL")
     from prunekit.models.places import check_device
@@ -70,7 +72,7 @@ def evaluate(
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(found, indent=2))
-        return
+        return found
     table = new_table(name)
     table.add_row("perplexity", f"{found['perplexity']:.2f}")
     table.add_row("loss", f"{found['nll']:.4f} ± {found['standard_error']:.4f} nats per token")
@@ -89,3 +91,4 @@ def evaluate(
     print_table(table)
     for sample in found.get("samples", ()):
         typer.echo(f"\n{sample['prompt']} |{sample['text']}")
+    return found

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from prunekit.cli.options import METHOD, RUN, Quiet, Trust, option, split_names, switch
+from prunekit.cli.options import METHOD, RUN, JsonLines, Quiet, Trust, option, split_names, switch
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.cli.tables import format_bytes, print_table, verdict_table
 from prunekit.errors import WrongInput
@@ -33,7 +33,8 @@ def export(
     memory: Annotated[str, option(MEMORY, RUN, metavar="SIZE")] = "auto",
     overwrite: Annotated[bool, switch("Replacement of an earlier result in --output.", RUN, "--overwrite")] = False,
     quiet: Quiet = False,
-) -> None:
+    json_lines: JsonLines = None,
+) -> dict[str, Any]:
     """Write a model in another format, e.g. prunekit export DIR --format NAME. It is verified before it is kept."""
     from prunekit.models.places import located
     from prunekit.plugins.registry import EXPORTERS
@@ -63,3 +64,4 @@ def export(
         typer.echo(f"{file}  {format_bytes(file.stat().st_size)}")
     for where in made.delivered:
         typer.echo(f"uploaded to {where}")
+    return {"files": list(made.files), "delivered": list(made.delivered)}

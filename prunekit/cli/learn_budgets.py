@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from prunekit.cli.options import (
     RUN,
     Dataset,
+    JsonLines,
     Model,
     ModelOption,
     Quiet,
@@ -46,7 +47,8 @@ def learn_budgets(
     resume: Annotated[bool, switch("Continuation of an interrupted run.", RUN)] = True,
     overwrite: Annotated[bool, switch("Replacement of an earlier folder.", RUN, "--overwrite")] = False,
     quiet: Quiet = False,
-) -> None:
+    json_lines: JsonLines = None,
+) -> dict[str, Any]:
     """Search several budgets of a model once, and learn to answer any other without a search."""
     from prunekit.recipe.overrides import parsed
     from prunekit.recipe.schema import Recipe
@@ -73,3 +75,4 @@ def learn_budgets(
     assert chosen.allocator is not None  # else nothing was learnt
     name = chosen.allocator["name"]
     typer.echo(f"any budget: prunekit prune MODEL --allocator {name} --set allocator.model={found} --output DIR")
+    return {"output": found}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prunekit.cli.errors import begin_events
 from prunekit.errors import WrongInput, unknown
 
 if TYPE_CHECKING:
@@ -46,6 +47,14 @@ Trust = Annotated[bool, switch(TRUST, None, "--trust-remote-code")]
 DTYPE = option("Number format of the computation: auto, float32, bfloat16, float16 or float64.", MACHINE)
 Json = Annotated[bool, switch("JSON instead of a table.", None, "--json")]
 Quiet = Annotated[bool, switch("No output except results and errors.", RUN, "--quiet", "-q")]
+JSON_LINES = (
+    "Progress for programs, one JSON object a line: a file, or the number of an open descriptor; 2 is standard error, "
+    "which then holds nothing else."
+)
+JsonLines = Annotated[
+    str | None, option(JSON_LINES, RUN, "--json-lines", metavar="PLACE", callback=begin_events, is_eager=True)
+]
+"""What a command with it returns is the result in the last event."""
 
 EFFORTS: Mapping[str, str] = {"quick": "fast", "standard": "default", "thorough": "default-recover"}
 """A word for how much work a result is worth -> the recipe that does so much."""

@@ -14,6 +14,7 @@ from prunekit.cli.options import (
     RUN,
     TEXT,
     Dataset,
+    JsonLines,
     Model,
     ModelOption,
     Quiet,
@@ -83,7 +84,8 @@ def prune(
     overwrite: Annotated[bool, switch("Replacement of an earlier result in --output.", RUN, "--overwrite")] = False,
     page: Annotated[bool, switch("A page about the result in it, report.html.", RUN, "--page/--no-page")] = True,
     quiet: Quiet = False,
-) -> None:
+    json_lines: JsonLines = None,
+) -> dict[str, Any]:
     """Prune a model, e.g. prunekit prune MODEL --sparsity 0.5 --output DIR. The recipe has the other values."""
     chosen, source, several = choose_recipe(locals(), "prune")
     assert output is not None
@@ -101,9 +103,10 @@ def prune(
     if several:
         from prunekit.run.family import FILE, family
 
-        print_table(members(str(output), family(chosen, job).document))
+        document = family(chosen, job).document
+        print_table(members(str(output), document))
         echo(f"details: {output / (PAGE if drawn else FILE)}")
-        return
+        return {"output": output, "family": output / FILE, "members": document["members"]}
     report = pruning.prune(chosen, job).report
     print_table(comparison(str(output), *rows_of_report(report, source, output)))
     if "weights" in report:
@@ -114,3 +117,4 @@ def prune(
         echo(f"details: {output / PAGE}")
     elif page and not quiet:
         echo(f"for a page about it: pip install 'prunekit[page]', then prunekit report {output}")
+    return {"output": output} | {key: report[key] for key in ("dense", "pruned", "losses")}

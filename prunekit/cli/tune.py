@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +11,7 @@ from prunekit.cli.options import (
     RUN,
     SEARCH,
     Dataset,
+    JsonLines,
     Model,
     ModelOption,
     Quiet,
@@ -57,7 +58,8 @@ def tune(
     resume: Annotated[bool, switch("Continuation of an interrupted study.", RUN)] = True,
     overwrite: Annotated[bool, switch("Replacement of an earlier study in --output.", RUN, "--overwrite")] = False,
     quiet: Quiet = False,
-) -> None:
+    json_lines: JsonLines = None,
+) -> dict[str, Any]:
     """Search for a better recipe. Trials are compared on the search text, never on the test text."""
     from prunekit.recipe.choices import Choices
     from prunekit.recipe.overrides import parsed
@@ -92,3 +94,5 @@ def tune(
     print_table(standings(tuned))
     typer.echo(f"the best: prunekit prune --recipe {output / 'best.yaml'} --output DIR")
     typer.echo(f"all trials: optuna-dashboard {without_secrets(storage or str(output / 'study.log'))}")
+    front = [{"trial": row.name, "values": row.values} for row in tuned.front]
+    return {"output": output, "recipe": output / "best.yaml", "front": front}

@@ -180,10 +180,12 @@ def _check_name(registry: Registry[object], name: str, module: str, package: str
     if find_spec(module) is not None or _installed(package):
         raise WrongInput(f"{package} would hide the package {module} that is here already; choose another name")
     if registry is ADAPTERS:
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as KNOWN
+        from transformers import CONFIG_MAPPING
 
-        if name not in KNOWN:
-            near = difflib.get_close_matches(name, KNOWN, n=1)
+        known = list(CONFIG_MAPPING.keys())
+
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
             guess = f"; did you mean {near[0]!r}" if near else ""
             raise WrongInput(
                 f"transformers has no model_type {name!r}{guess}; an adapter is called as the model_type in the "
