@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from prunekit.cli.completion import one_of
 from prunekit.cli.options import (
     DATASET_HELP,
+    DEVICES,
     DTYPE,
     MACHINE,
     TEXT,
@@ -44,7 +46,9 @@ def evaluate(
     seqlen: Annotated[int | None, option(SEQLEN, TEXT, metavar="N", min=2)] = None,
     tokens: Annotated[int | None, option(TOKENS, TEXT, metavar="N", min=1)] = None,
     samples: Annotated[int, option(SAMPLES, TEXT, metavar="N", min=0, max=10)] = 0,
-    device: Annotated[str, option("auto, cpu, cuda or cuda:1.", MACHINE)] = "auto",
+    device: Annotated[
+        str, option("auto, cpu, cuda or cuda:1.", MACHINE, autocompletion=one_of(lambda: DEVICES))
+    ] = "auto",
     dtype: Annotated[str, DTYPE] = "auto",
     against: Annotated[str | None, option(AGAINST, MACHINE, metavar="MODEL")] = None,
     as_json: Json = False,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from prunekit.cli.completion import one_of, plugins, several_of
 from prunekit.cli.options import METHOD, RUN, JsonLines, Quiet, Trust, option, split_names, switch
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.cli.tables import format_bytes, print_table, verdict_table
@@ -24,8 +25,12 @@ MEMORY = "Memory to use, e.g. 8GiB; a model that needs more is read block by blo
 def export(
     folder: Annotated[str, typer.Argument(metavar="DIR", help=FOLDER, show_default=False)],
     *,
-    format_: Annotated[list[str] | None, option(FORMAT, None, "--format")] = None,
-    dtype: Annotated[str | None, option(DTYPE)] = None,
+    format_: Annotated[
+        list[str] | None, option(FORMAT, None, "--format", autocompletion=several_of(plugins("exporter")))
+    ] = None,
+    dtype: Annotated[
+        str | None, option(DTYPE, autocompletion=one_of(lambda: ("float32", "bfloat16", "float16")))
+    ] = None,
     output: Annotated[Path | None, switch(OUTPUT, None, "--output", "-o")] = None,
     set_: Annotated[list[str] | None, option(SET, METHOD, "--set", metavar="NAME.OPTION=VALUE")] = None,
     trust_remote_code: Trust = False,

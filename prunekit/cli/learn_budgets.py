@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from prunekit.cli.completion import RECIPES, one_of
 from prunekit.cli.options import (
     RUN,
     Dataset,
@@ -37,7 +38,7 @@ def learn_budgets(
     *,
     model_option: ModelOption = None,
     output: Annotated[Path | None, switch("Folder for what is learnt.", None, "--output", "-o")] = None,
-    recipe: Annotated[str, option(RECIPE)] = "lop",
+    recipe: Annotated[str, option(RECIPE, autocompletion=one_of(RECIPES))] = "lop",
     sparsity: Annotated[
         str, option(SHARES, None, metavar="SHARES")
     ] = "0.2,0.25,0.3,0.35,0.4,0.45,0.5,0.55,0.6,0.65,0.7",

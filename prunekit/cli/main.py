@@ -14,6 +14,7 @@ import typer
 
 from prunekit.cli.check import check
 from prunekit.cli.compare import compare
+from prunekit.cli.completion import completion, prepare
 from prunekit.cli.demo import demo
 from prunekit.cli.doctor import doctor
 from prunekit.cli.errors import Sentences
@@ -36,7 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Structured, unstructured and semi-structured (N:M) pruning of language models.",
 )
-for command in (prune, plan, export, verify, compare, report, tune, evaluate, new, check, doctor, demo):
+for command in (prune, plan, export, verify, compare, report, tune, evaluate, new, check, doctor, completion, demo):
     app.command()(command)
 app.command("learn-budgets")(learn_budgets)
 app.command("list")(list_)
@@ -44,7 +45,8 @@ app.command("list")(list_)
 
 def main() -> None:
     """The console script."""
-    app()
+    prepare()
+    app(prog_name="prunekit")  # whatever the file is called: shells ask by this name
 
 
 def _version(wanted: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from prunekit.cli.completion import one_of, plugin_kinds
 from prunekit.cli.options import option, switch
 from prunekit.errors import WrongInput
 
@@ -17,7 +18,7 @@ KIND = "Kind of plug-in, e.g. pruner, allocator, objective or finisher; prunekit
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help=NAME, show_default=False)],
     *,
-    kind: Annotated[str | None, option(KIND)] = None,
+    kind: Annotated[str | None, option(KIND, autocompletion=one_of(plugin_kinds))] = None,
     output: Annotated[
         Path | None, switch("New folder for the package; otherwise prunekit-NAME.", None, "--output", "-o")
     ] = None,

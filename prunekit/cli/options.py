@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prunekit.cli.completion import one_of
 from prunekit.cli.errors import begin_events
 from prunekit.errors import WrongInput, unknown
 
@@ -44,7 +45,13 @@ DATASET_HELP = "python-docs, a text, jsonl or parquet file, general or another d
 Dataset = Annotated[list[str] | None, option(f"{DATASET_HELP} Repeatable, or several by comma.", TEXT)]
 TRUST = "Permission to run code that comes with the model."
 Trust = Annotated[bool, switch(TRUST, None, "--trust-remote-code")]
-DTYPE = option("Number format of the computation: auto, float32, bfloat16, float16 or float64.", MACHINE)
+DTYPES, DEVICES = ("auto", "float32", "bfloat16", "float16", "float64"), ("auto", "cpu", "cuda")
+CARRIES = ("dense", "centre", "expected")
+DTYPE = option(
+    "Number format of the computation: auto, float32, bfloat16, float16 or float64.",
+    MACHINE,
+    autocompletion=one_of(lambda: DTYPES),
+)
 Json = Annotated[bool, switch("JSON instead of a table.", None, "--json")]
 Quiet = Annotated[bool, switch("No output except results and errors.", RUN, "--quiet", "-q")]
 JSON_LINES = (

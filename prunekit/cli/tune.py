@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from prunekit.cli.completion import RECIPES, SPACES, one_of
 from prunekit.cli.options import (
     RUN,
     SEARCH,
@@ -35,6 +36,7 @@ METRIC = (
     "a Pareto front."
 )
 STORAGE = "Optuna storage, e.g. sqlite:///my.db; otherwise study.log in the folder."
+SAMPLERS = ("tpe", "nsga-ii", "nsga-iii")
 DISK = "Disk space for candidates that later trials reuse."
 
 
@@ -43,14 +45,18 @@ def tune(
     *,
     model_option: ModelOption = None,
     output: Annotated[Path | None, switch("Folder for the study.", None, "--output", "-o")] = None,
-    recipe: Annotated[str, option(RECIPE)] = "default",
+    recipe: Annotated[str, option(RECIPE, autocompletion=one_of(RECIPES))] = "default",
     sparsity: Annotated[float | None, option("Share of the blocks' parameters to remove.", metavar="SHARE")] = None,
     set_: Set = None,
     trust_remote_code: Trust = False,
-    space: Annotated[str, option("Choices to search: preset or YAML file.", SEARCH)] = "default",
+    space: Annotated[
+        str, option("Choices to search: preset or YAML file.", SEARCH, autocompletion=one_of(SPACES))
+    ] = "default",
     trials: Annotated[int, option("Number of recipes to try, earlier runs included.", SEARCH, metavar="N", min=1)] = 50,
     metric: Annotated[list[str] | None, option(METRIC, SEARCH)] = None,
-    sampler: Annotated[str, option("tpe, nsga-ii or nsga-iii.", SEARCH)] = "tpe",
+    sampler: Annotated[
+        str, option("tpe, nsga-ii or nsga-iii.", SEARCH, autocompletion=one_of(lambda: SAMPLERS))
+    ] = "tpe",
     dataset: Dataset = None,
     storage: Annotated[str | None, option(STORAGE, RUN, metavar="URL")] = None,
     study_name: Annotated[str | None, option("Name in that storage; otherwise that of the folder.", RUN)] = None,

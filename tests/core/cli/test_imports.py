@@ -37,9 +37,11 @@ COMMANDS = [
             "check",
             "new",
             "doctor",
+            "completion",
             "demo",
         )
     ),
+    (0, "completion bash"),
     (0, "list"),
     (0, "list --kind allocator"),
     (2, "prun"),
