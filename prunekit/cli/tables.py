@@ -80,27 +80,19 @@ def standings(tuned: Tuned, most: int = 12) -> Table:
         tuned: the study.
         most: number of recipes; the base recipe is among them or follows.
     """
+    from prunekit.report.words import differs
+
     table = new_table("recipe", "", *tuned.metrics, "differs in")
     front = {row.name for row in tuned.front}
     ranked = sorted(tuned.done, key=lambda row: (row.name not in front, *row.values.values()))
     for row in ranked[:most] + [row for row in ranked[most:] if row.name == "base"]:
         values = [f"{value:,.0f}" if value > 1e5 else f"{value:.4g}" for value in row.values.values()]
-        table.add_row(row.name, "*" if row.name in front else "", *values, _differs(row.overrides))
+        table.add_row(row.name, "*" if row.name in front else "", *values, differs(row.overrides))
     table.columns[-1].justify = "left"
     for state in ("pruned", "fail"):
         if ended := [row for row in tuned.rows if row.state == state]:
             table.add_row(f"{len(ended)} {state}", "", *[""] * len(tuned.metrics), ended[-1].reason)
     return table
-
-
-def _differs(overrides: Mapping[str, Any]) -> str:
-    def words(key: str, value: Any) -> str:
-        if isinstance(value, Mapping) and "name" in value:
-            options = ", ".join(words(name, option) for name, option in value.items() if name != "name")
-            return f"{key} {value['name']}" + (f" ({options})" if options else "")
-        return f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-
-    return ", ".join(words(key, value) for key, value in overrides.items())
 
 
 def rows_of_report(report: Mapping[str, Any], model: str, output: Path) -> tuple[dict[str, float], dict[str, float]]:
