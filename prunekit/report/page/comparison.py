@@ -29,12 +29,28 @@ from prunekit.system.progress import span
 CARD = "run.json"
 
 
-def parts_of_comparison(folder: Path, name: str) -> list[Part]:
+def read_comparison(folder: Path) -> Comparison:
+    """Read what was compared, and its rows so far.
+
+    Raises:
+        WrongInput: the folder does not say what was compared.
+        Damaged: its rows were changed.
+    """
     try:
         suite = Suite.of_mapping(read_state(folder / CARD)["identity"]["suite"])
     except (KeyError, TypeError, Damaged) as error:
         raise WrongInput(f"{folder / CARD} does not say what was compared; run the comparison again") from error
-    found = Comparison(suite, list(Rows(folder / ROWS)), folder)
+    return Comparison(suite, list(Rows(folder / ROWS)), folder)
+
+
+def parts_of_comparison(folder: Path, name: str) -> list[Part]:
+    """Make the sections.
+
+    Args:
+        folder: of the comparison.
+        name: begins all anchors.
+    """
+    found = read_comparison(folder)
     models = list(dict.fromkeys(model for model, _ in found.places))
     cells = {row.cell for row in found.rows if row.cell != DENSE}
     title = f"{len(cells)} methods on {', '.join(Path(model).name for model in models) or 'no model yet'}"
@@ -77,7 +93,7 @@ def parts_of_comparison(folder: Path, name: str) -> list[Part]:
         parts.append(Part(title, "Without a result", f"{name}-without", missing))
     spent = sum(row.wall for row in found.rows)
     done = sum(row.state == COMPLETE for row in found.rows)
-    text = json.dumps(suite.model_dump(mode="json"), indent=2)
+    text = json.dumps(found.suite.model_dump(mode="json"), indent=2)
     versions = table("Versions", ("package", "version"), list(found.as_dict()["versions"].items()))
     about = f"{paragraph(f'{done} rows in {span(spent)}.')}{versions}"
     about += f"<pre tabindex='0' aria-label='suite'>{html.escape(text)}</pre>"

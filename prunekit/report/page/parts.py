@@ -14,14 +14,30 @@ from prunekit.report.page.result import parts_of_result
 from prunekit.report.page.study import TRIALS, parts_of_study
 from prunekit.system.files import Damaged
 
-OF: Mapping[
-    str, Callable[[Path, str], list[Part]]
-] = {  # by the file that only such a folder has, the first that is there
-    ROWS: parts_of_comparison,
-    TRIALS: parts_of_study,
-    "pareto.json": parts_of_family,
-    "report.json": parts_of_result,
+KINDS: Mapping[str, str] = {  # by the file that only such a folder has; the first that is there says
+    ROWS: "comparison",
+    TRIALS: "study",
+    "pareto.json": "family",
+    "report.json": "result",
 }
+OF: Mapping[str, Callable[[Path, str], list[Part]]] = {
+    "comparison": parts_of_comparison,
+    "study": parts_of_study,
+    "family": parts_of_family,
+    "result": parts_of_result,
+}
+
+
+def kind_of(folder: Path) -> str:
+    """What a folder holds: comparison, study, family or result.
+
+    Raises:
+        WrongInput: it is none of these.
+    """
+    for file, kind in KINDS.items():
+        if (folder / file).is_file():
+            return kind
+    raise WrongInput(f"{folder} is no result, family, study or comparison; give a folder that has {', '.join(KINDS)}")
 
 
 def parts_of(folder: Path, name: str = "run") -> list[Part]:
@@ -34,16 +50,11 @@ def parts_of(folder: Path, name: str = "run") -> list[Part]:
     Raises:
         WrongInput: it is none of these.
     """
-    for file, parts in OF.items():
-        if not (folder / file).is_file():
-            continue
-        try:
-            return parts(folder, name)
-        except (WrongInput, Damaged):
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-            found = f"{type(error).__name__}: {error}"
-            raise WrongInput(
-                f"{folder} holds a report that this version cannot read ({found}); make it again"
-            ) from error
-    raise WrongInput(f"{folder} is no result, family, study or comparison; give a folder that has {', '.join(OF)}")
+    kind = kind_of(folder)
+    try:
+        return OF[kind](folder, name)
+    except (WrongInput, Damaged):
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise WrongInput(f"{folder} holds a report that this version cannot read ({found}); make it again") from error

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from prunekit.report.ledger import read_records
 from prunekit.report.markup import folded, paragraph, table
 from prunekit.report.page import charts
 from prunekit.report.page.part import Part
@@ -19,7 +19,7 @@ from prunekit.system.files import read_json
 
 def parts_of_result(folder: Path, name: str) -> list[Part]:
     report = read_json(folder / "report.json")
-    ledger = _ledger(folder / "ledger.jsonl")
+    ledger = read_records(folder / "ledger.jsonl")
     model, pruned = Path(str(report["model"])).name, report["pruned"]
     title = f"{model}, {pruned['sparsity_of_blocks']:.0%} of the blocks removed"
     sites = report["sites"]
@@ -71,19 +71,6 @@ def facts(report: Mapping[str, Any]) -> str:
         rows.append(("Milliseconds", number(pace["dense"]), number(pace["pruned"])))
     text = f"Perplexity is of {losses['dense']['label']}."
     return table("Before and after", ("", "dense", "pruned"), rows) + paragraph(text)
-
-
-def _ledger(path: Path) -> list[dict[str, Any]]:
-    """Records of a ledger; a line that cannot be read ends it."""
-    found = list[dict[str, Any]]()
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if isinstance(record, dict):
-            found.append(record)
-    return found
 
 
 def _error_curves(ledger: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
