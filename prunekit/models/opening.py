@@ -245,12 +245,12 @@ def fingerprint(model: nn.Module, name: str | None = None) -> str:
 def loaded(
     source: str, *, dtype: torch.dtype | Literal["auto"] = "auto", trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model with every weight from its files: transformers would make up what is missing.
+    """The model with every weight from its files: transformers would make up what is missing. Of any family.
 
     Raises:
         WrongInput: it is not there, is not whole, or cannot be read.
     """
-    shape = paging.shaped(source, trust_remote_code=trust_remote_code)  # what cannot be is refused before it is read
+    shape = paging.shape_of(source, trust_remote_code=trust_remote_code)  # what cannot be is refused before it is read
     # transformers goes by its config, and by tensors that are tied only if they have one shape
     untied = {} if getattr(shape.config, "tie_word_embeddings", True) else {"tie_word_embeddings": False}
     path = at_hand(source)
