@@ -297,5 +297,7 @@ def _adapter(model: Any, tokenizer: Any, batch: int, progress: Progress, name: s
                 self.cache_hook: Any = _Told(stage)
                 return method(requests, disable_tqdm=True)
 
-    # of its own: one without a padding token is given one
-    return Asked(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch, backend="causal")
+    own = copy.deepcopy(tokenizer)  # one without a padding token is given one
+    begins = own.bos_token_id is not None or own.eos_token_id is not None
+    start = None if begins else 0  # stands before an empty prompt, where the tokenizer has nothing that would
+    return Asked(pretrained=model, tokenizer=own, batch_size=batch, backend="causal", prefix_token_id=start)
