@@ -31,7 +31,8 @@ from prunekit.system.progress import Progress
 FEW_WINDOWS = 20  # below this the standard error itself is a guess
 FEW_ROUNDS = 3  # of a model alone, however long they take
 LOOK_AHEAD = 16  # tokens by which it is seen whether a model is causal
-AHEAD = 0.01  # share of the spread of logits that a later token may change, by rounding
+AHEAD = 1e-3  # share of the spread of logits that a later token may change, by rounding; or in half precision
+ROUNDED = 16  # times the precision of a number
 
 
 def evaluate(
@@ -169,7 +170,7 @@ def check_causal(model: Any, batch: TokenBatch, name: str) -> None:
     with evaluating(model):
         logits, changed = (model(input_ids=given, use_cache=False).logits[:, :-1].float() for given in (ids, other))
     apart = float((logits - changed).abs().max()) / float(logits.std().clamp(min=1e-30))
-    if apart > AHEAD:
+    if apart > max(AHEAD, ROUNDED * torch.finfo(next(model.parameters()).dtype).eps):
         raise WrongInput(
             f"{name!r} is not causal: a later token changes what it predicts before, so its loss is no likelihood; "
             "give a causal language model"
