@@ -254,3 +254,22 @@ def test_the_suite_is_in_the_harness_with_the_metrics_that_are_averaged() -> Non
         assert {"acc", CHOSEN[name]} <= metrics
         assert config["output_type"] == "multiple_choice"
         assert config.get("num_fewshot") is None
+
+
+TASKS = Path(__file__).parents[3] / "benchmarks" / "tasks"
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="the tests are elsewhere than the benchmarks")
+def test_the_tasks_of_the_repository_are_asked_of_the_bundled_model(folder: Path) -> None:
+    from prunekit.demo import MODEL
+
+    exam = opened(TASKS, "facts", "python")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+    found = ask(exam, model.float(), tokenizer, HarnessSpec((), limit=10))
+    assert list(found) == ["facts", "python"]
+    assert all(sorted(paper.scores) == ["acc", "acc_norm"] for paper in found.values())
+    assert [len(task.eval_docs) for task in exam.tasks.values()] == [48, 44]
+    for task in exam.tasks.values():  # by the number of the right choice nothing can be guessed
+        places = [task.doc_to_target(doc) for doc in task.eval_docs]
+        assert max(map(places.count, places)) < len(places) / 3
+        assert all(len(set(task.doc_to_choice(doc))) == 4 for doc in task.eval_docs)
