@@ -180,9 +180,15 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """
     path = at_hand(source)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        words = len(found.get_vocab().keys() - set(found.all_special_tokens))
     except Exception as error:  # of several parsers, of files of somebody else's
         raise cannot_open(source, error, "has no tokenizer that can be opened") from error
+    if not words:  # of some families transformers makes one up
+        raise WrongInput(
+            f"{source!r} has no tokenizer: there is no vocabulary; put the tokenizer's files beside the model"
+        )
+    return found
 
 
 def resolved_devices(devices: str) -> list[torch.device]:

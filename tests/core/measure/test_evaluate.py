@@ -211,6 +211,14 @@ def test_a_checkpoint_of_any_family_must_be_whole(tmp_path: Path) -> None:
         load(str(tmp_path))
 
 
+def test_a_tokenizer_that_is_made_up_is_none(tmp_path: Path, text: Path) -> None:
+    saved("gptj", tmp_path, **OTHERS["gptj"])
+    for file in tmp_path.glob("*token*"):
+        file.unlink()
+    with pytest.raises(WrongInput, match="has no tokenizer: there is no vocabulary"):
+        evaluate(str(tmp_path), DataSpec(dataset=str(text), seqlen=16, evaluation_tokens=64), device="cpu")
+
+
 def test_code_of_any_family_runs_where_the_caller_allows_it(tmp_path: Path) -> None:
     saved("bloom", tmp_path, **OTHERS["bloom"])
     config = json.loads((tmp_path / "config.json").read_text())

@@ -273,3 +273,42 @@ def test_the_tasks_of_the_repository_are_asked_of_the_bundled_model(folder: Path
         places = [task.doc_to_target(doc) for doc in task.eval_docs]
         assert max(map(places.count, places)) < len(places) / 3
         assert all(len(set(task.doc_to_choice(doc))) == 4 for doc in task.eval_docs)
+
+
+CHOICES = {"text": ["the sun", "a cat", "of"], "label": ["A", "B", "C"]}
+HUB = {
+    "aps/super_glue": {"passage": "a cat sat.", "question": "did a cat sit", "label": 1, "idx": 0},
+    "baber/piqa": {"goal": "to eat", "sol1": "cook", "sol2": "sleep", "label": 0},
+    "Rowan/hellaswag": {
+        "ctx_a": "a man sits.", "ctx_b": "he", "activity_label": "sitting", "endings": ["stands", "is", "a", "of"],
+        "label": "2",
+    },
+    "allenai/winogrande": {"sentence": "the cat saw _ run", "option1": "a dog", "option2": "it", "answer": "2"},
+    "allenai/ai2_arc": {"question": "what is hot", "choices": CHOICES, "answerKey": "A"},
+    "allenai/openbookqa": {"question_stem": "hot is", "choices": CHOICES, "answerKey": "B"},
+}  # fmt: skip
+
+
+def test_the_suite_is_asked_of_a_model(folder: Path, judged: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    from prunekit.data.harness import SUITE
+
+    asked = []
+
+    def load_dataset(path: str, **_: object) -> dict[str, Any]:
+        asked.append(path)
+        return {split: datasets.Dataset.from_list([HUB[path]] * 2) for split in ("train", "validation", "test")}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    exam = opened(folder, SUITE)
+    assert list(exam.tasks) == list(SUITE_TASKS)
+    assert {*asked} == {*HUB}
+    papers = ask(exam, *judged, HarnessSpec((SUITE,)))
+    found = results(exam, papers, papers)
+    assert all(row["items"] == 2 and row["few_shot"] == 0 for row in found["tasks"].values())
+    assert len(found["means"]) == 2
+    prompts = {name: task.instances[0].args[0] for name, task in exam.tasks.items()}
+    assert prompts["boolq"] == "a cat sat.\nQuestion: did a cat sit?\nAnswer:"
+    assert prompts["winogrande"] == "the cat saw a dog"
+    assert prompts["openbookqa"] == "hot is"
