@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prunekit.models import registration
 
 if TYPE_CHECKING:
-    from prunekit.api import compare, prune, tune
+    from prunekit.api import compare, evaluate, prune, tune
     from prunekit.calibration.moments import Moments
     from prunekit.data.tokens import TokenBatch
     from prunekit.engine.worker import Worker
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from prunekit.space.sites import Allocation, Site
 
 _HOMES = {  # module: what of it is public
-    "api": "compare prune tune",
+    "api": "compare evaluate prune tune",
     "calibration.moments": "Moments",
     "data.tokens": "TokenBatch",
     "engine.worker": "Worker",
@@ -86,7 +86,7 @@ __all__ = [
     "PluginError", "Probe", "Problem", "Product", "Query", "Reads", "Received", "Recipe", "Response", "Result",
     "Runs", "Search", "Searched", "Signal", "Site", "Space", "Statistic", "Supernet", "Team", "TokenBatch",
     "Total", "Training", "Worker", "Workpiece", "WrongInput", "best_groups", "best_weights", "check_choices",
-    "compare", "factored", "inverted", "prune", "ranked", "resolve", "solved", "tune",
+    "compare", "evaluate", "factored", "inverted", "prune", "ranked", "resolve", "solved", "tune",
 ]  # fmt: skip
 
 

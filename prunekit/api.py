@@ -1,4 +1,4 @@
-"""`prunekit.prune`, `prunekit.compare` and `prunekit.tune`: pruning from Python."""
+"""`prunekit.prune`, `prunekit.evaluate`, `prunekit.compare` and `prunekit.tune`: pruning from Python."""
 
 from __future__ import annotations
 
@@ -204,6 +204,90 @@ def compare(
     chosen = Suite.of_mapping({**found, **said, "set": {**found.get("set", {}), **keys}})
     job = Job(in_memory, tokenizer, Path(output), progress or progress_for(quiet), resume, overwrite)
     return comparing.compare(chosen, job, time=as_seconds(time))
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    tokenizer: Any = None,
+    *,
+    against: str | Path | PreTrainedModel | None = None,
+    harness: str | Path | Sequence[str | Path] | None = None,
+    harness_path: str | Path | None = None,
+    chat_template: bool = False,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    dataset: str | Path = "python-docs",
+    split: str | None = None,
+    field: str | None = None,
+    seqlen: int | None = None,
+    tokens: int | None = None,
+    samples: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure perplexity, size and speed of a model, dense or pruned, and how well it does tasks.
+
+    Args:
+        model: a folder or hub id of any causal language model that transformers loads, or one in memory.
+        tokenizer: of models in memory.
+        against: a second model, such as the dense one, judged on the same text and tasks.
+        harness: tasks of lm-evaluation-harness: names, `pruning-suite`, or task files. Needs the extra
+            prunekit[harness].
+        harness_path: folder of task files, whose tasks `harness` names.
+        chat_template: whether prompts of tasks are messages, by the tokenizer's chat template.
+        limit: items of each task, from its first; None: all.
+        batch_size: prompts of tasks in a forward pass; None: as many as keep the logits small.
+        dataset: the text of the perplexity, as of the recipe.
+        split: of the data set; None: a held-out one.
+        field: of rows that holds the text; None: what there is.
+        seqlen: tokens of a window; None: 2048, or the model's maximum.
+        tokens: from the start of the text; None: 65,536, or all that there are.
+        samples: number of prompts that the model continues; at most 10.
+        device: auto, cpu, cuda or cuda:1; models in memory stay where they are.
+        dtype: of the computation; auto: float32 on a CPU, else that of the checkpoint.
+        trust_remote_code: whether code that comes with the model, or with task files, may run.
+        quiet: whether progress is not shown.
+        progress: receives the progress instead of the terminal.
+
+    Returns:
+        What `prunekit evaluate --json` prints.
+
+    Raises:
+        WrongInput: what cannot be done, what there is instead and what to do; before any long work.
+        ImportError: tasks are asked for and the harness is not installed.
+
+    Example:
+        >>> found = prunekit.evaluate("half", against="my-model", harness="pruning-suite")  # doctest: +SKIP
+        >>> found["harness"]["means"]["acc"]["difference"]  # doctest: +SKIP
+    """
+    from prunekit.data.harness import HarnessSpec
+    from prunekit.data.spec import DataSpec
+    from prunekit.measure.evaluate import evaluate as measure
+
+    names = [harness] if isinstance(harness, str | Path) else harness
+    spec = None
+    if names is not None or harness_path is not None:
+        folder = None if harness_path is None else str(harness_path)
+        spec = HarnessSpec(tuple(map(str, names or ())), folder, chat_template, limit, batch_size)
+    data = DataSpec(
+        dataset=str(dataset), split=split, evaluation_split=split, field=field, seqlen=seqlen, evaluation_tokens=tokens
+    )
+    first, second = (str(each) if isinstance(each, Path) else each for each in (model, against))
+    return measure(
+        first,  # type: ignore[arg-type]
+        data,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        against=second,
+        prompts=samples,
+        harness=spec,
+        progress=progress or progress_for(quiet),
+    )
 
 
 def _chosen(

@@ -1,4 +1,4 @@
-"""The command line: prune and plan, export, verify, evaluate, compare, tune, list, new, and what else there is.
+"""The command line, a function per command.
 
 Nothing heavy is imported before it is needed, so that help and wrong flags answer at once. Wrong input is one
 sentence on stderr and exit code 2.
@@ -26,6 +26,7 @@ from prunekit.cli.new import new
 from prunekit.cli.plan import plan
 from prunekit.cli.prune import prune
 from prunekit.cli.report import report
+from prunekit.cli.show import show
 from prunekit.cli.tune import tune
 from prunekit.cli.verify import verify
 
@@ -37,7 +38,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Structured, unstructured and semi-structured (N:M) pruning of language models.",
 )
-for command in (prune, plan, export, verify, compare, report, tune, evaluate, new, check, doctor, completion, demo):
+for command in (
+    prune,
+    plan,
+    export,
+    verify,
+    compare,
+    report,
+    show,
+    tune,
+    evaluate,
+    new,
+    check,
+    doctor,
+    completion,
+    demo,
+):
     app.command()(command)
 app.command("learn-budgets")(learn_budgets)
 app.command("list")(list_)

@@ -1,4 +1,4 @@
-"""`prunekit report`: the page of a run, a family or a comparison."""
+"""`prunekit report`: the page of a run, a family, a study or a comparison."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from prunekit.errors import WrongInput
 
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER...", help="Results, families or comparisons.", show_default=False)
+        list[Path],
+        typer.Argument(metavar="FOLDER...", help="Results, families, studies or comparisons.", show_default=False),
     ],
     *,
     output: Annotated[Path, switch("The file.", None, "--output", "-o")] = Path("report.html"),

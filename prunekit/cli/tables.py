@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from prunekit.run.study import Tuned
     from prunekit.run.verify import Check, Verdict
 
 
@@ -73,34 +72,28 @@ def members(title: str, document: Mapping[str, Any]) -> Table:
     return table
 
 
-def standings(tuned: Tuned, most: int = 12) -> Table:
+def recipes(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], front: Collection[str], most: int = 12) -> Table:
     """Make a table of a study: the front, then by the first metric, then how many trials failed.
 
     Args:
-        tuned: the study.
+        rows: as in trials.json.
+        metrics: what was minimised.
+        front: names of the best rows, marked *.
         most: number of recipes; the base recipe is among them or follows.
     """
-    table = new_table("recipe", "", *tuned.metrics, "differs in")
-    front = {row.name for row in tuned.front}
-    ranked = sorted(tuned.done, key=lambda row: (row.name not in front, *row.values.values()))
-    for row in ranked[:most] + [row for row in ranked[most:] if row.name == "base"]:
-        values = [f"{value:,.0f}" if value > 1e5 else f"{value:.4g}" for value in row.values.values()]
-        table.add_row(row.name, "*" if row.name in front else "", *values, _differs(row.overrides))
+    from prunekit.report.words import differs
+
+    table = new_table("recipe", "", *metrics, "differs in")
+    done = list({row["recipe"]: row for row in reversed(rows) if row["values"]}.values())[::-1]  # a recipe once
+    ranked = sorted(done, key=lambda row: (row["name"] not in front, *row["values"].values()))
+    for row in ranked[:most] + [row for row in ranked[most:] if row["name"] == "base"]:
+        values = [f"{value:,.0f}" if value > 1e5 else f"{value:.4g}" for value in row["values"].values()]
+        table.add_row(row["name"], "*" if row["name"] in front else "", *values, differs(row["overrides"]))
     table.columns[-1].justify = "left"
     for state in ("pruned", "fail"):
-        if ended := [row for row in tuned.rows if row.state == state]:
-            table.add_row(f"{len(ended)} {state}", "", *[""] * len(tuned.metrics), ended[-1].reason)
+        if ended := [row for row in rows if row["state"] == state]:
+            table.add_row(f"{len(ended)} {state}", "", *[""] * len(metrics), ended[-1]["reason"])
     return table
-
-
-def _differs(overrides: Mapping[str, Any]) -> str:
-    def words(key: str, value: Any) -> str:
-        if isinstance(value, Mapping) and "name" in value:
-            options = ", ".join(words(name, option) for name, option in value.items() if name != "name")
-            return f"{key} {value['name']}" + (f" ({options})" if options else "")
-        return f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-
-    return ", ".join(words(key, value) for key, value in overrides.items())
 
 
 def rows_of_report(report: Mapping[str, Any], model: str, output: Path) -> tuple[dict[str, float], dict[str, float]]:

@@ -27,7 +27,7 @@ from prunekit.cli.options import (
     switch,
 )
 from prunekit.cli.quiet import quiet_libraries
-from prunekit.cli.tables import print_table, standings
+from prunekit.cli.tables import print_table, recipes
 from prunekit.errors import WrongInput, without_secrets
 
 RECIPE = "Recipe to improve: preset, YAML file, or folder of a pruned model."
@@ -97,7 +97,7 @@ def tune(
         study_name=study_name,
         disk=round(disk * 1e9),
     )
-    print_table(standings(tuned))
+    print_table(recipes([vars(row) for row in tuned.rows], tuned.metrics, {row.name for row in tuned.front}))
     typer.echo(f"the best: prunekit prune --recipe {output / 'best.yaml'} --output DIR")
     typer.echo(f"all trials: optuna-dashboard {without_secrets(storage or str(output / 'study.log'))}")
     front = [{"trial": row.name, "values": row.values} for row in tuned.front]

@@ -1,4 +1,4 @@
-"""Task files: questions with choices, one JSON object a line, as windows whose answers are marked.
+"""Questions with choices, from task files, as windows whose answers are marked.
 
 Every choice of a question is one window: prompt, choice, padding. What stands behind a position has no say in
 a causal model's prediction there, so padding needs no mask, and only the answers are read.
@@ -6,17 +6,16 @@ a causal model's prediction there, so padding needs no mask, and only the answer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from prunekit.data.blends import Blend, in_shares
 from prunekit.data.encoding import Encoder
-from prunekit.data.rows import json_rows
+from prunekit.data.rows import YAML, kind
 from prunekit.data.sources import Source
+from prunekit.data.tasks import Question, task_rows
 from prunekit.data.tokens import Answers, TokenBatch
 from prunekit.errors import WrongInput
 
@@ -61,36 +60,25 @@ def drawn(
 def _questions(source: Source, encode: Encoder, seqlen: int, start: Sequence[int]) -> Iterator[list[_Choice]]:
     if not source.is_task:
         raise WrongInput(f"{source} is running text and cannot be mixed with questions in data.search_dataset")
-    for number, (_, row) in enumerate(json_rows(Path(source.dataset).expanduser()), 1):
-        prompt, choices, right = _read(row, f"{source.dataset}, question {number}")
-        yield [_choice(encode, prompt, text, seqlen, start, i == right) for i, text in enumerate(choices)]
+    for asked in _asked(source):
+        choices = enumerate(zip(asked.prompts, asked.answers, strict=True))
+        yield [_choice(encode, prompt, text, seqlen, start, i == asked.right) for i, (prompt, text) in choices]
 
 
-def _read(row: Any, where: str) -> tuple[str, Sequence[str], int]:
-    """(prompt, choices, index of the right one)."""
-    if not isinstance(row, Mapping) or not isinstance(prompt := row.get("prompt"), str) or not prompt.strip():
-        raise WrongInput(f"{where}: a question needs a text 'prompt', not {row!r:.60}")
-    answer, choices = row.get("answer"), row.get("choices")
-    if choices is None and isinstance(answer, str) and answer:
-        return prompt, [answer], 0
-    if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
-        raise WrongInput(f"{where}: 'choices' is a list of texts, not {choices!r:.60}")
-    if isinstance(answer, str) and answer in choices:
-        return prompt, choices, choices.index(answer)
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise WrongInput(
-            f"{where}: 'answer' is one of the choices or its number, 0 to {len(choices) - 1}, not {answer!r:.60}"
-        )
-    return prompt, choices, answer
+def _asked(source: Source) -> Iterator[Question]:
+    if kind(source.dataset) not in YAML:
+        return (row.question for row in task_rows(source.dataset))
+    from prunekit.data.harness import questions  # it needs an extra
+
+    return questions(source.dataset)
 
 
 def _choice(encode: Encoder, prompt: str, choice: str, seqlen: int, start: Sequence[int], right: bool) -> _Choice:
-    """Tokens of prompt and choice together; a blank between them where neither has one.
+    """Tokens of prompt and choice together.
 
     The answer begins where the tokens are no longer those of the prompt alone. Too long a prompt loses its beginning.
     """
-    between = "" if prompt[-1].isspace() or choice[0].isspace() else " "
-    alone, ids = encode(prompt.rstrip()), encode(prompt + between + choice)
+    alone, ids = encode(prompt.rstrip()), encode(prompt + choice)
     same = next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), min(len(alone), len(ids)))
     first = max(1, min(same, len(ids) - 1))
     seqlen -= len(start)

@@ -28,6 +28,7 @@ Row = tuple[str, Any]
 
 JSON = (".jsonl", ".ndjson", ".json")
 PARQUET = ".parquet"
+YAML = (".yaml", ".yml")  # of tasks of lm-evaluation-harness
 _GZIP = b"\x1f\x8b"
 _WORD = len("-Infinity")  # the longest that is cut as a whole
 _SPACE = re.compile(r"\s*")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from huggingface_hub import constants
 
 from prunekit.data import python_docs
 from prunekit.data.fields import BETWEEN, Conversation, columns_of, content_of, has
-from prunekit.data.rows import JSON, PARQUET, Row, json_rows, kind, numbered, parquet_rows, text_pieces, what_is
+from prunekit.data.rows import JSON, PARQUET, YAML, Row, json_rows, kind, numbered, parquet_rows, text_pieces, what_is
 from prunekit.data.spec import TextSpec
 from prunekit.errors import WrongInput, first_line
 from prunekit.system.files import check_name
@@ -23,6 +24,7 @@ from prunekit.system.progress import Progress
 SLICE = 100_000  # characters a tokenizer sees at a time
 PATIENCE = 3.0  # seconds to find out whether the hub answers
 TABLES = (".csv", ".tsv")  # of which only the text is read
+NAMES_A_TASK = re.compile(r"^task\s*:", re.MULTILINE)  # a key of a YAML file
 FORMS = "a text, .jsonl, .json or .parquet file"
 Chat = Callable[[Conversation], "str | list[int]"]
 
@@ -44,7 +46,12 @@ class Source:
 
     @property
     def is_task(self) -> bool:
-        """The text is a file of questions: its first row has a prompt, an answer, and no field that is asked for."""
+        """The text is a file of questions: a task of lm-evaluation-harness, or rows with a prompt and an answer.
+
+        Not where its first row has a field that is asked for.
+        """
+        if kind(self.dataset) in YAML and is_file(self.dataset):
+            return any(NAMES_A_TASK.search(piece) for piece in text_pieces(Path(self.dataset).expanduser()))
         row = self.first_row
         asks = has(row, "prompt") and (has(row, "answer") or has(row, "choices"))
         return asks and (self.field is None or not has(row, self.field))
@@ -125,7 +132,7 @@ def is_file(dataset: str) -> bool:
         return True
     if there == "folder":
         raise WrongInput(f"data set {dataset!r} is a folder; give {FORMS}")
-    looks_like_file = kind(path) in {".txt", ".text", ".md", *JSON, PARQUET} or path.suffix.lower() == ".gz"
+    looks_like_file = kind(path) in {".txt", ".text", ".md", *JSON, *YAML, PARQUET} or path.suffix.lower() == ".gz"
     if looks_like_file or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
         raise WrongInput(f"no file {dataset!r}; give {FORMS}, or one of {', '.join(NAMES)}")
     if "/" not in dataset:
@@ -207,7 +214,7 @@ def named(dataset: str, progress: Progress) -> str:
     """The data set that `auto` stands for, with a warning where the hub cannot be read; others are themselves."""
     if dataset != "auto":
         return dataset
-    why = _hub_is_away()
+    why = hub_is_away()
     if why is None:
         return "fineweb-edu"
     progress.say(
@@ -217,8 +224,8 @@ def named(dataset: str, progress: Progress) -> str:
     return "python-docs"
 
 
-def _hub_is_away() -> str | None:
-    """Why nothing new can be read from the hub, or None."""
+def hub_is_away() -> str | None:
+    """Say why nothing new can be read from the hub; None where it can."""
     if find_spec("datasets") is None:
         return "reading data sets from the hub needs the extra prunekit[data]"
     from huggingface_hub.utils import get_session
@@ -277,7 +284,7 @@ def _datasets(name: str) -> Any:
         import datasets
     except ImportError as error:
         raise ImportError(f"data set {name!r} is read from the hub: pip install 'prunekit[data]'") from error
-    if not constants.HF_HUB_OFFLINE and (why := _hub_is_away()):
+    if not constants.HF_HUB_OFFLINE and (why := hub_is_away()):
         raise WrongInput(
             f"cannot read data set {name!r}: {why}; set HF_HUB_OFFLINE=1 to use what was downloaded before, "
             "or give a file"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from prunekit.data.tokens import TokenBatch
-from prunekit.models.modules import evaluating
+from prunekit.models.modules import evaluating, text_config
 from prunekit.models.paging import pager_of
 from prunekit.system.memory import Room
 from prunekit.system.progress import Progress
@@ -71,7 +71,7 @@ def perplexity(
         raise ValueError(f"perplexity needs windows of at least 2 tokens, not {tuple(batch.ids.shape)}")
     weight = next(model.parameters())  # of the embedding, which is always in memory
     if batch_size is None:
-        vocabulary = getattr(model.config, "vocab_size", 2**15)
+        vocabulary = getattr(text_config(model.config), "vocab_size", 2**15)
         batch_size = max(1, LOGITS_AT_ONCE // (batch.seqlen * vocabulary))
     losses = list[float]()
     with evaluating(model), (progress or Progress()).stage(f"perplexity on {batch.source}", len(batch)) as stage:
@@ -85,6 +85,24 @@ def perplexity(
     dtype = str(weight.dtype).removeprefix("torch.")
     label = f"ppl/{batch.source}/seq{batch.seqlen}/n{len(batch)}/{dtype}"
     return Perplexity(_exp(nll), nll, error, len(batch), label, tuple(losses))
+
+
+def bits_per_byte(found: Perplexity, batch: TokenBatch, tokenizer: Any) -> float:
+    """Compute the loss in bits per UTF-8 byte of the text, by which models with different tokenizers compare.
+
+    The first token of every window, which is no target, counts as much as the others on average.
+
+    Args:
+        found: the loss per token.
+        batch: of which text.
+        tokenizer: that of the batch; the bytes are those of the text that it gives back.
+    """
+    texts = (
+        tokenizer.decode(part.ids.flatten().tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for part in batch.parts.values()
+    )
+    bytes_ = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    return found.nll / math.log(2) * batch.n_tokens / bytes_
 
 
 def _logits(model: Any, windows: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from prunekit.measure.rounds import FEWEST, Ratio, Spread, elapsed, interleaved, own_time
-from prunekit.models.modules import evaluating
+from prunekit.models.modules import evaluating, text_config
 from prunekit.space.prices import Workload
 from prunekit.system.progress import Progress
 
-CACHES = ("past_key_values", "cache_params")  # of attention, of state spaces
+CACHES = ("past_key_values", "cache_params", "state")  # of attention, of state spaces, of RWKV
 PROMPT, READ = 256, 2048  # tokens of a prompt, and of all prompts read in one pass: no more
 STEP = 20_000_000  # nanoseconds in which the calls of one pass are no longer most of it; a batch is made larger until
 BATCH = 64  # sequences at most
@@ -101,7 +101,7 @@ def speeds(
 def workload(model: Any) -> Workload:
     """Choose what is timed of a model: one sequence; of a small model so many that calls are not most of the time."""
     fewest, most = STEPS
-    room = int(getattr(model.config, "max_position_embeddings", None) or PROMPT + most)
+    room = int(getattr(text_config(model.config), "max_position_embeddings", None) or PROMPT + most)
     most = max(1, min(most, room // 4))
     batch = 1
     while True:
@@ -156,7 +156,7 @@ def timed(model: Any, work: Workload) -> tuple[int, int]:
         Nanoseconds of reading, and of decoding.
     """
     device = next(model.parameters()).device
-    ids = (torch.arange(work.prompt, device=device) % model.config.vocab_size).repeat(work.batch, 1)
+    ids = (torch.arange(work.prompt, device=device) % text_config(model.config).vocab_size).repeat(work.batch, 1)
     seen: list[Any] = []
 
     def run(**given: Any) -> None:
@@ -165,7 +165,10 @@ def timed(model: Any, work: Workload) -> tuple[int, int]:
     def write() -> None:
         for _ in range(work.new_tokens):
             last = seen.pop()
-            run(input_ids=last.logits[:, -1:].argmax(-1), **{name: last[name] for name in CACHES if name in last})
+            kept = {name: last[name] for name in CACHES if name in last}
+            if not kept:
+                raise NotImplementedError("it keeps no cache, from which tokens are made one by one")
+            run(input_ids=last.logits[:, -1:].argmax(-1), **kept)
 
     with evaluating(model):
         return elapsed(lambda: run(input_ids=ids), device), elapsed(write, device)

@@ -84,6 +84,11 @@ def make_tables(model: PreTrainedModel, module: nn.Module) -> None:
     model._init_weights(module)
 
 
+def text_config(config: Any) -> Any:
+    """The part of a config that is of the language model, which beside a model of images is one of several."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off inside, as it was after."""

@@ -192,9 +192,15 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """
     path = at_hand(source)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        words = len(found.get_vocab().keys() - set(found.all_special_tokens))
     except Exception as error:  # of several parsers, of files of somebody else's
         raise cannot_open(source, error, "has no tokenizer that can be opened") from error
+    if not words:  # of some families transformers makes one up
+        raise WrongInput(
+            f"{source!r} has no tokenizer: there is no vocabulary; put the tokenizer's files beside the model"
+        )
+    return found
 
 
 def resolved_devices(devices: str) -> list[torch.device]:
@@ -257,12 +263,12 @@ def fingerprint(model: nn.Module, name: str | None = None) -> str:
 def loaded(
     source: str, *, dtype: torch.dtype | Literal["auto"] = "auto", trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model with every weight from its files: transformers would make up what is missing.
+    """The model with every weight from its files: transformers would make up what is missing. Of any family.
 
     Raises:
         WrongInput: it is not there, is not whole, or cannot be read.
     """
-    shape = paging.shaped(source, trust_remote_code=trust_remote_code)  # what cannot be is refused before it is read
+    shape = paging.shape_of(source, trust_remote_code=trust_remote_code)  # what cannot be is refused before it is read
     # transformers goes by its config, and by tensors that are tied only if they have one shape
     untied = {} if getattr(shape.config, "tie_word_embeddings", True) else {"tie_word_embeddings": False}
     path = at_hand(source)

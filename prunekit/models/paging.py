@@ -396,18 +396,27 @@ def converted(path: str, model: PreTrainedModel, dtype: torch.dtype) -> dict[str
 
 
 def shaped(source: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model without its weights, tied as the tensors in its files are, whatever its config says.
+    """As `shape_of`, of a family that prunekit has an adapter for, as that opens it.
+
+    Raises:
+        WrongInput: it cannot be opened, or there is no adapter.
+    """
+    adapter = adapter_for(read_config(source, trust_remote_code=trust_remote_code).model_type)
+    return adapter.opened(shape_of(source, trust_remote_code=trust_remote_code))
+
+
+def shape_of(source: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without its weights, tied as the tensors in its files are, whatever its config says. Of any family.
 
     Raises:
         WrongInput: it cannot be opened.
     """
     config, path = read_config(source, trust_remote_code=trust_remote_code), at_hand(source)
-    adapter = adapter_for(config.model_type)
     model = make_shape(config, source, path, trust_remote_code=trust_remote_code)
     if getattr(config, "tie_word_embeddings", False) and tied_otherwise(path, model):
         config.tie_word_embeddings = False
         model = make_shape(config, source, path, trust_remote_code=trust_remote_code)
-    return adapter.opened(model)
+    return model
 
 
 def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

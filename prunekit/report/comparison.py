@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from prunekit.recipe.suite import Suite
-from prunekit.report.statistics import Difference, Ranks, Standing, ranks, standings
+from prunekit.report.markup import table
+from prunekit.report.statistics import Ranks, Standing, ranks, standings
+from prunekit.report.words import number, said
 from prunekit.system.files import Damaged, write_bytes, write_json
 
 DENSE, REFERENCE = "dense", "uniform"  # names of the model as it was, and of the baseline that all are compared with
@@ -96,6 +98,42 @@ def _row_of(values: Mapping[str, Any]) -> Row:
     return Row(**found)
 
 
+HEADS = (
+    "", "cell", "perplexity", "log ratio to the best", f"to {REFERENCE}", "removed", "token-forwards", "s", "seeds",
+)  # fmt: skip
+
+
+WITHOUT = ("cell", "model", "removed", "seed", "state", "reason")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a leaderboard."""
+
+    standing: Standing
+    rows: Sequence[Row]  # one per seed
+    place: int  # from 1
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """What `HEADS` says, as it is printed."""
+        found, n = self.standing, len(self.rows)
+        value = _exp(found.loss)
+        half = (_exp(found.loss + found.spread) - _exp(found.loss - found.spread)) / 2
+        other = found.above_reference
+        return (
+            "=" if found.tied and self.place > 1 else str(self.place),
+            found.name,
+            number(value) + (f" ± {half:.2f}" if n > 1 and math.isfinite(half) else ""),
+            "" if self.place == 1 else said(found.above_best),
+            "" if other is None or found.name == REFERENCE else said(other),
+            f"{min(row.removed for row in self.rows):.2%}",
+            f"{sum(row.token_forwards for row in self.rows) // n:,}",
+            f"{sum(row.seconds for row in self.rows) / n:,.1f}",
+            str(n),
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """The rows of a suite, and what can be said of them."""
@@ -103,6 +141,7 @@ class Comparison:
     suite: Suite
     rows: Sequence[Row]
     output: Path | None = None
+    _boards: dict[tuple[str, float], list[Entry]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def places(self) -> list[tuple[str, float]]:
@@ -121,13 +160,19 @@ class Comparison:
                 found.setdefault(row.cell, []).append(row)
         return found
 
-    def standings(self, model: str, sparsity: float) -> list[Standing]:
+    def leaderboard(self, model: str, sparsity: float) -> list[Entry]:
         """The cells on one model at one sparsity, the best first, and which differences are within noise."""
+        if (model, sparsity) not in self._boards:  # intervals take a second each
+            self._boards[model, sparsity] = self._ordered(self.of(model, sparsity))
+        return self._boards[model, sparsity]
+
+    def _ordered(self, found: Mapping[str, Sequence[Row]]) -> list[Entry]:
         losses = {
             cell: np.array([[math.inf if x is None else x for x in row.losses] for row in rows])
-            for cell, rows in self.of(model, sparsity).items()
+            for cell, rows in found.items()
         }
-        return standings(losses, REFERENCE) if losses else []
+        order = standings(losses, REFERENCE) if losses else []
+        return [Entry(each, found[each.name], place) for place, each in enumerate(order, start=1)]
 
     def ranks(self) -> Ranks | None:
         """Mean ranks over models, sparsities and seeds."""
@@ -143,32 +188,31 @@ class Comparison:
         """Rows of cells that have no result, and why."""
         return [row for row in self.rows if row.state != COMPLETE]
 
+    def _repr_html_(self) -> str:
+        boards = [
+            table(f"{model}, {sparsity:.0%} removed", HEADS, [each.cells for each in self.leaderboard(model, sparsity)])
+            for model, sparsity in self.places
+        ]
+        return "".join(boards) + (table("Cells without a result", WITHOUT, self.missing) if self.without else "")
+
+    @property
+    def missing(self) -> list[tuple[str, ...]]:
+        """What `WITHOUT` says of cells that have no result."""
+        return [(r.cell, r.model, f"{r.sparsity:.0%}", str(r.seed), r.state, r.reason) for r in self.without]
+
     def table(self) -> str:
         """All of it as Markdown."""
         lines = []
         for model, sparsity in self.places:
-            dense, found = self.dense(model), self.of(model, sparsity)
+            dense = self.dense(model)
             lines += [
                 f"## {model}, {sparsity:.0%} removed",
                 "",
                 f"Dense: {number(dense.perplexity)} ({dense.label}). Intervals hold the difference with 95 %, over "
                 "windows and seeds; = is not separated from the best.",
                 "",
-                "| | cell | perplexity | log ratio to the best | to uniform | removed | token-forwards | s | seeds |",
-                "|---|---|---|---|---|---|---|---|---|",
+                *_markdown(HEADS, [each.cells for each in self.leaderboard(model, sparsity)]),
             ]
-            for place, each in enumerate(self.standings(model, sparsity), start=1):
-                rows = found[each.name]
-                spread = f" ± {_spread(rows):.2f}" if len(rows) > 1 else ""
-                mark = str(place) if not each.tied or place == 1 else "="
-                other = "" if each.above_reference is None or each.name == REFERENCE else said(each.above_reference)
-                lines.append(
-                    f"| {mark} | {each.name} | {number(_mean(rows))}{spread} "
-                    f"| {'' if place == 1 else said(each.above_best)} | {other} "
-                    f"| {min(row.removed for row in rows):.2%} "
-                    f"| {sum(row.token_forwards for row in rows) // len(rows):,} "
-                    f"| {sum(row.seconds for row in rows) / len(rows):.0f} | {len(rows)} |"
-                )
             lines.append("")
         if (ranked := self.ranks()) is not None:
             lines += [f"## Mean ranks over {ranked.blocks} blocks", ""]
@@ -176,20 +220,10 @@ class Comparison:
                 f"Friedman's p that all are alike: {ranked.p:.3g}. Ranks that differ by less than "
                 f"{ranked.critical:.2f} are not separated (Nemenyi, 95 %)."
             )
-            lines += ["", "| cell | mean rank |", "|---|---|"]
-            lines += [f"| {name} | {rank:.2f} |" for name, rank in sorted(ranked.mean.items(), key=lambda x: x[1])]
-            lines.append("")
+            order = sorted(ranked.mean.items(), key=lambda x: x[1])
+            lines += ["", *_markdown(("cell", "mean rank"), [(name, f"{rank:.2f}") for name, rank in order]), ""]
         if self.without:
-            lines += [
-                "## Without a result",
-                "",
-                "| cell | model | removed | seed | state | reason |",
-                "|---|---|---|---|---|---|",
-            ]
-            lines += [
-                f"| {r.cell} | {r.model} | {r.sparsity:.0%} | {r.seed} | {r.state} | {r.reason} |" for r in self.without
-            ]
-            lines.append("")
+            lines += ["## Without a result", "", *_markdown(WITHOUT, self.missing), ""]
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
@@ -200,7 +234,7 @@ class Comparison:
             "suite": self.suite.model_dump(mode="json"),
             "standings": [
                 {"model": model, "sparsity": sparsity, "dense": self.dense(model).perplexity,
-                 "cells": [_plain(asdict(each)) for each in self.standings(model, sparsity)]}
+                 "cells": [_plain(asdict(each.standing)) for each in self.leaderboard(model, sparsity)]}
                 for model, sparsity in self.places
             ],
             "ranks": None if ranked is None else _plain(asdict(ranked)),
@@ -237,26 +271,17 @@ def write_parquet(rows: Sequence[Row], path: Path) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def _mean(rows: Sequence[Row]) -> float | None:
-    values = [row.perplexity for row in rows]
-    return None if None in values else sum(v for v in values if v is not None) / len(values)
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf if not math.isnan(loss) else math.nan
 
 
-def _spread(rows: Sequence[Row]) -> float:
-    values = [math.inf if row.perplexity is None else row.perplexity for row in rows]
-    return (max(values) - min(values)) / 2
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table; a bar in a name ends no cell, and a line break no row."""
 
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 
-def number(value: float | None) -> str:
-    """Of a perplexity, None being infinite."""
-    return "inf" if value is None else f"{value:.2f}"
-
-
-def said(found: Difference) -> str:
-    """A difference with its interval, in words."""
-    if not math.isfinite(found.low):
-        return "no finite loss"
-    return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+    return [line(heads), "|" + "---|" * len(heads), *map(line, rows)]
 
 
 def _plain(value: Any) -> Any:

@@ -27,6 +27,8 @@ from prunekit.space.prices import Workload
 from prunekit.space.sites import Allocation
 
 SCHEMA = 1
+SPARSE_PATTERNS = ("1:4", "2:4")
+SPARSE_UNIT = (32, 64)  # rows and columns come in these for torch's 2:4 kernels of 16 bits, by CUTLASS and cuSPARSELt
 
 
 def space_record(pass_number: int, problem: Problem) -> dict[str, Any]:
@@ -191,16 +193,20 @@ def weights(small: nn.Module, net: Supernet, plan: Allocation, structure: str) -
         structure: of the recipe.
 
     Returns:
-        Numbers of weights, and bytes as they are stored and as a bit mask with values.
+        Numbers of weights, and bytes as they are stored and as a bit mask with values; of patterns, how many maps keep
+        each, and how many of them sparse tensor cores take (`SPARSE_UNIT`).
     """
     blocks, sites = net.adapter.blocks(small), net.space.sites
-    total = kept = size = packed = 0
-    for site in sites:  # one at a time: the model may be paged
+    total = kept = size = packed = fit = 0
+    for site, count in zip(sites, plan, strict=True):  # one at a time: the model may be paged
         weight = net.adapter.linear(blocks[site.block], site).weight
         nonzero = int(weight.count_nonzero())
         total, kept, size = total + weight.numel(), kept + nonzero, size + weight.nbytes
         packed += -(-weight.numel() // 8) + nonzero * weight.itemsize
+        whole = all(size % unit == 0 for size, unit in zip(weight.shape, SPARSE_UNIT, strict=True))
+        fit += bool(site.form.m) and site.describe(count) in SPARSE_PATTERNS and whole
     patterns = [site.describe(count) for site, count in zip(sites, plan, strict=True) if site.form.m]
+    kept_patterns = {each: patterns.count(each) for each in sorted(set(patterns))}
     return {
         "structure": structure,
         "in_linear_maps": total,
@@ -208,7 +214,7 @@ def weights(small: nn.Module, net: Supernet, plan: Allocation, structure: str) -
         "sparsity": 1 - kept / total,
         "bytes": size,
         "bytes_as_mask_and_values": packed,
-        **({"patterns": {pattern: patterns.count(pattern) for pattern in sorted(set(patterns))}} if patterns else {}),
+        **({"patterns": kept_patterns, "fit": fit} if patterns else {}),
     }
 
 
@@ -221,9 +227,10 @@ def gained(found: Mapping[str, Any]) -> str:
     )
     if (patterns := found.get("patterns")) is None:
         return f"{said}; time is saved only by kernels for sparse weights."
-    fit = sum(many for pattern, many in patterns.items() if pattern in ("1:4", "2:4"))
+    rows, columns = SPARSE_UNIT
     return (
-        f"{said}. Sparse tensor cores take 2:4 once weights are converted: {fit} of {sum(patterns.values())} maps fit ("
+        f"{said}. Sparse tensor cores take 2:4 once weights are converted, of maps whose rows are a multiple of {rows} "
+        f"and columns of {columns}: {found['fit']} of {sum(patterns.values())} maps fit ("
         f"{', '.join(f'{many} keep {pattern}' for pattern, many in patterns.items())})."
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from prunekit.recipe.schema import Recipe
 from prunekit.report.document import promise
+from prunekit.report.notebook import show_family
 from prunekit.report.page import add_page
 from prunekit.run.prune import make_result, open_runs, run_search
 from prunekit.run.results import Result, clear_result, write_result
@@ -72,6 +73,9 @@ class Family:
                 copy_sealed(self.directory, folder)
             write_json(folder / FILE, self.document)
         return target
+
+    def _repr_html_(self) -> str:
+        return show_family(self.document, self.directory)
 
     def _folder(self, row: Mapping[str, Any]) -> Path:
         assert self.directory is not None

@@ -25,6 +25,7 @@ from prunekit.plugins.registry import EXPORTERS
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.report.card import write as write_report
+from prunekit.report.notebook import show_result
 from prunekit.run.session import write_prices
 from prunekit.run.stages import Run
 from prunekit.run.workplace import check_output, is_of_result, new_folder
@@ -69,6 +70,9 @@ class Result:
         ledger = (folder / "ledger.jsonl").read_text(encoding="utf-8")
         model = load_small(folder, blocks, trust_remote_code=trust_remote_code)
         return cls(model, tokenizer, recipe, report, ledger, folder, None, blocks)
+
+    def _repr_html_(self) -> str:
+        return show_result(self.report, self.directory)
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Write weights, config, tokenizer, recipe, report, ledger and card; verified in a fresh process, then renamed.

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,9 @@ from prunekit.errors import WrongInput, one_line, without_secrets
 from prunekit.recipe.choices import Choices
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
+from prunekit.report.notebook import show_study
+from prunekit.report.page.study import TRIALS
+from prunekit.system.files import write_json
 from prunekit.system.progress import span
 
 try:
@@ -82,6 +85,10 @@ class Tuned:
     def best(self) -> Recipe:
         """The recipe that is best in the first metric."""
         return self.recipe(self.front[0])
+
+    def _repr_html_(self) -> str:
+        front = {row.name for row in self.front} if self.done else set[str]()
+        return show_study([asdict(row) for row in self.rows], self.metrics, front)
 
     def recipe(self, row: Row) -> Recipe:
         """The recipe of a row, complete."""
@@ -188,9 +195,21 @@ def read_rows(study: optuna.Study, metrics: Sequence[str]) -> list[Row]:
     return rows
 
 
-def write_best(tuned: Tuned, place: Path) -> None:
-    """Write best.yaml and the front, as far as they are known."""
-    if not any(row.values for row in tuned.rows):
+def write_found(tuned: Tuned, place: Path) -> None:
+    """Write all rows, best.yaml and the front, as far as they are known."""
+    done = bool(tuned.done)
+    write_json(
+        place / TRIALS,
+        {
+            "schema": 1,
+            "model": str(tuned.base.model),
+            "sparsity": tuned.base.sparsity,
+            "metrics": list(tuned.metrics),
+            "front": [row.name for row in tuned.front] if done else [],
+            "rows": [asdict(row) for row in tuned.rows],
+        },
+    )
+    if not done:
         return
     (place / "best.yaml").write_text(tuned.best.to_yaml(), encoding="utf-8")
     if len(tuned.metrics) > 1:

@@ -44,8 +44,9 @@ def tune(
     """Try recipes, those of earlier runs of the same study included, and write down the best.
 
     Trials are compared on the search text of the base recipe; the test text is not looked at. `output` holds the
-    study (`study.log`, an Optuna journal, unless `storage` is a URL), `best.yaml`, one `pareto-N.yaml` for each recipe
-    of the front where there are several metrics, and up to `disk` bytes of candidates.
+    study (`study.log`, an Optuna journal, unless `storage` is a URL), `trials.json`, `best.yaml`,
+    one `pareto-N.yaml` for each recipe of the front where there are several metrics, and up to `disk` bytes of
+    candidates.
 
     Args:
         recipe: what is tuned.
@@ -94,7 +95,7 @@ def tune(
 
         def found() -> Tuned:
             tuned = Tuned(study, base, [*rows, *studies.read_rows(study, metrics)], metrics)
-            studies.write_best(tuned, place)
+            studies.write_found(tuned, place)
             return tuned
 
         tuned = found()

@@ -1,4 +1,4 @@
-"""One page about a run, a family or a comparison: a single file that needs no network.
+"""One page about a run, a family, a study or a comparison: a single file that needs no network.
 
 What is said comes from files of a run (report.json, ledger.jsonl, pareto.json, rows.jsonl); a folder may come from
 anywhere, so every word of it is escaped, and no word becomes markup or script.
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.errors import WrongInput, first_line
-from prunekit.report.page.parts import Part, parts_of
+from prunekit.report.page.part import Part
+from prunekit.report.page.parts import parts_of
 from prunekit.system.files import write_bytes
 
 PAGE = "report.html"  # name of the page in a result
@@ -34,7 +35,7 @@ def write_page(folders: Sequence[Path], output: Path) -> Path:
     """Write the page of one folder or several.
 
     Args:
-        folders: of results, families or comparisons.
+        folders: of results, families, studies or comparisons.
         output: the file.
 
     Returns:

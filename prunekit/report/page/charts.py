@@ -121,21 +121,63 @@ def cost(name: str, rows: Rows) -> Chart:
     return _made(name, "Seconds by stage", f"Seconds: {said}.", chart, _tall(rows))
 
 
-def front(name: str, rows: Rows, size: str) -> Chart:
-    """Size against perplexity."""
+def front(name: str, rows: Rows, size: str, loss: str = "perplexity") -> Chart:
+    """Two things of which both are better when lower, such as size and perplexity."""
     import altair as alt
 
-    data = alt.Data(values=[row for row in rows if row["perplexity"] is not None])
+    data = alt.Data(values=[row for row in rows if row[loss] is not None])
     x = alt.X(f"{size}:Q", title=size, scale=alt.Scale(zero=False), axis=alt.Axis(format="~s"))
-    y = alt.Y("perplexity:Q", scale=alt.Scale(zero=False))
+    y = alt.Y(f"{loss}:Q", scale=alt.Scale(zero=False))
     line = alt.Chart(data).mark_line(color=GREY).encode(x=x, y=y).transform_filter("datum.front")
     dots = alt.Chart(data).mark_point(filled=True, size=80).encode(
-        x=x, y=y, tooltip=["name:N", f"{size}:Q", "perplexity:Q"],
+        x=x, y=y, tooltip=["name:N", f"{size}:Q", f"{loss}:Q"],
         color=alt.Color("front:N", title="on the front", scale=alt.Scale(domain=[True, False], range=[BLUE, GREY])),
     )  # fmt: skip
     names = alt.Chart(data).mark_text(dy=-10, color=INK).encode(x=x, y=y, text="name:N")
-    said = "; ".join(f"{row['name']}: {row[size]:,}, {row['perplexity']}" for row in rows)
-    return _made(name, f"{size} against perplexity", f"Points: {said}.", line + dots + names)
+    said = "; ".join(f"{row['name']}: {row[size]:,}, {row[loss]}" for row in rows)
+    return _made(name, f"{size} against {loss}", f"Points: {said}.", line + dots + names)
+
+
+def trials(name: str, rows: Rows, metric: str) -> Chart:
+    """What every recipe of a study has, and the lowest so far."""
+    import altair as alt
+
+    data = alt.Data(values=list(rows))
+    x = alt.X(
+        "trial:Q", title="recipe, in the order of the study; 0 is the base", axis=alt.Axis(format="d", tickMinStep=1)
+    )
+    dots = alt.Chart(data).mark_point(filled=True, size=50, color=BLUE).encode(
+        x=x, y=alt.Y("value:Q", title=metric, scale=alt.Scale(zero=False)), tooltip=["name:N", "value:Q"],
+    )  # fmt: skip
+    line = alt.Chart(data).mark_line(interpolate="step-after", color=ORANGE, strokeWidth=2).encode(x=x, y="lowest:Q")
+    return _made(
+        name, f"{metric} of every recipe; the line is the lowest so far",
+        f"{len(rows)} recipes; the base has {rows[0]['value']:.4g}, the lowest is {rows[-1]['lowest']:.4g}.",
+        dots + line,
+    )  # fmt: skip
+
+
+def choice(name: str, key: str, rows: Rows, metric: str) -> Chart:
+    """What came of the values of one key."""
+    import altair as alt
+
+    numbers = all(isinstance(row["choice"], int | float) for row in rows)
+    values = [row["choice"] for row in rows]
+    wide = numbers and min(values) > 0 and max(values) / min(values) > 30
+    scale = alt.Scale(type="log", nice=False, padding=16) if wide else alt.Scale(zero=False, padding=16)
+    x = (
+        alt.X("choice:Q", title=key, scale=scale)
+        if numbers
+        else alt.X("choice:N", title=key, axis=alt.Axis(labelAngle=0))
+    )
+    chart = alt.Chart(alt.Data(values=list(rows))).mark_point(filled=True, size=50, color=BLUE, opacity=0.7).encode(
+        x=x, y=alt.Y("value:Q", title=metric, scale=alt.Scale(zero=False)), tooltip=["name:N", "choice:N", "value:Q"],
+    )  # fmt: skip
+    best = min(rows, key=lambda row: row["value"])
+    return _made(
+        name, f"{metric} by {key}", f"{len(rows)} recipes; the lowest, {best['value']:.4g}, has {best['choice']}.",
+        chart, 200,
+    )  # fmt: skip
 
 
 def intervals(name: str, rows: Rows) -> Chart:

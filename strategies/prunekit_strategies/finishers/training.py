@@ -24,6 +24,7 @@ CLIP = 1.0  # norm of a gradient
 BACK_OFF = 3.0  # what the rate is divided by when an epoch was undone
 JUDGING = 0.1  # share of a limited time for held-out losses
 STEP = 2  # a step takes at least so many times what it takes to judge its windows
+LEAST_STEPS = 8  # of an epoch, when their number is given: the first ones of AdamW only find its scale
 MOST_TURNS = 16  # of a batch, when the number of steps hangs on the time: it would be learnt by heart
 LOGITS_AT_ONCE = 1 << 22  # values; logits are made and forgotten slice by slice, backwards too; 16 MB stay in the heap
 
@@ -45,7 +46,7 @@ class Training:
     patience: int = 3  # epochs without a lower held-out loss, one after the other, before it ends
     batch_tokens: int = 2048  # per step; whole windows, at least one
     held_out: float = 0.125  # share of the windows, the last ones
-    steps: int | None = None  # in all, dealt out to the epochs, 0: none; None: every epoch has one on every batch
+    steps: int | None = None  # in all, dealt out to as many epochs as have 8; 0: none; None: each has one on every batch
     until: int | None = None  # epochs after which it ends, whatever is left of the steps; None: all of them
 
     def __post_init__(self) -> None:
@@ -95,10 +96,15 @@ class Training:
         step = _seconds(lambda: loss(ids).backward(inputs=list(parameters)))
         for parameter in parameters:
             parameter.grad = None
-        left, times = seconds - (time.perf_counter() - begun), self.epochs + 1
+        left = seconds - (time.perf_counter() - begun)
+        times = self._dealt(int(left / step)) + 1
         held = max(1, min(round(self.held_out * count), int(JUDGING * left / times / judging), count - 1))
         batches = -(-(count - held) // len(ids))
         return max(0, min(int((left - times * judging * held) / step), MOST_TURNS * batches)), held
+
+    def _dealt(self, steps: int) -> int:
+        """Epochs for a given number of steps; none without a step, which would count as one that gained nothing."""
+        return min(self.epochs, max(1, steps // LEAST_STEPS), steps)
 
     def learn(
         self,
@@ -152,7 +158,7 @@ class Training:
             history = [_number(held())]
             state.best = [p.detach().clone() for p in parameters]
         steps = self.epochs * batches if self.steps is None else self.steps
-        epochs = min(self.epochs, steps)  # none without a step: it would count as one that gained nothing
+        epochs = self.epochs if self.steps is None else self._dealt(steps)
 
         def counted() -> int:
             """Epochs so far, without those that looked for a rate."""

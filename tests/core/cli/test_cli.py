@@ -2,6 +2,7 @@ import errno
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -374,6 +375,37 @@ def test_evaluate_times_two_models_in_turns(
     result = run(*shared)
     assert re.search(r"prefill +1,000,000.0 tokens/s, half of the rounds", result.stdout)
     assert re.search(r"decode, ratio +no difference beyond noise; ", result.stdout)
+    assert re.search(rf"perplexity +[0-9.]+; {model} has", result.stdout)
+    assert re.search(r"loss, rise +\+0.0000 ± 0.0000 nats per token", result.stdout)
+
+
+def test_evaluate_asks_tasks(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager  # its import is what takes time
+
+    from prunekit.measure import speed
+
+    assert TaskManager
+    monkeypatch.setattr(speed, "timed", lambda net, work: (10**8, 10**8))
+    rows = [{"prompt": "a cat sat on the", "choices": ["mat", "sky"], "answer": right} for right in (0, 1, 1)]
+    (tmp_path / "cats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    judged = ("evaluate", model, "--dataset", text, "--seqlen", 16, "--tokens", 64, "--harness", "cats")
+    found = json.loads(run(*judged, "--harness-path", tmp_path, "--quiet", "--json").stdout)["harness"]
+    cell = found["tasks"]["cats"]["metrics"]["acc"]
+    assert cell["value"] in (pytest.approx(1 / 3), pytest.approx(2 / 3))  # three times the same question
+    assert cell["standard_error"] == pytest.approx(1 / 3)
+    result = run(*judged, "--harness-path", tmp_path, "--against", model)
+    assert result.exit_code == 0, result.output
+    assert re.search(
+        r"cats +acc +3 +0\.\d{4} ± 0\.3333 +0\.\d{4} ± 0\.3333 +\+0\.0000 ± 0\.0000 \(0 gained, 0 lost\) +1\.000",
+        result.stdout,
+    )
+    assert "Tokenizing" not in result.stderr
+    assert "tasks, " in result.stderr
+    assert "there is no task file 'dogs.yaml'" in refused(*judged, "--harness", "dogs.yaml")
+    assert "no task was named" in refused(*judged[:-2], "--harness-path", tmp_path)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert "pip install 'prunekit[harness]'" in refused(*judged)
 
 
 @pytest.mark.parametrize(

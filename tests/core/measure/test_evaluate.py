@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,15 +8,30 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
+import prunekit
+from prunekit.data.draws import draw_evaluation
 from prunekit.data.spec import DataSpec
 from prunekit.data.tokens import TokenBatch
+from prunekit.demo import MODEL
 from prunekit.errors import WrongInput
 from prunekit.measure import perplexity as module
-from prunekit.measure.evaluate import evaluate, load
-from prunekit.measure.perplexity import perplexity
+from prunekit.measure import speed
+from prunekit.measure.evaluate import check_causal, evaluate, load
+from prunekit.measure.perplexity import bits_per_byte, perplexity
 from prunekit.measure.speed import size
+from prunekit.models.opening import skeleton
+from prunekit.space.prices import Workload
+from prunekit.system.progress import Progress
 
 
 class Bigrams(nn.Module):
@@ -28,6 +44,16 @@ class Bigrams(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
         return SimpleNamespace(logits=self.table[input_ids])
+
+
+class Said(Progress):
+    """Keeps the lines."""
+
+    def __init__(self) -> None:
+        self.lines = list[str]()
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
 
 
 def batch(*windows: list[int]) -> TokenBatch:
@@ -126,6 +152,126 @@ def test_a_model_that_is_pruned_as_another_is_measured_as_it_is(tmp_path: Path) 
     read = load(str(tmp_path), device="cpu")
     assert type(read) is type(model)
     assert perplexity(read, batch([1, 2, 3])) == perplexity(model, batch([1, 2, 3]))
+
+
+def saved(name: str, path: Path, **more: Any) -> Any:
+    """A tiny model of a family that prunekit does not prune, with the tokenizer of the demo beside it."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, vocab_size=2048, bos_token_id=1, eos_token_id=1, pad_token_id=1, **more)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
+    return model
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "prose.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    return file
+
+
+@pytest.fixture
+def _timed_shortly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "workload", lambda _: Workload(1, 4, 2))
+    monkeypatch.setattr(speed, "SECONDS", 0)
+
+
+GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+OTHERS = {
+    "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
+    "gptj": GPT | {"rotary_dim": 4},
+    "openai-gpt": GPT,
+    "nemotron": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+                 "num_key_value_heads": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_family_that_is_not_pruned_is_measured(name: str, tmp_path: Path, text: Path) -> None:
+    model = saved(name, tmp_path, **OTHERS[name])
+    with pytest.raises(WrongInput, match=f"model type '{name}' has no adapter"):
+        skeleton(str(tmp_path))
+    said = Said()
+    data = DataSpec(dataset=str(text), seqlen=16, evaluation_tokens=64)
+    found = evaluate(str(tmp_path), data, device="cpu", progress=said)
+    tokens = draw_evaluation(AutoTokenizer.from_pretrained(tmp_path), data)
+    assert found["nll"] == pytest.approx(perplexity(model, tokens).nll, rel=1e-6)
+    timed = name != "openai-gpt"  # which has no cache
+    assert ("decode_tokens_per_second" in found) == timed
+    assert any("speed is not measured: it keeps no cache" in line for line in said.lines) != timed
+
+
+def test_a_checkpoint_of_any_family_must_be_whole(tmp_path: Path) -> None:
+    saved("bloom", tmp_path, **OTHERS["bloom"])
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["transformer.h.0.mlp.dense_4h_to_h.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WrongInput, match=r"lacks transformer\.h\.0\.mlp\.dense_4h_to_h\.weight; it is not whole"):
+        load(str(tmp_path))
+
+
+def test_a_tokenizer_that_is_made_up_is_none(tmp_path: Path, text: Path) -> None:
+    saved("gptj", tmp_path, **OTHERS["gptj"])
+    for file in tmp_path.glob("*token*"):
+        file.unlink()
+    with pytest.raises(WrongInput, match="has no tokenizer: there is no vocabulary"):
+        evaluate(str(tmp_path), DataSpec(dataset=str(text), seqlen=16, evaluation_tokens=64), device="cpu")
+
+
+def test_code_of_any_family_runs_where_the_caller_allows_it(tmp_path: Path) -> None:
+    saved("bloom", tmp_path, **OTHERS["bloom"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(WrongInput, match="comes with code of its own, which runs only where the caller allows it"):
+        load(str(tmp_path))
+
+
+def test_what_reads_ahead_is_no_language_model(tmp_path: Path, text: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    saved("bert", tmp_path, max_position_embeddings=64, initializer_range=0.5, **sizes)
+    with pytest.raises(WrongInput, match="is not causal: a later token changes what it predicts before"):
+        evaluate(str(tmp_path), DataSpec(dataset=str(text), seqlen=16, evaluation_tokens=64), device="cpu")
+    check_causal(llama().eval(), batch([1, 2, 3, 4]), "llama")
+
+
+class Letters:
+    """One token per letter."""
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return "".join(map(chr, ids))
+
+
+def test_bits_per_byte_do_not_hang_on_tokens() -> None:
+    found = perplexity(BIGRAMS, batch([0, 1, 0, 1]))  # log 2, log 4, log 2 nats
+    bits = (1 + 2 + 1) / 3
+    assert bits_per_byte(found, batch([97, 98, 97, 98]), Letters()) == pytest.approx(bits)  # a byte for a token
+    assert bits_per_byte(found, batch([228, 228, 228, 228]), Letters()) == pytest.approx(bits / 2)  # ä has two
+    mixed = TokenBatch(torch.tensor([[97, 97], [228, 228]]), "a+b", ("a", "b"))
+    assert bits_per_byte(found, mixed, Letters()) == pytest.approx(bits * 4 / 6)
+
+
+def test_the_bytes_are_those_of_the_text() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    text = "Grüße, naïve façade: 東京 → π ≈ 3.14159\n" * 20
+    ids = torch.tensor([tokenizer.encode(text)])
+    found = perplexity(BIGRAMS, batch([0, 1]))
+    expected = found.nll / math.log(2) * ids.numel() / len(text.encode())
+    assert bits_per_byte(found, TokenBatch(ids, "text"), tokenizer) == pytest.approx(expected)
+
+
+@pytest.mark.usefixtures("_timed_shortly")
+def test_a_second_model_is_judged_on_the_same_text(text: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    with pytest.raises(WrongInput, match="a model in memory needs its tokenizer"):
+        prunekit.evaluate(model, dataset=text, seqlen=16, tokens=64, quiet=True)
+    found = prunekit.evaluate(model, tokenizer, against=MODEL, dataset=text, seqlen=16, tokens=64, quiet=True)
+    assert found["against"]["perplexity"] == pytest.approx(found["perplexity"], rel=1e-2)  # of bfloat16 and float32
+    assert abs(found["against"]["nll_rise"]) < 0.01
+    assert found["against"]["bits_per_byte"] == pytest.approx(found["bits_per_byte"], rel=1e-2)
 
 
 @pytest.mark.parametrize(

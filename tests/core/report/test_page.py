@@ -11,7 +11,8 @@ import pytest
 
 from prunekit import WrongInput
 from prunekit.recipe.suite import Suite
-from prunekit.report.comparison import DENSE, FAILED, Row, Rows
+from prunekit.report.comparison import DENSE, FAILED, Comparison, Row, Rows
+from prunekit.report.notebook import show_family, show_result, show_study
 from prunekit.report.page import add_page, write_page
 from prunekit.system.files import write_state
 
@@ -105,7 +106,7 @@ def test_a_page_is_one_file_without_requests_under_three_megabytes(tmp_path: Pat
     assert all(spec["description"] for spec in charts.values())
 
 
-@pytest.mark.parametrize("kind", ["result", "comparison"])
+@pytest.mark.parametrize("kind", ["result", "study", "comparison"])
 def test_no_word_of_a_folder_becomes_markup(tmp_path: Path, kind: str) -> None:
     plain, odd = tmp_path / "plain.html", tmp_path / "odd.html"
     if kind == "result":
@@ -114,6 +115,9 @@ def test_no_word_of_a_folder_becomes_markup(tmp_path: Path, kind: str) -> None:
         evil = result(tmp_path / "evil", model=f"x/{EVIL}", versions={EVIL: EVIL}, samples=samples)
         (evil / "recipe.yaml").write_text(EVIL)
         write_page([result(tmp_path / "good", samples=same)], plain)
+    elif kind == "study":
+        evil = study(tmp_path / "evil", EVIL)
+        write_page([study(tmp_path / "good")], plain)
     else:
         evil = comparison(tmp_path / "evil", EVIL)
         write_page([comparison(tmp_path / "good")], plain)
@@ -133,7 +137,7 @@ def test_what_a_page_says_of_a_comparison(tmp_path: Path) -> None:
 
 def test_folders_of_nothing_and_reports_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(WrongInput, match="is no result, family or comparison"):
+    with pytest.raises(WrongInput, match="is no result, family, study or comparison"):
         write_page([tmp_path / "empty"], tmp_path / "page.html")
     odd = result(tmp_path / "odd", losses={})
     with pytest.raises(WrongInput, match="cannot read"):
@@ -150,3 +154,63 @@ def test_losses_that_are_not_finite_are_shown_as_such(tmp_path: Path) -> None:
     text = write_page([folder], tmp_path / "page.html").read_text()
     assert "<td>diverged</td><td>inf</td>" in text
     assert "NaN" not in text.split('id="charts">')[1].split("</script>")[0]
+
+
+def study(folder: Path, evil: str = "", metrics: tuple[str, ...] = ("perplexity",)) -> Path:
+    """The files of a study."""
+    folder.mkdir()
+
+    def row(name: str, value: float | None, reason: str = "", **overrides: Any) -> dict[str, Any]:
+        values = {} if value is None else {metric: value / (i + 1) for i, metric in enumerate(metrics)}
+        state = "pruned" if value is None else "complete"
+        return {
+            "name": name, "state": state, "values": values, "overrides": overrides, "reason": reason, "recipe": name,
+        }  # fmt: skip
+
+    rows = [
+        row("base", 12.0),
+        row("0", 11.0, damping=0.01, pruner={"name": f"obs{evil}", "aim": "own"}),
+        row("1", None, f"no such {evil}", damping=1.0, pruner="none"),
+        row("2", 10.5, damping=0.1, pruner={"name": "obs", "aim": "stream"}),
+    ]
+    document = {
+        "schema": 1, "model": f"somebody/model{evil}", "sparsity": 0.5, "metrics": list(metrics), "front": ["2"],
+        "rows": rows,
+    }  # fmt: skip
+    (folder / "trials.json").write_text(json.dumps(document))
+    (folder / "best.yaml").write_text(f"version: 1\n# {evil}\n")
+    return folder
+
+
+def test_what_a_page_says_of_a_study(tmp_path: Path) -> None:
+    text = write_page([study(tmp_path / "s")], tmp_path / "page.html").read_text()
+    names = re.findall(r"<tr><td>(\w+)</td><td>(\*?)</td>", text)
+    assert names == [("2", "*"), ("0", ""), ("base", ""), ("1", "")]  # the best first, what has no value last
+    assert "damping 0.1, pruner obs (aim stream)" in text
+    charts = json.loads(text.split('<script type="application/json" id="charts">')[1].split("</script>")[0])
+    assert {"run-0-trials", "run-0-choice-0", "run-0-choice-1"} == set(charts)
+    lowest = [row["lowest"] for row in charts["run-0-trials"]["data"]["values"]]
+    assert lowest == [12.0, 11.0, 10.5]
+    two = write_page([study(tmp_path / "t", metrics=("perplexity", "seconds"))], tmp_path / "two.html").read_text()
+    assert '"run-0-front"' in two
+
+
+@pytest.mark.parametrize("shown", ["result", "family", "study", "comparison"])
+def test_a_notebook_shows_tables_and_no_markup_of_the_folder(tmp_path: Path, shown: str) -> None:
+    if shown == "result":
+        report = json.loads((result(tmp_path / "r", model=EVIL) / "report.json").read_text())
+        text = show_result(report, tmp_path / EVIL.replace("/", ""))
+    elif shown == "family":
+        member = {"folder": EVIL, "sparsity": 0.5, "parameters": 3, "perplexity": None, "front": True}
+        text = show_family({"members": [member]}, None)
+    elif shown == "study":
+        document = json.loads((study(tmp_path / "s", EVIL) / "trials.json").read_text())
+        text = show_study(document["rows"], document["metrics"], {"2"})
+    else:
+        folder = comparison(tmp_path / "c", EVIL)
+        suite = Suite.of_mapping({"recipes": ["fast"], "models": ["m"], "sparsity": [0.25, 0.5]})
+        text = Comparison(suite, list(Rows(folder / "rows.jsonl")))._repr_html_()
+    assert "<table" in text
+    found = Tags(text)
+    assert set(found.tags) <= {"div", "table", "caption", "thead", "tbody", "tr", "th", "td", "span", "p", "img"}
+    assert [each[:26] for each in found.outward] == ["data:image/svg+xml;base64,"] * (shown == "result")

@@ -79,7 +79,7 @@ def test_what_is_said_of_the_rows(small: Any, done: Comparison) -> None:
     found, folder = done, done.output
     assert folder is not None
     assert found.places == [(small["model"], 0.25), (small["model"], 0.5)]
-    standing = found.standings(*found.places[1])
+    standing = [each.standing for each in found.leaderboard(*found.places[1])]
     assert [each.loss for each in standing] == sorted(each.loss for each in standing)
     assert standing[0].tied
     table, summary = (folder / "leaderboard.md").read_text(), json.loads((folder / "summary.json").read_text())
@@ -132,7 +132,7 @@ def test_a_cell_that_cannot_be_or_breaks_is_on_record_and_the_rest_goes_on(asked
     assert state["impossible"].state == REFUSED
     assert state["obs + table"].state == COMPLETE
     assert "| impossible |" in found.table()
-    assert {each.name for each in found.standings(*found.places[0])} == {
+    assert {each.standing.name for each in found.leaderboard(*found.places[0])} == {
         "uniform",
         "random",
         "obs + uniform",

@@ -53,7 +53,8 @@ def pruned(quick):
 
 
 @pytest.mark.parametrize("structure", ["2:4", "1:4", "2:8"])
-def test_uniform_is_the_pattern_everywhere(folder, tmp_path, structure, linears, pruned):
+def test_uniform_is_the_pattern_everywhere(folder, tmp_path, structure, linears, pruned, monkeypatch):
+    monkeypatch.setattr("prunekit.report.document.SPARSE_UNIT", (32, 8))  # maps of the toy are narrow
     n, m = map(int, structure.split(":"))
     out = tmp_path / "out"
     pruned(folder, out, structure, allocator="uniform", verify=False)
@@ -65,6 +66,10 @@ def test_uniform_is_the_pattern_everywhere(folder, tmp_path, structure, linears,
     assert report["weights"]["sparsity"] == 1 - n / m == report["budget"]["sparsity_asked"]
     assert report["budget"]["spent"] == report["budget"]["limit"]
     assert report["weights"]["patterns"] == {structure: 21}
+    fitting = [w for w in linears(out).values() if w.shape[0] % 32 == 0 and w.shape[1] % 8 == 0]
+    assert 0 < len(fitting) < 21
+    assert report["weights"]["fit"] == (len(fitting) if structure in ("2:4", "1:4") else 0)
+    assert f"{report['weights']['fit']} of 21 maps fit" in " ".join((out / "README.md").read_text().split())
 
 
 @pytest.fixture(scope="module")
