@@ -57,6 +57,7 @@ def main() -> None:
         plugin = shutil.copytree(ROOT / "tests/plugin", Path(scratch, "plugin"))
         clean.install(plugin)
         check_plugin(clean, plugin)
+        check_new(clean, Path(scratch, "new"))
     print("the wheel is what was promised")
 
 
@@ -117,6 +118,15 @@ def check_plugin(clean: Environment, plugin: Path) -> None:
     print(clean("prunekit", "check", first), clean("python", "-c", CHECKS, *others))
     quiet = ("-q", "-p", "no:cacheprovider", "--import-mode=importlib")
     print(f"{OWNER}: {clean('python', '-m', 'pytest', *quiet, plugin).splitlines()[-1]}")
+
+
+def check_new(clean: Environment, folder: Path) -> None:
+    """What `prunekit new` writes installs, is listed and passes its suite."""
+    clean("prunekit", "new", "quite-new", "--kind", "pruner", "--output", folder)
+    clean.install(folder)
+    assert clean("prunekit", "list", "quite-new").startswith("pruner quite-new, of prunekit-quite-new\n")
+    quiet = ("-q", "-p", "no:cacheprovider", "--import-mode=importlib")
+    print(f"prunekit-quite-new: {clean('python', '-m', 'pytest', *quiet, folder).splitlines()[-1]}")
 
 
 def run(*command: object, cwd: Path | None = None) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prunekit.cli.completion import one_of, plugin_kinds, plugins
 from prunekit.errors import WrongInput, unknown
 
 if TYPE_CHECKING:
@@ -15,9 +16,19 @@ if TYPE_CHECKING:
 
 
 def check(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a plug-in, as in `prunekit list`.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="Name of a plug-in, as in `prunekit list`.", autocompletion=one_of(plugins())
+        ),
+    ],
     kind: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Kind of plug-in, where several share the name, e.g. allocator.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Kind of plug-in, where several share the name, e.g. allocator.",
+            autocompletion=one_of(plugin_kinds),
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,

@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from prunekit.cli.completion import RECIPES, one_of, plugins, several_of
 from prunekit.cli.options import (
     METHOD,
     RUN,
     TEXT,
     Dataset,
     Json,
+    JsonLines,
     Quiet,
     Trust,
     check_words,
@@ -34,12 +36,29 @@ def compare(
     ] = None,
     *,
     output: Annotated[Path | None, switch("Folder for the rows and the tables.", None, "--output", "-o")] = None,
-    recipes: Annotated[str | None, option(f"Whole recipes. {SEVERAL}", METHOD)] = None,
-    pruners: Annotated[str | None, option(f"One side of a grid. {SEVERAL}", METHOD)] = None,
-    allocators: Annotated[str | None, option(f"Another side of it. {SEVERAL}", METHOD)] = None,
-    learners: Annotated[str | None, option(f"In the place of allocators, or beside them. {SEVERAL}", METHOD)] = None,
-    objectives: Annotated[str | None, option(f"A third side. {SEVERAL}", METHOD)] = None,
-    recipe: Annotated[str | None, option("Recipe that the cells of the grid differ from.", METHOD)] = None,
+    recipes: Annotated[
+        str | None, option(f"Whole recipes. {SEVERAL}", METHOD, autocompletion=several_of(RECIPES))
+    ] = None,
+    pruners: Annotated[
+        str | None, option(f"One side of a grid. {SEVERAL}", METHOD, autocompletion=several_of(plugins("pruner")))
+    ] = None,
+    allocators: Annotated[
+        str | None, option(f"Another side of it. {SEVERAL}", METHOD, autocompletion=several_of(plugins("allocator")))
+    ] = None,
+    learners: Annotated[
+        str | None,
+        option(
+            f"In the place of allocators, or beside them. {SEVERAL}",
+            METHOD,
+            autocompletion=several_of(plugins("learner")),
+        ),
+    ] = None,
+    objectives: Annotated[
+        str | None, option(f"A third side. {SEVERAL}", METHOD, autocompletion=several_of(plugins("objective")))
+    ] = None,
+    recipe: Annotated[
+        str | None, option("Recipe that the cells of the grid differ from.", METHOD, autocompletion=one_of(RECIPES))
+    ] = None,
     sparsity: Annotated[str | None, option(f"Shares to remove. {SEVERAL}", METHOD, metavar="SHARE")] = None,
     seeds: Annotated[int | None, option("How many: 0, 1, and so on.", METHOD, metavar="N", min=1)] = None,
     set_: Annotated[
@@ -51,14 +70,18 @@ def compare(
     time: Annotated[
         str | None, option("Time to spend, e.g. 2h: the better cells get more of it.", RUN, metavar="TIME")
     ] = None,
-    engine: Annotated[str | None, option("Where the work is done: local, ray or ray://HOST:PORT.", RUN)] = None,
+    engine: Annotated[
+        str | None,
+        option("Where the work is done: local, ray or ray://HOST:PORT.", RUN, autocompletion=one_of(plugins("engine"))),
+    ] = None,
     disk: Annotated[float, option("Disk space for what cells share.", RUN, metavar="GB", min=0)] = 20,
     trust_remote_code: Trust = False,
     resume: Annotated[bool, switch("Continuation of an interrupted comparison.", RUN)] = True,
     overwrite: Annotated[bool, switch("Replacement of an earlier one in --output.", RUN, "--overwrite")] = False,
     json_: Json = False,
     quiet: Quiet = False,
-) -> None:
+    json_lines: JsonLines = None,
+) -> dict[str, Any]:
     """Compare methods on the same tokens, at the same price, judged on the same windows of text."""
     from prunekit.recipe.overrides import parsed
     from prunekit.recipe.suite import AXES, Suite
@@ -105,9 +128,10 @@ def compare(
         import json
 
         typer.echo(json.dumps(comparison.as_dict()))
-        return
-    typer.echo(comparison.table())
-    typer.echo(f"rows: {output / 'rows.jsonl'}")
+    else:
+        typer.echo(comparison.table())
+        typer.echo(f"rows: {output / 'rows.jsonl'}")
+    return {"output": output, "rows": output / "rows.jsonl", "summary": output / "summary.json"}
 
 
 def _is_suite(word: str) -> bool:

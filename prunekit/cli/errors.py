@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 import errno
+import sys
+import traceback
+from contextlib import ExitStack, redirect_stderr
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from prunekit.errors import CannotGoOn, WrongInput
+from prunekit.errors import CannotGoOn, WrongInput, one_line
 from prunekit.system.ending import tidy_ending
+from prunekit.system.events import Events, Messages, open_events
+from prunekit.system.progress import listening
 
 BROKEN, WRONG, INTERRUPTED = 1, 2, 130  # exit codes
+EVENTS = "prunekit.events"  # in the context: who is told what happens
+
+
+class Ended(typer.Exit):
+    """The end of a command, with what was said of it."""
+
+    def __init__(self, sentence: str, code: int) -> None:
+        super().__init__(code)
+        self.sentence = sentence
+
+
+def begin_events(ctx: typer.Context, place: str | None) -> str | None:
+    """The callback of --json-lines: from here on programs are told what happens, until the command has ended."""
+    if place is not None and not ctx.resilient_parsing:
+        events = open_events(place)
+        events.begin(str(ctx.info_name))
+        told: ExitStack = ctx.find_root().with_resource(ExitStack())
+        told.enter_context(listening(events))
+        if events.owns_stderr:
+            told.enter_context(redirect_stderr(Messages(events)))
+        ctx.meta[EVENTS] = events
+    return place
 
 
 class Sentences(TyperGroup):
@@ -25,6 +52,23 @@ class Sentences(TyperGroup):
             raise (_wrong_usage(error, None) if asked and hasattr(error, "format_message") else error) from error
 
     def invoke(self, ctx: Any) -> Any:
+        """Run a command, and tell programs how it ended; what it returns is its result."""
+        try:
+            result = self._invoke(ctx)
+        except typer.Exit as ended:
+            _tell_end(ctx, ended.exit_code, None, getattr(ended, "sentence", None))
+            raise
+        except BaseException as error:  # a fault of ours
+            if (events := ctx.meta.get(EVENTS)) is not None and events.owns_stderr:
+                traceback.print_exc(file=sys.stderr)  # as messages: nothing may follow the end
+                _tell_end(ctx, BROKEN, None, f"{type(error).__name__}: {one_line(error)}")
+                raise typer.Exit(BROKEN) from error
+            _tell_end(ctx, BROKEN, None, f"{type(error).__name__}: {one_line(error)}")
+            raise
+        _tell_end(ctx, 0, result, None)
+        return result
+
+    def _invoke(self, ctx: Any) -> Any:
         try:
             with tidy_ending():
                 return super().invoke(ctx)
@@ -50,9 +94,16 @@ class Sentences(TyperGroup):
             raise
 
 
-def _ended(sentence: str, code: int) -> typer.Exit:
+def _tell_end(ctx: Any, code: int, result: object, error: str | None) -> None:
+    if isinstance(events := ctx.meta.get(EVENTS), Events):
+        if isinstance(sys.stderr, Messages):
+            sys.stderr.finish()
+        events.end(code, result, error)
+
+
+def _ended(sentence: str, code: int) -> Ended:
     typer.echo(f"error: {sentence}" if code in (BROKEN, WRONG) else sentence, err=True)
-    return typer.Exit(code)
+    return Ended(sentence, code)
 
 
 def _wrong_usage(error: Any, command: str | None) -> typer.Exit:

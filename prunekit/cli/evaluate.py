@@ -8,12 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from prunekit.cli.completion import one_of
 from prunekit.cli.options import (
     DATASET_HELP,
+    DEVICES,
     DTYPE,
     MACHINE,
     TEXT,
     Json,
+    JsonLines,
     Model,
     ModelOption,
     Quiet,
@@ -59,12 +62,15 @@ def evaluate(
     chat_template: Annotated[bool, switch(CHAT_TEMPLATE, TASKS, "--chat-template")] = False,
     limit: Annotated[int | None, option(LIMIT, TASKS, metavar="N", min=1)] = None,
     batch_size: Annotated[int | None, option(BATCH, TASKS, metavar="N", min=1)] = None,
-    device: Annotated[str, option("auto, cpu, cuda or cuda:1.", MACHINE)] = "auto",
+    device: Annotated[
+        str, option("auto, cpu, cuda or cuda:1.", MACHINE, autocompletion=one_of(lambda: DEVICES))
+    ] = "auto",
     dtype: Annotated[str, DTYPE] = "auto",
     against: Annotated[str | None, option(AGAINST, MACHINE, metavar="MODEL")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
-) -> None:
+    json_lines: JsonLines = None,
+) -> dict[str, Any]:
     """Measure perplexity, tasks, size and speed of a model, dense or pruned, of any family."""
     name = needed_model(given_model(model, model_option), "prunekit evaluate MODEL")
     from prunekit.models.places import check_device
@@ -93,7 +99,7 @@ def evaluate(
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(found, indent=2))
-        return
+        return found
     table = new_table(name)
     other = found.get("against")
     table.add_row("perplexity", f"{found['perplexity']:.2f}" + _of_other(other, "perplexity", ".2f", against))
@@ -122,6 +128,7 @@ def evaluate(
         print_table(_task_table(tasks, name, against))
     for sample in found.get("samples", ()):
         typer.echo(f"\n{sample['prompt']} |{sample['text']}")
+    return found
 
 
 def _of_other(other: Mapping[str, Any] | None, key: str, style: str, name: str | None) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from prunekit.cli.options import METHOD, RUN, Quiet, Trust, option, split_names, switch
+from prunekit.cli.completion import one_of, plugins, several_of
+from prunekit.cli.options import METHOD, RUN, JsonLines, Quiet, Trust, option, split_names, switch
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.cli.tables import format_bytes, print_table, verdict_table
 from prunekit.errors import WrongInput
@@ -24,8 +25,12 @@ MEMORY = "Memory to use, e.g. 8GiB; a model that needs more is read block by blo
 def export(
     folder: Annotated[str, typer.Argument(metavar="DIR", help=FOLDER, show_default=False)],
     *,
-    format_: Annotated[list[str] | None, option(FORMAT, None, "--format")] = None,
-    dtype: Annotated[str | None, option(DTYPE)] = None,
+    format_: Annotated[
+        list[str] | None, option(FORMAT, None, "--format", autocompletion=several_of(plugins("exporter")))
+    ] = None,
+    dtype: Annotated[
+        str | None, option(DTYPE, autocompletion=one_of(lambda: ("float32", "bfloat16", "float16")))
+    ] = None,
     output: Annotated[Path | None, switch(OUTPUT, None, "--output", "-o")] = None,
     set_: Annotated[list[str] | None, option(SET, METHOD, "--set", metavar="NAME.OPTION=VALUE")] = None,
     trust_remote_code: Trust = False,
@@ -33,7 +38,8 @@ def export(
     memory: Annotated[str, option(MEMORY, RUN, metavar="SIZE")] = "auto",
     overwrite: Annotated[bool, switch("Replacement of an earlier result in --output.", RUN, "--overwrite")] = False,
     quiet: Quiet = False,
-) -> None:
+    json_lines: JsonLines = None,
+) -> dict[str, Any]:
     """Write a model in another format, e.g. prunekit export DIR --format NAME. It is verified before it is kept."""
     from prunekit.models.places import located
     from prunekit.plugins.registry import EXPORTERS
@@ -63,3 +69,4 @@ def export(
         typer.echo(f"{file}  {format_bytes(file.stat().st_size)}")
     for where in made.delivered:
         typer.echo(f"uploaded to {where}")
+    return {"files": list(made.files), "delivered": list(made.delivered)}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from prunekit.cli.completion import RECIPES, one_of
 from prunekit.cli.options import (
     RUN,
     Dataset,
+    JsonLines,
     Model,
     ModelOption,
     Quiet,
@@ -36,7 +38,7 @@ def learn_budgets(
     *,
     model_option: ModelOption = None,
     output: Annotated[Path | None, switch("Folder for what is learnt.", None, "--output", "-o")] = None,
-    recipe: Annotated[str, option(RECIPE)] = "lop",
+    recipe: Annotated[str, option(RECIPE, autocompletion=one_of(RECIPES))] = "lop",
     sparsity: Annotated[
         str, option(SHARES, None, metavar="SHARES")
     ] = "0.2,0.25,0.3,0.35,0.4,0.45,0.5,0.55,0.6,0.65,0.7",
@@ -46,7 +48,8 @@ def learn_budgets(
     resume: Annotated[bool, switch("Continuation of an interrupted run.", RUN)] = True,
     overwrite: Annotated[bool, switch("Replacement of an earlier folder.", RUN, "--overwrite")] = False,
     quiet: Quiet = False,
-) -> None:
+    json_lines: JsonLines = None,
+) -> dict[str, Any]:
     """Search several budgets of a model once, and learn to answer any other without a search."""
     from prunekit.recipe.overrides import parsed
     from prunekit.recipe.schema import Recipe
@@ -73,3 +76,4 @@ def learn_budgets(
     assert chosen.allocator is not None  # else nothing was learnt
     name = chosen.allocator["name"]
     typer.echo(f"any budget: prunekit prune MODEL --allocator {name} --set allocator.model={found} --output DIR")
+    return {"output": found}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prunekit.cli.completion import listed, one_of, plugin_kinds
 from prunekit.cli.options import Json
 from prunekit.errors import WrongInput, unknown
 
@@ -29,10 +30,20 @@ DOCS = Path(__file__).parents[2] / "docs"  # of a checkout; a wheel has none
 def list_(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="NAME", help="Name of what to describe in full: options, papers.", show_default=False),
+        typer.Argument(
+            metavar="NAME",
+            help="Name of what to describe in full: options, papers.",
+            show_default=False,
+            autocompletion=one_of(listed),
+        ),
     ] = None,
     kind: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A single kind, e.g. pruner, recipe or space.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A single kind, e.g. pruner, recipe or space.",
+            autocompletion=one_of(lambda: [*plugin_kinds(), *USES]),
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -14,12 +14,15 @@ import typer
 
 from prunekit.cli.check import check
 from prunekit.cli.compare import compare
+from prunekit.cli.completion import completion, prepare
 from prunekit.cli.demo import demo
+from prunekit.cli.doctor import doctor
 from prunekit.cli.errors import Sentences
 from prunekit.cli.evaluate import evaluate
 from prunekit.cli.export import export
 from prunekit.cli.learn_budgets import learn_budgets
 from prunekit.cli.listing import list_
+from prunekit.cli.new import new
 from prunekit.cli.plan import plan
 from prunekit.cli.prune import prune
 from prunekit.cli.report import report
@@ -35,7 +38,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Structured, unstructured and semi-structured (N:M) pruning of language models.",
 )
-for command in (prune, plan, export, verify, compare, report, show, tune, evaluate, check, demo):
+for command in (
+    prune,
+    plan,
+    export,
+    verify,
+    compare,
+    report,
+    show,
+    tune,
+    evaluate,
+    new,
+    check,
+    doctor,
+    completion,
+    demo,
+):
     app.command()(command)
 app.command("learn-budgets")(learn_budgets)
 app.command("list")(list_)
@@ -43,7 +61,8 @@ app.command("list")(list_)
 
 def main() -> None:
     """The console script."""
-    app()
+    prepare()
+    app(prog_name="prunekit")  # whatever the file is called: shells ask by this name
 
 
 def _version(wanted: bool) -> None:

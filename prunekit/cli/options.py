@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prunekit.cli.completion import one_of
+from prunekit.cli.errors import begin_events
 from prunekit.errors import WrongInput, unknown
 
 if TYPE_CHECKING:
@@ -43,9 +45,23 @@ DATASET_HELP = "python-docs, a text, jsonl or parquet file, general or another d
 Dataset = Annotated[list[str] | None, option(f"{DATASET_HELP} Repeatable, or several by comma.", TEXT)]
 TRUST = "Permission to run code that comes with the model."
 Trust = Annotated[bool, switch(TRUST, None, "--trust-remote-code")]
-DTYPE = option("Number format of the computation: auto, float32, bfloat16, float16 or float64.", MACHINE)
+DTYPES, DEVICES = ("auto", "float32", "bfloat16", "float16", "float64"), ("auto", "cpu", "cuda")
+CARRIES = ("dense", "centre", "expected")
+DTYPE = option(
+    "Number format of the computation: auto, float32, bfloat16, float16 or float64.",
+    MACHINE,
+    autocompletion=one_of(lambda: DTYPES),
+)
 Json = Annotated[bool, switch("JSON instead of a table.", None, "--json")]
 Quiet = Annotated[bool, switch("No output except results and errors.", RUN, "--quiet", "-q")]
+JSON_LINES = (
+    "Progress for programs, one JSON object a line: a file, or the number of an open descriptor; 2 is standard error, "
+    "which then holds nothing else."
+)
+JsonLines = Annotated[
+    str | None, option(JSON_LINES, RUN, "--json-lines", metavar="PLACE", callback=begin_events, is_eager=True)
+]
+"""What a command with it returns is the result in the last event."""
 
 EFFORTS: Mapping[str, str] = {"quick": "fast", "standard": "default", "thorough": "default-recover"}
 """A word for how much work a result is worth -> the recipe that does so much."""

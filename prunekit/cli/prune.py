@@ -7,13 +7,18 @@ from typing import Annotated, Any
 
 from typer import echo
 
+from prunekit.cli.completion import RECIPES, one_of, plugins, several_of
 from prunekit.cli.options import (
+    CARRIES,
+    DEVICES,
     DTYPE,
+    EFFORTS,
     MACHINE,
     METHOD,
     RUN,
     TEXT,
     Dataset,
+    JsonLines,
     Model,
     ModelOption,
     Quiet,
@@ -35,9 +40,13 @@ TARGET = (
     "Share to keep, instead of --sparsity: parameters=0.5, bytes, flops, kv-cache, or latency=0.6 as measured on this "
     "machine. Several by comma make a family of models."
 )
+STRUCTURES = ("groups", "weights", "2:4", "low-rank")
 STRUCTURE = "Unit of removal: groups (heads and neurons), weights, a pattern such as 2:4, or low-rank."
 EFFORT = "quick, standard or thorough, instead of a recipe: fast, default, or default-recover, which trains."
 RECIPE = "Preset, YAML file, or folder of a pruned model; default without it."
+PRUNER = "Method that selects what to keep in one layer."
+ALLOCATOR = "Method that decides how much each layer keeps."
+OBJECTIVE = "Measure by which allocations are compared."
 LEARNER = "Method that learns which heads and neurons stay, in the place of --allocator."
 FINISHER = "Recovery step after pruning, instead of the recipe's. Repeatable, in the order given."
 EXPORTER = "Format of the result, beside the folder for transformers. Repeatable, or several by comma."
@@ -57,24 +66,29 @@ def prune(
     output: Annotated[Path | None, switch("Folder for the result.", None, "--output", "-o")] = None,
     sparsity: Annotated[Any, option(SPARSITY, metavar="SHARE", parser=parse_shares)] = None,
     target: Annotated[str | None, option(TARGET, metavar="METRIC=SHARE")] = None,
-    structure: Annotated[str | None, option(STRUCTURE)] = None,
-    effort: Annotated[str | None, option(EFFORT, METHOD, metavar="WORD")] = None,
-    recipe: Annotated[str | None, option(RECIPE, METHOD)] = None,
-    pruner: Annotated[str | None, option("Method that selects what to keep in one layer.", METHOD)] = None,
-    allocator: Annotated[str | None, option("Method that decides how much each layer keeps.", METHOD)] = None,
-    learner: Annotated[str | None, option(LEARNER, METHOD)] = None,
-    objective: Annotated[str | None, option("Measure by which allocations are compared.", METHOD)] = None,
-    finisher: Annotated[list[str] | None, option(FINISHER, METHOD)] = None,
-    exporter: Annotated[list[str] | None, option(EXPORTER, METHOD, "--format", "--exporter")] = None,
-    carry: Annotated[str | None, option(CARRY, METHOD)] = None,
+    structure: Annotated[str | None, option(STRUCTURE, autocompletion=one_of(lambda: STRUCTURES))] = None,
+    effort: Annotated[
+        str | None, option(EFFORT, METHOD, metavar="WORD", autocompletion=one_of(lambda: EFFORTS))
+    ] = None,
+    recipe: Annotated[str | None, option(RECIPE, METHOD, autocompletion=one_of(RECIPES))] = None,
+    pruner: Annotated[str | None, option(PRUNER, METHOD, autocompletion=one_of(plugins("pruner")))] = None,
+    allocator: Annotated[str | None, option(ALLOCATOR, METHOD, autocompletion=one_of(plugins("allocator")))] = None,
+    learner: Annotated[str | None, option(LEARNER, METHOD, autocompletion=one_of(plugins("learner")))] = None,
+    objective: Annotated[str | None, option(OBJECTIVE, METHOD, autocompletion=one_of(plugins("objective")))] = None,
+    finisher: Annotated[list[str] | None, option(FINISHER, METHOD, autocompletion=one_of(plugins("finisher")))] = None,
+    exporter: Annotated[
+        list[str] | None,
+        option(EXPORTER, METHOD, "--format", "--exporter", autocompletion=several_of(plugins("exporter"))),
+    ] = None,
+    carry: Annotated[str | None, option(CARRY, METHOD, autocompletion=one_of(lambda: CARRIES))] = None,
     set_: Set = None,
     trust_remote_code: Trust = False,
     dataset: Dataset = None,
     calibration_tokens: Annotated[int | None, option(CALIBRATION_TOKENS, TEXT, metavar="N")] = None,
     search_tokens: Annotated[int | None, option(SEARCH_TOKENS, TEXT, metavar="N")] = None,
     seqlen: Annotated[int | None, option("Number of tokens per window.", TEXT, metavar="N")] = None,
-    engine: Annotated[str | None, option(ENGINE, MACHINE)] = None,
-    device: Annotated[str | None, option(DEVICE, MACHINE)] = None,
+    engine: Annotated[str | None, option(ENGINE, MACHINE, autocompletion=one_of(plugins("engine")))] = None,
+    device: Annotated[str | None, option(DEVICE, MACHINE, autocompletion=one_of(lambda: DEVICES))] = None,
     dtype: Annotated[str | None, DTYPE] = None,
     memory: Annotated[str | None, option(MEMORY, MACHINE, metavar="SIZE")] = None,
     time: Annotated[str | None, option(TIME, RUN, metavar="TIME")] = None,
@@ -83,7 +97,8 @@ def prune(
     overwrite: Annotated[bool, switch("Replacement of an earlier result in --output.", RUN, "--overwrite")] = False,
     page: Annotated[bool, switch("A page about the result in it, report.html.", RUN, "--page/--no-page")] = True,
     quiet: Quiet = False,
-) -> None:
+    json_lines: JsonLines = None,
+) -> dict[str, Any]:
     """Prune a model, e.g. prunekit prune MODEL --sparsity 0.5 --output DIR. The recipe has the other values."""
     chosen, source, several = choose_recipe(locals(), "prune")
     assert output is not None
@@ -101,9 +116,10 @@ def prune(
     if several:
         from prunekit.run.family import FILE, family
 
-        print_table(members(str(output), family(chosen, job).document))
+        document = family(chosen, job).document
+        print_table(members(str(output), document))
         echo(f"details: {output / (PAGE if drawn else FILE)}")
-        return
+        return {"output": output, "family": output / FILE, "members": document["members"]}
     report = pruning.prune(chosen, job).report
     print_table(comparison(str(output), *rows_of_report(report, source, output)))
     if "weights" in report:
@@ -114,3 +130,4 @@ def prune(
         echo(f"details: {output / PAGE}")
     elif page and not quiet:
         echo(f"for a page about it: pip install 'prunekit[page]', then prunekit report {output}")
+    return {"output": output} | {key: report[key] for key in ("dense", "pruned", "losses")}

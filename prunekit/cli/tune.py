@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from prunekit.cli.completion import RECIPES, SPACES, one_of
 from prunekit.cli.options import (
     RUN,
     SEARCH,
     Dataset,
+    JsonLines,
     Model,
     ModelOption,
     Quiet,
@@ -34,6 +36,7 @@ METRIC = (
     "a Pareto front."
 )
 STORAGE = "Optuna storage, e.g. sqlite:///my.db; otherwise study.log in the folder."
+SAMPLERS = ("tpe", "nsga-ii", "nsga-iii")
 DISK = "Disk space for candidates that later trials reuse."
 
 
@@ -42,14 +45,18 @@ def tune(
     *,
     model_option: ModelOption = None,
     output: Annotated[Path | None, switch("Folder for the study.", None, "--output", "-o")] = None,
-    recipe: Annotated[str, option(RECIPE)] = "default",
+    recipe: Annotated[str, option(RECIPE, autocompletion=one_of(RECIPES))] = "default",
     sparsity: Annotated[float | None, option("Share of the blocks' parameters to remove.", metavar="SHARE")] = None,
     set_: Set = None,
     trust_remote_code: Trust = False,
-    space: Annotated[str, option("Choices to search: preset or YAML file.", SEARCH)] = "default",
+    space: Annotated[
+        str, option("Choices to search: preset or YAML file.", SEARCH, autocompletion=one_of(SPACES))
+    ] = "default",
     trials: Annotated[int, option("Number of recipes to try, earlier runs included.", SEARCH, metavar="N", min=1)] = 50,
     metric: Annotated[list[str] | None, option(METRIC, SEARCH)] = None,
-    sampler: Annotated[str, option("tpe, nsga-ii or nsga-iii.", SEARCH)] = "tpe",
+    sampler: Annotated[
+        str, option("tpe, nsga-ii or nsga-iii.", SEARCH, autocompletion=one_of(lambda: SAMPLERS))
+    ] = "tpe",
     dataset: Dataset = None,
     storage: Annotated[str | None, option(STORAGE, RUN, metavar="URL")] = None,
     study_name: Annotated[str | None, option("Name in that storage; otherwise that of the folder.", RUN)] = None,
@@ -57,7 +64,8 @@ def tune(
     resume: Annotated[bool, switch("Continuation of an interrupted study.", RUN)] = True,
     overwrite: Annotated[bool, switch("Replacement of an earlier study in --output.", RUN, "--overwrite")] = False,
     quiet: Quiet = False,
-) -> None:
+    json_lines: JsonLines = None,
+) -> dict[str, Any]:
     """Search for a better recipe. Trials are compared on the search text, never on the test text."""
     from prunekit.recipe.choices import Choices
     from prunekit.recipe.overrides import parsed
@@ -92,3 +100,5 @@ def tune(
     print_table(recipes([vars(row) for row in tuned.rows], tuned.metrics, {row.name for row in tuned.front}))
     typer.echo(f"the best: prunekit prune --recipe {output / 'best.yaml'} --output DIR")
     typer.echo(f"all trials: optuna-dashboard {without_secrets(storage or str(output / 'study.log'))}")
+    front = [{"trial": row.name, "values": row.values} for row in tuned.front]
+    return {"output": output, "recipe": output / "best.yaml", "front": front}

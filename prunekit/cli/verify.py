@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from prunekit.cli.errors import BROKEN
-from prunekit.cli.options import MACHINE, Json, Quiet, Trust, option
+from prunekit.cli.options import MACHINE, Json, JsonLines, Quiet, Trust, option
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.cli.tables import print_table, speed_table, verdict_table
 
@@ -25,7 +25,8 @@ def verify(
     trust_remote_code: Trust = False,
     as_json: Json = False,
     quiet: Quiet = False,
-) -> None:
+    json_lines: JsonLines = None,
+) -> dict[str, Any]:
     """Check that an export is the network that was judged. Exit code 0: it is, 1: it differs, 2: wrong input."""
     from prunekit.models.places import located
 
@@ -46,3 +47,4 @@ def verify(
                 print_table(speed_table(check))
     if not found.agrees:
         raise typer.Exit(BROKEN)
+    return found.as_dict()

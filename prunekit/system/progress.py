@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, TextIO
 
@@ -80,10 +80,9 @@ class _PlainStage(Stage):
         if now - self.last_line < self.progress.every or self.done == self.total:  # the end has its own line
             return
         self.last_line = now
-        left = ""
-        if self.done and self.total > self.done:
-            left = f", about {span((now - self.started) / self.done * (self.total - self.done))} left"
-        self.progress.say(f"{self.standing}{left}" + (f": {note}" if note else ""))
+        seconds = left(self.done, self.total, now - self.started)
+        still = "" if seconds is None else f", about {span(seconds)} left"
+        self.progress.say(f"{self.standing}{still}" + (f": {note}" if note else ""))
 
 
 class RichProgress(Progress):
@@ -136,11 +135,55 @@ class _RichStage(Stage):
         self.progress.bars.update(self.task, advance=steps, **({"note": note} if note else {}))  # type: ignore[arg-type]
 
 
+class Several(Progress):
+    """Shows everything in more than one way."""
+
+    def __init__(self, shown: Sequence[Progress]) -> None:
+        self.shown = shown
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Stage]:
+        with ExitStack() as stack:
+            yield _SeveralStages([stack.enter_context(each.stage(name, total)) for each in self.shown])
+
+    def say(self, line: str) -> None:
+        for each in self.shown:
+            each.say(line)
+
+
+class _SeveralStages(Stage):
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.stages = stages
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        for each in self.stages:
+            each.advance(steps, note)
+
+
+_listening: list[Progress] = []  # of the command that this process is
+
+
+@contextmanager
+def listening(progress: Progress) -> Iterator[None]:
+    """Within, all that is shown by `progress_for` is told to `progress` as well."""
+    _listening.append(progress)
+    try:
+        yield
+    finally:
+        _listening.remove(progress)
+
+
 def progress_for(quiet: bool = False) -> Progress:
-    """Choose how progress is shown: bars on a terminal, lines elsewhere, nothing when quiet."""
-    if quiet:
-        return Progress()
-    return RichProgress() if sys.stderr.isatty() else PlainProgress()
+    """Choose how progress is shown: bars on a terminal, lines elsewhere, nothing when quiet; and who else is told."""
+    drawn = Progress()
+    if not quiet and not any(getattr(each, "owns_stderr", False) for each in _listening):
+        drawn = RichProgress() if sys.stderr.isatty() else PlainProgress()
+    return Several([drawn, *_listening]) if _listening else drawn
+
+
+def left(done: int, total: int, seconds: float) -> float | None:
+    """Estimate the seconds that a stage still takes, which has done so much in so many; None: that is unknown."""
+    return seconds / done * (total - done) if done and total > done else None
 
 
 @cache

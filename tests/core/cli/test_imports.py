@@ -35,9 +35,13 @@ COMMANDS = [
             "evaluate",
             "list",
             "check",
+            "new",
+            "doctor",
+            "completion",
             "demo",
         )
     ),
+    (0, "completion bash"),
     (0, "list"),
     (0, "list --kind allocator"),
     (2, "prun"),
@@ -68,6 +72,9 @@ COMMANDS = [
     (2, "evaluate m --seqlen 1"),
     (2, "list obz"),
     (2, "check obz"),
+    (2, "new obs --kind pruner"),
+    (2, "new mine --kind prunr"),
+    (2, "new Mine --kind pruner"),
 ]
 
 
@@ -87,6 +94,16 @@ def test_neither_torch_nor_transformers_is_loaded(
     assert ended == code, said
     assert (said.count("\n") == 1 and said.startswith("error: ")) if code else not said
     assert not loaded
+
+
+def test_versions_and_extras_are_read_without_an_import() -> None:
+    script = (
+        "import sys\nfrom prunekit.run import doctor\n"
+        "assert doctor._versions([])['torch'] and list(doctor._extras()) and not list(doctor._unmet())\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_the_module_is_the_command_line() -> None:
