@@ -7,11 +7,14 @@ Nothing here imports vLLM, and nothing in a model folder runs.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from prunekit.models.classes import Family
+
+REGISTRY = "vllm.model_executor.models.registry"  # where vLLM looks a causal class up
 
 
 def register(families: Iterable[Family] | None = None) -> None:
@@ -20,12 +23,14 @@ def register(families: Iterable[Family] | None = None) -> None:
     Args:
         families: whose classes become known; None: all of prunekit's own.
     """
-    import transformers
-
     from prunekit.models import classes
 
     families = tuple(classes.FAMILIES.values() if families is None else families)
     classes.register(families)
+    # transformers puts another module object in its own place while it is loaded; who came early holds the first one
+    modules = [sys.modules["transformers"], getattr(sys.modules.get(REGISTRY), "transformers", None)]
     for family in families:
         _, _, causal = classes.define(family)
-        setattr(transformers, causal.__name__, causal)
+        for module in modules:
+            if module is not None:
+                setattr(module, causal.__name__, causal)

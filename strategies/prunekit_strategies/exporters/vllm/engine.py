@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+MARK = "prunekit: "  # in front of what a process answers, among what vLLM prints
 LIKELIEST = 20  # tokens whose log-probabilities vLLM tells at every position, without being told to tell more
 SETTINGS = {  # of the environment, where the user has not set them
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, which ends with the one that asked
@@ -25,6 +31,68 @@ SETTINGS = {  # of the environment, where the user has not set them
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # others compute on this machine, too
     "VLLM_NO_USAGE_STATS": "1",
 }
+
+
+def cause_of(said: str) -> str:
+    """The line that says why, in what a process said before it failed."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception", "Exit"))]
+    return (errors or lines or ["it ended without a word"])[-1][:600]
+
+
+class Timer:
+    """A folder that is open in a process of its own, to be timed again and again; the process ends with this object."""
+
+    def __init__(self, path: Path, python: str) -> None:
+        self._command, self._length = [python, "-P", __file__, str(path.resolve())], 0
+        self._child: subprocess.Popen[str] | None = None
+
+    def __call__(self, batch: int, prompt: int, new: int) -> tuple[int, int]:
+        """Time one turn.
+
+        Args:
+            batch: prompts.
+            prompt: tokens of each.
+            new: tokens that are made behind the first one of each.
+
+        Returns:
+            Nanoseconds of reading the prompts and making a first token of each, and of making the others.
+
+        Raises:
+            RuntimeError: vLLM ended.
+        """
+        if self._child is None or self._length < prompt + new + 1:
+            self.close()
+            self._length, pipe = prompt + new + 1, subprocess.PIPE
+            command = [*self._command, str(self._length)]
+            self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=os.environ | OFFLINE, text=True)
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        try:
+            self._child.stdin.write(json.dumps([batch, prompt, new]) + "\n")
+            self._child.stdin.flush()
+        except BrokenPipeError:
+            pass  # there is no answer either
+        told = next((line for line in self._child.stdout if line.startswith(MARK)), None)
+        if told is None:
+            self.close()
+            raise RuntimeError(f"vLLM ended while {self._command[-1]} was timed")
+        read, made = json.loads(told.removeprefix(MARK))
+        return read, made
+
+    def close(self) -> None:
+        """End the process."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+            with child, suppress(BrokenPipeError):  # closes its pipes, and waits
+                pass
+
+    def __del__(self) -> None:
+        self.close()
+
+
+# -- in the fresh process --------------------------------------------------------------------------------
 
 
 def answer(
@@ -104,3 +172,32 @@ def _product(shape: Sequence[int]) -> int:
     for each in shape:
         size *= each
     return size
+
+
+def _pace(model: Any, batch: int, prompt: int, new: int) -> tuple[int, int]:
+    """Nanoseconds of reading prompts and making a first token of each, and of making so many more."""
+    from vllm import SamplingParams
+
+    vocabulary, spent = model.llm_engine.model_config.get_vocab_size(), [0, 0]
+    texts = [{"prompt_token_ids": [(7 * place + text) % vocabulary for place in range(prompt)]} for text in range(batch)]
+    for turn, tokens in enumerate((1, new + 1)):
+        how = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        begun = time.perf_counter_ns()
+        model.generate(texts, how, use_tqdm=False)
+        spent[turn] = time.perf_counter_ns() - begun
+    return spent[0], max(1, spent[1] - spent[0])
+
+
+def _serve(path: str, length: str) -> None:
+    """Time what is asked for, line by line, until nobody asks."""
+    model: Any = None
+    for line in sys.stdin:
+        batch, prompt, new = json.loads(line)
+        if model is None:
+            model = opened(path, int(length), dtype="auto")
+            _pace(model, batch, prompt, new)  # the first run does not count
+        print(f"{MARK}{json.dumps(_pace(model, batch, prompt, new))}", flush=True)
+
+
+if __name__ == "__main__":
+    _serve(*sys.argv[1:])
