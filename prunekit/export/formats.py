@@ -93,9 +93,7 @@ def why_not_run(exporter: Exporter) -> str | None:
     return None
 
 
-def formats_in(
-    folder: Path, specs: Sequence[Mapping[str, Any]] = (), engine: str | None = None
-) -> dict[str, Exporter]:
+def formats_in(folder: Path, specs: Sequence[Mapping[str, Any]] = (), engine: str | None = None) -> dict[str, Exporter]:
     """Find the formats that a folder holds and that an engine runs.
 
     Args:

@@ -43,7 +43,9 @@ def python_of(variable: str) -> str:
         return sys.executable
     found = shutil.which(str(Path(named).expanduser()))
     if found is None:
-        raise WrongInput(f"{variable} is {named!r}, which is no program; it names a Python, such as /opt/env/bin/python")
+        raise WrongInput(
+            f"{variable} is {named!r}, which is no program; it names a Python, such as /opt/env/bin/python"
+        )
     return found
 
 

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import prunekit as pk
 from prunekit.cli.main import app
 from prunekit.export.compare import compare
-from prunekit.export.formats import formats_in
+from prunekit.export.formats import formats_in, why_not_run
 from prunekit.export.fresh import python_of
 from prunekit.export.hf import save, to_transformers
 from prunekit.export.record import Record
@@ -162,7 +162,7 @@ def test_a_missing_engine_is_one_sentence_with_what_to_install(
         assert done.exit_code == 2, done.output
         return done.stderr.strip().splitlines()[-1]
 
-    sentence = 'engine \'vllm\' needs vllm, which is not installed: pip install "vllm", here or where '
+    sentence = "engine 'vllm' needs vllm, which is not installed: pip install \"vllm\", here or where "
     assert f"{sentence}{VARIABLE} names a Python" in refused()
     other = tmp_path / "python"  # one that finds nothing
     other.write_text("#!/bin/sh\necho vllm\n")
@@ -207,7 +207,8 @@ class LLM:
             text.append(made[-1])
         whole = self.model(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
         told = [
-            self._told(row, following, how.logprobs or 1) for row, following in zip(whole, [*ids[1:], None], strict=True)
+            self._told(row, following, how.logprobs or 1)
+            for row, following in zip(whole, [*ids[1:], None], strict=True)
         ]
         output = SimpleNamespace(token_ids=made, logprobs=[told[-1]])
         return SimpleNamespace(prompt_logprobs=[None, *told[:-1]], outputs=[output])
@@ -254,7 +255,9 @@ def test_another_model_is_told_apart(served: tuple[Any, Path]) -> None:
     assert "log-probabilities" in [row.what for row in rows if row.agrees is False]
 
 
-def test_speed_is_taken_in_a_process_of_its_own_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_is_taken_in_a_process_of_its_own_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "vllm.py").write_text(
         "import time\n"
         "from types import SimpleNamespace as N\n"
@@ -274,7 +277,7 @@ def test_speed_is_taken_in_a_process_of_its_own_again_and_again(tmp_path: Path, 
         assert read >= 1e6
         assert made >= 1e7
     (tmp_path / "vllm.py").write_text("raise ImportError('broken')")
-    with pytest.raises(RuntimeError, match="vLLM ended while .* was timed"):
+    with pytest.raises(RuntimeError, match=r"vLLM ended while .* was timed"):
         engine.Timer(tmp_path, sys.executable)(2, 5, 20)
 
 
@@ -290,6 +293,29 @@ def test_why_it_failed_is_the_last_error_that_it_named() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model_type", "code"), [("llama", "import"), ("qwen3", "import"), ("qwen2", "import"), ("llama", "bundled")]
+    ("model_type", "code"), [("llama", "import"), ("llama", "bundled"), ("qwen3", "import"), ("qwen2", "import")]
 )
-def test_vllm_answers_what_the_judged_network_does(model_type: str, code: pk.Code, tmp_path: Path) -> None: ...
+def test_vllm_answers_what_the_judged_network_does(model_type: str, code: Any, tmp_path: Path) -> None:
+    if (why := why_not_run(VLLM())) is not None:
+        pytest.skip(why)
+    fewer = {(block, "attention"): 2 for block in range(3)}  # of equal layers, by another road
+    sizes = {"hidden_size": 192, "initializer_range": 0.08} | ({"head_dim": 32} if model_type == "qwen3" else {})
+    model = pruned(model_type, fewer if model_type == "qwen2" else LOST, **sizes)
+    VLLM().write(pk.Product(model, code=code), tmp_path)
+    record = record_of_model(model)
+    rows = compare(record, VLLM().answers(tmp_path, record.inquiry), VLLM().tolerance(tmp_path))
+    assert [row for row in rows if row.agrees is not True] == []
+    other = record_of_model(pruned(model_type, fewer if model_type == "qwen2" else LOST, seed=1, **sizes))
+    rows = compare(other, VLLM().answers(tmp_path, other.inquiry), VLLM().tolerance(tmp_path))
+    assert "log-probabilities" in [row.what for row in rows if row.agrees is False]
+
+
+@pytest.mark.slow
+def test_what_vllm_does_not_load_is_not_verified(served: tuple[Any, Path], tmp_path: Path) -> None:
+    if (why := why_not_run(VLLM())) is not None:
+        pytest.skip(why)
+    model, _ = served
+    save(model, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(pk.NotVerified, match=r"vLLM does not run .*Error"):
+        VLLM().answers(tmp_path, record_of_model(model).inquiry)

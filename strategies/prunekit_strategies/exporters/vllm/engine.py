@@ -6,7 +6,9 @@ their entry point, where prunekit is installed beside it.
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+PACKAGE = "vllm"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 MARK = "prunekit: "  # in front of what a process answers, among what vLLM prints
 LIKELIEST = 20  # tokens whose log-probabilities vLLM tells at every position, without being told to tell more
@@ -43,7 +46,8 @@ def cause_of(said: str) -> str:
 class Timer:
     """A folder that is open in a process of its own, to be timed again and again; the process ends with this object."""
 
-    def __init__(self, path: Path, python: str) -> None:
+    def __init__(self, path: Path, python: str, threads: int = 1) -> None:
+        self._settings = OFFLINE | {"OMP_NUM_THREADS": str(threads)}
         self._command, self._length = [python, "-P", __file__, str(path.resolve())], 0
         self._child: subprocess.Popen[str] | None = None
 
@@ -65,7 +69,7 @@ class Timer:
             self.close()
             self._length, pipe = prompt + new + 1, subprocess.PIPE
             command = [*self._command, str(self._length)]
-            self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=os.environ | OFFLINE, text=True)
+            self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=os.environ | self._settings, text=True)
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         try:
@@ -123,9 +127,7 @@ def answer(
 def opened(path: str, length: int, **settings: Any) -> Any:
     """A model in vLLM, that reads and makes so many tokens at most."""
     os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})
-    from vllm import LLM
-
-    return LLM(
+    return importlib.import_module(PACKAGE).LLM(
         model=path, max_model_len=length, skip_tokenizer_init=True, generation_config="vllm", trust_remote_code=False,
         enable_prefix_caching=False, seed=0, max_num_seqs=4, disable_log_stats=True, **settings,
     )  # fmt: skip
@@ -133,11 +135,7 @@ def opened(path: str, length: int, **settings: Any) -> Any:
 
 def _read(model: Any, windows: Sequence[Sequence[int]]) -> list[list[dict[int, float]]]:
     """Log-probabilities of tokens behind every position of every window."""
-    from vllm import SamplingParams
-
-    how = SamplingParams(
-        temperature=0, max_tokens=1, ignore_eos=True, detokenize=False, prompt_logprobs=LIKELIEST, logprobs=LIKELIEST
-    )
+    how = _asking(max_tokens=1, prompt_logprobs=LIKELIEST, logprobs=LIKELIEST)
     rows = list[list[dict[int, float]]]()
     for reply in model.generate([{"prompt_token_ids": window} for window in windows], how, use_tqdm=False):
         told = [*reply.prompt_logprobs[1:], reply.outputs[0].logprobs[0]]  # nothing stands before the first token
@@ -147,12 +145,15 @@ def _read(model: Any, windows: Sequence[Sequence[int]]) -> list[list[dict[int, f
 
 def _continue(model: Any, prompt: Sequence[int], new: int) -> list[int]:
     """The likeliest tokens behind a prompt, one after the other."""
-    from vllm import SamplingParams
-
     if not new:
         return []
-    how = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+    how = _asking(max_tokens=new)
     return list(model.generate([{"prompt_token_ids": list(prompt)}], how, use_tqdm=False)[0].outputs[0].token_ids)
+
+
+def _asking(**how: Any) -> Any:
+    """What is asked for behind a prompt: always the likeliest tokens, as ids, and no end before their number."""
+    return importlib.import_module(PACKAGE).SamplingParams(temperature=0, ignore_eos=True, detokenize=False, **how)
 
 
 def _count(folder: Path) -> tuple[int, int]:
@@ -163,25 +164,18 @@ def _count(folder: Path) -> tuple[int, int]:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as stored:
             shapes = [stored.get_slice(name).get_shape() for name in stored.keys()]  # noqa: SIM118
-        sizes += [_product(shape) for shape in shapes]
+        sizes += [math.prod(shape) for shape in shapes]
     return sum(sizes), len(sizes)
-
-
-def _product(shape: Sequence[int]) -> int:
-    size = 1
-    for each in shape:
-        size *= each
-    return size
 
 
 def _pace(model: Any, batch: int, prompt: int, new: int) -> tuple[int, int]:
     """Nanoseconds of reading prompts and making a first token of each, and of making so many more."""
-    from vllm import SamplingParams
-
     vocabulary, spent = model.llm_engine.model_config.get_vocab_size(), [0, 0]
-    texts = [{"prompt_token_ids": [(7 * place + text) % vocabulary for place in range(prompt)]} for text in range(batch)]
+    texts = [
+        {"prompt_token_ids": [(7 * place + text) % vocabulary for place in range(prompt)]} for text in range(batch)
+    ]
     for turn, tokens in enumerate((1, new + 1)):
-        how = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        how = _asking(max_tokens=tokens)
         begun = time.perf_counter_ns()
         model.generate(texts, how, use_tqdm=False)
         spent[turn] = time.perf_counter_ns() - begun

@@ -84,7 +84,7 @@ class VLLM(pk.Exporter):
         return self._hf.tolerance(path, dtype)
 
     def timer(self, path: Path) -> Callable[[Workload], tuple[int, int]]:
-        run = runner.Timer(path, python_of(self.engine_python))
+        run = runner.Timer(path, python_of(self.engine_python), torch.get_num_threads())
         return lambda work: run(work.batch, work.prompt, work.new_tokens)
 
     def size(self, order: pk.Order) -> int:
