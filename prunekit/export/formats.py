@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from prunekit.errors import WrongInput, unknown
+from prunekit.export.fresh import python_of
 from prunekit.plugins.exporter import Exporter
 from prunekit.plugins.registry import EXPORTERS, BrokenPlugin
 from prunekit.system.files import read_json
 
+FIND = "import sys, importlib.util as u; print(*(n for n in sys.argv[1:] if u.find_spec(n) is None))"
 FILE = "exports.json"  # in a folder: what was exported into it later, with which options
 
 
@@ -60,33 +64,59 @@ def check_installed(exporter: Exporter, what: str, *, running: bool = False) -> 
     Raises:
         WrongInput: says what pip installs.
     """
-    wanted = (*exporter.modules, *(exporter.engine_modules if running else ()))
-    if absent := [module for module in wanted if find_spec(module) is None]:
+    absent, where = [module for module in exporter.modules if find_spec(module) is None], ""
+    if running:
+        absent += _absent_for_engine(exporter)
+        where = f", here or where {exporter.engine_python} names a Python" if exporter.engine_python else ""
+    if absent:
         how = exporter.install or " ".join(absent)
-        raise WrongInput(f'{what} needs {", ".join(absent)}, which is not installed: pip install "{how}"')
+        raise WrongInput(f'{what} needs {", ".join(absent)}, which is not installed: pip install "{how}"{where}')
 
 
-def formats_in(folder: Path, specs: Sequence[Mapping[str, Any]] = ()) -> dict[str, Exporter]:
+def _absent_for_engine(exporter: Exporter) -> list[str]:
+    """Modules that are not where the engine is to run."""
+    if not exporter.engine_python or (python := python_of(exporter.engine_python)) == sys.executable:
+        return [module for module in exporter.engine_modules if find_spec(module) is None]
+    command = [python, "-P", "-c", FIND, *exporter.engine_modules]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise WrongInput(f"{exporter.engine_python} names {python}, which does not run Python")
+    return done.stdout.split()
+
+
+def why_not_run(exporter: Exporter) -> str | None:
+    """Why the engine of an exporter cannot be asked, in a sentence; None: it can."""
+    try:
+        check_installed(exporter, f"engine {exporter.engine!r}", running=True)
+    except WrongInput as error:
+        return str(error)
+    return None
+
+
+def formats_in(folder: Path, specs: Sequence[Mapping[str, Any]] = (), engine: str | None = None) -> dict[str, Exporter]:
     """Find the formats that a folder holds and that an engine runs.
 
     Args:
         folder: of a result or of a model.
         specs: of exporters that have written there, with their options; others are looked for as they are by default.
+        engine: only what this one runs; None: of each place what its first engine runs that is installed.
 
     Returns:
         Exporters by name, the folder's own (of place "") first; of two of one name, the second by its place.
     """
     later = read_json(folder / FILE).get("exports", []) if (folder / FILE).exists() else []
-    found, places = dict[str, Exporter](), set[str]()
+    found, places = dict[str, Exporter](), set[str]()  # places for which no further engine is looked for
     for spec in (*specs, *later, *({"name": name} for name in EXPORTERS)):
         try:
             exporter = EXPORTERS.build(spec)
         except (BrokenPlugin, ImportError, WrongInput):
             continue  # of a package that is not here; nobody asked for it by name
-        if exporter.engine and exporter.place not in places and exporter.files(folder):
+        if not exporter.engine or engine not in (None, exporter.engine):
+            continue
+        if exporter.place not in places and exporter.files(folder):
             name = str(spec["name"])
             found[name if name not in found else exporter.place] = exporter
-            places.add(exporter.place)
+            places |= {exporter.place} if why_not_run(exporter) is None else set()
     return dict(sorted(found.items(), key=lambda each: each[1].place != ""))
 
 
@@ -109,7 +139,7 @@ def choose_formats(folder: Path, engine: str | None, specs: Sequence[Mapping[str
     Raises:
         WrongInput: no such engine, it is not installed, or the folder holds nothing for it.
     """
-    there = formats_in(folder, specs)
+    there = formats_in(folder, specs, engine)
     if engine is None:
         if not there:
             raise WrongInput(f"{folder} holds nothing that an engine runs; export it with prunekit export")
@@ -119,8 +149,7 @@ def choose_formats(folder: Path, engine: str | None, specs: Sequence[Mapping[str
         raise WrongInput(unknown("engine", engine, engines))
     for name in engines[engine]:
         check_installed(EXPORTERS.build(name), f"engine {engine!r}", running=True)
-    found = {name: exporter for name, exporter in there.items() if exporter.engine == engine}
-    if not found:
+    if not there:
         how = " or ".join(f"prunekit export {folder} --format {name}" for name in engines[engine])
         raise WrongInput(f"{folder} holds nothing that {engine} runs; make it with {how}")
-    return found
+    return there

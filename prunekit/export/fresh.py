@@ -30,8 +30,27 @@ class Failed(Exception):
     """The fresh process ended without an answer; says what it said."""
 
 
+def python_of(variable: str) -> str:
+    """The Python that an environment variable names, for engines that cannot be installed here; unset: this one.
+
+    Raises:
+        WrongInput: there is no such program.
+    """
+    from prunekit.errors import WrongInput  # here: the fresh process runs this file without prunekit
+
+    named = os.environ.get(variable, "")
+    if not named:
+        return sys.executable
+    found = shutil.which(str(Path(named).expanduser()))
+    if found is None:
+        raise WrongInput(
+            f"{variable} is {named!r}, which is no program; it names a Python, such as /opt/env/bin/python"
+        )
+    return found
+
+
 def ask_fresh(
-    script: str | Path, asked: Mapping[str, Tensor], arguments: Sequence[object] = ()
+    script: str | Path, asked: Mapping[str, Tensor], arguments: Sequence[object] = (), *, python: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Call `answer(tensors, *arguments)` of a script in a fresh process.
 
@@ -39,6 +58,7 @@ def ask_fresh(
         script: a Python file, whose imports at its top are all that it needs of its package.
         asked: tensors that it is given.
         arguments: further ones; they arrive as text.
+        python: that runs it, with torch and safetensors; None: this one.
 
     Returns:
         What the function returns: (JSON values, tensors).
@@ -56,7 +76,7 @@ def ask_fresh(
             {name: tensor.detach().cpu().contiguous().clone() for name, tensor in asked.items()}, probe
         )  # views share memory
         # -P: the folder of this file is no place to import from; modules of remote code go to the scratch folder
-        command = [sys.executable, "-P", __file__, str(Path(script).resolve()), str(probe), str(found)]
+        command = [python or sys.executable, "-P", __file__, str(Path(script).resolve()), str(probe), str(found)]
         child = subprocess.run(
             [*command, *map(str, arguments)],
             env=os.environ | OFFLINE | {"HF_MODULES_CACHE": str(Path(scratch, "modules"))},

@@ -29,6 +29,7 @@ from transformers import (
     AutoModelForTokenClassification,
     PreTrainedModel,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 Part = Literal["attention", "mlp"]
 Unit = Literal["query", "kv", "qkv", "width"]
@@ -39,6 +40,7 @@ HEADS = {  # of models that were made for language: what else may stand on their
     "AutoModelForSequenceClassification": (AutoModelForSequenceClassification, "ForSequenceClassification"),
     "AutoModelForTokenClassification": (AutoModelForTokenClassification, "ForTokenClassification"),
 }
+SERVED = "vllm"  # attention implementation of an engine that keeps the cache itself, a part of it for every layer
 BUNDLED = "modeling_prunekit"  # name of the copy of this file in an exported directory
 
 
@@ -108,7 +110,8 @@ class Family:
         """What stands in for a dropped part of `block`, by path; the norm goes where it serves that part alone."""
         stubs: dict[str, nn.Module]
         if part == "attention":
-            stubs = {self.attention: SkippedMixer(index, head_dim)}
+            config = getattr(block.get_submodule(self.attention), "config", None)
+            stubs = {self.attention: SkippedMixer(index, head_dim, config)}
         elif self.mlp is not None:
             stubs = {self.mlp: SkippedMLP()}
         else:
@@ -300,17 +303,26 @@ FAMILIES: Mapping[str, Family] = {
 
 
 class SkippedMixer(nn.Module):  # transformers searches sources for "Attention(nn.Module)" classes: not this one
-    """Attention that adds nothing, and keeps the cache in step: its length is read from the first layer."""
+    """Attention that adds nothing, and keeps the cache in step: its length is read from the first layer.
 
-    def __init__(self, index: int, head_dim: int) -> None:
+    An engine that keeps the cache itself looks, in the source of every layer's attention, for the call by which it is
+    asked; there one head of zeros is attended to.
+    """
+
+    def __init__(self, index: int, head_dim: int, config: Any = None) -> None:
         super().__init__()
-        self.layer_idx, self.head_dim = index, head_dim
+        self.layer_idx, self.head_dim, self.config, self.scaling = index, head_dim, config, 1.0
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **rest: Any) -> tuple[torch.Tensor, None]:
+        batch, length = hidden_states.shape[:2]
         cache = rest.get("past_key_values", rest.get("layer_past"))
         if cache is not None:
-            empty = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)  # of length alone
+            empty = hidden_states.new_zeros(batch, 1, length, 1)  # of length alone
             cache.update(empty, empty, self.layer_idx)
+        if getattr(self.config, "_attn_implementation", None) == SERVED:
+            attend = ALL_ATTENTION_FUNCTIONS[SERVED]
+            head = hidden_states.new_zeros(batch, 1, length, self.head_dim)
+            attend(self, head, head, head, None, scaling=self.scaling)
         return torch.zeros_like(hidden_states), None
 
 

@@ -99,6 +99,7 @@ class Exporter(ABC):
     modules: ClassVar[tuple[str, ...]] = ()  # that must be importable to write its files and to run them
     engine_modules: ClassVar[tuple[str, ...]] = ()  # further ones without which they are written, and not run
     install: ClassVar[str] = ""  # what pip installs for all of them, such as prunekit[onnx]
+    engine_python: ClassVar[str] = ""  # an environment variable that may name another Python, with the engine in it
 
     @property
     @abstractmethod

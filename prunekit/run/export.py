@@ -14,7 +14,7 @@ import torch
 
 from prunekit.errors import CannotGoOn, NotVerified, WrongInput
 from prunekit.export.compare import Row
-from prunekit.export.formats import FILE, check_installed
+from prunekit.export.formats import FILE, check_installed, why_not_run
 from prunekit.export.record import FOLDER, Record
 from prunekit.export.write import prove, write
 from prunekit.models import paging
@@ -28,7 +28,7 @@ from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.report.origin import taken_over
 from prunekit.run.results import PROBE, load_small
-from prunekit.run.verify import Check, Verdict, absent, ask, record_of_model
+from prunekit.run.verify import Check, Verdict, ask, record_of_model
 from prunekit.run.workplace import check_output, is_of_result, new_folder
 from prunekit.space.forms import parse_form
 from prunekit.system.files import MODEL_FILES, changed, extend_seal, read_json, sealed, write_bytes, write_json
@@ -184,7 +184,7 @@ def _verified(
             except NotVerified as error:
                 raise CannotGoOn(f"the {name} export was not kept: {error}") from error
             if exporter.engine:
-                why = absent(exporter)
+                why = why_not_run(exporter)
                 rows = [Row("not run", "", why)] if why is not None else ask(exporter, folder, record)
                 checks.append(Check(name, exporter.engine, tuple(rows)))
             stage.advance(note=name)

@@ -11,7 +11,7 @@ import torch
 
 from prunekit.errors import NotVerified, WrongInput
 from prunekit.export.compare import Row, compare
-from prunekit.export.formats import check_installed, choose_formats
+from prunekit.export.formats import choose_formats, why_not_run
 from prunekit.export.record import FOLDER, Record, continue_greedily
 from prunekit.measure.rounds import FEWEST, interleaved, own_time
 from prunekit.measure.speed import ROUNDS, SECONDS, Speed, compared
@@ -98,7 +98,7 @@ def verify_result(
         record, what = record_of(folder, trust_remote_code=trust_remote_code), "the folder's own model, no judged one"
     checks = list[Check]()
     for name, exporter in formats.items():
-        if engine is None and (why := absent(exporter)) is not None:
+        if engine is None and (why := why_not_run(exporter)) is not None:
             checks.append(Check(name, exporter.engine, (Row("not run", "", why),)))
             continue
         with progress.stage(f"verify {name}", 1) as stage:
@@ -139,15 +139,6 @@ def record_of_model(model: Any) -> Record:
     continued = continue_greedily(lambda text: model(text, use_cache=False).logits, ids[0])
     stored_as(model, dtype)
     return Record.of(ids, logits, dtype, parameters, continued)
-
-
-def absent(exporter: Exporter) -> str | None:
-    """Why the engine of an exporter cannot be asked, in a sentence; None: it can."""
-    try:
-        check_installed(exporter, f"engine {exporter.engine!r}", running=True)
-    except WrongInput as error:
-        return str(error)
-    return None
 
 
 def _sizes(folder: Path, lost: Sequence[str]) -> list[Row]:

@@ -41,7 +41,8 @@ def made(case: str, model_type: str = "llama", seed: int = 0) -> Made:
     """A pruned tiny model as it reaches exporters, its probe, and how it was ordered."""
     (structure, counts), adapter, rows = CASES[case], adapter_for(model_type), list[dict[str, Any]]()
     form = parse_form(structure)
-    model = tiny(model_type, seed, **({} if counts else {"intermediate_size": 16})).float().requires_grad_(False)
+    sizes = {"head_dim": 32} | ({} if counts else {"intermediate_size": 16})  # heads as engines have kernels for them
+    model = tiny(model_type, seed, **sizes).float().requires_grad_(False)
     for number, site in enumerate(adapter.sites_of(model, form)):
         weight = adapter.linear(adapter.blocks(model)[site.block], site).weight
         kept = counts[number] if counts else site.n_groups // 2

@@ -1,0 +1,321 @@
+"""vLLM: it finds our classes in every process, every layer asks it for attention, and what it says is read rightly."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from typer.testing import CliRunner
+
+import prunekit as pk
+from prunekit.cli.main import app
+from prunekit.export.compare import compare
+from prunekit.export.formats import formats_in, why_not_run
+from prunekit.export.fresh import python_of
+from prunekit.export.hf import save, to_transformers
+from prunekit.export.record import Record
+from prunekit.layer.candidates import Candidate
+from prunekit.models import serving
+from prunekit.models.adapters.find import adapter_for
+from prunekit.models.classes import FAMILIES, SERVED, define
+from prunekit.plugins.registry import ADAPTERS
+from prunekit.testing import tiny
+from prunekit.testing.exporters import record_of
+from prunekit_strategies.exporters.vllm import VLLM, engine
+from prunekit_strategies.exporters.vllm.exporter import BACKEND, REFUSED
+
+VARIABLE = VLLM.engine_python
+IDS = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(0))
+LOST: dict[tuple[int, str], int] = {(0, "attention"): 0, (1, "attention"): 1, (0, "mlp"): 7, (2, "mlp"): 0}
+
+
+def pruned(model_type: str, keep: dict[tuple[int, str], int] = LOST, **sizes: Any) -> Any:
+    """Layers of unequal sizes: the first has no attention, the last no MLP."""
+    model, adapter = tiny(model_type, **sizes).float(), adapter_for(model_type)
+    for site in adapter.sites(model):
+        weight = adapter.linear(adapter.blocks(model)[site.block], site).weight.detach()
+        count = min(site.n_groups, keep.get((site.block, site.kind), site.n_groups))
+        adapter.remove(model, site, Candidate(tuple(range(count)), weight))
+    return to_transformers(model, adapter).eval().requires_grad_(False)
+
+
+def record_of_model(model: Any, ids: torch.Tensor = IDS) -> Record:
+    parameters = sum(p.numel() for p in model.parameters())
+    return record_of(pk.Product(model), pk.Probe(ids, model(ids, use_cache=False).logits, parameters))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A model of unequal layers, and its folder with a record."""
+    model, folder = pruned("llama"), tmp_path_factory.mktemp("served")
+    VLLM().write(pk.Product(model), folder)
+    record_of_model(model).write(folder)
+    return model, folder
+
+
+# -- the plug-in of vLLM --------------------------------------------------------------------------------
+
+
+def test_vllm_finds_the_classes_by_the_entry_point_however_often_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    early, now = ModuleType("transformers"), sys.modules["transformers"]  # as whoever came first holds it
+    monkeypatch.setitem(sys.modules, serving.REGISTRY, SimpleNamespace(transformers=early))
+    for family in FAMILIES.values():  # whatever was there comes back
+        monkeypatch.setattr(now, define(family)[2].__name__, None, raising=False)
+    (ours,) = entry_points(group="vllm.general_plugins", name="prunekit")
+    call = ours.load()
+    assert call is serving.register
+    for _ in range(2):  # vLLM calls it in every process, and some processes are forks
+        call()
+        for family in FAMILIES.values():
+            config, base, causal = define(family)
+            assert getattr(now, causal.__name__) is getattr(early, causal.__name__) is causal
+            assert AutoConfig.for_model(f"prunekit_{family.model_type}", per_layer_config={}).__class__ is config
+            assert AutoModel._model_mapping[config] is base  # type: ignore[attr-defined]
+            assert AutoModelForCausalLM._model_mapping[config] is causal  # type: ignore[attr-defined]
+    assert find_spec("vllm") is not None or "vllm" not in sys.modules
+
+
+def test_the_name_in_a_config_is_that_of_a_class_that_transformers_then_has(served: tuple[Any, Path]) -> None:
+    serving.register([FAMILIES["llama"]])
+    (name,) = json.loads((served[1] / "config.json").read_text())["architectures"]
+    causal: Any = getattr(sys.modules["transformers"], name)
+    assert issubclass(causal, PreTrainedModel)
+    assert causal.is_backend_compatible() or causal._can_set_attn_implementation()  # else vLLM does not take it
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+def test_every_layer_asks_the_engine_once_for_as_many_heads_as_its_config_says(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked = pruned(model_type), list[tuple[int, int, int]]()
+    expected = model(IDS, use_cache=False).logits
+
+    def attend(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **how: Any) -> Any:
+        asked.append((int(module.layer_idx), q.shape[1], k.shape[1]))  # type: ignore[arg-type]
+        how["is_causal"] = True
+        return sdpa_attention_forward(module, q, k, v, None, **how)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, SERVED, attend)
+    model.config._attn_implementation = SERVED
+    found = model(IDS, use_cache=False).logits
+    sizes = [(c.num_attention_heads, c.num_key_value_heads) for c in model.config.per_layer_config]
+    assert asked == [(index, *heads) for index, heads in enumerate(sizes)]
+    assert sizes[0] == (1, 1)  # removed
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+# -- the exporter ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", [*ADAPTERS])
+def test_what_vllm_cannot_serve_is_refused_before_any_work_with_the_reason(model_type: str) -> None:
+    order = pk.Order(adapter_for(model_type), "groups", "import")
+    if (why := REFUSED.get(model_type)) is not None:
+        with pytest.raises(pk.WrongInput, match=rf"format 'vllm' cannot write \w+ models: {why}"):
+            VLLM().check(order)
+    elif getattr(order.adapter, "family", None) is None:
+        with pytest.raises(pk.WrongInput, match="format 'vllm' writes models with attention, not Mamba"):
+            VLLM().check(order)
+    else:
+        VLLM().check(order)
+
+
+def test_equal_layers_take_another_road_where_vllms_own_class_counts_heads_otherwise(tmp_path: Path) -> None:
+    fewer = {(block, "attention"): 2 for block in range(3)}  # of three groups, so that 4 heads of 4 are not 24
+    model = pruned("qwen2", fewer)
+    VLLM().write(pk.Product(model), tmp_path / "fewer")
+    config = json.loads((tmp_path / "fewer/config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("qwen2", [BACKEND])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fewer").eval()
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
+    VLLM().write(pk.Product(pruned("qwen2", {})), tmp_path / "all")
+    assert json.loads((tmp_path / "all/config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
+
+
+def test_the_folder_of_a_result_is_run_by_two_engines_and_asked_of_one(served: tuple[Any, Path]) -> None:
+    assert [*formats_in(served[1])] == ["hf"]
+    assert [*formats_in(served[1], engine="vllm")] == ["vllm"]
+    assert [*formats_in(served[1], [{"name": "vllm"}])] == ["vllm", *([] if find_spec("vllm") else ["hf"])]
+
+
+def test_a_missing_engine_is_one_sentence_with_what_to_install(
+    served: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunekit.export.formats.find_spec", lambda _: None)
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+    def refused() -> str:
+        done = CliRunner().invoke(app, ["verify", str(served[1]), "--engine", "vllm"])
+        assert done.exit_code == 2, done.output
+        return done.stderr.strip().splitlines()[-1]
+
+    sentence = "engine 'vllm' needs vllm, which is not installed: pip install \"vllm\", here or where "
+    assert f"{sentence}{VARIABLE} names a Python" in refused()
+    other = tmp_path / "python"  # one that finds nothing
+    other.write_text("#!/bin/sh\necho vllm\n")
+    other.chmod(other.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv(VARIABLE, str(other))
+    assert python_of(VARIABLE) == str(other)
+    assert sentence in refused()
+    other.write_text("#!/bin/sh\nexit 1\n")
+    assert "which does not run Python" in refused()
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "nothing"))
+    assert f"{VARIABLE} is '{tmp_path / 'nothing'}', which is no program" in refused()
+
+
+# -- the engine, with a vLLM that is pretended ----------------------------------------------------------
+
+
+class SamplingParams(SimpleNamespace):
+    """What a caller asks for; what it does not name is nothing."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class LLM:
+    """As vLLM answers, on transformers: what stands before every token of the prompt, then what was made."""
+
+    def __init__(self, model: str, **settings: Any) -> None:
+        self.settings, self.asked = settings, list[Any]()
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 61))
+
+    def generate(self, prompts: Any, how: Any, use_tqdm: bool) -> list[Any]:
+        return [self._one(prompt["prompt_token_ids"], how) for prompt in prompts]
+
+    @torch.no_grad()
+    def _one(self, ids: list[int], how: Any) -> Any:
+        assert len(ids) + how.max_tokens <= self.settings["max_model_len"]
+        made, text = [], list(ids)
+        for _ in range(how.max_tokens):
+            logprobs = self.model(torch.tensor([text]), use_cache=False).logits[0].log_softmax(-1)
+            made.append(int(logprobs[-1].argmax()))
+            text.append(made[-1])
+        whole = self.model(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+        told = [
+            self._told(row, following, how.logprobs or 1)
+            for row, following in zip(whole, [*ids[1:], None], strict=True)
+        ]
+        output = SimpleNamespace(token_ids=made, logprobs=[told[-1]])
+        return SimpleNamespace(prompt_logprobs=[None, *told[:-1]], outputs=[output])
+
+    def _told(self, row: torch.Tensor, following: int | None, count: int) -> dict[int, Any]:
+        tokens = {*row.topk(count).indices.tolist(), *([] if following is None else [following])}
+        return {token: SimpleNamespace(logprob=float(row[token])) for token in tokens}
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = ModuleType("vllm")
+    module.LLM, module.SamplingParams = LLM, SamplingParams
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+
+
+@pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize("likeliest", [20, 3])
+def test_what_vllm_says_is_put_where_it_was_asked(
+    served: tuple[Any, Path], likeliest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "LIKELIEST", likeliest)
+    record = Record.read(served[1])
+    assert record is not None
+    asked = {"ids": record.inquiry.ids, "tokens": record.inquiry.tokens, "prompt": record.inquiry.prompt}
+    told, found = engine.answer(asked, str(served[1]), str(record.inquiry.new_tokens))
+    response = pk.Response(**found, **told)
+    rows = compare(record, response, VLLM().tolerance(served[1]))
+    assert [row.what for row in rows if row.agrees] == [
+        "parameters", "tensors in the files", "log-probabilities", "likeliest tokens", "greedy tokens"
+    ]  # fmt: skip
+    untold = response.logprobs.isnan()
+    assert not untold[..., 0:likeliest].any()  # the next token of the text is always told, and the likeliest
+    assert bool(untold.any()) == (likeliest < 8)
+
+
+@pytest.mark.usefixtures("pretended")
+def test_another_model_is_told_apart(served: tuple[Any, Path]) -> None:
+    record = record_of_model(pruned("llama", seed=1))
+    asked = {"ids": record.inquiry.ids, "tokens": record.inquiry.tokens, "prompt": record.inquiry.prompt}
+    told, found = engine.answer(asked, str(served[1]), "0")
+    rows = compare(record, pk.Response(**found, **told), VLLM().tolerance(served[1]))
+    assert "log-probabilities" in [row.what for row in rows if row.agrees is False]
+
+
+def test_speed_is_taken_in_a_process_of_its_own_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vllm.py").write_text(
+        "import time\n"
+        "from types import SimpleNamespace as N\n"
+        "class SamplingParams(N): pass\n"
+        "class LLM:\n"
+        "    def __init__(self, **how):\n"
+        "        print('vLLM says something')\n"
+        "        self.llm_engine = N(model_config=N(get_vocab_size=lambda: 61))\n"
+        "    def generate(self, prompts, how, use_tqdm):\n"
+        "        assert [len(p['prompt_token_ids']) for p in prompts] == [5, 5]\n"
+        "        time.sleep(0.001 * how.max_tokens)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run = engine.Timer(tmp_path, sys.executable)
+    for _ in range(2):
+        read, made = run(2, 5, 20)
+        assert read >= 1e6
+        assert made >= 1e7
+    (tmp_path / "vllm.py").write_text("raise ImportError('broken')")
+    with pytest.raises(RuntimeError, match=r"vLLM ended while .* was timed"):
+        engine.Timer(tmp_path, sys.executable)(2, 5, 20)
+
+
+def test_why_it_failed_is_the_last_error_that_it_named() -> None:
+    said = "INFO 11-29\n  File x\nValueError: Layer 0 is odd\n[rank0] bye"
+    assert engine.cause_of(said) == "ValueError: Layer 0 is odd"
+    assert engine.cause_of("killed") == "killed"
+    assert engine.cause_of("") == "it ended without a word"
+
+
+# -- the engine itself ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "code"), [("llama", "import"), ("llama", "bundled"), ("qwen3", "import"), ("qwen2", "import")]
+)
+def test_vllm_answers_what_the_judged_network_does(model_type: str, code: Any, tmp_path: Path) -> None:
+    if (why := why_not_run(VLLM())) is not None:
+        pytest.skip(why)
+    fewer = {(block, "attention"): 2 for block in range(3)}  # of equal layers, by another road
+    sizes = {"hidden_size": 192, "initializer_range": 0.08} | ({"head_dim": 32} if model_type == "qwen3" else {})
+    model = pruned(model_type, fewer if model_type == "qwen2" else LOST, **sizes)
+    VLLM().write(pk.Product(model, code=code), tmp_path)
+    record = record_of_model(model)
+    rows = compare(record, VLLM().answers(tmp_path, record.inquiry), VLLM().tolerance(tmp_path))
+    assert [row for row in rows if row.agrees is not True] == []
+    other = record_of_model(pruned(model_type, fewer if model_type == "qwen2" else LOST, seed=1, **sizes))
+    rows = compare(other, VLLM().answers(tmp_path, other.inquiry), VLLM().tolerance(tmp_path))
+    assert "log-probabilities" in [row.what for row in rows if row.agrees is False]
+
+
+@pytest.mark.slow
+def test_what_vllm_does_not_load_is_not_verified(served: tuple[Any, Path], tmp_path: Path) -> None:
+    if (why := why_not_run(VLLM())) is not None:
+        pytest.skip(why)
+    model, _ = served
+    save(model, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(pk.NotVerified, match=r"vLLM does not run .*Error"):
+        VLLM().answers(tmp_path, record_of_model(model).inquiry)
