@@ -218,12 +218,16 @@ def _plugins(*, importable: bool) -> tuple[tuple[Broken, ...], tuple[Broken, ...
 
 def _engines(*, importable: bool) -> Iterator[Engine]:
     """Those that exporters name, then programs that load what they write."""
-    known = dict[str, list[str]]()
     if importable:
-        from prunekit.export.formats import all_engines, check_installed
+        yield from _engines_of_exporters()
+    for name, programs in PROGRAMS.items():
+        yield Engine(name, ", ".join(found for program in programs if (found := shutil.which(program))))
 
-        known = all_engines()
-    for name, formats in known.items():
+
+def _engines_of_exporters() -> Iterator[Engine]:
+    from prunekit.export.formats import all_engines, check_installed
+
+    for name, formats in all_engines().items():
         exporter: Any = EXPORTERS[formats[0]].load()
         modules = [*exporter.modules, *exporter.engine_modules] or [name]
         try:
@@ -235,8 +239,6 @@ def _engines(*, importable: bool) -> Iterator[Engine]:
             found = ", ".join(f"{module} {version}" for module, version in there.items())
         variable = f", or name its Python in {exporter.engine_python}" if exporter.engine_python else ""
         yield Engine(name, found, tuple(formats), f'pip install "{exporter.install or name}"{variable}')
-    for name, programs in PROGRAMS.items():
-        yield Engine(name, ", ".join(found for program in programs if (found := shutil.which(program))))
 
 
 def _home(module: str) -> str:
