@@ -39,6 +39,7 @@ STRUCTURE = "Unit of removal: groups (heads and neurons), weights, a pattern suc
 EFFORT = "quick, standard or thorough, instead of a recipe: fast, default, or default-recover, which trains."
 RECIPE = "Preset, YAML file, or folder of a pruned model; default without it."
 LEARNER = "Method that learns which heads and neurons stay, in the place of --allocator."
+WIDTH = "Method that narrows the residual stream, before heads and neurons are removed."
 FINISHER = "Recovery step after pruning, instead of the recipe's. Repeatable, in the order given."
 EXPORTER = "Format of the result, beside the folder for transformers. Repeatable, or several by comma."
 CARRY = "Activations passed on to the next block: dense, centre or expected."
@@ -63,6 +64,7 @@ def prune(
     pruner: Annotated[str | None, option("Method that selects what to keep in one layer.", METHOD)] = None,
     allocator: Annotated[str | None, option("Method that decides how much each layer keeps.", METHOD)] = None,
     learner: Annotated[str | None, option(LEARNER, METHOD)] = None,
+    width: Annotated[str | None, option(WIDTH, METHOD)] = None,
     objective: Annotated[str | None, option("Measure by which allocations are compared.", METHOD)] = None,
     finisher: Annotated[list[str] | None, option(FINISHER, METHOD)] = None,
     exporter: Annotated[list[str] | None, option(EXPORTER, METHOD, "--format", "--exporter")] = None,

@@ -1,0 +1,24 @@
+"""The channels of the residual stream with large activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Int64
+from torch import Tensor
+
+from prunekit import Stream, Width
+
+
+@dataclass(frozen=True)
+class Minitron(Width):
+    """Keep the channels that are large behind the norms of the dense model; weights stay as they are.
+
+        u_c = Σ_b √ E_windows[ (mean over tokens of |LN_b(x)_c|)² ]       over all norms b, that of the head included
+
+    Source: Muralidharan et al. 2024 (arXiv 2407.14679), mean over the sequence, l2 over the batch, summed over layers.
+    Ties go to the lower channel. √(d/d') in the norms' weights makes up for the shorter mean (derived).
+    """
+
+    def directions(self, stream: Stream) -> Int64[Tensor, " d"]:
+        return stream.absolute.sum(0).argsort(descending=True, stable=True)
