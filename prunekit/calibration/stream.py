@@ -15,7 +15,7 @@ from prunekit.data.tokens import TokenBatch
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.models.blocks import chunks
 from prunekit.models.width import norms
-from prunekit.plugins.width import Stream
+from prunekit.plugins.width import ResidualStream
 from prunekit.system.checkpoints import Checkpoints
 from prunekit.system.progress import Progress
 
@@ -25,7 +25,7 @@ NAME = "stream"
 @torch.no_grad()
 def collect_stream(
     model: Any, adapter: Transformer, tokens: TokenBatch, directory: Path, progress: Progress, *, gram: bool
-) -> Stream:
+) -> ResidualStream:
     """Go through the model once, unless that was done before.
 
     Args:
@@ -38,7 +38,7 @@ def collect_stream(
     """
     done = Checkpoints(directory)
     if (kept := done.load(NAME)) is not None:
-        return Stream(kept["absolute"], kept.get("gram"))
+        return ResidualStream(kept["absolute"], kept.get("gram"))
     readers, parts = norms(model, adapter), list(chunks(tokens))
     width = readers[0].get_parameter("weight").numel()
     squares = torch.zeros(len(readers), width, dtype=torch.float64)
@@ -61,4 +61,4 @@ def collect_stream(
     if total is not None:
         found["gram"] = total / tokens.n_tokens
     done.save(NAME, found)
-    return Stream(found["absolute"], found.get("gram"))
+    return ResidualStream(found["absolute"], found.get("gram"))

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from prunekit.models.adapters.transformer import PARTS, Transformer
 from prunekit.models.classes import LowRank
 from prunekit.models.modules import take_tables
+from prunekit.models.opening import stored_as
 from prunekit.plugins.adapter import ModelAdapter, UnsupportedModel
 
 Directions = Float[Tensor, "d d"] | Int64[Tensor, " d"]
@@ -53,7 +54,7 @@ def check_narrow(model: PreTrainedModel, adapter: ModelAdapter) -> Transformer:
     if family.experts is not None:
         raise _refused(kind, "experts and routers are not turned yet")
     if any(isinstance(norm, nn.LayerNorm) or "LayerNorm" in type(norm).__name__ for norm in norms):
-        raise _refused(kind, "its norms subtract the mean, which no RMS norm of its class does")
+        raise _refused(kind, "its norms subtract the mean, which is another in another basis")
     if not family.narrow:
         raise _refused(kind, "norms of its class stand behind sub-layers, where weights per channel cannot be turned")
     if any(isinstance(module, LowRank) for module in adapter.blocks(model).modules()):
@@ -95,7 +96,7 @@ def narrow_shape(model: PreTrainedModel, adapter: Transformer, width: int, *, ro
         config.tie_word_embeddings = False
     with torch.device("meta"):
         small: PreTrainedModel = type(model)(config)
-    return small.to(model.dtype).eval().requires_grad_(False)
+    return stored_as(small, model.dtype).eval().requires_grad_(False)
 
 
 @torch.no_grad()

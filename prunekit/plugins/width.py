@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Stream:
+class ResidualStream:
     """What calibration tells of the residual stream: of what every norm receives and makes, in order of execution."""
 
     absolute: Float[Tensor, "norms d"]  # root mean square over windows of the mean |output| over tokens; float64
@@ -35,7 +35,7 @@ class Width(ABC):
             raise ValueError(f"step is a number of channels, 1 or more, not {self.step}")
 
     @abstractmethod
-    def directions(self, stream: Stream) -> Float[Tensor, "d d"] | Int64[Tensor, " d"]:
+    def directions(self, stream: ResidualStream) -> Float[Tensor, "d d"] | Int64[Tensor, " d"]:
         """Rank the directions of the stream; how many stay follows from the budget.
 
         Args:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Int64
 from torch import Tensor
 
-from prunekit import Stream, Width
+from prunekit import ResidualStream, Width
 
 
 @dataclass(frozen=True)
@@ -20,5 +20,5 @@ class Minitron(Width):
     Ties go to the lower channel. √(d/d') in the norms' weights makes up for the shorter mean (derived).
     """
 
-    def directions(self, stream: Stream) -> Int64[Tensor, " d"]:
+    def directions(self, stream: ResidualStream) -> Int64[Tensor, " d"]:
         return stream.absolute.sum(0).argsort(descending=True, stable=True)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunekit import Stream, Width
+from prunekit import ResidualStream, Width
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class SliceGPT(Width):
 
     turns: ClassVar[bool] = True
 
-    def directions(self, stream: Stream) -> Float[Tensor, "d d"]:
+    def directions(self, stream: ResidualStream) -> Float[Tensor, "d d"]:
         assert stream.gram is not None
         _, basis = torch.linalg.eigh(stream.gram)  # (2), ascending
         basis = basis.flip(1)
