@@ -12,7 +12,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class ResidualStream:
-    """What calibration tells of the residual stream: of what every norm receives and makes, in order of execution."""
+    """What calibration tells of the residual stream: of what every norm receives and makes, in order of execution, the
+    norm in front of the head last."""
 
     absolute: Float[Tensor, "norms d"]  # root mean square over windows of the mean |output| over tokens; float64
     gram: Float[Tensor, "d d"] | None = None  # Σ over norms of E[x xᵀ / rms(x)²], x the input; None: for an order
