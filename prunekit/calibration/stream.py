@@ -42,14 +42,16 @@ def collect_stream(
     readers, parts = norms(model, adapter), list(chunks(tokens))
     width = readers[0].get_parameter("weight").numel()
     squares = torch.zeros(len(readers), width, dtype=torch.float64)
-    total = torch.zeros(width, width, dtype=torch.float64) if gram else None
+    sums: dict[torch.device, Tensor] = {}  # by the device that a norm is on
 
     def listen(place: int, norm: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         squares[place] += precise(out).abs().mean(1, dtype=torch.float64).square().sum(0).cpu()
-        if total is not None:
+        if gram:
             x = precise(args[0]).flatten(0, -2)
             x = x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(x.dtype).tiny)
-            add_product(total, x.cpu(), x.cpu())
+            if x.device not in sums:
+                sums[x.device] = torch.zeros(width, width, dtype=torch.float64, device=x.device)
+            add_product(sums[x.device], x, x)
 
     with ExitStack() as stack, progress.stage("width", len(parts)) as stage:
         for place, norm in enumerate(readers):
@@ -58,7 +60,7 @@ def collect_stream(
             model.base_model(ids.to(next(model.parameters()).device), use_cache=False)
             stage.advance()
     found = {"absolute": (squares / len(tokens)).sqrt()}
-    if total is not None:
-        found["gram"] = total / tokens.n_tokens
+    if gram:
+        found["gram"] = torch.stack([each.cpu() for each in sums.values()]).sum(0) / tokens.n_tokens
     done.save(NAME, found)
     return ResidualStream(found["absolute"], found.get("gram"))

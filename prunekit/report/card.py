@@ -98,7 +98,8 @@ def write(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
     write_json(folder / "report.json", document)
     for name, content in legal.items():
         write_bytes(folder / name, content)
-    write_bytes(folder / PICTURE, draw(document["sites"]).encode())
+    narrow = document.get("width", {"channels": 1, "of": 1})
+    write_bytes(folder / PICTURE, draw(document["sites"], narrow["channels"] / narrow["of"]).encode())
     write_bytes(folder / "README.md", card(document, recipe, facts).encode())
 
 

@@ -78,6 +78,8 @@ def _of_result(folder: Path, name: str) -> list[Part]:
         ("Perplexity", _number(losses["dense"]["perplexity"]), _number(losses["pruned"]["perplexity"])),
         ("Nats per token", _number(losses["dense"]["nll"], 4), _number(losses["pruned"]["nll"], 4)),
     ]
+    if (narrow := report.get("width")) is not None:
+        facts.append(("Residual width", f"{narrow['of']:,}", f"{narrow['channels']:,}"))
     if "unfinished" in losses:
         facts.append(("Perplexity before recovery", "", _number(losses["unfinished"]["perplexity"])))
     pace = report.get("latency")

@@ -191,6 +191,7 @@ def test_width_alone_gives_a_stock_class_whose_parameters_are_those_of_the_repor
     assert report["pruned"]["sparsity_of_blocks"] == 1 - counted(model, True) / counted(dense, True)
     assert report["budget"]["removed"] == report["pruned"]["sparsity_of_blocks"] == 0.5
     assert all(site["kept"] == site["groups"] and site["error"] == 0 for site in report["sites"])
+    assert "Mean over blocks: attention 50.0%; MLP 50.0%" in (sliced / "sparsity.svg").read_text()
     card = (sliced / "README.md").read_text()
     assert "with width `slicegpt`, pruner" in card
     assert "| residual width | 24 | 12 |" in card
@@ -248,9 +249,9 @@ def test_a_model_in_memory_stays_as_it_was_and_learns_from_what_it_was(folder, p
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    distil = {"name": "distillation", "epochs": 2, "rate": 1e-2}
+    recovery = [{"name": "distillation", "epochs": 2, "rate": 1e-2}, {"name": "lora", "epochs": 1, "teacher": 1.0}]
     result = pruned(
-        model, None, "minitron", tokenizer=tokenizer, sparsity=0.5, finishers=distil, data__recovery_tokens=512,
+        model, None, "minitron", tokenizer=tokenizer, sparsity=0.5, finishers=recovery, data__recovery_tokens=512,
         data__dataset=str(folder / "text.txt"),
     )  # fmt: skip
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
