@@ -27,8 +27,8 @@ class VLLM(pk.Exporter):
     """The folder of `hf`, refused before any work where vLLM cannot serve it, and run by vLLM where that is installed.
 
     Layers of unequal sizes are served through vLLM's backend for models of transformers, which reads the sizes of each
-    layer from the config. The classes are prunekit's, which vLLM finds by an entry point where prunekit is installed, or
-    in the folder (code=bundled) where its user says --trust-remote-code. Removed attention has no weights, and one
+    layer from the config. The classes are prunekit's, which vLLM finds by an entry point where prunekit is installed,
+    or in the folder (code=bundled) where its user says --trust-remote-code. Removed attention has no weights, and one
     head's room in the cache. Equal layers take the class that vLLM has for the family.
     """
 
