@@ -17,13 +17,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
 
-from prunekit.errors import first_line
+from prunekit.errors import WrongInput, first_line
 from prunekit.plugins.registry import EXPORTERS, KINDS, BrokenPlugin
 from prunekit.recipe.presets import PRESETS, broken_presets
 from prunekit.recipe.suite import SUITES
@@ -36,7 +35,6 @@ UNITS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512f", "avx2", "asimd", "bf1
 PROGRAMS: Mapping[str, tuple[str, ...]] = {  # engines beside those of exporters -> what is on the path of a shell
     "llama.cpp programs": ("llama-cli", "llama-server", "llama-bench", "llama-quantize"),
 }
-PACKAGES: Mapping[str, str] = {"vllm": "vllm"}  # engines beside those of exporters -> their package
 
 
 @dataclass(frozen=True)
@@ -219,22 +217,25 @@ def _plugins(*, importable: bool) -> tuple[tuple[Broken, ...], tuple[Broken, ...
 
 
 def _engines(*, importable: bool) -> Iterator[Engine]:
-    """Those that exporters name, then others that load what they write."""
+    """Those that exporters name, then programs that load what they write."""
     known = dict[str, list[str]]()
     if importable:
-        from prunekit.export.formats import all_engines
+        from prunekit.export.formats import all_engines, check_installed
 
         known = all_engines()
     homes = metadata.packages_distributions()
     for name, formats in known.items():
         exporter: Any = EXPORTERS[formats[0]].load()
         modules = [*exporter.modules, *exporter.engine_modules] or [name]
-        there = {module: _version(homes.get(module, [module])[0]) for module in modules}
-        whole = all(find_spec(module) is not None for module in modules)
-        found = ", ".join(f"{module} {version}".strip() for module, version in there.items()) if whole else ""
-        yield Engine(name, found, tuple(formats), f'pip install "{exporter.install or name}"')
-    for name, package in PACKAGES.items():
-        yield Engine(name, _version(package), install=f"pip install {package}")
+        try:
+            check_installed(exporter(), name, running=True)
+        except WrongInput:
+            found = ""
+        else:
+            there = {module: _version(homes.get(module, [module])[0]) or "elsewhere" for module in modules}
+            found = ", ".join(f"{module} {version}" for module, version in there.items())
+        variable = f", or name its Python in {exporter.engine_python}" if exporter.engine_python else ""
+        yield Engine(name, found, tuple(formats), f'pip install "{exporter.install or name}"{variable}')
     for name, programs in PROGRAMS.items():
         yield Engine(name, ", ".join(found for program in programs if (found := shutil.which(program))))
 

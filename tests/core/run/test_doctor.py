@@ -44,7 +44,16 @@ def test_it_says_what_pip_and_the_system_say() -> None:
     assert found["disk"][0]["total"] == shutil.disk_usage(Path()).total
     assert 0 < found["memory"]["free"] <= found["memory"]["total"]
     assert len(found["devices"]) == torch.cuda.device_count()
-    assert {"transformers", "vllm"} <= {each["name"] for each in found["engines"]}
+    (engine,) = (each for each in found["engines"] if each["formats"] == ["hf"])
+    assert engine["found"] == f"transformers {metadata.version('transformers')}"
+
+
+def test_an_engine_that_is_not_here_is_said_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter: Any = doctor.EXPORTERS["hf"].load()
+    monkeypatch.setattr(exporter, "modules", ("no_such_module",))
+    monkeypatch.setattr(exporter, "install", "prunekit[imagined]")
+    line = next(line for line in run().stdout.splitlines() if line.startswith("engine transformers"))
+    assert line.endswith('not installed: pip install "prunekit[imagined]" (formats hf)')
 
 
 @pytest.mark.parametrize(("ratio", "dtype"), [(0.62, "float32"), (5.8, "bfloat16")])
