@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
 import textwrap
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec, resolve_name
+from pathlib import Path
 
 DEPTH = 16  # imports and base classes to follow at most: sources may go in circles
 
@@ -114,6 +116,23 @@ def _absolute(node: ast.ImportFrom, module: str) -> str:
     spec = _located(module)
     package = module if spec is not None and spec.submodule_search_locations is not None else module.rpartition(".")[0]
     return resolve_name("." * node.level + (node.module or ""), package)
+
+
+def digest_of(place: str) -> str:
+    """SHA-256 of the code of the top-level module or package of module:name; "": it cannot be read."""
+    spec = _located(place.partition(":")[0].partition(".")[0])
+    if spec is None:
+        return ""
+    folders = spec.submodule_search_locations
+    files = [Path(spec.origin)] if spec.origin and not folders else []
+    files += sorted(file for folder in folders or () for file in Path(folder).rglob("*.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            digest.update(file.read_bytes())
+        except OSError:
+            return ""
+    return digest.hexdigest() if files else ""
 
 
 def comments(plugin: type) -> dict[str, str]:

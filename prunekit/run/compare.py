@@ -21,6 +21,8 @@ from typing import Any
 from prunekit.data.windows import whole_windows
 from prunekit.errors import WrongInput, first_line
 from prunekit.measure.perplexity import Perplexity, perplexity
+from prunekit.plugins.registry import KINDS
+from prunekit.plugins.source import digest_of
 from prunekit.recipe.resolve import Parts, resolve
 from prunekit.recipe.suite import Cell, Suite
 from prunekit.report import document as reporting
@@ -77,7 +79,9 @@ def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20
         if models.count(name) > 1:
             raise WrongInput(f"model {name} is given twice; give it once")
     versions = {name: metadata.version(name) for name in ("prunekit", "torch", "transformers")}
-    identity = {"suite": suite.model_dump(mode="json"), "models": models, "versions": versions}
+    identity: dict[str, Any] = {"suite": suite.model_dump(mode="json"), "models": models, "versions": versions}
+    if code := _code_of_others(cells):
+        identity["code of plug-ins"] = code  # that an author has changed since makes other rows
     with claimed(output, identity, "a comparison", resume=job.resume, overwrite=job.overwrite) as place:
         rows = Rows(place / ROWS)
         for i, model in enumerate(models):
@@ -89,6 +93,22 @@ def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20
         found = Comparison(suite, list(rows), place)
         write_summary(found, place)
     return found
+
+
+def _code_of_others(cells: Sequence[Cell]) -> dict[str, str]:
+    """Digests of the code of plug-ins from other packages that cells name, by kind and name."""
+    named = set(_texts([cell.recipe.model_dump(mode="json") for cell in cells]))
+    theirs = (entry for registry in KINDS for entry in registry.values() if entry.owner != "prunekit")
+    return {f"{entry.kind} {entry.name}": digest_of(entry.point.value) for entry in theirs if entry.name in named}
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All texts in plain values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
 
 
 @contextmanager

@@ -223,7 +223,6 @@ def _engines(*, importable: bool) -> Iterator[Engine]:
         from prunekit.export.formats import all_engines, check_installed
 
         known = all_engines()
-    homes = metadata.packages_distributions()
     for name, formats in known.items():
         exporter: Any = EXPORTERS[formats[0]].load()
         modules = [*exporter.modules, *exporter.engine_modules] or [name]
@@ -232,12 +231,17 @@ def _engines(*, importable: bool) -> Iterator[Engine]:
         except WrongInput:
             found = ""
         else:
-            there = {module: _version(homes.get(module, [module])[0]) or "elsewhere" for module in modules}
+            there = {module: _version(module) or _version(_home(module)) or "elsewhere" for module in modules}
             found = ", ".join(f"{module} {version}" for module, version in there.items())
         variable = f", or name its Python in {exporter.engine_python}" if exporter.engine_python else ""
         yield Engine(name, found, tuple(formats), f'pip install "{exporter.install or name}"{variable}')
     for name, programs in PROGRAMS.items():
         yield Engine(name, ", ".join(found for program in programs if (found := shutil.which(program))))
+
+
+def _home(module: str) -> str:
+    """The package that has a module of another name; to find it, all that are installed are looked through."""
+    return next(iter(metadata.packages_distributions().get(module, ())), module)
 
 
 # -- the machine -----------------------------------------------------------------------------------------

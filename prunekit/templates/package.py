@@ -77,6 +77,9 @@ test = ["prunekit[testing]"]
 
 [tool.hatch.build.targets.wheel]
 include = ["{module}.py"]
+
+[tool.pytest.ini_options]
+verbosity_subtests = "0" # of suites, only those that fail are shown
 """
 README = """# {package}
 
@@ -103,8 +106,9 @@ Use it:
 {uses}
 ```
 
-Then write your own: change the formula in `{module}.py`, say it in the docstring with its source, and change the claim
-in `test_{module}.py` first. The plug-in guide of prunekit describes what a {kind} sees and what it must keep.
+Then write your own, the claim in `test_{module}.py` first: change the formula in `{module}.py`, and say it in the
+docstring with its source. An installation with `-e` uses the file as it is; a comparison that has rows of other code is
+made anew with `--overwrite`. The plug-in guide of prunekit describes what a {kind} sees and what it must keep.
 """
 
 

@@ -68,8 +68,9 @@ def test_the_dtype_is_that_of_the_measurement_behind_auto(
 
 def test_a_broken_plugin_is_listed_and_the_exit_code_is_one(entries: dict[str, Entry]) -> None:
     entries["gone"] = Entry("pruner", "gone", "their-package", EntryPoint("gone", "nowhere:Gone", "prunekit.pruners"))
-    lines, found = run().stdout.splitlines(), run("--json")
-    assert (run().exit_code, found.exit_code) == (1, 1)
+    said, found = run(), run("--json")
+    assert (said.exit_code, found.exit_code) == (1, 1)
+    lines = said.stdout.splitlines()
     assert any(line.startswith("broken ") and "pruner 'gone' of their-package is broken" in line for line in lines)
     (broken,) = json.loads(found.stdout)["broken"]
     assert (broken["kind"], broken["name"], broken["owner"]) == ("pruner", "gone", "their-package")

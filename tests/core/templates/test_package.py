@@ -15,11 +15,14 @@ from typer.testing import CliRunner, Result
 from prunekit.cli.main import app
 from prunekit.errors import WrongInput
 from prunekit.plugins.registry import KINDS, Registry
+from prunekit.recipe.suite import Suite
+from prunekit.run import compare as comparing
+from prunekit.run.session import Job
 from prunekit.templates.package import USES, write_package
 
 NAMES = {registry.kind: f"my-{registry.kind}" for registry in KINDS} | {"adapter": "gemma"}
-HEAVY = ("exporter", "finisher", "adapter", "engine")  # their suites run models
-LIGHT = tuple(kind for kind in NAMES if kind not in HEAVY)
+LIGHT = ("pruner", "metric")
+HEAVY = tuple(kind for kind in NAMES if kind not in LIGHT)
 RUN = """
 import sys, pytest
 sys.path[:0] = sys.argv[1].split(":")
@@ -76,12 +79,12 @@ def test_nothing_of_the_template_is_left(kind: str, written: Path) -> None:
 
 
 def test_all_are_listed_with_their_owner_and_first_line(installed: None) -> None:
-    rows = {(row["kind"], row["name"]): row for row in json.loads(run("list", "--json").stdout)}
-    for kind, name in NAMES.items():
-        row = rows[kind, name]
-        assert row["owner"] == f"prunekit-{name}"
-        assert row["summary"].endswith(".")
-        assert "is broken" not in row["summary"]
+    lines = [line.split(maxsplit=1) for line in run("list").stdout.splitlines() if line.startswith("  ")]
+    said = dict(lines)
+    for registry in KINDS:
+        name = NAMES[registry.kind]
+        assert said[name].startswith(f"[of prunekit-{name}] ")
+        assert registry[name].load().__module__ == f"prunekit_{name.replace('-', '_')}"
 
 
 @pytest.mark.parametrize("kinds", [LIGHT, pytest.param(HEAVY, marks=pytest.mark.slow)], ids=["light", "heavy"])
@@ -120,6 +123,30 @@ def test_all_take_part_in_a_comparison(installed: None, saved_tiny: Callable[...
         "my-pruner + my-learner + my-objective",
     }
     assert {row["cell"]: row["state"] for row in rows if row["cell"] in cells} == dict.fromkeys(cells, "complete")
+
+
+def test_rows_of_code_that_was_changed_since_are_not_gone_on_with(
+    installed: None, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparing, "_bench", opened)  # a comparison that is stopped as it begins
+    suite = Suite.of_mapping({"models": ["m"], "pruners": ["my-pruner"], "recipe": "fast"})
+    job, code = Job(output=tmp_path / "out"), written / "pruner/prunekit_my_pruner.py"
+    before = code.read_text("utf-8")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            comparing.compare(suite, job)
+    (written / "signal/prunekit_my_signal.py").touch()  # of a package that no cell names
+    try:
+        code.write_text(before + "\n# another formula\n", encoding="utf-8")
+        with pytest.raises(WrongInput, match=r"another code of plug-ins.*discard it with --overwrite"):
+            comparing.compare(suite, job)
+        with pytest.raises(KeyboardInterrupt):
+            comparing.compare(suite, Job(output=job.output, overwrite=True))
+    finally:
+        code.write_text(before, encoding="utf-8")
 
 
 @pytest.mark.slow
