@@ -431,6 +431,8 @@ def define(family: Family) -> tuple[type, type, type]:
                 stock_config.validate_rope(self)
 
     Config.__name__ = Config.__qualname__ = f"Prunekit{family.prefix}Config"
+    if hasattr(stock_config, "logits_scaling"):  # which vLLM knows by another name, the other way round
+        Config.logit_scale = property(lambda config: 1 / config.logits_scaling)  # type: ignore[attr-defined]
     body["config_class"] = Config
     return (
         Config,
