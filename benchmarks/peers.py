@@ -197,7 +197,7 @@ PEERS = {
         "FLAP", flap_of("prune_flap"), (LAYERS, HEADS, FLOAT, "zero biases on o_proj and down_proj"), {"recipe": "flap"}
     ),
     "wanda-sp": Peer("Wanda-sp", flap_of("prune_wanda_sp"), (LAYERS, HEADS, FLOAT), WANDA_SP),
-    "slicegpt": Peer("SliceGPT", slicegpt, (THIRD, TUPLE, NAMES)),
+    "slicegpt": Peer("SliceGPT", slicegpt, (THIRD, TUPLE, NAMES), {"recipe": "slicegpt"}),
     "llm-pruner": Peer("LLM-Pruner", llm_pruner, (ALONE, EAGER, WINDOWS, BORDERS), LLM_PRUNER),
     "tyr": Peer("Týr", tyr, (CPU, SMALL, ZEROS)),
 }

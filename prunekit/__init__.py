@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from prunekit.plugins.options import check_choices
     from prunekit.plugins.pruner import LocalPruner
     from prunekit.plugins.signal import Signal
+    from prunekit.plugins.width import ResidualStream, Width
     from prunekit.recipe.resolve import Parts, resolve
     from prunekit.recipe.schema import Recipe
     from prunekit.run.family import Family
@@ -65,6 +66,7 @@ _HOMES = {  # module: what of it is public
     "plugins.options": "check_choices",
     "plugins.pruner": "LocalPruner",
     "plugins.signal": "Signal",
+    "plugins.width": "ResidualStream Width",
     "recipe.resolve": "Parts resolve",
     "recipe.schema": "Recipe",
     "run.family": "Family",
@@ -83,10 +85,10 @@ __all__ = [
     "Effort", "Engine", "Exporter", "Family", "Finisher", "GateProblem", "GateQuery", "GateReply", "Inquiry",
     "Journal", "LayerProblem", "Learner", "Lesson", "LocalPruner", "MapShape", "MeasuredMetric", "Metric",
     "ModelAdapter", "Moments", "Need", "NotVerified", "Objective", "Opening", "Order", "Parameters", "Parts",
-    "PluginError", "Probe", "Problem", "Product", "Query", "Reads", "Received", "Recipe", "Response", "Result",
-    "Runs", "Search", "Searched", "Signal", "Site", "Space", "Statistic", "Supernet", "Team", "TokenBatch",
-    "Total", "Training", "Worker", "Workpiece", "WrongInput", "best_groups", "best_weights", "check_choices",
-    "compare", "evaluate", "factored", "inverted", "prune", "ranked", "resolve", "solved", "tune",
+    "PluginError", "Probe", "Problem", "Product", "Query", "Reads", "Received", "Recipe", "ResidualStream", "Response",
+    "Result", "Runs", "Search", "Searched", "Signal", "Site", "Space", "Statistic", "Supernet", "Team",
+    "TokenBatch", "Total", "Training", "Width", "Worker", "Workpiece", "WrongInput", "best_groups", "best_weights",
+    "check_choices", "compare", "evaluate", "factored", "inverted", "prune", "ranked", "resolve", "solved", "tune",
 ]  # fmt: skip
 
 

@@ -269,7 +269,7 @@ def evaluate(
 
     names = [harness] if isinstance(harness, str | Path) else harness
     spec = None
-    if names is not None or harness_path is not None:
+    if names or harness_path or chat_template or limit or batch_size:
         folder = None if harness_path is None else str(harness_path)
         spec = HarnessSpec(tuple(map(str, names or ())), folder, chat_template, limit, batch_size)
     data = DataSpec(

@@ -33,7 +33,7 @@ from prunekit.cli.tables import format_bytes, new_table, print_table
 SPLIT = "Split of the data set; otherwise a held-out one."
 FIELD = "Fields of rows with the text, as a, a.b or a,b; otherwise text, or a conversation."
 SEQLEN = "Number of tokens per window; otherwise 2048, or the model's maximum."
-TOKENS = "Number of tokens from the start of the text; otherwise all."
+TOKENS = "Number of tokens from the start of the text; otherwise 65536, or all that there are."
 SAMPLES = "Number of prompts that the model continues, always with the likeliest token; at most 10."
 AGAINST = "Second model, such as the dense one, judged on the same text and tasks and timed in turns with the first."
 TASKS = "Tasks"
@@ -79,7 +79,7 @@ def evaluate(
     from prunekit.data.harness import HarnessSpec, check_installed, check_names
 
     names = split_names(harness)
-    if names is not None or harness_path is not None:
+    if names or harness_path or chat_template or limit or batch_size:
         check_names(names or (), harness_path)
         check_installed()
     from prunekit.data.spec import DataSpec

@@ -67,7 +67,7 @@ EFFORTS: Mapping[str, str] = {"quick": "fast", "standard": "default", "thorough"
 """A word for how much work a result is worth -> the recipe that does so much."""
 
 FLAGS: Mapping[str, str] = {  # of `prune` -> recipe key
-    **{key: key for key in ("sparsity", "target", "pruner", "allocator", "learner", "objective")},
+    **{key: key for key in ("sparsity", "target", "pruner", "allocator", "learner", "width", "objective")},
     **{key: key for key in ("carry", "structure")},
     **{key: key for key in ("time", "seed", "engine", "device", "dtype", "memory")},
     **{key: f"data.{key}" for key in ("dataset", "calibration_tokens", "search_tokens", "seqlen")},
@@ -183,7 +183,7 @@ def check_words(recipe: Recipe) -> None:
     from prunekit.space.forms import parse_form
     from prunekit.system.sizes import parse_size
 
-    kinds = ("pruner", "allocator", "learner", "objective", "engine")
+    kinds = ("pruner", "allocator", "learner", "width", "objective", "engine")
     specs = {kind: [spec] for kind in kinds if (spec := getattr(recipe, kind)) is not None}
     specs |= {"finisher": recipe.finishers, "exporter": recipe.exporters, "metric": [recipe.metric_spec]}
     for registry in KINDS:

@@ -48,6 +48,7 @@ PRUNER = "Method that selects what to keep in one layer."
 ALLOCATOR = "Method that decides how much each layer keeps."
 OBJECTIVE = "Measure by which allocations are compared."
 LEARNER = "Method that learns which heads and neurons stay, in the place of --allocator."
+WIDTH = "Method that narrows the residual stream, before heads and neurons are removed."
 FINISHER = "Recovery step after pruning, instead of the recipe's. Repeatable, in the order given."
 EXPORTER = "Format of the result, beside the folder for transformers. Repeatable, or several by comma."
 CARRY = "Activations passed on to the next block: dense, centre or expected."
@@ -74,6 +75,7 @@ def prune(
     pruner: Annotated[str | None, option(PRUNER, METHOD, autocompletion=one_of(plugins("pruner")))] = None,
     allocator: Annotated[str | None, option(ALLOCATOR, METHOD, autocompletion=one_of(plugins("allocator")))] = None,
     learner: Annotated[str | None, option(LEARNER, METHOD, autocompletion=one_of(plugins("learner")))] = None,
+    width: Annotated[str | None, option(WIDTH, METHOD, autocompletion=one_of(plugins("width")))] = None,
     objective: Annotated[str | None, option(OBJECTIVE, METHOD, autocompletion=one_of(plugins("objective")))] = None,
     finisher: Annotated[list[str] | None, option(FINISHER, METHOD, autocompletion=one_of(plugins("finisher")))] = None,
     exporter: Annotated[

@@ -77,7 +77,7 @@ def check_names(names: Sequence[str], folder: str | None) -> None:
         WrongInput: no task was named, or there is no such folder or file.
     """
     if not names:
-        raise WrongInput(f"no task was named; give names of tasks, {SUITE}, or files as --harness")
+        raise WrongInput(f"no task was named; name tasks, {SUITE}, or task files with --harness")
     if folder is not None and what_is(folder) != "folder":
         raise WrongInput(f"there is no folder {folder!r} of task files; give one with .yaml or .jsonl files")
     for name in names:
@@ -345,7 +345,7 @@ def _check_code(path: Path, seen: set[Path]) -> None:
     seen.add(path)
     what = None
     for key, node in _nodes(_parsed(path)):
-        if node.tag == "!function" or key == "class":
+        if node.tag == "!function" or key == "class" or ":python/" in node.tag:
             what = f"{key}: {getattr(node, 'value', '')}"
         elif key == "hf_evaluate" or (key == "metric" and node.value not in METRIC_REGISTRY):
             what = f"the metric {node.value}, of another library"

@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from prunekit.layer.layouts import layout_of
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.models.classes import AUTOS, BUNDLED, FAMILIES, Family, Part, UnequalLayers, define, define_heads
-from prunekit.models.modules import make_tables, shallow
+from prunekit.models.modules import shallow, take_tables
 from prunekit.models.opening import stored_as, without_bars
 from prunekit.models.paging import attach, pager_of, real, shapes_of
 from prunekit.models.shards import SHARD_BYTES, write
@@ -251,13 +251,7 @@ def _filled(
 
     state = model.state_dict()
     small.load_state_dict({name: state[theirs(name)] for name in small.state_dict()}, assign=True)
-    for path, module in small.named_modules():
-        absent = [(name, buffer) for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        for name, buffer in absent:  # rotary tables are not in the state
-            table = model.get_buffer(f"{path}.{name}").to(buffer.dtype, copy=True)
-            setattr(module, name, nn.Buffer(table, persistent=False))
-        if absent:
-            make_tables(small, module)  # anew: `model.to(torch.bfloat16)` would have rounded them
+    take_tables(small, model)
     small.tie_weights()
     small.generation_config = copy.deepcopy(model.generation_config)
     small.config.dtype = model.dtype

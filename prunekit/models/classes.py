@@ -96,6 +96,7 @@ class Family:
     asks_config: bool = False  # attention asks its config, when it runs, how many query heads it has
     by_layer: tuple[str, ...] = ("layer_types",)  # lists in the config with one entry per layer
     experts: Experts | None = None  # in the place of the MLP, or of that of some blocks
+    narrow: bool = False  # all that touches the residual stream: RMS norms before parts and head, and linear maps
 
     def __post_init__(self) -> None:
         if alone := next((name for name in self.norms.values() if isinstance(name, str)), None):
@@ -231,12 +232,12 @@ def of_experts(model_type: str, prefix: str, count: str, **experts: Any) -> Fami
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": llama_like("llama", "Llama"),
-    "mistral": llama_like("mistral", "Mistral"),
-    "qwen2": llama_like("qwen2", "Qwen2"),
-    "qwen3": llama_like("qwen3", "Qwen3"),
-    "smollm3": llama_like("smollm3", "SmolLM3", by_layer=("layer_types", "no_rope_layers")),
-    "granite": llama_like("granite", "Granite"),
+    "llama": llama_like("llama", "Llama", narrow=True),
+    "mistral": llama_like("mistral", "Mistral", narrow=True),
+    "qwen2": llama_like("qwen2", "Qwen2", narrow=True),
+    "qwen3": llama_like("qwen3", "Qwen3", narrow=True),
+    "smollm3": llama_like("smollm3", "SmolLM3", by_layer=("layer_types", "no_rope_layers"), narrow=True),
+    "granite": llama_like("granite", "Granite", narrow=True),
     "olmo2": llama_like(
         "olmo2", "Olmo2", norms={"attention": ("post_attention_layernorm",), "mlp": ("post_feedforward_layernorm",)}
     ),
@@ -255,6 +256,7 @@ FAMILIES: Mapping[str, Family] = {
         "Phi3",
         rows={"self_attn.qkv_proj": ("query", "kv", "kv"), "mlp.gate_up_proj": ("width", "width")},
         asks_config=True,
+        narrow=True,
     ),
     "falcon": Family(
         "falcon",
@@ -429,6 +431,8 @@ def define(family: Family) -> tuple[type, type, type]:
                 stock_config.validate_rope(self)
 
     Config.__name__ = Config.__qualname__ = f"Prunekit{family.prefix}Config"
+    if hasattr(stock_config, "logits_scaling"):  # which vLLM knows by another name, the other way round
+        Config.logit_scale = property(lambda config: 1 / config.logits_scaling)  # type: ignore[attr-defined]
     body["config_class"] = Config
     return (
         Config,

@@ -77,6 +77,17 @@ def widen_tables(model: PreTrainedModel) -> None:
             make_tables(model, module)
 
 
+def take_tables(small: PreTrainedModel, model: nn.Module) -> None:
+    """Give a model on the meta device the buffers that are in no state, such as rotary tables, those of another."""
+    for path, module in small.named_modules():
+        absent = [(name, buffer) for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name, buffer in absent:
+            table = model.get_buffer(f"{path}.{name}").to(buffer.dtype, copy=True)
+            setattr(module, name, nn.Buffer(table, persistent=False))
+        if absent:
+            make_tables(small, module)  # anew: `model.to(torch.bfloat16)` would have rounded them
+
+
 def make_tables(model: PreTrainedModel, module: nn.Module) -> None:
     """Let a model make the buffers of a module of its own anew, such as rotary tables; parameters stay as they are."""
     for parameter in module.parameters(recurse=False):

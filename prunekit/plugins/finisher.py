@@ -44,6 +44,7 @@ class Finisher(ABC):
     """
 
     structures: ClassVar[frozenset[str]] = frozenset({"groups"})  # or weights, n:m: zeros stay where there are as many
+    knows_width: ClassVar[bool] = False  # the dense model may have a wider residual stream than the small one
     trains: ClassVar[bool] = False  # then it has text of its own: what the pruner has fitted has little left to teach
 
     @property

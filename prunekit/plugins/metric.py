@@ -36,6 +36,8 @@ class MeasuredMetric(Metric):
     them in a file beside its result, prices.json, and a recipe may give them, or that file, or the folder it is in.
     """
 
+    counts_width = False  # it measures the dense model
+
     prices: Any
 
     @abstractmethod

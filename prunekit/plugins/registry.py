@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from prunekit.plugins.objective import Objective
     from prunekit.plugins.pruner import LocalPruner
     from prunekit.plugins.signal import Signal
+    from prunekit.plugins.width import Width
     from prunekit.space.metrics import Metric
 
 T = TypeVar("T")
@@ -240,6 +241,7 @@ PRUNERS: Registry[LocalPruner] = Registry("pruner", "prunekit.plugins.pruner:Loc
 SIGNALS: Registry[Signal] = Registry("signal", "prunekit.plugins.signal:Signal")
 ALLOCATORS: Registry[Allocator] = Registry("allocator", "prunekit.plugins.allocator:Allocator")
 LEARNERS: Registry[Learner] = Registry("learner", "prunekit.plugins.learner:Learner")
+WIDTHS: Registry[Width] = Registry("width", "prunekit.plugins.width:Width")
 OBJECTIVES: Registry[Objective] = Registry("objective", "prunekit.plugins.objective:Objective")
 FINISHERS: Registry[Finisher] = Registry("finisher", "prunekit.plugins.finisher:Finisher")
 METRICS: Registry[Metric] = Registry("metric", "prunekit.space.metrics:Metric")
@@ -247,7 +249,7 @@ EXPORTERS: Registry[Exporter] = Registry("exporter", "prunekit.plugins.exporter:
 ADAPTERS: Registry[ModelAdapter] = Registry("adapter", "prunekit.plugins.adapter:ModelAdapter")  # by config.model_type
 ENGINES: Registry[Engine] = Registry("engine", "prunekit.plugins.engine:Engine")
 KINDS: tuple[Registry[Any], ...] = (
-    PRUNERS, SIGNALS, ALLOCATORS, LEARNERS, OBJECTIVES, FINISHERS, METRICS, EXPORTERS, ENGINES, ADAPTERS,
+    PRUNERS, SIGNALS, ALLOCATORS, LEARNERS, WIDTHS, OBJECTIVES, FINISHERS, METRICS, EXPORTERS, ENGINES, ADAPTERS,
 )  # fmt: skip
 
 

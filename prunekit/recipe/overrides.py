@@ -15,7 +15,7 @@ from prunekit.errors import WrongInput, unknown
 from prunekit.recipe.plain import read_plain
 from prunekit.recipe.specs import as_engine, as_pattern, as_spec, as_specs, own_share
 
-PLUGINS = ("pruner", "allocator", "learner", "objective", "engine")  # keys with one plug-in each
+PLUGINS = ("pruner", "allocator", "learner", "width", "objective", "engine")  # keys with one plug-in each
 LISTS = {"finishers": "finisher", "exporters": "exporter"}  # keys with several in turn
 MOST_DIGITS = 40  # of a share
 HUGE = re.compile(r"[eE][+-]?\d{3}")  # an exponent whose power of ten alone would take for ever

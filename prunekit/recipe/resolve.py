@@ -33,9 +33,12 @@ from prunekit.plugins.registry import (
     OBJECTIVES,
     PRUNERS,
     SIGNALS,
+    WIDTHS,
 )
 from prunekit.plugins.signal import Signal
+from prunekit.plugins.width import Width
 from prunekit.recipe.schema import Recipe
+from prunekit.recipe.specs import SpareSpec
 from prunekit.space.forms import Form, parse_form
 from prunekit.space.latency import LatencySpec
 from prunekit.space.metrics import Metric
@@ -60,6 +63,7 @@ class Parts:
     engine: Engine
     metric: Metric
     exporters: tuple[Exporter, ...]
+    width: Width | None = None  # what narrows the residual stream first
 
     @property
     def members(self) -> list[Parts]:
@@ -155,12 +159,14 @@ def resolve(recipe: Recipe) -> Parts:
         ENGINES.build(recipe.engine),
         METRICS.build(recipe.metric_spec),
         _exporters(recipe),
+        None if recipe.width is None else WIDTHS.build(recipe.width),
     )
     _check_plugins(parts)
     complete = {
         "pruner": PRUNERS.spec(parts.pruner),
         "allocator": ALLOCATORS.spec(allocator) if learner is None else None,
         "learner": None if learner is None else LEARNERS.spec(learner),
+        "width": None if parts.width is None else WIDTHS.spec(parts.width),
         "objective": OBJECTIVES.spec(parts.objective),
         "finishers": tuple(map(FINISHERS.spec, parts.finishers)),
         "engine": ENGINES.spec(parts.engine),
@@ -171,6 +177,7 @@ def resolve(recipe: Recipe) -> Parts:
     _check_structure(parts)
     _check_readers(parts)
     _check_learner(parts)
+    _check_width(parts)
     return parts
 
 
@@ -292,6 +299,41 @@ def _check_learner(parts: Parts) -> None:
                 f"{key} limits searches, and learner {recipe.learner['name']!r} reads what its own options say; leave "
                 f"{key} away, and see `prunekit list {recipe.learner['name']}`"
             )
+
+
+def _check_width(parts: Parts) -> None:
+    """The narrower model is pruned in the place of the dense one; what holds both beside each other is told apart."""
+    recipe = parts.recipe
+    if recipe.width is None:
+        return
+    name = f"width {recipe.width['name']!r}"
+    if not parts.form.coupled:
+        raise WrongInput(f"{name} goes with structure groups, not {recipe.structure}; leave one of them away")
+    if recipe.family:
+        raise WrongInput(f"{name} makes another model for every sparsity, which share no pass; give one sparsity")
+    if recipe.learner is not None:
+        raise WrongInput(f"{name} and learner {recipe.learner['name']!r} do not go together yet; choose an allocator")
+    if recipe.apart:
+        raise WrongInput(f"apart gives attention and MLP each their share, and {name} takes of both; leave one away")
+    if recipe.spare != SpareSpec():
+        raise WrongInput(f"{name} narrows every block, and spare keeps some of them whole; leave one of them away")
+    if not parts.metric.counts_width:
+        raise WrongInput(
+            f"what {name} frees cannot be counted in {parts.metric.unit}; choose metric parameters, bytes or flops"
+        )
+    if recipe.engine["name"] != "local":
+        raise WrongInput(f"{name} is worked with on this machine alone; give engine local")
+    for spec, finisher in zip(recipe.finishers, parts.finishers, strict=True):
+        if not finisher.knows_width:
+            raise WrongInput(
+                f"finisher {spec['name']!r} compares the residual streams of both models, and {name} makes one "
+                "narrower; take distillation or lora"
+            )
+    if parts.objective.reads(1 << 10).depths:
+        raise WrongInput(
+            f"objective {recipe.objective['name']!r} compares the residual streams of both models, and {name} makes "
+            "one narrower; take divergence or expected-error"
+        )
 
 
 def _check_readers(parts: Parts) -> None:

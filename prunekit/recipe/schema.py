@@ -45,6 +45,7 @@ class Recipe(Strict):
     allocator: Spec | None
     learner: Spec | None = None  # in the place of an allocator: which groups are kept, and so how many
     learned: Literal["weights", "groups", "counts"] = "weights"  # what is taken over: weights it trains and groups
+    width: Spec | None = None  # what narrows the residual stream first, by its share of what is removed
     objective: Spec
     finishers: Annotated[tuple[Spec, ...], BeforeValidator(as_specs)] = ()  # in this order; one may stand alone
     carry: Literal["dense", "centre", "expected"] = "expected"  # activations that reach the next block
@@ -194,6 +195,7 @@ class Recipe(Strict):
         """Keys that need not be written."""
         there = {
             "family": self.family, "spare": self.spare != SpareSpec(), "learner": self.learner, "learned": self.learner,
+            "width": self.width,
         }  # fmt: skip
         return frozenset(key for key, value in there.items() if not value)
 

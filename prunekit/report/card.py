@@ -41,6 +41,9 @@ def card(document: Mapping[str, Any], recipe: Recipe, facts: Mapping[str, Any]) 
     title, unit, more, note = f"{pruned['sparsity_of_blocks']:.1%} of the block parameters removed", "groups", "", ""
     if any("keeps" in site for site in document["sites"]):
         unit = "rank"
+    if (narrow := document.get("width")) is not None:
+        more += f"\n| residual width | {narrow['of']:,} | {narrow['channels']:,} |"
+        note += "\nEmbedding and head are two matrices now, where the dense model has one.\n" * narrow["untied"]
     if (found := document.get("weights")) is not None:
         title, unit = f"{found['sparsity']:.1%} of the weights in the blocks' linear maps are zero", "weights per row"
         more = f"\n| not zero in linear maps | {found['in_linear_maps']:,} | {found['not_zero']:,} |"
@@ -95,7 +98,8 @@ def write(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
     write_json(folder / "report.json", document)
     for name, content in legal.items():
         write_bytes(folder / name, content)
-    write_bytes(folder / PICTURE, draw(document["sites"]).encode())
+    narrow = document.get("width", {"channels": 1, "of": 1})
+    write_bytes(folder / PICTURE, draw(document["sites"], narrow["channels"] / narrow["of"]).encode())
     write_bytes(folder / "README.md", card(document, recipe, facts).encode())
 
 

@@ -95,7 +95,7 @@ def report(
     """
     recipe, errors, shrinks = parts.recipe, net.site_errors(plan), parts.form.shrinks
     before, after = count(dense.model), count(small)
-    blocks = count(dense.adapter.blocks(dense.model))
+    blocks, left = count(dense.adapter.blocks(dense.model)), count(dense.adapter.blocks(small))
     return {
         "schema": SCHEMA,
         "model": dense.name,
@@ -103,8 +103,8 @@ def report(
         | ({"converted": {**dense.converted}, "dtype": str(dense.dtype)[6:]} if dense.converted else {}),
         "pruned": {
             "parameters": after,
-            "block_parameters": blocks - (before - after),  # nothing outside the blocks is removed
-            "sparsity_of_blocks": (before - after) / blocks,
+            "block_parameters": left,
+            "sparsity_of_blocks": (blocks - left) / blocks,
             "sparsity_of_model": (before - after) / before,
         },
         "budget": {
@@ -115,6 +115,7 @@ def report(
             "spent": whole.cost(plan),
             "removed": (whole.budget.dense - whole.budget.outside - whole.cost(plan)) / whole.budget.dense,
         },
+        **({} if parts.width is None else {"width": width(parts, dense.model, small)}),
         **({} if shrinks else {"weights": weights(small, net, plan, recipe.structure)}),
         **({} if pace is None else {recipe.metric_spec["name"]: dict(pace)}),
         "losses": dict(losses),
@@ -148,6 +149,21 @@ def report(
         "seed": recipe.seed,
         "versions": versions(parts),
     }
+
+
+def width(parts: Parts, dense: Any, small: Any) -> dict[str, Any]:
+    """Say what became of the residual stream.
+
+    Args:
+        parts: of a recipe with a width.
+        dense: the model before.
+        small: the model as it is exported.
+    """
+    assert parts.recipe.width is not None
+    before, after = (model.get_input_embeddings().weight.shape[1] for model in (dense, small))
+    own = small.get_output_embeddings().weight is not small.get_input_embeddings().weight
+    tied = dense.get_output_embeddings().weight is dense.get_input_embeddings().weight
+    return {"name": parts.recipe.width["name"], "channels": after, "of": before, "untied": bool(own and tied)}
 
 
 def learned(parts: Parts, effort: Effort, *, shared: int) -> dict[str, Any]:
@@ -289,6 +305,6 @@ def _tokens(batch: TokenBatch) -> dict[str, Any]:
 
 
 def parts_of(recipe: Recipe) -> list[tuple[str, Mapping[str, Any]]]:
-    named = [(kind, getattr(recipe, kind)) for kind in ("pruner", "allocator", "learner", "objective")]
+    named = [(kind, getattr(recipe, kind)) for kind in ("width", "pruner", "allocator", "learner", "objective")]
     fixed = [(kind, spec) for kind, spec in named if spec is not None]  # an allocator or a learner
     return [*fixed, *(("finisher", spec) for spec in recipe.finishers)]

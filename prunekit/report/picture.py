@@ -19,11 +19,12 @@ STYLE = (
 )
 
 
-def removed_shares(sites: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+def removed_shares(sites: Sequence[Mapping[str, Any]], width: float = 1.0) -> dict[str, dict[int, float]]:
     """Compute the share that is removed, of groups or weights.
 
     Args:
         sites: of a report.
+        width: the share of the residual stream's channels that is kept; what is left of every group has so much.
 
     Returns:
         Part of a block -> block -> share, 0 to 1.
@@ -38,12 +39,14 @@ def removed_shares(sites: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, fl
         dense[key] += size * site["groups"]
         kept[key] += size * site["kept"]
     parts = dict.fromkeys(part for part, _ in dense)
-    return {each: {b: 1 - kept[each, b] / dense[each, b] for part, b in dense if part == each} for each in parts}
+    return {
+        each: {b: 1 - width * kept[each, b] / dense[each, b] for part, b in dense if part == each} for each in parts
+    }
 
 
-def draw(sites: Sequence[Mapping[str, Any]]) -> str:
-    """Draw one row per block with one bar per part, as long as the share that is removed; `sites` of a report."""
-    parts = removed_shares(sites)
+def draw(sites: Sequence[Mapping[str, Any]], width: float = 1.0) -> str:
+    """Draw one row per block with one bar per part, as long as the share that is removed, as of `removed_shares`."""
+    parts = removed_shares(sites, width)
     blocks = range(max(site["block"] for site in sites) + 1)
     row = 18 if len(blocks) <= 40 else 14
     width, height = LEFT + len(parts) * (BAR + GAP), TOP + len(blocks) * row + 12

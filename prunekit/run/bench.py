@@ -124,7 +124,7 @@ class Bench:
     def _tidy(self, shelf: Path) -> None:
         """Remove the passes that were not used for the longest time, until the rest fits."""
         passes = sorted(
-            (one for kind in ("walk", "gradients", "fisher") for one in shelf.glob(f"{kind}-*")),
+            (one for kind in ("walk", "gradients", "fisher", "stream") for one in shelf.glob(f"{kind}-*")),
             key=lambda one: one.stat().st_mtime,
         )
         sizes = [sum(file.stat().st_size for file in one.rglob("*") if file.is_file()) for one in passes]

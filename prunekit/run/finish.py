@@ -37,7 +37,7 @@ def finish_model(run: Run, small: PreTrainedModel, net: Supernet, plan: Allocati
     Raises:
         PluginError: a finisher broke its contract.
     """
-    dense, parts, said = run.dense, run.parts, list[dict[str, Any]]()
+    dense, original, parts, said = run.dense, run.original.model, run.parts, list[dict[str, Any]]()
     if not parts.finishers:
         return said
     computed = next(small.parameters()).dtype
@@ -47,12 +47,12 @@ def finish_model(run: Run, small: PreTrainedModel, net: Supernet, plan: Allocati
         before, tokens = shapes(small), run.draws.recovery if finisher.trains else run.draws.calibration
         assert tokens is not None  # drawn because somebody trains
         piece = Workpiece(
-            small, dense.model, dense.adapter, net.space.sites, plan, kept, tokens,
+            small, original, dense.adapter, net.space.sites, plan, kept, tokens,
             parts.recipe.seed, run.progress, Checkpoints(run.place / f"finisher-{i}"), run.room,
             seconds_for(run, i),
         )  # fmt: skip
         with run.clock("finish"):
-            with unchanged(finisher, values=True, dense=dense.model, tokens=tokens.ids):
+            with unchanged(finisher, values=True, dense=original, tokens=tokens.ids):
                 found = finisher.finish(piece)
             said.append({"name": spec["name"], **_report(finisher, found, spec)})
         check_finished(piece, finisher, before)

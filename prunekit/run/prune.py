@@ -138,7 +138,7 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
     small = assemble(net, plan, run.parts)
     with run.clock("evaluate"):
         raw = perplexity(small, evaluation) if run.parts.finishers else None
-    written = run.samples(run.dense.model)
+    written = run.samples(run.original.model)
     said = finish_model(run, small, net, plan)
     with run.clock("evaluate"):
         after = perplexity(small, evaluation)
@@ -154,7 +154,7 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
     pace = run.time_result(small, plan)
     exported, probe, record = make_export(run, net, plan, small, stays=output is None)
     document = reporting.report(
-        run.parts, run.dense, run.draws, run.whole, net, plan, exported, losses=losses, finishers=said, pace=pace,
+        run.parts, run.original, run.draws, run.whole, net, plan, exported, losses=losses, finishers=said, pace=pace,
         samples=texts, learned=run.learned,
         search={"questions": run.ledger.questions, "token_forwards": run.ledger.tokens},
         seconds=run.clock.seconds, seconds_shared=run.clock.shared.own,

@@ -40,6 +40,7 @@ from prunekit.run.plan.plan import Plan
 from prunekit.run.plan.trial import Trials, forward_seconds
 from prunekit.run.spaces import check_sites, whole_space
 from prunekit.run.stages import Run, clear_folder
+from prunekit.run.width import narrow
 from prunekit.run.workplace import begun
 from prunekit.search.ledger import Ledger
 from prunekit.search.teacher import Teacher
@@ -147,9 +148,12 @@ class Session:
             ledger = Ledger(own / "ledger.jsonl")
             if ledger.damaged is not None:
                 self.progress.say(f"{ledger.path} is damaged from line {ledger.damaged} on: that is asked anew")
+            dense, wide = self.dense, None
+            if member.width is not None:
+                dense, wide = narrow(member, self.dense, draws.calibration, shelf, self.progress, clock), self.dense
             runs.append(Run(
-                member, self.dense, whole, draws, ledger, own, shelf, self.progress,
-                Clock(clock), teacher, self.plan.limit, self.team, self.allotment,
+                member, dense, whole, draws, ledger, own, shelf, self.progress,
+                Clock(clock), teacher, self.plan.limit, self.team, self.allotment, wide=wide,
             ))  # fmt: skip
         return runs
 
@@ -217,12 +221,7 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
         _announce(parts, shape, plan, job, asked)
     devices = choose_devices(recipe, plan)
     if plan.paged:
-        if parts.learner is not None and parts.learner.training is not None:
-            assert recipe.learner is not None
-            raise WrongInput(
-                f"learner {recipe.learner['name']!r} trains weights, all of them in memory, and the model does not fit "
-                f"{amount(plan.limit)}; give more --memory, or a learner that trains gates alone"
-            )
+        _check_paged(parts, plan)
         progress.say(_paged(plan))
         if job.output is None:
             raise WrongInput("a model that does not fit memory needs a folder for the result; give output")
@@ -409,6 +408,22 @@ def _opened_on(recipe: Recipe, source: str | PreTrainedModel, plan: Plan) -> str
     if isinstance(source, PreTrainedModel) and recipe.device == "auto":
         return recipe.device  # where it is on several, there it stays
     return ",".join(map(str, plan.devices if plan.paged else plan.devices[:1]))
+
+
+def _check_paged(parts: Parts, plan: Plan) -> None:
+    """Refuse what needs all weights at once, of a model that is read block by block."""
+    recipe, room = parts.recipe, amount(plan.limit)
+    if parts.learner is not None and parts.learner.training is not None:
+        assert recipe.learner is not None
+        raise WrongInput(
+            f"learner {recipe.learner['name']!r} trains weights, all of them in memory, and the model does not fit "
+            f"{room}; give more --memory, or a learner that trains gates alone"
+        )
+    if recipe.width is not None:
+        raise WrongInput(
+            f"width {recipe.width['name']!r} narrows all weights in memory, and the model does not fit {room}; give "
+            "more --memory, or leave width away"
+        )
 
 
 def _paged(plan: Plan) -> str:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from prunekit.calibration.statistics import statistics_of
 from prunekit.errors import WrongInput
 from prunekit.models import paging
+from prunekit.models.width import check_narrow, narrow_shape, widths
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.metric import MeasuredMetric
 from prunekit.recipe.resolve import Parts
@@ -62,7 +67,7 @@ def check_sites(parts: Parts, sites: Sequence[Site]) -> None:
         )
 
 
-def whole_space(parts: Parts, model: nn.Module, adapter: ModelAdapter, dtype: torch.dtype) -> Space:
+def whole_space(parts: Parts, model: PreTrainedModel, adapter: ModelAdapter, dtype: torch.dtype) -> Space:
     """Find every count of every site of a model, under the recipe's budget.
 
     The budget of single weights is a share of the weights of the linear maps, as in the literature; with of=model,
@@ -77,18 +82,11 @@ def whole_space(parts: Parts, model: nn.Module, adapter: ModelAdapter, dtype: to
     Raises:
         WrongInput: there is nothing to remove, or the budget cannot be met.
     """
+    if parts.width is not None:
+        return narrow_space(parts, model, adapter, dtype)[1]
     recipe, form = parts.recipe, parts.form
-    with paging.shapes_of(model):
-        sites = adapter.sites_of(model, form, recipe.heads)
-    if not sites:
-        raise WrongInput("the model has no site left to prune")
-    check_sites(parts, sites)
-    depth = len(adapter.blocks(model))
-    sites = sparing(sites, depth, *recipe.spare.of(depth))
-    base = model if recipe.of == "model" else adapter.blocks(model)
+    sites, outside = _counted(parts, model, adapter)
     freed = sum(site.parameters(site.n_groups) for site in sites)
-    counts = recipe.of == "model" or form.shrinks
-    outside = sum(p.numel() for p in base.parameters()) - freed if counts else 0
     kept = float(1 - Fraction(str(recipe.sparsity)))
     own = form.kept_share
     if own is not None:  # of what is not spared
@@ -101,3 +99,73 @@ def whole_space(parts: Parts, model: nn.Module, adapter: ModelAdapter, dtype: to
     if any(finisher.adds_biases for finisher in parts.finishers):
         sites = tuple(adapter.with_bias(model, site) for site in sites)  # what is pruned pays for them
     return Space.whole(sites, budget)
+
+
+def narrow_space(parts: Parts, model: PreTrainedModel, adapter: ModelAdapter, dtype: torch.dtype) -> tuple[int, Space]:
+    """Find the residual width, and every count of every site of a model that is so wide, under the recipe's budget.
+
+    The price of all is straight in the width, yet is counted: in the shapes of a model of every width that is asked.
+    The width is the largest that frees its share of what the budget asks for; the counts then make up what is left of
+    it, exactly, or, where it is all, nothing.
+
+    Args:
+        parts: of a recipe with a width.
+        model: with weights or without: only shapes are read.
+        adapter: of the model's family.
+        dtype: of the checkpoint, for metric bytes.
+
+    Returns:
+        (the width in channels, the space).
+
+    Raises:
+        WrongInput: the family's width stays as it is, or the budget cannot be met.
+    """
+    recipe, narrow = parts.recipe, parts.width
+    assert narrow is not None
+    family, metric = check_narrow(model, adapter), parts.metric.for_checkpoint(dtype.itemsize)
+    there = widths(model, family, narrow.step)
+
+    @cache
+    def counted(width: int | None) -> tuple[tuple[Site, ...], int]:
+        """The sites, and the price of what is outside them; None: of the model as it is."""
+        shape = model if width is None else narrow_shape(model, family, width, rotated=narrow.turns)
+        sites, outside = _counted(parts, shape, family)
+        return sites, metric.outside(sites, outside)
+
+    def price(width: int | None) -> int:
+        sites, outside = counted(width)
+        return outside + sum(metric.price(site, site.n_groups) for site in sites)
+
+    dense, gone = price(None), Fraction(str(recipe.sparsity))
+    limit = math.floor(dense * (1 - gone))
+    most = dense - Fraction(str(narrow.share)) * (dense - limit)  # that it may leave
+    fitting = bisect_right(there, most, key=price)
+    if not fitting:
+        raise WrongInput(
+            f"sparsity {recipe.sparsity:g} of {metric.unit} cannot be met by the residual width, which is at least "
+            f"{there[0]} here and then leaves {price(there[0]):,} of {dense:,}; lower width.share or width.step, or "
+            "ask for less"
+        )
+    width = there[fitting - 1]
+    sites, outside = counted(width)
+    least = outside + sum(metric.price(site, site.least) for site in sites)
+    if least > limit:
+        raise WrongInput(metric.unreachable(1 - gone, least, dense))
+    budget = Budget(limit - outside, metric, outside=outside, dense=dense)
+    return width, Space.whole(sites, budget)
+
+
+def _counted(parts: Parts, model: nn.Module, adapter: ModelAdapter) -> tuple[tuple[Site, ...], int]:
+    """The sites of a model, and the parameters that count and are of none of them."""
+    recipe, form = parts.recipe, parts.form
+    with paging.shapes_of(model):
+        sites = adapter.sites_of(model, form, recipe.heads)
+    if not sites:
+        raise WrongInput("the model has no site left to prune")
+    check_sites(parts, sites)
+    depth = len(adapter.blocks(model))
+    sites = sparing(sites, depth, *recipe.spare.of(depth))
+    base = model if recipe.of == "model" else adapter.blocks(model)
+    freed = sum(site.parameters(site.n_groups) for site in sites)
+    counts = recipe.of == "model" or form.shrinks
+    return sites, sum(p.numel() for p in base.parameters()) - freed if counts else 0

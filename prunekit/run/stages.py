@@ -76,6 +76,12 @@ class Run:
     allotment: Allotment | None = None  # of the recipe's time; None: it has none
     decided: dict[str, int] = field(default_factory=dict)  # recipe key -> what the clock has said
     learned: dict[str, Any] = field(default_factory=dict)  # what the learner has read, for the report
+    wide: Dense | None = None  # whose residual stream was narrowed, which is `dense`; None: nobody's was
+
+    @property
+    def original(self) -> Dense:
+        """The model before anything was removed, which results are measured against."""
+        return self.wide or self.dense
 
     @cached_property
     def room(self) -> Room:
@@ -94,7 +100,7 @@ class Run:
     def measure_dense(self) -> Perplexity:
         """Measure the model as it was on the evaluation text."""
         with self.clock.shared("evaluate"):
-            return perplexity(self.dense.model, self.draws.evaluation)
+            return perplexity(self.original.model, self.draws.evaluation)
 
     def calibrate(
         self,
@@ -124,6 +130,10 @@ class Run:
         """
         dense, parts, recipe, draws = self.dense, self.parts, self.parts.recipe, self.draws
         model, reference = (dense.model, None) if trained is None else (trained.model, dense.model)
+        other = None if trained is None else trained.digest  # of weights that are not the dense model's
+        team, teacher = self.team, reference
+        if self.wide is not None:
+            other, team, teacher = dense.fingerprint, None, self.wide.model  # workers have that one
         signals, scores = (parts.signals, "scores" in parts.allocator.needs) if search else ((), False)
         depth = len(dense.adapter.blocks(dense.model))
         nats, sparse = parts.prices_nats(depth), search and parts.prices_alone(depth)
@@ -135,19 +145,19 @@ class Run:
             "measured": [*map(repr, signals), scores, *([recipe.seed] if nats else []), *(["alone"] if sparse else [])],
             **{name: getattr(recipe, name) for name in ("structure", "pruner", "carry", "damping")},
             **({} if decision is None else {"decision": reporting.decision_digest(decision)}),
-            **({} if trained is None else {"weights": trained.digest}),
+            **({} if other is None else {"weights": other}),
         }
         store, started = self._store(self.shelf / f"walk-{_name(key)}", key), time.perf_counter()
         new, gradients, fisher = any(site not in store for site in space.sites), None, None
         if new and any("gradient" in plugin.needs for plugin in (parts.pruner, *signals)):
             # of the dense model: every pass reads the same
-            of = draws.calibration.digest[:16] + ("" if trained is None else f"-{trained.digest[:16]}")
+            of = draws.calibration.digest[:16] + ("" if other is None else f"-{other[:16]}")
             gradients = Gradients.collected(
                 model, dense.adapter, draws.calibration, self.shelf / f"gradients-{of}", self.progress, self.room
             )
         if new and (nats or any("output-fisher" in plugin.needs for plugin in (parts.pruner, *signals))):
             tokens = draws.calibration.spread(FISHER_TOKENS)
-            past = [] if trained is None else [trained.digest]
+            past = [] if other is None else [other]
             of = _name([tokens.digest, recipe.seed, [site.name for site in space.sites], *past])
             fisher = OutputFisher.collected(
                 model, dense.adapter, space.sites, tokens, recipe.seed, self.shelf / f"fisher-{of}",
@@ -157,7 +167,7 @@ class Run:
             model, dense.adapter, space, centre, parts.pruner, draws.calibration, store,
             signals=signals, scores=scores, carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype,
             gradients=gradients, fisher=fisher, sparse=sparse, decision=decision, contrast=draws.contrast,
-            reference=reference, room=self.room, team=self.team if trained is None else None, progress=self.progress,
+            reference=reference, room=self.room, team=team if trained is None else None, progress=self.progress,
             label=label,
         )  # fmt: skip
         try:
@@ -166,9 +176,9 @@ class Run:
             spent = time.perf_counter() - started
         write_state(store.directory / SECONDS, spent)
         clock.add("prune", spent)
-        net = Supernet(model, dense.adapter, space, errors, store, dense.shares, self.teacher, reference)
+        net = Supernet(model, dense.adapter, space, errors, store, dense.shares, self.teacher, teacher)
         # workers have the dense model beside them
-        return net if self.team is None or trained is not None else SharedSupernet(net, self.team)
+        return net if team is None or trained is not None else SharedSupernet(net, team)
 
     def _store(self, folder: Path, key: Mapping[str, Any]) -> CandidateStore:
         """Open what is there of a pass, or begin anew where it cannot be trusted."""

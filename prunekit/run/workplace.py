@@ -43,7 +43,7 @@ LOCK = ".prunekit.lock"  # in a folder that one process at a time may use
 CARD = "run.json"
 _MADE = re.compile(  # whatever runs and studies write below the folder that they work in
     r"(model-\d+/)?(\d[\d.e-]*/)?("  # a model of a comparison, a member of a family
-    r"(walks/)?(walk|gradients|fisher)-[\w-]+/.*\.(safetensors|json)"
+    r"(walks/)?(walk|gradients|fisher|stream)-[\w-]+/.*\.(safetensors|json)"
     r"|(teacher|activations|learner|finisher-\d+)/.*\.(safetensors|json)"
     r"|replaced/.*|\.?(run|prices|priced|base)\.json|ledger\.jsonl|\.prunekit\.lock"
     r"|rows\.(jsonl|parquet)|summary\.json|leaderboard\.md"

@@ -31,6 +31,7 @@ USES: Mapping[
     ),
     "allocator": f"{COMPARED} --recipes default --allocators {{name}} --sparsity 0.5 --output comparison",
     "learner": f"{COMPARED} --recipes default --learners {{name}} --sparsity 0.5 --output comparison",
+    "width": f"{COMPARED} cells.yaml --output comparison",
     "objective": (
         "prunekit list --kind allocator  # ALLOCATOR: one that searches, for the others ask no questions\n"
         f"{COMPARED} --recipes default --allocators ALLOCATOR --objectives {{name}} --output comparison"
@@ -47,14 +48,15 @@ USES: Mapping[
         f"{COMPARED} --pruners PRUNER --set structure=weights --sparsity 0.5 --output comparison"
     ),
 }
-CELLS = """# What `prunekit compare` compares: the default recipe as it is, and with the recovery step.
+CELLS = """# What `prunekit compare` compares: the default recipe as it is, and with the plug-in.
 version: 1
 recipe: default
 recipes: [default]
 sparsity: [0.5]
 cells:
-  with-{name}: {{finishers: [{name}]}}
+  with-{name}: {{{cell}}}
 """
+IN_CELLS = {"finisher": "finishers: [{name}]", "width": "width: {name}"}  # kinds that are no axis of a grid
 PYPROJECT = """[build-system]
 requires = ["hatchling>=1.27"]
 build-backend = "hatchling.build"
@@ -157,8 +159,8 @@ def write_package(name: str, kind: str, folder: Path | None = None) -> Package:
         f"{module}.py": _renamed(code, words),
         f"test_{module}.py": _renamed(test, words),
     }
-    if kind == "finisher":
-        files["cells.yaml"] = CELLS.format_map(words)
+    if (cell := IN_CELLS.get(kind)) is not None:
+        files["cells.yaml"] = CELLS.format_map(words | {"cell": cell.format_map(words)})
     _write(folder, files)
     return Package(folder, tuple(files), words["uses"])
 

@@ -15,6 +15,7 @@ from prunekit.testing.pruners import PrunerSuite
 from prunekit.testing.signals import SignalSuite
 from prunekit.testing.statistics import StatisticSuite
 from prunekit.testing.supernets import KeepFirst, KeepLargest, toy_questions, toy_supernet, toy_tokens, toy_workpiece
+from prunekit.testing.widths import WidthSuite, toy_stream
 
 __all__ = [
     "LAYERS",
@@ -31,12 +32,14 @@ __all__ = [
     "PrunerSuite",
     "SignalSuite",
     "StatisticSuite",
+    "WidthSuite",
     "best_allocation",
     "converse",
     "permuted",
     "tiny",
     "toy_layer",
     "toy_questions",
+    "toy_stream",
     "toy_supernet",
     "toy_tokens",
     "toy_workpiece",

@@ -144,7 +144,10 @@ def trials(name: str, rows: Rows, metric: str) -> Chart:
 
     data = alt.Data(values=list(rows))
     x = alt.X(
-        "trial:Q", title="recipe, in the order of the study; 0 is the base", axis=alt.Axis(format="d", tickMinStep=1)
+        "trial:Q",
+        title="recipe, in the order of the study; 0 is the base",
+        axis=alt.Axis(format="d", tickMinStep=1),
+        scale=alt.Scale(nice=False, padding=16),
     )
     dots = alt.Chart(data).mark_point(filled=True, size=50, color=BLUE).encode(
         x=x, y=alt.Y("value:Q", title=metric, scale=alt.Scale(zero=False)), tooltip=["name:N", "value:Q"],

@@ -64,6 +64,8 @@ def facts(report: Mapping[str, Any]) -> str:
         ("Perplexity", number(losses["dense"]["perplexity"]), number(losses["pruned"]["perplexity"])),
         ("Nats per token", number(losses["dense"]["nll"], 4), number(losses["pruned"]["nll"], 4)),
     ]
+    if (narrow := report.get("width")) is not None:
+        rows.append(("Residual width", f"{narrow['of']:,}", f"{narrow['channels']:,}"))
     if "unfinished" in losses:
         rows.append(("Perplexity before recovery", "", number(losses["unfinished"]["perplexity"])))
     pace = report.get("latency")

@@ -70,7 +70,7 @@ def listed_recipes(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], fr
         ("recipe", "", *metrics, "differs from the base in", "ended", "why"),
         [
             (row["name"], "*" if row["name"] in front else "",
-             *(number(row["values"][m], 4) if row["values"] else "" for m in metrics),
+             *(number(row["values"][m], 0 if row["values"][m] > 1e5 else 4) if row["values"] else "" for m in metrics),
              differs(row["overrides"]), row["state"], row["reason"])
             for row in sorted(rows, key=lambda row: _rank(row, front, metrics))
         ],

@@ -232,6 +232,13 @@ class Count:
                 "time sub-layers", self.everything + self.before.copied * size + CUSHION,
                 flops=self._runs(self.before), unknown=self.before.unknown,
             )  # fmt: skip
+        if (narrow := self.parts.width) is not None:
+            sums = DOUBLE * shape.width * (2 * len(shape.blocks) + 1 + 5 * shape.width * narrow.turns)
+            added = 2 * self.tokens["calibration"] * shape.width**2 * (2 * len(shape.blocks) + 1) * narrow.turns
+            yield Stage(
+                "width", held + working + sums, 0, sums // 2,
+                flops=shape.forward(self.tokens["calibration"], self.seqlen, head=False) + added,
+            )  # fmt: skip
         if "gradient" in self.parts.needs:
             learnt = 2 * FLOAT * shape.weights
             yield self._back("gradients", self.tokens["calibration"], learnt, learnt, 0, shares, held + working)
@@ -410,8 +417,9 @@ class Count:
 
     def _held(self, shares: Shares) -> int:
         """Bytes of the dense model that are always in memory, and of what is read of a paged one; of those that
-        learners have trained in the place of it."""
-        trained = len(self.members) * self.everything if self._copied[0] else 0
+        are pruned in the place of it."""
+        others = self._copied[0] or self.parts.width is not None  # one whose residual stream is narrower is no larger
+        trained = len(self.members) * self.everything if others else 0
         return trained + (self.everything if shares.blocks is None else self.resident + self._page)
 
     def _activations(self, tokens: int) -> int:

@@ -31,6 +31,7 @@ class Distillation(Training, Finisher):
     """
 
     structures = frozenset({"groups", "weights", "n:m", "low-rank"})
+    knows_width = True
 
     rate: float = 1e-4  # of AdamW, at its height; models of a few million parameters bear 3e-4
     epochs: int = 4

@@ -36,6 +36,7 @@ class LoRA(Training, Finisher):
     """
 
     structures = frozenset({"groups", "low-rank"})
+    knows_width = True
 
     rank: int = 16
     alpha: float = 32.0

@@ -46,7 +46,7 @@ class Training:
     patience: int = 3  # epochs without a lower held-out loss, one after the other, before it ends
     batch_tokens: int = 2048  # per step; whole windows, at least one
     held_out: float = 0.125  # share of the windows, the last ones
-    steps: int | None = None  # in all, dealt out to as many epochs as have 8; 0: none; None: each has one on every batch
+    steps: int | None = None  # in all, for as many epochs as have 8 each; 0: none; None: each has one on every batch
     until: int | None = None  # epochs after which it ends, whatever is left of the steps; None: all of them
 
     def __post_init__(self) -> None:

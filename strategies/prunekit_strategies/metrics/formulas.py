@@ -52,6 +52,7 @@ class KVCache(pk.Metric):
 
     unit: ClassVar[str] = "kv-cache"
     structures: ClassVar[frozenset[str]] = frozenset({"groups"})
+    counts_width: ClassVar[bool] = False  # heads keep theirs
 
     def price(self, site: pk.Site, kept: int) -> int:
         return kept * site.cached_per_group

@@ -403,7 +403,8 @@ def test_evaluate_asks_tasks(model: Path, text: Path, tmp_path: Path, monkeypatc
     assert "Tokenizing" not in result.stderr
     assert "tasks, " in result.stderr
     assert "there is no task file 'dogs.yaml'" in refused(*judged, "--harness", "dogs.yaml")
-    assert "no task was named" in refused(*judged[:-2], "--harness-path", tmp_path)
+    for more in (("--harness-path", tmp_path), ("--chat-template",), ("--limit", 3)):
+        assert "no task was named" in refused(*judged[:-2], *more)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert "pip install 'prunekit[harness]'" in refused(*judged)
 

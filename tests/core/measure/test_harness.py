@@ -312,3 +312,18 @@ def test_the_suite_is_asked_of_a_model(folder: Path, judged: tuple[Any, Any], mo
     assert prompts["boolq"] == "a cat sat.\nQuestion: did a cat sit?\nAnswer:"
     assert prompts["winogrande"] == "the cat saw a dog"
     assert prompts["openbookqa"] == "hot is"
+
+
+def test_models_in_memory_are_asked_from_python(
+    folder: Path, judged: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunekit.measure.speed.timed", lambda net, work: (10**8, 10**8))
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    text: dict[str, Any] = {"dataset": tmp_path / "text.txt", "seqlen": 16, "tokens": 64, "quiet": True}
+    found = pk.evaluate(*judged, against=judged[0], harness=folder / "asked.yaml", limit=2, **text)
+    row = found["harness"]["tasks"]["asked"]
+    assert (row["items"], row["same_prompts"], found["harness"]["limit"]) == (2, True, 2)
+    assert row["metrics"]["acc"]["difference"]["value"] == 0
+    assert "harness" not in pk.evaluate(*judged, **text)
+    with pytest.raises(pk.WrongInput, match="no task was named"):
+        pk.evaluate(*judged, harness_path=folder, **text)

@@ -34,12 +34,14 @@ from prunekit.models.classes import FAMILIES, SERVED, define
 from prunekit.plugins.registry import ADAPTERS
 from prunekit.testing import tiny
 from prunekit.testing.exporters import record_of
+from prunekit.testing.models import EXPERTS, SIZES
 from prunekit_strategies.exporters.vllm import VLLM, engine
 from prunekit_strategies.exporters.vllm.exporter import BACKEND, REFUSED
 
 VARIABLE = VLLM.engine_python
 IDS = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(0))
 LOST: dict[tuple[int, str], int] = {(0, "attention"): 0, (1, "attention"): 1, (0, "mlp"): 7, (2, "mlp"): 0}
+LOST |= {(1, "experts"): 3}
 
 
 def pruned(model_type: str, keep: dict[tuple[int, str], int] = LOST, **sizes: Any) -> Any:
@@ -96,6 +98,13 @@ def test_the_name_in_a_config_is_that_of_a_class_that_transformers_then_has(serv
     assert causal.is_backend_compatible() or causal._can_set_attn_implementation()  # else vLLM does not take it
 
 
+def test_factors_of_logits_are_found_by_the_name_that_vllm_has_for_them() -> None:
+    config = AutoConfig.for_model("prunekit_granite", logits_scaling=4.0, per_layer_config={})
+    assert config.logit_scale == 0.25
+    assert "logit_scale" not in config.to_dict()
+    assert AutoConfig.for_model("prunekit_cohere", logit_scale=0.5, per_layer_config={}).logit_scale == 0.5
+
+
 @pytest.mark.parametrize("model_type", ["llama", "phi3"])
 def test_every_layer_asks_the_engine_once_for_as_many_heads_as_its_config_says(
     model_type: str, monkeypatch: pytest.MonkeyPatch
@@ -122,15 +131,35 @@ def test_every_layer_asks_the_engine_once_for_as_many_heads_as_its_config_says(
 
 @pytest.mark.parametrize("model_type", [*ADAPTERS])
 def test_what_vllm_cannot_serve_is_refused_before_any_work_with_the_reason(model_type: str) -> None:
-    order = pk.Order(adapter_for(model_type), "groups", "import")
+    adapter = adapter_for(model_type)
+    order = pk.Order(adapter, "groups", "import")
     if (why := REFUSED.get(model_type)) is not None:
-        with pytest.raises(pk.WrongInput, match=rf"format 'vllm' cannot write \w+ models: {why}"):
+        with pytest.raises(pk.WrongInput, match=rf"format 'vllm' cannot write \w+ models of unequal layers: {why}"):
             VLLM().check(order)
-    elif getattr(order.adapter, "family", None) is None:
+        VLLM(equal=True).check(order)
+        VLLM().check(pk.Order(adapter, "weights", "import"))
+        VLLM().check(pk.Order(adapter, "groups", "import", config=AutoConfig.for_model(model_type), settled=True))
+    elif getattr(adapter, "family", None) is None:
         with pytest.raises(pk.WrongInput, match="format 'vllm' writes models with attention, not Mamba"):
             VLLM().check(order)
     else:
         VLLM().check(order)
+
+
+def test_a_broken_promise_of_equal_layers_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(pk.WrongInput, match="of unequal layers"):
+        VLLM(equal=True).write(pk.Product(pruned("falcon")), tmp_path)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_every_family_has_a_row_in_the_table() -> None:
+    text = (Path(__file__).parents[3] / "docs/families.md").read_text(encoding="utf-8").partition("## vLLM")[2]
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    rows.pop("model_type")
+    families = {name for name in ADAPTERS if getattr(adapter_for(name), "family", None) is not None}
+    assert rows.keys() == families
+    assert {name for name, row in rows.items() if "refused" in row} == REFUSED.keys()
+    assert all(why in rows[name] for name, why in REFUSED.items())
 
 
 def test_equal_layers_take_another_road_where_vllms_own_class_counts_heads_otherwise(tmp_path: Path) -> None:
@@ -291,23 +320,37 @@ def test_why_it_failed_is_the_last_error_that_it_named() -> None:
 # -- the engine itself ----------------------------------------------------------------------------------
 
 
+EQUAL = {(block, "attention"): 2 for block in range(3)}  # of three groups
+CASES: dict[str, tuple[str, dict[tuple[int, str], int], Any]] = {
+    **{name: (name, LOST, "import") for name in (*SIZES, *EXPERTS) if name not in REFUSED},
+    "llama, bundled": ("llama", LOST, "bundled"),
+    "qwen2, equal": ("qwen2", EQUAL, "import"),
+}
+
+
+def for_vllm(model_type: str, keep: dict[tuple[int, str], int], seed: int = 0) -> Any:
+    """With heads of 32, for which there are kernels."""
+    named = (SIZES | EXPERTS)[model_type]
+    sizes = {"hidden_size": 192} | {name: 32 for name in ("head_dim", "query_pre_attn_scalar") if name in named}
+    sizes |= {name: 0.08 for name in ("initializer_range", "init_std") if name in named}
+    return pruned(model_type, keep, seed=seed, **sizes)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model_type", "code"), [("llama", "import"), ("llama", "bundled"), ("qwen3", "import"), ("qwen2", "import")]
-)
-def test_vllm_answers_what_the_judged_network_does(model_type: str, code: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_vllm_answers_what_the_judged_network_does(case: str, tmp_path: Path) -> None:
     if (why := why_not_run(VLLM())) is not None:
         pytest.skip(why)
-    fewer = {(block, "attention"): 2 for block in range(3)}  # of equal layers, by another road
-    sizes = {"hidden_size": 192, "initializer_range": 0.08} | ({"head_dim": 32} if model_type == "qwen3" else {})
-    model = pruned(model_type, fewer if model_type == "qwen2" else LOST, **sizes)
+    model_type, keep, code = CASES[case]
+    model = for_vllm(model_type, keep)
     VLLM().write(pk.Product(model, code=code), tmp_path)
     record = record_of_model(model)
     rows = compare(record, VLLM().answers(tmp_path, record.inquiry), VLLM().tolerance(tmp_path))
     assert [row for row in rows if row.agrees is not True] == []
-    other = record_of_model(pruned(model_type, fewer if model_type == "qwen2" else LOST, seed=1, **sizes))
-    rows = compare(other, VLLM().answers(tmp_path, other.inquiry), VLLM().tolerance(tmp_path))
-    assert "log-probabilities" in [row.what for row in rows if row.agrees is False]
+    if case == "llama":
+        other = record_of_model(for_vllm(model_type, keep, seed=1))
+        rows = compare(other, VLLM().answers(tmp_path, other.inquiry), VLLM().tolerance(tmp_path))
+        assert "log-probabilities" in [row.what for row in rows if row.agrees is False]
 
 
 @pytest.mark.slow

@@ -110,8 +110,8 @@ def test_looking_for_a_rate_ends_and_an_interruption_changes_nothing(tmp_path, k
         assert resumed == history
 
 
-@pytest.mark.parametrize(("steps", "epochs"), [(1, 1), (2, 2), (5, 4), (7, 4)])
-def test_every_step_is_made_and_no_epoch_is_without_one(steps, epochs):
+@pytest.mark.parametrize(("steps", "epochs"), [(1, 1), (7, 1), (15, 1), (16, 2), (31, 3), (33, 4), (99, 4)])
+def test_every_step_is_made_and_every_epoch_has_eight_of_a_given_number(steps, epochs):
     seen, losses = [], iter(range(9, 0, -1))
     regime = Training(rate=0.1, epochs=4, patience=1, steps=steps)
     _, history = fitted(regime, lambda _: next(losses), seen=seen)

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 import prunekit as pk
 from prunekit.export.fresh import Failed, ask_fresh, python_of
-from prunekit.models.shards import SHARD_BYTES
+from prunekit.models.classes import Family
+from prunekit.models.shards import SHARD_BYTES, Shards
 from prunekit.space.prices import Workload
 from prunekit.system.files import read_json, write_json
 from prunekit_strategies.exporters.hf import HF
 from prunekit_strategies.exporters.vllm import engine as runner
 
-REFUSED: Mapping[str, str] = {}
+REFUSED: Mapping[str, str] = {  # of unequal layers, by model type
+    "falcon": "its attention in transformers cannot be exchanged for that of an engine",
+}
+EXPERTS = 2e-3  # nats: by the kernel that adds up experts; 0.0009 was seen in float32
 BY_HIDDEN = ("qwen2",)  # whose own class in vLLM takes the width of a head from hidden size / heads
 BACKEND = "TransformersForCausalLM"  # vLLM's name of the class that runs a model as transformers has it
 
@@ -27,9 +31,9 @@ class VLLM(pk.Exporter):
     """The folder of `hf`, refused before any work where vLLM cannot serve it, and run by vLLM where that is installed.
 
     Layers of unequal sizes are served through vLLM's backend for models of transformers, which reads the sizes of each
-    layer from the config. The classes are prunekit's, which vLLM finds by an entry point where prunekit is installed, or
-    in the folder (code=bundled) where its user says --trust-remote-code. Removed attention has no weights, and one
-    head's room in the cache. Equal layers take the class that vLLM has for the family.
+    layer from the config. The classes are prunekit's: vLLM finds them by an entry point where prunekit is installed, or
+    in the folder (code=bundled) where its user says --trust-remote-code. Removed attention has no weights, and the room
+    of one head in the cache. Equal layers take the class that vLLM has for the family.
     """
 
     structures: ClassVar[frozenset[str]] = HF.structures
@@ -40,6 +44,7 @@ class VLLM(pk.Exporter):
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of the weights; auto: that of the checkpoint
     max_shard_size: str = SHARD_BYTES  # of the largest file of weights, as 5GB
+    equal: bool = False  # a promise that all layers will keep the same sizes, as with allocator uniform
 
     def __post_init__(self) -> None:
         pk.check_choices(self)
@@ -58,10 +63,13 @@ class VLLM(pk.Exporter):
         family = getattr(order.adapter, "family", None)
         if family is None:
             raise pk.WrongInput(f"format 'vllm' writes models with attention, not {type(order.adapter).__name__}")
-        if (why := REFUSED.get(family.model_type)) is not None:
-            raise pk.WrongInput(f"format 'vllm' cannot write {family.prefix} models: {why}")
+        unequal = order.units in ("groups", "low-rank") and not (order.settled and not _is_ours(order.config))
+        if unequal and not self.equal:
+            _check_family(family)
 
     def write(self, product: pk.Product, path: Path) -> None:
+        if _is_ours(product.model.config):
+            _check_family(product.model.family)  # type: ignore[arg-type]
         self._hf.write(product, path)
         config = read_json(path / "config.json")
         heads, width = config.get("num_attention_heads"), config.get("head_dim")
@@ -81,7 +89,7 @@ class VLLM(pk.Exporter):
         return pk.Response(**found, parameters=told["parameters"], tensors=told["tensors"])  # type: ignore[arg-type]
 
     def tolerance(self, path: Path, dtype: torch.dtype | None = None) -> float:
-        return self._hf.tolerance(path, dtype)
+        return max(self._hf.tolerance(path, dtype), EXPERTS if _has_experts(path) else 0.0)
 
     def timer(self, path: Path) -> Callable[[Workload], tuple[int, int]]:
         run = runner.Timer(path, python_of(self.engine_python), torch.get_num_threads())
@@ -92,3 +100,20 @@ class VLLM(pk.Exporter):
 
     def files(self, folder: Path) -> list[Path]:
         return self._hf.files(folder)
+
+
+def _is_ours(config: Any) -> bool:
+    """Whether a model is of prunekit's classes, because its layers differ."""
+    return str(getattr(config, "model_type", "")).startswith("prunekit_")
+
+
+def _has_experts(path: Path) -> bool:
+    try:
+        return any("experts" in name for name in Shards.of(str(path)).tensors)
+    except pk.WrongInput:  # what is not there does not load
+        return False
+
+
+def _check_family(family: Family) -> None:
+    if (why := REFUSED.get(family.model_type)) is not None:
+        raise pk.WrongInput(f"format 'vllm' cannot write {family.prefix} models of unequal layers: {why}")

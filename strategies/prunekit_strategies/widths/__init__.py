@@ -1,0 +1,1 @@
+"""Widths: which directions of the residual stream stay."""
