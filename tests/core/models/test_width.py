@@ -2,6 +2,7 @@
 
 from functools import cache
 from types import MethodType
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def shuffled():
     return torch.randperm(WIDTH, generator=torch.Generator().manual_seed(2))
 
 
-def model_of(family, *, tied):
+def model_of(family, *, tied) -> Any:
     """With an eps that is no small number, so that whoever forgets it is found."""
     biased = {"attention_bias": True, "mlp_bias": True} if family in ("llama", "granite") else {}
     return tiny(family, tie_word_embeddings=tied, rms_norm_eps=0.3, **biased)
@@ -73,7 +74,7 @@ def test_in_another_basis_of_all_channels_a_model_is_the_same(family, tied):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     expected = logits(model)
     for directions in (turned(), shuffled()):
-        other = narrowed(model, check_narrow(model, adapter), directions, WIDTH, torch.float64)
+        other: Any = narrowed(model, check_narrow(model, adapter), directions, WIDTH, torch.float64)
         torch.testing.assert_close(logits(other), expected, rtol=0, atol=1e-11)
         assert type(other) is type(model)
         shared = other.get_output_embeddings().weight is other.get_input_embeddings().weight
@@ -96,7 +97,7 @@ def test_without_directions_that_nothing_writes_into_a_model_is_the_same(family,
     if turns:  # the leading directions are any basis of the channels that stay
         directions = torch.eye(WIDTH, dtype=torch.float64)[:, directions]
         directions[:, :width] = directions[:, :width] @ turned(width, 3)
-    small = narrowed(model, narrow, directions, width, torch.float64)
+    small: Any = narrowed(model, narrow, directions, width, torch.float64)
     assert width < WIDTH == model.config.hidden_size
     assert small.config.hidden_size == width
     assert small.get_input_embeddings().weight.shape[1] == width
@@ -104,11 +105,14 @@ def test_without_directions_that_nothing_writes_into_a_model_is_the_same(family,
 
 
 def test_norm_weights_of_an_order_are_those_of_its_channels_but_for_one_factor_and_maps_are_slices():
-    model, adapter = model_of("llama", tied=True), adapter_for("llama")
-    small = narrowed(model, check_narrow(model, adapter), shuffled(), 12, torch.float64)
+    model = model_of("llama", tied=True)
+    adapter = check_narrow(model, adapter_for("llama"))
+    small: Any = narrowed(model, adapter, shuffled(), 12, torch.float64)
     for here, there in zip(norms(model, adapter), norms(small, adapter), strict=True):
-        torch.testing.assert_close(there.weight, here.weight[shuffled()[:12]] * 2**0.5)
-    for here, there in zip(adapter.blocks(model), adapter.blocks(small), strict=True):
+        torch.testing.assert_close(
+            there.get_parameter("weight"), here.get_parameter("weight")[shuffled()[:12]] * 2**0.5
+        )
+    for here, there in zip(model.model.layers, small.model.layers, strict=True):
         assert torch.equal(there.mlp.up_proj.weight, here.mlp.up_proj.weight[:, shuffled()[:12]])
         assert torch.equal(there.mlp.down_proj.weight, here.mlp.down_proj.weight[shuffled()[:12]])
     assert small.config.rms_norm_eps == pytest.approx(2 * model.config.rms_norm_eps)

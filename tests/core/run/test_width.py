@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def shared(folder, tmp_path_factory, pruned):
 # -- integers -------------------------------------------------------------------------------------------
 
 
-def parts_of(width="slicegpt", **changes):
+def parts_of(width: Any = "slicegpt", **changes: Any):
     spec = {"name": width, "step": 2} if isinstance(width, str) else width
     return resolve(Recipe.load("slicegpt").with_overrides({"width": spec, **changes}))
 
@@ -164,6 +165,7 @@ def test_statistics_are_of_what_norms_receive_and_make_window_by_window(tmp_path
     torch.testing.assert_close(found.absolute, (squares / len(tokens)).sqrt())
     torch.testing.assert_close(found.gram, gram)
     again = collect_stream(None, narrow, tokens, tmp_path, Progress(), gram=True)
+    assert again.gram is not None
     assert torch.equal(again.gram, found.gram), "read, not made again"
 
 
@@ -200,7 +202,8 @@ def test_width_alone_gives_a_stock_class_whose_parameters_are_those_of_the_repor
 
 def test_width_and_groups_together_spend_the_budget_to_the_last_group(folder, shared):
     report = json.loads((shared / "report.json").read_text())
-    model, dense = (AutoModelForCausalLM.from_pretrained(path) for path in (shared, folder))
+    model: Any = AutoModelForCausalLM.from_pretrained(shared)
+    dense = AutoModelForCausalLM.from_pretrained(folder)
     blocks, left = counted(dense, True), counted(model, True)
     assert report["width"] == {"name": "minitron", "channels": 18, "of": 24, "untied": False}
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
