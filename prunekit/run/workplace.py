@@ -45,7 +45,7 @@ _MADE = re.compile(  # whatever runs and studies write below the folder that the
     r"(model-\d+/)?(\d[\d.e-]*/)?("  # a model of a comparison, a member of a family
     r"(walks/)?(walk|gradients|fisher|stream)-[\w-]+/.*\.(safetensors|json)"
     r"|(teacher|activations|learner|finisher-\d+)/.*\.(safetensors|json)"
-    r"|replaced/.*|\.?(run|prices|priced|base)\.json|ledger\.jsonl|\.prunekit\.lock"
+    r"|replaced/.*|\.?(run|prices|priced|base|trials)\.json|ledger\.jsonl|\.prunekit\.lock"
     r"|rows\.(jsonl|parquet)|summary\.json|leaderboard\.md"
     r"|trial-\w+/.*\.(safetensors|jsonl?)|study\.log.*|(best|pareto-\d+)\.yaml)",
     re.DOTALL,

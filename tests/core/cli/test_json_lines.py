@@ -22,7 +22,9 @@ from prunekit.system.progress import Progress, progress_for, warn_once
 SIDE = {"parameters": 100, "block_parameters": 80}
 REPORT = {"dense": SIDE, "pruned": SIDE, "losses": {k: {"perplexity": float("nan")} for k in ("dense", "pruned")}}
 SCRIPT = """
-import sys, time, warnings, typer
+import signal, sys, time, warnings, typer
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who is started in the background ignores it
 from prunekit.cli.errors import Sentences
 from prunekit.cli.options import JsonLines
 from prunekit.system.progress import progress_for
