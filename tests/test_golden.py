@@ -33,7 +33,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "search" else n for n in RUNS])
 def test_perplexity_is_what_it_was(name: str, pytestconfig: pytest.Config) -> None:
     run = prunekit.prune(MODEL, device="cpu", dtype="float32", quiet=True, data=TEXT, **RUNS[name])
     found = {which: run.report["losses"][which]["perplexity"] for which in ("dense", "pruned")}

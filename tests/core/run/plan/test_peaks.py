@@ -46,6 +46,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("large") / "model", LARGE)
 
 
+@pytest.mark.slow
 def test_statistics_lie_between_half_of_the_plan_and_the_plan(tmp_path: Path) -> None:
     assert_holds("statistics", save_llama(tmp_path / "wide", WIDE), tmp_path / "out", ["memory"])
 
