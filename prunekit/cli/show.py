@@ -28,7 +28,7 @@ def show(
 ) -> None:
     """Show what a folder holds, in the terminal; with --storage, write its search as an Optuna study."""
     from prunekit.report.ledger import read_records
-    from prunekit.report.page.parts import kind_of
+    from prunekit.report.page.parts import kind_of, readable
     from prunekit.report.storage import write_study
 
     kind = kind_of(folder)
@@ -38,10 +38,12 @@ def show(
         raise WrongInput(f"{folder} is an Optuna study already: optuna-dashboard {folder / 'study.log'}")
     if storage is not None and kind != "result":
         raise WrongInput(f"{folder} is a {kind}, and a search is of one result; give the folder of a result")
-    SHOWN[kind](folder)
+    with readable(folder):
+        SHOWN[kind](folder)
     if storage is not None:
         name = study_name or folder.resolve().name
-        count = write_study(read_records(folder / "ledger.jsonl"), storage, name)
+        with readable(folder):
+            count = write_study(read_records(folder / "ledger.jsonl"), storage, name)
         typer.echo(f"{count:,} questions in study {name!r}: optuna-dashboard {without_secrets(storage)}")
 
 

@@ -38,6 +38,7 @@ SUITE_TASKS: Mapping[str, str] = {  # zero-shot tasks that papers on pruning rep
     "openbookqa": "openbookqa",
 }
 SEED = 1234  # of few-shot examples, as the harness has it
+PICKLED = "pandas"  # what `datasets` calls rows in pickles, which some of its versions open
 FORMATS = ("json", "csv", "parquet", "text", "arrow")  # of local data, by the name that `datasets` has for them
 
 
@@ -349,6 +350,8 @@ def _check_code(path: Path, seen: set[Path]) -> None:
             what = f"{key}: {getattr(node, 'value', '')}"
         elif key == "hf_evaluate" or (key == "metric" and node.value not in METRIC_REGISTRY):
             what = f"the metric {node.value}, of another library"
+        elif key == "dataset_path" and node.value == PICKLED:
+            what = f"dataset_path: {PICKLED}, rows in a pickle"
         elif key == "include" and isinstance(node, yaml.ScalarNode):
             _check_code(path.parent / node.value, seen)
     if what is not None:

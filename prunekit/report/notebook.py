@@ -1,16 +1,15 @@
-"""What a notebook shows of a result, a family or a study: a table, and a picture where there is one."""
+"""What a notebook shows of a result or a family: a table, and a picture where there is one."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prunekit.report.markup import paragraph
 from prunekit.report.page.family import listed_members
 from prunekit.report.page.result import facts
-from prunekit.report.page.study import listed_recipes
 from prunekit.report.picture import draw
 
 
@@ -36,14 +35,3 @@ def show_family(document: Mapping[str, Any], directory: Path | None) -> str:
     """
     place = "" if directory is None else paragraph(f"In {directory}; prunekit report makes a page of it.")
     return listed_members(document) + place
-
-
-def show_study(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], front: set[str]) -> str:
-    """Make HTML of a study.
-
-    Args:
-        rows: as in trials.json.
-        metrics: what was minimised.
-        front: names of the best rows.
-    """
-    return listed_recipes(rows, metrics, front)

@@ -25,13 +25,13 @@ def write_study(ledger: Sequence[Mapping[str, Any]], storage: str, name: str) ->
     Raises:
         WrongInput: there are no questions, the study exists, the storage cannot be opened, or optuna is missing.
     """
-    trials = list(_trials(ledger))
-    if not trials:
-        raise WrongInput("this run asked no question, for its recipe does not search; there is nothing to write")
     try:
         import optuna
     except ImportError as error:
         raise WrongInput(EXTRA) from error
+    trials = list(_trials(ledger))
+    if not trials:
+        raise WrongInput("this run asked no question, for its recipe does not search; there is nothing to write")
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:

@@ -89,9 +89,8 @@ def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20
             left = None if time is None else (time - sum(row.wall for row in rows)) / (len(models) - i)
             with _bench(resolve(over), job, place / f"model-{i}", disk) as bench:
                 _Work(bench, suite, cells, model, rows, left).run()
-            write_summary(Comparison(suite, list(rows), place), place)
-        found = Comparison(suite, list(rows), place)
-        write_summary(found, place)
+            found = Comparison(suite, list(rows), place)
+            write_summary(found, place)
     return found
 
 

@@ -17,8 +17,7 @@ from prunekit.errors import WrongInput, one_line, without_secrets
 from prunekit.recipe.choices import Choices
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
-from prunekit.report.notebook import show_study
-from prunekit.report.page.study import TRIALS
+from prunekit.report.page.study import TRIALS, listed_recipes
 from prunekit.system.files import write_json
 from prunekit.system.progress import span
 
@@ -88,7 +87,7 @@ class Tuned:
 
     def _repr_html_(self) -> str:
         front = {row.name for row in self.front} if self.done else set[str]()
-        return show_study([asdict(row) for row in self.rows], self.metrics, front)
+        return listed_recipes([asdict(row) for row in self.rows], self.metrics, front)
 
     def recipe(self, row: Row) -> Recipe:
         """The recipe of a row, complete."""

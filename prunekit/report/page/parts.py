@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from prunekit.errors import WrongInput
@@ -50,9 +51,19 @@ def parts_of(folder: Path, name: str = "run") -> list[Part]:
     Raises:
         WrongInput: it is none of these.
     """
-    kind = kind_of(folder)
+    with readable(folder):
+        return OF[kind_of(folder)](folder, name)
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Within, what a folder's files do not say is one sentence.
+
+    Raises:
+        WrongInput: they are of another version, or were changed.
+    """
     try:
-        return OF[kind](folder, name)
+        yield
     except (WrongInput, Damaged):
         raise
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:

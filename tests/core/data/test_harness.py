@@ -105,6 +105,10 @@ FUNCTION = YAML.replace("doc_to_choice: choices", "doc_to_choice: !function code
     [
         ({"asked.yaml": "task: [unclosed"}, "asked.yaml is no YAML file, or is damaged"),
         ({"asked.yaml": FUNCTION}, r"brings code of its own \(doc_to_choice: code\.choices\).*--trust-remote-code"),
+        (
+            {"asked.yaml": "task: asked\ndataset_path: pandas"},
+            r"\(dataset_path: pandas, rows in a pickle\)",
+        ),
         ({"asked.yaml": "include: other.yaml\ntask: asked", "other.yaml": FUNCTION}, "other.yaml brings code"),
         ({"asked.yaml": YAML + "metric_list: [{metric: ./evil.py}]"}, r"the metric \./evil\.py, of another library"),
         ({"asked.yaml": YAML.replace("rows.jsonl", "gone.jsonl")}, "reads .*gone.jsonl, which is not there"),

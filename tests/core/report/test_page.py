@@ -12,8 +12,9 @@ import pytest
 from prunekit import WrongInput
 from prunekit.recipe.suite import Suite
 from prunekit.report.comparison import DENSE, FAILED, Comparison, Row, Rows
-from prunekit.report.notebook import show_family, show_result, show_study
+from prunekit.report.notebook import show_family, show_result
 from prunekit.report.page import add_page, write_page
+from prunekit.report.page.study import listed_recipes
 from prunekit.system.files import write_state
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;"
@@ -205,7 +206,7 @@ def test_a_notebook_shows_tables_and_no_markup_of_the_folder(tmp_path: Path, sho
         text = show_family({"members": [member]}, None)
     elif shown == "study":
         document = json.loads((study(tmp_path / "s", EVIL) / "trials.json").read_text())
-        text = show_study(document["rows"], document["metrics"], {"2"})
+        text = listed_recipes(document["rows"], document["metrics"], {"2"})
     else:
         folder = comparison(tmp_path / "c", EVIL)
         suite = Suite.of_mapping({"recipes": ["fast"], "models": ["m"], "sparsity": [0.25, 0.5]})

@@ -1,6 +1,7 @@
 """A run's search becomes an Optuna study: a trial a question, with what was asked and what it cost."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ def test_every_question_is_a_trial(tmp_path: Path) -> None:
         write_study(LEDGER, "nonsense://user:secret@x", "other")
 
 
+def test_without_optuna_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "optuna"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(WrongInput, match=r"pip install 'prunekit\[optuna\]'"):
+        write_study(LEDGER, "sqlite:///x.db", "run")
+
+
 def test_show_says_what_a_folder_is(tmp_path: Path) -> None:
     def said(*words: Any) -> tuple[int, str]:
         found = CliRunner().invoke(app, ["show", *map(str, words)])
@@ -55,10 +63,14 @@ def test_show_says_what_a_folder_is(tmp_path: Path) -> None:
     assert code == 0
     assert [line.split()[0] for line in text.splitlines() if line.strip()] == ["recipe", "0", "base"]
     assert "damping 0.5" in text
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "report.json").write_text("{}")
     for words, sentence in (
         ((tmp_path,), "is no result, family, study or comparison"),
         ((study, "--storage", "sqlite:///x.db"), "is an Optuna study already"),
         ((study, "--study-name", "x"), "give --storage as well"),
+        ((damaged,), "cannot read (KeyError: 'model'); make it again"),
     ):
         code, text = said(*words)
         assert (code, sentence in " ".join(text.split())) == (2, True), text
