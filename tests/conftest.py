@@ -77,9 +77,11 @@ class Forks:
         self._scratch, self._stack, self._pipes = scratch, stack, list[IO[str]]()
 
     def run(
-        self, command: list[Any], *, env: Mapping[str, str] = os.environ, cwd: Path | str = ".", **_: Any
+        self, command: list[Any], *, env: Mapping[str, str] = os.environ, cwd: Path | str = ".", **how: Any
     ) -> subprocess.CompletedProcess[str]:
         """As `subprocess.run` of [python, "-P", script, ...], with both streams captured as text."""
+        if command[0] != sys.executable:  # of another Python there is nothing to fork
+            return subprocess.run(command, env=env, cwd=cwd, **how)  # noqa: PLW1510 - it is among `how`
         if not self._pipes:
             server = [sys.executable, "-P", Path(__file__).with_name("forks.py")]
             process = subprocess.Popen(server, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -84,6 +84,7 @@ def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20
         identity["code of plug-ins"] = code  # that an author has changed since makes other rows
     with claimed(output, identity, "a comparison", resume=job.resume, overwrite=job.overwrite) as place:
         rows = Rows(place / ROWS)
+        found = Comparison(suite, list(rows), place)
         for i, model in enumerate(models):
             over = base if job.model is not None else base.with_overrides({"model": model})
             left = None if time is None else (time - sum(row.wall for row in rows)) / (len(models) - i)
