@@ -8,20 +8,22 @@ from typing import Annotated, Any
 import typer
 
 from prunekit.cli.errors import BROKEN
-from prunekit.cli.options import MACHINE, Json, JsonLines, Quiet, Trust, option
+from prunekit.cli.options import MACHINE, Json, JsonLines, Quiet, Trust, option, split_names
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.cli.tables import print_table, speed_table, verdict_table
 
 FOLDER = "Folder of a result, or of an export."
-ENGINE = "Program that runs the files; otherwise all whose files are there and that are installed."
-AGAINST = "Dense model, timed in turns with this one: a folder, which holds the same format."
+ENGINE = "Program that runs the files, repeatable or by comma; otherwise one that is installed for each of the formats."
+AGAINST = "Dense model, timed in turns with this one: a folder, which holds the same formats."
+ASK = "Question that every engine answers, by the chat template where there is one."
 
 
 def verify(
     folder: Annotated[str, typer.Argument(metavar="DIR", help=FOLDER, show_default=False)],
     *,
-    engine: Annotated[str | None, option(ENGINE, MACHINE)] = None,
+    engine: Annotated[list[str] | None, option(ENGINE, MACHINE)] = None,
     against: Annotated[str | None, option(AGAINST, MACHINE, metavar="MODEL")] = None,
+    ask: Annotated[str | None, option(ASK, MACHINE, metavar="TEXT")] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -36,8 +38,9 @@ def verify(
 
     quiet_libraries()
     found = verify_result(
-        folder, engine=engine, against=against, trust_remote_code=trust_remote_code, progress=progress_for(quiet)
-    )
+        folder, engines=split_names(engine), against=against, question=ask, trust_remote_code=trust_remote_code,
+        progress=progress_for(quiet),
+    )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
     else:

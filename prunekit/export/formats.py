@@ -133,20 +133,30 @@ def all_engines() -> dict[str, list[str]]:
     return found
 
 
-def choose_formats(folder: Path, engine: str | None, specs: Sequence[Mapping[str, Any]] = ()) -> dict[str, Exporter]:
-    """Choose what is verified: all that a folder holds and that can be run here, or all that one engine runs.
+def choose_formats(
+    folder: Path, engines: Sequence[str] | None, specs: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Exporter]:
+    """Choose what is verified: all that a folder holds and that can be run here, or all that some engines run.
 
     Raises:
         WrongInput: no such engine, it is not installed, or the folder holds nothing for it.
     """
-    there = formats_in(folder, specs, engine)
-    if engine is None:
-        if not there:
-            raise WrongInput(f"{folder} holds nothing that an engine runs; export it with prunekit export")
-        return there
-    engines = all_engines()
+    if engines is not None:
+        known = all_engines()
+        found = [_of_engine(folder, engine, specs, known) for engine in engines]
+        return {name: exporter for formats in found for name, exporter in formats.items()}
+    if not (there := formats_in(folder, specs)):
+        raise WrongInput(f"{folder} holds nothing that an engine runs; export it with prunekit export")
+    return there
+
+
+def _of_engine(
+    folder: Path, engine: str, specs: Sequence[Mapping[str, Any]], engines: Mapping[str, Sequence[str]]
+) -> dict[str, Exporter]:
+    """All formats in a folder that one engine runs."""
     if engine not in engines:
         raise WrongInput(unknown("engine", engine, engines))
+    there = formats_in(folder, specs, engine)
     for name in engines[engine]:
         check_installed(EXPORTERS.build(name), f"engine {engine!r}", running=True)
     if not there:

@@ -12,6 +12,7 @@ import torch
 from prunekit.errors import NotVerified, WrongInput
 from prunekit.export.compare import Row, compare
 from prunekit.export.formats import choose_formats, why_not_run
+from prunekit.export.question import Question
 from prunekit.export.record import FOLDER, Record, continue_greedily
 from prunekit.measure.rounds import FEWEST, interleaved, own_time
 from prunekit.measure.speed import ROUNDS, SECONDS, Speed, compared
@@ -63,8 +64,9 @@ class Verdict:
 def verify_result(
     source: str,
     *,
-    engine: str | None = None,
+    engines: Sequence[str] | None = None,
     against: str | None = None,
+    question: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Verdict:
@@ -72,8 +74,9 @@ def verify_result(
 
     Args:
         source: folder of a result, or of a model that was exported.
-        engine: by its name; None: all whose files are there and that are installed.
+        engines: by their names; None: one that is installed for each file or folder of the result.
         against: the dense model, timed in turns with this one; None: nothing is timed.
+        question: what every engine answers with the likeliest tokens, by the chat template where there is one.
         trust_remote_code: whether code in the folder may run.
         progress: what the user is told; None: nothing.
 
@@ -84,7 +87,7 @@ def verify_result(
     if not folder.is_dir():
         raise WrongInput(f"{source!r} is no folder; verify reads the files of a result")
     recipe = Recipe.load(folder, trust_remote_code=trust_remote_code) if (folder / "recipe.yaml").exists() else None
-    formats = choose_formats(folder, engine, () if recipe is None else recipe.exporters)
+    formats = choose_formats(folder, engines, () if recipe is None else recipe.exporters)
     lost = [] if sealed(folder) is None else changed(folder)
     if mine := [name for name in lost if name.startswith(f"{FOLDER}/")]:
         raise WrongInput(f"{folder / mine[0]} is not what was written when the result was judged; bring it back")
@@ -96,13 +99,17 @@ def verify_result(
                 "results; there is nothing to compare it with"
             )
         record, what = record_of(folder, trust_remote_code=trust_remote_code), "the folder's own model, no judged one"
+    trust = trust_remote_code
+    asked = None if question is None else Question.of(question, folder, trust_remote_code=trust)
     checks = list[Check]()
     for name, exporter in formats.items():
-        if engine is None and (why := why_not_run(exporter)) is not None:
+        if engines is None and (why := why_not_run(exporter)) is not None:
             checks.append(Check(name, exporter.engine, (Row("not run", "", why),)))
             continue
         with progress.stage(f"verify {name}", 1) as stage:
             rows = ask(exporter, folder, record)
+            if asked is not None and all(row.agrees is not False for row in rows):
+                rows.append(Row("answer", "", asked.put(exporter, folder)))
             stage.advance()
         speed = () if against is None else _paces(exporter, folder, against, progress)
         checks.append(Check(name, exporter.engine, tuple(rows), tuple(speed)))

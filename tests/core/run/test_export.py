@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 import prunekit
 from prunekit.cli.main import app
 from prunekit.errors import CannotGoOn, NotVerified, WrongInput
 from prunekit.export import formats
+from prunekit.export.question import NEW
 from prunekit.export.record import Record
 from prunekit.models.shards import Shards
 from prunekit.plugins.exporter import Exporter, Inquiry, Probe, Response
@@ -111,6 +112,45 @@ def test_a_result_agrees_with_the_network_that_was_judged(result: Path) -> None:
     table = run("verify", result, "--quiet").stdout
     assert "hf in transformers: greedy tokens" in table
     assert "DIFFERS" not in table
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<it>{% endif %}"
+)
+
+
+def test_every_engine_answers_a_question_by_the_chat_template(copy: Path) -> None:
+    (copy / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer, model = AutoTokenizer.from_pretrained(copy), AutoModelForCausalLM.from_pretrained(copy).float().eval()
+    ids = tokenizer("<user>Who?<it>", return_tensors="pt").input_ids
+    said = model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)[
+        0, ids.shape[1] :
+    ]
+    whole = tokenizer.decode(said, skip_special_tokens=True).strip()
+    assert answers(copy, "Who?") == [json.dumps(whole, ensure_ascii=False)]
+    end = int(said[3])  # what is said behind an end of text is no answer
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 1]}))
+    until = said[: said.tolist().index(end)]
+    assert answers(copy, "Who?") == [json.dumps(tokenizer.decode(until).strip(), ensure_ascii=False)]
+
+
+def test_a_question_that_the_folder_cannot_take_is_refused(copy: Path) -> None:
+    said = refused("verify", copy, "--quiet", "--ask", "")
+    assert "leaves no token" in said
+    (copy / "chat_template.jinja").write_text("{{ raise_exception('roles only') }}")
+    assert "takes no question: roles only" in refused("verify", copy, "--quiet", "--ask", "Who?")
+    (copy / "tokenizer.json").unlink()
+    assert "has no tokenizer" in refused("verify", copy, "--quiet", "--ask", "Who?")
+
+
+def answers(folder: Path, question: str) -> list[str]:
+    verdict = verify_result(str(folder), question=question)
+    return [row.found for check in verdict.checks for row in check.rows if row.what == "answer"]
+
+
+def test_several_engines_are_asked_by_name(copy: Path) -> None:
+    assert [check.engine for check in verify_result(str(copy), engines=["transformers"]).checks] == ["transformers"]
+    assert "no engine 'nobody'" in refused("verify", copy, "--quiet", "--engine", "transformers,nobody")
 
 
 def test_weights_that_are_not_the_judged_ones_differ_however_well_they_are_sealed(copy: Path) -> None:
