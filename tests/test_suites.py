@@ -10,7 +10,12 @@ from prunekit.recipe.suite import Suite
 SUITES = sorted((Path(__file__).parents[1] / "benchmarks" / "suites").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("file", SUITES, ids=lambda file: file.stem)
+LARGE = ["everything"]  # hundreds of cells
+
+
+@pytest.mark.parametrize(
+    "file", [pytest.param(file, marks=[pytest.mark.slow] * (file.stem in LARGE), id=file.stem) for file in SUITES]
+)
 def test_every_cell_of_a_suite_is_a_recipe(file: Path) -> None:
     suite = Suite.load(file)
     base = suite.base()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -14,6 +14,7 @@ from prunekit.data.tokens import overlap
 from prunekit.errors import WrongInput
 from prunekit.measure.perplexity import perplexity
 from prunekit.models.opening import limits
+from prunekit.plugins.guard import instance
 from prunekit.recipe.resolve import Parts
 from prunekit.report import document as reporting
 from prunekit.run.clock import Clock
@@ -22,7 +23,9 @@ from prunekit.run.prune import run_search
 from prunekit.run.session import Session
 from prunekit.run.spaces import whole_space
 from prunekit.run.stages import Run, assemble, clear_folder
+from prunekit.run.together import Measures, same_pass
 from prunekit.search.supernet import Supernet
+from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
 
 
@@ -58,6 +61,30 @@ class Bench:
     session: Session  # of the base recipe
     place: Path
     disk: int  # bytes of the shelf
+    _together: dict[str, Measures] = field(default_factory=dict)  # by what makes a calibration pass
+
+    def announce(self, parts: Parts) -> None:
+        """Say that a recipe comes: who makes its calibration pass first measures what all read there."""
+        if parts.learner is None:
+            pass_, own = self._pass_of(parts, self._space(parts))
+            self._together[pass_] = own.with_others([self._together.get(pass_, own)])
+
+    def part(self, parts: Parts) -> bool:
+        """Let every run of this calibration pass measure for itself; whether they did not so far."""
+        if parts.learner is not None:
+            return False
+        pass_, own = self._pass_of(parts, self._space(parts))
+        return self._together.pop(pass_, own) != own
+
+    def _pass_of(self, parts: Parts, whole: Space) -> tuple[str, Measures]:
+        """(the name of its first calibration pass, what it reads there itself)."""
+        depth = len(self.session.dense.adapter.blocks(self.session.dense.model))
+        first = instance(parts.allocator, "its first space", parts.allocator.first_space(whole), Space)
+        return same_pass(parts, first, depth), Measures.of(parts, depth)
+
+    def _space(self, parts: Parts) -> Space:
+        dense = self.session.dense
+        return whole_space(parts, dense.model, dense.adapter, dense.dtype)
 
     @contextmanager
     def make(self, parts: Parts) -> Iterator[Made]:
@@ -66,15 +93,16 @@ class Bench:
         Raises:
             WrongInput: there can be no such recipe.
         """
-        session, dense = self.session, self.session.dense
+        session = self.session
         shelf, folder = self.place / "walks", self.place / f"trial-{parts.digest[:16]}"
         for path in (shelf, folder):
             path.mkdir(exist_ok=True)
-        whole, draws = whole_space(parts, dense.model, dense.adapter, dense.dtype), self._draw(parts)
+        whole, draws = self._space(parts), self._draw(parts)
         parts.objective.check(draws.search)
         if parts.learner is not None:
             parts.learner.check(draws.search)
-        (run,) = session.start_runs(parts, [whole], draws, folder, shelf, Clock())
+        measures = None if parts.learner is not None else self._together.get(self._pass_of(parts, whole)[0])
+        (run,) = session.start_runs(parts, [whole], draws, folder, shelf, Clock(), measures)
         net, plan = run.rebuild(*run_search([run])[0])
         small = assemble(net, plan, parts)
         finish_model(run, small, net, plan)

@@ -11,7 +11,7 @@ import json
 import math
 import time as clocks
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
@@ -138,6 +138,7 @@ class _Work:
     def run(self) -> None:
         """Make all rows that are not there yet."""
         self._dense()
+        self._announce(1.0)
         total = 1 + len(self.suite.sparsity) * len(self.cells) * self.suite.seeds
         with self.bench.session.progress.stage(f"compare on {self.model}", total) as stage:
             stage.advance(1, f"dense {number(self._dense().perplexity)}")
@@ -178,6 +179,7 @@ class _Work:
         began, cells = clocks.perf_counter(), {sparsity: list(self.cells) for sparsity in self.suite.sparsity}
         for rung, share in enumerate(SHARES[:-1]):
             until = (rung + 1) / len(SHARES) * self.left
+            self._announce(share)
             tried: dict[float, list[Row]] = {sparsity: [] for sparsity in cells}
             for sparsity, some in cells.items():
                 for cell in some:
@@ -221,6 +223,14 @@ class _Work:
         if row.key not in self.rows.found:
             self.rows.add(row)
 
+    def _announce(self, share: float) -> None:
+        """Tell the bench which cells come on so much of the text; what cannot be resolved is refused in its turn."""
+        for sparsity in self.suite.sparsity:
+            for seed in range(self.suite.seeds if share == 1 else 1):
+                for cell in self.cells:
+                    with suppress(WrongInput, RuntimeError):
+                        self.bench.announce(self._parts(cell, Row(self.model, cell.name, sparsity, seed, share)))
+
     def _row(self, cell: Cell, sparsity: float, seed: int, share: float, stage: Stage) -> Row:
         """The row of a cell: that on file, that of the same recipe under another name, or a new one."""
         known = self.rows.found.get((self.model, cell.name, sparsity, seed, share))
@@ -228,7 +238,7 @@ class _Work:
             begun = clocks.perf_counter()
             blank = Row(self.model, cell.name, sparsity, seed, share)
             try:
-                made = self._made(cell, blank)
+                made = self._tried(cell, blank)
             except WrongInput as error:
                 made = replace(blank, state=REFUSED, reason=first_line(error))
             except (RuntimeError, ArithmeticError, MemoryError) as error:  # broken promises, memory, factorisations
@@ -238,14 +248,32 @@ class _Work:
         stage.advance(1, f"{cell.name} {said}, {span(known.seconds)}")
         return known
 
-    def _made(self, cell: Cell, blank: Row) -> Row:
+    def _parts(self, cell: Cell, blank: Row) -> Parts:
+        """What is run for a row.
+
+        Raises:
+            WrongInput: there can be no such recipe.
+        """
         session = self.bench.session
         recipe = cell.under(session.parts.recipe, blank.sparsity, blank.seed)
         if blank.share < 1:
             tokens = session.draws.calibration
             some = max(1, whole_windows(round(blank.share * tokens.n_tokens), tokens.seqlen))
             recipe = recipe.with_overrides({"data.calibration_tokens": some * tokens.seqlen})
-        parts = resolve(recipe)
+        return resolve(recipe)
+
+    def _tried(self, cell: Cell, blank: Row) -> Row:
+        """As `_made`; where it cannot be, once more without what its calibration pass measures for others."""
+        parts = self._parts(cell, blank)
+        try:
+            return self._made(parts, blank)
+        except (RuntimeError, ArithmeticError, MemoryError):
+            if not self.bench.part(parts):
+                raise
+        return self._made(parts, blank)
+
+    def _made(self, parts: Parts, blank: Row) -> Row:
+        session = self.bench.session
         for row in self.rows:
             if (row.model, row.recipe, row.share, row.state) == (blank.model, parts.digest, blank.share, COMPLETE):
                 return replace(row, cell=blank.cell)

@@ -49,7 +49,7 @@ def run_learner(runs: Sequence[Run]) -> list[tuple[Supernet, Allocation]]:
         if trained is not None and told is not None:
             told = replace(told, scales=None)  # they are part of its weights
         net = run.calibrate(
-            space, decision.counts, run.label("prune"), run.clock, search=False, decision=told, trained=trained
+            space, decision.counts, run.label("prune"), run.clock, search=None, decision=told, trained=trained
         )
         found.append((net, decision.counts))
     return found

@@ -111,7 +111,7 @@ def run_search(runs: Sequence[Run]) -> list[tuple[Supernet, Allocation]]:
         starts = {run: space.nearest(centres[run]) for run, space in spaces.items()}
         every = next(iter(spaces.values())).joined(*spaces.values())
         middle = tuple(sorted(counts)[len(counts) // 2] for counts in zip(*starts.values(), strict=True))
-        net = first.calibrate(every, middle, f"prune {number + 1}", first.clock.shared, search=True)
+        net = first.calibrate(every, middle, f"prune {number + 1}", first.clock.shared, search=number)
         known: Known = {}
         centres = {run: run.ask_allocator(net, spaces[run], starts[run], number, known) for run in spaces}
         finer = {run: allocator.next_space(space, centres[run]) for run, space in spaces.items()}

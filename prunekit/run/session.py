@@ -40,6 +40,7 @@ from prunekit.run.plan.plan import Plan
 from prunekit.run.plan.trial import Trials, forward_seconds
 from prunekit.run.spaces import check_sites, whole_space
 from prunekit.run.stages import Run, clear_folder
+from prunekit.run.together import Measures
 from prunekit.run.width import narrow
 from prunekit.run.workplace import begun
 from prunekit.search.ledger import Ledger
@@ -129,7 +130,14 @@ class Session:
             yield replace(self, team=team), folder
 
     def start_runs(
-        self, parts: Parts, spaces: Sequence[Space], draws: Draws, place: Path, shelf: Path, clock: Clock
+        self,
+        parts: Parts,
+        spaces: Sequence[Space],
+        draws: Draws,
+        place: Path,
+        shelf: Path,
+        clock: Clock,
+        measures: Measures | None = None,
     ) -> list[Run]:
         """Start a run for a recipe, or for every member of its family.
 
@@ -140,6 +148,7 @@ class Session:
             place: folder for what these runs alone can use again.
             shelf: folder for calibration passes, which other runs over the model may share.
             clock: of what these runs share.
+            measures: what their first calibration pass measures, with what others read there; None: their own.
         """
         runs, teacher = list[Run](), Teacher(self.dense.shares, clear_folder(place / "teacher"))
         for member, whole in zip(parts.members, spaces, strict=True):
@@ -153,7 +162,7 @@ class Session:
                 dense, wide = narrow(member, self.dense, draws.calibration, shelf, self.progress, clock), self.dense
             runs.append(Run(
                 member, dense, whole, draws, ledger, own, shelf, self.progress,
-                Clock(clock), teacher, self.plan.limit, self.team, self.allotment, wide=wide,
+                Clock(clock), teacher, self.plan.limit, self.team, self.allotment, wide=wide, measures=measures,
             ))  # fmt: skip
         return runs
 

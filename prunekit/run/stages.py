@@ -34,6 +34,7 @@ from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.run.allotment import Allotment
 from prunekit.run.clock import Clock
+from prunekit.run.together import Measures
 from prunekit.search.conversation import Known, converse
 from prunekit.search.ledger import Ledger
 from prunekit.search.shared import SharedSupernet
@@ -77,6 +78,7 @@ class Run:
     decided: dict[str, int] = field(default_factory=dict)  # recipe key -> what the clock has said
     learned: dict[str, Any] = field(default_factory=dict)  # what the learner has read, for the report
     wide: Dense | None = None  # whose residual stream was narrowed, which is `dense`; None: nobody's was
+    measures: Measures | None = None  # of its first calibration pass, with what others read there; None: its own
 
     @property
     def original(self) -> Dense:
@@ -109,7 +111,7 @@ class Run:
         label: str,
         clock: Clock,
         *,
-        search: bool,
+        search: int | None,
         decision: Decision | None = None,
         trained: TrainedModel | None = None,
     ) -> Supernet:
@@ -120,7 +122,8 @@ class Run:
             centre: what activation propagation follows where the recipe's `carry` is centre.
             label: what the stage is called.
             clock: whose seconds it takes.
-            search: whether what the allocator reads of layers, sensitivity metrics and scores, is measured on the way.
+            search: which it is for, from 0: what the allocator reads of layers, sensitivity metrics and scores, is
+                measured on the way; None: for none.
             decision: of a learner: the groups that every site keeps; None: the pruner chooses.
             trained: what is pruned in the place of the dense model. Dense streams, to which refits return, stay those
                 of the dense model.
@@ -134,9 +137,10 @@ class Run:
         team, teacher = self.team, reference
         if self.wide is not None:
             other, team, teacher = dense.fingerprint, None, self.wide.model  # workers have that one
-        signals, scores = (parts.signals, "scores" in parts.allocator.needs) if search else ((), False)
         depth = len(dense.adapter.blocks(dense.model))
-        nats, sparse = parts.prices_nats(depth), search and parts.prices_alone(depth)
+        measures = self._measures(search) if search is not None else Measures(nats=parts.prices_nats(depth))
+        signals, scores, nats = measures.signals, measures.scores, measures.nats
+        sparse = search is not None and parts.prices_alone(depth)
         key = {  # whatever it depends on: a run that has made the same pass over this model need not again
             "sites": [[site.name, site.n_groups] for site in space.sites],
             "ladders": [list(ladder) for ladder in space.ladders],
@@ -180,6 +184,11 @@ class Run:
         # workers have the dense model beside them
         return net if team is None or trained is not None else SharedSupernet(net, team)
 
+    def _measures(self, search: int) -> Measures:
+        """What is measured on the way for a search: where others share its pass, which is the first, for them too."""
+        shared = self.measures if search == 0 else None
+        return shared or Measures.of(self.parts, len(self.dense.adapter.blocks(self.dense.model)))
+
     def _store(self, folder: Path, key: Mapping[str, Any]) -> CandidateStore:
         """Open what is there of a pass, or begin anew where it cannot be trusted."""
         try:
@@ -199,7 +208,9 @@ class Run:
             known: losses that another run has learnt from the same pass; what is learnt is added.
         """
         recipe, allocator = self.parts.recipe, self.parts.allocator
-        signals, scores = net.store.measured(space.sites, scores="scores" in allocator.needs)
+        every, scores = net.store.measured(space.sites, scores="scores" in allocator.needs)
+        names = [*map(repr, self._measures(number).signals)]
+        signals = tuple(every[names.index(repr(signal))] for signal in self.parts.signals)
         problem = Problem(
             space, net.table(space), start, recipe.seed, self.draws.search.n_tokens, signals, scores,
             net.table(space, net.nats) if "nats" in allocator.needs else None,
@@ -266,7 +277,7 @@ class Run:
         plan = tuple(kept for (kept,) in final.ladders)
         if final.ladders == net.space.ladders:
             return net, plan
-        return self.calibrate(final, plan, self.label("rebuild"), self.clock, search=False), plan
+        return self.calibrate(final, plan, self.label("rebuild"), self.clock, search=None), plan
 
     def samples(self, model: PreTrainedModel) -> list[Sample]:
         """What a model makes of as many prompts as the recipe asks for; nothing where it is read block by block."""

@@ -10,7 +10,10 @@ import pytest
 
 import prunekit
 from prunekit import WrongInput
+from prunekit.calibration import fill
+from prunekit.errors import PluginError
 from prunekit.report.comparison import COMPLETE, DENSE, FAILED, LEFT, REFUSED, Comparison, Row, Rows
+from prunekit.run import stages
 from prunekit.run.bench import Bench
 
 TIMES = {"seconds": 0.0, "wall": 0.0, "stages": {}}
@@ -138,6 +141,57 @@ def test_a_cell_that_cannot_be_or_breaks_is_on_record_and_the_rest_goes_on(asked
         "obs + uniform",
         "obs + table",
     }
+
+
+ONE_PASS = FEW | {"recipe": "search", "rebuild": False, "allocators": ["schedule", "global-rank", "block-influence"]}
+
+
+@pytest.fixture
+def passes(monkeypatch: Any) -> list[list[str]]:
+    """Signals of every calibration pass for a search that made candidates."""
+    made, build = list[list[str]](), stages.build
+
+    def counted(*args: Any, signals: Any, **keys: Any) -> Any:
+        space, store = args[2], args[6]
+        if any(site not in store for site in space.sites):
+            made.append([type(signal).__name__ for signal in signals])
+        return build(*args, signals=signals, **keys)
+
+    monkeypatch.setattr(stages, "build", counted)
+    return made
+
+
+def test_cells_of_the_same_candidates_share_one_pass_and_come_out_as_alone(
+    asked: Any, tmp_path: Path, passes: list[list[str]]
+) -> None:
+    found = prunekit.compare(**asked | ONE_PASS)
+    # of both baselines, which have another pruner, of all that were asked, and of global-rank a second one
+    assert passes == [[], [], ["Influence"], []]
+    rows = {row.cell: replace(row, **TIMES) for row in found.rows}
+    assert {row.state for row in rows.values()} == {COMPLETE}
+    for name in ONE_PASS["allocators"]:
+        alone = prunekit.compare(**asked | ONE_PASS | {"allocators": [name], "output": tmp_path / name})
+        assert [replace(row, **TIMES) for row in alone.rows if row.cell == f"magnitude + {name}"] == [
+            rows[f"magnitude + {name}"]
+        ]
+
+
+def test_what_breaks_while_it_is_measured_for_one_cell_breaks_no_other(
+    asked: Any, passes: list[list[str]], monkeypatch: Any
+) -> None:
+    measured = fill.measured
+
+    def breaking(signal: Any, *args: Any) -> float:
+        if type(signal).__name__ == "Influence":
+            raise PluginError("no influence today")
+        return measured(signal, *args)
+
+    monkeypatch.setattr(fill, "measured", breaking)
+    found = prunekit.compare(**asked | ONE_PASS | {"allocators": ["schedule", "block-influence"]})
+    states = {row.cell: row.state for row in found.rows}
+    assert states.pop("magnitude + block-influence") == FAILED
+    assert set(states.values()) == {COMPLETE}
+    assert [len(signals) for signals in passes] == [0, 0, 1, 0, 1]  # together, and then each of the two for itself
 
 
 def test_rows_of_other_weights_or_text_are_not_gone_on_with(asked: Any, saved_tiny: Any) -> None:

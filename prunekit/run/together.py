@@ -1,0 +1,56 @@
+"""What runs over one model measure together: one calibration pass, read by all whose candidates are the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from prunekit.plugins.signal import Signal
+from prunekit.recipe.resolve import Parts
+from prunekit.space.ladders import Space
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What a calibration pass measures beside the errors of its candidates, which do not depend on it."""
+
+    signals: tuple[Signal, ...] = ()
+    scores: bool = False  # what the pruner says each group is worth
+    nats: bool = False  # what rungs cost in nats
+
+    @classmethod
+    def of(cls, parts: Parts, depth: int) -> Measures:
+        """What the plug-ins of a recipe read, on a model of so many blocks."""
+        return cls(parts.signals, "scores" in parts.allocator.needs, parts.prices_nats(depth))
+
+    def with_others(self, others: Iterable[Measures]) -> Measures:
+        """All of what several read, each once, in an order that does not depend on theirs."""
+        every = [self, *others]
+        signals = {repr(signal): signal for measures in every for signal in measures.signals}
+        return Measures(
+            tuple(signals[name] for name in sorted(signals)),
+            any(measures.scores for measures in every),
+            any(measures.nats for measures in every),
+        )
+
+
+def same_pass(parts: Parts, space: Space, depth: int) -> str:
+    """A name that two recipes share whose first calibration passes make the same candidates.
+
+    Args:
+        parts: of a recipe with an allocator.
+        space: the ladders of its first search.
+        depth: blocks of the model.
+    """
+    recipe = parts.recipe
+    return json.dumps(
+        {
+            "ladders": [list(ladder) for ladder in space.ladders],
+            "data": recipe.data.model_dump(mode="json"),
+            "alone": parts.prices_alone(depth),
+            **{name: getattr(recipe, name) for name in ("structure", "pruner", "carry", "damping", "width", "seed")},
+        },
+        sort_keys=True,
+        default=repr,
+    )
