@@ -121,7 +121,8 @@ TEMPLATE = (
 
 def test_every_engine_answers_a_question_by_the_chat_template(copy: Path) -> None:
     (copy / "chat_template.jinja").write_text(TEMPLATE)
-    tokenizer, model = AutoTokenizer.from_pretrained(copy), AutoModelForCausalLM.from_pretrained(copy).float().eval()
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    model: Any = AutoModelForCausalLM.from_pretrained(copy).float().eval()
     ids = tokenizer("<user>Who?<it>", return_tensors="pt").input_ids
     said = model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)[
         0, ids.shape[1] :
