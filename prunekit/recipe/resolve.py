@@ -275,6 +275,8 @@ def _check_structure(parts: Parts) -> None:
             raise WrongInput(f"{kind} {spec['name']!r} adds biases, paid for with groups; leave them away here")
     if recipe.apart:
         raise WrongInput("apart gives attention and MLP each their share of groups; it goes with structure groups")
+    if recipe.multiple_of > 1:
+        raise WrongInput("multiple_of is of the neurons that an MLP keeps; it goes with structure groups")
     if "scores" in parts.allocator.needs and recipe.allocator is not None:
         raise WrongInput(f"allocator {recipe.allocator['name']!r} ranks groups; it goes with structure groups")
     for signal in parts.signals:

@@ -40,6 +40,7 @@ class Recipe(Strict):
     apart: bool = False  # attention and MLP get `sparsity` each and do not trade
     spare: SpareSpec = SpareSpec()  # blocks that stay whole; the others lose so much more
     structure: Annotated[str, BeforeValidator(as_pattern)] = "groups"  # or weights, or N:M, which says the sparsity
+    multiple_of: Annotated[int, Field(ge=1)] = 1  # counts of neurons, where some of them go
     heads: Literal["kv", "query"] = "kv"  # a group: a KV head with its query heads, or query heads of every KV head
     pruner: Spec
     allocator: Spec | None
@@ -195,7 +196,7 @@ class Recipe(Strict):
         """Keys that need not be written."""
         there = {
             "family": self.family, "spare": self.spare != SpareSpec(), "learner": self.learner, "learned": self.learner,
-            "width": self.width,
+            "width": self.width, "multiple_of": self.multiple_of > 1,
         }  # fmt: skip
         return frozenset(key for key, value in there.items() if not value)
 

@@ -38,6 +38,18 @@ def sparing(sites: Sequence[Site], blocks: int, first: int, last: int) -> tuple[
     return tuple(replace(site, spared=not first <= site.block < blocks - last) for site in sites)
 
 
+def in_multiples(sites: Sequence[Site], of: int) -> tuple[Site, ...]:
+    """The sites, neurons kept in multiples of a number, all of them, or none.
+
+    Raises:
+        WrongInput: no MLP has so many.
+    """
+    most = max((site.n_groups for site in sites if site.kind == "mlp"), default=0)
+    if of > 1 and of >= most:
+        raise WrongInput(f"multiple_of={of:,}, and the MLPs have at most {most:,} neurons; choose a smaller one")
+    return tuple(replace(site, multiple=of) if site.kind == "mlp" else site for site in sites)
+
+
 def check_sites(parts: Parts, sites: Sequence[Site]) -> None:
     """Refuse what does not reach the experts of a model, where it has any.
 
@@ -164,7 +176,7 @@ def _counted(parts: Parts, model: nn.Module, adapter: ModelAdapter) -> tuple[tup
         raise WrongInput("the model has no site left to prune")
     check_sites(parts, sites)
     depth = len(adapter.blocks(model))
-    sites = sparing(sites, depth, *recipe.spare.of(depth))
+    sites = in_multiples(sparing(sites, depth, *recipe.spare.of(depth)), recipe.multiple_of)
     base = model if recipe.of == "model" else adapter.blocks(model)
     freed = sum(site.parameters(site.n_groups) for site in sites)
     counts = recipe.of == "model" or form.shrinks

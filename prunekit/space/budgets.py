@@ -24,7 +24,10 @@ class Budget:
 
     def counts(self, site: Site) -> Sequence[int]:
         """The counts worth keeping, ascending; a count in between has the price of the next one."""
-        return self.metric.counts(site)
+        counts = self.metric.counts(site)
+        if site.multiple == 1:
+            return counts
+        return [kept for kept in counts if kept % site.multiple == 0 or kept == site.n_groups]
 
     def price(self, site: Site, kept: int) -> int:
         """What `kept` groups of `site` cost."""

@@ -44,6 +44,7 @@ class Site:
     inputs: int = 0  # columns of the linear map where counts are not of them; 0: all columns are in groups
     spared: bool = False  # nothing of it may go; its price counts
     minimum: int = 0  # groups that have to stay: as many experts as a token selects
+    multiple: int = 1  # counts between none and all are multiples of it, as hardware and formats like them
     channels: int = 1  # inputs of the map that one token brings: one, or one per channel where it is the sum of experts
 
     @property
