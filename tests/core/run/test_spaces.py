@@ -4,14 +4,18 @@ from fractions import Fraction
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+import prunekit
 from prunekit.errors import WrongInput
+from prunekit.layer.knapsack import Knapsack
 from prunekit.models.adapters.find import adapter_for
 from prunekit.plugins.registry import ALLOCATORS
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.recipe.specs import SpareSpec
-from prunekit.run.spaces import sparing, whole_space
+from prunekit.run.spaces import in_multiples, sparing, whole_space
 from prunekit.space.budgets import Budget
 from prunekit.space.ladders import Space
 from prunekit.testing.models import tiny
@@ -82,3 +86,38 @@ def test_ends_are_numbers_of_blocks_or_shares_of_them():
 def test_a_recipe_that_spares_nothing_says_nothing_of_it():
     assert "spare" not in Recipe.load("default").to_yaml()
     assert "first: 0.125" in Recipe.load("llm-pruner").to_yaml()
+
+
+@given(st.integers(2, 40), st.sampled_from([0.1, 0.3, 0.5, 0.7]), st.integers(41, 99))
+def test_neurons_stay_in_multiples_or_all_or_none_and_the_budget_holds(multiple, share, neurons):
+    sites = in_multiples(sites_of(4, attention=(6, 40), mlp=(neurons, 3)), multiple)
+    space = Space.whole(sites, Budget.keeping(1 - Fraction(str(share)), sites))
+    for site, ladder in zip(sites, space.ladders, strict=True):
+        counts = {*range(0, neurons, multiple), neurons} if site.kind == "mlp" else set(range(7))
+        assert set(ladder) == counts
+    knapsack = Knapsack(space)
+    wanted = torch.cat([torch.linspace(1 + i, i, n, dtype=torch.float64) for i, n in enumerate(knapsack.sizes)])
+    learned = knapsack.counts(knapsack.project(wanted))
+    for found in (space.uniform(), space.zoomed(space.uniform(), 0.1).uniform(), learned):
+        assert space.is_feasible(found)  # every count a rung, never more than the budget
+
+
+@pytest.mark.parametrize("recipe", ["default", "grasprune", {"allocator": "global-rank", "pruner": "wanda"}])
+def test_what_is_built_has_them_too(recipe, saved_tiny, quick):
+    recipe = {"recipe": recipe} if isinstance(recipe, str) else recipe
+    made = prunekit.prune(saved_tiny(), verify=False, multiple_of=4, **quick(**recipe))
+    kept = [site["kept"] for site in made.report["sites"] if site["kind"] == "mlp"]
+    assert all(count % 4 == 0 or count == 17 for count in kept)
+    assert made.report["budget"]["removed"] >= made.recipe.sparsity
+
+
+def test_multiples_that_cannot_be_are_refused_in_a_sentence():
+    with pytest.raises(WrongInput, match="multiple_of=64, and the MLPs have at most 16 neurons"):
+        in_multiples(sites_of(4, attention=(4, 10), mlp=(16, 3)), 64)
+    with pytest.raises(
+        WrongInput, match="multiple_of is of the neurons that an MLP keeps; it goes with structure groups"
+    ):
+        opened(
+            {"structure": "weights", "pruner": "magnitude", "allocator": "uniform", "sparsity": 0.3, "multiple_of": 4}
+        )
+    assert "multiple_of" not in Recipe.load("default").to_yaml()
