@@ -57,6 +57,10 @@ def test_a_layer_may_have_biases_its_stock_class_has_not(model_type: str) -> Non
         pytest.param(
             "gpt_neox", {"intermediate_size": 0}, r"layer 1: intermediate_size is 0; .* skip: \[mlp\]", id="width"
         ),
+        pytest.param(
+            "llama", {"patch": -1}, "layer 1: patch is the rank of a linear map beside the MLP, not -1", id="patch"
+        ),
+        pytest.param("opt", {"patch": 2}, "layer 1: patch is 2, and OPT has no MLP of its own to stand", id="no MLP"),
         pytest.param("qwen3", {"skip": ["norm"]}, "layer 1: skip lists attention and mlp, not norm", id="skip"),
     ],
 )

@@ -18,6 +18,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "elsa": [LITTLE, LITTLE | {"start": "dense", "coupled": True, "settle": 0.0}],
     "elsa-l": [LITTLE],
     "least-squares": [{}, {"aim": "own", "bias": True}],
+    "linear-patch": [{"layers": 2}, {"layers": 1, "truncate": "released", "rank": 0.2, "aim": "stream"}],
     "lora": [SHORT | {"rank": 2, "teacher": 0.5}],
     "reconstruction": [SHORT, SHORT | {"aim": "own"}],
     "sparsellm": [{"rounds": 2, "newton": 3}, {"pruner": "wanda", "aim": "stream"}],

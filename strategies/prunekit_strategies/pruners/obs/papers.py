@@ -8,18 +8,6 @@ from prunekit_strategies.pruners.obs.obs import OBS, Aim, Score, Search, Slope
 
 
 @dataclass(frozen=True)
-class Olica(OBS):
-    """Groups of smallest ‖W_:g diag‖x‖‖², the error of leaving them out, once; then least squares.
-
-    Source: Olica (arXiv 2506.08436), its step on the MLP. Not here: the low-rank branch beside it and
-    the rotation of value and output that narrows every head, since both change the shape of the modules.
-    """
-
-    search: Search = "score"
-    score: Score = "masked"
-
-
-@dataclass(frozen=True)
 class OSSCAR(OBS):
     """Ten neurons or two heads at a time by their exact price, aimed at the dense output, then exchanges.
 
