@@ -12,6 +12,7 @@ from prunekit.testing import FinisherSuite, toy_supernet, toy_tokens, toy_workpi
 SHORT: dict[str, Any] = {"epochs": 2, "batch_tokens": 12}
 LITTLE: dict[str, Any] = {"steps": 10, "interval": 2, "batch_tokens": 12}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "alternating": [{"rounds": 1, "conjugate": 2, "descent": 1}],
     "bias": [{}, {"inputs": "pruned"}],
     "distillation": [SHORT, SHORT | {"scope": "cut", "truth": 0.5, "temperature": 2.0}],
     "dsnot": [{}, {"skip_mlp": False, "guard": False, "threshold": 0.0}],
