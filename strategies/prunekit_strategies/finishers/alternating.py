@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp
+from torch.func import functional_call
 
 from prunekit import Finisher, LayerProblem, ModelAdapter, Workpiece, WrongInput, check_choices, solved
 from prunekit.calibration.twin import Aim, SubLayer, Twin
 
 SAME = 1e-4  # relative difference below which an output is linear in a weight, in float32
+NEAR = 1e-3  # length of the step that tells how f turns along a slope, over that of the weight
 HALVINGS = 12  # of a gradient step that would raise the error
 
 
@@ -74,7 +75,7 @@ class Alternating(Finisher):
 
     def refit(self, mlp: MLP) -> list[float]:
         """The rounds on one MLP, in place; its relative errors, before and after every round."""
-        power = sum(float(y.square().sum(dtype=torch.float64)) for y in mlp.wanted) or 1.0
+        power = _power(mlp.wanted) or 1.0
         kinds = {name: mlp.linear_in(name) for name in mlp.front}
         found = [mlp.error() / power]
         for _ in range(self.rounds):
@@ -121,8 +122,7 @@ class MLP:
 
     def error(self) -> float:
         """Σ ‖y - f(x)‖²."""
-        pairs = zip(self.inputs, self.wanted, strict=True)
-        return sum(float((y - self.made(x)).square().sum(dtype=torch.float64)) for x, y in pairs)
+        return _power([y - self.made(x) for x, y in zip(self.inputs, self.wanted, strict=True)])
 
     def linear_in(self, name: str) -> bool:
         """Whether f is linear in a weight, but for a constant."""
@@ -147,14 +147,16 @@ class MLP:
         linear.weight += solved(problem.hessian, sums[1].T / tokens).T.to(linear.weight)
 
     def conjugate(self, name: str, steps: int) -> None:
-        """(2), in place: conjugate gradients for least squares."""
+        """(2), in place: conjugate gradients for least squares; f is linear in the weight, but for a constant."""
         weight = self.map(name).weight
         missing = [y - self.made(x) for x, y in zip(self.inputs, self.wanted, strict=True)]
+        constant = [self.made(x, {name: torch.zeros_like(weight)}) for x in self.inputs]
         slope = self._back(name, missing)
         step, power = slope, float(slope.square().sum())
         for _ in range(steps):
-            turned = [self._along(name, x, step) for x in self.inputs]
-            length = sum(float(q.square().sum(dtype=torch.float64)) for q in turned)
+            there = {name: step.to(weight)}
+            turned = [self.made(x, there) - none for x, none in zip(self.inputs, constant, strict=True)]  # J step
+            length = _power(turned)
             if not (power > 0 and length > 0):
                 return
             rate = power / length
@@ -168,34 +170,35 @@ class MLP:
         """(3), in place: the first rate is that of Gauss and Newton along the slope, the best where f is linear."""
         weight = self.map(name).weight
         for _ in range(steps):
-            missing = [y - self.made(x) for x, y in zip(self.inputs, self.wanted, strict=True)]
-            least = sum(float(r.square().sum(dtype=torch.float64)) for r in missing)
-            slope = self._back(name, missing)
-            turned = (self._along(name, x, slope) for x in self.inputs)
-            length = sum(float(q.square().sum(dtype=torch.float64)) for q in turned)
-            power, old = float(slope.square().sum()), weight.clone()
-            if not (power > 0 and length > 0):
+            made = [self.made(x) for x in self.inputs]
+            missing = [y - f for y, f in zip(self.wanted, made, strict=True)]
+            slope, old, least = self._back(name, missing), weight.clone(), _power(missing)
+            power = float(slope.square().sum())
+            if not power > 0:
                 return
+            little = NEAR * float(old.norm()) / power**0.5 or NEAR
+            there = {name: old + (little * slope).to(old)}
+            length = _power([self.made(x, there) - f for x, f in zip(self.inputs, made, strict=True)]) / little**2
+            rate = power / length if length > 0 else 1.0
             for halving in range(HALVINGS):
-                weight.copy_(old + (0.5**halving * power / length * slope).to(old))
+                weight.copy_(old + (0.5**halving * rate * slope).to(old))
                 if self.error() < least:
                     break
             else:
                 weight.copy_(old)
                 return
 
-    def _along(self, name: str, x: Tensor, direction: Tensor) -> Tensor:
-        """J · direction, on one chunk."""
-        weight = self.map(name).weight
-        return jvp(self._of(name, x), (weight,), (direction.to(weight),))[1]
-
     def _back(self, name: str, missing: Sequence[Tensor]) -> Tensor:
         """Jᵀ · missing, in float64."""
-        weight, total = self.map(name).weight, torch.zeros((), dtype=torch.float64)
+        weight = self.map(name).weight
+        total = torch.zeros_like(weight, dtype=torch.float64)
         for x, r in zip(self.inputs, missing, strict=True):
-            _, back = vjp(self._of(name, x), weight)
-            total = total.to(weight.device) + back(r)[0].double()
+            with torch.enable_grad():
+                here = weight.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(self.made(x, {name: here}), here, r)
+            total += slope
         return total
 
-    def _of(self, name: str, x: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda weight: self.made(x, {name: weight})
+
+def _power(parts: Sequence[Tensor]) -> float:
+    return sum(float(part.square().sum(dtype=torch.float64)) for part in parts)

@@ -41,7 +41,7 @@ class LinearPatch(Finisher):
     eigenvectors. So on the calibration tokens no MLP gets worse.
 
     MLPs with a map are the `layers` of highest mean correlation between y and its own ridge regression on x, in the
-    dense model: those that are nearest to linear. The last block never has one.
+    dense model: those that are nearest to linear. The last block never has one, nor have MLPs that have lost nothing.
 
     Source: Olica (He & Lin 2025, arXiv 2506.08436), linear calibration: (1), (2), the choice of MLPs and, from its
     released code, (4) and the dependence of λ on N, where λ is a quarter of the mean at its 32,768 tokens. Ours: (3),
@@ -71,9 +71,9 @@ class LinearPatch(Finisher):
         return max(1, int(self.rank * d))
 
     def reserved(self, sites: Sequence[Site]) -> int:
-        mlps = [site for site in sites if site.kind == "mlp"]
-        widest = max((site.d_out for site in mlps), default=0)  # all are as wide as the residual stream
-        return max(0, min(self.layers, len(mlps) - 1)) * 2 * self.rank_of(widest) * widest
+        open_ = _open(sites)
+        widest = max((site.d_out for site in open_), default=0)  # all are as wide as the residual stream
+        return min(self.layers, len(open_)) * 2 * self.rank_of(widest) * widest
 
     def check(self, adapter: ModelAdapter) -> None:
         if not adapter.patches:
@@ -102,10 +102,10 @@ class LinearPatch(Finisher):
         return {"parameters_added": added, "errors": errors}
 
     def _chosen(self, piece: Workpiece) -> set[str]:
-        """Names of the sites whose MLPs get a map: what is left of all but the last, the nearest to linear first."""
-        mlps = [site.name for site in piece.sites if site.kind == "mlp"]
-        kept = dict(zip((site.name for site in piece.sites), piece.kept, strict=True))
-        there = [name for name in mlps[:-1] if kept[name]]
+        """Names of the sites whose MLPs get a map: of those that have lost something, the nearest to linear."""
+        kept = dict(zip((site.name for site in piece.sites), map(len, piece.kept), strict=True))
+        lossless = self.aim == "own"  # then an MLP that is whole gives what it should
+        there = [site.name for site in _open(piece.sites) if 0 < kept[site.name] < site.n_groups + (not lossless)]
         if len(there) <= self.layers:
             return set(there)
         linear = dict[str, float]()
@@ -179,6 +179,12 @@ class Pairs:
     def error(self, p: Float[Tensor, "d_out d"]) -> float:
         """E‖e - P x‖²."""
         return float(self.power.sum() - 2 * (p * self.reached).sum() + ((p @ self.gram) * p).sum())
+
+
+def _open(sites: Sequence[Site]) -> list[Site]:
+    """The MLPs that may get a map: all that may lose something, but for the last of all."""
+    mlps = [site for site in sites if site.kind == "mlp"]
+    return [site for site in mlps[:-1] if not site.spared]
 
 
 def _missing(here: SubLayer, aim: Aim) -> Iterator[tuple[Tensor, Tensor, float]]:

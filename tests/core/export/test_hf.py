@@ -376,7 +376,7 @@ def test_maps_beside_mlps_are_saved_and_load_in_every_family_that_has_them(model
         if site.kind == "mlp" and site.block != 1:  # of ranks of their own, and one block without
             generator = torch.Generator().manual_seed(site.block)
             left = 0.2 * torch.randn(24, 1 + site.block, generator=generator, dtype=torch.float64)
-            adapter.add_patch(adapter.blocks(model)[site.block], site, left, left.T.contiguous())
+            adapter.add_patch(adapter.blocks(model)[site.block], site, left, left.T.flip(1).contiguous())
     assert not torch.allclose(bare, logits(model))
     exported = to_transformers(model, adapter)
     assert [cast(Any, exported).config.per_layer_config[i].patch for i in range(3)] == [1, 0, 3]

@@ -146,6 +146,9 @@ def test_the_mlps_nearest_to_linear_get_the_maps_and_the_last_never_does() -> No
     assert chosen == set(order[:2])
     assert names[1] not in chosen
     assert LinearPatch(layers=9)._chosen(piece) == set(names[:-1])
+    whole = toy_workpiece(net, plan=(3, 17, *(site.n_groups // 2 for site in net.space.sites[2:])))
+    assert LinearPatch(layers=9)._chosen(whole) == set(names[1:-1])  # the first gives what it should
+    assert LinearPatch(layers=9, aim="stream")._chosen(whole) == set(names[:-1])
 
 
 def test_dropped_mlps_get_none_and_the_price_is_at_most_what_was_set_aside() -> None:
@@ -164,6 +167,8 @@ def test_the_price_follows_from_the_sites_alone() -> None:
     assert LinearPatch(rank=0.03).rank_of(4096) == 122  # as the released code rounds
     assert LinearPatch().reserved(tuple(site for site in sites if site.kind == "attention")) == 0
     assert LinearPatch().reserved(sites[:2]) == 0  # the only MLP is in the last block
+    spared = (sites[0], replace(sites[1], spared=True), *sites[2:])
+    assert LinearPatch().reserved(spared) == 2 * 24
 
 
 def test_families_whose_mlp_is_no_module_are_refused() -> None:
