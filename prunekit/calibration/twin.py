@@ -126,6 +126,11 @@ class SubLayer:
         """All linear maps of the small sub-layer, `linear` last."""
         return self.twin.piece.adapter.maps(self.block, self.site)
 
+    @property
+    def patch(self) -> nn.Module | None:
+        """The linear map beside the small sub-layer, if there is one."""
+        return self.twin.piece.adapter.patch(self.block, self.site)
+
     @cached_property
     def columns(self) -> Tensor:
         """Columns of the dense linear map that the small one has, in its order."""
@@ -147,7 +152,8 @@ class SubLayer:
 
     def made(self, i: int) -> Float[Tensor, "windows length d"]:
         """What the small sub-layer makes of what it sees, with its weights of now; weights that train get gradients."""
-        return self.linear(self._reaching(self.linear, i))
+        output, beside = self.linear(self._reaching(self.linear, i)), self.patch
+        return output if beside is None else output + beside(self.entering(i))
 
     @torch.no_grad()
     def wanted(self, i: int, aim: Aim) -> Float[Tensor, "windows length d"]:

@@ -59,6 +59,9 @@ def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrained
     ranks = [adapter.ranks(blocks[index]) for index in kept]
     if any(ranks):
         sizes = [size | {"ranks": of_layer} for size, of_layer in zip(sizes, ranks, strict=True)]
+    patches = [adapter.patch_rank(blocks[index]) for index in kept]
+    if any(patches):
+        sizes = [size | {"patch": rank} for size, rank in zip(sizes, patches, strict=True)]
     config: Any = _stock_config(adapter.family, values, sizes, head_dim)
     if config is None:
         config_class, _, causal = define(adapter.family)
@@ -220,7 +223,7 @@ def _stock_config(
 ) -> PreTrainedConfig | None:
     """The config of a stock class that can hold layers of these sizes, if there is one."""
     first = sizes[0]
-    if {"skip", "biased", "ranks"} & first.keys() or any(size != first for size in sizes):
+    if {"skip", "biased", "ranks", "patch"} & first.keys() or any(size != first for size in sizes):
         return None
     heads, hidden = first[family.query_heads], values["hidden_size"]
     if not family.free_head_dim and heads * head_dim != hidden:

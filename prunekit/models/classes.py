@@ -1,13 +1,15 @@
 """Models whose layers differ in size, or lack attention or MLP, as ordinary transformers classes.
 
 The stock model is built from the global sizes, then every layer is cut to its entry of the config's
-`per_layer_config`, given the biases that its `biased` names, and its linear maps that `ranks` names become
-two. Layers stay what they were, so checkpointing, adapters and serving engines find the classes they know.
+`per_layer_config`, given the biases that its `biased` names, its linear maps that `ranks` names become two, and its
+MLP gets a linear map beside it, of the rank that `patch` says. Layers stay what they were, so checkpointing, adapters
+and serving engines find the classes they know.
 Exported models may carry a copy of this file: it needs torch and transformers and nothing of prunekit.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 import shutil
@@ -16,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -124,6 +126,11 @@ class Family:
                 stubs |= {name: nn.Identity() for name in own[part]}
         return stubs
 
+    @property
+    def patches(self) -> bool:
+        """Whether there is an MLP, one module, that a linear map can stand beside."""
+        return self.mlp is not None and "mlp" in self.columns
+
     def has_norms_first(self, block: nn.Module) -> bool:
         """Whether no norm comes behind a sum, so that a block without parts passes its input through."""
         return self.norms_first is None or bool(getattr(block, self.norms_first))
@@ -168,6 +175,16 @@ class Family:
             whole = block.get_submodule(path)
             assert isinstance(whole, nn.Linear)
             block.set_submodule(path, LowRank.of(whole, rank))
+        if (rank := getattr(layer_config, "patch", 0)) and "mlp" not in getattr(layer_config, "skip", ()):
+            assert self.mlp is not None  # checked with the config
+            first, last = block.get_submodule(self.producers("mlp")[0]), block.get_submodule(self.columns["mlp"])
+            assert isinstance(first, nn.Linear | LowRank)
+            assert isinstance(last, nn.Linear | LowRank)
+            weight = next(first.parameters())
+            beside = LowRank(
+                first.in_features, last.out_features, rank, bias=False, device=weight.device, dtype=weight.dtype
+            )
+            block.set_submodule(self.mlp, patched(block.get_submodule(self.mlp), beside))
         for part in getattr(layer_config, "skip", ()):
             for path, stub in self.skipped(block, part, index, head_dim).items():
                 block.set_submodule(path, stub)
@@ -193,6 +210,13 @@ class Family:
         known, ranks = {*self.rows, *self.columns.values()}, getattr(layer_config, "ranks", {})
         if strange := sorted(path for path, rank in ranks.items() if path not in known or not rank >= 1):
             raise ValueError(f"layer {index}: ranks names linear maps, each with a rank of 1 or more, not {strange[0]}")
+        patch = getattr(layer_config, "patch", 0)
+        if not isinstance(patch, int) or patch < 0:
+            raise ValueError(f"layer {index}: patch is the rank of a linear map beside the MLP, not {patch!r}")
+        if patch and not self.patches:
+            raise ValueError(
+                f"layer {index}: patch is {patch}, and {self.prefix} has no MLP of its own to stand beside"
+            )
 
 
 SEPARATE: Mapping[str, Unit] = {"self_attn.q_proj": "query", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"}
@@ -367,6 +391,33 @@ class LowRank(nn.Sequential):
     @property
     def bias(self) -> nn.Parameter | None:
         return self.u.bias
+
+
+class Patched(nn.Module):
+    """Mixed in before an MLP class: `patch`, a linear map of low rank, from the input of the MLP to its output."""
+
+    patch: LowRank
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **rest: Any) -> torch.Tensor:
+        return super().forward(hidden_states, *args, **rest) + self.patch(hidden_states)
+
+
+@cache
+def _patched_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Patched{kind.__name__}", (Patched, kind), {"__module__": __name__})
+
+
+def patched(mlp: nn.Module, beside: LowRank) -> Patched:
+    """An MLP with a linear map beside it, in the place of another if there is one.
+
+    Args:
+        mlp: stays as it is; whatever is in it is shared.
+        beside: from the MLP's input to its output.
+    """
+    twin = copy.copy(mlp)
+    twin._modules = dict(mlp._modules) | {"patch": beside}
+    twin.__class__ = type(mlp) if isinstance(mlp, Patched) else _patched_class(type(mlp))
+    return cast(Patched, twin)
 
 
 class LayerConfig:

@@ -33,11 +33,17 @@ def sliced(linear: nn.Linear, dim: Literal[0, 1], index: Tensor, source: Tensor 
 
 def factored(linear: nn.Linear, left: Tensor, right: Tensor) -> LowRank:
     """Two linear maps in the place of one: right (r, d_in), then left (d_out, r) with the bias, which is shared."""
-    small = LowRank(linear.in_features, linear.out_features, len(right), bias=False, device="meta")
-    for part, factor in ((small.v, right), (small.u, left)):
-        part.weight = nn.Parameter(factor.detach().to(linear.weight), linear.weight.requires_grad)
+    small = low_rank(left, right, like=linear.weight)
     small.u.bias = linear.bias
     return small.train(linear.training)
+
+
+def low_rank(left: Tensor, right: Tensor, *, like: Tensor) -> LowRank:
+    """Two linear maps, right (r, d_in), then left (d_out, r), without a bias, of the dtype and device of another."""
+    small = LowRank(right.shape[1], len(left), len(right), bias=False, device="meta")
+    for part, factor in ((small.v, right), (small.u, left)):
+        part.weight = nn.Parameter(factor.detach().to(like), like.requires_grad)
+    return small
 
 
 def shallow(module: M) -> M:

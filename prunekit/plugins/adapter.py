@@ -183,6 +183,23 @@ class ModelAdapter(ABC):
         """A model that a run has for itself, made in place to compute in a way in which it can be looked at."""
         return model
 
+    @property
+    def patches(self) -> bool:
+        """Whether there are classes whose MLPs may have a linear map of low rank beside them."""
+        return False
+
+    def patch(self, block: nn.Module, site: Site) -> nn.Module | None:
+        """The linear map beside the sub-layer of a site, from its input to its output; None, as here: there is none."""
+        return None
+
+    def add_patch(self, block: nn.Module, site: Site, left: Tensor, right: Tensor) -> None:
+        """Put the map left (d_out, r) · right (r, d) beside the sub-layer of a site, in place.
+
+        Raises:
+            UnsupportedModel: there is no class for such a model.
+        """
+        raise UnsupportedModel(f"{site.name} is of a family whose MLPs cannot have a linear map beside them")
+
     def maps(self, block: nn.Module, site: Site) -> list[nn.Linear]:
         """The linear maps a group goes through, the one whose columns it cuts last; of single weights, their own."""
         return [self.linear(block, site)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -51,6 +52,16 @@ class Finisher(ABC):
     def adds_biases(self) -> bool:
         """Whether linear maps of sites may get a bias they did not have; then the budget makes room for all of them."""
         return False
+
+    def reserved(self, sites: Sequence[Site]) -> int:
+        """How many parameters it may add beside MLPs (`ModelAdapter.add_patch`); the budget sets them aside.
+
+        One that adds any is the last finisher of a recipe: those that fit sub-layers look at their linear maps alone.
+
+        Args:
+            sites: all of the dense model.
+        """
+        return 0
 
     def check(self, adapter: ModelAdapter) -> None:
         """Refuse, before any long work, a family of models it cannot work on.

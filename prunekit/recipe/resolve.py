@@ -20,6 +20,7 @@ from prunekit.plugins.exporter import Exporter
 from prunekit.plugins.finisher import Finisher
 from prunekit.plugins.guard import instance
 from prunekit.plugins.learner import Learner, Training
+from prunekit.plugins.metric import MeasuredMetric
 from prunekit.plugins.objective import Objective
 from prunekit.plugins.pruner import LocalPruner
 from prunekit.plugins.registry import (
@@ -176,6 +177,7 @@ def resolve(recipe: Recipe) -> Parts:
     _check_consent(parts.recipe)
     _check_structure(parts)
     _check_readers(parts)
+    _check_patches(parts)
     _check_learner(parts)
     _check_width(parts)
     return parts
@@ -288,6 +290,31 @@ def _check_structure(parts: Parts) -> None:
             f"structure {recipe.structure} removes {float(1 - own):.4g} of the weights of all linear maps in "
             "blocks; leave sparsity and of away, or take structure weights"
         )
+
+
+def _check_patches(parts: Parts) -> None:
+    """What comes beside MLPs is paid for before anything is searched, and nothing that fits sub-layers looks at it."""
+    recipe = parts.recipe
+    adding = [i for i, finisher in enumerate(parts.finishers) if type(finisher).reserved is not Finisher.reserved]
+    if not adding:
+        return
+    name = f"finisher {recipe.finishers[adding[0]]['name']!r}"
+    if behind := recipe.finishers[adding[0] + 1 :]:
+        raise WrongInput(
+            f"{name} puts linear maps beside MLPs, at which {behind[0]['name']!r} behind it does not look; let it "
+            "come last"
+        )
+    if isinstance(parts.metric, MeasuredMetric):
+        raise WrongInput(
+            f"what {name} adds has no price in {parts.metric.unit}, which is measured on the dense model; choose "
+            "metric parameters, bytes or flops"
+        )
+    for spec, exporter in zip(recipe.exporters, parts.exporters, strict=True):
+        if "low-rank" not in exporter.structures:
+            raise WrongInput(
+                f"exporter {spec['name']!r} cannot write the linear maps of low rank that {name} puts beside MLPs; "
+                "leave one of them away"
+            )
 
 
 def _check_learner(parts: Parts) -> None:

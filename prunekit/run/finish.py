@@ -89,7 +89,8 @@ def shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def check_finished(piece: Workpiece, finisher: Finisher, before: Mapping[str, torch.Size]) -> None:
-    """Check that every shape is as before, but for biases where sites may get them; all is finite; zeros are as many.
+    """Check that every shape is as before, but for biases where sites may get them and for linear maps beside MLPs, of
+    as many parameters as were set aside; all is finite; zeros are as many.
 
     Args:
         piece: what the finisher has worked on.
@@ -101,7 +102,10 @@ def check_finished(piece: Workpiece, finisher: Finisher, before: Mapping[str, to
     """
     who, after = type(finisher).__name__, shapes(piece.model)
     sites = [site for site, groups in zip(piece.sites, piece.kept, strict=True) if groups and finisher.adds_biases]
-    may = {f"{site.name}.bias" for site in sites}
+    may, beside = {f"{site.name}.bias" for site in sites}, _beside(piece)
+    may |= beside.keys()
+    if (more := sum(beside.values())) > (most := finisher.reserved(piece.sites)):
+        raise PluginError(f"{who} put {more:,} parameters beside MLPs; {most:,} were set aside")
     for name in sorted(before.keys() | after.keys()):
         there, now = before.get(name), after.get(name)
         if there != now and not (there is None and name in may):
@@ -115,6 +119,16 @@ def check_finished(piece: Workpiece, finisher: Finisher, before: Mapping[str, to
             continue  # every shape was looked at
         if over := layout_of(site).overflow(site, count, piece.adapter.linear(blocks[site.block], site).weight):
             raise PluginError(f"{who} left {over} of {site.name}")
+
+
+def _beside(piece: Workpiece) -> dict[str, int]:
+    """The parameters of linear maps beside sub-layers, by name."""
+    adapter, found = piece.adapter, dict[str, int]()
+    for site, block in ((site, adapter.blocks(piece.model)[site.block]) for site in piece.sites):
+        if (patch := adapter.patch(block, site)) is not None:
+            path = f"{adapter.layers}.{site.block}.{adapter.holder(site)}.patch"
+            found |= {f"{path}.{name}": p.numel() for name, p in patch.named_parameters()}
+    return found
 
 
 def _shape(size: torch.Size | None) -> str:

@@ -108,6 +108,10 @@ def whole_space(parts: Parts, model: PreTrainedModel, adapter: ModelAdapter, dty
         kept if own is None else own, sites,
         metric=parts.metric.for_checkpoint(dtype.itemsize), outside=outside, apart=recipe.apart,
     )  # fmt: skip
+    if added := sum(finisher.reserved(sites) for finisher in parts.finishers):
+        metric = budget.metric
+        units = metric.outside(sites, outside + added) - metric.outside(sites, outside)
+        budget = budget.setting_aside(units, sites, "mlp")
     if any(finisher.adds_biases for finisher in parts.finishers):
         sites = tuple(adapter.with_bias(model, site) for site in sites)  # what is pruned pays for them
     return Space.whole(sites, budget)
@@ -175,7 +179,13 @@ def _counted(parts: Parts, model: nn.Module, adapter: ModelAdapter) -> tuple[tup
     if not sites:
         raise WrongInput("the model has no site left to prune")
     check_sites(parts, sites)
-    depth = len(adapter.blocks(model))
+    blocks = adapter.blocks(model)
+    depth = len(blocks)
+    if there := [site.name for site in sites if adapter.patch(blocks[site.block], site) is not None]:
+        raise WrongInput(
+            f"the MLP of {there[0]} has a linear map beside it, which a recovery step has added; prune the model that "
+            "it was made from"
+        )
     sites = in_multiples(sparing(sites, depth, *recipe.spare.of(depth)), recipe.multiple_of)
     base = model if recipe.of == "model" else adapter.blocks(model)
     freed = sum(site.parameters(site.n_groups) for site in sites)

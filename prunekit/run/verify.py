@@ -177,9 +177,12 @@ def _sizes(folder: Path, lost: Sequence[str]) -> list[Row]:
     wanted_sites = [site["parameters"] for site in report["sites"] if site["kept"]]
     sites = adapter.sites(model)
     found_sites = [site.parameters(site.n_groups) for site in sites]
-    # a recovery step may have given the map of a site a bias
+    beside = (adapter.patch(adapter.blocks(model)[site.block], site) for site in sites)
+    more = [0 if patch is None else sum(p.numel() for p in patch.parameters()) for patch in beside]
+    # a recovery step may have given the map of a site a bias, or put a map beside it
     same = len(found_sites) == len(wanted_sites) and all(
-        found - wanted in (0, site.d_out) for wanted, found, site in zip(wanted_sites, found_sites, sites, strict=True)
+        found - patch - wanted in (0, site.d_out)
+        for wanted, found, patch, site in zip(wanted_sites, found_sites, more, sites, strict=True)
     )
     rows.append(Row("sub-layers", f"{len(wanted_sites)} of their sizes", f"{len(found_sites)}", same))
     return rows

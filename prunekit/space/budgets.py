@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from prunekit.errors import PluginError, WrongInput
@@ -75,6 +75,23 @@ class Budget:
             (kind, limit([s for s in sites if s.kind == kind], exact, 0)) for kind in kinds
         )
         return cls(sum(n for _, n in limits), metric, limits, beside, dense)
+
+    def setting_aside(self, units: int, sites: Sequence[Site], kind: Kind) -> Budget:
+        """The budget when so many of its units go to what is added beside the sites of a kind.
+
+        Raises:
+            WrongInput: what is left is less than the sites' smallest counts cost.
+        """
+        by_kind = tuple((each, limit - units * (each == kind)) for each, limit in self.by_kind)
+        parts = by_kind or ((None, self.limit - units),)
+        for part, limit in parts:
+            least = sum(self.price(site, site.least) for site in sites if part in (None, site.kind))
+            if least > limit:
+                raise WrongInput(
+                    f"a recovery step adds {units:,} {self.metric.unit}, which leaves {limit:,} of the budget, and "
+                    f"{least:,} always stay; ask for a lower sparsity, or let it add less"
+                )
+        return replace(self, limit=self.limit - units, by_kind=by_kind, outside=self.outside + units)
 
 
 def _price(metric: Metric, site: Site, kept: int) -> int:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.layer.candidates import Candidate
-from prunekit.models.classes import Family, LowRank, Part, SkippedMixer, SkippedMLP, Unit
-from prunekit.models.modules import factored, grafted, sliced
+from prunekit.models.classes import Family, LowRank, Part, Patched, SkippedMixer, SkippedMLP, Unit, patched
+from prunekit.models.modules import factored, grafted, low_rank, sliced
 from prunekit.plugins.adapter import Cut, Heads, ModelAdapter, UnsupportedModel, check_plain, linear_at
 from prunekit.space.sites import Site
 
@@ -75,6 +75,20 @@ class Transformer(ModelAdapter):
             return super().maps(block, site)
         part = _part(site)
         return [linear_at(block, path) for path in (*self.family.producers(part), self.family.columns[part])]
+
+    @property
+    def patches(self) -> bool:
+        return self.family.patches
+
+    def patch(self, block: nn.Module, site: Site) -> LowRank | None:
+        return self._patch(block) if self.part(site) == "mlp" else None
+
+    def add_patch(self, block: nn.Module, site: Site, left: Tensor, right: Tensor) -> None:
+        if not self.patches or self.part(site) != "mlp" or self.family.mlp is None:
+            super().add_patch(block, site, left, right)
+            return
+        mlp, beside = block.get_submodule(self.family.mlp), low_rank(left, right, like=self.linear(block, site).weight)
+        block.set_submodule(self.family.mlp, patched(mlp, beside.train(mlp.training)))
 
     def pruned(self, block: nn.Module, site: Site, candidate: Candidate) -> dict[str, nn.Module]:
         if candidate.factors is not None:
@@ -160,6 +174,11 @@ class Transformer(ModelAdapter):
         maps = {path: map_at(block, path) for path in paths}
         return {path: found.rank for path, found in maps.items() if isinstance(found, LowRank)}
 
+    def patch_rank(self, block: nn.Module) -> int:
+        """The rank of the linear map beside the MLP of a block; 0: there is none."""
+        beside = self._patch(block)
+        return 0 if beside is None else beside.rank
+
     def layer_config(self, block: nn.Module) -> dict[str, Any]:
         """Sizes of a (pruned) block as an entry of `per_layer_config`; `skip` lists dropped parts."""
         family, dropped = self.family, self.dropped(block)
@@ -173,6 +192,10 @@ class Transformer(ModelAdapter):
         return entry
 
     # -- inside ------------------------------------------------------------------------------------------
+
+    def _patch(self, block: nn.Module) -> LowRank | None:
+        mlp = None if self.family.mlp is None else block.get_submodule(self.family.mlp)
+        return mlp.patch if isinstance(mlp, Patched) else None
 
     def _site(self, block: nn.Module, index: int, part: Part, heads: Heads) -> Site:
         path = self.family.columns[part]

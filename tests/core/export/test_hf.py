@@ -368,6 +368,31 @@ def test_maps_of_low_rank_are_saved_and_load_in_every_family(name: str, tmp_path
     assert not biases, "the bias is behind both factors"
 
 
+@pytest.mark.parametrize("model_type", [name for name in SIZES if modeling.FAMILIES[name].patches])
+def test_maps_beside_mlps_are_saved_and_load_in_every_family_that_has_them(model_type: str, tmp_path: Path) -> None:
+    model, adapter = cut(model_type, lambda site: max(1, site.n_groups - site.block)), adapter_for(model_type)
+    bare = logits(model)
+    for site in adapter.sites(tiny(model_type)):
+        if site.kind == "mlp" and site.block != 1:  # of ranks of their own, and one block without
+            generator = torch.Generator().manual_seed(site.block)
+            left = 0.2 * torch.randn(24, 1 + site.block, generator=generator, dtype=torch.float64)
+            adapter.add_patch(adapter.blocks(model)[site.block], site, left, left.T.flip(1).contiguous())
+    assert not torch.allclose(bare, logits(model))
+    exported = to_transformers(model, adapter)
+    assert [cast(Any, exported).config.per_layer_config[i].patch for i in range(3)] == [1, 0, 3]
+    assert_same(exported, model)
+    assert count(exported) == count(model)
+    save(exported, tmp_path)
+    loaded, mask = load(tmp_path), torch.ones_like(IDS)
+    assert (type(loaded), count(loaded)) == (type(exported), count(model))
+    assert_same(loaded, model, tolerance=1e-3)  # in float32
+    assert torch.equal(continued(exported, IDS, mask), continued(model, IDS, mask, use_cache=False))
+    if model_type in ("llama", "qwen3"):  # what it holds is what its sites say, the maps as what goes with the MLP
+        sites = adapter_for(exported.config.model_type).sites(exported)
+        blocks = cast(Any, exported).model.layers
+        assert sum(site.parameters(site.n_groups) for site in sites) == sum(p.numel() for p in blocks.parameters())
+
+
 @pytest.mark.parametrize("ranks", [{"mlp.down_proj": 0}, {"mlp.side_proj": 2}])
 def test_ranks_that_no_layer_can_have_are_one_sentence(ranks: dict[str, int]) -> None:
     config: Any = modeling.define(modeling.FAMILIES["llama"])[0]

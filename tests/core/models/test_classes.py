@@ -65,6 +65,26 @@ def test_impossible_layers_are_refused(model_type: str, layer: dict[str, Any], s
         config_of(model_type, {1: layer})
 
 
+@pytest.mark.parametrize(
+    ("model_type", "patch", "sentence"),
+    [
+        ("llama", -1, "layer 0: patch is the rank of a linear map beside the MLP, not -1"),
+        ("llama", "2", "layer 0: patch is the rank of a linear map beside the MLP, not '2'"),
+        ("opt", 2, "layer 0: patch is 2, and OPT has no MLP of its own to stand beside"),
+    ],
+)
+def test_maps_beside_mlps_that_cannot_be_are_refused(model_type: str, patch: Any, sentence: str) -> None:
+    with pytest.raises(Exception, match=sentence):
+        config_of(model_type, {i: {"patch": patch} for i in range(3)})
+
+
+def test_a_dropped_mlp_has_no_map_beside_it() -> None:
+    layers = {0: {"patch": 2, "skip": ["mlp"]}, 1: {"patch": 2, "skip": []}, 2: {"patch": 0, "skip": []}}
+    model = AutoModelForCausalLM.from_config(config_of("llama", layers))
+    there = {name: tuple(p.shape) for name, p in model.named_parameters() if "patch" in name}
+    assert there == {"model.layers.1.mlp.patch.v.weight": (2, 24), "model.layers.1.mlp.patch.u.weight": (24, 2)}
+
+
 def test_registering_twice_is_harmless_and_classes_are_made_once() -> None:
     modeling.register()
     assert modeling.define(modeling.FAMILIES["llama"])[2] is modeling.PrunekitLlamaForCausalLM  # type: ignore[attr-defined]

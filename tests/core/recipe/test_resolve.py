@@ -100,6 +100,18 @@ def test_the_digest_is_of_what_makes_the_weights(recipe: Recipe) -> None:
             "signal 'influence' is of whole sub-layers",
         ),
         (
+            {"finishers": ["linear-patch", "least-squares"]},
+            "'linear-patch' puts linear maps beside MLPs, at which 'least-squares' behind it does not look; let it",
+        ),
+        (
+            {"finishers": ["linear-patch"], "metric": "latency"},
+            "what finisher 'linear-patch' adds has no price in latency, which is measured on the dense model",
+        ),
+        (
+            {"finishers": ["linear-patch"], "exporters": ["gguf"]},
+            "exporter 'gguf' cannot write the linear maps of low rank that finisher 'linear-patch' puts beside MLPs",
+        ),
+        (
             {"pruner": "wanda", "structure": "weights", "finishers": ["lora"]},
             "finisher 'lora' does not know structure weights",
         ),

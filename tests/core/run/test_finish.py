@@ -13,6 +13,7 @@ from prunekit.data.draws import draw
 from prunekit.data.tokens import overlap
 from prunekit.measure.perplexity import perplexity
 from prunekit.plugins.registry import FINISHERS
+from prunekit.run.verify import verify_result
 from prunekit.system.checkpoints import Checkpoints
 from prunekit.system.progress import Progress
 
@@ -55,6 +56,29 @@ def test_biases_are_within_the_budget_and_in_the_model_that_loads(folder, tmp_pa
     assert report["budget"]["spent"] <= report["budget"]["limit"]
     assert in_blocks(loaded) == report["pruned"]["block_parameters"] <= in_blocks(dense) // 2
     assert in_blocks(loaded) == sum(site["parameters"] for site in report["sites"])  # priced with their biases
+    ids = torch.tensor([[5, 6, 7, 8]])
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    cached, plain = (loaded.generate(ids, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("code", ["import", "bundled"])
+def test_maps_beside_mlps_are_within_the_budget_and_in_the_model_that_loads(folder, tmp_path, code):
+    out = tmp_path / "out"
+    spec = {"name": "linear-patch", "rank": 0.13, "damping": 1e-3}
+    prunekit.prune(folder, output=out, code=code, finishers=[spec], **QUICK | {"verify": code == "import"})
+    report = json.loads((out / "report.json").read_text())
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=code == "bundled")
+    dense = AutoModelForCausalLM.from_pretrained(folder)
+    patches = [p for name, p in loaded.named_parameters() if ".mlp.patch." in name]
+    added = sum(p.numel() for p in patches)
+    assert report["finishers"][0]["parameters_added"] == added == 2 * 2 * 3 * 24
+    assert in_blocks(loaded) == report["pruned"]["block_parameters"] <= in_blocks(dense) // 2
+    assert in_blocks(loaded) == sum(site["parameters"] for site in report["sites"]) + added
+    assert report["budget"]["spent"] <= report["budget"]["limit"]
+    assert report["budget"]["limit"] + added == in_blocks(dense) // 2  # what sites may take, and what was set aside
+    if code == "import":
+        assert verify_result(str(out)).agrees
     ids = torch.tensor([[5, 6, 7, 8]])
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     cached, plain = (loaded.generate(ids, use_cache=use, **options) for use in (True, False))

@@ -66,6 +66,37 @@ def test_spared_blocks_have_one_count_and_the_budget_is_of_all(structure):
     assert [k * 2 for k in spared.uniform()] == [s.n_groups * (4 if s.spared else 2) // 2 for s in spared.sites]
 
 
+@pytest.mark.parametrize("extra", [{}, {"apart": True}, {"of": "model"}, {"metric": "flops"}], ids=str)
+def test_maps_beside_mlps_are_paid_for_before_the_search(extra):
+    wanted = {"pruner": "magnitude", "allocator": "uniform", "finishers": []} | extra
+    added = 3 * 2 * 1 * 24 * (2 if "metric" in extra else 1)  # three MLPs of four, a rank of 1 in a stream of 24
+    plain = opened(wanted)
+    patched = opened(wanted | {"finishers": ["linear-patch"]})
+    assert patched.sites == plain.sites
+    assert patched.budget.limit == plain.budget.limit - added
+    assert patched.budget.outside == plain.budget.outside + added
+    assert patched.budget.dense == plain.budget.dense
+    limits = [dict(space.budget.by_kind) for space in (plain, patched)]
+    if "apart" in extra:
+        assert limits[1] == {"attention": limits[0]["attention"], "mlp": limits[0]["mlp"] - added}
+    assert patched.cost(patched.uniform()) <= patched.budget.limit
+
+
+def test_maps_that_leave_too_little_are_refused():
+    spec = {"name": "linear-patch", "rank": 0.45}
+    with pytest.raises(WrongInput, match=r"a recovery step adds 1,440 parameters, which leaves -?[\d,]+ of the budget"):
+        opened({"pruner": "magnitude", "allocator": "uniform", "sparsity": 0.9, "finishers": [spec]})
+
+
+def test_a_model_with_a_map_beside_an_mlp_is_not_pruned_again():
+    model, adapter = tiny("llama"), adapter_for("llama")
+    site = adapter.sites(model)[1]
+    adapter.add_patch(adapter.blocks(model)[0], site, torch.ones(24, 1), torch.ones(1, 24))
+    parts = resolve(Recipe.load("default").with_overrides({"model": "nowhere"}))
+    with pytest.raises(WrongInput, match=r"has a linear map beside it, .* prune the model that it was made from"):
+        whole_space(parts, model, adapter, torch.float32)
+
+
 def test_equal_sizes_and_spared_blocks_do_not_go_together():
     sites = sparing(sites_of(4, attention=(4, 10), mlp=(16, 3)), 4, 1, 1)
     space = Space.whole(sites, Budget.keeping(Fraction("0.7"), sites))

@@ -12,12 +12,14 @@ from prunekit.testing import FinisherSuite, toy_supernet, toy_tokens, toy_workpi
 SHORT: dict[str, Any] = {"epochs": 2, "batch_tokens": 12}
 LITTLE: dict[str, Any] = {"steps": 10, "interval": 2, "batch_tokens": 12}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "alternating": [{"rounds": 1, "conjugate": 2, "descent": 1}],
     "bias": [{}, {"inputs": "pruned"}],
     "distillation": [SHORT, SHORT | {"scope": "cut", "truth": 0.5, "temperature": 2.0}],
     "dsnot": [{}, {"skip_mlp": False, "guard": False, "threshold": 0.0}],
     "elsa": [LITTLE, LITTLE | {"start": "dense", "coupled": True, "settle": 0.0}],
     "elsa-l": [LITTLE],
     "least-squares": [{}, {"aim": "own", "bias": True}],
+    "linear-patch": [{"layers": 2}, {"layers": 1, "truncate": "released", "rank": 0.2, "aim": "stream"}],
     "lora": [SHORT | {"rank": 2, "teacher": 0.5}],
     "reconstruction": [SHORT, SHORT | {"aim": "own"}],
     "sparsellm": [{"rounds": 2, "newton": 3}, {"pruner": "wanda", "aim": "stream"}],

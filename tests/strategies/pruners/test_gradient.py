@@ -49,16 +49,40 @@ def test_scores_by_hand(options: dict[str, Any], columns: list[float], pairs: li
     assert pruner.scores(replace(HAND, group_size=2)).tolist() == pytest.approx(pairs)
 
 
-def test_mixed_grain_by_hand() -> None:
+def test_grains_mixed_group_by_group_by_hand() -> None:
     fine, coarse = [3.5, 6, 3, 6], [3.5, 2, 3, 4]
     f, c = ([u / (sum(all_) / 4) for u in all_] for all_ in (fine, coarse))
     alpha = [math.exp(a) / (math.exp(a) + math.exp(b)) for a, b in zip(f, c, strict=True)]
     by_hand = [w * a + (1 - w) * b for w, a, b in zip(alpha, f, c, strict=True)]
-    assert HyWIA().scores(HAND).tolist() == pytest.approx(by_hand)
+    assert HyWIA(order="first", mixing="unit").scores(HAND).tolist() == pytest.approx(by_hand)
     assert all(min(a, b) <= u <= max(a, b) for u, a, b in zip(by_hand, f, c, strict=True))
 
 
-def test_llm_pruner_is_the_first_order_sum() -> None:
+def z_scores(score: torch.Tensor) -> torch.Tensor:
+    return (score - score.mean()) / score.std(correction=0)
+
+
+def test_attention_between_z_scores_always_weighs_both_grains_alike() -> None:
+    """Both have length √n, so the matrix of (4) is symmetric, its rows sum to 1, and so do its columns."""
+    for layer in (HAND, *(toy_layer(12, seed=seed) for seed in range(4))):
+        fine = Gradient(order="mix").scores(layer)  # Σ |w g - ½ w² F|
+        coarse = Gradient(grain="coarse").scores(layer)  # |Σ w g|
+        half = (z_scores(fine) + z_scores(coarse)) / 2
+        torch.testing.assert_close(HyWIA().scores(layer), half, rtol=0, atol=1e-12)
+
+
+def test_attention_between_shares_of_the_maximum_does_not() -> None:
+    layer = toy_layer(12)
+    fine, coarse = Gradient(order="mix").scores(layer), Gradient(grain="coarse").scores(layer)
+    z = torch.stack([fine / fine.max(), coarse / coarse.max()])
+    e = (z @ z.T / 12**0.5).exp()
+    weights = [float(sum(e[row, column] / e[row].sum() for row in range(2)) / 2) for column in range(2)]
+    assert sum(weights) == pytest.approx(1)
+    assert abs(weights[0] - 0.5) > 0.01
+    torch.testing.assert_close(HyWIA(mixing="maxima").scores(layer), weights[0] * z[0] + weights[1] * z[1])
+
+
+def test_mixed_scores_know_no_unit_and_one_grain_decides_where_the_other_is_even() -> None:
     assert torch.equal(LLMPruner().scores(HAND), Gradient(order="first", grain="fine", reduce="sum").scores(HAND))
 
 

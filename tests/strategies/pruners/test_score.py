@@ -19,6 +19,7 @@ from prunekit_strategies.pruners.score import (
     FLAPVariance,
     Magnitude,
     Minitron,
+    Olica,
     SafetyPotential,
     Score,
     Wanda,
@@ -48,6 +49,7 @@ CASES: list[tuple[Any, list[float], list[float]]] = [  # by column, by pair of c
     (Minitron(), [1.5, 0.5, 7, 0.5], [1.25**0.5, (49.25 / 2) ** 0.5]),
     (Channel(), [4.5, 5**0.5 / 2, 7, 2**0.5], [((20.25 + 1.25) / 2) ** 0.5, ((49 + 2) / 2) ** 0.5]),
     (SafetyPotential(), [3, 0, 7, 0], [3, 7]),
+    (Olica(), [6, 5**0.5, 7 + 6, 2**0.5 + 2], [6 + 5**0.5, 7 + 6 + 2**0.5 + 2]),
     (Score(scope="coupled"), [6, 3, 7 + 6, 2 + 2], [9, 9 + 8]),
     (Score(reduce="mean"), [6, 3, 7, 2], [4.5, 4.5]),
     (Score(reduce="max"), [6, 3, 7, 2], [6, 7]),
@@ -64,7 +66,7 @@ def test_scores_by_hand(pruner: Score, columns: list[float], pairs: list[float])
 
 
 def test_every_paper_asks_for_what_it_uses() -> None:
-    needs = {type(pruner).__name__: set(pruner.needs) for pruner, _, _ in CASES[:9]}
+    needs = {type(pruner).__name__: set(pruner.needs) for pruner, _, _ in CASES[:10]}
     assert needs == {
         "Wanda": {"gram"},
         "FASP": {"gram"},
@@ -75,6 +77,7 @@ def test_every_paper_asks_for_what_it_uses() -> None:
         "Minitron": {"absolute"},
         "Channel": {"absolute"},
         "SafetyPotential": {"gram", "contrast"},
+        "Olica": {"gram", "producers", "power"},
     }
     assert Magnitude(refit=True).needs == {"producers", "gram"}
     assert Score(scope="coupled").needs == {"gram", "producers", "power"}
@@ -149,6 +152,24 @@ def test_inputs_that_the_second_data_set_drives_harder_count_nothing() -> None:
     assert SafetyPotential().scores(with_statistics(HAND, contrast=2 * GRAM.diagonal())).tolist() == [0, 0, 0, 0]
     nothing = with_statistics(HAND, contrast=torch.zeros(4))
     assert torch.equal(SafetyPotential().scores(nothing), Wanda().scores(HAND))
+
+
+def test_olicas_weakest_share_goes_last_and_its_weights_stay() -> None:
+    """Of 200 neurons the released code passes over the 2 of lowest score and removes those that follow."""
+    layer = toy_layer(200, d_out=3)
+    power = [producer.require("power").double() for producer in layer.producers]
+    rows = [f.weight.double() * p.sqrt() for f, p in zip(layer.producers, power, strict=True)]
+    column = (layer.weight.double() * layer.gram.diagonal().double().sqrt()).norm(dim=0)
+    score = column + sum(row.norm(dim=1) for row in rows)
+    order = score.argsort(stable=True).tolist()
+    for keep in (200, 120, 50):
+        (found,) = Olica().prune(layer, [keep])
+        assert found.kept == tuple(sorted(order[:2] + order[202 - keep :]))
+        assert torch.equal(found.weight, layer.masked(found.kept or ()).weight)
+    assert Olica().prune(layer, [1])[0].kept == (order[1],)
+    assert Olica(spared=0).prune(layer, [50])[0].kept == tuple(sorted(order[150:]))
+    with pytest.raises(ValueError, match="a share of the groups is spared, from 0 to below 1, not 1"):
+        Olica(spared=1)
 
 
 @pytest.mark.parametrize("pruner", [Wanda(), Magnitude(), Minitron()], ids=repr)

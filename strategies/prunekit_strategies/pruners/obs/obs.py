@@ -17,12 +17,13 @@ from prunekit import Candidate, LayerProblem, LocalPruner, check_choices
 from prunekit.layer.problem import Nested
 from prunekit_strategies.pruners.obs import removal
 from prunekit_strategies.pruners.obs.exchange import exchanged
-from prunekit_strategies.pruners.obs.penalty import vanishing
+from prunekit_strategies.pruners.obs.penalty import vanished_set, vanishing
 
 Aim = Literal["own", "dense", "stream"]
 Search = Literal["greedy", "score", "swap", "penalty"]
 Score = Literal["exact", "grouped-cholesky", "diagonal", "masked", "wanda"]
 Slope = Literal["none", "absolute", "signed"]
+Penalty = Literal["log", "set"]
 NEEDS: Mapping[Aim, Sequence[str]] = {"own": (), "dense": ("cross",), "stream": ("cross", "drift")}
 
 
@@ -61,7 +62,8 @@ class OBS(LocalPruner):
         greedy     the cheapest of a step, (2) and (3), and again
         score      the cheapest by their scores in the dense layer, once
         swap       greedy, then exchanges that lower the error (`exchange.py`), for every count anew
-        penalty    in the order in which a growing penalty makes them vanish (`penalty.py`)
+        penalty    in the order in which a growing penalty makes them vanish (`log`), or those that one on a set of
+                   as many as are to go makes vanish (`set`), for every count anew (`penalty.py`)
 
     and the score says what a group costs: (1) `exact`, `grouped-cholesky` or `diagonal` (`removal.py`; for single
     columns the three are one); `masked`, the exact growth of the error when nothing compensates; `wanda`,
@@ -84,6 +86,7 @@ class OBS(LocalPruner):
     first_order: Slope = "none"
     exchange: int = 8  # swap: most groups exchanged at once
     tries: int = 16  # swap: most exchanges tried per count
+    penalty: Penalty = "log"  # penalty: on the logarithm of every group's weights, or on the squares of a set
     growth: float = 1.3  # penalty: factor from round to round
     refit: bool = True  # least-squares weights on the kept groups; False: as they are
 
@@ -111,11 +114,9 @@ class OBS(LocalPruner):
 
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
         layer = self._aimed(layer)
-        smallest = min((k for k in keeps if k > 0), default=layer.n_groups)  # nothing is decided on the way to 0
-        live, ranking = self._ranked(layer, smallest)
-        if self.search == "swap":
-            sets = live.exchanged(ranking, keeps, self.exchange, self.tries)
-            return [layer.refitted(kept) if self.refit else layer.masked(kept) for kept in sets]
+        if self._by_count:
+            return [layer.refitted(kept) if self.refit else layer.masked(kept) for kept in self._sets(layer, keeps)]
+        _, ranking = self._ranked(layer, _smallest(layer, keeps))
         if not self.refit:
             return [layer.masked(ranking[:keep]) for keep in keeps]
         return layer.nested(ranking).candidates(keeps)
@@ -124,10 +125,15 @@ class OBS(LocalPruner):
         return self._aimed(layer).refitted(groups) if self.refit else layer.masked(groups, scales)
 
     def nested(self, layer: LayerProblem) -> Nested | None:
-        if self.search == "swap" or not self.refit:
+        if self._by_count or not self.refit:
             return None
         layer = self._aimed(layer)
         return layer.nested(self._ranked(layer, 0)[1])
+
+    @property
+    def _by_count(self) -> bool:
+        """Whether every count has a set of its own, which need not be part of a larger one's."""
+        return self.search == "swap" or (self.search == "penalty" and self.penalty == "set")
 
     def scores(self, layer: LayerProblem) -> Float[Tensor, " n_groups"]:
         """By how much the error grew when a group's turn came, the others compensating; on damped moments."""
@@ -146,6 +152,14 @@ class OBS(LocalPruner):
         cross = own + self.correction * (layer.cross.double() - own)
         return replace(layer, cross=cross, drift=None if layer.drift is None else self.correction * layer.drift)
 
+    def _sets(self, layer: LayerProblem, keeps: Sequence[int]) -> list[list[int]]:
+        """The groups kept at every count, where each count has a set of its own."""
+        if self.search == "swap":
+            live, ranking = self._ranked(layer, _smallest(layer, keeps))
+            return live.exchanged(ranking, keeps, self.exchange, self.tries)
+        live = _Live(layer)
+        return [live.ranking(self._order(live, live.n - keep))[:keep] if keep else [] for keep in keeps]
+
     def _ranked(self, layer: LayerProblem, smallest: int) -> tuple[_Live, list[int]]:
         """(its live part, all group ids, the last to be removed first), by removals down to so many."""
         live = _Live(layer)
@@ -157,7 +171,7 @@ class OBS(LocalPruner):
             return []
         hessian, weight, size = live.hessian, live.weight, live.size
         if self.search == "penalty":
-            return vanishing(hessian, weight, size, picks, self.growth)
+            return (vanishing if self.penalty == "log" else vanished_set)(hessian, weight, size, picks, self.growth)
         price = self._price(live)
         if self.search == "score":
             v = removal.inverse(hessian) if self.score in removal.COMPENSATED else hessian  # else it is not read
@@ -220,6 +234,11 @@ class _Live:
                 gone = exchanged(self.hessian, v, self.weight, self.size, gone, most, tries)
             sets.append(self.ranking(gone)[:keep])
         return sets
+
+
+def _smallest(layer: LayerProblem, keeps: Sequence[int]) -> int:
+    """The count down to which groups are removed in order: nothing is decided on the way to 0."""
+    return min((keep for keep in keeps if keep > 0), default=layer.n_groups)
 
 
 def _at_once(left: int, least: int, most: int) -> int:

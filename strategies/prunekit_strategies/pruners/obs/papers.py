@@ -4,19 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prunekit_strategies.pruners.obs.obs import OBS, Aim, Score, Search, Slope
-
-
-@dataclass(frozen=True)
-class Olica(OBS):
-    """Groups of smallest ‖W_:g diag‖x‖‖², the error of leaving them out, once; then least squares.
-
-    Source: Olica (arXiv 2506.08436), its step on the MLP. Not here: the low-rank branch beside it and
-    the rotation of value and output that narrows every head, since both change the shape of the modules.
-    """
-
-    search: Search = "score"
-    score: Score = "masked"
+from prunekit_strategies.pruners.obs.obs import OBS, Aim, Penalty, Score, Search, Slope
 
 
 @dataclass(frozen=True)
@@ -47,12 +35,14 @@ class SlimGPT(OBS):
 
 @dataclass(frozen=True)
 class SPAP(OBS):
-    """Groups in the order in which a growing penalty makes them vanish, then least squares.
+    """The groups that a growing penalty on a set of as many as are to go makes vanish, then least squares.
 
-    Source: SPAP (arXiv 2505.03373), whose updates we did not find: these are derived, see `penalty.py`.
+    Source: SPAP (arXiv 2505.03373), its choice of neurons; its updates we did not find: these are derived, see
+    `penalty.py`. Ours: heads are chosen so too, and the penalty may be on all groups instead (`penalty: log`).
     """
 
     search: Search = "penalty"
+    penalty: Penalty = "set"
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from prunekit.testing import toy_layer
 from prunekit_strategies.pruners.obs import OBS
 
 PAPERS: dict[str, dict[str, Any]] = {
-    "olica": {"search": "score", "score": "masked"},
     "osscar": {"aim": "dense", "search": "swap", "step": (10, 10), "head_step": 2},
     "slimgpt": {"score": "grouped-cholesky", "step": (8, 1024)},
-    "spap": {"search": "penalty"},
+    "spap": {"search": "penalty", "penalty": "set"},
     "tyr": {"step": (16, 16), "first_order": "absolute"},
     "ziplm": {},
 }

@@ -6,7 +6,7 @@ import torch
 from prunekit import LayerProblem
 from prunekit.testing import toy_layer
 from prunekit_strategies.pruners.obs import OBS
-from prunekit_strategies.pruners.obs.penalty import fitted, vanishing
+from prunekit_strategies.pruners.obs.penalty import fitted, vanished_set, vanishing
 
 SIZES = [pytest.param(1, id="columns"), pytest.param(3, id="blocks")]
 
@@ -76,3 +76,55 @@ def test_comes_nearer_to_greedy_removal_than_prices_of_the_dense_layer_do() -> N
 
     assert total(OBS(search="penalty")) < total(OBS(search="score"))
     assert total(OBS(search="penalty")) < 1.2 * total(OBS())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_no_set_of_as_many_groups_costs_less_than_that_of_the_smallest_weights(size: int) -> None:
+    """(5): for fixed weights the penalised error is linear in s, so its minimum over the box is one of these sets."""
+    layer = exact(6, size)
+    power = layer.weight.square().sum(0).reshape(6, size).sum(1)
+    for gone in range(7):
+        best = min(float(power[list(some)].sum()) for some in itertools.combinations(range(6), gone))
+        chosen = power.argsort(stable=True)[:gone]
+        assert float(power[chosen].sum()) == pytest.approx(best)
+        box = torch.rand(50, 6, generator=torch.Generator().manual_seed(gone)).double()
+        box = (box * gone / box.sum(1, keepdim=True)).clamp_max(1)
+        feasible = box[(box.sum(1) - gone).abs() < 1e-12]
+        assert (feasible @ power >= best - 1e-9).all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_turns_at_a_fixed_penalty_on_a_set_never_raise_the_penalised_error(size: int) -> None:
+    layer, rho, found = exact(6, size), 3.0, list[float]()
+    w = layer.weight.double()
+
+    def lost(w: torch.Tensor, chosen: torch.Tensor) -> float:
+        power = w.square().sum(0).reshape(6, size).sum(1)
+        change = w - layer.weight
+        return float((change @ layer.hessian * change).sum() + rho * power[chosen].sum())
+
+    for _ in range(6):
+        chosen = w.square().sum(0).reshape(6, size).sum(1).argsort(stable=True)[:3]
+        found.append(lost(w, chosen))
+        price = torch.zeros(6, dtype=torch.float64).index_fill_(0, chosen, rho).repeat_interleave(size)
+        w = fitted(layer.hessian, layer.weight @ layer.hessian, price)
+        found.append(lost(w, chosen))
+    assert found[1] < found[0]
+    assert all(after <= before + 1e-9 for before, after in itertools.pairwise(found))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_a_penalty_on_a_set_leaves_is_the_refit_of_the_others(size: int) -> None:
+    layer = exact(6, size)
+    for keep in (1, 3, 5, 6):
+        gone = vanished_set(layer.hessian, layer.weight, size, 6 - keep, 1.3)
+        assert len(set(gone)) == 6 - keep
+        (found,) = OBS(search="penalty", penalty="set").prune(layer, [keep])
+        assert found.kept == tuple(sorted(set(range(6)) - set(gone)))
+        torch.testing.assert_close(found.weight, layer.refitted(found.kept or ()).weight)
+
+
+def test_a_group_without_weights_is_in_every_set() -> None:
+    layer = toy_layer(6, 2, quirk="zero weight", dtype=torch.float64, moments=torch.float64)
+    assert all(0 in vanished_set(layer.hessian, layer.weight, 2, gone, 1.3) for gone in range(1, 7))
+    assert vanished_set(layer.hessian, layer.weight, 2, 0, 1.3) == []
