@@ -16,6 +16,7 @@ from prunekit.cli.options import (
     ModelOption,
     Quiet,
     Set,
+    Track,
     Trust,
     allowed,
     check_words,
@@ -23,8 +24,10 @@ from prunekit.cli.options import (
     needed_model,
     option,
     parse_shares,
+    split_assignments,
     split_datasets,
     switch,
+    watched,
 )
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.errors import WrongInput
@@ -47,16 +50,17 @@ def learn_budgets(
     dataset: Dataset = None,
     resume: Annotated[bool, switch("Continuation of an interrupted run.", RUN)] = True,
     overwrite: Annotated[bool, switch("Replacement of an earlier folder.", RUN, "--overwrite")] = False,
+    track: Track = None,
     quiet: Quiet = False,
     json_lines: JsonLines = None,
 ) -> dict[str, Any]:
     """Search several budgets of a model once, and learn to answer any other without a search."""
-    from prunekit.recipe.overrides import parsed
     from prunekit.recipe.schema import Recipe
 
     flags = {"model": given_model(model, model_option), "data.dataset": split_datasets(dataset)}
     given = {key: value for key, value in flags.items() if value is not None}
-    overrides = given | allowed(trust_remote_code) | dict(map(parsed, set_ or []))
+    assigned, trackers = split_assignments(set_, track)
+    overrides = given | allowed(trust_remote_code) | assigned
     base = Recipe.load(recipe, trust_remote_code="trust_remote_code" in overrides)
     chosen = base.spread(overrides | {"sparsity": parse_shares(sparsity)})
     if chosen is None:
@@ -68,11 +72,11 @@ def learn_budgets(
 
     from prunekit.run import learn_budgets as learning
     from prunekit.run.session import Job
-    from prunekit.system.progress import progress_for
 
     quiet_libraries()
-    job = Job(output=output, progress=progress_for(quiet), resume=resume, overwrite=overwrite, announce=True)
-    found = learning.learn_budgets(chosen, job)
+    with watched(quiet, trackers, output) as progress:
+        job = Job(output=output, progress=progress, resume=resume, overwrite=overwrite, announce=True)
+        found = learning.learn_budgets(chosen, job)
     assert chosen.allocator is not None  # else nothing was learnt
     name = chosen.allocator["name"]
     typer.echo(f"any budget: prunekit prune MODEL --allocator {name} --set allocator.model={found} --output DIR")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunekit.cli.completion import one_of
+from prunekit.cli.completion import one_of, plugins, several_of
 from prunekit.cli.errors import begin_events
 from prunekit.errors import WrongInput, unknown
 
 if TYPE_CHECKING:
     from prunekit.recipe.schema import Recipe
+    from prunekit.system.progress import Progress
 
 METHOD, SEARCH, TEXT, MACHINE, RUN = "Method", "Search", "Text", "Machine", "Run"  # headings of help pages
 
@@ -52,6 +55,11 @@ DTYPE = option(
     MACHINE,
     autocompletion=one_of(lambda: DTYPES),
 )
+TRACK = (
+    "Program to watch the run in: tensorboard, wandb or mlflow. Repeatable, or several by comma; its options are "
+    "--set tracker.NAME.option=value."
+)
+Track = Annotated[list[str] | None, option(TRACK, RUN, "--track", autocompletion=several_of(plugins("tracker")))]
 Json = Annotated[bool, switch("JSON instead of a table.", None, "--json")]
 Quiet = Annotated[bool, switch("No output except results and errors.", RUN, "--quiet", "-q")]
 JSON_LINES = (
@@ -133,7 +141,6 @@ def choose_recipe(options: Mapping[str, Any], command: str) -> tuple[Recipe, str
     Raises:
         WrongInput: what was asked, what there is and what to do.
     """
-    from prunekit.recipe.overrides import parsed
     from prunekit.recipe.schema import Recipe
     from prunekit.run.workplace import check_output
 
@@ -142,7 +149,8 @@ def choose_recipe(options: Mapping[str, Any], command: str) -> tuple[Recipe, str
     given["data.dataset"] = split_datasets(options["dataset"])
     given["exporters"] = split_names(given["exporters"])
     given = {key: value for key, value in given.items() if value not in (None, [])}
-    overrides = given | allowed(options["trust_remote_code"]) | dict(map(parsed, options["set_"] or []))
+    assigned, _ = split_assignments(options["set_"], options.get("track"))
+    overrides = given | allowed(options["trust_remote_code"]) | assigned
     base = Recipe.load(_recipe_of(options), trust_remote_code="trust_remote_code" in overrides)
     several = base.spread(overrides)
     chosen = several or base.with_overrides(overrides)
@@ -153,6 +161,47 @@ def choose_recipe(options: Mapping[str, Any], command: str) -> tuple[Recipe, str
             raise WrongInput("no --output was given; name a new folder for the pruned model")
         check_output(options["output"], overwrite=options["overwrite"])
     return chosen, model, several is not None
+
+
+def split_assignments(
+    set_: Sequence[str] | None, track: Sequence[str] | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read what --set says, of the recipe and of trackers.
+
+    Args:
+        set_: as it was given.
+        track: names of trackers, as they were given.
+
+    Returns:
+        (dotted recipe key -> value, what every tracker is built from).
+
+    Raises:
+        WrongInput: no such tracker, or an option of one that was not asked for.
+    """
+    from prunekit.recipe.overrides import parsed
+    from prunekit.run.tracking import split_options, tracker_specs
+
+    values, options = split_options(dict(map(parsed, set_ or [])))
+    return values, tracker_specs(split_names(track) or [], options)
+
+
+@contextmanager
+def watched(quiet: bool, specs: Sequence[Mapping[str, Any]], output: Path) -> Iterator[Progress]:
+    """Tell the user, programs and trackers how a command goes on.
+
+    Args:
+        quiet: whether the user sees nothing.
+        specs: what trackers are built from.
+        output: folder of the command.
+
+    Raises:
+        WrongInput, ImportError: a tracker cannot work here.
+    """
+    from prunekit.run.tracking import build_trackers, tracked
+    from prunekit.system.progress import progress_for
+
+    with tracked(progress_for(quiet), build_trackers(specs), output) as progress:
+        yield progress
 
 
 def _recipe_of(options: Mapping[str, Any]) -> str:

@@ -23,11 +23,14 @@ from prunekit.cli.options import (
     ModelOption,
     Quiet,
     Set,
+    Track,
     Trust,
     choose_recipe,
     option,
     parse_shares,
+    split_assignments,
     switch,
+    watched,
 )
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.cli.tables import comparison, members, print_table, rows_of_report
@@ -98,6 +101,7 @@ def prune(
     resume: Annotated[bool, switch("Continuation of an interrupted run of the same recipe.", RUN)] = True,
     overwrite: Annotated[bool, switch("Replacement of an earlier result in --output.", RUN, "--overwrite")] = False,
     page: Annotated[bool, switch("A page about the result in it, report.html.", RUN, "--page/--no-page")] = True,
+    track: Track = None,
     quiet: Quiet = False,
     json_lines: JsonLines = None,
 ) -> dict[str, Any]:
@@ -107,22 +111,20 @@ def prune(
     from prunekit.report.document import gained, kept_promise, promise
     from prunekit.report.page import PAGE, can_draw
     from prunekit.run import prune as pruning
+    from prunekit.run.family import FILE, family
     from prunekit.run.session import Job
     from prunekit.run.workplace import unfinished
-    from prunekit.system.progress import progress_for
 
     quiet_libraries()
     new = not (quiet or unfinished(output))
     drawn = page and can_draw()
-    job = Job(None, None, output, progress_for(quiet), resume, overwrite, announce=new, page=drawn)
+    with watched(quiet, split_assignments(set_, track)[1], output) as progress:
+        job = Job(None, None, output, progress, resume, overwrite, announce=new, page=drawn)
+        report = family(chosen, job).document if several else pruning.prune(chosen, job).report
     if several:
-        from prunekit.run.family import FILE, family
-
-        document = family(chosen, job).document
-        print_table(members(str(output), document))
+        print_table(members(str(output), report))
         echo(f"details: {output / (PAGE if drawn else FILE)}")
-        return {"output": output, "family": output / FILE, "members": document["members"]}
-    report = pruning.prune(chosen, job).report
+        return {"output": output, "family": output / FILE, "members": report["members"]}
     print_table(comparison(str(output), *rows_of_report(report, source, output)))
     if "weights" in report:
         echo(gained(report["weights"]))

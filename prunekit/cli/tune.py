@@ -17,14 +17,17 @@ from prunekit.cli.options import (
     ModelOption,
     Quiet,
     Set,
+    Track,
     Trust,
     allowed,
     check_words,
     given_model,
     needed_model,
     option,
+    split_assignments,
     split_datasets,
     switch,
+    watched,
 )
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.cli.tables import print_table, recipes
@@ -63,17 +66,18 @@ def tune(
     disk: Annotated[float, option(DISK, RUN, metavar="GB", min=0)] = 20,
     resume: Annotated[bool, switch("Continuation of an interrupted study.", RUN)] = True,
     overwrite: Annotated[bool, switch("Replacement of an earlier study in --output.", RUN, "--overwrite")] = False,
+    track: Track = None,
     quiet: Quiet = False,
     json_lines: JsonLines = None,
 ) -> dict[str, Any]:
     """Search for a better recipe. Trials are compared on the search text, never on the test text."""
     from prunekit.recipe.choices import Choices
-    from prunekit.recipe.overrides import parsed
     from prunekit.recipe.schema import Recipe
 
     flags = {"model": given_model(model, model_option), "sparsity": sparsity, "data.dataset": split_datasets(dataset)}
     given = {key: value for key, value in flags.items() if value is not None}
-    overrides = given | allowed(trust_remote_code) | dict(map(parsed, set_ or []))
+    assigned, trackers = split_assignments(set_, track)
+    overrides = given | allowed(trust_remote_code) | assigned
     chosen = Recipe.load(recipe, trust_remote_code="trust_remote_code" in overrides).with_overrides(overrides)
     choices = Choices.load(space)
     check_words(chosen)
@@ -83,20 +87,20 @@ def tune(
 
     from prunekit.run import tune as tuning
     from prunekit.run.session import Job
-    from prunekit.system.progress import progress_for
 
     quiet_libraries()
-    tuned = tuning.tune(
-        chosen,
-        choices,
-        Job(output=output, progress=progress_for(quiet), resume=resume, overwrite=overwrite),
-        trials=trials,
-        metrics=[name for text in metric or ["perplexity"] for name in text.split(",")],
-        sampler=sampler,  # type: ignore[arg-type]  # checked there
-        storage=storage,
-        study_name=study_name,
-        disk=round(disk * 1e9),
-    )
+    with watched(quiet, trackers, output) as progress:
+        tuned = tuning.tune(
+            chosen,
+            choices,
+            Job(output=output, progress=progress, resume=resume, overwrite=overwrite),
+            trials=trials,
+            metrics=[name for text in metric or ["perplexity"] for name in text.split(",")],
+            sampler=sampler,  # type: ignore[arg-type]  # checked there
+            storage=storage,
+            study_name=study_name,
+            disk=round(disk * 1e9),
+        )
     print_table(recipes([vars(row) for row in tuned.rows], tuned.metrics, {row.name for row in tuned.front}))
     typer.echo(f"the best: prunekit prune --recipe {output / 'best.yaml'} --output DIR")
     typer.echo(f"all trials: optuna-dashboard {without_secrets(storage or str(output / 'study.log'))}")

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from prunekit.plugins.objective import Objective
     from prunekit.plugins.pruner import LocalPruner
     from prunekit.plugins.signal import Signal
+    from prunekit.plugins.tracker import Tracker
     from prunekit.plugins.width import Width
     from prunekit.space.metrics import Metric
 
@@ -248,8 +249,10 @@ METRICS: Registry[Metric] = Registry("metric", "prunekit.space.metrics:Metric")
 EXPORTERS: Registry[Exporter] = Registry("exporter", "prunekit.plugins.exporter:Exporter")
 ADAPTERS: Registry[ModelAdapter] = Registry("adapter", "prunekit.plugins.adapter:ModelAdapter")  # by config.model_type
 ENGINES: Registry[Engine] = Registry("engine", "prunekit.plugins.engine:Engine")
+TRACKERS: Registry[Tracker] = Registry("tracker", "prunekit.plugins.tracker:Tracker")
 KINDS: tuple[Registry[Any], ...] = (
-    PRUNERS, SIGNALS, ALLOCATORS, LEARNERS, WIDTHS, OBJECTIVES, FINISHERS, METRICS, EXPORTERS, ENGINES, ADAPTERS,
+    PRUNERS, SIGNALS, ALLOCATORS, LEARNERS, WIDTHS, OBJECTIVES, FINISHERS, METRICS, EXPORTERS, ENGINES, TRACKERS,
+    ADAPTERS,
 )  # fmt: skip
 
 

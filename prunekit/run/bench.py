@@ -60,13 +60,22 @@ class Bench:
     disk: int  # bytes of the shelf
 
     @contextmanager
-    def make(self, parts: Parts) -> Iterator[Made]:
+    def make(self, parts: Parts, name: str) -> Iterator[Made]:
         """Run a recipe; within, the small model is there.
+
+        Args:
+            parts: of the recipe.
+            name: of the trial or cell, by which its progress is told from that of others.
 
         Raises:
             WrongInput: there can be no such recipe.
         """
-        session, dense = self.session, self.session.dense
+        with self.session.progress.part(name) as progress:
+            progress.describe(parts.recipe.model_dump(mode="json"))
+            yield from self._make(parts, replace(self.session, progress=progress))
+
+    def _make(self, parts: Parts, session: Session) -> Iterator[Made]:
+        dense = session.dense
         shelf, folder = self.place / "walks", self.place / f"trial-{parts.digest[:16]}"
         for path in (shelf, folder):
             path.mkdir(exist_ok=True)
@@ -82,11 +91,12 @@ class Bench:
         clear_folder(folder)
         self._tidy(shelf)
 
-    def judge(self, parts: Parts, metrics: Collection[str]) -> dict[str, float]:
+    def judge(self, parts: Parts, name: str, metrics: Collection[str]) -> dict[str, float]:
         """Run a recipe and measure it on the search text.
 
         Args:
             parts: of the recipe.
+            name: of the trial.
             metrics: what is measured.
 
         Returns:
@@ -95,13 +105,14 @@ class Bench:
         Raises:
             WrongInput: there can be no such recipe.
         """
-        with self.make(parts) as made:
+        with self.make(parts, name) as made:
             found: dict[str, float] = {"parameters": made.parameters, "seconds": sum(made.run.clock.seconds.values())}
             if {"perplexity", "loss"} & set(metrics):
                 measured = perplexity(made.small, made.draws.search, progress=self.session.progress)
                 found |= {"perplexity": measured.value, "loss": measured.nll}
             if "objective" in metrics:
                 found["objective"] = made.objective
+            made.run.progress.measured(found | {"token_forwards": made.run.ledger.tokens})
         return {metric: float(found[metric]) for metric in metrics}
 
     def _draw(self, parts: Parts) -> Draws:

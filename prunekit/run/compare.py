@@ -45,6 +45,7 @@ from prunekit.run.session import Job, open_session
 from prunekit.run.workplace import claimed
 from prunekit.system.progress import Stage, span
 
+TOLD = ("perplexity", "objective", "parameters", "removed", "token_forwards", "questions", "seconds")  # of a row
 SHARES = (0.25, 0.5, 1.0)  # of the calibration text, one rung after the other, where a time is given
 
 
@@ -84,6 +85,7 @@ def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20
         identity["code of plug-ins"] = code  # that an author has changed since makes other rows
     with claimed(output, identity, "a comparison", resume=job.resume, overwrite=job.overwrite) as place:
         rows = Rows(place / ROWS)
+        job.progress.describe({"suite": suite.model_dump(mode="json"), "models": models})
         found = Comparison(suite, list(rows), place)
         for i, model in enumerate(models):
             over = base if job.model is not None else base.with_overrides({"model": model})
@@ -249,16 +251,25 @@ class _Work:
         for row in self.rows:
             if (row.model, row.recipe, row.share, row.state) == (blank.model, parts.digest, blank.share, COMPLETE):
                 return replace(row, cell=blank.cell)
-        with self.bench.make(parts) as made:
+        with self.bench.make(parts, self._part(blank)) as made:
             text = session.draws.evaluation if blank.share == 1 else session.draws.search
             measured = perplexity(made.small, text, progress=session.progress)
             ledger, clock, budget = made.run.ledger, made.run.clock.seconds, made.run.whole.budget
             spent = budget.outside + made.run.whole.cost(made.plan)
-            return replace(
+            row = replace(
                 blank, recipe=parts.digest, objective=_finite(made.objective), parameters=made.parameters,
                 removed=float(1 - spent / budget.dense), token_forwards=ledger.tokens, questions=ledger.questions,
                 seconds=sum(clock.values()), stages=dict(clock), trace=_trace(ledger.text()), **_measured(measured),
             )  # fmt: skip
+            told = {name: getattr(row, name) for name in TOLD}
+            made.run.progress.measured({name: value for name, value in told.items() if value is not None})
+            return row
+
+    def _part(self, blank: Row) -> str:
+        """The name of a cell among all parts of the comparison."""
+        several = [Path(self.model).name] if len(self.suite.models) > 1 else []
+        share = [] if blank.share == 1 else [f"{blank.share:.0%} of the text"]
+        return ", ".join([*several, blank.cell, f"{blank.sparsity:.0%}", f"seed {blank.seed}", *share])
 
 
 def _measured(found: Perplexity) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from prunekit.testing.pruners import PrunerSuite
 from prunekit.testing.signals import SignalSuite
 from prunekit.testing.statistics import StatisticSuite
 from prunekit.testing.supernets import KeepFirst, KeepLargest, toy_questions, toy_supernet, toy_tokens, toy_workpiece
+from prunekit.testing.trackers import TrackerSuite
 from prunekit.testing.widths import WidthSuite, toy_stream
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "PrunerSuite",
     "SignalSuite",
     "StatisticSuite",
+    "TrackerSuite",
     "WidthSuite",
     "best_allocation",
     "converse",
