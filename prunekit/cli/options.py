@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -15,6 +18,7 @@ from prunekit.errors import WrongInput, unknown
 
 if TYPE_CHECKING:
     from prunekit.recipe.schema import Recipe
+    from prunekit.run.session import Job
     from prunekit.system.progress import Progress
 
 METHOD, SEARCH, TEXT, MACHINE, RUN = "Method", "Search", "Text", "Machine", "Run"  # headings of help pages
@@ -70,6 +74,126 @@ JsonLines = Annotated[
     str | None, option(JSON_LINES, RUN, "--json-lines", metavar="PLACE", callback=begin_events, is_eager=True)
 ]
 """What a command with it returns is the result in the last event."""
+
+
+@contextmanager
+def watched(quiet: bool, specs: Sequence[Mapping[str, Any]], output: Path) -> Iterator[Progress]:
+    """Tell the user, programs and trackers how a command goes on.
+
+    Args:
+        quiet: whether the user sees nothing.
+        specs: what trackers are built from.
+        output: folder of the command.
+
+    Raises:
+        WrongInput, ImportError: a tracker cannot work here.
+    """
+    from prunekit.run.tracking import build_trackers, tracked
+    from prunekit.system.progress import progress_for
+
+    with tracked(progress_for(quiet), build_trackers(specs), output) as progress:
+        yield progress
+
+
+@dataclass(frozen=True)
+class Work:
+    """What commands that work on a model in a folder are asked in the same words."""
+
+    model: Model = None
+    model_option: ModelOption = None
+    output: Path | None = None
+    set_: Set = None
+    trust_remote_code: Trust = False
+    dataset: Dataset = None
+    resume: bool = True
+    overwrite: bool = False
+    track: Track = None
+    quiet: Quiet = False
+    json_lines: JsonLines = None
+
+    def overrides(self, **flags: Any) -> dict[str, Any]:
+        """Write what was given as dotted recipe keys.
+
+        Args:
+            flags: recipe key -> value of further options; None: it was not given.
+
+        Raises:
+            WrongInput: two models were given, or --set is no assignment.
+        """
+        given = {"model": given_model(self.model, self.model_option), "data.dataset": split_datasets(self.dataset)}
+        given = {key: value for key, value in (given | flags).items() if value is not None}
+        return given | allowed(self.trust_remote_code) | split_assignments(self.set_, self.track)[0]
+
+    def place(self, what: str) -> Path:
+        """The folder to work in.
+
+        Args:
+            what: is made in it.
+
+        Raises:
+            WrongInput: none was given.
+        """
+        if self.output is None:
+            raise WrongInput(f"no --output was given; name a new folder for {what}")
+        return self.output
+
+    @contextmanager
+    def job(self, **more: Any) -> Iterator[Job]:
+        """Ask for a run in the folder; the user, programs and trackers are told of it.
+
+        Args:
+            more: fields of the job.
+
+        Raises:
+            WrongInput, ImportError: a tracker cannot work here.
+        """
+        from prunekit.run.session import Job
+
+        assert self.output is not None
+        with watched(self.quiet, split_assignments(self.set_, self.track)[1], self.output) as progress:
+            yield Job(output=self.output, progress=progress, resume=self.resume, overwrite=self.overwrite, **more)
+
+
+def works(what: str, run: str = "run") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command, whose first parameter is a `Work`, the options of one.
+
+    Args:
+        what: is made in the folder.
+        run: that may be interrupted.
+    """
+    hints = get_type_hints(Work, include_extras=True)
+    hints |= {
+        "output": Annotated[Path | None, switch(f"Folder for {what}.", None, "--output", "-o")],
+        "resume": Annotated[bool, switch(f"Continuation of an interrupted {run}.", RUN)],
+        "overwrite": Annotated[bool, switch(f"Replacement of {what} of an earlier {run}.", RUN, "--overwrite")],
+    }
+    shared = {
+        field.name: Parameter(
+            field.name,
+            Parameter.KEYWORD_ONLY if field.name != "model" else Parameter.POSITIONAL_OR_KEYWORD,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(Work)
+    }
+    front = ("model", "model_option", "output")
+
+    def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+        own = list(signature(command, eval_str=True).parameters.values())[1:]
+
+        @wraps(command)
+        def called(**given: Any) -> Any:
+            work = Work(**{name: given.pop(name) for name in shared if name in given})
+            return command(work, **given)
+
+        del called.__wrapped__  # type: ignore[attr-defined]  # its signature is not that of the command
+        order = [*(shared[name] for name in front), *own, *(shared[name] for name in shared if name not in front)]
+        called.__signature__ = Signature(order)  # type: ignore[attr-defined]
+        called.__annotations__ = {each.name: each.annotation for each in order} | {"return": dict[str, Any]}
+        return called
+
+    return with_options
+
 
 EFFORTS: Mapping[str, str] = {"quick": "fast", "standard": "default", "thorough": "default-recover"}
 """A word for how much work a result is worth -> the recipe that does so much."""
@@ -183,25 +307,6 @@ def split_assignments(
 
     values, options = split_options(dict(map(parsed, set_ or [])))
     return values, tracker_specs(split_names(track) or [], options)
-
-
-@contextmanager
-def watched(quiet: bool, specs: Sequence[Mapping[str, Any]], output: Path) -> Iterator[Progress]:
-    """Tell the user, programs and trackers how a command goes on.
-
-    Args:
-        quiet: whether the user sees nothing.
-        specs: what trackers are built from.
-        output: folder of the command.
-
-    Raises:
-        WrongInput, ImportError: a tracker cannot work here.
-    """
-    from prunekit.run.tracking import build_trackers, tracked
-    from prunekit.system.progress import progress_for
-
-    with tracked(progress_for(quiet), build_trackers(specs), output) as progress:
-        yield progress
 
 
 def _recipe_of(options: Mapping[str, Any]) -> str:

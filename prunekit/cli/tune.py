@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from prunekit.cli.completion import RECIPES, SPACES, one_of
-from prunekit.cli.options import (
-    RUN,
-    SEARCH,
-    Dataset,
-    JsonLines,
-    Model,
-    ModelOption,
-    Quiet,
-    Set,
-    Track,
-    Trust,
-    allowed,
-    check_words,
-    given_model,
-    needed_model,
-    option,
-    split_assignments,
-    split_datasets,
-    switch,
-    watched,
-)
+from prunekit.cli.options import RUN, SEARCH, Work, check_words, needed_model, option, works
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.cli.tables import print_table, recipes
-from prunekit.errors import WrongInput, without_secrets
+from prunekit.errors import without_secrets
 
 RECIPE = "Recipe to improve: preset, YAML file, or folder of a pruned model."
 METRIC = (
@@ -43,15 +22,12 @@ SAMPLERS = ("tpe", "nsga-ii", "nsga-iii")
 DISK = "Disk space for candidates that later trials reuse."
 
 
+@works("the study", "study")
 def tune(
-    model: Model = None,
+    work: Work,
     *,
-    model_option: ModelOption = None,
-    output: Annotated[Path | None, switch("Folder for the study.", None, "--output", "-o")] = None,
     recipe: Annotated[str, option(RECIPE, autocompletion=one_of(RECIPES))] = "default",
     sparsity: Annotated[float | None, option("Share of the blocks' parameters to remove.", metavar="SHARE")] = None,
-    set_: Set = None,
-    trust_remote_code: Trust = False,
     space: Annotated[
         str, option("Choices to search: preset or YAML file.", SEARCH, autocompletion=one_of(SPACES))
     ] = "default",
@@ -60,40 +36,29 @@ def tune(
     sampler: Annotated[
         str, option("tpe, nsga-ii or nsga-iii.", SEARCH, autocompletion=one_of(lambda: SAMPLERS))
     ] = "tpe",
-    dataset: Dataset = None,
     storage: Annotated[str | None, option(STORAGE, RUN, metavar="URL")] = None,
     study_name: Annotated[str | None, option("Name in that storage; otherwise that of the folder.", RUN)] = None,
     disk: Annotated[float, option(DISK, RUN, metavar="GB", min=0)] = 20,
-    resume: Annotated[bool, switch("Continuation of an interrupted study.", RUN)] = True,
-    overwrite: Annotated[bool, switch("Replacement of an earlier study in --output.", RUN, "--overwrite")] = False,
-    track: Track = None,
-    quiet: Quiet = False,
-    json_lines: JsonLines = None,
 ) -> dict[str, Any]:
     """Search for a better recipe. Trials are compared on the search text, never on the test text."""
     from prunekit.recipe.choices import Choices
     from prunekit.recipe.schema import Recipe
 
-    flags = {"model": given_model(model, model_option), "sparsity": sparsity, "data.dataset": split_datasets(dataset)}
-    given = {key: value for key, value in flags.items() if value is not None}
-    assigned, trackers = split_assignments(set_, track)
-    overrides = given | allowed(trust_remote_code) | assigned
+    overrides = work.overrides(sparsity=sparsity)
     chosen = Recipe.load(recipe, trust_remote_code="trust_remote_code" in overrides).with_overrides(overrides)
     choices = Choices.load(space)
     check_words(chosen)
     needed_model(chosen.model, "prunekit tune MODEL --output DIR")
-    if output is None:
-        raise WrongInput("no --output was given; name a new folder for the study")
+    output = work.place("the study")
 
     from prunekit.run import tune as tuning
-    from prunekit.run.session import Job
 
     quiet_libraries()
-    with watched(quiet, trackers, output) as progress:
+    with work.job() as job:
         tuned = tuning.tune(
             chosen,
             choices,
-            Job(output=output, progress=progress, resume=resume, overwrite=overwrite),
+            job,
             trials=trials,
             metrics=[name for text in metric or ["perplexity"] for name in text.split(",")],
             sampler=sampler,  # type: ignore[arg-type]  # checked there

@@ -47,7 +47,7 @@ class Track(ABC):
 class Tracker(ABC):
     """Shows in another program how a run goes on: losses by token-forwards, stages, recipe, result."""
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027  # most need nothing
         """Refuse, before any work, what is missing on this machine; here nothing.
 
         Raises:

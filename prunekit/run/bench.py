@@ -22,6 +22,7 @@ from prunekit.run.prune import run_search
 from prunekit.run.session import Session
 from prunekit.run.spaces import whole_space
 from prunekit.run.stages import Run, assemble, clear_folder
+from prunekit.search.exact import Optimum, find_optimum
 from prunekit.search.supernet import Supernet
 from prunekit.space.sites import Allocation
 
@@ -35,6 +36,7 @@ class Made:
     plan: Allocation
     small: PreTrainedModel
     draws: Draws
+    optimum: Optimum | None = None  # of what was searched, beside the answer, where it is known and was asked for
 
     @property
     def parameters(self) -> int:
@@ -58,6 +60,7 @@ class Bench:
     session: Session  # of the base recipe
     place: Path
     disk: int  # bytes of the shelf
+    exact: bool = False  # whether the optimum of what is searched is looked for, where it can be known
 
     @contextmanager
     def make(self, parts: Parts, name: str) -> Iterator[Made]:
@@ -84,10 +87,14 @@ class Bench:
         if parts.learner is not None:
             parts.learner.check(draws.search)
         (run,) = session.start_runs(parts, [whole], draws, folder, shelf, Clock())
-        net, plan = run.rebuild(*run_search([run])[0])
+        searched, answer = run_search([run])[0]
+        optimum = None
+        if self.exact and parts.learner is None:
+            optimum = find_optimum(searched, parts.objective, answer, draws.search, parts.recipe.seed)
+        net, plan = run.rebuild(searched, answer)
         small = assemble(net, plan, parts)
         finish_model(run, small, net, plan)
-        yield Made(run, net, plan, small, draws)
+        yield Made(run, net, plan, small, draws, optimum)
         clear_folder(folder)
         self._tidy(shelf)
 

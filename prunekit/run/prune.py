@@ -160,6 +160,7 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
         search={"questions": run.ledger.questions, "token_forwards": run.ledger.tokens},
         seconds=run.clock.seconds, seconds_shared=run.clock.shared.own,
     )  # fmt: skip
-    run.progress.measured(reporting.headline(document, f"{run.parts.recipe.sparsity}/" if run.parts.recipe.family else ""))
+    front = f"{run.parts.recipe.sparsity}/" if run.parts.recipe.family else ""
+    run.progress.measured(reporting.headline(document, front))
     blocks, recipe = run.blocks(reporting.count(exported)), run.timeless(said)
     return Result(exported, run.dense.tokenizer, recipe, document, run.ledger.text(), output, probe, blocks, record)

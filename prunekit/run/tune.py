@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from prunekit.data.draws import Draws
 from prunekit.errors import CannotGoOn, WrongInput, first_line
+from prunekit.plugins.registry import identify_code
 from prunekit.recipe.choices import Choices
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
@@ -84,6 +85,7 @@ def tune(
         "metrics": list(metrics),
         "sampler": sampler,
         "versions": ours["versions"] | {"optuna": optuna.__version__},
+        **identify_code(base.model_dump(mode="json"), choices.source),
     }
     folder = claimed(
         output, identity, "a study",

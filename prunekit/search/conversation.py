@@ -104,11 +104,18 @@ def converse(
         learnt = objective.training(count) if reads else 0
         return 3 * tokens.lessons.first(learnt).n_tokens if learnt and tokens.lessons is not None else 0
 
+    def tell(what: str, loss: float) -> None:
+        """Tell programs a loss by what was paid; of free ones, which come by the thousand, the best alone."""
+        if reads:
+            progress.measured({f"{series_name(label)}/{what}": loss}, ledger.tokens)
+        elif what == "best":
+            progress.measured({f"{series_name(label)}/best_by_question": loss}, ledger.questions)
+
     who, reads = (
         type(allocator).__name__,
         instance(objective, "what it reads", objective.reads(net.depth), Reads).tokens,
     )
-    known, series = {} if known is None else known, series_name(label)
+    known = {} if known is None else known
     judged: Known = {}
     able: Known = {}  # those that can win: not probes
     search = allocator.search(replace(problem, journal=Recorded(ledger, pass_number, progress)))
@@ -142,19 +149,15 @@ def converse(
                 answer = best(able).allocation if able else problem.start
                 break
             for loss in _judge(new, known, problem.space, net, objective, tokens, ledger, pass_number, training):
-                if reads:  # those of tables come by the thousand
-                    progress.measured({f"{series}/loss": loss}, ledger.tokens)
+                tell("loss", loss)
             judged |= {key: known[key] for key in new}
             losses = [judged[key] for key in asked]
             able |= {key: judged[key] for key in new if problem.space.is_feasible(key[0])}
             so_far = ""
             if able:
                 found = best(able)
+                tell("best", found.loss)
                 so_far = f"loss {found.loss:.4g} on {found.tokens:,} tokens; "
-                if reads:
-                    progress.measured({f"{series}/best": found.loss}, ledger.tokens)
-                else:
-                    progress.measured({f"{series}/best_by_question": found.loss}, ledger.questions)
             stage.advance(len(new), f"{so_far}{ledger.tokens:,} token-forwards")
     if not (_is_counts(answer) and problem.space.is_feasible(answer)):
         raise PluginError(f"{who} answered {answer!r}, which is not a feasible allocation of this space")

@@ -1,5 +1,6 @@
 """Suites, toys and exact oracles for plug-in authors."""
 
+from prunekit.search.exact import best_allocation
 from prunekit.testing.adapters import AdapterSuite
 from prunekit.testing.allocators import AllocatorSuite, converse
 from prunekit.testing.engines import EngineSuite
@@ -10,7 +11,6 @@ from prunekit.testing.learners import LearnerSuite
 from prunekit.testing.metrics import MetricSuite
 from prunekit.testing.models import tiny
 from prunekit.testing.objectives import ObjectiveSuite
-from prunekit.testing.oracle import best_allocation
 from prunekit.testing.pruners import PrunerSuite
 from prunekit.testing.signals import SignalSuite
 from prunekit.testing.statistics import StatisticSuite

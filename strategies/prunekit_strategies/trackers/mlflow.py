@@ -25,8 +25,8 @@ HERE = "sqlite:///mlflow.db"
 class MLflow(Tracker):
     """A run of an MLflow experiment, the recipe as its parameters, losses and results as metrics, parts as child runs.
 
-    `mlflow ui --backend-store-uri sqlite:///mlflow.db` shows them. Nothing leaves this machine unless the address is that
-    of a server, and MLflow's telemetry is off where its variable says nothing else.
+    `mlflow ui --backend-store-uri sqlite:///mlflow.db` shows them. Nothing leaves this machine unless the address is
+    that of a server, and MLflow's telemetry is off where its variable says nothing else.
 
     Source: Zaharia et al. 2018, Accelerating the Machine Learning Lifecycle with MLflow, IEEE Data Eng. Bull. 41 (4).
     """
@@ -39,8 +39,8 @@ class MLflow(Tracker):
             self._client()
         except MlflowException as error:
             raise WrongInput(
-                f"tracker mlflow cannot use {self._where}: {str(error).partition('. ')[0]}; give a database or a server "
-                "with --set tracker.mlflow.address=sqlite:///FILE"
+                f"tracker mlflow cannot use {self._where}: {str(error).partition('. ')[0]}; give a database or a "
+                "server with --set tracker.mlflow.address=sqlite:///FILE"
             ) from error
 
     def open(self, name: str, parent: Track | None) -> Track:

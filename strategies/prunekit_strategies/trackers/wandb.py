@@ -16,10 +16,10 @@ STEP = "step"  # by which all series are drawn: W&B's own step only counts
 
 @dataclass(frozen=True)
 class WeightsAndBiases(Tracker):
-    """A run of Weights & Biases, the recipe as its config, series by the steps that prunekit counts, parts as one group.
+    """A run of Weights & Biases, the recipe as its config, series by the steps that are counted, parts as one group.
 
-    Offline, as it is unless it is said otherwise, nothing leaves this machine: `wandb sync wandb/offline-run-*` sends it
-    later. Online it needs a key, as `wandb login` keeps it.
+    Offline, as it is unless it is said otherwise, nothing leaves this machine: `wandb sync wandb/offline-run-*` sends
+    it later. Online it needs a key, as `wandb login` keeps it.
 
     Source: https://docs.wandb.ai, wandb.init and define_metric.
     """
