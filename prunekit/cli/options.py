@@ -165,7 +165,7 @@ def works(what: str, run: str = "run") -> Callable[[Callable[..., Any]], Callabl
     hints |= {
         "output": Annotated[Path | None, switch(f"Folder for {what}.", None, "--output", "-o")],
         "resume": Annotated[bool, switch(f"Continuation of an interrupted {run}.", RUN)],
-        "overwrite": Annotated[bool, switch(f"Replacement of {what} of an earlier {run}.", RUN, "--overwrite")],
+        "overwrite": Annotated[bool, switch("Replacement of an earlier one in --output.", RUN, "--overwrite")],
     }
     shared = {
         field.name: Parameter(

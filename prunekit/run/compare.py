@@ -45,16 +45,8 @@ from prunekit.run.workplace import claimed
 from prunekit.search.exact import Optimum
 from prunekit.system.progress import Stage, span
 
-TOLD = (
-    "perplexity",
-    "objective",
-    "optimum",
-    "reached",
-    "parameters",
-    "removed",
-    "token_forwards",
-    "seconds",
-)  # of rows
+# of a row, for programs
+TOLD = ("perplexity", "objective", "optimum", "reached", "parameters", "removed", "token_forwards", "seconds")
 SHARES = (0.25, 0.5, 1.0)  # of the calibration text, one rung after the other, where a time is given
 
 

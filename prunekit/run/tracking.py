@@ -58,7 +58,8 @@ def tracker_specs(names: Sequence[str], options: Mapping[str, Any]) -> list[dict
         name, _, option = key.rpartition(".")
         name = next(iter(specs)) if not name and len(specs) == 1 else name
         if name not in specs:
-            raise WrongInput(f"--set {SLOT}.{key}: {unknown('tracker of this run', name, specs)}; give it as --track")
+            what = unknown("tracker of this run", name, specs) if name else f"trackers are {', '.join(specs) or 'none'}"
+            raise WrongInput(f"--set {SLOT}.{key}: {what}; give --track NAME and --set {SLOT}.NAME.{option}=value")
         specs[name][option] = value
     return list(specs.values())
 

@@ -212,9 +212,9 @@ def test_options_go_to_the_tracker_and_not_into_the_recipe() -> None:
     assert values == {"damping": 0.1}
     assert tracker_specs(["mlflow"], {"mlflow.experiment": "x"}) == [{"name": "mlflow", "experiment": "x"}]
     assert tracker_specs(["tensorboard"], {"folder": "y"}) == [{"name": "tensorboard", "folder": "y"}]
-    with pytest.raises(WrongInput, match=r"--set tracker\.folder: no tracker of this run"):
+    with pytest.raises(WrongInput, match=r"--set tracker\.folder: trackers are tensorboard, mlflow; give --track NAME"):
         tracker_specs(["tensorboard", "mlflow"], {"folder": "y"})
-    with pytest.raises(WrongInput, match=r"there are none; give it as --track"):
+    with pytest.raises(WrongInput, match=r"no tracker of this run 'mlflow'; there are none; give --track NAME"):
         tracker_specs([], options)
     with pytest.raises(UnknownName, match="no tracker 'tensorbord'; did you mean 'tensorboard'"):
         build_trackers("tensorbord")
