@@ -251,6 +251,15 @@ def gained(found: Mapping[str, Any]) -> str:
     )
 
 
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Write a recipe for those who watch a run: without the prices that were measured, which may be thousands."""
+    values = recipe.model_dump(mode="json")
+    for part in ("metric", "latency"):
+        if isinstance(values.get(part), dict):
+            values[part].pop("prices", None)
+    return values
+
+
 def headline(document: Mapping[str, Any], front: str = "") -> dict[str, float]:
     """Choose the numbers of a report by which results are compared.
 

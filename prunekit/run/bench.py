@@ -74,7 +74,7 @@ class Bench:
             WrongInput: there can be no such recipe.
         """
         with self.session.progress.part(name) as progress:
-            progress.describe(parts.recipe.model_dump(mode="json"))
+            progress.describe(reporting.settings(parts.recipe))
             yield from self._make(parts, replace(self.session, progress=progress))
 
     def _make(self, parts: Parts, session: Session) -> Iterator[Made]:

@@ -86,7 +86,7 @@ def open_runs(recipe: Recipe, job: Job, asked: Sequence[float] | None = None) ->
     session = session.with_prices(None if earlier is None else left(earlier, identity))
     spaces = session.make_spaces()
     with session.work_in(workplace(output, identity, resume=job.resume, overwrite=job.overwrite)) as (session, place):
-        session.progress.describe(session.parts.recipe.model_dump(mode="json"))
+        session.progress.describe(reporting.settings(session.parts.recipe))
         yield place, session.start_runs(session.parts, spaces, session.draws, place, place, session.clock)
 
 

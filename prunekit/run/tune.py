@@ -17,6 +17,7 @@ from prunekit.plugins.registry import identify_code
 from prunekit.recipe.choices import Choices
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
+from prunekit.report import document as reporting
 from prunekit.run import study as studies
 from prunekit.run.bench import Bench
 from prunekit.run.session import Job, open_session
@@ -95,7 +96,7 @@ def tune(
         study = studies.open_study(place, storage, study_name or output.name, identity, len(metrics), keep)
         bench = Bench(session, place, disk)
         job.progress.describe(
-            {**base.model_dump(mode="json"), "tune": {"metrics": list(metrics), "trials": trials, "sampler": sampler}}
+            {**reporting.settings(base), "tune": {"metrics": list(metrics), "trials": trials, "sampler": sampler}}
         )
         rows = [_base_row(bench, metrics)]
 
