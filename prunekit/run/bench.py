@@ -90,7 +90,8 @@ class Bench:
         searched, answer = run_search([run])[0]
         optimum = None
         if self.exact and parts.learner is None:
-            optimum = find_optimum(searched, parts.objective, answer, draws.search, parts.recipe.seed)
+            judges = not parts.prices_alone(searched.depth)
+            optimum = find_optimum(searched, parts.objective, answer, draws.search, parts.recipe.seed, judges=judges)
         net, plan = run.rebuild(searched, answer)
         small = assemble(net, plan, parts)
         finish_model(run, small, net, plan)

@@ -35,7 +35,7 @@ class Optimum:
 
 
 def find_optimum(
-    net: Supernet, objective: Objective, answer: Allocation, tokens: TokenBatch, seed: int
+    net: Supernet, objective: Objective, answer: Allocation, tokens: TokenBatch, seed: int, *, judges: bool = True
 ) -> Optimum | None:
     """Find the exact optimum of an objective over the space of a network, and what it says of an answer.
 
@@ -53,6 +53,7 @@ def find_optimum(
         answer: an allocation of its space.
         tokens: of the search.
         seed: of what is drawn.
+        judges: whether the network has the candidates that tokens need; else it has prices alone.
 
     Returns:
         None where the optimum is not known, for the objective is no table or no sum, or the space is too large, or
@@ -61,12 +62,13 @@ def find_optimum(
     space = net.space
     if not space.is_feasible(answer) or all(len(ladder) == 1 for ladder in space.ladders):
         return None
-    if not objective.reads(net.depth).tokens:
+    reads = objective.reads(net.depth).tokens
+    if not reads:
         with unchanged(objective, model=net.model):
             found = _of_table(net, objective, answer, tokens, seed)
         if found is not None:
             return found
-    if math.prod(map(len, space.ladders)) > TINY or objective.training(tokens.n_tokens):
+    if (reads and not judges) or math.prod(map(len, space.ladders)) > TINY or objective.training(tokens.n_tokens):
         return None
     every = [a for a in product(*space.ladders) if space.is_feasible(a)]
     losses = dict(net.judged(objective, every, tokens))
