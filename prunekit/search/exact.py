@@ -71,7 +71,9 @@ def find_optimum(
     if (reads and not judges) or math.prod(map(len, space.ladders)) > TINY or objective.training(tokens.n_tokens):
         return None
     every = [a for a in product(*space.ladders) if space.is_feasible(a)]
-    losses = dict(net.judged(objective, every, tokens))
+    losses = dict(
+        net.judged(objective, every, tokens) if reads else ((a, net.loss(objective, a, tokens)) for a in every)
+    )
     lowest = min((loss for loss in losses.values() if not math.isnan(loss)), default=math.nan)
     return Optimum(lowest, losses[answer], "all") if math.isfinite(lowest) else None
 
