@@ -149,6 +149,23 @@ def test_cells_of_a_comparison_are_parts_with_recipe_and_row(asked: dict[str, An
         assert part.settings["sparsity"] == 0.5
 
 
+def test_trials_of_a_study_are_parts_and_its_curve_is_the_best_so_far(asked: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    keys = {key: value for key, value in asked.items() if key.startswith("data__") or key in ("model", "quiet")}
+    keys |= {"recipe": "fast", "allocator": "uniform", "space": {"pruner": ["magnitude", "obs"]}, "sparsity": 0.5}
+    first, second = Memory(), Memory()
+    found = prunekit.tune(**keys, output=tmp_path / "study", trials=2, track=first)
+    whole, *parts = first.runs
+    values = [row.values["perplexity"] for row in found.rows]
+    assert whole.series("trial/perplexity") == list(enumerate(values))
+    assert whole.series("trial/best_perplexity") == [(i, min(values[: i + 1])) for i in range(3)]
+    told = {part.name: part.series("perplexity")[-1][1] for part in parts}
+    assert told["base"] == values[0]
+    assert set(told.values()) == set(values)  # a recipe that was run is not run again
+    prunekit.tune(**keys, output=tmp_path / "study", trials=2, track=second)
+    assert second.runs[0].series("trial/perplexity") == list(enumerate(values))
+
+
 # -- what is told -----------------------------------------------------------------------------------------
 
 
