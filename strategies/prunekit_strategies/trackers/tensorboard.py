@@ -72,6 +72,7 @@ class EventFiles(Track):
 
     def close(self, *, done: bool) -> None:
         if done and self.settings:
+            assert self.writer.file_writer is not None  # until it is closed
             for summary in hparams(self.settings, self.last):  # `add_hparams` would have all values a second time
                 self.writer.file_writer.add_summary(summary)
         self.writer.close()
