@@ -200,14 +200,15 @@ def test_answers_stand_beside_the_exact_optimum_of_the_table_that_they_searched(
     rows = {row.cell: row for row in found.rows}
     known = {name: row for name, row in rows.items() if row.optimum is not None}
     assert {row.known_by for row in known.values()} == {"table"}
-    assert {name.split(" + ")[1].split("(")[0] for name in known if " + " in name} == {"random", "greedy"}
+    assert {name.split(" + ")[1].split("(")[0].strip() for name in known if " + " in name} == {"random", "greedy"}
     assert not [name for name in known if "uniform" in name]  # it has one allocation to choose from
     for row in known.values():
         assert row.reached is not None
         assert row.optimum is not None
         assert row.reached >= row.optimum > 0
     near = found.optima(*found.places[0])
-    assert [cells[0] for cells in near] == sorted(known, key=lambda name: known[name].reached / known[name].optimum)  # type: ignore[operator]
+    ratios = [known[cells[0]].reached / known[cells[0]].optimum for cells in near]  # type: ignore[operator]
+    assert (ratios, len(near)) == (sorted(ratios), len(known))
     assert "### Distance to the exact optimum" in found.table()
-    assert f"{known[near[-1][0]].reached / known[near[-1][0]].optimum - 1:.2%}" == near[-1][3]  # type: ignore[operator]
+    assert f"{ratios[-1] - 1:.2%}" == near[-1][3]
     assert found.as_dict()["standings"][0]["optima"]
