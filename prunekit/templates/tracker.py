@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 import prunekit as pk
@@ -23,14 +22,15 @@ class Template(pk.Tracker):
     def open(self, name: str, parent: pk.Track | None) -> pk.Track:
         """Begin a run there: your program goes here."""
         name = f"{parent.file.stem}, {name}" if isinstance(parent, Lines) else name
-        for number in count(1):
+        number = 1
+        while True:
             file = Path(self.folder, f"{name}.csv" if number == 1 else f"{name} {number}.csv")
             file.parent.mkdir(parents=True, exist_ok=True)
             try:
                 file.touch(exist_ok=False)  # never over an earlier one
                 break
             except FileExistsError:
-                continue
+                number += 1
         return Lines(file)
 
 

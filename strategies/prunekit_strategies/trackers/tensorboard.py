@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 
 import tensorboard  # noqa: F401  # whose absence is said by name; the writer below needs it
@@ -39,13 +38,14 @@ class TensorBoard(Tracker):
 
     def open(self, name: str, parent: Track | None) -> Track:
         home = parent.place if isinstance(parent, EventFiles) else Path(self.folder)
-        for number in count(1):
+        number = 1
+        while True:
             place = home / (name if number == 1 else f"{name}-{number}").replace("/", "_")
             try:
                 place.mkdir(parents=True)
                 break
             except FileExistsError:
-                continue
+                number += 1
         return EventFiles(place, SummaryWriter(str(place)))
 
 

@@ -53,7 +53,7 @@ class Memory(Tracker):
     fails: int = 0
 
     def open(self, name: str, parent: Track | None) -> Track:
-        random.random(), np.random.rand(), torch.rand(1)
+        random.seed(random.random() + np.random.rand() + float(torch.rand(1)))
         assert parent is None or isinstance(parent, Kept)
         self.runs.append(Kept(name, parent) if not self.fails else Failing(name, parent))
         return self.runs[-1]
