@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from prunekit.plugins.options import check_choices
     from prunekit.plugins.pruner import LocalPruner
     from prunekit.plugins.signal import Signal
+    from prunekit.plugins.tracker import Point, Setting, Track, Tracker
     from prunekit.plugins.width import ResidualStream, Width
     from prunekit.recipe.resolve import Parts, resolve
     from prunekit.recipe.schema import Recipe
@@ -66,6 +67,7 @@ _HOMES = {  # module: what of it is public
     "plugins.options": "check_choices",
     "plugins.pruner": "LocalPruner",
     "plugins.signal": "Signal",
+    "plugins.tracker": "Point Setting Track Tracker",
     "plugins.width": "ResidualStream Width",
     "recipe.resolve": "Parts resolve",
     "recipe.schema": "Recipe",
@@ -81,14 +83,15 @@ _HOMES = {  # module: what of it is public
 _HOME_OF = {name: f"prunekit.{module}" for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
-    "Allocation", "Allocator", "Answers", "Budget", "Candidate", "CandidateStore", "Decision", "Dense",
-    "Effort", "Engine", "Exporter", "Family", "Finisher", "GateProblem", "GateQuery", "GateReply", "Inquiry",
-    "Journal", "LayerProblem", "Learner", "Lesson", "LocalPruner", "MapShape", "MeasuredMetric", "Metric",
-    "ModelAdapter", "Moments", "Need", "NotVerified", "Objective", "Opening", "Order", "Parameters", "Parts",
-    "PluginError", "Probe", "Problem", "Product", "Query", "Reads", "Received", "Recipe", "ResidualStream", "Response",
-    "Result", "Runs", "Search", "Searched", "Signal", "Site", "Space", "Statistic", "Supernet", "Team",
-    "TokenBatch", "Total", "Training", "Width", "Worker", "Workpiece", "WrongInput", "best_groups", "best_weights",
-    "check_choices", "compare", "evaluate", "factored", "inverted", "prune", "ranked", "resolve", "solved", "tune",
+    "Allocation", "Allocator", "Answers", "Budget", "Candidate", "CandidateStore", "Decision", "Dense", "Effort",
+    "Engine", "Exporter", "Family", "Finisher", "GateProblem", "GateQuery", "GateReply", "Inquiry", "Journal",
+    "LayerProblem", "Learner", "Lesson", "LocalPruner", "MapShape", "MeasuredMetric", "Metric", "ModelAdapter",
+    "Moments", "Need", "NotVerified", "Objective", "Opening", "Order", "Parameters", "Parts", "PluginError", "Point",
+    "Probe", "Problem", "Product", "Query", "Reads", "Received", "Recipe", "ResidualStream", "Response", "Result",
+    "Runs", "Search", "Searched", "Setting", "Signal", "Site", "Space", "Statistic", "Supernet", "Team", "TokenBatch",
+    "Total", "Track", "Tracker", "Training", "Width", "Worker", "Workpiece", "WrongInput", "best_groups",
+    "best_weights", "check_choices", "compare", "evaluate", "factored", "inverted", "prune", "ranked", "resolve",
+    "solved", "tune",
 ]  # fmt: skip
 
 

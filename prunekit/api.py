@@ -19,6 +19,7 @@ from prunekit.run.family import family as run_all
 from prunekit.run.prune import prune as run
 from prunekit.run.results import Result
 from prunekit.run.session import Job
+from prunekit.run.tracking import Spec, build_trackers, tracked
 from prunekit.system.progress import Progress, progress_for
 from prunekit.system.times import as_seconds
 
@@ -42,6 +43,7 @@ def prune(
     output: str | Path | None = None,
     quiet: bool = False,
     progress: Progress | None = None,
+    track: Spec | Sequence[Spec] = (),
     resume: bool = True,
     overwrite: bool = False,
     **settings: Any,
@@ -55,6 +57,7 @@ def prune(
         output: folder of the result; None: it stays in memory.
         quiet: whether progress is not shown.
         progress: receives the progress instead of the terminal.
+        track: trackers in which the run can be watched: names, {"name": ..., option: value}, or instances.
         resume: whether an interrupted run of the same recipe is continued.
         overwrite: whether an earlier result in `output` may be replaced.
         settings: recipe keys: sparsity=0.5, pruner="obs", allocator={"name": "tyr", ...}, data={...}; a key of a
@@ -77,8 +80,9 @@ def prune(
     base, overrides, in_memory = _chosen(model, recipe, settings)
     several = base.spread(overrides)
     place = None if output is None else Path(output)
-    job = Job(in_memory, tokenizer, place, progress or progress_for(quiet), resume, overwrite)
-    return run(base.with_overrides(overrides), job) if several is None else run_all(several, job)
+    with tracked(progress or progress_for(quiet), build_trackers(track), place) as told:
+        job = Job(in_memory, tokenizer, place, told, resume, overwrite)
+        return run(base.with_overrides(overrides), job) if several is None else run_all(several, job)
 
 
 def tune(
@@ -95,6 +99,7 @@ def tune(
     study_name: str | None = None,
     quiet: bool = False,
     progress: Progress | None = None,
+    track: Spec | Sequence[Spec] = (),
     resume: bool = True,
     overwrite: bool = False,
     **settings: Any,
@@ -116,6 +121,7 @@ def tune(
         study_name: in that storage; None: that of the folder.
         quiet: whether progress is not shown.
         progress: receives the progress instead of the terminal.
+        track: trackers in which the run can be watched: names, {"name": ..., option: value}, or instances.
         resume: whether an earlier run of the study is continued.
         overwrite: whether another study in `output` may be replaced.
         settings: recipe keys, as of `prune`.
@@ -135,16 +141,17 @@ def tune(
     from prunekit.run import tune as tuning  # it needs an extra
 
     base, overrides, in_memory = _chosen(model, recipe, settings)
-    return tuning.tune(
-        base.with_overrides(overrides),
-        Choices.of_mapping(space) if isinstance(space, Mapping) else Choices.load(space),
-        Job(in_memory, tokenizer, Path(output), progress or progress_for(quiet), resume, overwrite),
-        trials=trials,
-        metrics=(metric,) if isinstance(metric, str) else tuple(metric),
-        sampler=sampler,
-        storage=storage,
-        study_name=study_name,
-    )
+    with tracked(progress or progress_for(quiet), build_trackers(track), Path(output)) as told:
+        return tuning.tune(
+            base.with_overrides(overrides),
+            Choices.of_mapping(space) if isinstance(space, Mapping) else Choices.load(space),
+            Job(in_memory, tokenizer, Path(output), told, resume, overwrite),
+            trials=trials,
+            metrics=(metric,) if isinstance(metric, str) else tuple(metric),
+            sampler=sampler,
+            storage=storage,
+            study_name=study_name,
+        )
 
 
 def compare(
@@ -156,6 +163,7 @@ def compare(
     time: str | float | None = None,
     quiet: bool = False,
     progress: Progress | None = None,
+    track: Spec | Sequence[Spec] = (),
     resume: bool = True,
     overwrite: bool = False,
     **settings: Any,
@@ -172,6 +180,7 @@ def compare(
         time: to spend, as "2h" or in seconds; None: as long as it takes.
         quiet: whether progress is not shown.
         progress: receives the progress instead of the terminal.
+        track: trackers in which the run can be watched: names, {"name": ..., option: value}, or instances.
         resume: whether an earlier comparison is continued.
         overwrite: whether another one in `output` may be replaced.
         settings: keys of a suite, as pruners=["obs", "wanda"], seeds=3; all others are recipe keys for all cells, as
@@ -202,8 +211,9 @@ def compare(
         found = (suite if isinstance(suite, Suite) else Suite.load(suite)).model_dump()
     keys = {key.replace("__", "."): plain(value) for key, value in settings.items()}
     chosen = Suite.of_mapping({**found, **said, "set": {**found.get("set", {}), **keys}})
-    job = Job(in_memory, tokenizer, Path(output), progress or progress_for(quiet), resume, overwrite)
-    return comparing.compare(chosen, job, time=as_seconds(time))
+    with tracked(progress or progress_for(quiet), build_trackers(track), Path(output)) as told:
+        job = Job(in_memory, tokenizer, Path(output), told, resume, overwrite)
+        return comparing.compare(chosen, job, time=as_seconds(time))
 
 
 def evaluate(

@@ -16,12 +16,15 @@ from prunekit.cli.options import (
     Json,
     JsonLines,
     Quiet,
+    Track,
     Trust,
     check_words,
     needed_model,
     option,
+    split_assignments,
     split_datasets,
     switch,
+    watched,
 )
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.errors import WrongInput
@@ -79,11 +82,11 @@ def compare(
     resume: Annotated[bool, switch("Continuation of an interrupted comparison.", RUN)] = True,
     overwrite: Annotated[bool, switch("Replacement of an earlier one in --output.", RUN, "--overwrite")] = False,
     json_: Json = False,
+    track: Track = None,
     quiet: Quiet = False,
     json_lines: JsonLines = None,
 ) -> dict[str, Any]:
     """Compare methods on the same tokens, at the same price, judged on the same windows of text."""
-    from prunekit.recipe.overrides import parsed
     from prunekit.recipe.suite import AXES, Suite
     from prunekit.system.times import as_seconds
 
@@ -95,7 +98,8 @@ def compare(
     found = Suite.load(files[0]).model_dump() if files else {}
     keys: dict[str, Any] = {"data.evaluation_dataset": evaluation, "data.seqlen": seqlen, "engine": engine}
     keys["data.dataset"] = split_datasets(dataset)
-    keys = {key: value for key, value in keys.items() if value is not None} | dict(map(parsed, set_ or []))
+    assigned, trackers = split_assignments(set_, track)
+    keys = {key: value for key, value in keys.items() if value is not None} | assigned
     if trust_remote_code:
         keys["trust_remote_code"] = True
     given: dict[str, Any] = {
@@ -119,11 +123,11 @@ def compare(
 
     from prunekit.run.compare import compare as run
     from prunekit.run.session import Job
-    from prunekit.system.progress import progress_for
 
     quiet_libraries()
-    job = Job(output=output, progress=progress_for(quiet), resume=resume, overwrite=overwrite)
-    comparison = run(suite, job, time=seconds, disk=round(disk * 1e9))
+    with watched(quiet, trackers, output) as progress:
+        job = Job(output=output, progress=progress, resume=resume, overwrite=overwrite)
+        comparison = run(suite, job, time=seconds, disk=round(disk * 1e9))
     if json_:
         import json
 

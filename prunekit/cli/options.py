@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from prunekit.cli.completion import one_of
+from prunekit.cli.completion import one_of, plugins, several_of
 from prunekit.cli.errors import begin_events
 from prunekit.errors import WrongInput, unknown
 
 if TYPE_CHECKING:
     from prunekit.recipe.schema import Recipe
+    from prunekit.run.session import Job
+    from prunekit.system.progress import Progress
 
 METHOD, SEARCH, TEXT, MACHINE, RUN = "Method", "Search", "Text", "Machine", "Run"  # headings of help pages
 
@@ -52,6 +59,11 @@ DTYPE = option(
     MACHINE,
     autocompletion=one_of(lambda: DTYPES),
 )
+TRACK = (
+    "Program to watch the run in: tensorboard, wandb or mlflow. Repeatable, or several by comma; its options are "
+    "--set tracker.NAME.option=value."
+)
+Track = Annotated[list[str] | None, option(TRACK, RUN, "--track", autocompletion=several_of(plugins("tracker")))]
 Json = Annotated[bool, switch("JSON instead of a table.", None, "--json")]
 Quiet = Annotated[bool, switch("No output except results and errors.", RUN, "--quiet", "-q")]
 JSON_LINES = (
@@ -62,6 +74,126 @@ JsonLines = Annotated[
     str | None, option(JSON_LINES, RUN, "--json-lines", metavar="PLACE", callback=begin_events, is_eager=True)
 ]
 """What a command with it returns is the result in the last event."""
+
+
+@contextmanager
+def watched(quiet: bool, specs: Sequence[Mapping[str, Any]], output: Path) -> Iterator[Progress]:
+    """Tell the user, programs and trackers how a command goes on.
+
+    Args:
+        quiet: whether the user sees nothing.
+        specs: what trackers are built from.
+        output: folder of the command.
+
+    Raises:
+        WrongInput, ImportError: a tracker cannot work here.
+    """
+    from prunekit.run.tracking import build_trackers, tracked
+    from prunekit.system.progress import progress_for
+
+    with tracked(progress_for(quiet), build_trackers(specs), output) as progress:
+        yield progress
+
+
+@dataclass(frozen=True)
+class Work:
+    """What commands that work on a model in a folder are asked in the same words."""
+
+    model: Model = None
+    model_option: ModelOption = None
+    output: Path | None = None
+    set_: Set = None
+    trust_remote_code: Trust = False
+    dataset: Dataset = None
+    resume: bool = True
+    overwrite: bool = False
+    track: Track = None
+    quiet: Quiet = False
+    json_lines: JsonLines = None
+
+    def overrides(self, **flags: Any) -> dict[str, Any]:
+        """Write what was given as dotted recipe keys.
+
+        Args:
+            flags: recipe key -> value of further options; None: it was not given.
+
+        Raises:
+            WrongInput: two models were given, or --set is no assignment.
+        """
+        given = {"model": given_model(self.model, self.model_option), "data.dataset": split_datasets(self.dataset)}
+        given = {key: value for key, value in (given | flags).items() if value is not None}
+        return given | allowed(self.trust_remote_code) | split_assignments(self.set_, self.track)[0]
+
+    def place(self, what: str) -> Path:
+        """The folder to work in.
+
+        Args:
+            what: is made in it.
+
+        Raises:
+            WrongInput: none was given.
+        """
+        if self.output is None:
+            raise WrongInput(f"no --output was given; name a new folder for {what}")
+        return self.output
+
+    @contextmanager
+    def job(self, **more: Any) -> Iterator[Job]:
+        """Ask for a run in the folder; the user, programs and trackers are told of it.
+
+        Args:
+            more: fields of the job.
+
+        Raises:
+            WrongInput, ImportError: a tracker cannot work here.
+        """
+        from prunekit.run.session import Job
+
+        assert self.output is not None
+        with watched(self.quiet, split_assignments(self.set_, self.track)[1], self.output) as progress:
+            yield Job(output=self.output, progress=progress, resume=self.resume, overwrite=self.overwrite, **more)
+
+
+def works(what: str, run: str = "run") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command, whose first parameter is a `Work`, the options of one.
+
+    Args:
+        what: is made in the folder.
+        run: that may be interrupted.
+    """
+    hints = get_type_hints(Work, include_extras=True)
+    hints |= {
+        "output": Annotated[Path | None, switch(f"Folder for {what}.", None, "--output", "-o")],
+        "resume": Annotated[bool, switch(f"Continuation of an interrupted {run}.", RUN)],
+        "overwrite": Annotated[bool, switch("Replacement of an earlier one in --output.", RUN, "--overwrite")],
+    }
+    shared = {
+        field.name: Parameter(
+            field.name,
+            Parameter.KEYWORD_ONLY if field.name != "model" else Parameter.POSITIONAL_OR_KEYWORD,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(Work)
+    }
+    front = ("model", "model_option", "output")
+
+    def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+        own = list(signature(command, eval_str=True).parameters.values())[1:]
+
+        @wraps(command)
+        def called(**given: Any) -> Any:
+            work = Work(**{name: given.pop(name) for name in shared if name in given})
+            return command(work, **given)
+
+        del called.__wrapped__  # type: ignore[attr-defined]  # its signature is not that of the command
+        order = [*(shared[name] for name in front), *own, *(shared[name] for name in shared if name not in front)]
+        called.__signature__ = Signature(order)  # type: ignore[attr-defined]
+        called.__annotations__ = {each.name: each.annotation for each in order} | {"return": dict[str, Any]}
+        return called
+
+    return with_options
+
 
 EFFORTS: Mapping[str, str] = {"quick": "fast", "standard": "default", "thorough": "default-recover"}
 """A word for how much work a result is worth -> the recipe that does so much."""
@@ -133,7 +265,6 @@ def choose_recipe(options: Mapping[str, Any], command: str) -> tuple[Recipe, str
     Raises:
         WrongInput: what was asked, what there is and what to do.
     """
-    from prunekit.recipe.overrides import parsed
     from prunekit.recipe.schema import Recipe
     from prunekit.run.workplace import check_output
 
@@ -142,7 +273,8 @@ def choose_recipe(options: Mapping[str, Any], command: str) -> tuple[Recipe, str
     given["data.dataset"] = split_datasets(options["dataset"])
     given["exporters"] = split_names(given["exporters"])
     given = {key: value for key, value in given.items() if value not in (None, [])}
-    overrides = given | allowed(options["trust_remote_code"]) | dict(map(parsed, options["set_"] or []))
+    assigned, _ = split_assignments(options["set_"], options.get("track"))
+    overrides = given | allowed(options["trust_remote_code"]) | assigned
     base = Recipe.load(_recipe_of(options), trust_remote_code="trust_remote_code" in overrides)
     several = base.spread(overrides)
     chosen = several or base.with_overrides(overrides)
@@ -153,6 +285,28 @@ def choose_recipe(options: Mapping[str, Any], command: str) -> tuple[Recipe, str
             raise WrongInput("no --output was given; name a new folder for the pruned model")
         check_output(options["output"], overwrite=options["overwrite"])
     return chosen, model, several is not None
+
+
+def split_assignments(
+    set_: Sequence[str] | None, track: Sequence[str] | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read what --set says, of the recipe and of trackers.
+
+    Args:
+        set_: as it was given.
+        track: names of trackers, as they were given.
+
+    Returns:
+        (dotted recipe key -> value, what every tracker is built from).
+
+    Raises:
+        WrongInput: no such tracker, or an option of one that was not asked for.
+    """
+    from prunekit.recipe.overrides import parsed
+    from prunekit.run.tracking import split_options, tracker_specs
+
+    values, options = split_options(dict(map(parsed, set_ or [])))
+    return values, tracker_specs(split_names(track) or [], options)
 
 
 def _recipe_of(options: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 from typer import echo
@@ -17,17 +16,12 @@ from prunekit.cli.options import (
     METHOD,
     RUN,
     TEXT,
-    Dataset,
-    JsonLines,
-    Model,
-    ModelOption,
-    Quiet,
-    Set,
-    Trust,
+    Work,
     choose_recipe,
     option,
     parse_shares,
     switch,
+    works,
 )
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.cli.tables import comparison, members, print_table, rows_of_report
@@ -60,11 +54,10 @@ DEVICE = "auto, cpu, cuda or cuda:1; several devices by comma; cuda: all where o
 MEMORY = "Memory to use, e.g. 8GiB; auto: what is free."
 
 
+@works("the result", "run of the same recipe")
 def prune(
-    model: Model = None,
+    work: Work,
     *,
-    model_option: ModelOption = None,
-    output: Annotated[Path | None, switch("Folder for the result.", None, "--output", "-o")] = None,
     sparsity: Annotated[Any, option(SPARSITY, metavar="SHARE", parser=parse_shares)] = None,
     target: Annotated[str | None, option(TARGET, metavar="METRIC=SHARE")] = None,
     structure: Annotated[str | None, option(STRUCTURE, autocompletion=one_of(lambda: STRUCTURES))] = None,
@@ -83,9 +76,6 @@ def prune(
         option(EXPORTER, METHOD, "--format", "--exporter", autocompletion=several_of(plugins("exporter"))),
     ] = None,
     carry: Annotated[str | None, option(CARRY, METHOD, autocompletion=one_of(lambda: CARRIES))] = None,
-    set_: Set = None,
-    trust_remote_code: Trust = False,
-    dataset: Dataset = None,
     calibration_tokens: Annotated[int | None, option(CALIBRATION_TOKENS, TEXT, metavar="N")] = None,
     search_tokens: Annotated[int | None, option(SEARCH_TOKENS, TEXT, metavar="N")] = None,
     seqlen: Annotated[int | None, option("Number of tokens per window.", TEXT, metavar="N")] = None,
@@ -95,34 +85,25 @@ def prune(
     memory: Annotated[str | None, option(MEMORY, MACHINE, metavar="SIZE")] = None,
     time: Annotated[str | None, option(TIME, RUN, metavar="TIME")] = None,
     seed: Annotated[int | None, option("Random seed; the same seed gives the same model.", RUN, metavar="N")] = None,
-    resume: Annotated[bool, switch("Continuation of an interrupted run of the same recipe.", RUN)] = True,
-    overwrite: Annotated[bool, switch("Replacement of an earlier result in --output.", RUN, "--overwrite")] = False,
     page: Annotated[bool, switch("A page about the result in it, report.html.", RUN, "--page/--no-page")] = True,
-    quiet: Quiet = False,
-    json_lines: JsonLines = None,
 ) -> dict[str, Any]:
     """Prune a model, e.g. prunekit prune MODEL --sparsity 0.5 --output DIR. The recipe has the other values."""
-    chosen, source, several = choose_recipe(locals(), "prune")
-    assert output is not None
+    chosen, source, several = choose_recipe(locals() | vars(work), "prune")
+    output = work.place("the pruned model")
     from prunekit.report.document import gained, kept_promise, promise
     from prunekit.report.page import PAGE, can_draw
     from prunekit.run import prune as pruning
-    from prunekit.run.session import Job
+    from prunekit.run.family import FILE, family
     from prunekit.run.workplace import unfinished
-    from prunekit.system.progress import progress_for
 
     quiet_libraries()
-    new = not (quiet or unfinished(output))
     drawn = page and can_draw()
-    job = Job(None, None, output, progress_for(quiet), resume, overwrite, announce=new, page=drawn)
+    with work.job(announce=not (work.quiet or unfinished(output)), page=drawn) as job:
+        report = family(chosen, job).document if several else pruning.prune(chosen, job).report
     if several:
-        from prunekit.run.family import FILE, family
-
-        document = family(chosen, job).document
-        print_table(members(str(output), document))
+        print_table(members(str(output), report))
         echo(f"details: {output / (PAGE if drawn else FILE)}")
-        return {"output": output, "family": output / FILE, "members": document["members"]}
-    report = pruning.prune(chosen, job).report
+        return {"output": output, "family": output / FILE, "members": report["members"]}
     print_table(comparison(str(output), *rows_of_report(report, source, output)))
     if "weights" in report:
         echo(gained(report["weights"]))
@@ -130,6 +111,6 @@ def prune(
         echo(kept_promise(found))
     if drawn:
         echo(f"details: {output / PAGE}")
-    elif page and not quiet:
+    elif page and not work.quiet:
         echo(f"for a page about it: pip install 'prunekit[page]', then prunekit report {output}")
     return {"output": output} | {key: report[key] for key in ("dense", "pruned", "losses")}

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from prunekit.cli.completion import RECIPES, SPACES, one_of
-from prunekit.cli.options import (
-    RUN,
-    SEARCH,
-    Dataset,
-    JsonLines,
-    Model,
-    ModelOption,
-    Quiet,
-    Set,
-    Trust,
-    allowed,
-    check_words,
-    given_model,
-    needed_model,
-    option,
-    split_datasets,
-    switch,
-)
+from prunekit.cli.options import RUN, SEARCH, Work, check_words, needed_model, option, works
 from prunekit.cli.quiet import quiet_libraries
 from prunekit.cli.tables import print_table, recipes
-from prunekit.errors import WrongInput, without_secrets
+from prunekit.errors import without_secrets
 
 RECIPE = "Recipe to improve: preset, YAML file, or folder of a pruned model."
 METRIC = (
@@ -40,15 +22,12 @@ SAMPLERS = ("tpe", "nsga-ii", "nsga-iii")
 DISK = "Disk space for candidates that later trials reuse."
 
 
+@works("the study", "study")
 def tune(
-    model: Model = None,
+    work: Work,
     *,
-    model_option: ModelOption = None,
-    output: Annotated[Path | None, switch("Folder for the study.", None, "--output", "-o")] = None,
     recipe: Annotated[str, option(RECIPE, autocompletion=one_of(RECIPES))] = "default",
     sparsity: Annotated[float | None, option("Share of the blocks' parameters to remove.", metavar="SHARE")] = None,
-    set_: Set = None,
-    trust_remote_code: Trust = False,
     space: Annotated[
         str, option("Choices to search: preset or YAML file.", SEARCH, autocompletion=one_of(SPACES))
     ] = "default",
@@ -57,46 +36,36 @@ def tune(
     sampler: Annotated[
         str, option("tpe, nsga-ii or nsga-iii.", SEARCH, autocompletion=one_of(lambda: SAMPLERS))
     ] = "tpe",
-    dataset: Dataset = None,
     storage: Annotated[str | None, option(STORAGE, RUN, metavar="URL")] = None,
     study_name: Annotated[str | None, option("Name in that storage; otherwise that of the folder.", RUN)] = None,
     disk: Annotated[float, option(DISK, RUN, metavar="GB", min=0)] = 20,
-    resume: Annotated[bool, switch("Continuation of an interrupted study.", RUN)] = True,
-    overwrite: Annotated[bool, switch("Replacement of an earlier study in --output.", RUN, "--overwrite")] = False,
-    quiet: Quiet = False,
-    json_lines: JsonLines = None,
 ) -> dict[str, Any]:
     """Search for a better recipe. Trials are compared on the search text, never on the test text."""
     from prunekit.recipe.choices import Choices
-    from prunekit.recipe.overrides import parsed
     from prunekit.recipe.schema import Recipe
 
-    flags = {"model": given_model(model, model_option), "sparsity": sparsity, "data.dataset": split_datasets(dataset)}
-    given = {key: value for key, value in flags.items() if value is not None}
-    overrides = given | allowed(trust_remote_code) | dict(map(parsed, set_ or []))
+    overrides = work.overrides(sparsity=sparsity)
     chosen = Recipe.load(recipe, trust_remote_code="trust_remote_code" in overrides).with_overrides(overrides)
     choices = Choices.load(space)
     check_words(chosen)
     needed_model(chosen.model, "prunekit tune MODEL --output DIR")
-    if output is None:
-        raise WrongInput("no --output was given; name a new folder for the study")
+    output = work.place("the study")
 
     from prunekit.run import tune as tuning
-    from prunekit.run.session import Job
-    from prunekit.system.progress import progress_for
 
     quiet_libraries()
-    tuned = tuning.tune(
-        chosen,
-        choices,
-        Job(output=output, progress=progress_for(quiet), resume=resume, overwrite=overwrite),
-        trials=trials,
-        metrics=[name for text in metric or ["perplexity"] for name in text.split(",")],
-        sampler=sampler,  # type: ignore[arg-type]  # checked there
-        storage=storage,
-        study_name=study_name,
-        disk=round(disk * 1e9),
-    )
+    with work.job() as job:
+        tuned = tuning.tune(
+            chosen,
+            choices,
+            job,
+            trials=trials,
+            metrics=[name for text in metric or ["perplexity"] for name in text.split(",")],
+            sampler=sampler,  # type: ignore[arg-type]  # checked there
+            storage=storage,
+            study_name=study_name,
+            disk=round(disk * 1e9),
+        )
     print_table(recipes([vars(row) for row in tuned.rows], tuned.metrics, {row.name for row in tuned.front}))
     typer.echo(f"the best: prunekit prune --recipe {output / 'best.yaml'} --output DIR")
     typer.echo(f"all trials: optuna-dashboard {without_secrets(storage or str(output / 'study.log'))}")

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
 from prunekit.errors import WrongInput, first_line, unknown
-from prunekit.plugins.source import Written, written
+from prunekit.plugins.source import Written, digest_of, written
 from prunekit.system.progress import warn_once
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from prunekit.plugins.objective import Objective
     from prunekit.plugins.pruner import LocalPruner
     from prunekit.plugins.signal import Signal
+    from prunekit.plugins.tracker import Tracker
     from prunekit.plugins.width import Width
     from prunekit.space.metrics import Metric
 
@@ -248,9 +249,35 @@ METRICS: Registry[Metric] = Registry("metric", "prunekit.space.metrics:Metric")
 EXPORTERS: Registry[Exporter] = Registry("exporter", "prunekit.plugins.exporter:Exporter")
 ADAPTERS: Registry[ModelAdapter] = Registry("adapter", "prunekit.plugins.adapter:ModelAdapter")  # by config.model_type
 ENGINES: Registry[Engine] = Registry("engine", "prunekit.plugins.engine:Engine")
+TRACKERS: Registry[Tracker] = Registry("tracker", "prunekit.plugins.tracker:Tracker")
 KINDS: tuple[Registry[Any], ...] = (
-    PRUNERS, SIGNALS, ALLOCATORS, LEARNERS, WIDTHS, OBJECTIVES, FINISHERS, METRICS, EXPORTERS, ENGINES, ADAPTERS,
+    PRUNERS, SIGNALS, ALLOCATORS, LEARNERS, WIDTHS, OBJECTIVES, FINISHERS, METRICS, EXPORTERS, ENGINES, TRACKERS,
+    ADAPTERS,
 )  # fmt: skip
+
+
+def identify_code(*values: object) -> dict[str, Any]:
+    """Say which code of other packages a run goes through, so that it is not gone on with after a change.
+
+    Args:
+        values: plain, such as those of a recipe; what they name counts.
+
+    Returns:
+        A part of the identity of a run: digests of code, by kind and name of the plug-in; empty where there is none.
+    """
+    named = set(_texts(values))
+    theirs = (entry for registry in KINDS for entry in registry.values() if entry.owner != "prunekit")
+    code = {f"{entry.kind} {entry.name}": digest_of(entry.point.value) for entry in theirs if entry.name in named}
+    return {"code of plug-ins": code} if code else {}
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All texts in plain values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
 
 
 def _fields(plugin: Any) -> dict[str, dataclasses.Field[Any]]:

@@ -43,6 +43,9 @@ class Row:
     perplexity: float | None = None  # None: not finite
     losses: tuple[float, ...] = ()  # nats per target of every window, to be paired
     objective: float | None = None
+    optimum: float | None = None  # least that the objective says of any allocation that could be the answer, if known
+    reached: float | None = None  # what it says of the answer, on the same ladders
+    known_by: str = ""  # table: by dynamic programming; all: every allocation was judged
     parameters: int = 0
     removed: float = 0.0  # share of the budget's metric that is gone
     token_forwards: int = 0
@@ -104,6 +107,15 @@ HEADS = (
 
 
 WITHOUT = ("cell", "model", "removed", "seed", "state", "reason")
+
+
+OPTIMA = ("cell", "predicted loss of the answer", "exact optimum", "above it", "known by", "seeds")
+OPTIMA_TEXT = (
+    "Predicted loss, not perplexity: what the objective says of the answer of a search, and the exact optimum of the "
+    "same objective over the ladders of that search, at the same budget; by dynamic programming over its table, or by "
+    "judging every allocation. Means over seeds. Of cells that are not here the optimum is not known."
+)
+HOW = {"table": "dynamic programming", "all": "all judged"}
 
 
 @dataclass(frozen=True)
@@ -174,6 +186,20 @@ class Comparison:
         order = standings(losses, REFERENCE) if losses else []
         return [Entry(each, found[each.name], place) for place, each in enumerate(order, start=1)]
 
+    def optima(self, model: str, sparsity: float) -> list[tuple[str, ...]]:
+        """What `OPTIMA` says of cells whose exact optimum is known, the nearest to it first."""
+        found = list[tuple[float, tuple[str, ...]]]()
+        for cell, rows in self.of(model, sparsity).items():
+            pairs = [(row.reached, row.optimum) for row in rows if row.optimum is not None and row.reached is not None]
+            if not pairs:
+                continue
+            above = sum(_above(*pair) for pair in pairs) / len(pairs)
+            reached, optimum = (f"{sum(values) / len(pairs):.6g}" for values in zip(*pairs, strict=True))
+            by = ", ".join(sorted({HOW.get(row.known_by, row.known_by) for row in rows if row.known_by}))
+            shown = f"{above:.2%}" if math.isfinite(above) else "the optimum is 0"
+            found.append((above, (cell, reached, optimum, shown, by, str(len(pairs)))))
+        return [cells for _, cells in sorted(found)]
+
     def ranks(self) -> Ranks | None:
         """Mean ranks over models, sparsities and seeds."""
         blocks: dict[tuple[str, float, int], dict[str, float]] = {}
@@ -214,6 +240,8 @@ class Comparison:
                 *_markdown(HEADS, [each.cells for each in self.leaderboard(model, sparsity)]),
             ]
             lines.append("")
+            if near := self.optima(model, sparsity):
+                lines += ["### Distance to the exact optimum", "", OPTIMA_TEXT, "", *_markdown(OPTIMA, near), ""]
         if (ranked := self.ranks()) is not None:
             lines += [f"## Mean ranks over {ranked.blocks} blocks", ""]
             lines.append(
@@ -234,7 +262,12 @@ class Comparison:
             "suite": self.suite.model_dump(mode="json"),
             "standings": [
                 {"model": model, "sparsity": sparsity, "dense": self.dense(model).perplexity,
-                 "cells": [_plain(asdict(each.standing)) for each in self.leaderboard(model, sparsity)]}
+                 "cells": [_plain(asdict(each.standing)) for each in self.leaderboard(model, sparsity)],
+                 "optima": [
+                     {"cell": row.cell, "seed": row.seed, "reached": row.reached, "optimum": row.optimum,
+                      "by": row.known_by}
+                     for rows in self.of(model, sparsity).values() for row in rows if row.optimum is not None
+                 ]}
                 for model, sparsity in self.places
             ],
             "ranks": None if ranked is None else _plain(asdict(ranked)),
@@ -269,6 +302,13 @@ def write_parquet(rows: Sequence[Row], path: Path) -> None:
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_bytes(path, buffer.getvalue())
+
+
+def _above(reached: float, optimum: float) -> float:
+    """By how much, as a share of the optimum."""
+    if reached == optimum:
+        return 0.0
+    return (reached - optimum) / abs(optimum) if optimum else math.inf
 
 
 def _exp(loss: float) -> float:

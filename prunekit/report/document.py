@@ -251,6 +251,40 @@ def gained(found: Mapping[str, Any]) -> str:
     )
 
 
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Write a recipe for those who watch a run: without the prices that were measured, which may be thousands."""
+    values = recipe.model_dump(mode="json")
+    for part in ("metric", "latency"):
+        if isinstance(values.get(part), dict):
+            values[part].pop("prices", None)
+    return values
+
+
+def headline(document: Mapping[str, Any], front: str = "") -> dict[str, float]:
+    """Choose the numbers of a report by which results are compared.
+
+    Args:
+        document: content of report.json.
+        front: of every name.
+
+    Returns:
+        Perplexities, parameters, what is gone, token-forwards and seconds, by name.
+    """
+    losses, search, seconds = document["losses"], document["search"], document["seconds"]
+    found: dict[str, Any] = {
+        "dense/perplexity": losses["dense"]["perplexity"],
+        "dense/parameters": document["dense"]["parameters"],
+        "pruned/perplexity": losses["pruned"]["perplexity"],
+        "pruned/parameters": document["pruned"]["parameters"],
+        "pruned/removed": document["budget"]["removed"],
+        "pruned/objective": losses["objective"],
+        "token_forwards": search["token_forwards"],
+        **{f"spent/{stage}": spent for stage, spent in seconds.items()},
+        "spent/in_all": sum(seconds.values()),
+    }
+    return {front + name: float(value) for name, value in found.items() if value is not None}
+
+
 def promise(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Find what a report says of a measured metric, promised and realised; None: nothing was measured."""
     found = document.get(document.get("budget", {}).get("metric"))

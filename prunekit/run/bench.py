@@ -24,6 +24,7 @@ from prunekit.run.session import Session
 from prunekit.run.spaces import whole_space
 from prunekit.run.stages import Run, assemble, clear_folder
 from prunekit.run.together import Measures, same_pass
+from prunekit.search.exact import Optimum, find_optimum
 from prunekit.search.supernet import Supernet
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
@@ -38,6 +39,7 @@ class Made:
     plan: Allocation
     small: PreTrainedModel
     draws: Draws
+    optimum: Optimum | None = None  # of what was searched, beside the answer, where it is known and was asked for
 
     @property
     def parameters(self) -> int:
@@ -61,6 +63,7 @@ class Bench:
     session: Session  # of the base recipe
     place: Path
     disk: int  # bytes of the shelf
+    exact: bool = False  # whether the optimum of what is searched is looked for, where it can be known
     _together: dict[str, Measures] = field(default_factory=dict)  # by what makes a calibration pass
 
     def announce(self, parts: Parts) -> None:
@@ -69,7 +72,7 @@ class Bench:
             pass_, own = self._pass_of(parts, self._space(parts))
             self._together[pass_] = own.with_others([self._together.get(pass_, own)])
 
-    def part(self, parts: Parts) -> bool:
+    def separate(self, parts: Parts) -> bool:
         """Let every run of this calibration pass measure for itself; whether they did not so far."""
         if parts.learner is not None:
             return False
@@ -87,13 +90,21 @@ class Bench:
         return whole_space(parts, dense.model, dense.adapter, dense.dtype)
 
     @contextmanager
-    def make(self, parts: Parts) -> Iterator[Made]:
+    def make(self, parts: Parts, name: str) -> Iterator[Made]:
         """Run a recipe; within, the small model is there.
+
+        Args:
+            parts: of the recipe.
+            name: of the trial or cell, by which its progress is told from that of others.
 
         Raises:
             WrongInput: there can be no such recipe.
         """
-        session = self.session
+        with self.session.progress.part(name) as progress:
+            progress.describe(reporting.settings(parts.recipe))
+            yield from self._make(parts, replace(self.session, progress=progress))
+
+    def _make(self, parts: Parts, session: Session) -> Iterator[Made]:
         shelf, folder = self.place / "walks", self.place / f"trial-{parts.digest[:16]}"
         for path in (shelf, folder):
             path.mkdir(exist_ok=True)
@@ -103,18 +114,24 @@ class Bench:
             parts.learner.check(draws.search)
         measures = None if parts.learner is not None else self._together.get(self._pass_of(parts, whole)[0])
         (run,) = session.start_runs(parts, [whole], draws, folder, shelf, Clock(), measures)
-        net, plan = run.rebuild(*run_search([run])[0])
+        searched, answer = run_search([run])[0]
+        optimum = None
+        if self.exact and parts.learner is None:
+            judges = not parts.prices_alone(searched.depth)
+            optimum = find_optimum(searched, parts.objective, answer, draws.search, parts.recipe.seed, judges=judges)
+        net, plan = run.rebuild(searched, answer)
         small = assemble(net, plan, parts)
         finish_model(run, small, net, plan)
-        yield Made(run, net, plan, small, draws)
+        yield Made(run, net, plan, small, draws, optimum)
         clear_folder(folder)
         self._tidy(shelf)
 
-    def judge(self, parts: Parts, metrics: Collection[str]) -> dict[str, float]:
+    def judge(self, parts: Parts, name: str, metrics: Collection[str]) -> dict[str, float]:
         """Run a recipe and measure it on the search text.
 
         Args:
             parts: of the recipe.
+            name: of the trial.
             metrics: what is measured.
 
         Returns:
@@ -123,13 +140,14 @@ class Bench:
         Raises:
             WrongInput: there can be no such recipe.
         """
-        with self.make(parts) as made:
+        with self.make(parts, name) as made:
             found: dict[str, float] = {"parameters": made.parameters, "seconds": sum(made.run.clock.seconds.values())}
             if {"perplexity", "loss"} & set(metrics):
                 measured = perplexity(made.small, made.draws.search, progress=self.session.progress)
                 found |= {"perplexity": measured.value, "loss": measured.nll}
             if "objective" in metrics:
                 found["objective"] = made.objective
+            made.run.progress.measured(found | {"token_forwards": made.run.ledger.tokens})
         return {metric: float(found[metric]) for metric in metrics}
 
     def _draw(self, parts: Parts) -> Draws:

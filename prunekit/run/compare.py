@@ -21,8 +21,7 @@ from typing import Any
 from prunekit.data.windows import whole_windows
 from prunekit.errors import WrongInput, first_line
 from prunekit.measure.perplexity import Perplexity, perplexity
-from prunekit.plugins.registry import KINDS
-from prunekit.plugins.source import digest_of
+from prunekit.plugins.registry import identify_code
 from prunekit.recipe.resolve import Parts, resolve
 from prunekit.recipe.suite import Cell, Suite
 from prunekit.report import document as reporting
@@ -43,8 +42,11 @@ from prunekit.report.comparison import (
 from prunekit.run.bench import Bench
 from prunekit.run.session import Job, open_session
 from prunekit.run.workplace import claimed
+from prunekit.search.exact import Optimum
 from prunekit.system.progress import Stage, span
 
+# of a row, for programs
+TOLD = ("perplexity", "objective", "optimum", "reached", "parameters", "removed", "token_forwards", "seconds")
 SHARES = (0.25, 0.5, 1.0)  # of the calibration text, one rung after the other, where a time is given
 
 
@@ -80,10 +82,10 @@ def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20
             raise WrongInput(f"model {name} is given twice; give it once")
     versions = {name: metadata.version(name) for name in ("prunekit", "torch", "transformers")}
     identity: dict[str, Any] = {"suite": suite.model_dump(mode="json"), "models": models, "versions": versions}
-    if code := _code_of_others(cells):
-        identity["code of plug-ins"] = code  # that an author has changed since makes other rows
+    identity |= identify_code([cell.recipe.model_dump(mode="json") for cell in cells])
     with claimed(output, identity, "a comparison", resume=job.resume, overwrite=job.overwrite) as place:
         rows = Rows(place / ROWS)
+        job.progress.describe({"suite": suite.model_dump(mode="json"), "models": models})
         found = Comparison(suite, list(rows), place)
         for i, model in enumerate(models):
             over = base if job.model is not None else base.with_overrides({"model": model})
@@ -93,22 +95,6 @@ def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20
             found = Comparison(suite, list(rows), place)
             write_summary(found, place)
     return found
-
-
-def _code_of_others(cells: Sequence[Cell]) -> dict[str, str]:
-    """Digests of the code of plug-ins from other packages that cells name, by kind and name."""
-    named = set(_texts([cell.recipe.model_dump(mode="json") for cell in cells]))
-    theirs = (entry for registry in KINDS for entry in registry.values() if entry.owner != "prunekit")
-    return {f"{entry.kind} {entry.name}": digest_of(entry.point.value) for entry in theirs if entry.name in named}
-
-
-def _texts(value: object) -> Iterator[str]:
-    """All texts in plain values."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(item)
 
 
 @contextmanager
@@ -121,7 +107,7 @@ def _bench(parts: Parts, job: Job, folder: Path, disk: int) -> Iterator[Bench]:
     session = session.with_prices(folder)
     session.make_spaces()  # can the budget be met, at these prices?
     with session.work_in(nullcontext(folder)) as (session, place):
-        yield Bench(session, place, disk)
+        yield Bench(session, place, disk, exact=True)
 
 
 @dataclass
@@ -268,7 +254,7 @@ class _Work:
         try:
             return self._made(parts, blank)
         except (RuntimeError, ArithmeticError, MemoryError):
-            if not self.bench.part(parts):
+            if not self.bench.separate(parts):
                 raise
         return self._made(parts, blank)
 
@@ -277,16 +263,27 @@ class _Work:
         for row in self.rows:
             if (row.model, row.recipe, row.share, row.state) == (blank.model, parts.digest, blank.share, COMPLETE):
                 return replace(row, cell=blank.cell)
-        with self.bench.make(parts) as made:
+        with self.bench.make(parts, self._part(blank)) as made:
             text = session.draws.evaluation if blank.share == 1 else session.draws.search
             measured = perplexity(made.small, text, progress=session.progress)
             ledger, clock, budget = made.run.ledger, made.run.clock.seconds, made.run.whole.budget
             spent = budget.outside + made.run.whole.cost(made.plan)
-            return replace(
+            optimum = {} if made.optimum is None else _known(made.optimum)
+            row = replace(
                 blank, recipe=parts.digest, objective=_finite(made.objective), parameters=made.parameters,
                 removed=float(1 - spent / budget.dense), token_forwards=ledger.tokens, questions=ledger.questions,
-                seconds=sum(clock.values()), stages=dict(clock), trace=_trace(ledger.text()), **_measured(measured),
+                seconds=sum(clock.values()), stages=dict(clock), trace=_trace(ledger.text()),
+                **_measured(measured), **optimum,
             )  # fmt: skip
+            told = {name: getattr(row, name) for name in TOLD}
+            made.run.progress.measured({name: value for name, value in told.items() if value is not None})
+            return row
+
+    def _part(self, blank: Row) -> str:
+        """The name of a cell among all parts of the comparison."""
+        several = [Path(self.model).name] if len(self.suite.models) > 1 else []
+        share = [] if blank.share == 1 else [f"{blank.share:.0%} of the text"]
+        return ", ".join([*several, blank.cell, f"{blank.sparsity:.0%}", f"seed {blank.seed}", *share])
 
 
 def _measured(found: Perplexity) -> dict[str, Any]:
@@ -295,6 +292,10 @@ def _measured(found: Perplexity) -> dict[str, Any]:
         "losses": tuple(_finite(loss) for loss in found.losses),
         "label": found.label,
     }
+
+
+def _known(found: Optimum) -> dict[str, Any]:
+    return {"optimum": found.lowest, "reached": _finite(found.reached), "known_by": found.how}
 
 
 def _finite(value: float) -> float | None:

@@ -54,6 +54,8 @@ def learn_budgets(recipe: Recipe, job: Job) -> Path:
         first = runs[0].parts.recipe
         with runs[0].progress.stage("learning", 0):
             allocator.learn(searches, done)
+        for each in searches:
+            runs[0].progress.measured({"searched/best": each.judged[0][1]}, each.whole.budget.limit)
         write_json(done / FILE, {
             "model": first.model,
             "allocator": first.allocator,

@@ -86,6 +86,7 @@ def open_runs(recipe: Recipe, job: Job, asked: Sequence[float] | None = None) ->
     session = session.with_prices(None if earlier is None else left(earlier, identity))
     spaces = session.make_spaces()
     with session.work_in(workplace(output, identity, resume=job.resume, overwrite=job.overwrite)) as (session, place):
+        session.progress.describe(reporting.settings(session.parts.recipe))
         yield place, session.start_runs(session.parts, spaces, session.draws, place, place, session.clock)
 
 
@@ -159,5 +160,7 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
         search={"questions": run.ledger.questions, "token_forwards": run.ledger.tokens},
         seconds=run.clock.seconds, seconds_shared=run.clock.shared.own,
     )  # fmt: skip
+    front = f"{run.parts.recipe.sparsity}/" if run.parts.recipe.family else ""
+    run.progress.measured(reporting.headline(document, front))
     blocks, recipe = run.blocks(reporting.count(exported)), run.timeless(said)
     return Result(exported, run.dense.tokenizer, recipe, document, run.ledger.text(), output, probe, blocks, record)

@@ -28,7 +28,7 @@ from prunekit.plugins.engine import Opening, Team
 from prunekit.plugins.exporter import Order
 from prunekit.plugins.guard import instance, unchanged
 from prunekit.plugins.metric import MeasuredMetric
-from prunekit.plugins.registry import EXPORTERS
+from prunekit.plugins.registry import EXPORTERS, identify_code
 from prunekit.recipe.resolve import Parts, resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
@@ -87,8 +87,9 @@ class Session:
     team: Team | None = None  # who shares the work; None: nobody
 
     def identify(self) -> dict[str, Any]:
-        """Say what a run must agree in to go on with an earlier one: recipe, weights, and versions of the code."""
+        """Say what a run must agree in to go on with an earlier one: recipe, weights, versions and plug-ins' code."""
         mine = {"weights": self.dense.fingerprint, "versions": reporting.versions(self.parts)}
+        mine |= identify_code(self.parts.recipe.model_dump(mode="json"))
         return self.parts.determining() | mine | ({"measured": dict(self.measured)} if self.measured else {})
 
     def with_prices(self, past: Path | None) -> Session:

@@ -13,15 +13,18 @@ from typing import Any, Literal, get_args
 
 from prunekit.data.draws import Draws
 from prunekit.errors import CannotGoOn, WrongInput, first_line
+from prunekit.plugins.registry import identify_code
 from prunekit.recipe.choices import Choices
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
+from prunekit.report import document as reporting
 from prunekit.run import study as studies
 from prunekit.run.bench import Bench
 from prunekit.run.session import Job, open_session
 from prunekit.run.study import OURS, SAMPLERS, FrozenTrial, Row, Sampler, TrialState, Tuned, optuna
 from prunekit.run.workplace import claimed
 from prunekit.system.files import Damaged, read_state, write_state
+from prunekit.system.progress import Progress
 
 Metric = Literal["perplexity", "loss", "objective", "parameters", "seconds"]
 """All are better when lower: of the small model on the search text, of the allocation, of its size, of the run."""
@@ -83,6 +86,7 @@ def tune(
         "metrics": list(metrics),
         "sampler": sampler,
         "versions": ours["versions"] | {"optuna": optuna.__version__},
+        **identify_code(base.model_dump(mode="json"), choices.source),
     }
     folder = claimed(
         output, identity, "a study",
@@ -91,6 +95,9 @@ def tune(
     with session.work_in(folder) as (session, place), studies.silence_optuna():
         study = studies.open_study(place, storage, study_name or output.name, identity, len(metrics), keep)
         bench = Bench(session, place, disk)
+        job.progress.describe(
+            {**reporting.settings(base), "tune": {"metrics": list(metrics), "trials": trials, "sampler": sampler}}
+        )
         rows = [_base_row(bench, metrics)]
 
         def found() -> Tuned:
@@ -99,12 +106,14 @@ def tune(
             return tuned
 
         tuned = found()
+        _tell(job.progress, tuned, tuned.rows)
         with job.progress.stage("tune", trials) as stage:
             ended = min(trials, len(studies.read_rows(study, metrics)))
             stage.advance(ended, f"base: {studies.format_values(rows[0].values) or rows[0].reason}")
             for trial in studies.propose_trials(study, choices, trials, base.seed, place, sampler):
                 _run(study, trial, bench, metrics)
                 tuned = found()
+                _tell(job.progress, tuned, tuned.rows[-1:])
                 stage.advance(1, _standing(tuned, trial))
         if not any(row.values for row in tuned.rows):
             raise CannotGoOn(f"none of {len(tuned.rows)} recipes ended well; the last said: {tuned.rows[-1].reason}")
@@ -128,7 +137,7 @@ def _run(study: optuna.Study, trial: FrozenTrial, bench: Bench, metrics: Sequenc
             note |= {"same": same.name, "reason": same.reason}
             state, values = TrialState[same.state.upper()], [same.values[m] for m in metrics if same.values]
         else:
-            values = list(bench.judge(parts, metrics).values())
+            values = list(bench.judge(parts, f"trial-{trial.number}", metrics).values())
             if not all(map(math.isfinite, values)):
                 raise WrongInput(f"its metrics are not finite: {values}")
     except WrongInput as error:  # a sampler learns from what cannot be, not from what broke
@@ -148,7 +157,7 @@ def _base_row(bench: Bench, metrics: Sequence[str]) -> Row:
         if file.exists():
             bench.session.progress.say(f"{error}; the base recipe is judged anew")
         try:
-            found = {"state": "complete", "values": bench.judge(bench.session.parts, metrics)}
+            found = {"state": "complete", "values": bench.judge(bench.session.parts, "base", metrics)}
         except (WrongInput, RuntimeError, ArithmeticError) as error:
             found = {"state": "fail", "values": {}, "reason": str(error)}
         write_state(file, found)
@@ -195,6 +204,19 @@ def _check_text(draws: Draws, choices: Choices, metrics: Sequence[str]) -> None:
             f"where {moved[0]} is tuned, evaluation needs a text of its own, or what is tuned on may be reported on; "
             "give data.evaluation_dataset"
         )
+
+
+def _tell(progress: Progress, tuned: Tuned, rows: Sequence[Row]) -> None:
+    """What came of recipes and the best so far, by trial; the base is number 0."""
+    first, lowest = tuned.metrics[0], math.inf
+    told = {row.name for row in rows}
+    for row in tuned.rows:
+        if row.values:
+            lowest = min(lowest, row.values[first])
+            if row.name in told:
+                step = 0 if row.name == "base" else int(row.name) + 1
+                progress.measured({f"trial/{name}": value for name, value in row.values.items()}, step)
+                progress.measured({f"trial/best_{first}": lowest}, step)
 
 
 def _standing(tuned: Tuned, trial: FrozenTrial) -> str:

@@ -20,7 +20,7 @@ from prunekit.search.ledger import Ledger
 from prunekit.search.supernet import Supernet
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
-from prunekit.system.progress import Progress
+from prunekit.system.progress import Progress, series_name
 
 MOST_IDLE = 10_000  # asks in a row that ask nothing new: they cost nothing, and no limit ends them
 MOST_QUESTIONS = 2_000_000  # of one search
@@ -92,7 +92,7 @@ def converse(
             the best allocation judged so far, or the start.
         known: what other conversations about `net` have learnt from the same tokens, not judged again; what this one
             learns is added.
-        progress: advanced at every question.
+        progress: advanced at every question, and told every loss that was paid for.
         label: of the stage.
 
     Raises:
@@ -103,6 +103,13 @@ def converse(
         """Token-forwards beside those of a question on so many tokens: what is learnt from goes forwards and back."""
         learnt = objective.training(count) if reads else 0
         return 3 * tokens.lessons.first(learnt).n_tokens if learnt and tokens.lessons is not None else 0
+
+    def tell(what: str, loss: float) -> None:
+        """Tell programs a loss by what was paid; of free ones, which come by the thousand, the best alone."""
+        if reads:
+            progress.measured({f"{series_name(label)}/{what}": loss}, ledger.tokens)
+        elif what == "best":
+            progress.measured({f"{series_name(label)}/best_by_question": loss}, ledger.questions)
 
     who, reads = (
         type(allocator).__name__,
@@ -141,11 +148,16 @@ def converse(
                 progress.say(f"search stops at {ledger.tokens:,} token-forwards; the limit is {limit:,}")
                 answer = best(able).allocation if able else problem.start
                 break
-            _judge(new, known, problem.space, net, objective, tokens, ledger, pass_number, training)
+            for loss in _judge(new, known, problem.space, net, objective, tokens, ledger, pass_number, training):
+                tell("loss", loss)
             judged |= {key: known[key] for key in new}
             losses = [judged[key] for key in asked]
             able |= {key: judged[key] for key in new if problem.space.is_feasible(key[0])}
-            so_far = f"loss {(found := best(able)).loss:.4g} on {found.tokens:,} tokens; " if able else ""
+            so_far = ""
+            if able:
+                found = best(able)
+                tell("best", found.loss)
+                so_far = f"loss {found.loss:.4g} on {found.tokens:,} tokens; "
             stage.advance(len(new), f"{so_far}{ledger.tokens:,} token-forwards")
     if not (_is_counts(answer) and problem.space.is_feasible(answer)):
         raise PluginError(f"{who} answered {answer!r}, which is not a feasible allocation of this space")
@@ -186,8 +198,11 @@ def _judge(
     ledger: Ledger,
     pass_number: int,
     training: Callable[[int], int],
-) -> None:
-    """Answer new questions from the ledger, then from what is known, then from the network, one fidelity together."""
+) -> Iterator[float]:
+    """Answer new questions from the ledger, then from what is known, then from the network, one fidelity together.
+
+    Yields the loss of each as soon as it is on record.
+    """
     answers: dict[int, Iterator[tuple[Allocation, float]]] = {}  # by fidelity
     for i, (allocation, count) in enumerate(new):
         question = {"kind": "question", "walk": pass_number, "allocation": list(allocation), "tokens": count}
@@ -213,3 +228,4 @@ def _judge(
             loss = float(loss) if math.isfinite(loss) else math.inf  # as it is read again
             ledger.answer(question, loss)
         known[allocation, count] = loss
+        yield loss

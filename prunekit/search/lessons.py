@@ -20,7 +20,7 @@ from prunekit.plugins.guard import instance
 from prunekit.plugins.learner import Decision, Effort, GateProblem, GateQuery, GateReply, Learner, Training
 from prunekit.search.ledger import Ledger
 from prunekit.system.checkpoints import Checkpoints
-from prunekit.system.progress import Progress
+from prunekit.system.progress import Progress, series_name
 
 BACK = 3  # a token that goes through the model and back counts as so many that go through it
 MOST_QUERIES = 1_000_000
@@ -102,6 +102,7 @@ def hold_lesson(
                 raise PluginError(f"{who} asks without end: {done.queries:,} questions")
             reply = _answered(query, done.queries, problem, past, ledger, checkpoints)
             done = _counted(done, query, problem)
+            progress.measured({f"{series_name(label)}/loss": reply.loss}, ledger.tokens)
             stage.advance(1, f"loss {reply.loss:.4g}; {ledger.tokens:,} token-forwards")
     found = _decided(decisions, problem, who)
     if done.steps:

@@ -4,6 +4,8 @@
     {"event": "progress", "stage": "calibration", "within": [], "state": "running", "done": 12, "of": 48,
      "estimate": 31.5, "seconds": 10.5, "memory": 812646400, "note": "model.layers.5.mlp", "at": 14.2}
     {"event": "message", "text": "warning: ...", "at": 15.0}
+    {"event": "describe", "part": "", "settings": {"model": ..., "sparsity": 0.5}, "at": 16.0}
+    {"event": "measured", "part": "", "step": 8192, "values": {"search_1/loss": 0.31}, "at": 17.0}
     {"event": "end", "status": "done", "code": 0, "result": {...}, "error": null, "at": 61.9}
 
 Every line is written by one call, whole, so that a reader sees no half of one. Numbers that are not finite are null.
@@ -84,6 +86,16 @@ class Events(Progress):
     def say(self, line: str) -> None:
         self._tell("message", {"text": line[:MOST_LETTERS]})
 
+    @contextmanager
+    def part(self, name: str) -> Iterator[Progress]:
+        yield _EventPart(self, name)
+
+    def describe(self, settings: Mapping[str, Any]) -> None:
+        self._tell("describe", {"part": "", "settings": settings})
+
+    def measured(self, values: Mapping[str, float], step: int | None = None) -> None:
+        self._tell("measured", {"part": "", "step": step, "values": values})
+
     def end(self, code: int, result: object = None, error: str | None = None) -> None:
         """Tell how it ended; nothing is told after that.
 
@@ -105,6 +117,31 @@ class Events(Progress):
             self._write = None
             if not self.owns_stderr:
                 print("warning: --json-lines cannot be written any more; the run goes on", file=sys.stderr, flush=True)
+
+
+class _EventPart(Progress):
+    """A run within a command: its events say its name."""
+
+    def __init__(self, events: Events, name: str) -> None:
+        self.events, self.name = events, name
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Stage]:
+        with self.events.stage(name, total) as stage:
+            yield stage
+
+    def say(self, line: str) -> None:
+        self.events.say(line)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[Progress]:
+        yield _EventPart(self.events, f"{self.name}/{name}")
+
+    def describe(self, settings: Mapping[str, Any]) -> None:
+        self.events._tell("describe", {"part": self.name, "settings": settings})
+
+    def measured(self, values: Mapping[str, float], step: int | None = None) -> None:
+        self.events._tell("measured", {"part": self.name, "step": step, "values": values})
 
 
 class _EventStage(Stage):

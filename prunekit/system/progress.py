@@ -5,12 +5,13 @@ All of it goes to stderr: stdout is for results.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,6 +46,33 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Show one line."""
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[Progress]:
+        """A run within this one, such as a trial of a study, while it lasts.
+
+        Args:
+            name: no other part has it.
+
+        Yields:
+            What it tells its progress; here the same.
+        """
+        yield self
+
+    def describe(self, settings: Mapping[str, Any]) -> None:
+        """Tell programs what is run, once it is known; nobody is shown anything.
+
+        Args:
+            settings: plain values, such as those of a recipe.
+        """
+
+    def measured(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Tell programs what was measured; nobody is shown anything.
+
+        Args:
+            values: by name, `series_name` of a stage in front where there are several.
+            step: where on the way: token-forwards of a search; None: it is of all that was done so far.
+        """
 
 
 class PlainProgress(Progress):
@@ -150,6 +178,19 @@ class Several(Progress):
         for each in self.shown:
             each.say(line)
 
+    @contextmanager
+    def part(self, name: str) -> Iterator[Progress]:
+        with ExitStack() as stack:
+            yield Several([stack.enter_context(each.part(name)) for each in self.shown])
+
+    def describe(self, settings: Mapping[str, Any]) -> None:
+        for each in self.shown:
+            each.describe(settings)
+
+    def measured(self, values: Mapping[str, float], step: int | None = None) -> None:
+        for each in self.shown:
+            each.measured(values, step)
+
 
 class _SeveralStages(Stage):
     def __init__(self, stages: Sequence[Stage]) -> None:
@@ -190,6 +231,11 @@ def left(done: int, total: int, seconds: float) -> float | None:
 def warn_once(sentence: str) -> None:
     """Tell the user, once, what a command goes on without."""
     progress_for().say(f"warning: {sentence}")
+
+
+def series_name(text: str) -> str:
+    """A text as a part of the name of what is measured: letters, digits, dots and underscores."""
+    return re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_") or "_"
 
 
 def span(seconds: float) -> str:

@@ -43,6 +43,7 @@ USES: Mapping[
         "prunekit export half --format {name}  # beside the model; verified before it is kept"
     ),
     "engine": f"{COMPARED} --recipes default --engine {{name}} --sparsity 0.5 --output comparison",
+    "tracker": "prunekit prune MODEL --sparsity 0.5 --output half --track {name}",
     "adapter": (
         "prunekit list --kind pruner  # PRUNER: one of single weights\n"
         f"{COMPARED} --pruners PRUNER --set structure=weights --sparsity 0.5 --output comparison"

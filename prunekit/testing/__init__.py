@@ -1,5 +1,6 @@
 """Suites, toys and exact oracles for plug-in authors."""
 
+from prunekit.search.exact import best_allocation
 from prunekit.testing.adapters import AdapterSuite
 from prunekit.testing.allocators import AllocatorSuite, converse
 from prunekit.testing.engines import EngineSuite
@@ -10,11 +11,11 @@ from prunekit.testing.learners import LearnerSuite
 from prunekit.testing.metrics import MetricSuite
 from prunekit.testing.models import tiny
 from prunekit.testing.objectives import ObjectiveSuite
-from prunekit.testing.oracle import best_allocation
 from prunekit.testing.pruners import PrunerSuite
 from prunekit.testing.signals import SignalSuite
 from prunekit.testing.statistics import StatisticSuite
 from prunekit.testing.supernets import KeepFirst, KeepLargest, toy_questions, toy_supernet, toy_tokens, toy_workpiece
+from prunekit.testing.trackers import TrackerSuite
 from prunekit.testing.widths import WidthSuite, toy_stream
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "PrunerSuite",
     "SignalSuite",
     "StatisticSuite",
+    "TrackerSuite",
     "WidthSuite",
     "best_allocation",
     "converse",

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from prunekit.plugins.allocator import Allocator, Problem, Query
+from prunekit.search.exact import best_allocation
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
-from prunekit.testing.oracle import best_allocation
 from prunekit.testing.spaces import ZOO, additive, convex_table, small_llama
 
 MOST_ASKS = 10_000

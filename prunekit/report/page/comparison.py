@@ -13,6 +13,8 @@ from prunekit.report.comparison import (
     COMPLETE,
     DENSE,
     HEADS,
+    OPTIMA,
+    OPTIMA_TEXT,
     ROWS,
     WITHOUT,
     Comparison,
@@ -81,6 +83,9 @@ def parts_of_comparison(folder: Path, name: str) -> list[Part]:
         if traces:
             drawn.append(charts.anytime(f"{anchor}-anytime", traces))
         parts.append(Part(title, heading, anchor, intro + listed, drawn))
+        if near := found.optima(model, sparsity):
+            exact = paragraph(OPTIMA_TEXT) + table("Distance to the exact optimum", OPTIMA, near, sortable=True)
+            parts.append(Part(title, f"{heading}: distance to the exact optimum", f"{anchor}-optimum", exact))
     if (ranked := found.ranks()) is not None:
         text = paragraph(
             f"Friedman's p that all are alike: {ranked.p:.3g}, over {ranked.blocks} blocks of model, sparsity and "

@@ -12,7 +12,7 @@
   // a number for sorting, of a cell that begins with one; text sorts as text
   const valueOf = (row, column) => {
     const text = row.cells[column].textContent.trim();
-    const found = text.replaceAll(",", "").match(/^[+-]?\d+(\.\d+)?/);
+    const found = text.replaceAll(",", "").match(/^[+-]?\d+(\.\d+)?(e[+-]?\d+)?/);
     return found ? Number(found[0]) : text.toLowerCase();
   };
   const before = (a, b) => {

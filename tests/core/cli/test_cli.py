@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from prunekit.cli.main import app
+from prunekit.cli.options import Work
 from prunekit.cli.tables import comparison, print_table
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
@@ -489,6 +492,16 @@ def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_help_and_version(arguments: tuple[str, ...]) -> None:
     assert run(*arguments).exit_code == 0
+
+
+def test_commands_that_work_in_a_folder_ask_for_it_in_the_same_words() -> None:
+    commands: Any = get_command(app).commands  # type: ignore[attr-defined]
+    asked = [
+        {p.name: (p.opts, p.default) for p in commands[name].params} for name in ("prune", "tune", "learn-budgets")
+    ]
+    for field in fields(Work):
+        assert field.name in asked[0]
+        assert asked[0][field.name] == asked[1][field.name] == asked[2][field.name]
 
 
 def test_unknown_commands_are_one_sentence() -> None:

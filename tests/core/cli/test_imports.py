@@ -51,6 +51,8 @@ COMMANDS = [
     (2, "prune m -o out --pruner obz"),
     (2, "prune m -o out --finisher lara"),
     (2, "prune m -o out --recipe nope"),
+    (2, "prune m -o out --track tensorbord"),
+    (2, "tune m -o out --set tracker.folder=runs"),
     (2, "prune m -o out --sparsity 2"),
     (2, "prune m -o out --structure 4:2"),
     (2, "prune m -o out --structure rows"),

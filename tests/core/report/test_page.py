@@ -136,6 +136,18 @@ def test_what_a_page_says_of_a_comparison(tmp_path: Path) -> None:
     assert "Mean ranks" in text
 
 
+def test_where_the_optimum_is_known_the_distance_to_it_is_said_and_elsewhere_nothing(tmp_path: Path) -> None:
+    folder = comparison(tmp_path / "c")
+    assert "exact optimum" not in write_page([folder], tmp_path / "page.html").read_text()
+    rows = Rows(folder / "rows.jsonl")
+    for seed, reached in ((0, 2.2), (1, 2.0)):
+        known = {"optimum": 2.0, "reached": reached, "known_by": "table", "perplexity": 9.0, "losses": (2.2,) * 16}
+        rows.add(Row("m", "near", 0.5, seed, label="ppl/t", **known))  # type: ignore[arg-type]
+    text = write_page([folder], tmp_path / "page.html").read_text()
+    assert "<tr><td>near</td><td>2.1</td><td>2</td><td>5.00%</td><td>dynamic programming</td><td>2</td></tr>" in text
+    assert "Predicted loss, not perplexity" in text
+
+
 def test_folders_of_nothing_and_reports_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(WrongInput, match="is no result, family, study or comparison"):

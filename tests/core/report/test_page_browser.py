@@ -30,10 +30,22 @@ def browser() -> Any:
         opened.close()
 
 
+CHARTS = {"results": 8, "study": 4}  # at least; of a study its trials, its front and two choices
+
+
+@pytest.fixture(params=CHARTS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Results and a comparison, or a study."""
+    return request.param
+
+
 @pytest.fixture
-def shown(browser: Any, tmp_path: Path) -> Any:
-    """The page of a result and a comparison, its requests and its complaints."""
-    folders = [pages.comparison(tmp_path / "c"), pages.result(tmp_path / "a")]
+def shown(browser: Any, tmp_path: Path, kind: str) -> Any:
+    """A page, its requests and its complaints."""
+    if kind == "study":
+        folders = [pages.study(tmp_path / "s", metrics=("perplexity", "seconds"))]
+    else:
+        folders = [pages.comparison(tmp_path / "c"), pages.result(tmp_path / "a")]
     file = write_page(folders, tmp_path / "page.html")
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     page.complaints, page.requests = [], []
@@ -48,14 +60,15 @@ def shown(browser: Any, tmp_path: Path) -> Any:
     page.close()
 
 
-def test_all_charts_are_drawn(shown: Any) -> None:
+def test_all_charts_are_drawn(shown: Any, kind: str) -> None:
     charts = shown.locator(".chart")
-    assert charts.count() >= 8
+    assert charts.count() >= CHARTS[kind]
     for i in range(charts.count()):
         assert charts.nth(i).locator("svg").count() == 1
         assert charts.nth(i).locator("svg path, svg text").count() > 3
 
 
+@pytest.mark.parametrize("kind", ["results"], indirect=True)
 def test_the_leaderboard_sorts_and_filters(shown: Any) -> None:
     table = shown.locator("table.filtered").first
 
@@ -72,6 +85,28 @@ def test_the_leaderboard_sorts_and_filters(shown: Any) -> None:
     assert cells() == before[::-1]
     shown.locator("input[type=search]").first.fill("twin")
     assert cells() == ["twin"]
+
+
+@pytest.mark.parametrize("kind", ["study"], indirect=True)
+def test_the_recipes_of_a_study_sort_and_filter(shown: Any) -> None:
+    table = shown.locator("table.filtered").first
+
+    def names() -> list[str]:
+        return table.locator("tbody tr:visible td:nth-child(1)").all_inner_texts()
+
+    assert names() == ["2", "0", "base", "1"]  # the best first, what has no value last
+    heading = table.locator("th").nth(3)  # seconds
+    heading.locator("button").click()
+    assert heading.get_attribute("aria-sort") == "ascending"
+    assert names() == ["2", "0", "base", "1"]
+    heading.locator("button").press("Enter")  # by keyboard
+    assert heading.get_attribute("aria-sort") == "descending"
+    assert names() == ["1", "base", "0", "2"]
+    table.locator("th").nth(0).locator("button").click()  # numbers before words
+    assert heading.get_attribute("aria-sort") is None
+    assert names() == ["0", "1", "2", "base"]
+    shown.locator("input[type=search]").first.fill("obs stream")
+    assert names() == ["2"]
 
 
 def test_the_theme_switches_and_ink_follows(shown: Any) -> None:

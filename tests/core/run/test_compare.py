@@ -97,11 +97,11 @@ def test_what_is_said_of_the_rows(small: Any, done: Comparison) -> None:
 def test_a_comparison_that_was_killed_goes_on_to_the_same_rows(asked: Any, done: Comparison, monkeypatch: Any) -> None:
     make, made = Bench.make, []
 
-    def killed(self: Any, parts: Any) -> Any:
+    def killed(self: Any, parts: Any, name: str) -> Any:
         made.append(parts.digest)
         if len(made) == 4:
             raise KeyboardInterrupt
-        return make(self, parts)
+        return make(self, parts, name)
 
     monkeypatch.setattr(Bench, "make", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -121,10 +121,10 @@ def test_a_comparison_that_was_killed_goes_on_to_the_same_rows(asked: Any, done:
 def test_a_cell_that_cannot_be_or_breaks_is_on_record_and_the_rest_goes_on(asked: Any, monkeypatch: Any) -> None:
     make = Bench.make
 
-    def breaking(self: Any, parts: Any) -> Any:
+    def breaking(self: Any, parts: Any, name: str) -> Any:
         if parts.recipe.pruner["name"] == "magnitude":
             raise RuntimeError("out of memory\nand more")
-        return make(self, parts)
+        return make(self, parts, name)
 
     monkeypatch.setattr(Bench, "make", breaking)
     cells = {"impossible": {"allocator": {"name": "milp", "limits": [["nonsense", 0.5]]}}}
@@ -245,3 +245,24 @@ def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
     row = Row("m", "c", 0.5, 0, losses=(1.0, None), trace=((3, 0.5),), stages={"prune": 1.0}, perplexity=None)  # type: ignore[arg-type]
     Rows(tmp_path / "rows").add(row)
     assert list(Rows(tmp_path / "rows")) == [row]
+
+
+def test_answers_stand_beside_the_exact_optimum_of_the_table_that_they_searched(asked: Any) -> None:
+    asked |= {"sparsity": [0.5], "pruners": ["obs"], "objectives": [{"name": "expected-error", "table": "errors"}]}
+    asked |= {"cells": {}, "allocators": ["uniform", {"name": "random", "draws": 3, "compete": False}, "greedy"]}
+    found = prunekit.compare(**asked)
+    rows = {row.cell: row for row in found.rows}
+    known = {name: row for name, row in rows.items() if row.optimum is not None}
+    assert {row.known_by for row in known.values()} == {"table"}
+    assert {name.split(" + ")[1].split("(")[0].strip() for name in known if " + " in name} == {"random", "greedy"}
+    assert not [name for name in known if "uniform" in name]  # it has one allocation to choose from
+    for row in known.values():
+        assert row.reached is not None
+        assert row.optimum is not None
+        assert row.reached >= row.optimum > 0
+    near = found.optima(*found.places[0])
+    ratios = [known[cells[0]].reached / known[cells[0]].optimum for cells in near]  # type: ignore[operator]
+    assert (ratios, len(near)) == (sorted(ratios), len(known))
+    assert "### Distance to the exact optimum" in found.table()
+    assert f"{ratios[-1] - 1:.2%}" == near[-1][3]
+    assert found.as_dict()["standings"][0]["optima"]

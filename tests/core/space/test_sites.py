@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunekit.errors import WrongInput
+from prunekit.search.exact import best_allocation
 from prunekit.space.budgets import Budget
 from prunekit.space.forms import Groups, Pattern, parse_form
 from prunekit.space.ladders import Space
 from prunekit.space.metrics import PARAMETERS, Metric
 from prunekit.space.prices import Curve, Prices, Workload
 from prunekit.space.sites import Kind, Site
-from prunekit.testing.oracle import best_allocation
 from prunekit.testing.spaces import Cached, Tiles, convex_table, rough_table, sites_of, small_llama
 from prunekit_strategies.metrics.formulas import Bytes, Flops, KVCache
 from prunekit_strategies.metrics.latency import Latency

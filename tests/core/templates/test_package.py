@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+import prunekit
 from prunekit.cli.main import app
 from prunekit.errors import WrongInput
 from prunekit.plugins.registry import KINDS, Registry
@@ -145,6 +146,43 @@ def test_rows_of_code_that_was_changed_since_are_not_gone_on_with(
             comparing.compare(suite, job)
         with pytest.raises(KeyboardInterrupt):
             comparing.compare(suite, Job(output=job.output, overwrite=True))
+    finally:
+        code.write_text(before, encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", ["prune", "tune"])
+def test_nor_are_runs_and_studies(
+    command: str, installed: None, written: Path, saved_tiny: Callable[..., Path], tmp_path: Path, killed_at: Any
+) -> None:
+    if command == "tune":
+        pytest.importorskip("optuna")
+    from prunekit.run import prune as pruning
+    from prunekit.run.bench import Bench
+
+    text = tmp_path / "text.txt"
+    text.write_text("a few words of text, " * 2000)
+    asked: dict[str, Any] = {"recipe": "fast", "allocator": "uniform", "quiet": True, "output": tmp_path / "out"}
+    asked |= {f"data__{part}_tokens": 64 for part in ("calibration", "search", "evaluation")}
+    asked |= {"model": saved_tiny(), "data__dataset": str(text), "data__seqlen": 16}
+    if command == "tune":  # where the space alone names it
+        asked |= {"space": {"pruner": ["obs", "my-pruner"]}, "trials": 1}
+    else:
+        asked["pruner"] = "my-pruner"
+    call, code = getattr(prunekit, command), written / "pruner/prunekit_my_pruner.py"
+    before = code.read_text("utf-8")
+
+    def killed() -> None:
+        with killed_at(*((Bench, "make") if command == "tune" else (pruning, "run_search")), 1):
+            call(**asked)
+
+    killed()
+    killed()  # the same code goes on
+    try:
+        code.write_text(before + "\n# another formula\n", encoding="utf-8")
+        with pytest.raises(WrongInput, match=r"\(another code of plug-ins\); go on .* discard it with --overwrite"):
+            call(**asked)
+        asked["overwrite"] = True
+        killed()
     finally:
         code.write_text(before, encoding="utf-8")
 
