@@ -67,10 +67,9 @@ class Experts:
         for path in (self.path, self.router):
             module = block.get_submodule(path)
             if module.num_experts != count:
-                for name, old in list(module.named_parameters()):
-                    setattr(module, name, nn.Parameter(old.new_empty(count, *old.shape[1:])))
+                for name, _ in list(module.named_parameters()):
+                    _resize_parameter(module, name, count)
                 module.num_experts = count  # type: ignore[assignment]
-                module.__dict__.pop("_is_hf_initialized", None)  # else what is new would stay as memory was
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +94,7 @@ class Family:
     free_head_dim: bool = True  # stock attention takes head_dim from the config, not from hidden size / heads
     asks_config: bool = False  # attention asks its config, when it runs, how many query heads it has
     by_layer: tuple[str, ...] = ("layer_types",)  # lists in the config with one entry per layer
+    per_head: tuple[str, ...] = ()  # parameters of attention that have one value for every query head
     experts: Experts | None = None  # in the place of the MLP, or of that of some blocks
     narrow: bool = False  # all that touches the residual stream: RMS norms before parts and head, and linear maps
 
@@ -157,6 +157,8 @@ class Family:
         for path in self.rows:
             _resize(block, path, rows=sum(count[unit] for unit in self.units(path)))
         _resize(block, self.columns["attention"], columns=count["query"])
+        for name in self.per_head:
+            _resize_parameter(attention, name, query)
         if "mlp" in self.columns:
             _resize(block, self.columns["mlp"], columns=count["width"])
         if self.experts is not None and self.experts.there(block):
@@ -219,16 +221,15 @@ def llama_like(model_type: str, prefix: str, **others: Any) -> Family:
     return Family(model_type, prefix, **(parts | others))
 
 
-def of_experts(model_type: str, prefix: str, count: str, **experts: Any) -> Family:
+def of_experts(model_type: str, prefix: str, experts: Experts, **others: Any) -> Family:
     """A family with Llama's attention and, in the place of the MLP, experts.
 
     Args:
-        model_type, prefix: as of `Family`.
-        count, experts: as of `Experts`.
+        model_type, prefix, experts: as of `Family`.
+        others: fields of `Family` that are not as Llama's.
     """
-    return llama_like(
-        model_type, prefix, rows=SEPARATE, columns={"attention": "self_attn.o_proj"}, experts=Experts(count, **experts)
-    )
+    parts: dict[str, Any] = {"rows": SEPARATE, "columns": {"attention": "self_attn.o_proj"}, "experts": experts}
+    return llama_like(model_type, prefix, **(parts | others))
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -270,12 +271,15 @@ FAMILIES: Mapping[str, Family] = {
         width="ffn_hidden_size",
         free_head_dim=False,
     ),
-    "mixtral": of_experts("mixtral", "Mixtral", "num_local_experts"),
-    "olmoe": of_experts("olmoe", "Olmoe", "num_experts"),
-    "qwen2_moe": of_experts("qwen2_moe", "Qwen2Moe", "num_experts"),
-    "qwen3_moe": of_experts("qwen3_moe", "Qwen3Moe", "num_local_experts"),
+    "mixtral": of_experts("mixtral", "Mixtral", Experts("num_local_experts")),
+    "olmoe": of_experts("olmoe", "Olmoe", Experts("num_experts")),
+    "qwen2_moe": of_experts("qwen2_moe", "Qwen2Moe", Experts("num_experts")),
+    "qwen3_moe": of_experts("qwen3_moe", "Qwen3Moe", Experts("num_local_experts")),
     "gpt_oss": of_experts(
-        "gpt_oss", "GptOss", "num_local_experts", router="mlp.router", outputs=("down_proj", "down_proj_bias")
+        "gpt_oss",
+        "GptOss",
+        Experts("num_local_experts", router="mlp.router", outputs=("down_proj", "down_proj_bias")),
+        per_head=("sinks",),
     ),
     "opt": Family(
         "opt",
@@ -488,6 +492,14 @@ def reading_globals(config: Any) -> Iterator[None]:
         warner.disabled = disabled
         if not within:
             config.__dict__.pop("allow_global_per_layer_attribute_access", None)  # even False would be saved
+
+
+def _resize_parameter(module: nn.Module, name: str, count: int) -> None:
+    """Leave room for so many slices of a parameter, in place; what is in it is lost where it was another number."""
+    old = module.get_parameter(name)
+    if len(old) != count:
+        setattr(module, name, nn.Parameter(old.new_empty(count, *old.shape[1:])))
+        module.__dict__.pop("_is_hf_initialized", None)  # else what is new would stay as memory was
 
 
 def _resize(

@@ -22,11 +22,11 @@ from prunekit.plugins.metric import MeasuredMetric
 from prunekit.recipe.resolve import Parts
 from prunekit.space.budgets import Budget
 from prunekit.space.ladders import Space
-from prunekit.space.sites import Site
+from prunekit.space.sites import Kind, Site
 
 
-def sparing(sites: Sequence[Site], blocks: int, first: int, last: int) -> tuple[Site, ...]:
-    """The sites, those of the `first` and the `last` of so many blocks spared.
+def sparing(sites: Sequence[Site], blocks: int, first: int, last: int, kinds: Sequence[Kind] = ()) -> tuple[Site, ...]:
+    """The sites, those of the `first` and the `last` of so many blocks and of some `kinds` spared.
 
     Raises:
         WrongInput: that is all of them.
@@ -35,7 +35,11 @@ def sparing(sites: Sequence[Site], blocks: int, first: int, last: int) -> tuple[
         raise WrongInput(
             f"spare: {first} first and {last} last of {blocks} blocks leave none to prune; spare fewer of them"
         )
-    return tuple(replace(site, spared=not first <= site.block < blocks - last) for site in sites)
+    spared = [site.kind in kinds or not first <= site.block < blocks - last for site in sites]
+    if all(spared):
+        there = ", ".join(sorted({site.kind for site in sites}))
+        raise WrongInput(f"spare.kinds: {', '.join(kinds)} leave nothing to prune, there is {there}; spare fewer kinds")
+    return tuple(replace(site, spared=whole) for site, whole in zip(sites, spared, strict=True))
 
 
 def check_sites(parts: Parts, sites: Sequence[Site]) -> None:
@@ -164,7 +168,7 @@ def _counted(parts: Parts, model: nn.Module, adapter: ModelAdapter) -> tuple[tup
         raise WrongInput("the model has no site left to prune")
     check_sites(parts, sites)
     depth = len(adapter.blocks(model))
-    sites = sparing(sites, depth, *recipe.spare.of(depth))
+    sites = sparing(sites, depth, *recipe.spare.of(depth), recipe.spare.kinds)
     base = model if recipe.of == "model" else adapter.blocks(model)
     freed = sum(site.parameters(site.n_groups) for site in sites)
     counts = recipe.of == "model" or form.shrinks

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from prunekit.layer.candidates import Candidate
 from prunekit.models.adapters.transformer import Transformer
-from prunekit.models.classes import Experts, Part
+from prunekit.models.classes import Experts, Part, SkippedMixer
 from prunekit.plugins.adapter import Cut, Heads, UnsupportedModel, linear_at
 from prunekit.space.forms import Form
 from prunekit.space.sites import Site
@@ -52,7 +52,7 @@ _lock = Lock()
 
 @dataclass(frozen=True)
 class MixtureOfExperts(Transformer):
-    """A family of experts; it sets `family`. Attention, a shared expert and blocks with a plain MLP stay as they are.
+    """A family of experts; it sets `family`. Attention is cut as ever; a shared expert and plain MLPs stay as they are.
 
     Removal changes the routing: the next experts come in, and weights are normalised over those that stay. A cut layer
     equals the dense one whose router gives removed experts a score of -∞. The statistics, the errors and the
@@ -73,9 +73,13 @@ class MixtureOfExperts(Transformer):
         return model
 
     def sites(self, model: nn.Module, heads: Heads = "kv") -> tuple[Site, ...]:
-        """One for every block with experts; there are no groups of heads."""
-        pairs = ((i, block) for i, block in enumerate(self.blocks(model)) if self.experts.there(block))
-        return tuple(self._experts_site(block, index) for index, block in pairs)
+        found = list[Site]()
+        for index, block in enumerate(self.blocks(model)):
+            if not self.dropped(block):
+                found.append(self._site(block, index, "attention", heads))
+            if self.experts.there(block):
+                found.append(self._experts_site(block, index))
+        return tuple(found)
 
     def linear_sites(self, model: nn.Module, form: Form) -> tuple[Site, ...]:
         raise UnsupportedModel(
@@ -85,15 +89,17 @@ class MixtureOfExperts(Transformer):
 
     def stages(self, block: nn.Module) -> list[tuple[str, ...]]:
         """Of attention; the matrices of experts are no linear maps."""
-        return [self.family.producers("attention"), (self.family.columns["attention"],)]
+        return [] if self.dropped(block) else [self.family.producers("attention"), (self.family.columns["attention"],)]
 
     def part(self, site: Site) -> str | None:  # type: ignore[override]
-        return "experts"
+        return "experts" if site.kind == "experts" else "attention"
 
     def holder(self, site: Site) -> str | None:
-        return self.experts.path
+        return self.experts.path if site.kind == "experts" else self.family.attention
 
     def stream_before(self, site: Site) -> str | None:
+        if site.kind != "experts":
+            return None
         (norm,) = self.family.norms["mlp"]  # of what attention was added to; it comes before the experts
         return norm
 
@@ -109,7 +115,7 @@ class MixtureOfExperts(Transformer):
         return found
 
     def maps(self, block: nn.Module, site: Site) -> list[nn.Linear]:
-        return [self.linear(block, site)]
+        return [self.linear(block, site)] if site.kind == "experts" else super().maps(block, site)
 
     def multiplied(self, block: nn.Module) -> int:
         if not self.experts.there(block):
@@ -119,6 +125,8 @@ class MixtureOfExperts(Transformer):
         return super().multiplied(block) + _top_k(router) * each + sum(p.numel() for p in router.parameters())
 
     def cuts(self, block: nn.Module, site: Site) -> Sequence[Cut]:
+        if site.kind != "experts":
+            return super().cuts(block, site)
         every = torch.arange(site.n_groups)[:, None]
         front = (
             Cut(path, 0, every, name)
@@ -128,6 +136,8 @@ class MixtureOfExperts(Transformer):
         return *front, Cut(self.experts.path, 1, every)
 
     def pruned(self, block: nn.Module, site: Site, candidate: Candidate) -> dict[str, nn.Module]:
+        if site.kind != "experts":
+            return super().pruned(block, site, candidate)
         if not candidate.kept or len(candidate.kept) < site.minimum:
             raise ValueError(
                 f"{site.name}: a token selects {site.minimum} experts, and the candidate keeps {candidate.kept}"
@@ -163,17 +173,20 @@ class MixtureOfExperts(Transformer):
             del module.forward
 
     def dropped(self, block: nn.Module) -> tuple[Part, ...]:
-        return ()
+        return ("attention",) if isinstance(block.get_submodule(self.family.attention), SkippedMixer) else ()
 
     def biased(self, block: nn.Module) -> tuple[Part, ...]:
-        return () if linear_at(block, self.family.columns["attention"]).bias is None else ("attention",)
+        there = not self.dropped(block) and linear_at(block, self.family.columns["attention"]).bias is not None
+        return ("attention",) if there else ()
 
     def ranks(self, block: nn.Module) -> dict[str, int]:
         return {}
 
     def layer_config(self, block: nn.Module) -> dict[str, Any]:
-        query, kv, _ = self.heads(block)
-        entry: dict[str, Any] = {self.family.query_heads: query}
+        dropped = self.dropped(block)
+        entry: dict[str, Any] = {"skip": list(dropped)} if dropped else {}
+        query, kv = (1, 1) if dropped else self.heads(block)[:2]  # a stub caches one head
+        entry[self.family.query_heads] = query
         if self.family.kv_heads is not None:
             entry[self.family.kv_heads] = kv
         if self.experts.there(block):
@@ -190,7 +203,7 @@ class MixtureOfExperts(Transformer):
                 if not value.is_floating_point() or len(value) != count:
                     raise UnsupportedModel(f"{name}: {parameter} is no plain matrix of every expert; prune before that")
         price = sum(p.numel() for each in (module, router) for p in each.parameters()) // count
-        channels = linear_at(block, self.family.columns["attention"]).out_features
+        channels = router.get_parameter("weight").shape[1]
         return Site(
             name, index, "experts", count, 1, price, minimum=min(_top_k(router), count), channels=channels
         )  # fmt: skip

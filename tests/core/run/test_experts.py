@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prunekit
 from prunekit.demo import MODEL
 from prunekit.errors import WrongInput
+from prunekit.models.adapters.find import adapter_for
 from prunekit.testing.models import EXPERTS, tiny
 
 
@@ -39,6 +40,11 @@ def short(quick):
     return settings
 
 
+def sums_of_experts(report):
+    """The sites of a report whose groups are experts."""
+    return [site for site in report["sites"] if site["kind"] == "experts"]
+
+
 def experts_of(path):
     """The model in a folder, and how many experts each of its layers has; a plain MLP has none."""
     model = AutoModelForCausalLM.from_pretrained(path)
@@ -50,26 +56,28 @@ def experts_of(path):
 def test_a_quarter_of_the_experts_goes_and_the_stock_class_loads_the_rest(family, saved, tmp_path, short):
     prunekit.prune(saved(family), output=tmp_path / "out", **short(recipe="reap", sparsity=0.25))  # and is verified
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert {(site["kind"], site["groups"], site["kept"]) for site in report["sites"]} == {("experts", 8, 6)}
+    assert {(site["groups"], site["kept"]) for site in sums_of_experts(report)} == {(8, 6)}
+    assert all(site["kept"] == site["groups"] for site in report["sites"] if site["kind"] == "attention"), "is spared"
     assert report["budget"]["spent"] == report["budget"]["limit"], "three quarters, exactly"
     (small, kept), (dense, _) = experts_of(tmp_path / "out"), experts_of(saved(family))
     assert type(small) is type(dense)
     assert {*kept} == {6}
     freed = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in small.parameters())
-    assert 3 * freed == sum(site["parameters"] for site in report["sites"]), "experts and their rows of the router"
+    paid = sum(site["parameters"] for site in sums_of_experts(report))
+    assert 3 * freed == paid, "experts and their rows of the router"
     assert "experts, % removed" in (tmp_path / "out" / "sparsity.svg").read_text()
     assert "6 of 8" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_layers_of_different_numbers_are_of_our_class(family, saved, tmp_path, quick):
-    options = quick(sparsity=0.25, apart=True, spare__first=1)
+    options = quick(sparsity=0.25, apart=True, spare__first=1, spare__kinds=["attention"])
     prunekit.prune(saved(family), output=tmp_path / "out", **options)  # and is verified, in a fresh process
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     small, kept = experts_of(tmp_path / "out")
     assert (kept[0], sum(kept)) == (8, 18)
     assert min(kept) >= 2
-    assert [site["kept"] for site in report["sites"]] == kept
+    assert [site["kept"] for site in sums_of_experts(report)] == kept
     assert report["budget"]["spent"] == report["budget"]["limit"]
     assert small.config.model_type == f"prunekit_{family}"
 
@@ -78,9 +86,25 @@ def test_the_default_recipe_prunes_experts(saved, tmp_path, short):
     prunekit.prune(saved("olmoe"), output=tmp_path / "out", **short(sparsity=0.3))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     _, kept = experts_of(tmp_path / "out")
-    assert [site["kept"] for site in report["sites"]] == kept
-    assert report["budget"]["limit"] - report["budget"]["spent"] < report["sites"][0]["parameters"] / kept[0]
-    assert all(0 < site["error"] < 1 for site in report["sites"] if site["kept"] < 8)
+    sites = sums_of_experts(report)
+    assert [site["kept"] for site in sites] == kept
+    assert report["budget"]["limit"] - report["budget"]["spent"] < sites[0]["parameters"] / kept[0]
+    assert all(0 < site["error"] < 1 for site in sites if site["kept"] < 8)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_attention_goes_beside_experts_under_one_budget(family, saved, tmp_path, quick):
+    prunekit.prune(saved(family), output=tmp_path / "out", **quick(sparsity=0.6))  # and is verified, in a fresh process
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    lost = {site["kind"] for site in report["sites"] if site["kept"] < site["groups"]}
+    assert lost == {"attention", "experts"}
+    budget, (dense, _), (small, kept) = report["budget"], experts_of(saved(family)), experts_of(tmp_path / "out")
+    assert [site["kept"] for site in sums_of_experts(report)] == kept
+    assert budget["spent"] <= budget["limit"]
+    freed = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in small.parameters())
+    whole = sum(site.parameters(site.n_groups) for site in adapter_for(family).sites(dense))
+    assert whole - freed == budget["spent"], "what is left costs what was said"
+    assert budget["limit"] == whole * 2 // 5
 
 
 def test_a_run_on_experts_is_repeated_to_the_same_bytes(saved, tmp_path, short, content):
