@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prunekit.calibration.flow import BlockFlow
+from prunekit.calibration.flow import BlockFlow, by_expert
 from prunekit.calibration.gradients import Gradients, OutputFisher
-from prunekit.calibration.moments import Moments
+from prunekit.calibration.moments import ExpertMoments, Moments
 from prunekit.calibration.shared import SharedFlow
 from prunekit.calibration.statistics import STATISTICS, statistics_of
 from prunekit.data.tokens import TokenBatch
@@ -135,11 +135,47 @@ def build(
         )  # fmt: skip
 
     def fill(site: Site) -> None:
+        if site.experts:
+            return fill_experts(site)
         if (whole := stated(site)) is None:
             return
         give_back()  # pruners make large matrices, which find no place in what activations have left
-        layer, ladder = whole.restricted_to(pruner.needs), rungs_of[site]
-        made = (centre_of[site],) if sparse else ladder
+        made = (centre_of[site],) if sparse else rungs_of[site]
+        kept, errors, nats = judged(whole, site, rungs_of[site], made)
+        numbers = [measured(signal, whole, site) for signal in signals]
+        worth = scored(pruner, whole.restricted_to(pruner.needs), site) if scores else None
+        store.put(site, [_in_model(site, c) for c in kept], errors, numbers, worth, keeps=made, nats=nats)
+
+    def fill_experts(site: Site) -> None:
+        """Every expert is a layer problem with counts of its own neurons; its error counts as much as its output has
+        energy, and nothing where no token has reached it."""
+        moments = flow.received_by_expert(site, statistics)
+        against = None if other is None else other.received_by_expert(site)
+        if site in store:
+            return
+        problems = expert_problems(model, adapter, site, moments, needs, damping, fisher, against, reference=reference)
+        give_back()
+        made = (centre_of[site],) if sparse else rungs_of[site]
+        ladders = [[count * site.tile for count in counts] for counts in (rungs_of[site], made)]
+        found = [judged(problem, site.one, *ladders) for problem, _ in problems]
+        share = [problem.power if reached else 0.0 for problem, reached in problems]
+        total = sum(share)
+        errors = [
+            sum(s * e for s, e in zip(share, each, strict=True)) / total if total else 0.0
+            for each in zip(*(errors for _, errors, _ in found), strict=True)
+        ]
+        nats = [
+            sum(n for n, (_, reached) in zip(each, problems, strict=True) if reached)
+            for each in zip(*(nats for _, _, nats in found), strict=True)
+        ]
+        kept = [side_by_side(each) for each in zip(*(kept for kept, _, _ in found), strict=True)]
+        store.put(site, kept, errors, [], None, keeps=made, nats=nats)
+
+    def judged(
+        whole: LayerProblem, site: Site, ladder: Sequence[int], made: Sequence[int]
+    ) -> tuple[list[Candidate], list[float], list[float]]:
+        """The candidates of the counts that are made; errors, and nats where they are asked for, of all."""
+        layer = whole.restricted_to(pruner.needs)
         priced = priced_at_once(pruner, layer, site) if sparse else None
         kept: list[Candidate] = []
         errors: list[float] = []
@@ -162,9 +198,7 @@ def build(
                 if fisher is not None:
                     nats += [layer.nats(candidate.weight, whole.output_root) for candidate in candidates]
                 kept += [c for count, c in zip(some, candidates, strict=True) if count in made]
-        numbers = [measured(signal, whole, site) for signal in signals]
-        worth = scored(pruner, layer, site) if scores else None
-        store.put(site, [_in_model(site, c) for c in kept], errors, numbers, worth, keeps=made, nats=nats)
+        return kept, errors, nats
 
     with progress.stage(label, len(space.sites)) as stage:
         for index, sites in groupby(space.sites, key=lambda site: site.block):
@@ -283,6 +317,71 @@ def layer_problem(
         producers=tuple(producer(cut) for cut in front) if producers else (),
         name=site.name,
     )
+
+
+def expert_problems(
+    model: nn.Module,
+    adapter: ModelAdapter,
+    site: Site,
+    moments: ExpertMoments,
+    needs: frozenset[Need],
+    damping: float,
+    fisher: OutputFisher | None = None,
+    contrast: ExpertMoments | None = None,
+    *,
+    reference: nn.Module | None = None,
+) -> list[tuple[LayerProblem, bool]]:
+    """State a layer problem for every expert of a site of their neurons, and whether any token has reached it.
+
+    Its inputs are x_e = g_e h_e at all tokens, zero where it is not selected, so that moments count how often an expert
+    is selected, and how much. What two experts do at one token is taken to be independent. An expert that no token has
+    reached has the identity for a Gram matrix: its neurons go by the size of their weights, which stay.
+
+    Args:
+        model, adapter, site, needs, damping, fisher, reference: as of `layer_problem`.
+        moments: of what every expert sends on.
+        contrast: the same of a second data set.
+
+    Raises:
+        WrongInput: what reaches an expert is not finite.
+    """
+    block, problems = adapter.blocks(model)[site.block], list[tuple[LayerProblem, bool]]()
+    weights = [linear.weight.detach() for linear in by_expert(adapter.linear(block, site).weight, site)]
+    before = weights
+    if reference is not None:
+        old = adapter.linear(adapter.blocks(reference)[site.block], site)
+        before = [linear.weight.detach() for linear in by_expert(old.weight, site)]
+    statistics = dict[str, Tensor]()
+    if fisher is not None and "output-fisher" in needs:
+        statistics["output-fisher"] = fisher.read(site.block, adapter.path(site), weights[0].device)
+    for expert, (weight, dense, own) in enumerate(zip(weights, before, moments.each, strict=True)):
+        name = f"{site.name} of expert {expert}"
+        if not bool(torch.isfinite(own.outer.sum())):
+            raise WrongInput(f"{name} receives values that are not finite; try --dtype float32 or other text")
+        values = own.values(weight)
+        if reference is not None and "cross" in values:
+            values["cross"] = own.values(dense)["cross"]
+        if contrast is not None:
+            values["contrast"] = contrast.each[expert].power
+        cross, energy = values.pop("cross", None), values.pop("energy", None)
+        values.pop("drift", None)
+        reached = bool(own.power.any())
+        gram = own.settled() if reached else torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
+        if cross is not None and not reached:
+            cross, energy = weight.double(), weight.double().square().sum()
+        problem = LayerProblem(
+            weight=weight, gram=gram, form=site.form, damping=damping, cross=cross,
+            energy=None if energy is None else float(energy), statistics=values | statistics, name=name,
+        )  # fmt: skip
+        problems.append((problem, reached))
+    return problems
+
+
+def side_by_side(candidates: Sequence[Candidate]) -> Candidate:
+    """One candidate of a site of neurons from one of every expert."""
+    width = candidates[0].weight.shape[1]
+    kept = (e * width + j for e, each in enumerate(candidates) for j in each.kept or ())
+    return Candidate(tuple(kept), torch.cat([each.weight for each in candidates], 1))
 
 
 def batched(counts: Sequence[int], most: int) -> Iterator[Sequence[int]]:

@@ -41,6 +41,7 @@ class Recipe(Strict):
     spare: SpareSpec = SpareSpec()  # blocks that stay whole; the others lose so much more
     structure: Annotated[str, BeforeValidator(as_pattern)] = "groups"  # or weights, or N:M, which says the sparsity
     heads: Literal["kv", "query"] = "kv"  # a group: a KV head with its query heads, or query heads of every KV head
+    experts: Literal["whole", "neurons"] = "whole"  # a group: an expert, or neurons of every expert of a layer
     pruner: Spec
     allocator: Spec | None
     learner: Spec | None = None  # in the place of an allocator: which groups are kept, and so how many
@@ -195,7 +196,7 @@ class Recipe(Strict):
         """Keys that need not be written."""
         there = {
             "family": self.family, "spare": self.spare != SpareSpec(), "learner": self.learner, "learned": self.learner,
-            "width": self.width,
+            "width": self.width, "experts": self.experts != "whole",
         }  # fmt: skip
         return frozenset(key for key, value in there.items() if not value)
 

@@ -32,8 +32,8 @@ from prunekit.system.strict import Strict
 SUITES = "prunekit.suites"  # group of entry points
 BASELINES = "baselines"  # the suite whose cells every comparison has
 AXES = {"pruners": "pruner", "allocators": "allocator", "learners": "learner", "objectives": "objective"}
-SHARED = ("version", "model", "sparsity", "family", "of", "metric", "latency", "apart", "structure", "heads", "data",
-          "seed", "search_budget", "time", "engine", "device", "dtype", "memory", "trust_remote_code", "code",
+SHARED = ("version", "model", "sparsity", "family", "of", "metric", "latency", "apart", "structure", "heads", "experts",
+          "data", "seed", "search_budget", "time", "engine", "device", "dtype", "memory", "trust_remote_code", "code",
           "exporters", "samples", "verify")  # fmt: skip
 """Recipe keys that are the comparison's and not the cell's: the model, the price, the text and the machine."""
 

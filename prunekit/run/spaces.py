@@ -50,11 +50,15 @@ def check_sites(parts: Parts, sites: Sequence[Site]) -> None:
         sites: of the model.
 
     Raises:
-        WrongInput: a recovery step, a learner, a metric or a statistic that asks for more than the sum over experts.
+        WrongInput: a recovery step, a learner, a metric or a statistic that asks for more than the sum over experts, or
+            than the neurons of each.
     """
-    if not any(site.kind == "experts" for site in sites):
-        return
     recipe, instead = parts.recipe, "; leave it away for a mixture of experts"
+    neurons = any(site.experts for site in sites)
+    if not neurons and recipe.experts == "neurons" and parts.form.coupled:
+        raise WrongInput("experts: neurons is of a mixture of experts, and the model has none; leave it away")
+    if not neurons and not any(site.kind == "experts" for site in sites):
+        return
     if recipe.finishers:
         names = ", ".join(spec["name"] for spec in recipe.finishers)
         raise WrongInput(f"recovery step {names} does not reach experts yet{instead}")
@@ -64,6 +68,12 @@ def check_sites(parts: Parts, sites: Sequence[Site]) -> None:
         raise WrongInput("times of layers without experts cannot be measured; choose metric parameters or bytes")
     looking = [each.name for each in statistics_of(parts.needs) if "producers" in each.sees]
     looking += ["gradient"] if "gradient" in parts.needs else []
+    looking += ["producers"] if neurons and "producers" in parts.needs else []
+    if neurons and (parts.signals or "scores" in parts.allocator.needs):
+        raise WrongInput(
+            "the allocator reads one number of a whole layer, or a score of each of its groups, which neurons of "
+            "experts have not yet; choose another allocator, such as table or uniform"
+        )
     if looking:
         raise WrongInput(
             f"the statistic {looking[0]} is not taken of single experts yet; choose another pruner or signal, such as "
@@ -163,7 +173,7 @@ def _counted(parts: Parts, model: nn.Module, adapter: ModelAdapter) -> tuple[tup
     """The sites of a model, and the parameters that count and are of none of them."""
     recipe, form = parts.recipe, parts.form
     with paging.shapes_of(model):
-        sites = adapter.sites_of(model, form, recipe.heads)
+        sites = adapter.sites_of(model, form, recipe.heads, recipe.experts)
     if not sites:
         raise WrongInput("the model has no site left to prune")
     check_sites(parts, sites)
