@@ -135,20 +135,17 @@ def build(
         )  # fmt: skip
 
     def fill(site: Site) -> None:
-        if site.experts:
-            return fill_experts(site)
         if (whole := stated(site)) is None:
             return
         give_back()  # pruners make large matrices, which find no place in what activations have left
-        made = (centre_of[site],) if sparse else rungs_of[site]
-        kept, errors, nats = judged(whole, site, rungs_of[site], made)
+        layer, made = whole.restricted_to(pruner.needs), (centre_of[site],) if sparse else rungs_of[site]
+        root = None if fisher is None else whole.output_root
+        kept, errors, nats = _judged(pruner, layer, site, rungs_of[site], made, dtype, root, sparse, chosen.get(site))
         numbers = [measured(signal, whole, site) for signal in signals]
-        worth = scored(pruner, whole.restricted_to(pruner.needs), site) if scores else None
+        worth = scored(pruner, layer, site) if scores else None
         store.put(site, [_in_model(site, c) for c in kept], errors, numbers, worth, keeps=made, nats=nats)
 
     def fill_experts(site: Site) -> None:
-        """Every expert is a layer problem with counts of its own neurons; its error counts as much as its output has
-        energy, and nothing where no token has reached it."""
         moments = flow.received_by_expert(site, statistics)
         against = None if other is None else other.received_by_expert(site)
         if site in store:
@@ -156,49 +153,9 @@ def build(
         problems = expert_problems(model, adapter, site, moments, needs, damping, fisher, against, reference=reference)
         give_back()
         made = (centre_of[site],) if sparse else rungs_of[site]
-        ladders = [[count * site.tile for count in counts] for counts in (rungs_of[site], made)]
-        found = [judged(problem, site.one, *ladders) for problem, _ in problems]
-        share = [problem.power if reached else 0.0 for problem, reached in problems]
-        total = sum(share)
-        errors = [
-            sum(s * e for s, e in zip(share, each, strict=True)) / total if total else 0.0
-            for each in zip(*(errors for _, errors, _ in found), strict=True)
-        ]
-        nats = [
-            sum(n for n, (_, reached) in zip(each, problems, strict=True) if reached)
-            for each in zip(*(nats for _, _, nats in found), strict=True)
-        ]
-        kept = [side_by_side(each) for each in zip(*(kept for kept, _, _ in found), strict=True)]
+        root = None if fisher is None else problems[0][0].output_root  # of what all experts add to
+        kept, errors, nats = _judged_experts(pruner, problems, site, rungs_of[site], made, dtype, root, sparse)
         store.put(site, kept, errors, [], None, keeps=made, nats=nats)
-
-    def judged(
-        whole: LayerProblem, site: Site, ladder: Sequence[int], made: Sequence[int]
-    ) -> tuple[list[Candidate], list[float], list[float]]:
-        """The candidates of the counts that are made; errors, and nats where they are asked for, of all."""
-        layer = whole.restricted_to(pruner.needs)
-        priced = priced_at_once(pruner, layer, site) if sparse else None
-        kept: list[Candidate] = []
-        errors: list[float] = []
-        nats: list[float] = []
-        if decision is not None:
-            kept.append(kept_groups(pruner, layer, site, *chosen[site], dtype))
-            errors.append(layer.error(kept[0].weight))
-            if fisher is not None:
-                nats.append(layer.nats(kept[0].weight, whole.output_root))
-        elif priced is not None:
-            kept += answers(pruner, layer, site, made, dtype, priced)
-            errors += layer.errors(priced)[list(ladder)].tolist()
-            if fisher is not None:
-                nats += priced.nats(whole.output_root)[list(ladder)].tolist()
-        else:
-            # all of those that are kept are asked for together; those that are only priced need not be there at once
-            for some in batched(ladder, PRICED_AT_ONCE) if sparse else (ladder,):
-                candidates = answers(pruner, layer, site, some, dtype)
-                errors += [layer.error(candidate.weight) for candidate in candidates]
-                if fisher is not None:
-                    nats += [layer.nats(candidate.weight, whole.output_root) for candidate in candidates]
-                kept += [c for count, c in zip(some, candidates, strict=True) if count in made]
-        return kept, errors, nats
 
     with progress.stage(label, len(space.sites)) as stage:
         for index, sites in groupby(space.sites, key=lambda site: site.block):
@@ -208,7 +165,7 @@ def build(
             behind = dict[Site, Tensor]()
             for site in here:
                 if unfinished:
-                    fill(site)
+                    (fill_experts if site.experts else fill)(site)
                 counts = rungs_of[site] if carry == "expected" else (centre_of[site],)
                 weight = None if carry == "dense" else expected_weight(store, site, counts)
                 if weight is not None and pruner.within == "block":
@@ -382,6 +339,80 @@ def side_by_side(candidates: Sequence[Candidate]) -> Candidate:
     width = candidates[0].weight.shape[1]
     kept = (e * width + j for e, each in enumerate(candidates) for j in each.kept or ())
     return Candidate(tuple(kept), torch.cat([each.weight for each in candidates], 1))
+
+
+Judged = tuple[list[Candidate], list[float], list[float]]
+"""The candidates of counts that are made; errors of all counts, and nats where they are asked for."""
+
+
+def _judged(
+    pruner: LocalPruner,
+    layer: LayerProblem,
+    site: Site,
+    ladder: Sequence[int],
+    made: Sequence[int],
+    dtype: torch.dtype,
+    root: Tensor | None,
+    sparse: bool,
+    chosen: tuple[Sequence[int], Float[Tensor, " kept"] | None] | None = None,
+) -> Judged:
+    """What a pruner makes of a layer; `root`: its `output_root`, where rungs are priced in nats; `chosen`: the groups
+    that a learner keeps, and their scales."""
+    kept: list[Candidate] = []
+    errors: list[float] = []
+    nats: list[float] = []
+    priced = priced_at_once(pruner, layer, site) if sparse and chosen is None else None
+    if chosen is not None:
+        kept.append(kept_groups(pruner, layer, site, *chosen, dtype))
+        errors.append(layer.error(kept[0].weight))
+        if root is not None:
+            nats.append(layer.nats(kept[0].weight, root))
+    elif priced is not None:
+        kept += answers(pruner, layer, site, made, dtype, priced)
+        errors += layer.errors(priced)[list(ladder)].tolist()
+        if root is not None:
+            nats += priced.nats(root)[list(ladder)].tolist()
+    else:
+        # all of those that are kept are asked for together; those that are only priced need not be there at once
+        for some in batched(ladder, PRICED_AT_ONCE) if sparse else (ladder,):
+            candidates = answers(pruner, layer, site, some, dtype)
+            errors += [layer.error(candidate.weight) for candidate in candidates]
+            if root is not None:
+                nats += [layer.nats(candidate.weight, root) for candidate in candidates]
+            kept += [c for count, c in zip(some, candidates, strict=True) if count in made]
+    return kept, errors, nats
+
+
+def _judged_experts(
+    pruner: LocalPruner,
+    problems: Sequence[tuple[LayerProblem, bool]],
+    site: Site,
+    ladder: Sequence[int],
+    made: Sequence[int],
+    dtype: torch.dtype,
+    root: Tensor | None,
+    sparse: bool,
+) -> Judged:
+    """What a pruner makes of every expert of a site of their neurons.
+
+    e = Σ_e P_e e_e / Σ_e P_e,   P_e = E‖W_e x_e‖²;   nats add up        over the experts that tokens have reached
+    """
+    counts, few = ([count * site.tile for count in some] for some in (ladder, made))
+    found, share = list[Judged](), list[float]()
+    for problem, reached in problems:
+        found.append(_judged(pruner, problem.restricted_to(pruner.needs), site.one, counts, few, dtype, root, sparse))
+        share.append(problem.power if reached else 0.0)
+    weights = [power / (sum(share) or 1.0) for power in share]
+    errors = [
+        sum(w * e for w, e in zip(weights, each, strict=True))
+        for each in zip(*(errors for _, errors, _ in found), strict=True)
+    ]
+    there = [float(reached) for _, reached in problems]
+    nats = [
+        sum(t * n for t, n in zip(there, each, strict=True))
+        for each in zip(*(nats for _, _, nats in found), strict=True)
+    ]
+    return [side_by_side(each) for each in zip(*(kept for kept, _, _ in found), strict=True)], errors, nats
 
 
 def batched(counts: Sequence[int], most: int) -> Iterator[Sequence[int]]:

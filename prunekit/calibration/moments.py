@@ -156,7 +156,7 @@ class Moments:
 
 @dataclass(eq=False)
 class ExpertMoments:
-    """Moments of what the neurons of every expert of a site send on, each of all tokens: zeros where others are chosen."""
+    """Moments of what the neurons of every expert send on, each over all tokens: zeros where others are selected."""
 
     each: list[Moments]
 

@@ -103,7 +103,7 @@ class Site:
 
     def describe(self, kept: int) -> str:
         """A count in words: 12 of 32, or as a pattern, 2:4, or as a rank, rank 96 of 288."""
-        return self.form.describe(kept, self.n_groups, self.d_in, self.d_out)
+        return self.form.describe(kept * self.tile, self.n_groups * self.tile, self.d_in, self.d_out)
 
     def parameters(self, kept: int) -> int:
         """Parameters of the sub-layer when `kept` groups are kept; of low rank, never more than the map's own."""

@@ -9,6 +9,7 @@ import prunekit
 from prunekit.demo import MODEL
 from prunekit.errors import WrongInput
 from prunekit.models.adapters.find import adapter_for
+from prunekit.space.forms import GROUPS
 from prunekit.testing.models import EXPERTS, tiny
 
 
@@ -21,7 +22,8 @@ def saved(tmp_path_factory):
         if family not in made:
             made[family] = path = tmp_path_factory.mktemp(family) / "model"
             count = next(name for name in EXPERTS[family] if name in ("num_experts", "num_local_experts"))
-            model = tiny(family, vocab_size=2048, initializer_range=0.1, **{count: 8})
+            wide = {name: 32 for name in ("intermediate_size", "moe_intermediate_size") if name in EXPERTS[family]}
+            model = tiny(family, vocab_size=2048, initializer_range=0.1, **{count: 8} | wide)
             model.float().save_pretrained(path)
             AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
         return made[family]
@@ -104,7 +106,58 @@ def test_attention_goes_beside_experts_under_one_budget(family, saved, tmp_path,
     freed = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in small.parameters())
     whole = sum(site.parameters(site.n_groups) for site in adapter_for(family).sites(dense))
     assert whole - freed == budget["spent"], "what is left costs what was said"
-    assert budget["limit"] == whole * 2 // 5
+    blocks = sum(p.numel() for p in dense.model.layers.parameters())
+    assert budget["limit"] == blocks * 2 // 5 - (blocks - whole), "of all parameters of the blocks"
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("mixtral", {"pruner": "wanda", "allocator": {"name": "uniform", "equal": True}}),
+        ("gpt_oss", {"spare__first": 1}),
+        ("qwen2_moe", {"recipe": "default", "pruner": "obs", "objective": "expected-error", "allocator": "table"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_neurons_of_every_expert_go_beside_attention(family, options, saved, tmp_path, quick):
+    path, out = saved(family), tmp_path / "out"
+    prunekit.prune(path, output=out, **quick(experts="neurons", sparsity=0.4) | options)  # and is verified
+    report = json.loads((out / "report.json").read_text())
+    (dense, _), (small, kept) = experts_of(path), experts_of(out)
+    sites = adapter_for(family).sites_of(dense, GROUPS, experts="neurons")
+    assert {*kept} == {8}, "no expert is gone"
+    assert [site["groups"] for site in report["sites"]] == [site.n_groups for site in sites]
+    assert any(site["kept"] < site["groups"] and 0 < site["error"] < 1 for site in report["sites"])
+    freed = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in small.parameters())
+    whole = sum(site.parameters(site.n_groups) for site in sites)
+    assert whole - freed == report["budget"]["spent"] <= report["budget"]["limit"]
+    if family == "mixtral":
+        assert type(small) is type(dense)
+        assert small.config.intermediate_size == 24
+    if family == "gpt_oss":
+        assert all(site["kept"] == site["groups"] for site in report["sites"] if site["block"] == 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"experts": "neurons", "pruner": "magnitude"}, "the statistic producers is not taken of single experts yet"),
+        (
+            {"experts": "neurons", "allocator": "global-rank", "pruner": "wanda"},
+            "which neurons of experts have not yet",
+        ),
+        ({"experts": "neurons", "finishers": "bias"}, "recovery step bias does not reach experts yet"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter({*value} - {"experts"})),
+)
+def test_what_does_not_reach_neurons_is_refused_before_any_work(saved, quick, options, said):
+    with pytest.raises(WrongInput, match=said):
+        prunekit.prune(saved("mixtral"), **quick(**options))
+
+
+def test_neurons_of_experts_are_refused_where_there_are_no_experts(quick):
+    with pytest.raises(WrongInput, match="experts: neurons is of a mixture of experts, and the model has none"):
+        prunekit.prune(MODEL, **quick(experts="neurons"))
 
 
 def test_a_run_on_experts_is_repeated_to_the_same_bytes(saved, tmp_path, short, content):

@@ -1,4 +1,4 @@
-"""Neurons inside experts: as many of every expert of a layer, each its own choice; what they send on, what they cost."""
+"""Neurons inside experts: as many of every expert of a layer, each its own; what they send on, what they cost."""
 
 from __future__ import annotations
 
