@@ -94,9 +94,10 @@ def test_the_default_recipe_prunes_experts(saved, tmp_path, short):
     assert all(0 < site["error"] < 1 for site in sites if site["kept"] < 8)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_attention_goes_beside_experts_under_one_budget(family, saved, tmp_path, quick):
-    prunekit.prune(saved(family), output=tmp_path / "out", **quick(sparsity=0.6))  # and is verified, in a fresh process
+    options = quick(sparsity=0.6, allocator="uniform", pruner="wanda")
+    prunekit.prune(saved(family), output=tmp_path / "out", **options)  # and is verified, in a fresh process
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     lost = {site["kind"] for site in report["sites"] if site["kept"] < site["groups"]}
     assert lost == {"attention", "experts"}
@@ -114,10 +115,10 @@ def test_attention_goes_beside_experts_under_one_budget(family, saved, tmp_path,
     ("family", "options"),
     [
         ("mixtral", {"pruner": "wanda", "allocator": {"name": "uniform", "equal": True}}),
-        ("gpt_oss", {"spare__first": 1}),
-        ("qwen2_moe", {"recipe": "default", "pruner": "obs", "objective": "expected-error", "allocator": "table"}),
+        pytest.param("gpt_oss", {"spare__first": 1}, marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", {"objective": "expected-error", "allocator": "table"}, marks=pytest.mark.slow),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=["mixtral", "gpt_oss", "qwen2_moe"],
 )
 def test_neurons_of_every_expert_go_beside_attention(family, options, saved, tmp_path, quick):
     path, out = saved(family), tmp_path / "out"
@@ -133,7 +134,7 @@ def test_neurons_of_every_expert_go_beside_attention(family, options, saved, tmp
     assert whole - freed == report["budget"]["spent"] <= report["budget"]["limit"]
     if family == "mixtral":
         assert type(small) is type(dense)
-        assert small.config.intermediate_size == 24
+        assert small.config.intermediate_size == 16, "of 32, in steps of eight"
     if family == "gpt_oss":
         assert all(site["kept"] == site["groups"] for site in report["sites"] if site["block"] == 0)
 
