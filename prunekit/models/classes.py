@@ -52,12 +52,9 @@ class Experts:
     width: str = "moe_intermediate_size"  # in the config: neurons of each
     path: str = "mlp.experts"  # the module with the matrices of all experts
     router: str = "mlp.gate"
-    outputs: tuple[str, ...] = ("down_proj",)  # parameters of the experts that their outputs are proportional to; the
-    # first is (experts, hidden, width)
-    inputs: tuple[str, ...] = (
-        "gate_up_proj",
-    )  # with 2 · width slices along their second dimension: gates, then the rest
-    transposed: bool = False  # matrices are (experts, in, out); gates and the rest take turns
+    outputs: tuple[str, ...] = ("down_proj",)  # matrix and bias that the outputs of the experts are proportional to
+    inputs: tuple[str, ...] = ("gate_up_proj",)  # matrix and bias before the neurons: all gates, then what they gate
+    transposed: bool = False  # matrices are (experts, in, out) and not (experts, out, in); gates and gated take turns
 
     def there(self, block: nn.Module) -> bool:
         """Whether a block has experts; some have a plain MLP."""

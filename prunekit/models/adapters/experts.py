@@ -64,9 +64,10 @@ class OutputsOfExperts(nn.Linear):
         flat = input.flatten(0, -3)
         made = flat.new_zeros(len(flat), self.out_features)
         for expert, weight in enumerate(self.of_experts(self.weight)):
-            tokens = (flat[..., expert] != 0).any(-1).nonzero().flatten()
+            own = flat[..., expert]
+            tokens = (own != 0).any(-1).nonzero().flatten()
             if len(tokens):
-                made = made.index_add(0, tokens, nn.functional.linear(flat[tokens][..., expert], weight))
+                made = made.index_add(0, tokens, nn.functional.linear(own[tokens], weight))
         return made.unflatten(0, input.shape[:-2])
 
     def of_experts(self, weight: Tensor) -> Sequence[Tensor]:
