@@ -404,12 +404,12 @@ def _judged_experts(
         share.append(problem.power if reached else 0.0)
     weights = [power / (sum(share) or 1.0) for power in share]
     errors = [
-        sum(w * e for w, e in zip(weights, each, strict=True))
+        sum((w * e for w, e in zip(weights, each, strict=True)), 0.0)
         for each in zip(*(errors for _, errors, _ in found), strict=True)
     ]
     there = [float(reached) for _, reached in problems]
     nats = [
-        sum(t * n for t, n in zip(there, each, strict=True))
+        sum((t * n for t, n in zip(there, each, strict=True)), 0.0)
         for each in zip(*(nats for _, _, nats in found), strict=True)
     ]
     return [side_by_side(each) for each in zip(*(kept for kept, _, _ in found), strict=True)], errors, nats

@@ -18,6 +18,7 @@ from prunekit.calibration.statistics import statistics_of
 from prunekit.export.hf import to_transformers
 from prunekit.layer.candidates import Candidate
 from prunekit.layer.layouts import layout_of
+from prunekit.layer.statistics import Need
 from prunekit.models.adapters.experts import MixtureOfExperts
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.blocks import entered
@@ -173,7 +174,7 @@ def test_attention_and_neurons_are_cut_saved_and_loaded(case: Case, equal: bool,
 # -- problems ----------------------------------------------------------------------------------------------
 
 
-def problems(case: Case, *needs: str) -> Any:
+def problems(case: Case, *needs: Need) -> Any:
     asked = frozenset({"gram", *needs})
     flow = BlockFlow(case.model, case.adapter, TOKENS, dense="cross" in needs)
     moments = flow.received_by_expert(case.site, statistics_of(asked))
@@ -211,7 +212,10 @@ def test_where_a_token_selects_one_expert_the_errors_add_up_to_that_of_the_layer
     error = sum(s * problem.error(c.weight) for s, (problem, _), c in zip(share, found, each, strict=True)) / sum(share)
     total, made = case.adapter.linear(case.block, case.site), list[Tensor]()
     for weight in (None, joined.weight):
-        with installed(total, case.site, weight), total.register_forward_hook(lambda _, __, y: made.append(y)):
+        with (
+            installed(total, case.site, weight),
+            total.register_forward_hook(lambda _, __, y: made.append(torch.as_tensor(y))),
+        ):
             logits_of_block(case)
     dense, small = made
     assert error == pytest.approx(float((dense - small).square().sum() / dense.square().sum()), rel=1e-9)
