@@ -395,7 +395,7 @@ def _judged_experts(
 ) -> Judged:
     """What a pruner makes of every expert of a site of their neurons.
 
-    e = Σ_e P_e e_e / Σ_e P_e,   P_e = E‖W_e x_e‖²;   nats add up        over the experts that tokens have reached
+    error = Σ_e P_e error_e / Σ_e P_e,   P_e = E‖W_e x_e‖²;   nats add up        over the experts that tokens have reached
     """
     counts, few = ([count * site.tile for count in some] for some in (ladder, made))
     found, share = list[Judged](), list[float]()
