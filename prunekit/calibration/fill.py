@@ -395,7 +395,9 @@ def _judged_experts(
 ) -> Judged:
     """What a pruner makes of every expert of a site of their neurons.
 
-    error = Σ_e P_e error_e / Σ_e P_e,   P_e = E‖W_e x_e‖²;   nats add up        over the experts that tokens have reached
+        error = Σ_e P_e error_e / Σ_e P_e,   P_e = E‖W_e x_e‖²        over the experts that tokens have reached
+
+    Nats add up over them.
     """
     counts, few = ([count * site.tile for count in some] for some in (ladder, made))
     found, share = list[Judged](), list[float]()
