@@ -3,9 +3,10 @@
     python benchmarks/matrix.py --families llama,phi3 --rounds 7
 
 Models of random weights in float32, half of every site removed. `uneven`: one attention and one MLP are dropped whole,
-others keep different counts; `equal`: all layers keep the same. Of experts none are dropped whole, and `equal` keeps
-three quarters. Parity is the greatest difference of a logit between the model in memory and the one that transformers
-loads; other formats are proved as a run proves them, and `--fresh` proves all, in a process of its own.
+others keep different counts; `equal`: all layers keep the same. Experts are never dropped altogether, and `equal` keeps
+three quarters of them; `neurons`: of every expert half of its neurons, or other numbers by layer. Parity is the
+greatest difference of a logit between the model in memory and the one that transformers loads; other formats are proved
+as a run proves them, and `--fresh` proves all, in a process of its own.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from prunekit.errors import NotVerified, WrongInput
 from prunekit.export.hf import to_transformers
 from prunekit.export.write import prove, write
 from prunekit.layer.candidates import Candidate
+from prunekit.layer.layouts import layout_of
 from prunekit.measure.rounds import Ratio
 from prunekit.measure.speed import Speed, speeds
 from prunekit.models import classes
@@ -44,18 +46,20 @@ IDS = torch.arange(2, 130).reshape(2, 64)
 def uneven(site: Site) -> int:
     """Groups kept: no attention in the first block, no MLP in the last, elsewhere half and a quarter."""
     if (site.block, site.kind) in ((0, "attention"), (2, "mlp")):
-        return 0
+        return site.least
     return max(1, site.least, site.n_groups // (2 + 2 * (site.block % 2)))
 
 
 def equal(site: Site) -> int:
-    """Groups kept: half, of experts three quarters."""
+    """Groups kept: half, of whole experts three quarters."""
     return 3 * site.n_groups // 4 if site.kind == "experts" else max(1, site.n_groups // 2)
 
 
 STRUCTURES: dict[str, tuple[str, Callable[[Site], int]]] = {  # the form, and the counts of groups
     "groups, uneven": ("groups", uneven),
     "groups, equal": ("groups", equal),
+    "neurons, uneven": ("groups", uneven),
+    "neurons, equal": ("groups", equal),
     "weights": ("weights", lambda site: site.n_groups // 2),
     "2:4": ("2:4", lambda site: site.n_groups // 2),
 }
@@ -108,10 +112,10 @@ def cut(dense: PreTrainedModel, adapter: ModelAdapter, structure: str) -> PreTra
     """
     form, count = parse_form(STRUCTURES[structure][0]), STRUCTURES[structure][1]
     model = copy.deepcopy(dense)
-    for site in adapter.sites_of(model, form):
+    for site in adapter.sites_of(model, form, experts="neurons" if "neurons" in structure else "whole"):
         weight = adapter.linear(adapter.blocks(model)[site.block], site).weight
         half = Candidate(None, weight * (torch.arange(site.d_in) % 2))
-        adapter.remove(model, site, Candidate(tuple(range(count(site))), weight) if form.shrinks else half)
+        adapter.remove(model, site, layout_of(site).stand_in(site, count(site), weight) if form.shrinks else half)
     return to_transformers(model, adapter)
 
 
@@ -135,6 +139,8 @@ def rows(name: str, rounds: int, fresh: bool) -> Iterator[Row]:
     """All of one family."""
     adapter, dense = adapter_for(name), dense_of(name)
     for structure, (form, _) in STRUCTURES.items():
+        if "neurons" in structure and name not in EXPERTS:
+            continue
         try:
             small = cut(dense, adapter, structure)
         except UnsupportedModel:

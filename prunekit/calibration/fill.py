@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prunekit.calibration.flow import BlockFlow
+from prunekit.calibration.flow import BlockFlow, by_expert
 from prunekit.calibration.gradients import Gradients, OutputFisher
-from prunekit.calibration.moments import Moments
+from prunekit.calibration.moments import ExpertMoments, Moments
 from prunekit.calibration.shared import SharedFlow
 from prunekit.calibration.statistics import STATISTICS, statistics_of
 from prunekit.data.tokens import TokenBatch
@@ -138,33 +138,24 @@ def build(
         if (whole := stated(site)) is None:
             return
         give_back()  # pruners make large matrices, which find no place in what activations have left
-        layer, ladder = whole.restricted_to(pruner.needs), rungs_of[site]
-        made = (centre_of[site],) if sparse else ladder
-        priced = priced_at_once(pruner, layer, site) if sparse else None
-        kept: list[Candidate] = []
-        errors: list[float] = []
-        nats: list[float] = []
-        if decision is not None:
-            kept.append(kept_groups(pruner, layer, site, *chosen[site], dtype))
-            errors.append(layer.error(kept[0].weight))
-            if fisher is not None:
-                nats.append(layer.nats(kept[0].weight, whole.output_root))
-        elif priced is not None:
-            kept += answers(pruner, layer, site, made, dtype, priced)
-            errors += layer.errors(priced)[list(ladder)].tolist()
-            if fisher is not None:
-                nats += priced.nats(whole.output_root)[list(ladder)].tolist()
-        else:
-            # all of those that are kept are asked for together; those that are only priced need not be there at once
-            for some in batched(ladder, PRICED_AT_ONCE) if sparse else (ladder,):
-                candidates = answers(pruner, layer, site, some, dtype)
-                errors += [layer.error(candidate.weight) for candidate in candidates]
-                if fisher is not None:
-                    nats += [layer.nats(candidate.weight, whole.output_root) for candidate in candidates]
-                kept += [c for count, c in zip(some, candidates, strict=True) if count in made]
+        layer, made = whole.restricted_to(pruner.needs), (centre_of[site],) if sparse else rungs_of[site]
+        root = None if fisher is None else whole.output_root
+        kept, errors, nats = _judged(pruner, layer, site, rungs_of[site], made, dtype, root, sparse, chosen.get(site))
         numbers = [measured(signal, whole, site) for signal in signals]
         worth = scored(pruner, layer, site) if scores else None
         store.put(site, [_in_model(site, c) for c in kept], errors, numbers, worth, keeps=made, nats=nats)
+
+    def fill_experts(site: Site) -> None:
+        moments = flow.received_by_expert(site, statistics)
+        against = None if other is None else other.received_by_expert(site)
+        if site in store:
+            return
+        problems = expert_problems(model, adapter, site, moments, needs, damping, fisher, against, reference=reference)
+        give_back()
+        made = (centre_of[site],) if sparse else rungs_of[site]
+        root = None if fisher is None else problems[0][0].output_root  # of what all experts add to
+        kept, errors, nats = _judged_experts(pruner, problems, site, rungs_of[site], made, dtype, root, sparse)
+        store.put(site, kept, errors, [], None, keeps=made, nats=nats)
 
     with progress.stage(label, len(space.sites)) as stage:
         for index, sites in groupby(space.sites, key=lambda site: site.block):
@@ -174,7 +165,7 @@ def build(
             behind = dict[Site, Tensor]()
             for site in here:
                 if unfinished:
-                    fill(site)
+                    (fill_experts if site.experts else fill)(site)
                 counts = rungs_of[site] if carry == "expected" else (centre_of[site],)
                 weight = None if carry == "dense" else expected_weight(store, site, counts)
                 if weight is not None and pruner.within == "block":
@@ -283,6 +274,147 @@ def layer_problem(
         producers=tuple(producer(cut) for cut in front) if producers else (),
         name=site.name,
     )
+
+
+def expert_problems(
+    model: nn.Module,
+    adapter: ModelAdapter,
+    site: Site,
+    moments: ExpertMoments,
+    needs: frozenset[Need],
+    damping: float,
+    fisher: OutputFisher | None = None,
+    contrast: ExpertMoments | None = None,
+    *,
+    reference: nn.Module | None = None,
+) -> list[tuple[LayerProblem, bool]]:
+    """State a layer problem for every expert of a site of their neurons, and whether any token has reached it.
+
+    Its inputs are x_e = g_e h_e at all tokens, zero where it is not selected, so that moments count how often an expert
+    is selected, and how much. What two experts do at one token is taken to be independent. An expert that no token has
+    reached has the identity for a Gram matrix: its neurons go by the size of their weights, which stay.
+
+    Args:
+        model, adapter, site, needs, damping, fisher, reference: as of `layer_problem`.
+        moments: of what every expert sends on.
+        contrast: the same of a second data set.
+
+    Raises:
+        WrongInput: what reaches an expert is not finite.
+    """
+    block, problems = adapter.blocks(model)[site.block], list[tuple[LayerProblem, bool]]()
+    weights = [linear.weight.detach() for linear in by_expert(adapter.linear(block, site).weight, site)]
+    before = weights
+    if reference is not None:
+        old = adapter.linear(adapter.blocks(reference)[site.block], site)
+        before = [linear.weight.detach() for linear in by_expert(old.weight, site)]
+    statistics = dict[str, Tensor]()
+    if fisher is not None and "output-fisher" in needs:
+        statistics["output-fisher"] = fisher.read(site.block, adapter.path(site), weights[0].device)
+    for expert, (weight, dense, own) in enumerate(zip(weights, before, moments.each, strict=True)):
+        name = f"{site.name} of expert {expert}"
+        if not bool(torch.isfinite(own.outer.sum())):
+            raise WrongInput(f"{name} receives values that are not finite; try --dtype float32 or other text")
+        values = own.values(weight)
+        if reference is not None and "cross" in values:
+            values["cross"] = own.values(dense)["cross"]
+        if contrast is not None:
+            values["contrast"] = contrast.each[expert].power
+        cross, energy = values.pop("cross", None), values.pop("energy", None)
+        values.pop("drift", None)
+        reached = bool(own.power.any())
+        gram = own.settled() if reached else torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
+        if cross is not None and not reached:
+            cross, energy = weight.double(), weight.double().square().sum()
+        problem = LayerProblem(
+            weight=weight, gram=gram, form=site.form, damping=damping, cross=cross,
+            energy=None if energy is None else float(energy), statistics=values | statistics, name=name,
+        )  # fmt: skip
+        problems.append((problem, reached))
+    return problems
+
+
+def side_by_side(candidates: Sequence[Candidate]) -> Candidate:
+    """One candidate of a site of neurons from one of every expert."""
+    width = candidates[0].weight.shape[1]
+    kept = (e * width + j for e, each in enumerate(candidates) for j in each.kept or ())
+    return Candidate(tuple(kept), torch.cat([each.weight for each in candidates], 1))
+
+
+Judged = tuple[list[Candidate], list[float], list[float]]
+"""The candidates of counts that are made; errors of all counts, and nats where they are asked for."""
+
+
+def _judged(
+    pruner: LocalPruner,
+    layer: LayerProblem,
+    site: Site,
+    ladder: Sequence[int],
+    made: Sequence[int],
+    dtype: torch.dtype,
+    root: Tensor | None,
+    sparse: bool,
+    chosen: tuple[Sequence[int], Float[Tensor, " kept"] | None] | None = None,
+) -> Judged:
+    """What a pruner makes of a layer; `root`: its `output_root`, where rungs are priced in nats; `chosen`: the groups
+    that a learner keeps, and their scales."""
+    kept: list[Candidate] = []
+    errors: list[float] = []
+    nats: list[float] = []
+    priced = priced_at_once(pruner, layer, site) if sparse and chosen is None else None
+    if chosen is not None:
+        kept.append(kept_groups(pruner, layer, site, *chosen, dtype))
+        errors.append(layer.error(kept[0].weight))
+        if root is not None:
+            nats.append(layer.nats(kept[0].weight, root))
+    elif priced is not None:
+        kept += answers(pruner, layer, site, made, dtype, priced)
+        errors += layer.errors(priced)[list(ladder)].tolist()
+        if root is not None:
+            nats += priced.nats(root)[list(ladder)].tolist()
+    else:
+        # all of those that are kept are asked for together; those that are only priced need not be there at once
+        for some in batched(ladder, PRICED_AT_ONCE) if sparse else (ladder,):
+            candidates = answers(pruner, layer, site, some, dtype)
+            errors += [layer.error(candidate.weight) for candidate in candidates]
+            if root is not None:
+                nats += [layer.nats(candidate.weight, root) for candidate in candidates]
+            kept += [c for count, c in zip(some, candidates, strict=True) if count in made]
+    return kept, errors, nats
+
+
+def _judged_experts(
+    pruner: LocalPruner,
+    problems: Sequence[tuple[LayerProblem, bool]],
+    site: Site,
+    ladder: Sequence[int],
+    made: Sequence[int],
+    dtype: torch.dtype,
+    root: Tensor | None,
+    sparse: bool,
+) -> Judged:
+    """What a pruner makes of every expert of a site of their neurons.
+
+        error = Σ_e P_e error_e / Σ_e P_e,   P_e = E‖W_e x_e‖²        over the experts that tokens have reached
+
+    Nats add up over them.
+    """
+    counts, few = ([count * site.tile for count in some] for some in (ladder, made))
+    found, share = list[Judged](), list[float]()
+    for problem, reached in problems:
+        found.append(_judged(pruner, problem.restricted_to(pruner.needs), site.one, counts, few, dtype, root, sparse))
+        share.append(problem.power if reached else 0.0)
+    weights = [power / (sum(share) or 1.0) for power in share]
+    errors = [
+        sum((w * e for w, e in zip(weights, each, strict=True)), 0.0)
+        for each in zip(*(errors for _, errors, _ in found), strict=True)
+    ]
+    there = [float(reached) for _, reached in problems]
+    nats = [
+        sum((t * n for t, n in zip(there, each, strict=True)), 0.0)
+        for each in zip(*(nats for _, _, nats in found), strict=True)
+    ]
+    return [side_by_side(each) for each in zip(*(kept for kept, _, _ in found), strict=True)], errors, nats
 
 
 def batched(counts: Sequence[int], most: int) -> Iterator[Sequence[int]]:

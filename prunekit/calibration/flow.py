@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prunekit.calibration.moments import Moments, collected
+from prunekit.calibration.moments import ExpertMoments, Moments, collected
 from prunekit.data.tokens import TokenBatch
 from prunekit.layer.layouts import layout_of
 from prunekit.layer.statistics import MapShape, Received, Statistic
@@ -84,6 +84,30 @@ class BlockFlow:
         # where nobody will ask again they are not kept: of wide maps they are large
         self._shared = (site.input_group, moments) if site.input_group else ("", None)
         return moments
+
+    @torch.no_grad()
+    def received_by_expert(self, site: Site, statistics: Sequence[Statistic] = ()) -> ExpertMoments:
+        """As `received`, of every expert of a site of their neurons."""
+        block = self.blocks[site.block]
+        for stream in (self.stream, self.dense):
+            if stream is not None:
+                stream.begin(site)
+        linear, there = self.adapter.linear(block, site), collected(statistics, residual=False)
+        before = linear if self.dense is None else self.adapter.linear(self.dense_blocks[site.block], site)
+        own, dense = by_expert(linear.weight, site), by_expert(before.weight, site)
+        shape = MapShape(own[0].in_features, own[0].out_features)
+        found = [Moments.empty(there, shape, linear.weight.device) for _ in own]
+        self.stream.inputs.extend(self.stream.caught(linear, block, site, i) for i in range(len(self.stream)))
+        for i in range(len(self.stream)):
+            inputs, old = self.stream.inputs[i], None  # (windows, length, neurons, experts)
+            if self.dense is not None:
+                old = self.dense.caught(before, self.dense_blocks[site.block], site, i)
+            for expert, moments in enumerate(found):
+                other = None
+                if old is not None:
+                    other = Received(partial(_of_expert, old, expert), dense[expert], self.seqlen)
+                moments.add(Received(partial(_of_expert, inputs, expert), own[expert], self.seqlen, None, other))
+        return ExpertMoments(found)
 
     @torch.no_grad()
     def carry(self, site: Site, weight: Float[Tensor, "d_out d_in"] | None) -> None:
@@ -186,7 +210,7 @@ class Stream:
 
     def begin(self, site: Site) -> None:
         """Forget what reached another site."""
-        self.inputs = self.room.row() if site.channels == 1 else ExpertRow(self.room)
+        self.inputs = ExpertRow(self.room) if site.channels > 1 or site.experts else self.room.row()
         self.before.clear()
 
     def caught(
@@ -194,7 +218,8 @@ class Stream:
     ) -> Float[Tensor, "windows length ... d_in"]:
         """What reaches a linear map in chunk i; the block, of this model or of that stream's, runs no further.
 
-        Of a token with several channels it is (windows, length, channels, d_in).
+        Of a token with several channels it is (windows, length, channels, d_in), of neurons of experts (windows,
+        length, neurons, experts).
 
         Raises:
             UnsupportedModel: the map is never called.
@@ -204,7 +229,7 @@ class Stream:
             hidden = hidden.to(of.dtype)
 
         def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            each = (-1,) if site.channels == 1 else args[0].shape[-2:]
+            each = args[0].shape[-2:] if site.channels > 1 or site.experts else (-1,)
             seen.append(args[0].reshape(*hidden.shape[:-1], *each))  # OPT flattens windows, and so do experts
             raise Seen
 
@@ -265,7 +290,7 @@ class Stream:
 
 class ExpertRow(Row):
     """What reaches the sum over experts, (windows, length, channels, experts), of which most is zero: kept is what the
-    experts of each token make, (windows, length, most of a token, channels), and which they are."""
+    experts of each token make, (windows, length, most of a token, channels), and which they are; or neurons of them."""
 
     def __init__(self, room: Room) -> None:
         super().__init__(room)
@@ -291,6 +316,20 @@ class ExpertRow(Row):
         made = value.transpose(-1, -2)
         super().insert(index, made.gather(-2, ids[..., None].expand(*ids.shape, made.shape[-1])))
         self._ids.insert(index, ids.to(torch.int16))
+
+
+def by_expert(weight: Float[Tensor, "d_out d_in"], site: Site) -> list[nn.Linear]:
+    """The maps of the experts of a site of their neurons, which are side by side in its weight."""
+    found = []
+    for own in weight.detach().unflatten(1, (site.experts, -1)).unbind(1):
+        linear = nn.Linear(own.shape[1], own.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(own, requires_grad=False)
+        found.append(linear)
+    return found
+
+
+def _of_expert(inputs: Float[Tensor, "windows length neurons experts"], expert: int) -> Tensor:
+    return inputs[..., expert]
 
 
 @contextmanager

@@ -154,6 +154,21 @@ class Moments:
         return values
 
 
+@dataclass(eq=False)
+class ExpertMoments:
+    """Moments of what the neurons of every expert send on, each over all tokens: zeros where others are selected."""
+
+    each: list[Moments]
+
+    def merged(self, other: ExpertMoments) -> ExpertMoments:
+        """Both together."""
+        return ExpertMoments([one.merged(two) for one, two in zip(self.each, other.each, strict=True)])
+
+    def to(self, device: torch.device) -> ExpertMoments:
+        """The same sums on a device."""
+        return ExpertMoments([moments.to(device) for moments in self.each])
+
+
 def _places(
     statistics: Sequence[Statistic], shape: MapShape, producers: Mapping[str, MapShape]
 ) -> dict[tuple[str, str], tuple[Statistic, MapShape]]:

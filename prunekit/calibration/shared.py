@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunekit.calibration.moments import Moments
+from prunekit.calibration.moments import ExpertMoments, Moments
 from prunekit.data.tokens import TokenBatch
 from prunekit.layer.statistics import Statistic
 from prunekit.plugins.engine import Team, dealt
@@ -29,6 +29,13 @@ class SharedFlow:
     def received(self, site: Site, statistics: Sequence[Statistic] = ()) -> Moments:
         """The moments of all shards."""
         first, *others = (moments.to(self.device) for moments in self._ask("received", site, statistics))
+        for other in others:
+            first = first.merged(other)
+        return first
+
+    def received_by_expert(self, site: Site, statistics: Sequence[Statistic] = ()) -> ExpertMoments:
+        """The moments of all shards, of every expert."""
+        first, *others = (moments.to(self.device) for moments in self._ask("received_by_expert", site, statistics))
         for other in others:
             first = first.merged(other)
         return first

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunekit.calibration.flow import BlockFlow
-from prunekit.calibration.moments import Moments
+from prunekit.calibration.moments import ExpertMoments, Moments
 from prunekit.data.tokens import TokenBatch
 from prunekit.layer.statistics import Statistic
 from prunekit.models.opening import opened
@@ -49,6 +49,10 @@ class Worker:
     def received(self, site: Site, statistics: Sequence[Statistic]) -> Moments:
         """As `BlockFlow.received`, of its tokens."""
         return self._flow.received(site, statistics)
+
+    def received_by_expert(self, site: Site, statistics: Sequence[Statistic]) -> ExpertMoments:
+        """As `BlockFlow.received_by_expert`, of its tokens."""
+        return self._flow.received_by_expert(site, statistics)
 
     def carry(self, site: Site, weight: Float[Tensor, "d_out d_in"] | None) -> None:
         """As `BlockFlow.carry`."""

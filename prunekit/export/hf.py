@@ -50,8 +50,8 @@ def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrained
         if values.get(key):
             values[key] = [values[key][index] for index in kept]
     if (experts := adapter.family.experts) is not None:  # blocks without any go by the number of the others
-        count = next(size[experts.count] for size in sizes if experts.count in size)
-        sizes = [{experts.count: count} | size for size in sizes]
+        some = next(size for size in sizes if experts.count in size)
+        sizes = [{key: some[key] for key in (experts.count, experts.width)} | size for size in sizes]
     native = _native_biases(adapter.family, values)
     added = [[part for part in adapter.biased(blocks[index]) if part not in native] for index in kept]
     if any(added):

@@ -123,6 +123,45 @@ class GroupLayout(Layout):
         return not weight.any()
 
 
+class NeuronLayout(GroupLayout):
+    """Neurons inside experts: ids of columns of the map of all experts side by side, as many of every expert."""
+
+    def fault(self, site: Site, kept: int, candidate: Candidate, columns: Columns) -> str:
+        ids, width = candidate.kept, site.d_in // site.experts
+        if ids is None or list(ids) != sorted(set(ids)) or (ids and not 0 <= ids[0] <= ids[-1] < site.d_in):
+            return f"neurons below {site.d_in} in ascending order were asked, not {ids}"
+        counts = [0] * site.experts
+        for each in ids:
+            counts[each // width] += 1
+        if {*counts} != {kept * site.tile}:
+            return f"{kept * site.tile} neurons of every expert were asked, not {counts}"
+        gone = torch.ones(site.d_in, dtype=torch.bool)
+        gone[list(ids)] = False
+        return "columns of neurons that are not kept are not zero" if bool(candidate.weight[:, gone].any()) else ""
+
+    def encode(self, site: Site, kept: int, candidate: Candidate) -> dict[str, Tensor]:
+        assert candidate.kept is not None
+        ids = torch.tensor(candidate.kept, dtype=torch.long)
+        return {"kept": ids.int(), "weight": candidate.weight[:, ids].contiguous()}
+
+    def decode(self, site: Site, kept: int, read: Callable[[str], Tensor]) -> Candidate:
+        ids, columns = read("kept").long(), read("weight")
+        weight = columns.new_zeros(columns.shape[0], site.d_in)
+        weight[:, ids] = columns
+        return Candidate(tuple(ids.tolist()), weight)
+
+    def stored(self, site: Site, kept: int, dtype: torch.dtype) -> Stored:
+        ids = kept * site.group_size
+        return {"kept": (torch.int32, [ids]), "weight": (dtype, [site.d_out, ids])}
+
+    def groups(self, site: Site, candidate: Candidate) -> Sequence[int]:
+        return range(len(candidate.kept or ()) // site.group_size)
+
+    def stand_in(self, site: Site, kept: int, weight: Tensor) -> Candidate:
+        width = site.d_in // site.experts
+        return Candidate(tuple(e * width + j for e in range(site.experts) for j in range(kept * site.tile)), weight)
+
+
 class SparseLayout(Layout):
     """Single weights: a bit mask, and the values under it."""
 
@@ -215,6 +254,7 @@ class RankLayout(Layout):
         return Candidate(None, weight, (weight.new_empty(site.d_out, kept), weight.new_empty(kept, site.d_in)))
 
 
+NEURONS = NeuronLayout()
 LAYOUTS: Mapping[Units, Layout] = {
     "groups": GroupLayout(),
     "weights": SparseLayout(),
@@ -225,7 +265,7 @@ LAYOUTS: Mapping[Units, Layout] = {
 
 def layout_of(site: Site) -> Layout:
     """The layout of what is removed at a site."""
-    return LAYOUTS[site.form.units]
+    return NEURONS if site.experts else LAYOUTS[site.form.units]
 
 
 def _packed(mask: Bool[Tensor, ...]) -> UInt8[Tensor, " bytes"]:

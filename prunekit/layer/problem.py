@@ -283,7 +283,7 @@ class LayerProblem:
 
     def error(self, weight: Float[Tensor, "d_out d_in"]) -> float:
         """E(Ŵ) / E‖W x‖²: relative output error, 0 lossless, 1 as bad as zeros."""
-        power = self._power
+        power = self.power
         if self.cross is None:
             error = _energy(self.weight, self.gram, weight)
         else:
@@ -293,13 +293,13 @@ class LayerProblem:
     def errors(self, nested: Nested | Truncated) -> Float[Tensor, " counts"]:
         """`error` of the refits at every count, on damped moments, or of truncations, on H itself; before they are
         rounded."""
-        if self._power <= 0:
+        if self.power <= 0:
             return torch.zeros_like(nested.losses)
-        return self.error(nested.layer.target) + nested.losses / self._power
+        return self.error(nested.layer.target) + nested.losses / self.power
 
     @cached_property
-    def _power(self) -> float:
-        """E‖W x‖²."""
+    def power(self) -> float:
+        """E‖W x‖², which errors are relative to."""
         if self.energy is not None:
             return self.energy
         if self.cross is not None:

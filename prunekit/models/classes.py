@@ -51,9 +51,12 @@ class Experts:
     """What a family calls the experts of a block and their router; all parameters of both count experts first."""
 
     count: str  # in the config: how many there are
+    width: str = "moe_intermediate_size"  # in the config: neurons of each
     path: str = "mlp.experts"  # the module with the matrices of all experts
     router: str = "mlp.gate"
-    outputs: tuple[str, ...] = ("down_proj",)  # parameters of the experts that their outputs are proportional to
+    outputs: tuple[str, ...] = ("down_proj",)  # matrix and bias that the outputs of the experts are proportional to
+    inputs: tuple[str, ...] = ("gate_up_proj",)  # matrix and bias before the neurons: all gates, then what they gate
+    transposed: bool = False  # matrices are (experts, in, out) and not (experts, out, in); gates and gated take turns
 
     def there(self, block: nn.Module) -> bool:
         """Whether a block has experts; some have a plain MLP."""
@@ -64,15 +67,38 @@ class Experts:
                 return False
         return True
 
-    def cut(self, block: nn.Module, count: int) -> None:
-        """Leave room for so many experts, in place; what is in them is lost where it was another number."""
+    def slices(self, name: str) -> int | None:
+        """The dimension of a parameter of the experts whose slices are neurons, or two for each; None: it has none."""
+        if name == self.outputs[0]:
+            return 1 if self.transposed else 2
+        if name in self.inputs:
+            return 2 if self.transposed and name == self.inputs[0] else 1
+        return None
+
+    def neurons(self, block: nn.Module) -> int:
+        """Of every expert of a block."""
+        return block.get_submodule(self.path).get_parameter(self.outputs[0]).shape[self.slices(self.outputs[0]) or 0]
+
+    def resize(self, module: nn.Module, neurons: int) -> None:
+        """Leave room for so many neurons in every expert, in place, and say so under the names it may keep them."""
+        for name, _ in list(module.named_parameters()):
+            if (dim := self.slices(name)) is not None:
+                length = neurons if name == self.outputs[0] else 2 * neurons
+                _resize_parameter(module, name, length, dim)
+        for name in ("intermediate_dim", "intermediate_size"):
+            if hasattr(module, name):
+                setattr(module, name, neurons)
+
+    def cut(self, block: nn.Module, count: int, neurons: int) -> None:
+        """Leave room for so many experts of so many neurons, in place; what is in them is lost where it was another
+        number."""
+        self.resize(block.get_submodule(self.path), neurons)
         for path in (self.path, self.router):
             module = block.get_submodule(path)
             if module.num_experts != count:
-                for name, old in list(module.named_parameters()):
-                    setattr(module, name, nn.Parameter(old.new_empty(count, *old.shape[1:])))
+                for name, _ in list(module.named_parameters()):
+                    _resize_parameter(module, name, count)
                 module.num_experts = count  # type: ignore[assignment]
-                module.__dict__.pop("_is_hf_initialized", None)  # else what is new would stay as memory was
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +123,7 @@ class Family:
     free_head_dim: bool = True  # stock attention takes head_dim from the config, not from hidden size / heads
     asks_config: bool = False  # attention asks its config, when it runs, how many query heads it has
     by_layer: tuple[str, ...] = ("layer_types",)  # lists in the config with one entry per layer
+    per_head: tuple[str, ...] = ()  # parameters of attention that have one value for every query head
     experts: Experts | None = None  # in the place of the MLP, or of that of some blocks
     narrow: bool = False  # all that touches the residual stream: RMS norms before parts and head, and linear maps
 
@@ -164,10 +191,13 @@ class Family:
         for path in self.rows:
             _resize(block, path, rows=sum(count[unit] for unit in self.units(path)))
         _resize(block, self.columns["attention"], columns=count["query"])
+        for name in self.per_head:
+            _resize_parameter(attention, name, query)
         if "mlp" in self.columns:
             _resize(block, self.columns["mlp"], columns=count["width"])
         if self.experts is not None and self.experts.there(block):
-            self.experts.cut(block, getattr(layer_config, self.experts.count))
+            sizes = (getattr(layer_config, name) for name in (self.experts.count, self.experts.width))
+            self.experts.cut(block, *sizes)
         for part in getattr(layer_config, "biased", ()):
             _resize(block, self.columns[part], bias=True)
         self.recount(attention, query, kv)
@@ -204,6 +234,8 @@ class Family:
             count, least = getattr(layer_config, self.experts.count), layer_config.num_experts_per_tok
             if count < least:
                 raise ValueError(f"layer {index}: {count} experts, and a token selects {least}")
+            if (neurons := getattr(layer_config, self.experts.width)) < 1:
+                raise ValueError(f"layer {index}: {self.experts.width} is {neurons}; an expert has one neuron or more")
         for name in ("skip", "biased"):
             if strange := set(getattr(layer_config, name, ())) - {"attention", "mlp"}:
                 raise ValueError(f"layer {index}: {name} lists attention and mlp, not {', '.join(sorted(strange))}")
@@ -243,16 +275,15 @@ def llama_like(model_type: str, prefix: str, **others: Any) -> Family:
     return Family(model_type, prefix, **(parts | others))
 
 
-def of_experts(model_type: str, prefix: str, count: str, **experts: Any) -> Family:
+def of_experts(model_type: str, prefix: str, experts: Experts, **others: Any) -> Family:
     """A family with Llama's attention and, in the place of the MLP, experts.
 
     Args:
-        model_type, prefix: as of `Family`.
-        count, experts: as of `Experts`.
+        model_type, prefix, experts: as of `Family`.
+        others: fields of `Family` that are not as Llama's.
     """
-    return llama_like(
-        model_type, prefix, rows=SEPARATE, columns={"attention": "self_attn.o_proj"}, experts=Experts(count, **experts)
-    )
+    parts: dict[str, Any] = {"rows": SEPARATE, "columns": {"attention": "self_attn.o_proj"}, "experts": experts}
+    return llama_like(model_type, prefix, **(parts | others))
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -294,12 +325,22 @@ FAMILIES: Mapping[str, Family] = {
         width="ffn_hidden_size",
         free_head_dim=False,
     ),
-    "mixtral": of_experts("mixtral", "Mixtral", "num_local_experts"),
-    "olmoe": of_experts("olmoe", "Olmoe", "num_experts"),
-    "qwen2_moe": of_experts("qwen2_moe", "Qwen2Moe", "num_experts"),
-    "qwen3_moe": of_experts("qwen3_moe", "Qwen3Moe", "num_local_experts"),
+    "mixtral": of_experts("mixtral", "Mixtral", Experts("num_local_experts", "intermediate_size")),
+    "olmoe": of_experts("olmoe", "Olmoe", Experts("num_experts", "intermediate_size")),
+    "qwen2_moe": of_experts("qwen2_moe", "Qwen2Moe", Experts("num_experts")),
+    "qwen3_moe": of_experts("qwen3_moe", "Qwen3Moe", Experts("num_local_experts")),
     "gpt_oss": of_experts(
-        "gpt_oss", "GptOss", "num_local_experts", router="mlp.router", outputs=("down_proj", "down_proj_bias")
+        "gpt_oss",
+        "GptOss",
+        Experts(
+            "num_local_experts",
+            "intermediate_size",
+            router="mlp.router",
+            outputs=("down_proj", "down_proj_bias"),
+            inputs=("gate_up_proj", "gate_up_proj_bias"),
+            transposed=True,
+        ),
+        per_head=("sinks",),
     ),
     "opt": Family(
         "opt",
@@ -539,6 +580,14 @@ def reading_globals(config: Any) -> Iterator[None]:
         warner.disabled = disabled
         if not within:
             config.__dict__.pop("allow_global_per_layer_attribute_access", None)  # even False would be saved
+
+
+def _resize_parameter(module: nn.Module, name: str, count: int, dim: int = 0) -> None:
+    """Leave room for so many slices of a parameter, in place; what is in it is lost where it was another number."""
+    old = module.get_parameter(name)
+    if old.shape[dim] != count:
+        setattr(module, name, nn.Parameter(old.new_empty(*old.shape[:dim], count, *old.shape[dim + 1 :])))
+        module.__dict__.pop("_is_hf_initialized", None)  # else what is new would stay as memory was
 
 
 def _resize(

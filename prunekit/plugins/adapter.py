@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Heads = Literal["kv", "query"]
+Inside = Literal["whole", "neurons"]
+"""What goes of a mixture of experts: whole experts, or neurons of every one."""
 
 
 class UnsupportedModel(WrongInput):
@@ -98,8 +100,10 @@ class ModelAdapter(ABC):
             "remove single weights with structure weights or a pattern N:M, such as 2:4"
         )
 
-    def sites_of(self, model: nn.Module, form: Form, heads: Heads = "kv") -> tuple[Site, ...]:
-        """All sites where something of a form is removed, in order of execution.
+    def sites_of(
+        self, model: nn.Module, form: Form, heads: Heads = "kv", experts: Inside = "whole"
+    ) -> tuple[Site, ...]:
+        """All sites where something of a form is removed, in order of execution. `experts` is of those that have any.
 
         Raises:
             UnsupportedModel: as `sites` and `linear_sites`.

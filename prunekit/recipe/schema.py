@@ -42,6 +42,7 @@ class Recipe(Strict):
     structure: Annotated[str, BeforeValidator(as_pattern)] = "groups"  # or weights, or N:M, which says the sparsity
     multiple_of: Annotated[int, Field(ge=1)] = 1  # counts of neurons, where some of them go
     heads: Literal["kv", "query"] = "kv"  # a group: a KV head with its query heads, or query heads of every KV head
+    experts: Literal["whole", "neurons"] = "whole"  # a group: an expert, or neurons of every expert of a layer
     pruner: Spec
     allocator: Spec | None
     learner: Spec | None = None  # in the place of an allocator: which groups are kept, and so how many
@@ -196,7 +197,7 @@ class Recipe(Strict):
         """Keys that need not be written."""
         there = {
             "family": self.family, "spare": self.spare != SpareSpec(), "learner": self.learner, "learned": self.learner,
-            "width": self.width, "multiple_of": self.multiple_of > 1,
+            "width": self.width, "multiple_of": self.multiple_of > 1, "experts": self.experts != "whole",
         }  # fmt: skip
         return frozenset(key for key, value in there.items() if not value)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -29,10 +29,11 @@ Blocks = Annotated[int | float, Field(ge=0), AfterValidator(_blocks)]
 
 
 class SpareSpec(Strict):
-    """How many decoder blocks at either end stay as they are."""
+    """How many decoder blocks at either end stay as they are, and which kinds of sub-layers do in every block."""
 
     first: Blocks = 0
     last: Blocks = 0
+    kinds: tuple[Literal["attention", "mlp", "experts"], ...] = ()  # those that a model lacks are passed over
 
     def of(self, depth: int) -> tuple[int, int]:
         """Both in blocks, of a model of so many."""

@@ -105,7 +105,8 @@ class Session:
         with self.clock("time"):
             if not isinstance(metric, MeasuredMetric):
                 return self
-            sites = dense.adapter.sites_of(dense.model, self.parts.form, self.parts.recipe.heads)
+            recipe = self.parts.recipe
+            sites = dense.adapter.sites_of(dense.model, self.parts.form, recipe.heads, recipe.experts)
             with unchanged(metric, values=True, model=dense.model):
                 found = metric.measured(dense, sites, None if past is None else _intact(past), self.progress)
             metric = instance(metric, "what it is once measured", found, type(metric))
@@ -344,7 +345,7 @@ def _announce(
         f"{amount(plan.disk)} of disk; `prunekit plan` with the same options says where"
     )
     if told["seconds_known"] > LONG:
-        kept = {"pruner", "sparsity", "family", "structure", "of", "heads", "dtype", "device", "memory"}
+        kept = {"pruner", "sparsity", "family", "structure", "of", "heads", "experts", "dtype", "device", "memory"}
         text = {f"data.{key}": value for key, value in parts.recipe.data.model_dump(exclude_defaults=True).items()}
         short = resolve(Recipe.load(SHORT).with_overrides(parts.recipe.model_dump(include=kept) | text))
         found = make_plan(short, *shape, job.output, asked, trials=tried(short, shape)).as_dict(rates)
@@ -380,7 +381,8 @@ def make_plan(
     """
     counted = parts
     if isinstance(parts.metric, MeasuredMetric) and parts.metric.prices is None:
-        check_sites(parts, adapter.sites_of(shape, parts.form, parts.recipe.heads))  # the stand-in is another metric
+        sites = adapter.sites_of(shape, parts.form, parts.recipe.heads, parts.recipe.experts)
+        check_sites(parts, sites)  # the stand-in is another metric
         counted = parts.with_metric(parts.metric.stand_in())
         counted = replace(counted, recipe=counted.recipe.model_copy(update={"of": "blocks"}))
     spaces = [whole_space(member, shape, adapter, next(shape.parameters()).dtype) for member in counted.members]

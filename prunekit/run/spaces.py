@@ -22,11 +22,11 @@ from prunekit.plugins.metric import MeasuredMetric
 from prunekit.recipe.resolve import Parts
 from prunekit.space.budgets import Budget
 from prunekit.space.ladders import Space
-from prunekit.space.sites import Site
+from prunekit.space.sites import Kind, Site
 
 
-def sparing(sites: Sequence[Site], blocks: int, first: int, last: int) -> tuple[Site, ...]:
-    """The sites, those of the `first` and the `last` of so many blocks spared.
+def sparing(sites: Sequence[Site], blocks: int, first: int, last: int, kinds: Sequence[Kind] = ()) -> tuple[Site, ...]:
+    """The sites, those of the `first` and the `last` of so many blocks and of some `kinds` spared.
 
     Raises:
         WrongInput: that is all of them.
@@ -35,7 +35,11 @@ def sparing(sites: Sequence[Site], blocks: int, first: int, last: int) -> tuple[
         raise WrongInput(
             f"spare: {first} first and {last} last of {blocks} blocks leave none to prune; spare fewer of them"
         )
-    return tuple(replace(site, spared=not first <= site.block < blocks - last) for site in sites)
+    spared = [site.kind in kinds or not first <= site.block < blocks - last for site in sites]
+    if all(spared):
+        there = ", ".join(sorted({site.kind for site in sites}))
+        raise WrongInput(f"spare.kinds: {', '.join(kinds)} leave nothing to prune, there is {there}; spare fewer kinds")
+    return tuple(replace(site, spared=whole) for site, whole in zip(sites, spared, strict=True))
 
 
 def in_multiples(sites: Sequence[Site], of: int) -> tuple[Site, ...]:
@@ -58,11 +62,15 @@ def check_sites(parts: Parts, sites: Sequence[Site]) -> None:
         sites: of the model.
 
     Raises:
-        WrongInput: a recovery step, a learner, a metric or a statistic that asks for more than the sum over experts.
+        WrongInput: a recovery step, a learner, a metric or a statistic that asks for more than the sum over experts, or
+            than the neurons of each.
     """
-    if not any(site.kind == "experts" for site in sites):
-        return
     recipe, instead = parts.recipe, "; leave it away for a mixture of experts"
+    neurons = any(site.experts for site in sites)
+    if not neurons and recipe.experts == "neurons" and parts.form.coupled:
+        raise WrongInput("experts: neurons is of a mixture of experts, and the model has none; leave it away")
+    if not neurons and not any(site.kind == "experts" for site in sites):
+        return
     if recipe.finishers:
         names = ", ".join(spec["name"] for spec in recipe.finishers)
         raise WrongInput(f"recovery step {names} does not reach experts yet{instead}")
@@ -72,6 +80,12 @@ def check_sites(parts: Parts, sites: Sequence[Site]) -> None:
         raise WrongInput("times of layers without experts cannot be measured; choose metric parameters or bytes")
     looking = [each.name for each in statistics_of(parts.needs) if "producers" in each.sees]
     looking += ["gradient"] if "gradient" in parts.needs else []
+    looking += ["producers"] if neurons and "producers" in parts.needs else []
+    if neurons and (parts.signals or "scores" in parts.allocator.needs):
+        raise WrongInput(
+            "the allocator reads one number of a whole layer, or a score of each of its groups, which neurons of "
+            "experts have not yet; choose another allocator, such as table or uniform"
+        )
     if looking:
         raise WrongInput(
             f"the statistic {looking[0]} is not taken of single experts yet; choose another pruner or signal, such as "
@@ -175,7 +189,7 @@ def _counted(parts: Parts, model: nn.Module, adapter: ModelAdapter) -> tuple[tup
     """The sites of a model, and the parameters that count and are of none of them."""
     recipe, form = parts.recipe, parts.form
     with paging.shapes_of(model):
-        sites = adapter.sites_of(model, form, recipe.heads)
+        sites = adapter.sites_of(model, form, recipe.heads, recipe.experts)
     if not sites:
         raise WrongInput("the model has no site left to prune")
     check_sites(parts, sites)
@@ -186,7 +200,7 @@ def _counted(parts: Parts, model: nn.Module, adapter: ModelAdapter) -> tuple[tup
             f"the MLP of {there[0]} has a linear map beside it, which a recovery step has added; prune the model that "
             "it was made from"
         )
-    sites = in_multiples(sparing(sites, depth, *recipe.spare.of(depth)), recipe.multiple_of)
+    sites = in_multiples(sparing(sites, depth, *recipe.spare.of(depth), recipe.spare.kinds), recipe.multiple_of)
     base = model if recipe.of == "model" else adapter.blocks(model)
     freed = sum(site.parameters(site.n_groups) for site in sites)
     counts = recipe.of == "model" or form.shrinks

@@ -45,8 +45,8 @@ class Budget:
     ) -> Budget:
         """The budget that keeps `share` of what the sites and `outside` parameters, which no site can free, cost.
 
-        With `apart`, every kind keeps the same share of its own; what is outside then counts only where it is no
-        matter of parameters.
+        With `apart`, every kind keeps the same share of its own, and all of it where all its sites are spared; what is
+        outside then counts only where it is no matter of parameters.
 
         Raises:
             WrongInput: the share cannot be reached; says which can. The metric has no prices for these sites.
@@ -71,9 +71,12 @@ class Budget:
         if fixed := metric.outside(sites, 0):  # what the sites may take of what they take
             exact = Fraction(limit(sites, exact, fixed), max(1, full(sites)))
         kinds: list[Kind] = sorted({site.kind for site in sites})
-        limits: tuple[tuple[Kind, int], ...] = tuple(
-            (kind, limit([s for s in sites if s.kind == kind], exact, 0)) for kind in kinds
-        )
+
+        def of_kind(kind: Kind) -> int:
+            some = [site for site in sites if site.kind == kind]
+            return full(some) if all(site.spared for site in some) else limit(some, exact, 0)
+
+        limits: tuple[tuple[Kind, int], ...] = tuple((kind, of_kind(kind)) for kind in kinds)
         return cls(sum(n for _, n in limits), metric, limits, beside, dense)
 
     def setting_aside(self, units: int, sites: Sequence[Site], kind: Kind) -> Budget:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from prunekit.space.forms import GROUPS, Form
@@ -23,6 +23,9 @@ class Site:
 
     Experts are the inputs of a map of ones, the sum over them, which meets every channel of a token by itself: one
     column each. At least `minimum` of them stay.
+
+    Where neurons inside experts go, their number is that of every expert of the layer, and each keeps those of its own
+    choice: the map is that of all experts side by side, and a group is `tile` neurons of every one.
 
     Of the other forms the kind is linear. Where single weights are removed, a count is that of the weights kept per
     output row, in exact mean over the rows; keeping 0 leaves a map of zeros and its bias. Of low rank, it is the rank
@@ -46,6 +49,8 @@ class Site:
     minimum: int = 0  # groups that have to stay: as many experts as a token selects
     multiple: int = 1  # counts between none and all are multiples of it, as hardware and formats like them
     channels: int = 1  # inputs of the map that one token brings: one, or one per channel where it is the sum of experts
+    experts: int = 0  # whose neurons go, as many of each, each its own; 0: there are no neurons of experts
+    selected: int = 0  # of these experts by a token
 
     @property
     def d_in(self) -> int:
@@ -60,12 +65,30 @@ class Site:
     @property
     def kept_width(self) -> int:
         """Values of a token that are kept until the site is done: of experts, those that a token selects."""
-        return self.channels * (self.minimum or self.d_in)
+        if self.experts:
+            return self.d_in // self.experts * self.selected
+        return self.channels * (self.minimum if self.channels > 1 else self.d_in)
 
     @property
     def least(self) -> int:
         """The smallest count that may be kept."""
         return self.n_groups if self.spared else max(self.minimum, self.form.least(self.d_in))
+
+    @property
+    def tile(self) -> int:
+        """Neurons of every expert that a group stands for; 1 where there are none."""
+        return self.group_size // self.experts if self.experts else 1
+
+    @property
+    def one(self) -> Site:
+        """Neurons of a single expert as a site, of which a count is `tile` times as many; any other site as it is."""
+        if not self.experts:
+            return self
+        price = self.params_per_group // self.group_size
+        return replace(
+            self, n_groups=self.n_groups * self.tile, group_size=1, params_per_group=price, minimum=0, spread=1,
+            experts=0, selected=0,
+        )  # fmt: skip
 
     @property
     def step(self) -> int:
@@ -81,7 +104,7 @@ class Site:
 
     def describe(self, kept: int) -> str:
         """A count in words: 12 of 32, or as a pattern, 2:4, or as a rank, rank 96 of 288."""
-        return self.form.describe(kept, self.n_groups, self.d_in, self.d_out)
+        return self.form.describe(kept * self.tile, self.n_groups * self.tile, self.d_in, self.d_out)
 
     def parameters(self, kept: int) -> int:
         """Parameters of the sub-layer when `kept` groups are kept; of low rank, never more than the map's own."""

@@ -1,21 +1,27 @@
-"""Mixtures of experts: whole experts are groups, and their rows of the router go with them.
+"""Mixtures of experts: whole experts are groups, and their rows of the router go with them; or neurons inside of them.
 
     y = Σ_e g_e f_e        at a token, over the experts that it selects                                     (1)
 
 Every channel of every token is one sample with E inputs, the channel of g_e f_e, zero where e is not selected: y is
 their sum, a linear map of weight 1 × E that is all ones. That map is the site. No module of a model is it: it stands
 beside the module with the experts for as long as that is there, and is called only while somebody looks at it.
+
+    y = Σ_e W_e x_e + Σ_e g_e b_e        x_e = g_e h_e, h_e the neurons of expert e, W_e its output matrix          (2)
+
+Where neurons go, the site is the map [W_1 … W_E] of all x_e side by side, of which those are zero that a token does not
+select. It is no module either.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +29,8 @@ from transformers import PreTrainedModel
 
 from prunekit.layer.candidates import Candidate
 from prunekit.models.adapters.transformer import Transformer
-from prunekit.models.classes import Experts, Part
-from prunekit.plugins.adapter import Cut, Heads, UnsupportedModel, linear_at
+from prunekit.models.classes import Experts, Part, SkippedMixer
+from prunekit.plugins.adapter import Cut, Heads, Inside, UnsupportedModel, linear_at
 from prunekit.space.forms import Form
 from prunekit.space.sites import Site
 
@@ -46,13 +52,42 @@ class SumOfExperts(nn.Linear):
         return bool(self._forward_hooks or self._forward_pre_hooks) or self.weight is not self._ones[0]
 
 
+class OutputsOfExperts(nn.Linear):
+    """[W_1 … W_E] of (2), a copy: (..., neurons, experts) -> (..., channels). What is all zeros is not multiplied."""
+
+    def __init__(self, weight: Tensor, experts: int) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.experts, self._own = experts, (self.weight,)
+
+    def forward(self, input: Tensor) -> Tensor:
+        flat = input.flatten(0, -3)
+        made = flat.new_zeros(len(flat), self.out_features)
+        for expert, weight in enumerate(self.of_experts(self.weight)):
+            own = flat[..., expert]
+            tokens = (own != 0).any(-1).nonzero().flatten()
+            if len(tokens):
+                made = made.index_add(0, tokens, nn.functional.linear(own[tokens], weight))
+        return made.unflatten(0, input.shape[:-2])
+
+    def of_experts(self, weight: Tensor) -> Sequence[Tensor]:
+        """W_e of every expert, (channels, neurons)."""
+        return weight.unflatten(1, (self.experts, -1)).unbind(1)
+
+    @property
+    def looked_at(self) -> bool:
+        """As of `SumOfExperts`."""
+        return bool(self._forward_hooks or self._forward_pre_hooks) or self.weight is not self._own[0]
+
+
 _sums: WeakKeyDictionary[nn.Module, SumOfExperts] = WeakKeyDictionary()  # by the module with the experts
+_outputs: WeakKeyDictionary[nn.Module, ref[OutputsOfExperts]] = WeakKeyDictionary()  # copies: only while they are used
 _lock = Lock()
 
 
 @dataclass(frozen=True)
 class MixtureOfExperts(Transformer):
-    """A family of experts; it sets `family`. Attention, a shared expert and blocks with a plain MLP stay as they are.
+    """A family of experts; it sets `family`. Attention is cut as ever; a shared expert and plain MLPs stay as they are.
 
     Removal changes the routing: the next experts come in, and weights are normalised over those that stay. A cut layer
     equals the dense one whose router gives removed experts a score of -∞. The statistics, the errors and the
@@ -73,9 +108,21 @@ class MixtureOfExperts(Transformer):
         return model
 
     def sites(self, model: nn.Module, heads: Heads = "kv") -> tuple[Site, ...]:
-        """One for every block with experts; there are no groups of heads."""
-        pairs = ((i, block) for i, block in enumerate(self.blocks(model)) if self.experts.there(block))
-        return tuple(self._experts_site(block, index) for index, block in pairs)
+        return self._sites(model, heads, "whole")
+
+    def sites_of(
+        self, model: nn.Module, form: Form, heads: Heads = "kv", experts: Inside = "whole"
+    ) -> tuple[Site, ...]:
+        return self._sites(model, heads, experts) if form.coupled else self.linear_sites(model, form)
+
+    def _sites(self, model: nn.Module, heads: Heads, experts: Inside) -> tuple[Site, ...]:
+        found = list[Site]()
+        for index, block in enumerate(self.blocks(model)):
+            if not self.dropped(block):
+                found.append(self._site(block, index, "attention", heads))
+            if self.experts.there(block):
+                found.append((self._experts_site if experts == "whole" else self._neurons_site)(block, index))
+        return tuple(found)
 
     def linear_sites(self, model: nn.Module, form: Form) -> tuple[Site, ...]:
         raise UnsupportedModel(
@@ -85,19 +132,27 @@ class MixtureOfExperts(Transformer):
 
     def stages(self, block: nn.Module) -> list[tuple[str, ...]]:
         """Of attention; the matrices of experts are no linear maps."""
-        return [self.family.producers("attention"), (self.family.columns["attention"],)]
+        return [] if self.dropped(block) else [self.family.producers("attention"), (self.family.columns["attention"],)]
 
     def part(self, site: Site) -> str | None:  # type: ignore[override]
-        return "experts"
+        if site.experts:  # what one expert makes is no sub-layer's output
+            return None
+        return "experts" if site.kind == "experts" else "attention"
 
     def holder(self, site: Site) -> str | None:
-        return self.experts.path
+        if site.experts:
+            return None
+        return self.experts.path if site.kind == "experts" else self.family.attention
 
     def stream_before(self, site: Site) -> str | None:
+        if site.kind != "experts":
+            return None
         (norm,) = self.family.norms["mlp"]  # of what attention was added to; it comes before the experts
         return norm
 
     def map_at(self, block: nn.Module, path: str) -> nn.Linear:
+        if path == self._neurons:
+            return self._outputs_of(block)
         if path != self.experts.path:
             return super().map_at(block, path)
         module: Any = block.get_submodule(path)
@@ -109,7 +164,7 @@ class MixtureOfExperts(Transformer):
         return found
 
     def maps(self, block: nn.Module, site: Site) -> list[nn.Linear]:
-        return [self.linear(block, site)]
+        return super().maps(block, site) if site.kind == "attention" else [self.linear(block, site)]
 
     def multiplied(self, block: nn.Module) -> int:
         if not self.experts.there(block):
@@ -119,6 +174,11 @@ class MixtureOfExperts(Transformer):
         return super().multiplied(block) + _top_k(router) * each + sum(p.numel() for p in router.parameters())
 
     def cuts(self, block: nn.Module, site: Site) -> Sequence[Cut]:
+        if site.kind == "attention":
+            return super().cuts(block, site)
+        if site.experts:
+            columns = torch.tensor(site.columns(range(site.n_groups))).reshape(site.n_groups, -1)
+            return (Cut(self._neurons, 1, columns),)
         every = torch.arange(site.n_groups)[:, None]
         front = (
             Cut(path, 0, every, name)
@@ -128,6 +188,10 @@ class MixtureOfExperts(Transformer):
         return *front, Cut(self.experts.path, 1, every)
 
     def pruned(self, block: nn.Module, site: Site, candidate: Candidate) -> dict[str, nn.Module]:
+        if site.kind == "attention":
+            return super().pruned(block, site, candidate)
+        if site.experts:
+            return {self.experts.path: self._of_neurons(block, site, candidate)}
         if not candidate.kept or len(candidate.kept) < site.minimum:
             raise ValueError(
                 f"{site.name}: a token selects {site.minimum} experts, and the candidate keeps {candidate.kept}"
@@ -147,14 +211,20 @@ class MixtureOfExperts(Transformer):
             yield
             return
         module: Any = block.get_submodule(self.experts.path)
-        total = self.map_at(block, self.experts.path)
+        total, inside = self.map_at(block, self.experts.path), self._outputs_there(module)
         assert isinstance(total, SumOfExperts)
-        if "forward" in vars(module) or not total.looked_at:  # or others say what it answers
+        of_neurons = inside is not None and inside.looked_at
+        if "forward" in vars(module) or not (total.looked_at or of_neurons):  # or others say what it answers
             yield
             return
 
         def forward(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-            return total(contributions(module, hidden, ids, weights))
+            if not of_neurons or inside is None:
+                return total(contributions(module, hidden, ids, weights))
+            made = inside(activations(module, hidden, ids, weights))
+            if module.has_bias:  # which stays
+                made = made + (module.down_proj_bias[ids] * weights[..., None]).sum(1).to(made.dtype)
+            return made
 
         module.forward = forward
         try:
@@ -163,21 +233,25 @@ class MixtureOfExperts(Transformer):
             del module.forward
 
     def dropped(self, block: nn.Module) -> tuple[Part, ...]:
-        return ()
+        return ("attention",) if isinstance(block.get_submodule(self.family.attention), SkippedMixer) else ()
 
     def biased(self, block: nn.Module) -> tuple[Part, ...]:
-        return () if linear_at(block, self.family.columns["attention"]).bias is None else ("attention",)
+        there = not self.dropped(block) and linear_at(block, self.family.columns["attention"]).bias is not None
+        return ("attention",) if there else ()
 
     def ranks(self, block: nn.Module) -> dict[str, int]:
         return {}
 
     def layer_config(self, block: nn.Module) -> dict[str, Any]:
-        query, kv, _ = self.heads(block)
-        entry: dict[str, Any] = {self.family.query_heads: query}
+        dropped = self.dropped(block)
+        entry: dict[str, Any] = {"skip": list(dropped)} if dropped else {}
+        query, kv = (1, 1) if dropped else self.heads(block)[:2]  # a stub caches one head
+        entry[self.family.query_heads] = query
         if self.family.kv_heads is not None:
             entry[self.family.kv_heads] = kv
         if self.experts.there(block):
             entry[self.experts.count] = block.get_submodule(self.experts.path).num_experts
+            entry[self.experts.width] = self.experts.neurons(block)
         return entry
 
     def _experts_site(self, block: nn.Module, index: int) -> Site:
@@ -190,10 +264,100 @@ class MixtureOfExperts(Transformer):
                 if not value.is_floating_point() or len(value) != count:
                     raise UnsupportedModel(f"{name}: {parameter} is no plain matrix of every expert; prune before that")
         price = sum(p.numel() for each in (module, router) for p in each.parameters()) // count
-        channels = linear_at(block, self.family.columns["attention"]).out_features
+        channels = router.get_parameter("weight").shape[1]
         return Site(
             name, index, "experts", count, 1, price, minimum=min(_top_k(router), count), channels=channels
         )  # fmt: skip
+
+    # -- neurons -------------------------------------------------------------------------------------------
+
+    @property
+    def _neurons(self) -> str:
+        """Path of the map of all output matrices side by side."""
+        return f"{self.experts.path}.{self.experts.outputs[0]}"
+
+    def _outputs_there(self, module: nn.Module) -> OutputsOfExperts | None:
+        """The map that somebody uses."""
+        found = _outputs.get(module)
+        return None if found is None else found()
+
+    def _outputs_of(self, block: nn.Module) -> OutputsOfExperts:
+        module = block.get_submodule(self.experts.path)
+        value = module.get_parameter(self.experts.outputs[0]).detach()
+        with _lock:
+            found = self._outputs_there(module)
+            if found is None or (found.weight.dtype, found.weight.device) != (value.dtype, value.device):
+                each = value.transpose(1, 2) if self.experts.transposed else value  # (experts, channels, neurons)
+                found = OutputsOfExperts(each.transpose(0, 1).flatten(1), len(value))
+                _outputs[module] = ref(found)
+        return found
+
+    def _neurons_site(self, block: nn.Module, index: int) -> Site:
+        whole, name = self._experts_site(block, index), f"{self.layers}.{index}.{self._neurons}"
+        module, neurons = block.get_submodule(self.experts.path), self.experts.neurons(block)
+        tile, count = math.gcd(neurons, TILE), whole.n_groups
+        price = sum(
+            p.numel() // neurons for part, p in module.named_parameters() if self.experts.slices(part) is not None
+        )
+        return Site(
+            name, index, "mlp", neurons // tile, tile * count, tile * price, spread=count, d_out=whole.channels,
+            minimum=1, experts=count, selected=whole.minimum,
+        )  # fmt: skip
+
+    def _of_neurons(self, block: nn.Module, site: Site, candidate: Candidate) -> nn.Module:
+        """The module with some neurons of each expert, those that the candidate keeps."""
+        if not candidate.kept:
+            raise ValueError(f"{site.name}: an expert has one neuron or more, and the candidate keeps {candidate.kept}")
+        experts, width = self.experts, site.d_in // site.experts
+        ids = torch.tensor(candidate.kept).reshape(site.experts, -1) % width  # (experts, kept)
+        twin: Any = copy.copy(block.get_submodule(experts.path))
+        twin._parameters = dict(twin._parameters)
+        for name in experts.inputs:
+            value, dim = twin.get_parameter(name), experts.slices(name) or 0
+            pairs = (
+                torch.stack([2 * ids, 2 * ids + 1], 2).flatten(1)
+                if experts.transposed
+                else torch.cat([ids, ids + width], 1)
+            )
+            twin._parameters[name] = _picked(value.detach(), pairs, dim, value.requires_grad)
+        own = twin.get_parameter(experts.outputs[0])
+        weight = candidate.weight.detach().to(own).unflatten(1, (site.experts, width)).transpose(0, 1)
+        weight = weight.transpose(1, 2) if experts.transposed else weight
+        twin._parameters[experts.outputs[0]] = _picked(
+            weight, ids, experts.slices(experts.outputs[0]) or 0, own.requires_grad
+        )
+        experts.resize(twin, ids.shape[1])
+        return twin
+
+
+TILE = 8  # neurons of an expert that go together in number: kernels ask for rows of whole 16 bytes
+
+
+def _picked(value: Tensor, ids: Tensor, dim: int, requires_grad: bool) -> nn.Parameter:
+    """Slices of every expert along a dimension, (experts, kept) of them."""
+    index = ids.to(value.device).reshape(*ids.shape[:1], *([1] * (dim - 1)), -1, *([1] * (value.ndim - dim - 1)))
+    shape = [*value.shape]
+    shape[dim] = ids.shape[1]
+    return nn.Parameter(value.gather(dim, index.expand(shape)), requires_grad)
+
+
+def activations(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """x_e = g_e h_e of every expert at every token, (tokens, neurons, experts); zeros where a token selects others.
+
+    Args:
+        module, hidden, ids, weights: as of `contributions`.
+    """
+    experts: Any = module
+    found = []
+    for expert in range(experts.num_experts):
+        tokens, place = (ids == expert).nonzero(as_tuple=True)
+        matrix = experts.gate_up_proj[expert]
+        made = hidden[tokens] @ (matrix if experts.is_transposed else matrix.T)
+        if experts.has_bias:
+            made = made + experts.gate_up_proj_bias[expert]
+        one = (experts._apply_gate(made) * weights[tokens, place, None]).to(hidden.dtype)
+        found.append(hidden.new_zeros(len(hidden), one.shape[1]).index_copy(0, tokens, one))
+    return torch.stack(found, dim=-1)
 
 
 def contributions(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

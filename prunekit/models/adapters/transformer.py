@@ -101,7 +101,7 @@ class Transformer(ModelAdapter):
             return self._stubs(block, site)
         kept = torch.tensor(candidate.kept)
         *producers, own = self.cuts(block, site)
-        changed = {cut.path: _sliced(block, cut, kept) for cut in producers}
+        changed = {cut.path: _sliced(block, cut, kept) for cut in producers if cut.parameter == "weight"}
         changed[own.path] = _sliced(block, own, kept, source=candidate.weight)
         if (holder := self.holder(site)) is None:
             return dict(changed)
@@ -110,6 +110,11 @@ class Transformer(ModelAdapter):
         if site.kind == "attention":
             query, kv, _ = self.heads(block)
             left = query * len(candidate.kept) // site.n_groups
+            whole._parameters = dict(whole._parameters)  # `block` keeps its own
+            for cut in (cut for cut in producers if cut.parameter != "weight"):
+                value = whole.get_parameter(cut.parameter)
+                picked = value.detach()[_stays(cut, len(value), kept).to(value.device)]
+                whole._parameters[cut.parameter] = nn.Parameter(picked, value.requires_grad)
             self.family.recount(whole, left, kv if _by_query(site, kv) else left * kv // query)
         return {holder: whole}
 
@@ -134,6 +139,9 @@ class Transformer(ModelAdapter):
                 keys = torch.arange(total["kv"])
                 index = {"query": own, "kv": keys.reshape(site.n_groups, -1), "qkv": every.reshape(site.n_groups, -1)}
         producers = [_cut(path, self.family.units(path), index, total) for path in self.family.producers(_part(site))]
+        if site.kind == "attention":
+            heads = own[:, :: self.head_dim(block)] // self.head_dim(block)
+            producers += [Cut(self.family.attention, 0, heads, name) for name in self.family.per_head]
         return *(cut for cut in producers if cut.index.numel()), Cut(self.family.columns[_part(site)], 1, own)
 
     def heads(self, block: nn.Module) -> tuple[int, int, int]:
@@ -257,14 +265,22 @@ def _cut(path: str, units: Sequence[Unit], index: Mapping[Unit, Tensor], total: 
 def _sliced(block: nn.Module, cut: Cut, kept: Tensor, source: Tensor | None = None) -> nn.Linear:
     """The linear map without what goes with groups that are not kept."""
     linear = linear_at(block, cut.path)
-    stays = torch.ones(linear.weight.shape[cut.dim], dtype=torch.bool)
+    stays = _stays(cut, linear.weight.shape[cut.dim], kept)
+    return sliced(linear, 0 if cut.dim == 0 else 1, stays, source)
+
+
+def _stays(cut: Cut, length: int, kept: Tensor) -> Tensor:
+    """Which of so many slices are left without groups that are not kept."""
+    stays = torch.ones(length, dtype=torch.bool)
     stays[cut.index.flatten()] = False
     stays[cut.index[kept].flatten()] = True
     # ascending, because query head h reads KV head h // n_rep also where a group is spread over all of them
-    return sliced(linear, 0 if cut.dim == 0 else 1, stays.nonzero().flatten(), source)
+    return stays.nonzero().flatten()
 
 
 def _per_group(block: nn.Module, cut: Cut) -> int:
+    if cut.parameter != "weight":  # one value for every head
+        return cut.index.shape[1]
     linear = linear_at(block, cut.path)
     width, other = cut.index.shape[1], linear.weight.shape[1 - cut.dim]
     return width * other + (width if cut.dim == 0 and linear.bias is not None else 0)

@@ -480,6 +480,8 @@ class Count:
             asked = [kept for kept in ladder if search.rungs is None or (i, kept) in search.rungs]
             maps = [shape.map(site), *shape.producers(site).values()]
             whole, layout = sum(each.d_in * each.d_out for each in maps), layout_of(site)
+            if site.experts:  # their other matrices are no linear maps
+                whole = site.parameters(site.n_groups)
             parts += sum(whole - layout.freed(site, kept) for kept in asked) * shape.computed.itemsize
         most = max(1, hidden // one) if search.allocations is None else search.allocations
         chunk = min(max(TOKENS_AT_ONCE, self.seqlen), tokens)
@@ -502,10 +504,12 @@ class Count:
         for _, members in groupby(space.sites, key=lambda site: site.block):
             block = [(s.kept_width, shape.adapter.part(s) is not None, bool(s.input_group)) for s in members]
             spill = max(spill, BlockFlow.peak(tokens, shape.width, size, block, streams))
-        for site, ladder in zip(space.sites, space.ladders, strict=True):
-            own, there, fed = shape.map(site), shape.collected(site, statistics), shape.producers(site)
+        for place, rungs in zip(space.sites, space.ladders, strict=True):
+            site, times = place.one, place.experts or 1  # neurons of experts are as many problems, all there together
+            ladder, middle = [count * place.tile for count in rungs], centre[place] * place.tile
+            own, there, fed = shape.map(site), shape.collected(place, statistics), shape.producers(place)
             d_out, paired = own.d_out, Cross.by_pairs(own)
-            moments = Moments.bytes(there, own, fed)
+            moments = times * Moments.bytes(there, own, fed)
             if paired and streams == 2:
                 moments += DOUBLE * site.d_in * d_out  # what is made of the pairs
             # the weight of every rung as proposed and as rounded, or rounded and twice to be written; mean in float64
@@ -513,12 +517,12 @@ class Count:
             factored = site.form.shrinks and not site.form.coupled
             if factored:  # and the product of two factors
                 each += 2 * FLOAT
-            kept = (centre[site],) if alone else ladder
+            kept = (middle,) if alone else ladder
             asked = kept if at_once else ladder
             there_at_once = ladder[:PRICED_AT_ONCE] if alone else ladder  # with other options a pruner may not nest
             tried = None if self.trials is None else self.trials.seconds(site, fed, ladder, kept if alone else None)
-            took = None if took is None or tried is None else took + tried
-            weights = site.d_in * d_out * (len(there_at_once) * each + 2 * DOUBLE + 2 * size)
+            took = None if took is None or tried is None else took + times * tried
+            weights = times * site.d_in * d_out * (len(there_at_once) * each + 2 * DOUBLE + 2 * size)
             # sums and what is added to them, or their means where they are shared; then means alone
             made = (site.d_in if paired else d_out) if streams == 2 else 0
             beside = moments if site.input_group else FLOAT * site.d_in * max(next(strips(site.d_in)).stop, made)
@@ -529,15 +533,15 @@ class Count:
                 weights += FACTORING * DOUBLE * site.d_in * d_out
             if nats:
                 weights += 3 * DOUBLE * d_out**2 + DOUBLE * site.d_in * d_out
-            disk += CandidateStore.bytes(site, kept, shape.stored, scores=scores)
-            flops += Moments.flops(there, own, fed, tokens * site.channels)
+            disk += CandidateStore.bytes(place, (centre[place],) if alone else rungs, shape.stored, scores=scores)
+            flops += times * Moments.flops(there, own, fed, tokens * site.channels)
             cross = "cross" in needs and site.form.coupled
             widths = [layout_of(site).width(site, count) if cross else site.d_in for count in asked]
-            doubles += judging_flops(site.d_in, d_out, widths, cross=cross)
+            doubles += times * judging_flops(site.d_in, d_out, widths, cross=cross)
             if nats:  # the factor weighed once, or every candidate
                 once = 2 * d_out**2 * site.d_in
                 many = len(asked) * once + judging_flops(site.d_in, d_out, [site.d_in] * len(asked), cross=True)
-                doubles += once if at_once else many
+                doubles += times * (once if at_once else many)
         inside, spilled = shares.split(spill)
         read = 0 if shares.blocks is None else self._stored_blocks
         unknown = "" if took is not None else f"the work of {self.recipe.pruner['name']} itself"

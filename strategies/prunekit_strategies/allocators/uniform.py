@@ -26,7 +26,8 @@ class Uniform(Allocator):
         counts = whole.uniform()
         if not self.equal:
             return counts
-        if any(site.spared for site in whole.sites):
+        spared = {(site.kind, site.spared) for site in whole.sites}
+        if any((kind, not whole) in spared for kind, whole in spared):
             raise WrongInput(
                 "equal: true wants one count for all sites of a kind, and `spare` keeps some of them whole; "
                 "leave one of the two away"

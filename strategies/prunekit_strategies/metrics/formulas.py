@@ -29,12 +29,15 @@ class Bytes(pk.Metric):
 class Flops(pk.Metric):
     """Floating-point operations a token takes in linear maps: a product and a sum for every parameter.
 
-    It is refused for experts, for a token goes through as many of them however many there are.
+    It is refused for whole experts, for a token goes through as many of them however many there are. Of neurons inside
+    experts those count that a token's experts have.
     """
 
     unit: ClassVar[str] = "flops"
 
     def price(self, site: pk.Site, kept: int) -> int:
+        if site.experts:
+            return 2 * site.parameters(kept) * site.selected // site.experts
         if site.kind == "experts":
             raise pk.WrongInput(
                 "a token goes through as many experts as before, so their removal frees next to nothing in flops; "

@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prunekit
 from prunekit.demo import MODEL
 from prunekit.errors import WrongInput
+from prunekit.models.adapters.find import adapter_for
+from prunekit.space.forms import GROUPS
 from prunekit.testing.models import EXPERTS, tiny
 
 
@@ -20,7 +22,8 @@ def saved(tmp_path_factory):
         if family not in made:
             made[family] = path = tmp_path_factory.mktemp(family) / "model"
             count = next(name for name in EXPERTS[family] if name in ("num_experts", "num_local_experts"))
-            model = tiny(family, vocab_size=2048, initializer_range=0.1, **{count: 8})
+            wide = {name: 32 for name in ("intermediate_size", "moe_intermediate_size") if name in EXPERTS[family]}
+            model = tiny(family, vocab_size=2048, initializer_range=0.1, **{count: 8} | wide)
             model.float().save_pretrained(path)
             AutoTokenizer.from_pretrained(MODEL).save_pretrained(path)
         return made[family]
@@ -39,6 +42,11 @@ def short(quick):
     return settings
 
 
+def sums_of_experts(report):
+    """The sites of a report whose groups are experts."""
+    return [site for site in report["sites"] if site["kind"] == "experts"]
+
+
 def experts_of(path):
     """The model in a folder, and how many experts each of its layers has; a plain MLP has none."""
     model = AutoModelForCausalLM.from_pretrained(path)
@@ -50,26 +58,28 @@ def experts_of(path):
 def test_a_quarter_of_the_experts_goes_and_the_stock_class_loads_the_rest(family, saved, tmp_path, short):
     prunekit.prune(saved(family), output=tmp_path / "out", **short(recipe="reap", sparsity=0.25))  # and is verified
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert {(site["kind"], site["groups"], site["kept"]) for site in report["sites"]} == {("experts", 8, 6)}
+    assert {(site["groups"], site["kept"]) for site in sums_of_experts(report)} == {(8, 6)}
+    assert all(site["kept"] == site["groups"] for site in report["sites"] if site["kind"] == "attention"), "is spared"
     assert report["budget"]["spent"] == report["budget"]["limit"], "three quarters, exactly"
     (small, kept), (dense, _) = experts_of(tmp_path / "out"), experts_of(saved(family))
     assert type(small) is type(dense)
     assert {*kept} == {6}
     freed = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in small.parameters())
-    assert 3 * freed == sum(site["parameters"] for site in report["sites"]), "experts and their rows of the router"
+    paid = sum(site["parameters"] for site in sums_of_experts(report))
+    assert 3 * freed == paid, "experts and their rows of the router"
     assert "experts, % removed" in (tmp_path / "out" / "sparsity.svg").read_text()
     assert "6 of 8" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_layers_of_different_numbers_are_of_our_class(family, saved, tmp_path, quick):
-    options = quick(sparsity=0.25, apart=True, spare__first=1)
+    options = quick(sparsity=0.25, apart=True, spare__first=1, spare__kinds=["attention"])
     prunekit.prune(saved(family), output=tmp_path / "out", **options)  # and is verified, in a fresh process
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     small, kept = experts_of(tmp_path / "out")
     assert (kept[0], sum(kept)) == (8, 18)
     assert min(kept) >= 2
-    assert [site["kept"] for site in report["sites"]] == kept
+    assert [site["kept"] for site in sums_of_experts(report)] == kept
     assert report["budget"]["spent"] == report["budget"]["limit"]
     assert small.config.model_type == f"prunekit_{family}"
 
@@ -78,9 +88,77 @@ def test_the_default_recipe_prunes_experts(saved, tmp_path, short):
     prunekit.prune(saved("olmoe"), output=tmp_path / "out", **short(sparsity=0.3))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     _, kept = experts_of(tmp_path / "out")
-    assert [site["kept"] for site in report["sites"]] == kept
-    assert report["budget"]["limit"] - report["budget"]["spent"] < report["sites"][0]["parameters"] / kept[0]
-    assert all(0 < site["error"] < 1 for site in report["sites"] if site["kept"] < 8)
+    sites = sums_of_experts(report)
+    assert [site["kept"] for site in sites] == kept
+    assert report["budget"]["limit"] - report["budget"]["spent"] < sites[0]["parameters"] / kept[0]
+    assert all(0 < site["error"] < 1 for site in sites if site["kept"] < 8)
+
+
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_attention_goes_beside_experts_under_one_budget(family, saved, tmp_path, quick):
+    options = quick(sparsity=0.6, allocator="uniform", pruner="wanda")
+    prunekit.prune(saved(family), output=tmp_path / "out", **options)  # and is verified, in a fresh process
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    lost = {site["kind"] for site in report["sites"] if site["kept"] < site["groups"]}
+    assert lost == {"attention", "experts"}
+    budget, (dense, _), (small, kept) = report["budget"], experts_of(saved(family)), experts_of(tmp_path / "out")
+    assert [site["kept"] for site in sums_of_experts(report)] == kept
+    assert budget["spent"] <= budget["limit"]
+    freed = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in small.parameters())
+    whole = sum(site.parameters(site.n_groups) for site in adapter_for(family).sites(dense))
+    assert whole - freed == budget["spent"], "what is left costs what was said"
+    blocks = sum(p.numel() for p in dense.model.layers.parameters())
+    assert budget["limit"] == blocks * 2 // 5 - (blocks - whole), "of all parameters of the blocks"
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("mixtral", {"pruner": "wanda", "allocator": {"name": "uniform", "equal": True}}),
+        pytest.param("gpt_oss", {"spare__first": 1}, marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", {"objective": "expected-error", "allocator": "table"}, marks=pytest.mark.slow),
+    ],
+    ids=["mixtral", "gpt_oss", "qwen2_moe"],
+)
+def test_neurons_of_every_expert_go_beside_attention(family, options, saved, tmp_path, quick):
+    path, out = saved(family), tmp_path / "out"
+    prunekit.prune(path, output=out, **quick(experts="neurons", sparsity=0.4) | options)  # and is verified
+    report = json.loads((out / "report.json").read_text())
+    (dense, _), (small, kept) = experts_of(path), experts_of(out)
+    sites = adapter_for(family).sites_of(dense, GROUPS, experts="neurons")
+    assert {*kept} == {8}, "no expert is gone"
+    assert [site["groups"] for site in report["sites"]] == [site.n_groups for site in sites]
+    assert any(site["kept"] < site["groups"] and 0 < site["error"] < 1 for site in report["sites"])
+    freed = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in small.parameters())
+    whole = sum(site.parameters(site.n_groups) for site in sites)
+    assert whole - freed == report["budget"]["spent"] <= report["budget"]["limit"]
+    if family == "mixtral":
+        assert type(small) is type(dense)
+        assert small.config.intermediate_size == 16, "of 32, in steps of eight"
+    if family == "gpt_oss":
+        assert all(site["kept"] == site["groups"] for site in report["sites"] if site["block"] == 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"experts": "neurons", "pruner": "magnitude"}, "the statistic producers is not taken of single experts yet"),
+        (
+            {"experts": "neurons", "allocator": "global-rank", "pruner": "wanda"},
+            "which neurons of experts have not yet",
+        ),
+        ({"experts": "neurons", "finishers": "bias"}, "recovery step bias does not reach experts yet"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter({*value} - {"experts"})),
+)
+def test_what_does_not_reach_neurons_is_refused_before_any_work(saved, quick, options, said):
+    with pytest.raises(WrongInput, match=said):
+        prunekit.prune(saved("mixtral"), **quick(**options))
+
+
+def test_neurons_of_experts_are_refused_where_there_are_no_experts(quick):
+    with pytest.raises(WrongInput, match="experts: neurons is of a mixture of experts, and the model has none"):
+        prunekit.prune(MODEL, **quick(experts="neurons"))
 
 
 def test_a_run_on_experts_is_repeated_to_the_same_bytes(saved, tmp_path, short, content):

@@ -104,6 +104,19 @@ def test_equal_sizes_and_spared_blocks_do_not_go_together():
         ALLOCATORS.build({"name": "uniform", "equal": True}).first_space(space)
 
 
+def test_a_spared_kind_keeps_everything_and_the_others_their_share():
+    sites = sparing(sites_of(4, attention=(4, 10), mlp=(16, 3)), 4, 0, 0, ["attention", "experts"])
+    assert [site.spared for site in sites] == [site.kind == "attention" for site in sites]
+    together, apart = (Budget.keeping(Fraction("0.75"), sites, apart=apart) for apart in (False, True))
+    assert together.limit == (4 * 40 + 4 * 48) * 3 // 4, "the budget is of all, so MLPs lose more"
+    assert dict(apart.by_kind) == {"attention": 4 * 40, "mlp": 4 * 36}
+    equal = ALLOCATORS.build({"name": "uniform", "equal": True})
+    kept = [ladder[0] for ladder in equal.first_space(Space.whole(sites, apart)).ladders]
+    assert kept == [4, 12] * 4
+    with pytest.raises(WrongInput, match=r"spare\.kinds: attention, mlp leave nothing to prune"):
+        sparing(sites, 4, 0, 0, ["attention", "mlp"])
+
+
 def test_ends_are_numbers_of_blocks_or_shares_of_them():
     assert SpareSpec(first=0.125, last=0.0625).of(32) == (4, 2)
     assert SpareSpec(first=0.125, last=0.0625).of(8) == (1, 1)

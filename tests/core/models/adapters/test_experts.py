@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -26,7 +26,7 @@ from prunekit.models.adapters.find import adapter_for
 from prunekit.models.blocks import entered
 from prunekit.models.classes import define
 from prunekit.models.opening import loaded, stored_as
-from prunekit.plugins.adapter import UnsupportedModel
+from prunekit.plugins.adapter import ModelAdapter, UnsupportedModel
 from prunekit.plugins.pruner import LocalPruner
 from prunekit.plugins.registry import PRUNERS, SIGNALS
 from prunekit.space.forms import WEIGHTS
@@ -47,7 +47,7 @@ class Case:
         self.model = tiny(model_type, num_hidden_layers=2, **overrides).requires_grad_(False)
         found = adapter_for(model_type)
         assert isinstance(found, MixtureOfExperts)
-        self.adapter, self.site = found, found.sites(self.model)[0]
+        self.adapter, self.site = found, sums_of_experts(found, self.model)[0]
 
     @property
     def block(self) -> Any:
@@ -90,6 +90,11 @@ class Case:
         small = copy.deepcopy(self.model)
         self.adapter.remove(small, self.site, candidate(self.site, kept, scale))
         return small
+
+
+def sums_of_experts(adapter: ModelAdapter, model: Any) -> list[Site]:
+    """The sites whose groups are experts."""
+    return [site for site in adapter.sites(model) if site.kind == "experts"]
 
 
 def candidate(site: Site, kept: Sequence[int], scale: float = 1.0) -> Candidate:
@@ -252,7 +257,7 @@ def test_fewer_experts_than_a_token_selects_are_refused(case: Case) -> None:
 
 def test_what_is_no_routed_expert_stays() -> None:
     case = Case("qwen2_moe")
-    assert [site.block for site in case.adapter.sites(case.model)] == [0], "the other block has a plain MLP"
+    assert [site.block for site in sums_of_experts(case.adapter, case.model)] == [0], "the other has a plain MLP"
     small, before = case.cut([0, 1, 2]), dict(case.model.named_parameters())
     for name, value in small.named_parameters():
         routed = name.startswith("model.layers.0.mlp.") and "shared" not in name
@@ -402,7 +407,7 @@ def test_blocks_of_experts_are_not_read_one_by_one(saved: tuple[str, str, PreTra
 def test_layers_with_different_numbers_of_experts_are_saved_and_loaded(case: Case, tmp_path: Any) -> None:
     model = tiny(name := case.model.config.model_type)  # three blocks
     plan: Mapping[Site, Sequence[int]] = {
-        site: [0, 2, 3, 5] if site.block == 0 else [1, 4] for site in case.adapter.sites(model)
+        site: [0, 2, 3, 5] if site.block == 0 else [1, 4] for site in sums_of_experts(case.adapter, model)
     }
     for site, kept in plan.items():
         case.adapter.remove(model, site, candidate(site, kept))
@@ -417,12 +422,82 @@ def test_layers_with_different_numbers_of_experts_are_saved_and_loaded(case: Cas
     assert type(again) is causal
     assert torch.equal(logits(again), logits(small))
     assert torch.equal(logits(small), logits(model))
-    assert adapter_for(small.config.model_type).sites(again)[0].n_groups == 4, "it can be pruned again"
+    first = sums_of_experts(adapter_for(small.config.model_type), again)[0]
+    assert first.n_groups == 4, "it can be pruned again"
+
+
+def cut_beside(case: Case, counts: Callable[[Site], int]) -> tuple[PreTrainedModel, int]:
+    """A model whose attention and experts keep their last groups, and how many parameters that should have freed."""
+    model, freed = tiny(case.model.config.model_type).requires_grad_(False), 0
+    for site in case.adapter.sites(model):
+        last = range(site.n_groups - counts(site), site.n_groups)
+        weight = case.adapter.linear(case.adapter.blocks(model)[site.block], site).weight.detach()
+        case.adapter.remove(model, site, Candidate(tuple(last), weight))
+        freed += site.parameters(site.n_groups) - site.parameters(counts(site))
+    return to_transformers(model, case.adapter), freed
+
+
+def test_attention_and_experts_of_one_size_are_of_the_stock_class(case: Case, tmp_path: Any) -> None:
+    counts = {3: 2, 1: 1, 6: 4}  # KV groups; attention of OLMoE, which is one group; experts
+    small, freed = cut_beside(case, lambda site: counts[site.n_groups])
+    dense = tiny(case.model.config.model_type)
+    assert type(small) is type(dense)
+    assert small.config.num_attention_heads == (6 if case.adapter.heads_apart(case.block) is False else 4)
+    assert dense.num_parameters() - small.num_parameters() == freed > 0
+    small.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
+    assert type(again) is type(dense)
+    assert torch.equal(logits(again), logits(small))
+
+
+def test_layers_of_unequal_attention_and_experts_are_saved_loaded_and_generate(case: Case, tmp_path: Any) -> None:
+    kept = {(0, "attention"): 0, (1, "attention"): 1, (0, "experts"): 4, (1, "experts"): 2}
+    small, freed = cut_beside(case, lambda site: kept.get((site.block, site.kind), site.n_groups))
+    assert tiny(case.model.config.model_type).num_parameters() - small.num_parameters() == freed
+    assert type(small) is define(case.adapter.family)[2]
+    assert small.config.per_layer_config[0].skip == ["attention"]
+    small.save_pretrained(tmp_path)
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
+    assert torch.equal(logits(again), logits(small))
+    sites = adapter_for(small.config.model_type).sites(again)
+    assert (0, "attention") not in [(site.block, site.kind) for site in sites], "it can be pruned again"
+    again.float()  # no cache of zeros holds a mask of float64
+    options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(IDS), "pad_token_id": 0}
+    plain = again.generate(IDS, use_cache=False, **options)
+    assert torch.equal(plain, again.generate(IDS, **options))
+    assert torch.equal(plain, again.generate(IDS, cache_implementation="static", **options))
+
+
+def test_experts_see_what_pruned_attention_carries(case: Case) -> None:
+    """Moments of the sum over experts behind attention that keeps one group are those of a model so cut."""
+    attention = next(site for site in case.adapter.sites(case.model) if site.kind == "attention")
+    weight = case.adapter.linear(case.block, attention).weight.detach().clone()
+    weight[:, attention.columns(range(1, attention.n_groups))] = 0
+    flow = BlockFlow(case.model, case.adapter, TOKENS, dense=False)
+    flow.received(attention)
+    flow.carry(attention, weight)
+    found = flow.received(case.site).gram
+    small = copy.deepcopy(case.model)
+    case.adapter.remove(small, attention, Candidate((0,), weight))
+    expected = BlockFlow(small, case.adapter, TOKENS, dense=False).received(case.site).gram
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    dense = BlockFlow(case.model, case.adapter, TOKENS, dense=False).received(case.site).gram
+    assert (attention.n_groups == 1) == bool(torch.allclose(found, dense, rtol=1e-9, atol=0))
+
+
+def test_a_sink_goes_with_its_query_head() -> None:
+    case = Case("gpt_oss")
+    site = next(site for site in case.adapter.sites(case.model) if site.kind == "attention")
+    weight = case.adapter.linear(case.block, site).weight.detach()
+    before = case.block.self_attn.sinks.detach().clone()
+    (whole,) = case.adapter.pruned(case.block, site, Candidate((0, 2), weight)).values()
+    assert torch.equal(whole.get_parameter("sinks"), before[[0, 1, 4, 5]])  # two query heads share a KV head
+    assert torch.equal(case.block.self_attn.sinks, before), "the block stays as it is"
 
 
 def test_a_model_with_unequal_experts_made_from_its_config_is_initialised(case: Case) -> None:
     model = tiny(case.model.config.model_type)
-    for site in case.adapter.sites(model):
+    for site in sums_of_experts(case.adapter, model):
         case.adapter.remove(model, site, candidate(site, [0, 1, 2] if site.block == 0 else [0, 1]))
     config, made = to_transformers(model, case.adapter).config, []
     for _ in range(2):
@@ -435,7 +510,7 @@ def test_a_model_with_unequal_experts_made_from_its_config_is_initialised(case: 
 
 def test_a_config_with_fewer_experts_than_a_token_selects_is_refused(case: Case) -> None:
     model = tiny(case.model.config.model_type)
-    for site in case.adapter.sites(model):
+    for site in sums_of_experts(case.adapter, model):
         case.adapter.remove(model, site, candidate(site, [0, 1, 2] if site.block == 0 else [0, 1]))
     values = to_transformers(model, case.adapter).config.to_dict()
     layers = {int(index): dict(entry) for index, entry in values.pop("per_layer_config").items()}
