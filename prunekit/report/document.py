@@ -21,6 +21,7 @@ from prunekit.plugins.learner import Decision, Effort
 from prunekit.plugins.registry import KINDS, METRICS, SIGNALS
 from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
+from prunekit.search.ledger import Ledger
 from prunekit.search.supernet import Supernet
 from prunekit.space.ladders import Space
 from prunekit.space.prices import Workload
@@ -191,6 +192,12 @@ def learned(parts: Parts, effort: Effort, *, shared: int) -> dict[str, Any]:
         "tokens_of_dense_model": effort.dense,
         "budgets_at_once": shared,
     }
+
+
+def searched(ledger: Ledger) -> dict[str, int]:
+    """Say what a search has taken; what its candidates were trained on is a part of the token-forwards."""
+    trained = {"training_of_candidates": ledger.trained} if ledger.trained else {}
+    return {"questions": ledger.questions, "token_forwards": ledger.tokens + ledger.trained, **trained}
 
 
 def decision_digest(decision: Decision) -> str:

@@ -256,8 +256,9 @@ class _Work:
             spent = budget.outside + made.run.whole.cost(made.plan)
             return replace(
                 blank, recipe=parts.digest, objective=_finite(made.objective), parameters=made.parameters,
-                removed=float(1 - spent / budget.dense), token_forwards=ledger.tokens, questions=ledger.questions,
-                seconds=sum(clock.values()), stages=dict(clock), trace=_trace(ledger.text()), **_measured(measured),
+                removed=float(1 - spent / budget.dense), token_forwards=ledger.tokens + ledger.trained,
+                questions=ledger.questions, seconds=sum(clock.values()), stages=dict(clock),
+                trace=_trace(ledger.text()), **_measured(measured),
             )  # fmt: skip
 
 

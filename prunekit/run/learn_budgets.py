@@ -58,7 +58,7 @@ def learn_budgets(recipe: Recipe, job: Job) -> Path:
             "model": first.model,
             "allocator": first.allocator,
             "sparsity": sorted(asked),
-            "token_forwards": sum(run.ledger.tokens for run in runs),
+            "token_forwards": sum(run.ledger.tokens + run.ledger.trained for run in runs),
             "best": [{"limit": each.whole.budget.limit, "loss": each.judged[0][1]} for each in searches],
         })  # fmt: skip
         publish(done, output, overwrite=job.overwrite)

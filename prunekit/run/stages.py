@@ -132,6 +132,7 @@ class Run:
         model, reference = (dense.model, None) if trained is None else (trained.model, dense.model)
         other = None if trained is None else trained.digest  # of weights that are not the dense model's
         team, teacher = self.team, reference
+        alone = "sub-layer" in parts.pruner.needs  # of the tokens, which workers have
         if self.wide is not None:
             other, team, teacher = dense.fingerprint, None, self.wide.model  # workers have that one
         signals, scores = (parts.signals, "scores" in parts.allocator.needs) if search else ((), False)
@@ -167,9 +168,11 @@ class Run:
             model, dense.adapter, space, centre, parts.pruner, draws.calibration, store,
             signals=signals, scores=scores, carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype,
             gradients=gradients, fisher=fisher, sparse=sparse, decision=decision, contrast=draws.contrast,
-            reference=reference, room=self.room, team=team if trained is None else None, progress=self.progress,
-            label=label,
+            reference=reference, room=self.room, team=None if alone or trained is not None else team,
+            progress=self.progress, label=label,
         )  # fmt: skip
+        if spent := store.trained(space.sites):
+            self.ledger.train(label, spent)
         try:
             spent = time.perf_counter() - started if new else float(read_state(store.directory / SECONDS))
         except Damaged:  # nothing hangs on it but what the report says
