@@ -116,10 +116,14 @@ def prune(
     drawn = page and can_draw()
     job = Job(None, None, output, progress_for(quiet), resume, overwrite, announce=new, page=drawn)
     if several:
+        from prunekit.cli.learn_budgets import any_budget
         from prunekit.run.family import FILE, family
 
         document = family(chosen, job).document
         print_table(members(str(output), document))
+        if (learnt := document.get("budgets")) is not None:
+            assert chosen.allocator is not None  # who has learnt
+            echo(any_budget(chosen.allocator["name"], output / learnt))
         echo(f"details: {output / (PAGE if drawn else FILE)}")
         return {"output": output, "family": output / FILE, "members": document["members"]}
     report = pruning.prune(chosen, job).report

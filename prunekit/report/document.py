@@ -167,13 +167,16 @@ def width(parts: Parts, dense: Any, small: Any) -> dict[str, Any]:
     return {"name": parts.recipe.width["name"], "channels": after, "of": before, "untied": bool(own and tied)}
 
 
-def learned(parts: Parts, effort: Effort, *, shared: int) -> dict[str, Any]:
+def learned(
+    parts: Parts, effort: Effort, *, shared: int, domains: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """Say what a learner has read and what its masks are of.
 
     Args:
         parts: of the recipe.
         effort: what was read.
         shared: number of budgets of a family that it decided for at once.
+        domains: shares of the text of all data sets in the end, where it weighs them.
     """
     assert parts.recipe.learner is not None
     masks = "learned on un-refitted weights: those of the dense model, before the pruner works on what is kept"
@@ -191,6 +194,7 @@ def learned(parts: Parts, effort: Effort, *, shared: int) -> dict[str, Any]:
         "tokens_forward_and_back": effort.back,
         "tokens_of_dense_model": effort.dense,
         "budgets_at_once": shared,
+        **({"domains": dict(domains)} if domains else {}),
     }
 
 

@@ -76,6 +76,7 @@ class Run:
     allotment: Allotment | None = None  # of the recipe's time; None: it has none
     decided: dict[str, int] = field(default_factory=dict)  # recipe key -> what the clock has said
     learned: dict[str, Any] = field(default_factory=dict)  # what the learner has read, for the report
+    domains: dict[str, float] = field(default_factory=dict)  # share of the text, as the learner has left it, by label
     wide: Dense | None = None  # whose residual stream was narrowed, which is `dense`; None: nobody's was
 
     @property
