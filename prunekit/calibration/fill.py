@@ -153,18 +153,9 @@ def build(
         kept: list[Candidate] = []
         errors: list[float] = []
         nats: list[float] = []
-
-        def judge(candidates: Sequence[Candidate]) -> None:
-            root = None if fisher is None else whole.output_root
-            for candidate in candidates:
-                error, price = judged(layer, candidate, root)
-                errors.append(error)
-                if price is not None:
-                    nats.append(price)
-
         if decision is not None:
             kept.append(kept_groups(pruner, layer, site, *chosen[site], dtype))
-            judge(kept)
+            errors, nats = judged(layer, kept, None if fisher is None else whole.output_root)
         elif priced is not None:
             kept += answers(pruner, layer, site, made, dtype, priced)
             errors += layer.errors(priced)[list(ladder)].tolist()
@@ -174,15 +165,12 @@ def build(
             # all of those that are kept are asked for together; those that are only priced need not be there at once
             for some in batched(ladder, PRICED_AT_ONCE) if sparse else (ladder,):
                 candidates = answers(pruner, layer, site, some, dtype)
-                judge(candidates)
+                lost, cost = judged(layer, candidates, None if fisher is None else whole.output_root)
+                errors, nats = errors + lost, nats + cost
                 kept += [c for count, c in zip(some, candidates, strict=True) if count in made]
         numbers = [measured(signal, whole, site) for signal in signals]
         worth = scored(pruner, layer, site) if scores else None
-        trained = 0
-        if isinstance(layer.sublayer, StreamedSubLayer):
-            sent = layer.sublayer.sent
-            trained = token_forwards(Effort(0, sent.forward, sent.back), site, weights)
-        found = [in_model(site, candidate) for candidate in kept]
+        found, trained = [in_model(site, candidate) for candidate in kept], _trained(layer, site, weights)
         store.put(site, found, errors, numbers, worth, keeps=made, nats=nats, trained=trained)
 
     with progress.stage(label, len(space.sites)) as stage:
@@ -392,16 +380,30 @@ def _fault_in_front(layer: LayerProblem, keep: int, candidate: Candidate) -> str
 
 
 def judged(
-    layer: LayerProblem, candidate: Candidate, root: Float[Tensor, "d_out d_out"] | None
-) -> tuple[float, float | None]:
-    """(relative output error, price in nats per token where there is the `output_root`) of a candidate.
+    layer: LayerProblem, candidates: Sequence[Candidate], root: Float[Tensor, "d_out d_out"] | None
+) -> tuple[list[float], list[float]]:
+    """(relative output errors of candidates, their prices in nats per token where there is the `output_root`).
 
-    Of its weight and the moments; where producer layers are other ones too, on the tokens themselves.
+    Of the weight and the moments; where producer layers are other ones too, on the tokens themselves.
     """
-    if candidate.producers:
-        assert isinstance(layer.sublayer, StreamedSubLayer)
-        return layer.sublayer.judged(candidate, root)
-    return layer.error(candidate.weight), None if root is None else layer.nats(candidate.weight, root)
+    errors, nats = list[float](), list[float]()
+    for candidate in candidates:
+        if candidate.producers:
+            assert isinstance(layer.sublayer, StreamedSubLayer)
+            error, price = layer.sublayer.judged(candidate, root)
+        else:
+            error, price = layer.error(candidate.weight), None if root is None else layer.nats(candidate.weight, root)
+        errors.append(error)
+        nats += [] if price is None else [price]
+    return errors, nats
+
+
+def _trained(layer: LayerProblem, site: Site, weights: int) -> int:
+    """Token-forwards that the pruner, and judging what it has trained, has sent through the sub-layer."""
+    if not isinstance(layer.sublayer, StreamedSubLayer):
+        return 0
+    sent = layer.sublayer.sent
+    return token_forwards(Effort(0, sent.forward, sent.back), site, weights)
 
 
 def _by_site(

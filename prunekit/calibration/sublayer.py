@@ -224,7 +224,7 @@ def _widened(value: T, dtype: torch.dtype) -> T:
     if isinstance(value, Tensor) and value.is_floating_point():
         found = value.to(dtype)
     elif type(value) in (tuple, list):
-        found = type(value)(_widened(each, dtype) for each in found)
+        found = type(found)(_widened(each, dtype) for each in found)
     elif isinstance(value, Mapping):
         found = {key: _widened(each, dtype) for key, each in value.items()}
     return found

@@ -167,9 +167,7 @@ def width(parts: Parts, dense: Any, small: Any) -> dict[str, Any]:
     return {"name": parts.recipe.width["name"], "channels": after, "of": before, "untied": bool(own and tied)}
 
 
-def learned(
-    parts: Parts, effort: Effort, *, shared: int, domains: Mapping[str, float] | None = None
-) -> dict[str, Any]:
+def learned(parts: Parts, effort: Effort, *, shared: int, domains: Mapping[str, float] | None = None) -> dict[str, Any]:
     """Say what a learner has read and what its masks are of.
 
     Args:

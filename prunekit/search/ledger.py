@@ -51,7 +51,7 @@ class Ledger:
             self._append(record)
 
     def train(self, label: str, tokens: int) -> None:
-        """Token-forwards that candidates of a calibration pass were trained on; no part of what a search is limited to."""
+        """Candidates of a calibration pass were trained on so many token-forwards, which limit no search."""
         self.note({"kind": "training", "pass": label, "tokens": tokens})
         self.trained += tokens
 

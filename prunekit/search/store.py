@@ -143,8 +143,8 @@ class CandidateStore:
         if kept not in entry["kept"]:
             raise KeyError(f"{site.name}: no candidate keeps {kept}; there are {entry['kept']}")
         with safe_open(self._intact(site), "pt") as file:
-            found, there = layout_of(site).decode(site, kept, lambda name: file.get_tensor(f"{kept}.{name}")), file.keys()
-            names = takewhile(there.__contains__, (f"{kept}.{_producer(i)}" for i in count()))
+            found = layout_of(site).decode(site, kept, lambda name: file.get_tensor(f"{kept}.{name}"))
+            names = takewhile(set(file.keys()).__contains__, (f"{kept}.{_producer(i)}" for i in count()))
             found = replace(found, producers=tuple(map(file.get_tensor, names)))
         return found.to(device)
 

@@ -162,9 +162,9 @@ def noisy(groups: int, seed: int) -> Tensor:
 class LearnerSuite:
     """Subclass it, name it Test..., and set `plugin`; `slack` where it is known to miss the optimum by some.
 
-    Who looks once, all its questions about the same gates, is held to the best that could be decided on what it was told:
-    of groups that interact, the set of least loss by the slopes there; where a loss is flat at the gates and nothing but
-    slopes was asked for, any set.
+    Who looks once, all its questions about the same gates, is held to the best that could be decided on what it was
+    told: of groups that interact, the set of least loss by the slopes there; where a loss is flat at the gates and
+    nothing but slopes was asked for, any set.
     """
 
     plugin: Learner

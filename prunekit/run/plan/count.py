@@ -565,11 +565,13 @@ class Count:
         effort = self.parts.pruner.effort(chunks, self.seqlen)
         some = [count for count in counts if 0 < count < site.n_groups] if effort.queries else []
         each = replace(effort, forward=effort.forward + tokens)  # and judged on all
-        sent = token_forwards(replace(each, forward=len(some) * each.forward, back=len(some) * each.back), site, shape.weights)
-        passed, front = each.forward + BACK * each.back, sum(fed.d_in * fed.d_out for fed in shape.producers(site).values())
+        every = replace(each, forward=len(some) * each.forward, back=len(some) * each.back)
+        sent, passed = token_forwards(every, site, shape.weights), each.forward + BACK * each.back
+        front = sum(fed.d_in * fed.d_out for fed in shape.producers(site).values())
         whole = front + site.d_in * site.d_out
         attended = 2 * self.seqlen * site.d_in if site.kind == "attention" else 0
         kept = sum(count / site.n_groups for count in some)
-        flops = round(2 * passed * (kept * (whole + attended) + len(some) * site.d_in * site.d_out))  # and the dense map
+        dense = len(some) * site.d_in * site.d_out  # the dense map, for what is wanted
+        flops = round(2 * passed * (kept * (whole + attended) + dense))
         training = 5 * FLOAT * whole + 4 * self._activations(max(chunks, default=0) * self.seqlen)
         return sent, flops, front, training

@@ -31,8 +31,8 @@ class Distilled(LocalPruner):
 
     from the candidates of `inner`, which says what is kept; W x̂ is f(x) without its bias. Adam with a cosine, one chunk
     of calibration tokens in every step; its rate is a share of the root mean square of each weight, so that (1) is
-    solved alike in all units. The last windows are held out. Every `every` steps (1) is measured on them; steps that have
-    not lowered it are undone, and it goes on at a third of the rate. A candidate that nothing has lowered stays as
+    solved alike in all units. The last windows are held out. Every `every` steps (1) is measured on them; steps that
+    have not lowered it are undone, and it goes on at a third of the rate. A candidate that nothing has lowered stays as
     `inner` has made it. Sub-layers that keep all or nothing are not trained, biases stay as they are.
 
     Source: Puzzle (Bercovich et al., arXiv:2411.19146), section 3, decoupled: attention and MLP are trained apart, on

@@ -105,22 +105,23 @@ def test_a_family_whose_allocator_learns_has_beside_it_what_answers_any_other_ta
     assert result.report["search"]["questions"] == 0
 
 
-def test_a_family_goes_on_where_its_budgets_were_learnt_and_copies_them(family, tmp_path):
+def test_a_copy_of_a_family_has_what_was_learnt(family, tmp_path):
     output, _ = family
     assert not changed(output)
     copied = Family(json.loads((output / "pareto.json").read_text()), output).save(tmp_path / "copy")
     assert (copied / "budgets" / "learnt.json").read_bytes() == (output / "budgets" / "learnt.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_family_of_two_is_made_and_says_that_it_teaches_nothing(recipe, tmp_path):
-    class Heard(Progress):
-        lines: list[str] = []
+    lines = []
 
+    class Heard(Progress):
         def say(self, line):
-            self.lines.append(line)
+            lines.append(line)
 
     two = recipe.spread({"sparsity": [0.2, 0.4], "verify": False})
     made = make_family(two, Job(output=tmp_path / "two", progress=Heard()))
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["0.2", "0.4", "files.json", "pareto.json"]
     assert "budgets" not in made.document
-    assert any("too few to learn from" in line for line in Heard.lines)
+    assert any("too few to learn from" in line for line in lines)
