@@ -136,12 +136,7 @@ def build(
             model, adapter, site, moments, needs, damping, gradients, fisher, against,
             last=not site.input_group, reference=reference,
         )  # fmt: skip
-        if "sub-layer" not in pruner.needs:
-            return problem
-        assert isinstance(flow, BlockFlow)  # workers have the tokens, and whoever needs them works alone
-        return replace(
-            problem, sublayer=StreamedSubLayer.of(adapter, site, adapter.blocks(model)[site.block], flow.stream)
-        )
+        return problem if "sub-layer" not in pruner.needs else _beside_its_sublayer(problem, model, adapter, site, flow)
 
     def fill(site: Site) -> None:
         if (whole := stated(site)) is None:
@@ -396,6 +391,15 @@ def judged(
         errors.append(error)
         nats += [] if price is None else [price]
     return errors, nats
+
+
+def _beside_its_sublayer(
+    problem: LayerProblem, model: nn.Module, adapter: ModelAdapter, site: Site, flow: BlockFlow | SharedFlow
+) -> LayerProblem:
+    """The layer problem of a site with the sub-layer that it ends, on what has reached it."""
+    assert isinstance(flow, BlockFlow)  # workers have the tokens, and whoever needs them works alone
+    block = adapter.blocks(model)[site.block]
+    return replace(problem, sublayer=StreamedSubLayer.of(adapter, site, block, flow.stream))
 
 
 def _trained(layer: LayerProblem, site: Site, weights: int) -> int:
