@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from prunekit.layer.problem import LayerProblem
     from prunekit.layer.solving import factored, inverted, solved
     from prunekit.layer.statistics import MapShape, Need, Received, Statistic, Total
+    from prunekit.layer.sublayer import CutSubLayer, SubLayer
     from prunekit.plugins.adapter import ModelAdapter
     from prunekit.plugins.allocator import Allocator, Journal, Problem, Query, Search, Searched
     from prunekit.plugins.dense import Dense
@@ -55,6 +56,7 @@ _HOMES = {  # module: what of it is public
     "layer.problem": "LayerProblem",
     "layer.solving": "factored inverted solved",
     "layer.statistics": "MapShape Need Received Statistic Total",
+    "layer.sublayer": "CutSubLayer SubLayer",
     "plugins.adapter": "ModelAdapter",
     "plugins.allocator": "Allocator Journal Problem Query Search Searched",
     "plugins.dense": "Dense",
@@ -83,15 +85,15 @@ _HOMES = {  # module: what of it is public
 _HOME_OF = {name: f"prunekit.{module}" for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
-    "Allocation", "Allocator", "Answers", "Budget", "Candidate", "CandidateStore", "Decision", "Dense", "Effort",
-    "Engine", "Exporter", "Family", "Finisher", "GateProblem", "GateQuery", "GateReply", "Inquiry", "Journal",
-    "LayerProblem", "Learner", "Lesson", "LocalPruner", "MapShape", "MeasuredMetric", "Metric", "ModelAdapter",
-    "Moments", "Need", "NotVerified", "Objective", "Opening", "Order", "Parameters", "Parts", "PluginError", "Point",
-    "Probe", "Problem", "Product", "Query", "Reads", "Received", "Recipe", "ResidualStream", "Response", "Result",
-    "Runs", "Search", "Searched", "Setting", "Signal", "Site", "Space", "Statistic", "Supernet", "Team", "TokenBatch",
-    "Total", "Track", "Tracker", "Training", "Width", "Worker", "Workpiece", "WrongInput", "best_groups",
-    "best_weights", "check_choices", "compare", "evaluate", "factored", "inverted", "prune", "ranked", "resolve",
-    "solved", "tune",
+    "Allocation", "Allocator", "Answers", "Budget", "Candidate", "CandidateStore", "CutSubLayer", "Decision", "Dense",
+    "Effort", "Engine", "Exporter", "Family", "Finisher", "GateProblem", "GateQuery", "GateReply", "Inquiry",
+    "Journal", "LayerProblem", "Learner", "Lesson", "LocalPruner", "MapShape", "MeasuredMetric", "Metric",
+    "ModelAdapter", "Moments", "Need", "NotVerified", "Objective", "Opening", "Order", "Parameters", "Parts",
+    "PluginError", "Point", "Probe", "Problem", "Product", "Query", "Reads", "Received", "Recipe", "ResidualStream",
+    "Response", "Result", "Runs", "Search", "Searched", "Setting", "Signal", "Site", "Space", "Statistic", "SubLayer",
+    "Supernet", "Team", "TokenBatch", "Total", "Track", "Tracker", "Training", "Width", "Worker", "Workpiece",
+    "WrongInput", "best_groups", "best_weights", "check_choices", "compare", "evaluate", "factored", "inverted",
+    "prune", "ranked", "resolve", "solved", "tune",
 ]  # fmt: skip
 
 

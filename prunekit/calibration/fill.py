@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from prunekit.calibration.gradients import Gradients, OutputFisher
 from prunekit.calibration.moments import ExpertMoments, Moments
 from prunekit.calibration.shared import SharedFlow
 from prunekit.calibration.statistics import STATISTICS, statistics_of
+from prunekit.calibration.sublayer import StreamedSubLayer, in_model, order_of, token_forwards
 from prunekit.data.tokens import TokenBatch
 from prunekit.errors import PluginError, WrongInput
 from prunekit.layer.candidates import Candidate
@@ -31,7 +33,7 @@ from prunekit.layer.statistics import Need
 from prunekit.plugins.adapter import Cut, ModelAdapter
 from prunekit.plugins.engine import Team
 from prunekit.plugins.guard import instance, number, unchanged
-from prunekit.plugins.learner import Decision
+from prunekit.plugins.learner import Decision, Effort
 from prunekit.plugins.pruner import LocalPruner
 from prunekit.plugins.signal import Signal
 from prunekit.search.store import CandidateStore
@@ -124,15 +126,17 @@ def build(
     rungs_of = dict(zip(space.sites, space.ladders, strict=True))
     centre_of = dict(zip(space.sites, centre, strict=True))
     chosen = {} if decision is None else _by_site(space.sites, decision)
+    weights = sum(map(adapter.multiplied, adapter.blocks(model))) if "sub-layer" in pruner.needs else 0
 
     def stated(site: Site) -> LayerProblem | None:  # moments of wide maps are large: they end with this scope
         moments, against = flow.received(site, statistics), None if other is None else other.received(site)
         if site in store:
             return None
-        return layer_problem(
+        problem = layer_problem(
             model, adapter, site, moments, needs, damping, gradients, fisher, against,
             last=not site.input_group, reference=reference,
         )  # fmt: skip
+        return problem if "sub-layer" not in pruner.needs else _beside_its_sublayer(problem, model, adapter, site, flow)
 
     def fill(site: Site) -> None:
         if (whole := stated(site)) is None:
@@ -143,7 +147,8 @@ def build(
         kept, errors, nats = _judged(pruner, layer, site, rungs_of[site], made, dtype, root, sparse, chosen.get(site))
         numbers = [measured(signal, whole, site) for signal in signals]
         worth = scored(pruner, layer, site) if scores else None
-        store.put(site, [_in_model(site, c) for c in kept], errors, numbers, worth, keeps=made, nats=nats)
+        found, trained = [in_model(site, candidate) for candidate in kept], _trained(layer, site, weights)
+        store.put(site, found, errors, numbers, worth, keeps=made, nats=nats, trained=trained)
 
     def fill_experts(site: Site) -> None:
         moments = flow.received_by_expert(site, statistics)
@@ -223,7 +228,7 @@ def layer_problem(
     if not bool(torch.isfinite(moments.outer.sum())):  # which it is only where all of it is
         raise WrongInput(f"{site.name} receives values that are not finite; try --dtype float32 or other text")
     block = adapter.blocks(model)[site.block]
-    order = _order(site, moments.outer.device)
+    order = order_of(site, moments.outer.device)
     joins = adapter.adds_up(block) and adapter.part(site) is not None  # its output is a term of the residual stream
     unseen = [each.name for each in statistics_of(needs) if "residual" in each.sees and each.name != "drift"]
     if unseen and not joins:
@@ -364,9 +369,7 @@ def _judged(
     priced = priced_at_once(pruner, layer, site) if sparse and chosen is None else None
     if chosen is not None:
         kept.append(kept_groups(pruner, layer, site, *chosen, dtype))
-        errors.append(layer.error(kept[0].weight))
-        if root is not None:
-            nats.append(layer.nats(kept[0].weight, root))
+        errors, nats = judged(layer, kept, root)
     elif priced is not None:
         kept += answers(pruner, layer, site, made, dtype, priced)
         errors += layer.errors(priced)[list(ladder)].tolist()
@@ -376,9 +379,8 @@ def _judged(
         # all of those that are kept are asked for together; those that are only priced need not be there at once
         for some in batched(ladder, PRICED_AT_ONCE) if sparse else (ladder,):
             candidates = answers(pruner, layer, site, some, dtype)
-            errors += [layer.error(candidate.weight) for candidate in candidates]
-            if root is not None:
-                nats += [layer.nats(candidate.weight, root) for candidate in candidates]
+            lost, cost = judged(layer, candidates, root)
+            errors, nats = errors + lost, nats + cost
             kept += [c for count, c in zip(some, candidates, strict=True) if count in made]
     return kept, errors, nats
 
@@ -486,9 +488,58 @@ def _checked(
         raise PluginError(f"{who}: the weight of count {keep} has shape {there}, and {asked} was asked")
     if not bool(torch.isfinite(candidate.weight).all()):
         raise PluginError(f"{who}: the weight of count {keep} is not finite")
-    if fault := layout_of(site).fault(site, keep, candidate, layer.columns):
+    if fault := layout_of(site).fault(site, keep, candidate, layer.columns) or _fault_in_front(layer, keep, candidate):
         raise PluginError(f"{who}: {fault}")
     return layout_of(site).rounded(candidate, dtype)
+
+
+def _fault_in_front(layer: LayerProblem, keep: int, candidate: Candidate) -> str:
+    """What is wrong with the weights of producer layers that a candidate brings along, in words; empty: nothing."""
+    if not candidate.producers:
+        return ""
+    asked = [] if layer.sublayer is None else layer.sublayer.shapes(keep)
+    there = [tuple(each.shape) for each in candidate.producers]
+    if there != asked:
+        return f"weights of producer layers of shapes {asked} were asked, not {there}"
+    if not all(bool(torch.isfinite(each).all()) for each in candidate.producers):
+        return f"a weight of a producer layer of count {keep} is not finite"
+    return ""
+
+
+def judged(
+    layer: LayerProblem, candidates: Sequence[Candidate], root: Float[Tensor, "d_out d_out"] | None
+) -> tuple[list[float], list[float]]:
+    """(relative output errors of candidates, their prices in nats per token where there is the `output_root`).
+
+    Of the weight and the moments; where producer layers are other ones too, on the tokens themselves.
+    """
+    errors, nats = list[float](), list[float]()
+    for candidate in candidates:
+        if candidate.producers:
+            assert isinstance(layer.sublayer, StreamedSubLayer)
+            error, price = layer.sublayer.judged(candidate, root)
+        else:
+            error, price = layer.error(candidate.weight), None if root is None else layer.nats(candidate.weight, root)
+        errors.append(error)
+        nats += [] if price is None else [price]
+    return errors, nats
+
+
+def _beside_its_sublayer(
+    problem: LayerProblem, model: nn.Module, adapter: ModelAdapter, site: Site, flow: BlockFlow | SharedFlow
+) -> LayerProblem:
+    """The layer problem of a site with the sub-layer that it ends, on what has reached it."""
+    assert isinstance(flow, BlockFlow)  # workers have the tokens, and whoever needs them works alone
+    block = adapter.blocks(model)[site.block]
+    return replace(problem, sublayer=StreamedSubLayer.of(adapter, site, block, flow.stream))
+
+
+def _trained(layer: LayerProblem, site: Site, weights: int) -> int:
+    """Token-forwards that the pruner, and judging what it has trained, has sent through the sub-layer."""
+    if not isinstance(layer.sublayer, StreamedSubLayer):
+        return 0
+    sent = layer.sublayer.sent
+    return token_forwards(Effort(0, sent.forward, sent.back), site, weights)
 
 
 def _by_site(
@@ -551,19 +602,3 @@ def expected_weight(store: CandidateStore, site: Site, counts: Sequence[int]) ->
     for count in counts[1:]:
         mean += store.get(site, count).weight.double() * (count / total)
     return mean
-
-
-def _in_model(site: Site, candidate: Candidate) -> Candidate:
-    """With columns in the order of the model."""
-    if site.spread == 1:
-        return candidate
-    weight = torch.empty_like(candidate.weight)
-    weight[:, _order(site, weight.device)] = candidate.weight
-    return Candidate(candidate.kept, weight)
-
-
-def _order(site: Site, device: torch.device) -> Tensor:
-    """Columns of the model in the order of the layer problem, group by group."""
-    if site.spread == 1:
-        return torch.arange(site.d_in, device=device)
-    return torch.tensor(site.columns(range(site.n_groups)), dtype=torch.long, device=device)

@@ -166,6 +166,7 @@ STATISTICS: Mapping[str, tuple[Statistic, ...]] = {
     "gradient": (),  # of a pass back through the model
     "output-fisher": (),  # of a pass back through the model, on labels sampled from it
     "contrast": (),  # the powers of a second data set
+    "sub-layer": (),  # tokens
 }
 """What a plug-in may need by name, and what is added up for it; other statistics it names as objects."""
 

@@ -43,5 +43,10 @@ def learn_budgets(
         found = learning.learn_budgets(chosen, job)
     assert chosen.allocator is not None  # else nothing was learnt
     name = chosen.allocator["name"]
-    typer.echo(f"any budget: prunekit prune MODEL --allocator {name} --set allocator.model={found} --output DIR")
+    typer.echo(any_budget(name, found))
     return {"output": found}
+
+
+def any_budget(name: str, learnt: Path) -> str:
+    """Say how to prune with what an allocator has learnt."""
+    return f"any budget: prunekit prune MODEL --allocator {name} --set allocator.model={learnt} --output DIR"

@@ -35,7 +35,7 @@ def plan(*, as_json: Json = False, **options: Any) -> None:
         took = "unknown" if seconds is None else span(seconds)
         if ends := stage.between(rates):
             took += f" ({span(ends[0])} to {span(ends[1])})"
-        table.add_row(stage.name, amount(stage.memory + stage.shared), amount(stage.writes), took, stage.unknown)
+        table.add_row(stage.name, amount(stage.memory + stage.shared), amount(stage.writes), took, stage.told)
     told = found.as_dict(rates)
     least = "" if told["seconds_complete"] else "at least "
     for own in told["members"]:

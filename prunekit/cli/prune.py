@@ -101,7 +101,12 @@ def prune(
     with work.job(announce=not (work.quiet or unfinished(output)), page=drawn) as job:
         report = family(chosen, job).document if several else pruning.prune(chosen, job).report
     if several:
+        from prunekit.cli.learn_budgets import any_budget
+
         print_table(members(str(output), report))
+        if (learnt := report.get("budgets")) is not None:
+            assert chosen.allocator is not None  # who has learnt
+            echo(any_budget(chosen.allocator["name"], output / learnt))
         echo(f"details: {output / (PAGE if drawn else FILE)}")
         return {"output": output, "family": output / FILE, "members": report["members"]}
     print_table(comparison(str(output), *rows_of_report(report, source, output)))

@@ -21,11 +21,15 @@ class Candidate:
     kept: tuple[int, ...] | None  # ids, ascending; None when the structure has no groups
     weight: Float[Tensor, "d_out d_in"]
     factors: tuple[Float[Tensor, "d_out r"], Float[Tensor, "r d_in"]] | None = None  # of low rank; None: not factored
+    producers: tuple[Tensor, ...] = ()
+    """Weights of the producer layers of a cut sub-layer, in order, as `CutSubLayer.candidate` makes them; (): the rows
+    of the dense ones."""
 
     def to(self, device: torch.device | str) -> Candidate:
         """On another device, without a history."""
         factors = None if self.factors is None else (moved(self.factors[0], device), moved(self.factors[1], device))
-        return Candidate(self.kept, moved(self.weight, device), factors)
+        producers = tuple(moved(each, device) for each in self.producers)
+        return Candidate(self.kept, moved(self.weight, device), factors, producers)
 
 
 def moved(values: Tensor, device: torch.device | str) -> Tensor:

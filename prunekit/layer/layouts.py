@@ -41,7 +41,8 @@ class Layout(ABC):
 
     def rounded(self, candidate: Candidate, dtype: torch.dtype) -> Candidate:
         """In the dtype of the checkpoint: what is judged is what will be saved."""
-        return Candidate(candidate.kept, candidate.weight.to(dtype))
+        producers = tuple(each.to(dtype) for each in candidate.producers)
+        return Candidate(candidate.kept, candidate.weight.to(dtype), producers=producers)
 
     def overflow(self, site: Site, kept: int, weight: Float[Tensor, "d_out kept"]) -> str:
         """How a weight of the small model exceeds its count, in words; here it cannot, for its shape says it."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from prunekit.layer.candidates import Candidate, product
 from prunekit.layer.solving import factored, inverted, margin, solved
 from prunekit.layer.statistics import Need, named, required
+from prunekit.layer.sublayer import SubLayer
 from prunekit.space.forms import GROUPS, Form, Units
 
 VALUES_AT_ONCE = 2**22  # of what is judged at once: 32 MiB in float64
@@ -73,6 +74,7 @@ class LayerProblem:
     energy: float | None = None  # E‖W x‖² on dense inputs; from the gram when there is no cross
     statistics: Mapping[str, Tensor] = field(default_factory=dict)  # by name; `require` one
     producers: tuple[Producer, ...] = ()
+    sublayer: SubLayer | None = None  # which the layer ends, to be run with other weights
     name: str = "layer"
 
     def __post_init__(self) -> None:
@@ -124,6 +126,7 @@ class LayerProblem:
             drift=self.drift if "drift" in names else None,
             statistics=known(self.statistics),
             producers=producers if names & of_producers - self.statistics.keys() else (),
+            sublayer=self.sublayer if "sub-layer" in names else None,
         )
 
     @property

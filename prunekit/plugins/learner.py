@@ -190,6 +190,7 @@ class Decision:
     kept: tuple[tuple[int, ...], ...]  # ids of the groups that stay, ascending, by site
     scales: Float[Tensor, " groups"] | None = None  # what a pruner that leaves the weights as they are multiplies by
     steps: tuple[int, ...] = ()  # what a group of every site counts for, where that is a rank; (): 1
+    domains: tuple[float, ...] = ()  # share of the text that every data set had in the end; (): the learner weighs none
 
     @property
     def counts(self) -> Allocation:

@@ -12,6 +12,7 @@ from torch import Tensor
 from prunekit.layer.candidates import Candidate
 from prunekit.layer.problem import LayerProblem, Nested, Truncated
 from prunekit.layer.statistics import Need
+from prunekit.plugins.learner import Effort
 
 Within = Literal["map", "block"]
 
@@ -30,7 +31,7 @@ class LocalPruner(ABC):
 
         gram, cross, drift, producers: the fields of a `LayerProblem`. All else the layer is to `require` by its name.
         power: of every producer. contrast: a second data set is read. gradient: gradient and fisher of the layer, and
-        of producers if asked.
+        of producers if asked. sub-layer: the layer's `sublayer`, to be run with other weights.
         """
         return frozenset({"gram"})
 
@@ -38,6 +39,15 @@ class LocalPruner(ABC):
     def matrices(self) -> int:
         """How many float64 matrices (d_in, d_in) it makes at once, for plans: damped, its factor, its inverse."""
         return 3 if "gram" in self.needs else 0
+
+    def effort(self, chunks: Sequence[int], seqlen: int) -> Effort:
+        """What one candidate sends through the `sublayer`, for plans: no more, and no less; nothing, as here.
+
+        Args:
+            chunks: windows of every chunk.
+            seqlen: tokens of a window.
+        """
+        return Effort(0)
 
     @abstractmethod
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:

@@ -374,6 +374,11 @@ def _check_readers(parts: Parts) -> None:
             f"allocator {recipe.allocator['name']!r} ranks groups by the pruner's scores, and pruner "
             f"{recipe.pruner['name']!r} has none; choose another of either"
         )
+    if "sub-layer" in pruner.needs and recipe.carry != "dense":
+        raise WrongInput(
+            f"pruner {recipe.pruner['name']!r} trains sub-layers on what reaches them in the dense model, and carry is "
+            f"{recipe.carry}; give --set carry=dense"
+        )
     readers = {f"signal {SIGNALS.name_of(signal)!r}": signal.needs for signal in parts.signals}
     for who, needs in {f"pruner {recipe.pruner['name']!r}": pruner.needs, **readers}.items():
         if "contrast" in needs and recipe.data.contrast_dataset is None:

@@ -21,6 +21,7 @@ from prunekit.plugins.learner import Decision, Effort
 from prunekit.plugins.registry import KINDS, METRICS, SIGNALS
 from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
+from prunekit.search.ledger import Ledger
 from prunekit.search.supernet import Supernet
 from prunekit.space.ladders import Space
 from prunekit.space.prices import Workload
@@ -166,13 +167,14 @@ def width(parts: Parts, dense: Any, small: Any) -> dict[str, Any]:
     return {"name": parts.recipe.width["name"], "channels": after, "of": before, "untied": bool(own and tied)}
 
 
-def learned(parts: Parts, effort: Effort, *, shared: int) -> dict[str, Any]:
+def learned(parts: Parts, effort: Effort, *, shared: int, domains: Mapping[str, float] | None = None) -> dict[str, Any]:
     """Say what a learner has read and what its masks are of.
 
     Args:
         parts: of the recipe.
         effort: what was read.
         shared: number of budgets of a family that it decided for at once.
+        domains: shares of the text of all data sets in the end, where it weighs them.
     """
     assert parts.recipe.learner is not None
     masks = "learned on un-refitted weights: those of the dense model, before the pruner works on what is kept"
@@ -190,7 +192,14 @@ def learned(parts: Parts, effort: Effort, *, shared: int) -> dict[str, Any]:
         "tokens_forward_and_back": effort.back,
         "tokens_of_dense_model": effort.dense,
         "budgets_at_once": shared,
+        **({"domains": dict(domains)} if domains else {}),
     }
+
+
+def searched(ledger: Ledger) -> dict[str, int]:
+    """Say what a search has taken; what its candidates were trained on is a part of the token-forwards."""
+    trained = {"training_of_candidates": ledger.trained} if ledger.trained else {}
+    return {"questions": ledger.questions, "token_forwards": ledger.tokens + ledger.trained, **trained}
 
 
 def decision_digest(decision: Decision) -> str:

@@ -271,9 +271,9 @@ class _Work:
             optimum = {} if made.optimum is None else _known(made.optimum)
             row = replace(
                 blank, recipe=parts.digest, objective=_finite(made.objective), parameters=made.parameters,
-                removed=float(1 - spent / budget.dense), token_forwards=ledger.tokens, questions=ledger.questions,
-                seconds=sum(clock.values()), stages=dict(clock), trace=_trace(ledger.text()),
-                **_measured(measured), **optimum,
+                removed=float(1 - spent / budget.dense), token_forwards=ledger.tokens + ledger.trained,
+                questions=ledger.questions, seconds=sum(clock.values()), stages=dict(clock),
+                trace=_trace(ledger.text()), **_measured(measured), **optimum,
             )  # fmt: skip
             told = {name: getattr(row, name) for name in TOLD}
             made.run.progress.measured({name: value for name, value in told.items() if value is not None})

@@ -9,10 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from prunekit.errors import WrongInput
 from prunekit.recipe.schema import Recipe
 from prunekit.report.document import promise
 from prunekit.report.notebook import show_family
 from prunekit.report.page import add_page
+from prunekit.run.learn_budgets import learn_from, learns
 from prunekit.run.prune import make_result, open_runs, run_search
 from prunekit.run.results import Result, clear_result, write_result
 from prunekit.run.session import Job
@@ -22,6 +24,7 @@ from prunekit.system.files import changed, copy_sealed, read_json, seal, write_j
 
 SCHEMA = 1
 FILE = "pareto.json"
+BUDGETS = "budgets"  # folder of what an allocator has learnt from the searches of all members
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,16 +125,39 @@ def family(recipe: Recipe, job: Job) -> Family:
             write_result(result, run.place / "written")
             seal(run.place / "written")
             (run.place / "written").replace(done / name)
+        learnt = output is not None and _learn(runs, done)
         reports = {
             str(share): results[str(share)].report if output is None else _report(done / str(share)) for share in asked
         }
-        document = make_pareto(reports)
+        document = make_pareto(reports) | ({"budgets": BUDGETS} if learnt else {})
         if output is not None:
             write_json(done / FILE, document)
             if job.page:
                 add_page(done, runs[0].progress.say)
             publish(done, output, overwrite=job.overwrite)
     return _family(document, output, results, runs[0])
+
+
+def _learn(runs: Sequence[Run], done: Path) -> bool:
+    """Let an allocator that learns from its searches answer any other budget too; say where that is."""
+    recipe, allocator, place = runs[0].parts.recipe, runs[0].parts.allocator, runs[0].place.parent / "written"
+    if not learns(recipe, allocator):
+        return False
+    if (done / BUDGETS).exists():
+        if not changed(done / BUDGETS):
+            return True
+        clear_result(done / BUDGETS, ())
+    clear_result(place, ())
+    place.mkdir()
+    try:
+        learn_from(runs, allocator, place)
+    except WrongInput as error:  # the models are there, and nothing was asked but them
+        runs[0].progress.say(f"no other budget can be answered: {error}")
+        clear_result(place, ())
+        return False
+    seal(place)
+    place.replace(done / BUDGETS)
+    return True
 
 
 def _family(document: Mapping[str, Any], output: Path | None, held: Mapping[str, Result], run: Run) -> Family:

@@ -49,7 +49,7 @@ def finish_model(run: Run, small: PreTrainedModel, net: Supernet, plan: Allocati
         piece = Workpiece(
             small, original, dense.adapter, net.space.sites, plan, kept, tokens,
             parts.recipe.seed, run.progress, Checkpoints(run.place / f"finisher-{i}"), run.room,
-            seconds_for(run, i),
+            seconds_for(run, i), run.domains,
         )  # fmt: skip
         with run.clock("finish"):
             with unchanged(finisher, values=True, dense=original, tokens=tokens.ids):

@@ -38,7 +38,9 @@ def run_learner(runs: Sequence[Run]) -> list[tuple[Supernet, Allocation]]:
     for some in [runs] if learner.nests else [[run] for run in runs]:
         learned, trained = _learned(some)
         for run, decision in zip(some, learned.decisions, strict=True):
-            run.learned.update(reporting.learned(run.parts, learned.effort, shared=len(some)))
+            names = dict.fromkeys(run.draws.search.origins)
+            run.domains.update(zip(names, decision.domains, strict=False))  # of text from one it has no name
+            run.learned.update(reporting.learned(run.parts, learned.effort, shared=len(some), domains=run.domains))
             counts = list(decision.counts)
             run.ledger.note({"kind": "decision", "allocation": counts, "of": reporting.decision_digest(decision)})
         decisions += [(decision, trained) for decision in learned.decisions]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from prunekit.errors import WrongInput
@@ -47,24 +48,43 @@ def learn_budgets(recipe: Recipe, job: Job) -> Path:
         if published(place, output.resolve()):
             return output
         run_search(runs)
-        searches = [searched(run) for run in sorted(runs, key=lambda run: run.whole.budget.limit)]
         done = place / "result"
         clear_result(done, runs[0].parts.exporters)
         done.mkdir()
-        first = runs[0].parts.recipe
-        with runs[0].progress.stage("learning", 0):
-            allocator.learn(searches, done)
-        for each in searches:
-            runs[0].progress.measured({"searched/best": each.judged[0][1]}, each.whole.budget.limit)
-        write_json(done / FILE, {
-            "model": first.model,
-            "allocator": first.allocator,
-            "sparsity": sorted(asked),
-            "token_forwards": sum(run.ledger.tokens for run in runs),
-            "best": [{"limit": each.whole.budget.limit, "loss": each.judged[0][1]} for each in searches],
-        })  # fmt: skip
+        learn_from(runs, allocator, done)
         publish(done, output, overwrite=job.overwrite)
     return output
+
+
+def learns(recipe: Recipe, allocator: Allocator) -> bool:
+    """Whether an allocator can learn from the searches of a recipe's family."""
+    return recipe.allocator is not None and type(allocator).learn is not Allocator.learn and allocator.asks
+
+
+def learn_from(runs: Sequence[Run], allocator: Allocator, folder: Path) -> None:
+    """Let an allocator learn from searches that are over.
+
+    Args:
+        runs: one for every budget, after its search.
+        allocator: of all of them.
+        folder: an empty one, for what is learnt and for what it was learnt from.
+
+    Raises:
+        WrongInput: it cannot learn from these.
+    """
+    searches = [searched(run) for run in sorted(runs, key=lambda run: run.whole.budget.limit)]
+    first = runs[0].parts.recipe
+    with runs[0].progress.stage("learning", 0):
+        allocator.learn(searches, folder)
+    for each in searches:
+        runs[0].progress.measured({"searched/best": each.judged[0][1]}, each.whole.budget.limit)
+    write_json(folder / FILE, {
+        "model": first.model,
+        "allocator": first.allocator,
+        "sparsity": sorted(run.parts.recipe.sparsity for run in runs),
+        "token_forwards": sum(run.ledger.tokens + run.ledger.trained for run in runs),
+        "best": [{"limit": each.whole.budget.limit, "loss": each.judged[0][1]} for each in searches],
+    })  # fmt: skip
 
 
 def searched(run: Run) -> Searched:

@@ -157,7 +157,7 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
     document = reporting.report(
         run.parts, run.original, run.draws, run.whole, net, plan, exported, losses=losses, finishers=said, pace=pace,
         samples=texts, learned=run.learned,
-        search={"questions": run.ledger.questions, "token_forwards": run.ledger.tokens},
+        search=reporting.searched(run.ledger),
         seconds=run.clock.seconds, seconds_shared=run.clock.shared.own,
     )  # fmt: skip
     front = f"{run.parts.recipe.sparsity}/" if run.parts.recipe.family else ""

@@ -77,6 +77,7 @@ class Run:
     allotment: Allotment | None = None  # of the recipe's time; None: it has none
     decided: dict[str, int] = field(default_factory=dict)  # recipe key -> what the clock has said
     learned: dict[str, Any] = field(default_factory=dict)  # what the learner has read, for the report
+    domains: dict[str, float] = field(default_factory=dict)  # share of the text, as the learner has left it, by label
     wide: Dense | None = None  # whose residual stream was narrowed, which is `dense`; None: nobody's was
     measures: Measures | None = None  # of its first calibration pass, with what others read there; None: its own
 
@@ -135,6 +136,7 @@ class Run:
         model, reference = (dense.model, None) if trained is None else (trained.model, dense.model)
         other = None if trained is None else trained.digest  # of weights that are not the dense model's
         team, teacher = self.team, reference
+        alone = "sub-layer" in parts.pruner.needs  # of the tokens, which workers have
         if self.wide is not None:
             other, team, teacher = dense.fingerprint, None, self.wide.model  # workers have that one
         depth = len(dense.adapter.blocks(dense.model))
@@ -171,9 +173,11 @@ class Run:
             model, dense.adapter, space, centre, parts.pruner, draws.calibration, store,
             signals=signals, scores=scores, carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype,
             gradients=gradients, fisher=fisher, sparse=sparse, decision=decision, contrast=draws.contrast,
-            reference=reference, room=self.room, team=team if trained is None else None, progress=self.progress,
-            label=label,
+            reference=reference, room=self.room, team=None if alone or trained is not None else team,
+            progress=self.progress, label=label,
         )  # fmt: skip
+        if spent := store.trained(space.sites):
+            self.ledger.train(label, spent)
         try:
             spent = time.perf_counter() - started if new else float(read_state(store.directory / SECONDS))
         except Damaged:  # nothing hangs on it but what the report says

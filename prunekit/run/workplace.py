@@ -51,7 +51,9 @@ _MADE = re.compile(  # whatever runs and studies write below the folder that the
     re.DOTALL,
 )
 
-_RESULT = re.compile(r"(\d[\d.e-]*/)?(result|written)/(\d[\d.e-]*/)?(?P<name>.*)", re.DOTALL)  # half-written ones
+_RESULT = re.compile(  # half-written ones
+    r"(\d[\d.e-]*/)?(result|written)/((\d[\d.e-]*|budgets)/)?(?P<name>.*)", re.DOTALL
+)
 _RESULT_FILES = (
     *MODEL_FILES,
     "recipe.yaml",

@@ -29,6 +29,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tokens = 0  # token-forwards paid, replayed ones included; what is shared was paid elsewhere
+        self.trained = 0  # token-forwards that training candidates has taken
         self.questions = 0
         text = path.read_bytes() if path.exists() else b""
         self._past, self._check, length = list[dict[str, Any]](), "", 0
@@ -48,6 +49,11 @@ class Ledger:
         """A record without an answer: a space, a choice."""
         if self._meet(dict(record)) is None:
             self._append(record)
+
+    def train(self, label: str, tokens: int) -> None:
+        """Candidates of a calibration pass were trained on so many token-forwards, which limit no search."""
+        self.note({"kind": "training", "pass": label, "tokens": tokens})
+        self.trained += tokens
 
     def recall(self, question: Mapping[str, Any]) -> float | None:
         """The recorded answer to a question, or None: it is new."""

@@ -285,4 +285,7 @@ def _decided(decisions: object, problem: GateProblem, who: str) -> tuple[Decisio
         scales = decision.scales
         if scales is not None and (scales.shape != (groups,) or not bool(torch.isfinite(scales).all())):
             raise PluginError(f"{who}: scales are {groups} finite numbers, one for every group")
+        shares, known = decision.domains, len(problem.domains)
+        if shares and (len(shares) != known or not all(0 <= share < math.inf for share in shares)):
+            raise PluginError(f"{who}: domains are {known} shares, one for every data set, not {shares}")
     return tuple(decisions)

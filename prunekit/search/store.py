@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,10 @@ class CandidateStore:
             raise PluginError(f"{site.name} has no price in nats: who reads them has to say so in `needs` or `reads`")
         return list(found)
 
+    def trained(self, sites: Sequence[Site]) -> int:
+        """Token-forwards that training the candidates of some sites has taken."""
+        return sum(self._entries["sites"][site.name].get("trained", 0) for site in sites)
+
     def measured(self, sites: Sequence[Site], *, scores: bool) -> tuple[Table, Table | None]:
         """(signal by signal and site by site, what the pruner said each group of each site is worth).
 
@@ -98,17 +104,19 @@ class CandidateStore:
         *,
         keeps: Sequence[int] | None = None,
         nats: Sequence[float] = (),
+        trained: int = 0,
     ) -> None:
         """Write all candidates of a site and what was measured there, then say so in the manifest.
 
         `keeps` are their counts; None: of the groups they keep. Errors and nats are of the rungs of a ladder, of which
-        some may have no candidate.
+        some may have no candidate. `trained`: token-forwards that training them has taken.
         """
         counts = list(keeps) if keeps is not None else [len(c.kept or ()) for c in candidates]
         tensors = dict[str, Tensor]()
-        for count, candidate in zip(counts, candidates, strict=True):
-            encoded = layout_of(site).encode(site, count, candidate.to("cpu"))
-            tensors |= {f"{count}.{name}": tensor for name, tensor in encoded.items()}
+        for kept, candidate in zip(counts, candidates, strict=True):
+            encoded = layout_of(site).encode(site, kept, candidate.to("cpu"))
+            encoded |= {_producer(i): weight for i, weight in enumerate(candidate.producers)}
+            tensors |= {f"{kept}.{name}": tensor for name, tensor in encoded.items()}
         if scores is not None:
             tensors["scores"] = torch.tensor(scores, dtype=torch.float64)
         name = f"{site.name}.safetensors"
@@ -120,6 +128,7 @@ class CandidateStore:
             "errors": list(errors),
             "nats": list(nats),
             "signals": list(signals),
+            **({"trained": trained} if trained else {}),
         }
         write_state(self._manifest, self._entries)
 
@@ -135,15 +144,17 @@ class CandidateStore:
             raise KeyError(f"{site.name}: no candidate keeps {kept}; there are {entry['kept']}")
         with safe_open(self._intact(site), "pt") as file:
             found = layout_of(site).decode(site, kept, lambda name: file.get_tensor(f"{kept}.{name}"))
+            names = takewhile(set(file.keys()).__contains__, (f"{kept}.{_producer(i)}" for i in count()))
+            found = replace(found, producers=tuple(map(file.get_tensor, names)))
         return found.to(device)
 
     @staticmethod
     def bytes(site: Site, ladder: Sequence[int], dtype: torch.dtype, *, scores: bool = False) -> int:
         """Of the file of a site with candidates of a dtype; single weights: where none that was kept is zero."""
         tensors: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
-        for count in ladder:
-            stored = layout_of(site).stored(site, count, dtype)
-            tensors |= {f"{count}.{name}": tensor for name, tensor in stored.items()}
+        for kept in ladder:
+            stored = layout_of(site).stored(site, kept, dtype)
+            tensors |= {f"{kept}.{name}": tensor for name, tensor in stored.items()}
         if scores:
             tensors["scores"] = torch.float64, [site.n_groups]
         return file_bytes(tensors)
@@ -156,3 +167,8 @@ class CandidateStore:
                 raise DamagedStore(f"{path} is missing or damaged; remove {self.directory} to prune again")
             self._verified.add(site.name)
         return path
+
+
+def _producer(i: int) -> str:
+    """Name of the weight of a producer layer that a candidate brings along."""
+    return f"producer-{i}"

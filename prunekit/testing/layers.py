@@ -8,8 +8,10 @@ from typing import Any, Literal, get_args
 import torch
 
 from prunekit.calibration.moments import Moments, collected
+from prunekit.layer.candidates import Candidate
 from prunekit.layer.problem import LayerProblem, Producer
 from prunekit.layer.statistics import MapShape, Need, Received, Statistic
+from prunekit.layer.sublayer import CutSubLayer, SubLayer
 from prunekit.space.forms import GROUPS, RANKS, WEIGHTS, Form, Pattern
 
 Quirk = Literal["plain", "dead", "duplicate", "constant", "low rank", "loud", "zero weight", "silent"]
@@ -116,6 +118,44 @@ def added_up(
         inputs = torch.randn(n, layer.d_in, generator=generator, dtype=x.dtype)
         moments.add_producer(name, Received(lambda inputs=inputs: inputs, length=8))
     return {"": moments.values(weight), **{name: moments.values(w, name) for name, w in fed.items()}}
+
+
+class MapAlone(SubLayer):
+    """A sub-layer without producer layers, the layer itself on inputs of which only the moments are known.
+
+    Its loss is tr (W* - Ŵ)(H + λI)(W* - Ŵ)ᵀ relative to that of zeros, of which the refit is the minimum; both of its
+    two windows have all of it.
+    """
+
+    def __init__(self, layer: LayerProblem) -> None:
+        self.layer, self.power = layer, damped_loss(layer, torch.zeros_like(layer.weight)) or 1.0
+
+    @property
+    def chunks(self) -> Sequence[int]:
+        return [2]
+
+    def shapes(self, kept: int) -> list[tuple[int, int]]:
+        return []
+
+    def cut(self, candidate: Candidate) -> CutSubLayer:
+        return CutMapAlone(self, candidate)
+
+
+class CutMapAlone(CutSubLayer):
+    """`MapAlone` with the columns of some groups."""
+
+    def __init__(self, whole: MapAlone, candidate: Candidate) -> None:
+        self.whole, self.groups = whole, list(candidate.kept or ())
+        self.columns = whole.layer.columns(self.groups)
+        self.weights = [candidate.weight[:, self.columns].double().clone().requires_grad_(True)]
+
+    def losses(self, chunk: int) -> torch.Tensor:
+        layer = self.whole.layer
+        lost = layer.target.index_copy(1, self.columns, layer.target[:, self.columns] - self.weights[0])
+        return ((lost @ layer.hessian) * lost).sum().expand(2) / self.whole.power
+
+    def candidate(self) -> Candidate:
+        return self.whole.layer._placed(self.groups, self.weights[0].detach())
 
 
 def sparse_layer(d_in: int = 12, d_out: int = 7, block: int = 0, seed: int = 0, **options: Any) -> LayerProblem:

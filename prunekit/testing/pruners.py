@@ -15,13 +15,25 @@ from prunekit.layer.candidates import Candidate, is_sparse, product
 from prunekit.layer.problem import LayerProblem
 from prunekit.plugins.pruner import LocalPruner, Within
 from prunekit.space.forms import RANKS
-from prunekit.testing.layers import STRUCTURES, Quirk, Zoo, counts_of, other_order, permuted, tensors_of, toy_layer
+from prunekit.testing.layers import (
+    STRUCTURES,
+    MapAlone,
+    Quirk,
+    Zoo,
+    counts_of,
+    other_order,
+    permuted,
+    tensors_of,
+    toy_layer,
+)
 from prunekit.testing.shapes import on_any_shape
 
 
 def supplied(layer: LayerProblem, pruner: LocalPruner) -> LayerProblem:
     """The layer as calibration on dense inputs hands it to this pruner: what it needs, nothing more."""
     layer = layer.restricted_to(pruner.needs)
+    if "sub-layer" in pruner.needs:
+        layer = replace(layer, sublayer=MapAlone(layer))
     if "cross" not in pruner.needs:
         return layer
     weight, gram = layer.weight.double(), layer.gram.double()
@@ -30,6 +42,8 @@ def supplied(layer: LayerProblem, pruner: LocalPruner) -> LayerProblem:
 
 def checked(pruner: LocalPruner, layer: LayerProblem, keeps: Sequence[int]) -> list[Candidate]:
     """Prune, and check what holds for every answer."""
+    if layer.sublayer is not None:  # of this very layer
+        layer = replace(layer, sublayer=MapAlone(layer))
     candidates = list(pruner.prune(layer, keeps))
     assert len(candidates) == len(keeps), "one candidate for every count"
     for keep, candidate in zip(keeps, candidates, strict=True):

@@ -103,6 +103,9 @@ class Transformer(ModelAdapter):
         *producers, own = self.cuts(block, site)
         changed = {cut.path: _sliced(block, cut, kept) for cut in producers if cut.parameter == "weight"}
         changed[own.path] = _sliced(block, own, kept, source=candidate.weight)
+        for cut, weight in zip(producers, candidate.producers, strict=bool(candidate.producers)):
+            module = changed[cut.path]
+            module.weight = nn.Parameter(weight.to(module.weight), module.weight.requires_grad)
         if (holder := self.holder(site)) is None:
             return dict(changed)
         inside = {path.removeprefix(f"{holder}."): module for path, module in changed.items()}

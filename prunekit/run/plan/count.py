@@ -16,6 +16,7 @@ from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.gradients import FISHER_TOKENS
 from prunekit.calibration.moments import Moments, collected, strips
 from prunekit.calibration.statistics import Cross, statistics_of
+from prunekit.calibration.sublayer import chunked, token_forwards
 from prunekit.layer.layouts import layout_of
 from prunekit.layer.problem import judging_flops
 from prunekit.layer.statistics import MapShape, Statistic
@@ -497,7 +498,8 @@ class Count:
         at_once = alone and type(self.parts.pruner).nested is not LocalPruner.nested
         centre = dict(zip(space.sites, space.nearest(space.uniform()), strict=True))
         size, streams = shape.computed.itemsize, 1 + any("dense" in each.sees for each in statistics)
-        memory = disk = spill = doubles = 0
+        memory = disk = spill = doubles = trained = 0
+        trains = "sub-layer" in self.parts.pruner.needs
         took: float | None = 0.0
         twice = self.parts.pruner.within == "block" and self.recipe.carry != "dense"  # dense, and pruned to the next
         flops = (streams + twice) * shape.forward(tokens, self.seqlen, head=False)
@@ -534,6 +536,11 @@ class Count:
             if nats:
                 weights += 3 * DOUBLE * d_out**2 + DOUBLE * site.d_in * d_out
             disk += CandidateStore.bytes(place, (centre[place],) if alone else rungs, shape.stored, scores=scores)
+            if trains:
+                sent, work, grown, held_too = self._training(site, asked)
+                trained, flops = trained + sent, flops + work
+                memory = max(memory, moments + weights + max(solve, held_too) + len(there_at_once) * each * grown)
+                disk += sum(grown * kept_ // site.n_groups for kept_ in kept) * shape.stored.itemsize
             flops += times * Moments.flops(there, own, fed, tokens * site.channels)
             cross = "cross" in needs and site.form.coupled
             widths = [layout_of(site).width(site, count) if cross else site.d_in for count in asked]
@@ -547,5 +554,28 @@ class Count:
         unknown = "" if took is not None else f"the work of {self.recipe.pruner['name']} itself"
         return Stage(
             name, held + memory, (shares.blocks or 0) + inside, disk, spilled, read, flops, doubles, took or 0.0,
-            unknown, member=member,
+            unknown, member=member, trained=trained,
         )  # fmt: skip
+
+    def _training(self, site: Site, counts: Sequence[int]) -> tuple[int, int, int, int]:
+        """What a pruner that trains the sub-layer of a site takes for some counts.
+
+        Returns:
+            Token-forwards; FLOPs; weights of all producer layers, which candidates bring along; bytes of one that
+            trains: its weights, the best of them, slopes and what an optimizer knows, and the activations of a chunk.
+        """
+        shape, tokens = self.shape, self.tokens["calibration"]
+        chunks = chunked(tokens // self.seqlen, self.seqlen)
+        effort = self.parts.pruner.effort(chunks, self.seqlen)
+        some = [count for count in counts if 0 < count < site.n_groups] if effort.queries else []
+        each = replace(effort, forward=effort.forward + tokens)  # and judged on all
+        every = replace(each, forward=len(some) * each.forward, back=len(some) * each.back)
+        sent, passed = token_forwards(every, site, shape.weights), each.forward + BACK * each.back
+        front = sum(fed.d_in * fed.d_out for fed in shape.producers(site).values())
+        whole = front + site.d_in * site.d_out
+        attended = 2 * self.seqlen * site.d_in if site.kind == "attention" else 0
+        kept = sum(count / site.n_groups for count in some)
+        dense = len(some) * site.d_in * site.d_out  # the dense map, for what is wanted
+        flops = round(2 * passed * (kept * (whole + attended) + dense))
+        training = 5 * FLOAT * whole + 4 * self._activations(max(chunks, default=0) * self.seqlen)
+        return sent, flops, front, training

@@ -35,6 +35,13 @@ class Stage:
     unknown: str = ""  # what else takes time
     spread: tuple[int, int] | None = None  # FLOPs at the least and the most; None: `flops` alone
     member: str = ""  # of a family, by its sparsity, that has this stage to itself
+    trained: int = 0  # token-forwards that candidates are trained on
+
+    @property
+    def told(self) -> str:
+        """What there is to say of it beside numbers."""
+        trained = f"candidates are trained on {self.trained:,} token-forwards" if self.trained else ""
+        return "; ".join(filter(None, (trained, self.unknown)))
 
     @property
     def writes(self) -> int:

@@ -42,9 +42,10 @@ class MixedInteger(Additive):
         if not all(0 < share <= 1 for _, share in self.limits):
             raise ValueError(f"limits are shares in 0..1, not {self.limits}")
         for metric, _ in self.limits:
-            if isinstance(metric, MeasuredMetric):
+            if isinstance(metric, MeasuredMetric) and metric.prices is None:
                 raise ValueError(
-                    f"{metric.unit} is measured for the budget alone; ask for it as the target, other metrics as limits"
+                    f"{metric.unit} is measured for the budget alone; ask for it as the target, other metrics as "
+                    "limits, or give the prices that another run has measured: the option prices of the metric"
                 )
 
     def first_space(self, whole: Space) -> Space:

@@ -122,7 +122,8 @@ class Training:
         if self.steps == 0:
             stage.advance(self.epochs)
             return []
-        train, judge = (list(chunks(some, self.batch_tokens)) for some in held_out(piece.tokens, self.held_out))
+        some, rest = held_out(piece.tokens, self.held_out)
+        train, judge = (list(chunks(each, self.batch_tokens)) for each in (weighed(some, piece.domains), rest))
         return self.fit(
             parameters, lambda i: loss(train[i]), len(train), lambda: loss.mean(judge),
             seed=piece.seed, checkpoints=piece.checkpoints, name=name, stage=stage, ends=ends,
@@ -255,6 +256,9 @@ def in_vain(history: Sequence[float]) -> int:
 def gained(piece: Workpiece, name: str, training: Training, history: Sequence[float]) -> dict[str, Any]:
     """What a finisher that trains the whole model has to report; said to the user, too."""
     piece.progress.say(told(name, history))
+    if piece.domains and piece.tokens.origins and {*piece.tokens.origins} <= piece.domains.keys():
+        shares = ", ".join(f"{label} {piece.domains[label]:.3f}" for label in dict.fromkeys(piece.tokens.origins))
+        piece.progress.say(f"{name}: data sets had the shares that the learner has come to: {shares}")
     found: dict[str, Any] = {"epochs": 0, "undone": 0}
     if history:
         found = {"held_out_loss": [history[0], min(history)], "epochs": len(history) - 1, "undone": undone(history)}
@@ -307,7 +311,30 @@ def held_out(tokens: TokenBatch, share: float) -> tuple[TokenBatch, TokenBatch]:
             "training needs two windows of recovery tokens, one of them held out; give more data.recovery_tokens"
         )
     last = min(len(tokens) - 1, max(1, round(share * len(tokens))))
-    return TokenBatch(tokens.ids[:-last], tokens.source), TokenBatch(tokens.ids[-last:], tokens.source)
+    first = len(tokens) - last
+    return tokens.rows([*range(first)]), tokens.rows([*range(first, len(tokens))])
+
+
+def weighed(tokens: TokenBatch, domains: Mapping[str, float]) -> TokenBatch:
+    """As many windows, every data set with its share of them: of one with more than it has windows some come again.
+
+    The same text where no shares are known of all its data sets: a learner that weighs them has learned on others.
+    """
+    names = list(dict.fromkeys(tokens.origins))
+    total = sum(domains.get(name, 0.0) for name in names)
+    if not names or not {*names} <= domains.keys() or total <= 0:
+        return tokens
+    exact = {name: len(tokens) * domains[name] / total for name in names}
+    counts = {name: int(share) for name, share in exact.items()}
+    rest = sorted(names, key=lambda name: counts[name] - exact[name])[: len(tokens) - sum(counts.values())]
+    own = {name: [i for i, origin in enumerate(tokens.origins) if origin == name] for name in names}
+    placed = [
+        ((turn + 0.5) / count, own[name][turn % len(own[name])])
+        for name in names
+        for count in [counts[name] + (name in rest)]
+        for turn in range(count)
+    ]
+    return tokens.rows([i for _, i in sorted(placed)])
 
 
 @dataclass(frozen=True, eq=False)

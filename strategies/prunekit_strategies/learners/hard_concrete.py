@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -126,7 +126,8 @@ class HardConcrete(Learner):
             log_alpha = down.step(log_alpha, slope).clamp(-REACH, REACH)
             multipliers = up.step(multipliers, -terms.detach())
         v = gate(log_alpha)
-        return [problem.decision(problem.project(price * v), v)]
+        decision = problem.decision(problem.project(price * v), v)
+        return [decision if loading is None else replace(decision, domains=tuple(loading.weights))]
 
 
 def drawn(log_alpha: Float[Tensor, " groups"], u: Float[Tensor, " groups"]) -> Float[Tensor, " groups"]:

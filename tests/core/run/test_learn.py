@@ -21,6 +21,7 @@ from prunekit.search.gated import GatedModel
 from prunekit.system.progress import Progress
 from prunekit.testing import tiny
 from prunekit.testing.learners import Surface, lesson, mask_of, noisy, space_of
+from prunekit_strategies.finishers.distillation import Distillation
 
 GRASP = {"name": "grasprune", "steps": 4, "batch_tokens": 32}
 
@@ -281,3 +282,26 @@ def test_a_plan_counts_the_copy_that_is_trained_and_its_states(folder: Path) -> 
     assert more >= (4 + 16) * blocks, "a copy; slopes twice and two moments in float32"
     assert weights["learn"]["disk"] - gates["learn"]["disk"] >= 2 * 3 * 4 * blocks
     assert adapters["learn"]["disk"] < weights["learn"]["disk"]
+
+
+def test_recovery_goes_on_with_the_shares_of_data_sets_that_the_learner_has_come_to(
+    folder: Path, learning: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbers: Any
+) -> None:
+    given = list[Any]()
+    finish = Distillation.finish
+    monkeypatch.setattr(Distillation, "finish", lambda self, piece: given.append(piece) or finish(self, piece))
+    second = tmp_path / "numbers.txt"
+    second.write_text(numbers(4000))
+    learner = {"name": "dr-pruning", "steps": 8, "batch_tokens": 64, "interval": 0.25, "fit": False, "rho": 1.0}
+    settings = learning(
+        learner=learner, pruner="magnitude", objective="expected-error", carry="dense", rebuild=False,
+        finishers={"name": "distillation", "steps": 1}, data__recovery_tokens=512,
+    )  # fmt: skip
+    settings["data__dataset"] = [settings["data__dataset"], str(second)]
+    result = prunekit.prune(folder, output=tmp_path / "out", **settings)
+    (piece,) = given
+    shares = result.report["learner"]["domains"]
+    assert piece.domains == shares
+    assert shares.keys() == {*piece.tokens.origins}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert len({round(share, 3) for share in shares.values()}) == 2, "they have moved apart"

@@ -12,12 +12,13 @@ from prunekit import Budget, Metric, Space, WrongInput
 from prunekit.plugins.registry import ALLOCATORS, METRICS, Entry
 from prunekit.space.forms import WEIGHTS
 from prunekit.testing import converse
-from prunekit.testing.spaces import ZOO, additive, convex_table, problem, rough_table, sites_of, small_llama
+from prunekit.testing.spaces import ZOO, additive, convex_table, problem, rough_table, sites_of, small_llama, timed
 
 pytest.importorskip("scipy")
 from prunekit_strategies.allocators.milp import MixedInteger
 from prunekit_strategies.allocators.table import lowest
 from prunekit_strategies.metrics.formulas import Flops, KVCache
+from prunekit_strategies.metrics.latency import Latency
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -58,6 +59,22 @@ def test_cuts_keep_candidates_apart_and_each_is_the_best_that_is_left():
     for n, a in enumerate(found):
         left = [b for b in every if all(apart(b, before) >= 3 for before in found[:n])]
         assert loss(a) == pytest.approx(min(map(loss, left)))
+
+
+def test_time_that_was_measured_is_one_more_limit():
+    sites = sites_of(2, attention=(4, 10), mlp=(16, 3))
+    space = Space.whole(sites, Budget.keeping(0.6, sites))
+    time, table = Latency(prices=timed(sites).as_dict()), rough_table(space, 1)
+    allocator = MixedInteger(limits=((time, 0.5),), candidates=3, differ=1)
+    loss, dear = additive(table, space), sum(time.price(site, site.n_groups) for site in sites)
+    able = [
+        a
+        for a in product(*space.ladders)
+        if space.is_feasible(a) and 2 * sum(time.price(s, k) for s, k in zip(sites, a, strict=True)) <= dear
+    ]
+    found = list(allocator.solutions(space, table))
+    assert [loss(a) for a in found] == pytest.approx(sorted(map(loss, able))[:3], abs=1e-8)
+    assert loss(found[0]) > min(loss(a) for a in product(*space.ladders) if space.is_feasible(a)), "it binds"
 
 
 def test_a_start_beyond_the_limits_does_not_compete():

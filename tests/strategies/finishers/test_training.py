@@ -12,7 +12,7 @@ from prunekit.system.checkpoints import Checkpoints
 from prunekit.system.progress import Stage
 from prunekit.testing import tiny, toy_tokens
 from prunekit_strategies.finishers import training
-from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out, in_vain, told, undone
+from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out, in_vain, told, undone, weighed
 
 TARGETS = torch.tensor([[1.0, -2.0], [3.0, 0.5], [-1.0, 4.0]], dtype=torch.float64)
 
@@ -267,3 +267,25 @@ def test_no_epoch_is_begun_that_would_end_too_late_and_until_does_the_same_again
     assert len(run(regime, math.inf)[0]) - 1 == 4
     with pytest.raises(ValueError, match="until is an epoch"):
         replace(regime, until=0)
+
+
+def test_text_goes_on_with_the_shares_of_its_data_sets():
+    tokens = toy_tokens(windows=8, sources=2)  # toy-1 and toy-2 take turns
+    found = weighed(tokens, {"toy-1": 0.75, "toy-2": 0.25})
+    assert len(found) == 8
+    assert found.origins.count("toy-1") == 6
+    rows = [next(i for i in range(8) if torch.equal(tokens.ids[i], ids)) for ids in found.ids]
+    assert sorted(rows) == [0, 0, 1, 2, 2, 3, 4, 6], "each has its turn, then the first come again"
+    assert {*found.origins[:4]} == {"toy-1", "toy-2"}, "and they are mixed"
+    assert torch.equal(weighed(tokens, {"toy-1": 3.0, "toy-2": 1.0}).ids, found.ids), "shares are relative"
+    for same in ({}, {"toy-1": 1.0}, {"toy-1": 0.0, "toy-2": 0.0}):
+        assert weighed(tokens, same) is tokens
+    plain = toy_tokens()
+    assert weighed(plain, {"toy": 1.0}) is plain
+    rounded = weighed(tokens, {"toy-1": 0.3, "toy-2": 0.7})
+    assert (rounded.origins.count("toy-1"), len(rounded)) == (2, 8)
+
+
+def test_what_is_held_out_is_the_text_as_it_is():
+    some, rest = held_out(toy_tokens(windows=8, sources=2), 0.25)
+    assert (some.origins, rest.origins) == (("toy-1", "toy-2") * 3, ("toy-1", "toy-2"))

@@ -12,7 +12,10 @@ from prunekit.plugins.registry import PRUNERS
 from prunekit.testing import PrunerSuite
 from prunekit.testing.layers import sparse_layer
 
-QUICK: dict[str, dict[str, Any]] = {"fista": {"rounds": 15, "trials": 4}}
+QUICK: dict[str, dict[str, Any]] = {
+    "distilled": {"inner": "magnitude", "steps": 2, "every": 1},
+    "fista": {"rounds": 15, "trials": 4},
+}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "admm": [{"iterations": 5, "start": "relaxed"}],
     "alps": [{"per": "row", "rounds": 0, "exact": 0}, {"aim": "stream"}],
