@@ -79,7 +79,7 @@ def check_sites(parts: Parts, sites: Sequence[Site]) -> None:
     if isinstance(parts.metric, MeasuredMetric):
         raise WrongInput("times of layers without experts cannot be measured; choose metric parameters or bytes")
     looking = [each.name for each in statistics_of(parts.needs) if "producers" in each.sees]
-    looking += ["gradient"] if "gradient" in parts.needs else []
+    looking += [need for need in ("gradient", "sub-layer") if need in parts.needs]
     looking += ["producers"] if neurons and "producers" in parts.needs else []
     if neurons and (parts.signals or "scores" in parts.allocator.needs):
         raise WrongInput(
