@@ -56,7 +56,8 @@ def test_on_a_linear_map_it_comes_to_the_least_squares_refit():
     layer = replace(layer, sublayer=MapAlone(layer))
     (start,) = Magnitude().prune(layer, [4])
     (found,) = Distilled(Magnitude(), steps=250, every=25, rate=0.1).prune(layer, [4])
-    assert found.kept == start.kept is not None
+    assert start.kept is not None
+    assert found.kept == start.kept
     refit = layer.refitted(start.kept)
     least, before = damped_loss(layer, refit.weight), damped_loss(layer, start.weight)
     assert least < 0.9 * before
