@@ -188,10 +188,10 @@ def test_what_cannot_be_is_pruned_and_what_breaks_fails(quick, monkeypatch) -> N
     space = {"of": ["blocks", "model"], "apart": [False, True], "pruner": ["magnitude", "wanda"]}
     judge = tuning.Bench.judge
 
-    def breaking(self: Any, parts: Parts, metrics: Any) -> Any:
+    def breaking(self: Any, parts: Parts, name: str, metrics: Any) -> Any:
         if parts.recipe.pruner["name"] == "wanda":
             raise RuntimeError("out of memory\nand more")
-        return judge(self, parts, metrics)
+        return judge(self, parts, name, metrics)
 
     monkeypatch.setattr(tuning.Bench, "judge", breaking)
     tuned = prunekit.tune(**quick | {"sparsity": 0.1}, space=space, trials=12)
