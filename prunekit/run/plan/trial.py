@@ -146,7 +146,7 @@ class Trials:
                 Producer(path, weight.to(self.stored), moments.values(weight, path) | learnt(weight))
                 for path, weight in weights.items()
             ),
-            "a layer to try",
+            name="a layer to try",
         )  # fmt: skip
 
 

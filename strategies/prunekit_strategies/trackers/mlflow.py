@@ -13,9 +13,9 @@ from prunekit import Point, Setting, Track, Tracker, WrongInput
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # else an import alone would tell its makers of it
 
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
-from mlflow.exceptions import MlflowException
+from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]  # an extra
+from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]
+from mlflow.exceptions import MlflowException  # pyright: ignore[reportMissingImports]
 
 MOST_METRICS, MOST_PARAMS = 1000, 100  # in one call, as MLflow allows
 HERE = "sqlite:///mlflow.db"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import wandb
+import wandb  # pyright: ignore[reportMissingImports]  # an extra
 
 from prunekit import Point, Setting, Track, Tracker, check_choices
 
