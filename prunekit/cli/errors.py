@@ -77,6 +77,8 @@ class Sentences(TyperGroup):
         except PermissionError as error:
             raise _ended(f"{error.filename}: permission denied; choose another place", WRONG) from error
         except SystemExit as error:  # no command of ours says so, but what it called has: 0 would mean that all is well
+            if isinstance(error.__context__, BrokenPipeError):  # who reads has seen enough, as `head` does
+                raise
             raise _ended(
                 f"something that was called would end the process (SystemExit: {error.code})", BROKEN
             ) from error

@@ -2,6 +2,7 @@ import errno
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -265,6 +266,15 @@ def test_what_ends_the_process_from_within_is_no_success(monkeypatch: pytest.Mon
     result = run("prune", "m", "-o", "out")
     assert result.exit_code == 1
     assert "error: something that was called would end the process (SystemExit: 0)" in result.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = [sys.executable, "-m", "prunekit.cli", "list", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
 
 
 def test_prune_then_evaluate(model: Path, text: Path, tmp_path: Path) -> None:
