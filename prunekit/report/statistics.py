@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 4_000
+FEW = 10  # resamples beyond 0 that are counted; a rarer chance is that of a t distribution of their spread
 LEVEL = 0.95  # of intervals, and one minus it of tests
 Losses = NDArray[np.float64]
 """(seeds, windows): nats per target of every window."""
@@ -83,9 +84,29 @@ def difference(a: Losses, b: Losses, seed: int = 0) -> Difference:
 
     found = drawn(a) - drawn(b)
     low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    below, over = (int((found <= 0).sum()), int((found >= 0).sum()))
-    p = min(1.0, 2 * (1 + min(below, over)) / (1 + RESAMPLES))
-    return Difference(mean, float(low), float(high), 1.0 if np.array_equal(a.mean(0), b.mean(0)) else p)
+    p = 1.0 if np.array_equal(a.mean(0), b.mean(0)) else _chance(found, mean, windows)
+    return Difference(mean, float(low), float(high), p)
+
+
+def _chance(drawn: NDArray[np.float64], mean: float, windows: int) -> float:
+    """That a difference so far from 0 comes by chance, two-sided.
+
+    Counts end at one of all resamples, of which a correction for hundreds of comparisons makes a tie of any two
+    methods. Beyond what can be counted it is the tail of Student's t with the resamples' spread and the degrees of
+    freedom of the windows.
+
+    Raises:
+        ImportError: scipy is not installed.
+    """
+    if windows == 1:
+        return 1.0
+    beyond = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    if beyond >= FEW:
+        return min(1.0, 2 * (1 + beyond) / (1 + RESAMPLES))
+    from scipy.stats import t
+
+    spread = float(drawn.std())
+    return 0.0 if spread == 0 else float(2 * t.sf(abs(mean) / spread, windows - 1))
 
 
 def holm(p: Sequence[float]) -> list[float]:

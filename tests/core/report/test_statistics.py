@@ -1,6 +1,7 @@
 """Intervals hold what they promise, corrections are those of the textbooks, and noise makes no winner."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -95,6 +96,29 @@ def test_noise_makes_no_winner_and_a_gap_does():
     assert found["best"].above_reference is not None
     assert found["best"].above_reference.high < 0
     assert isinstance(found["best"], Standing)
+
+
+def test_a_gap_is_no_tie_among_hundreds():
+    rng = np.random.default_rng(0)
+    text = rng.normal(3.8, 0.3, 32)
+    losses = {f"worse {i}": (text + 0.2 + rng.normal(0, 0.02, 32))[None] for i in range(600)}
+    losses |= {"best": text[None], "as good": (text + rng.normal(0, 0.02, 32))[None]}
+    found = standings(losses)
+    assert {each.name for each in found if each.tied} == {"best", "as good"}
+
+
+def test_one_window_decides_nothing():
+    assert difference(np.array([[4.0]]), np.array([[3.0]])).p == 1.0
+
+
+def test_counted_and_computed_chances_meet():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.1, 64)
+    noise -= noise.mean()
+    shifts = np.linspace(0.02, 0.06, 41)
+    chances = [difference((noise + shift)[None], np.zeros((1, 64))).p for shift in shifts]
+    steps = [later / earlier for earlier, later in pairwise(chances)]
+    assert all(0.3 < step < 1.3 for step in steps)  # no jump where counting ends
 
 
 def test_ranks_and_their_critical_difference_are_those_of_demsar():
