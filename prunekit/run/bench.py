@@ -70,7 +70,7 @@ class Bench:
         """Say that a recipe comes: who makes its calibration pass first measures what all read there."""
         if parts.learner is None:
             pass_, own = self._pass_of(parts, self._space(parts))
-            self._together[pass_] = own.with_others([self._together.get(pass_, own)])
+            self._together[pass_] = own.joined(self._together.get(pass_, own))
 
     def separate(self, parts: Parts) -> bool:
         """Let every run of this calibration pass measure for itself; whether they did not so far."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from prunekit.plugins.signal import Signal
@@ -24,15 +23,11 @@ class Measures:
         """What the plug-ins of a recipe read, on a model of so many blocks."""
         return cls(parts.signals, "scores" in parts.allocator.needs, parts.prices_nats(depth))
 
-    def with_others(self, others: Iterable[Measures]) -> Measures:
-        """All of what several read, each once, in an order that does not depend on theirs."""
-        every = [self, *others]
-        signals = {repr(signal): signal for measures in every for signal in measures.signals}
-        return Measures(
-            tuple(signals[name] for name in sorted(signals)),
-            any(measures.scores for measures in every),
-            any(measures.nats for measures in every),
-        )
+    def joined(self, other: Measures) -> Measures:
+        """What both read, each once, in an order that does not depend on theirs."""
+        signals = {repr(signal): signal for signal in (*self.signals, *other.signals)}
+        every = tuple(signals[name] for name in sorted(signals))
+        return Measures(every, self.scores or other.scores, self.nats or other.nats)
 
 
 def same_pass(parts: Parts, space: Space, depth: int) -> str:
