@@ -56,7 +56,7 @@ def main(
             report = json.loads((out / "report.json").read_text())
         data, losses, wanted = report["data"], report["losses"], as_seconds(asked) or 1.0
         options_of = [said.get("options", {}) for said in report["finishers"]]
-        steps = ", ".join(str(found["steps"]) for found in options_of if "steps" in found)
+        steps = ", ".join(str(sum(found["steps"]) if found["steps"] else 0) for found in options_of if "steps" in found)
         print(
             f"| {asked} | {took:.0f} s | {took / wanted:.0%} | {data['calibration']['tokens']:,} "
             f"| {data.get('recovery', {}).get('tokens', 0):,} | {steps} | {report['search']['token_forwards']:,} "

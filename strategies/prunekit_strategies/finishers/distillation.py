@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from prunekit import Finisher, Workpiece
-from prunekit_strategies.finishers.training import LanguageLoss, Training, deadline, gained, holding_zeros
+from prunekit_strategies.finishers.training import LanguageLoss, Training, gained, holding_zeros
 
 Scope = Literal["model", "blocks", "cut"]
 
@@ -45,17 +45,17 @@ class Distillation(Training, Finisher):
             raise ValueError(f"temperature > 0 and truth ≥ 0 are needed, not {self.temperature} and {self.truth}")
 
     def finish(self, piece: Workpiece) -> dict[str, Any]:
-        ends = deadline(piece, "model")
+        ends = self.deadline(piece, "model")
         loss = LanguageLoss(piece.model, piece.dense, self.truth, 1.0, self.temperature)
         theta = self._trained(piece)
         for parameter in theta:
             parameter.requires_grad_(True)
         with piece.progress.stage("distill", self.epochs) as stage, holding_zeros(piece):
             paced = self.paced(piece, loss, theta, "model")
-            history = paced.learn(piece, loss, theta, "model", stage, ends)
+            course = paced.learn(piece, loss, theta, "model", stage, ends)
         for parameter in theta:
             parameter.requires_grad_(False)
-        return gained(piece, "distillation", paced, history)
+        return gained(piece, "distillation", paced, course)
 
     def _trained(self, piece: Workpiece) -> list[nn.Parameter]:
         if self.scope == "model":

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from prunekit import Finisher, Workpiece
-from prunekit_strategies.finishers.training import LanguageLoss, Training, deadline, gained
+from prunekit_strategies.finishers.training import LanguageLoss, Training, gained
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class LoRA(Training, Finisher):
             )
 
     def finish(self, piece: Workpiece) -> dict[str, Any]:
-        ends = deadline(piece, "lora")
+        ends = self.deadline(piece, "lora")
         loss = LanguageLoss(piece.model, piece.dense, 1.0, self.teacher)
         with self._adapted(piece) as theta, piece.progress.stage("lora", self.epochs) as stage:
             paced = self.paced(piece, loss, theta, "lora")
-            history = paced.learn(piece, loss, theta, "lora", stage, ends)
-        return gained(piece, "lora", paced, history)
+            course = paced.learn(piece, loss, theta, "lora", stage, ends)
+        return gained(piece, "lora", paced, course)
 
     @contextmanager
     def _adapted(self, piece: Workpiece) -> Iterator[list[nn.Parameter]]:

@@ -60,7 +60,7 @@ class Reconstruction(Training, Finisher):
                     name=here.site.name,
                     stage=stage,
                     tries=TRIES,
-                )
+                ).losses
                 for parameter in theta:
                     parameter.requires_grad_(False)
                 errors[here.site.name] = [history[0], min(history)]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,14 @@ MOST_TURNS = 16  # of a batch, when the number of steps hangs on the time: it wo
 LOGITS_AT_ONCE = 1 << 22  # values; logits are made and forgotten slice by slice, backwards too; 16 MB stay in the heap
 
 
+class Course(NamedTuple):
+    """What a training came to."""
+
+    losses: list[float]  # held-out, at the start and after every epoch; none where there was no step
+    steps: tuple[int, ...]  # of every epoch of `losses` that was not only a look for a rate
+    epochs: int  # of the whole cosine, of which the last may be missing
+
+
 @dataclass(frozen=True)
 class Training:
     """How long and how boldly. The parameters end where the held-out loss was lowest: never above where it began.
@@ -46,8 +54,8 @@ class Training:
     patience: int = 3  # epochs without a lower held-out loss, one after the other, before it ends
     batch_tokens: int = 2048  # per step; whole windows, at least one
     held_out: float = 0.125  # share of the windows, the last ones
-    steps: int | None = None  # in all, for as many epochs as have 8 each; 0: none; None: each has one on every batch
-    until: int | None = None  # epochs after which it ends, whatever is left of the steps; None: all of them
+    steps: int | tuple[int, ...] | None = None  # in all, for as many epochs as have 8 each, or those of each epoch, the
+    # first of `epochs`; 0: none; None: each has one on every batch
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -55,10 +63,10 @@ class Training:
             raise ValueError(
                 f"rate > 0, epochs ≥ 1 and patience ≥ 1 are needed, not {self.rate}, {self.epochs} and {self.patience}"
             )
-        if self.steps is not None and self.steps < 0:
+        if isinstance(self.steps, tuple) and not (1 <= len(self.steps) <= self.epochs and min(self.steps) >= 1):
+            raise ValueError(f"of each epoch ≥ 1 steps, for at most {self.epochs} epochs, are needed, not {self.steps}")
+        if isinstance(self.steps, int) and self.steps < 0:
             raise ValueError(f"steps ≥ 0 are needed, not {self.steps}; without, every epoch takes every batch once")
-        if self.until is not None and self.until < 1:
-            raise ValueError(f"until is an epoch, 1 at least, not {self.until}; steps=0 leaves all of them away")
         if self.batch_tokens < 1 or not 0 < self.held_out < 1:
             raise ValueError(
                 f"batch_tokens ≥ 1 and 0 < held_out < 1 are needed, not {self.batch_tokens} and {self.held_out}"
@@ -80,6 +88,16 @@ class Training:
             saved = {"steps": torch.tensor(steps), "held": torch.tensor(held), "seconds": seconds}
             piece.checkpoints.save(f"{name}-pace", saved)
         return replace(self, steps=int(saved["steps"]), held_out=int(saved["held"]) / len(piece.tokens))
+
+    def deadline(self, piece: Workpiece, name: str) -> float:
+        """When the time of `piece` is over, on the clock of `time.perf_counter`; a run that goes on has what it had.
+
+        Never, where somebody has said how many steps.
+        """
+        if piece.seconds is None or self.steps is not None:
+            return math.inf
+        saved = piece.checkpoints.load(f"{name}-pace")
+        return time.perf_counter() + (piece.seconds if saved is None else float(saved["seconds"]))
 
     def _afforded(
         self, piece: Workpiece, seconds: float, loss: LanguageLoss, parameters: Sequence[nn.Parameter]
@@ -106,6 +124,15 @@ class Training:
         """Epochs for a given number of steps; none without a step, which would count as one that gained nothing."""
         return min(self.epochs, max(1, steps // LEAST_STEPS), steps)
 
+    def _planned(self, batches: int) -> tuple[list[int], int]:
+        """Steps of every epoch, before the clock says anything else, and the epochs of the whole cosine."""
+        if isinstance(self.steps, tuple):
+            return [*self.steps], self.epochs
+        if self.steps is None:
+            return [batches] * self.epochs, self.epochs
+        epochs = self._dealt(self.steps)
+        return [self.steps * (i + 1) // epochs - self.steps * i // epochs for i in range(epochs)], epochs
+
     def learn(
         self,
         piece: Workpiece,
@@ -114,14 +141,14 @@ class Training:
         name: str,
         stage: Stage,
         ends: float,
-    ) -> list[float]:
-        """Lower a loss of the whole model on the text of `piece`; the losses of `fit`, none where there is no step.
+    ) -> Course:
+        """Lower a loss of the whole model on the text of `piece`.
 
-        `ends`: of `deadline`, before the first work.
+        `ends`: of `deadline`, asked before the first work.
         """
         if self.steps == 0:
             stage.advance(self.epochs)
-            return []
+            return Course([], (), self.epochs)
         some, rest = held_out(piece.tokens, self.held_out)
         train, judge = (list(chunks(each, self.batch_tokens)) for each in (weighed(some, piece.domains), rest))
         return self.fit(
@@ -142,36 +169,37 @@ class Training:
         stage: Stage,
         tries: int = 0,
         ends: float = math.inf,
-    ) -> list[float]:
-        """Lower `loss(batch)`; the held-out losses at the start and after every epoch.
+    ) -> Course:
+        """Lower `loss(batch)`.
 
         Until one has lowered it, as many as `tries` only look for a rate that does: each is the first epoch again, at a
         third of the rate.
 
         Batches come in a new order whenever all have had their turn, drawn from the seed. After every epoch the state
         is saved under `name`, exactly, so that a killed run ends in the same bytes: four times the parameters, once in
-        the end. No epoch is begun that would end behind `ends`, on the clock of `time.perf_counter`.
+        the end. `ends`, on the clock of `time.perf_counter`: after every epoch, what is left of the time is dealt out
+        anew to those that follow, at the pace of the last, in the place of the steps that were planned.
         """
         adam = torch.optim.AdamW(parameters, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0)
         state = _State(parameters, adam, checkpoints, name)
-        history = state.load()
+        history, (dealt, epochs) = state.load(), self._planned(batches)
         if not history:
             history = [_number(held())]
             state.best = [p.detach().clone() for p in parameters]
-        steps = self.epochs * batches if self.steps is None else self.steps
-        epochs = self.epochs if self.steps is None else self._dealt(steps)
+        dealt = state.dealt or dealt
 
         def counted() -> int:
             """Epochs so far, without those that looked for a rate."""
             return len(history) - 1 - min(tries, in_vain(history))
 
         stage.advance(counted())
-        while (epoch := counted()) < min(epochs, self.until or epochs) and not state.done:
-            begun = time.perf_counter()
+        while (epoch := counted()) < len(dealt) and not state.done:
+            begun, before, steps = time.perf_counter(), sum(dealt[:epoch]), dealt[epoch]
             rate = self.rate / BACK_OFF ** undone(history)
-            for step in range(steps * epoch // epochs, steps * (epoch + 1) // epochs):
-                adam.param_groups[0]["lr"] = rate * _height((step + 0.5) / steps)
-                _descend(adam, parameters, loss(_order(step // batches, batches, seed)[step % batches]))
+            for step in range(steps):
+                adam.param_groups[0]["lr"] = rate * _height((epoch + (step + 0.5) / steps) / epochs)
+                turn, place = divmod(before + step, batches)
+                _descend(adam, parameters, loss(_order(turn, batches, seed)[place]))
             history.append(_number(held()))
             if history[-1] < min(history[:-1]):
                 state.best = [p.detach().clone() for p in parameters]
@@ -181,13 +209,17 @@ class Training:
             best = history.index(min(history))
             if (len(history) - 1 - best if best else counted()) >= self.patience:
                 break
-            if 2 * time.perf_counter() - begun > ends:  # another one takes as long
-                break
-            if counted() < epochs:
+            if ends < math.inf and (following := epochs - counted()):
+                now = time.perf_counter()
+                fits = min(int((ends - now) * steps / (now - begun)), MOST_TURNS * batches - before - steps)
+                dealt[counted() :] = [fits // following] * following if fits >= following else []
+            if counted() < len(dealt):
+                state.dealt = dealt
                 state.save(history)
         stage.advance(self.epochs - counted())
+        state.dealt = dealt[: counted()]
         state.close(history)
-        return history
+        return Course(history, tuple(state.dealt), epochs)
 
 
 @cache
@@ -203,7 +235,7 @@ class _State:
         self, parameters: Sequence[nn.Parameter], adam: torch.optim.AdamW, checkpoints: Checkpoints, name: str
     ) -> None:
         self.parameters, self.adam, self.checkpoints, self.name = parameters, adam, checkpoints, name
-        self.best, self.done = list[Tensor](), False
+        self.best, self.dealt, self.done = list[Tensor](), list[int](), False
 
     def save(self, history: Sequence[float]) -> None:
         """After an epoch: parameters, the best of them, and what AdamW knows."""
@@ -229,7 +261,7 @@ class _State:
         if (tensors := self.checkpoints.load(self.name)) is None:
             return []
         self.best = [tensors[f"{i}.best"].to(p) for i, p in enumerate(self.parameters)]
-        self.done = "0.now" not in tensors
+        self.dealt, self.done = tensors["dealt"].tolist(), "0.now" not in tensors
         for i, parameter in enumerate([] if self.done else self.parameters):
             parameter.data.copy_(tensors[f"{i}.now"])
             if f"{i}.step" not in tensors:  # it has just gone back
@@ -239,7 +271,7 @@ class _State:
         return tensors["history"].tolist()
 
     def _write(self, history: Sequence[float], tensors: Mapping[str, Tensor]) -> None:
-        fixed = {"history": torch.tensor(history, dtype=torch.float64)}
+        fixed = {"history": torch.tensor(history, dtype=torch.float64), "dealt": torch.tensor(self.dealt)}
         self.checkpoints.save(self.name, {**fixed, **{f"{i}.best": b for i, b in enumerate(self.best)}, **tensors})
 
 
@@ -253,8 +285,9 @@ def in_vain(history: Sequence[float]) -> int:
     return next((epoch for epoch, loss in enumerate(history[1:]) if loss < history[0]), len(history) - 1)
 
 
-def gained(piece: Workpiece, name: str, training: Training, history: Sequence[float]) -> dict[str, Any]:
+def gained(piece: Workpiece, name: str, training: Training, course: Course) -> dict[str, Any]:
     """What a finisher that trains the whole model has to report; said to the user, too."""
+    history = course.losses
     piece.progress.say(told(name, history))
     if piece.domains and piece.tokens.origins and {*piece.tokens.origins} <= piece.domains.keys():
         shares = ", ".join(f"{label} {piece.domains[label]:.3f}" for label in dict.fromkeys(piece.tokens.origins))
@@ -264,16 +297,8 @@ def gained(piece: Workpiece, name: str, training: Training, history: Sequence[fl
         found = {"held_out_loss": [history[0], min(history)], "epochs": len(history) - 1, "undone": undone(history)}
     if piece.seconds is None:
         return found
-    options: dict[str, Any] = {"steps": training.steps, "held_out": training.held_out}
-    return found | {"options": options | ({"until": found["epochs"]} if history else {})}
-
-
-def deadline(piece: Workpiece, name: str) -> float:
-    """When the time of `piece` is over, on the clock of `time.perf_counter`; a run that goes on has what it had."""
-    if piece.seconds is None:
-        return math.inf
-    saved = piece.checkpoints.load(f"{name}-pace")
-    return time.perf_counter() + (piece.seconds if saved is None else float(saved["seconds"]))
+    options: dict[str, Any] = {"steps": [*course.steps] or 0, "held_out": training.held_out, "epochs": course.epochs}
+    return found | {"options": options}
 
 
 def told(name: str, history: Sequence[float]) -> str:

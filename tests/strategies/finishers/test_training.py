@@ -25,11 +25,11 @@ def fitted(regime, held, *, checkpoints=None, start=0.0, seen=None, tries=0):
             seen.append(i)
         return 0.01 * (theta - TARGETS[i]).square().sum()  # gradients below the norm at which they are clipped
 
-    history = regime.fit(
+    course = regime.fit(
         [theta], loss, 3, lambda: float(held(theta.detach())),
         seed=0, checkpoints=checkpoints or Checkpoints(), name="toy", stage=Stage(), tries=tries,
     )  # fmt: skip
-    return theta.detach(), history
+    return theta.detach(), course.losses
 
 
 def test_one_step_is_adamws():
@@ -240,33 +240,47 @@ def test_nonsense_is_refused(values):
         Training(*values)
 
 
-def test_no_epoch_is_begun_that_would_end_too_late_and_until_does_the_same_again(monkeypatch):
-    now = [0.0]
+def clocked(monkeypatch, regime, ends, *, a_step, checkpoints=None):
+    """A training on a clock on which step i, from 0, takes `a_step(i)`, and nothing else takes any time."""
+    now, steps = [0.0], [0]
     monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    theta = nn.Parameter(torch.ones(3, dtype=torch.float64))
 
-    def run(regime, ends):
-        now[0] = 0.0
-        theta = nn.Parameter(torch.ones(3))
+    def loss(_):
+        now[0] += a_step(steps[0])
+        steps[0] += 1
+        return theta.square().sum()
 
-        def held():
-            now[0] += 5.0  # an epoch takes as long as its judging
-            return theta.detach().square().sum().item()
+    course = regime.fit(
+        [theta], loss, 8, lambda: theta.detach().square().sum().item(),
+        seed=0, checkpoints=checkpoints or Checkpoints(), name="x", stage=Stage(), ends=ends,
+    )  # fmt: skip
+    return course, theta.detach(), now[0]
 
-        history = regime.fit(
-            [theta], lambda _: theta.square().sum(), 2, held,
-            seed=0, checkpoints=Checkpoints(), name="x", stage=Stage(), ends=ends,
-        )  # fmt: skip
-        return history, theta.detach()
 
-    regime = Training(rate=0.1, epochs=4)
-    history, theta = run(regime, 16.0)  # 5 at the start, then epochs until 10 and 15; a third would end at 20
-    assert len(history) - 1 == 2
-    again, same = run(replace(regime, until=2), math.inf)
-    assert again == history
+@pytest.mark.parametrize(
+    ("a_step", "steps", "ended"),
+    [
+        (lambda _: 1.0, (10, 10, 10, 10), 40.0),  # as it was foreseen
+        (lambda _: 2.0, (10, 3, 3, 4), 40.0),  # twice as slow
+        (lambda _: 0.5, (10, 23, 23, 24), 40.0),  # twice as fast
+        (lambda i: 1.0 if i < 20 else 4.0, (10, 10, 10), 60.0),  # another program came
+    ],
+)
+def test_what_is_left_of_a_time_is_dealt_out_anew_after_every_epoch(monkeypatch, a_step, steps, ended):
+    regime = Training(rate=0.01, epochs=4, steps=40)
+    course, theta, now = clocked(monkeypatch, regime, 40.0, a_step=a_step)
+    again, same, _ = clocked(monkeypatch, replace(regime, steps=course.steps), math.inf, a_step=a_step)
+    assert (course.steps, now) == (steps, ended)
+    assert again == course
     assert torch.equal(theta, same)
-    assert len(run(regime, math.inf)[0]) - 1 == 4
-    with pytest.raises(ValueError, match="until is an epoch"):
-        replace(regime, until=0)
+
+
+def test_steps_of_every_epoch_are_the_first_of_all_epochs():
+    with pytest.raises(ValueError, match="of each epoch ≥ 1 steps, for at most 2 epochs"):
+        Training(rate=0.1, epochs=2, steps=(4, 4, 4))
+    with pytest.raises(ValueError, match="of each epoch ≥ 1 steps"):
+        Training(rate=0.1, epochs=2, steps=(4, 0))
 
 
 def test_text_goes_on_with_the_shares_of_its_data_sets():
