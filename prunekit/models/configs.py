@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from prunekit.errors import WrongInput, one_line
 from prunekit.models.places import cannot_open
@@ -71,6 +79,14 @@ def parse_config(source: str, path: str, *, trust_remote_code: bool = False) -> 
         raise _unusable(source, error, values, read) from error
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that opens a model by its config: of text, or of images and text."""
+    kind, own = type(config), getattr(config, "auto_map", None) or {}
+    takes_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or AutoModelForImageTextToText.__name__ in own
+    of_text = kind in MODEL_FOR_CAUSAL_LM_MAPPING or AutoModelForCausalLM.__name__ in own
+    return AutoModelForImageTextToText if takes_images and not of_text else AutoModelForCausalLM
+
+
 def make_shape(config: Any, source: str, path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Make the model of a config without its weights, on the meta device.
 
@@ -80,7 +96,7 @@ def make_shape(config: Any, source: str, path: str, *, trust_remote_code: bool =
 
     def build(config: Any) -> PreTrainedModel:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
     file = Path(path) / CONFIG
     try:

@@ -106,6 +106,12 @@ def text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def say_tied(config: Any, shared: bool) -> None:
+    """Let a config say whether head and embedding share their weight, also the part of it that is of the language
+    model: where that alone says so, transformers takes it for both."""
+    config.tie_word_embeddings = text_config(config).tie_word_embeddings = shared
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off inside, as it was after."""
