@@ -41,6 +41,7 @@ MOST_OTHERS = 1 << 22
 COUNTED = re.compile(r"(num|n)_.+|.*_?(size|dim|rank|heads|layers|layer|embeddings|kernel)")
 LEAST = {"hidden_size", "intermediate_size", "ffn_dim", "vocab_size", "num_hidden_layers", "num_attention_heads"}
 LEAST |= {"num_key_value_heads", "max_position_embeddings"}
+FROM_THE_END = {"vision_feature_layer"}  # places that may be counted so
 POSITIVE = {"rope_theta", "factor"}
 OUTPUTS = {  # what a run reads of a model
     "return_dict": (True,),
@@ -126,7 +127,7 @@ def _check(file: Path, key: str, value: float) -> None:
         raise WrongInput(f"{file}: {key} is {value}, which is no finite number")
     if name in POSITIVE and value <= 0:
         raise WrongInput(f"{file}: {key} is {value}, and must be more than 0")
-    if COUNTED.fullmatch(name) is None:
+    if COUNTED.fullmatch(name) is None or (name in FROM_THE_END and value < 0):
         return
     if value < (name in LEAST):
         raise WrongInput(f"{file}: {key} is {value}, and no model has so few")
