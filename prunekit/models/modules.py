@@ -96,7 +96,7 @@ def take_tables(small: PreTrainedModel, model: nn.Module) -> None:
 
 def make_tables(model: PreTrainedModel, module: nn.Module) -> None:
     """Let a model make the buffers of a module of its own anew, such as rotary tables; parameters stay as they are."""
-    for parameter in module.parameters(recurse=False):
+    for parameter in module.parameters():  # also of its children, which some make anew beside their own
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     model._init_weights(module)
 
