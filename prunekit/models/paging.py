@@ -517,5 +517,7 @@ def fill_buffers(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.d
         if made:
             make_tables(maker, module)
         for full in made:
-            if (buffer := model.get_buffer(full)).is_meta or not bool((torch.isfinite(buffer) & (buffer != UNMADE)).all()):
+            if (buffer := model.get_buffer(full)).is_meta or not bool(
+                (torch.isfinite(buffer) & (buffer != UNMADE)).all()
+            ):
                 raise WrongInput(f"{full} is in no file and cannot be made by itself; open the model whole")

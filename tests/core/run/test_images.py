@@ -1,4 +1,4 @@
-"""Whole runs on models of images and text: pruned on text, saved with what their processor needs, loaded with images."""
+"""Whole runs on models of images and text: pruned on text, saved with what a processor needs, loaded with images."""
 
 import json
 

@@ -141,7 +141,9 @@ def test_what_vllm_cannot_serve_is_refused_before_any_work_with_the_reason(model
         VLLM().check(pk.Order(adapter, "groups", "import", config=AutoConfig.for_model(model_type), settled=True))
     elif adapter.images:
         for equal in (False, True):
-            with pytest.raises(pk.WrongInput, match="format 'vllm' writes language models, and this one takes images, t"):
+            with pytest.raises(
+                pk.WrongInput, match="format 'vllm' writes language models, and this one takes images, t"
+            ):
                 VLLM(equal=equal).check(order)
     elif getattr(adapter, "family", None) is None:
         with pytest.raises(pk.WrongInput, match="format 'vllm' writes models with attention, not Mamba"):

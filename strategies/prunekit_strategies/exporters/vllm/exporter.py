@@ -65,8 +65,8 @@ class VLLM(pk.Exporter):
             raise pk.WrongInput(f"format 'vllm' writes models with attention, not {type(order.adapter).__name__}")
         if order.adapter.images:
             raise pk.WrongInput(
-                "format 'vllm' writes language models, and this one takes images, too, which was not tried; take format "
-                "'hf'"
+                "format 'vllm' writes language models, and this one takes images, too, which was not tried; take "
+                "format 'hf'"
             )
         unequal = order.units in ("groups", "low-rank") and not (order.settled and not _is_ours(order.config))
         if unequal and not self.equal:
