@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, CLIPVisionModel, PreTrainedModel
 
 from prunekit.errors import WrongInput
-from prunekit.export import save
+from prunekit.export import save, verify
 from prunekit.export.hf import to_transformers
 from prunekit.layer.candidates import Candidate
 from prunekit.models.adapters.find import adapter_for
@@ -35,11 +35,12 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_5_vl": ("qwen2_5_vl", {}),
     "qwen2_5_vl-tied": ("qwen2_5_vl", {"tie_word_embeddings": True}),
 }
+SLOW = {"llava-mistral", "qwen2_5_vl-tied"}  # what is special in them is as in others
 Case = tuple[PreTrainedModel, ModelAdapter]
 Count = Callable[[Site], int]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in KINDS])
 def case(request: pytest.FixtureRequest) -> Case:
     model_type, overrides = KINDS[request.param]
     adapter = adapter_for(model_type)
@@ -207,6 +208,19 @@ def test_code_of_ours_travels_with_a_qwen2_5_vl(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"}
     assert (tmp_path / "modeling_prunekit.py").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "code"), [("qwen2_5_vl", "bundled"), ("qwen2_5_vl", "import"), ("llava", "import")]
+)
+def test_a_fresh_process_finds_the_classes(model_type: str, code: Any, tmp_path: Path) -> None:
+    """Bundled code runs where prunekit is not imported."""
+    adapter = adapter_for(model_type)
+    small = to_transformers(cut(tiny(model_type), adapter, uneven), adapter).float()
+    save(small, tmp_path, code=code)
+    found = verify(tmp_path, IDS, logits(small, images=False), sum(p.numel() for p in small.parameters()))
+    assert found.model_class == type(small).__name__
 
 
 @pytest.mark.parametrize("count", [uneven, narrower])
