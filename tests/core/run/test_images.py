@@ -9,6 +9,8 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 import prunekit
 from prunekit.demo import MODEL
 from prunekit.errors import WrongInput
+from prunekit.plugins.registry import EXPORTERS
+from prunekit.run.export import export_model
 from prunekit.testing import tiny
 
 SETTINGS = {"image_processor_type": "CLIPImageProcessorPil", "size": {"shortest_edge": 8}}
@@ -76,6 +78,22 @@ def test_a_run_by_name_gives_a_model_that_sees_as_that_in_memory(family, equal, 
     report = json.loads((out / "report.json").read_text())
     assert all("language_model" in site["name"] for site in report["sites"])
     assert report["budget"]["spent"] <= report["budget"]["limit"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_what_trains_and_what_exports_leave_alone_what_sees(family, folders, tmp_path, quick):
+    folder, out = folders[family], tmp_path / "out"
+    trained = {"finishers": [{"name": "distillation", "epochs": 1, "rate": 1e-3}], "allocator": "uniform"}
+    prunekit.prune(folder, output=out, **quick(sparsity=0.3, verify=False, **trained))
+    before, after = (AutoModelForImageTextToText.from_pretrained(path).state_dict() for path in (folder, out))
+    seeing = [name for name in before if "language_model" not in name and name != "lm_head.weight"]
+    assert seeing
+    assert all(torch.equal(before[name], after[name]) for name in seeing)
+    exported = export_model(str(out), [EXPORTERS.build("hf")], tmp_path / "again")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "again").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in after.items())
+    assert {"preprocessor_config.json", "processor_config.json"} <= {file.name for file in exported.files}
 
 
 def test_another_language_model_is_refused_before_any_work(folders, tmp_path, quick):
