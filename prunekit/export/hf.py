@@ -16,13 +16,20 @@ from typing import Any, get_args
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.core_model_loading import revert_weight_conversion
 
 from prunekit.layer.layouts import layout_of
 from prunekit.models.adapters.transformer import Transformer
-from prunekit.models.classes import AUTOS, BUNDLED, FAMILIES, Family, Part, UnequalLayers, define, define_heads
-from prunekit.models.modules import shallow, take_tables
+from prunekit.models.classes import BUNDLED, FAMILIES, Family, Part, UnequalLayers, define, define_heads
+from prunekit.models.modules import shallow, take_tables, text_config
 from prunekit.models.opening import stored_as, without_bars
 from prunekit.models.paging import attach, pager_of, real, shapes_of
 from prunekit.models.shards import SHARD_BYTES, write
@@ -42,17 +49,18 @@ def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrained
     if not isinstance(adapter, Transformer):  # nothing but single weights can be removed
         return _filled(type(model), copy.deepcopy(model.config), model, adapter.layers, kept)
     sizes, head_dim = [adapter.layer_config(blocks[index]) for index in kept], adapter.head_dim(blocks[kept[0]])
-    values: dict[str, Any] = {key: value for key, value in model.config.to_dict().items() if key not in REWRITTEN}
+    own, family = text_config(model.config), adapter.family_of(model.config)
+    values: dict[str, Any] = {key: value for key, value in own.to_dict().items() if key not in REWRITTEN}
     values["num_hidden_layers"] = len(kept)
-    if not isinstance(getattr(type(model.config), "head_dim", None), property):  # which follows from the rest
+    if not isinstance(getattr(type(own), "head_dim", None), property):  # which follows from the rest
         values["head_dim"] = head_dim
-    for key in adapter.family.by_layer:
+    for key in family.by_layer:
         if values.get(key):
             values[key] = [values[key][index] for index in kept]
-    if (experts := adapter.family.experts) is not None:  # blocks without any go by the number of the others
+    if (experts := family.experts) is not None:  # blocks without any go by the number of the others
         some = next(size for size in sizes if experts.count in size)
         sizes = [{key: some[key] for key in (experts.count, experts.width)} | size for size in sizes]
-    native = _native_biases(adapter.family, values)
+    native = _native_biases(family, values)
     added = [[part for part in adapter.biased(blocks[index]) if part not in native] for index in kept]
     if any(added):
         sizes = [size | {"biased": parts} for size, parts in zip(sizes, added, strict=True)]
@@ -62,15 +70,28 @@ def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrained
     patches = [adapter.patch_rank(blocks[index]) for index in kept]
     if any(patches):
         sizes = [size | {"patch": rank} for size, rank in zip(sizes, patches, strict=True)]
-    config: Any = _stock_config(adapter.family, values, sizes, head_dim)
+    stock = _stock_config(family, values, sizes, head_dim)
+    config: Any = stock
     if config is None:
-        config_class, _, causal = define(adapter.family)
+        config_class: Any = define(family)[0] if family.text is None else CONFIG_MAPPING[family.text]
         config = config_class(**values, per_layer_config=dict(enumerate(sizes)))
-    else:
-        causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if own is model.config else None
+    if causal is None:  # the language model is a part of another, which stays
+        config, causal = _around(model.config, family, config, stock=stock is not None)
     config._attn_implementation = model.config._attn_implementation
     config._experts_implementation = model.config._experts_implementation
+    for part in config.sub_configs:
+        getattr(config, part)._attn_implementation = getattr(model.config, part)._attn_implementation
     return _filled(causal, config, model, adapter.layers, kept)
+
+
+def _around(config: Any, family: Family, text: Any, *, stock: bool) -> tuple[Any, Any]:
+    """(config, class) of a model of images and text around a language model; `stock`: of the stock class."""
+    ours = not stock and family.text is not None  # else it takes whatever language model the config names
+    outer: Any = define(family)[0] if ours else CONFIG_MAPPING[config.model_type.removeprefix("prunekit_")]
+    values = {key: value for key, value in config.to_dict().items() if key not in (*REWRITTEN, "text_config")}
+    causal = define(family)[2] if ours else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[outer]
+    return outer(**values, text_config=text), causal
 
 
 def paged(net: Supernet, plan: Allocation, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -159,7 +180,7 @@ def save(
     if code == "bundled" and isinstance(model, UnequalLayers):
         if FAMILIES.get(model.family.model_type) is not model.family:
             raise ValueError(f"the code of {model.family.prefix} models is not prunekit's own: save with code='import'")
-        classes = {**dict(zip(AUTOS, define(model.family), strict=True)), **define_heads(model.family)}
+        classes = {**dict(zip(model.family.autos, define(model.family), strict=True)), **define_heads(model.family)}
         model.config.auto_map = {auto: f"{BUNDLED}.{each.__name__}" for auto, each in classes.items()}
     with without_bars():
         if pager_of(model) is None:
@@ -210,11 +231,11 @@ def _native_biases(family: Family, values: dict[str, Any]) -> set[Part]:
     for key in family.by_layer:
         if one.get(key):
             one[key] = one[key][:1]
-    config = CONFIG_MAPPING[family.model_type](**one)
-    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config = CONFIG_MAPPING[family.text or family.model_type](**one)
+    base: Any = MODEL_MAPPING[type(config)]
     with torch.device("meta"):
-        stock = causal(config)
-    (block,) = stock.base_model.get_submodule(family.layers)
+        stock = base(config)
+    (block,) = stock.get_submodule(family.layers if family.text is None else family.layers.rpartition(".")[2])
     return {part for part, path in family.columns.items() if block.get_submodule(path).bias is not None}
 
 
@@ -228,7 +249,7 @@ def _stock_config(
     heads, hidden = first[family.query_heads], values["hidden_size"]
     if not family.free_head_dim and heads * head_dim != hidden:
         return None
-    values, model_type = values | first, family.model_type
+    values, model_type = values | first, family.text or family.model_type
     if model_type == "llama" and hidden % heads:  # which the validator of Llama forbids, and Mistral's does not
         if values.pop("attention_bias") or values.pop("mlp_bias"):
             return None

@@ -146,15 +146,15 @@ def _loaded(directory: Path, blocks: str, trusted: str) -> tuple[Any, int]:
     """(the model in float32, the number of tensors in its files); all of them are used, and all of it is in them."""
     import torch
     from safetensors import safe_open
-    from transformers import AutoModelForCausalLM
 
     config = json.loads((directory / "config.json").read_text())
-    if config["model_type"].startswith("prunekit_") and not trusted:
+    kinds = [config["model_type"], str((config.get("text_config") or {}).get("model_type"))]
+    if any(kind.startswith("prunekit_") for kind in kinds) and not trusted:
         importlib.import_module("prunekit")  # as a user would: it registers the model type
     trust: dict[str, Any] = {"trust_remote_code": bool(trusted)}
     if not blocks:
         how: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
-        found: Any = AutoModelForCausalLM.from_pretrained(directory, **how, **trust)
+        found: Any = _auto_class(config).from_pretrained(directory, **how, **trust)
         model = found[0].eval()
         if strange := sorted({*found[1]["missing_keys"], *found[1]["unexpected_keys"]}):
             raise SystemExit(f"the checkpoint and its model do not agree in {', '.join(strange)}")
@@ -172,6 +172,14 @@ def _loaded(directory: Path, blocks: str, trusted: str) -> tuple[Any, int]:
         with safe_open(file, "pt") as stored:
             tensors += len(stored.keys())
     return model, tensors
+
+
+def _auto_class(config: Mapping[str, Any]) -> Any:
+    """The class of transformers that a user would load a folder with this config by."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    of_images = str((config.get("architectures") or [""])[0]).endswith("ForConditionalGeneration")
+    return AutoModelForImageTextToText if of_images else AutoModelForCausalLM
 
 
 def _continued(model: Any, prompt: Tensor, new_tokens: int) -> Tensor:

@@ -27,6 +27,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
@@ -37,7 +38,6 @@ Part = Literal["attention", "mlp"]
 Unit = Literal["query", "kv", "qkv", "width"]
 Units = Unit | tuple[Unit, ...]
 
-AUTOS = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")  # what `define` gives, by who loads it
 HEADS = {  # of models that were made for language: what else may stand on their base model
     "AutoModelForSequenceClassification": (AutoModelForSequenceClassification, "ForSequenceClassification"),
     "AutoModelForTokenClassification": (AutoModelForTokenClassification, "ForTokenClassification"),
@@ -111,6 +111,7 @@ class Family:
     columns: Mapping[Part, str]  # linear maps whose columns are cut
     norms: Mapping[Part, tuple[str, ...]]  # of a part, before and behind it; a block may lack some
     norms_first: str | None = None  # attribute of a block: does no norm come behind a sum? None: none ever does
+    text: str | None = None  # model type of the part of a config that is of the language model; None: it is all of it
     module: str | None = None  # where the stock classes are; None: where the model type says
     stock_base: str | None = None  # name of the stock base model class; None: prefix and Model
     layers: str = "layers"  # the decoder blocks inside the base model
@@ -130,6 +131,16 @@ class Family:
     def __post_init__(self) -> None:
         if alone := next((name for name in self.norms.values() if isinstance(name, str)), None):
             raise TypeError(f"norms of {self.prefix} are tuples of names, so ({alone!r},) and not {alone!r}")
+
+    @property
+    def head(self) -> str:
+        """What the stock class with a head is called behind the prefix."""
+        return "ForCausalLM" if self.text is None else "ForConditionalGeneration"
+
+    @property
+    def autos(self) -> tuple[str, str, str]:
+        """What loads each of the classes that `define` gives."""
+        return "AutoConfig", "AutoModel", "AutoModelForCausalLM" if self.text is None else "AutoModelForImageTextToText"
 
     def heads(self, layer_config: Any) -> tuple[int, int]:
         """(query heads, KV heads) of one layer."""
@@ -342,6 +353,9 @@ FAMILIES: Mapping[str, Family] = {
         ),
         per_head=("sinks",),
     ),
+    "qwen2_5_vl": llama_like(
+        "qwen2_5_vl", "Qwen2_5_VL", text="qwen2_5_vl_text", layers="language_model.layers", free_head_dim=False
+    ),
     "opt": Family(
         "opt",
         "OPT",
@@ -482,17 +496,19 @@ class UnequalLayers(PreTrainedModel):
     family: ClassVar[Family]
 
     def __init__(self, config: Any) -> None:
-        with reading_globals(config):
+        sizes = config.get_text_config()
+        with reading_globals(sizes):
             super().__init__(config)
         if self.base_model is not self and isinstance(self.base_model, UnequalLayers):
             return  # a head on a base model that the Auto class has made: one of ours
+        inside = self.base_model.get_submodule(self.family.layers.rpartition(".")[0])  # the language model
         blocks = list(self.base_model.get_submodule(self.family.layers).children())
         head_dim = int(getattr(blocks[0].get_submodule(self.family.attention), self.family.head_dim))
         for index, block in enumerate(blocks):
-            self.family.cut(block, config.per_layer_config[index], index)
-        for module in self.modules():
+            self.family.cut(block, sizes.per_layer_config[index], index)
+        for module in inside.modules():
             if hasattr(module, "rope_type"):  # also when it runs, it asks for head counts that it does not use
-                module.config = LayerConfig(config.per_layer_config[0], {"head_dim": head_dim})  # type: ignore[assignment]
+                module.config = LayerConfig(sizes.per_layer_config[0], {"head_dim": head_dim})  # type: ignore[assignment]
         self.init_weights()  # the linear maps that were replaced
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -505,9 +521,9 @@ class UnequalLayers(PreTrainedModel):
 
 @cache
 def define(family: Family) -> tuple[type, type, type]:
-    """The config class, the base model class and the causal LM class of a family with unequal layers."""
+    """The config class, the base model class and the class with a head of a family with unequal layers."""
     stock, body = _stock(family), {"__module__": __name__, "family": family}
-    base, causal = (getattr(stock, name) for name in (_base_name(family), f"{family.prefix}ForCausalLM"))
+    base, causal = (getattr(stock, name) for name in (_base_name(family), f"{family.prefix}{family.head}"))
     stock_config: Any = base.config_class
 
     @strict  # else the stock validators run, not these
@@ -515,7 +531,7 @@ def define(family: Family) -> tuple[type, type, type]:
         model_type = f"prunekit_{family.model_type}"
 
         def validate_architecture(self) -> None:
-            for index, layer_config in enumerate(self.per_layer_config):
+            for index, layer_config in enumerate(self.get_text_config().per_layer_config):
                 family.check(layer_config, index)
 
         def validate_rope(self) -> None:  # LongRoPE's asks for head counts, too
@@ -562,7 +578,8 @@ def register(families: Iterable[Family] = tuple(FAMILIES.values())) -> None:
         config, base, causal = define(family)
         AutoConfig.register(f"prunekit_{family.model_type}", config, exist_ok=True)
         AutoModel.register(config, base, exist_ok=True)
-        AutoModelForCausalLM.register(config, causal, exist_ok=True)
+        auto: Any = AutoModelForCausalLM if family.text is None else AutoModelForImageTextToText
+        auto.register(config, causal, exist_ok=True)
         for auto, head in define_heads(family).items():
             HEADS[auto][0].register(config, head, exist_ok=True)
 

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from prunekit.errors import WrongInput, one_line
 from prunekit.models.places import cannot_open
@@ -33,6 +41,7 @@ MOST_OTHERS = 1 << 22
 COUNTED = re.compile(r"(num|n)_.+|.*_?(size|dim|rank|heads|layers|layer|embeddings|kernel)")
 LEAST = {"hidden_size", "intermediate_size", "ffn_dim", "vocab_size", "num_hidden_layers", "num_attention_heads"}
 LEAST |= {"num_key_value_heads", "max_position_embeddings"}
+FROM_THE_END = {"vision_feature_layer"}  # places that may be counted so
 POSITIVE = {"rope_theta", "factor"}
 OUTPUTS = {  # what a run reads of a model
     "return_dict": (True,),
@@ -71,6 +80,14 @@ def parse_config(source: str, path: str, *, trust_remote_code: bool = False) -> 
         raise _unusable(source, error, values, read) from error
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that opens a model by its config: of text, or of images and text."""
+    kind, own = type(config), getattr(config, "auto_map", None) or {}
+    takes_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or AutoModelForImageTextToText.__name__ in own
+    of_text = kind in MODEL_FOR_CAUSAL_LM_MAPPING or AutoModelForCausalLM.__name__ in own
+    return AutoModelForImageTextToText if takes_images and not of_text else AutoModelForCausalLM
+
+
 def make_shape(config: Any, source: str, path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Make the model of a config without its weights, on the meta device.
 
@@ -80,7 +97,7 @@ def make_shape(config: Any, source: str, path: str, *, trust_remote_code: bool =
 
     def build(config: Any) -> PreTrainedModel:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
     file = Path(path) / CONFIG
     try:
@@ -110,7 +127,7 @@ def _check(file: Path, key: str, value: float) -> None:
         raise WrongInput(f"{file}: {key} is {value}, which is no finite number")
     if name in POSITIVE and value <= 0:
         raise WrongInput(f"{file}: {key} is {value}, and must be more than 0")
-    if COUNTED.fullmatch(name) is None:
+    if COUNTED.fullmatch(name) is None or (name in FROM_THE_END and value < 0):
         return
     if value < (name in LEAST):
         raise WrongInput(f"{file}: {key} is {value}, and no model has so few")

@@ -96,7 +96,7 @@ def take_tables(small: PreTrainedModel, model: nn.Module) -> None:
 
 def make_tables(model: PreTrainedModel, module: nn.Module) -> None:
     """Let a model make the buffers of a module of its own anew, such as rotary tables; parameters stay as they are."""
-    for parameter in module.parameters(recurse=False):
+    for parameter in module.parameters():  # also of its children, which some make anew beside their own
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     model._init_weights(module)
 
@@ -104,6 +104,12 @@ def make_tables(model: PreTrainedModel, module: nn.Module) -> None:
 def text_config(config: Any) -> Any:
     """The part of a config that is of the language model, which beside a model of images is one of several."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def say_tied(config: Any, shared: bool) -> None:
+    """Let a config say whether head and embedding share their weight, also the part of it that is of the language
+    model: where that alone says so, transformers takes it for both."""
+    config.tie_word_embeddings = text_config(config).tie_word_embeddings = shared
 
 
 @contextmanager

@@ -12,14 +12,15 @@ from typing import Any, Literal, TypedDict, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from prunekit.errors import WrongInput
 from prunekit.models import paging
 from prunekit.models.adapters.find import adapter_for
+from prunekit.models.configs import auto_class
 from prunekit.models.intake import check_config, check_loaded
-from prunekit.models.modules import widen_tables
+from prunekit.models.modules import say_tied, text_config, widen_tables
 from prunekit.models.places import at_hand, cannot_open, check_device
 from prunekit.models.shards import is_packed, quantized
 from prunekit.models.spread import placed, settle
@@ -275,7 +276,7 @@ def loaded(
     try:
         with without_bars():
             # the dtype goes to the loader: a cast afterwards would round the buffers of the rotary embedding as well
-            found: Any = AutoModelForCausalLM.from_pretrained(
+            found: Any = auto_class(shape.config).from_pretrained(
                 path,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
@@ -302,7 +303,7 @@ def settle_ties(model: PreTrainedModel) -> PreTrainedModel:
     if said and head.weight is not embedding.weight and torch.equal(head.weight, embedding.weight):  # type: ignore[arg-type]
         model.tie_weights()
     if said != (shared := head.weight is embedding.weight):
-        model.config.tie_word_embeddings = shared
+        say_tied(model.config, shared)
     return model
 
 
@@ -328,6 +329,6 @@ class Limits(TypedDict):
 def limits(model: Any) -> Limits:
     """What tokens must not exceed."""
     return {
-        "max_seqlen": int(getattr(model.config, "max_position_embeddings", 2048)),
+        "max_seqlen": int(getattr(text_config(model.config), "max_position_embeddings", 2048)),
         "vocab_size": int(model.get_input_embeddings().weight.shape[0]),
     }

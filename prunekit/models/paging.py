@@ -26,7 +26,7 @@ from prunekit.errors import WrongInput
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.configs import make_shape
 from prunekit.models.intake import read_config
-from prunekit.models.modules import make_tables
+from prunekit.models.modules import make_tables, say_tied
 from prunekit.models.places import at_hand, here
 from prunekit.models.shards import INDEX, WEIGHTS, Shards
 from prunekit.models.spread import dealt_out, moved, place_of, spread
@@ -34,6 +34,7 @@ from prunekit.plugins.adapter import ModelAdapter
 from prunekit.system.progress import warn_once
 
 MOST_NAMES = 50  # in a sentence
+UNMADE = torch.iinfo(torch.int64).min  # a whole number that no table holds
 
 Read = Callable[[str, torch.device], Tensor]
 """A parameter by its name in the model, on a device, in the dtype of the computation."""
@@ -414,7 +415,7 @@ def shape_of(source: str, *, trust_remote_code: bool = False) -> PreTrainedModel
     config, path = read_config(source, trust_remote_code=trust_remote_code), at_hand(source)
     model = make_shape(config, source, path, trust_remote_code=trust_remote_code)
     if getattr(config, "tie_word_embeddings", False) and tied_otherwise(path, model):
-        config.tie_word_embeddings = False
+        say_tied(config, False)
         model = make_shape(config, source, path, trust_remote_code=trust_remote_code)
     return model
 
@@ -489,13 +490,15 @@ def opened(
 
 
 def fill_buffers(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device) -> None:
-    """Buffers on the meta device: from the checkpoint, or made as the model makes them.
+    """Buffers on the meta device: from the checkpoint, or made as the model, or the one inside it, makes them.
 
     Raises:
         WrongInput: a table is neither.
     """
+    makers: dict[str, PreTrainedModel] = {"": model}
     for path, module in model.named_modules():
-        made = []
+        maker = module if isinstance(module, PreTrainedModel) else makers[path.rpartition(".")[0]]
+        made, makers[path] = [], maker
         for name, buffer in list(module.named_buffers(recurse=False)):
             full = f"{path}.{name}" if path else name
             if not buffer.is_meta:
@@ -508,8 +511,13 @@ def fill_buffers(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.d
                 exact = torch.promote_types(buffer.dtype, torch.float32)  # whatever the weights are rounded to
                 unmade = torch.full(buffer.shape, torch.nan, dtype=exact, device=device)
                 setattr(module, name, nn.Buffer(unmade, persistent=False))
+            elif buffer.dtype == torch.int64:  # such as positions
+                unmade = torch.full(buffer.shape, UNMADE, dtype=buffer.dtype, device=device)
+                setattr(module, name, nn.Buffer(unmade, persistent=False))
         if made:
-            make_tables(model, module)
+            make_tables(maker, module)
         for full in made:
-            if (buffer := model.get_buffer(full)).is_meta or not bool(torch.isfinite(buffer).all()):
+            if (buffer := model.get_buffer(full)).is_meta or not bool(
+                (torch.isfinite(buffer) & (buffer != UNMADE)).all()
+            ):
                 raise WrongInput(f"{full} is in no file and cannot be made by itself; open the model whole")

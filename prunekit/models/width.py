@@ -50,6 +50,8 @@ def check_narrow(model: PreTrainedModel, adapter: ModelAdapter) -> Transformer:
     if not isinstance(adapter, Transformer):
         raise _refused(kind, "its blocks are no attention and MLP")
     family = adapter.family
+    if adapter.images:
+        raise _refused(kind, "features of images enter it, too")
     norms = [found for _, _, found in _norms(model, adapter)]
     if family.experts is not None:
         raise _refused(kind, "experts and routers are not turned yet")

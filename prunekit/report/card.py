@@ -14,19 +14,21 @@ from prunekit.recipe.schema import Recipe
 from prunekit.report.document import gained, kept_promise, parts_of, promise
 from prunekit.report.origin import hub_id, taken_over
 from prunekit.report.picture import draw
-from prunekit.system.files import write_bytes, write_json
+from prunekit.system.files import read_json, write_bytes, write_json
 
 PICTURE = "sparsity.svg"
 
 
-def card(document: Mapping[str, Any], recipe: Recipe, facts: Mapping[str, Any]) -> str:
+def card(document: Mapping[str, Any], recipe: Recipe, facts: Mapping[str, Any], *, images: bool = False) -> str:
     """Write the text of README.md of a pruned model.
 
     Args:
         document: the report.
         recipe: what it was made by.
         facts: licence and language of the source, for the front matter.
+        images: whether the model takes images, too.
     """
+    auto = "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
     dense, pruned, losses = document["dense"], document["pruned"], document["losses"]
     source = str(document["model"])
     name = _line(Path(source).name or Path(source).resolve().name)
@@ -74,9 +76,9 @@ Perplexity: `{losses["pruned"]["label"]}`. Calibration and search: {_named(docum
 
 ```python
 import prunekit  # registers model classes whose layers differ in size; not needed where all are equal
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("this folder")
+model = {auto}.from_pretrained("this folder")
 tokenizer = AutoTokenizer.from_pretrained("this folder")
 ```
 
@@ -100,7 +102,14 @@ def write(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
         write_bytes(folder / name, content)
     narrow = document.get("width", {"channels": 1, "of": 1})
     write_bytes(folder / PICTURE, draw(document["sites"], narrow["channels"] / narrow["of"]).encode())
-    write_bytes(folder / "README.md", card(document, recipe, facts).encode())
+    write_bytes(folder / "README.md", card(document, recipe, facts, images=_takes_images(folder)).encode())
+
+
+def _takes_images(folder: Path) -> bool:
+    """Whether the model that lies there takes images beside text."""
+    config = folder / "config.json"
+    named = read_json(config).get("architectures") if config.is_file() else None
+    return any(str(name).endswith("ForConditionalGeneration") for name in named or ())
 
 
 def _written(samples: Sequence[Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""What a pruned model takes over from its source: licence, language, legal files and SentencePiece models."""
+"""What a pruned model takes over from its source: licence, language, legal files, SentencePiece models, processors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ import yaml
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 TOKENIZERS = ("tokenizer.model", "tokenizer.model.v3", "spiece.model", "sentencepiece.bpe.model")
+PROCESSORS = (  # what images are made into, and how a dialogue with them is written
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
 LEGAL = re.compile(r"(licen[cs]e|notice|use_policy|copying)[\w .-]*", re.IGNORECASE)
 TEXTS = re.compile(r"(\.(md|txt|rst|html|pdf|\d+))?", re.IGNORECASE)  # what legal files end in; no code, no weights
 MOST_BYTES = 2**20  # of one file
@@ -28,7 +34,8 @@ def hub_id(source: str) -> str | None:
 
 
 def taken_over(source: str) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """(licence and language in the words of the source's card, content of its legal files and SentencePiece models).
+    """(licence and language in the words of the source's card, content of its legal files, SentencePiece models and
+    processors' settings).
 
     Both are empty where the source is unknown. Its card is read as data that may be anything.
     """
@@ -43,6 +50,9 @@ def taken_over(source: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     facts = {key: value for key in facts if (value := _checked(key, facts[key], legal)) is not None}
     for name in TOKENIZERS:  # which transformers does not write again, and other runtimes read
         if (content := _read(folder / name, MOST_TOKENIZER_BYTES)) is not None:
+            legal[name] = content
+    for name in PROCESSORS:  # which a tokenizer does not write
+        if (content := _read(folder / name)) is not None:
             legal[name] = content
     return facts, legal
 
@@ -64,7 +74,8 @@ def _snapshot(repository: str) -> Path | None:
         with suppress(Exception):  # a run does not fail for want of a network
             found = HfApi().model_info(repository, revision=folder.name, timeout=SECONDS, files_metadata=True)
             for file in found.siblings or []:
-                if (is_legal(file.rfilename) or file.rfilename == "README.md") and (file.size or 0) <= MOST_BYTES:
+                wanted = is_legal(file.rfilename) or file.rfilename in ("README.md", *PROCESSORS)
+                if wanted and (file.size or 0) <= MOST_BYTES:
                     hf_hub_download(repository, file.rfilename, revision=folder.name, etag_timeout=SECONDS)
     return folder
 

@@ -26,7 +26,7 @@ from prunekit.plugins.exporter import Exporter, Order, Probe, Product
 from prunekit.plugins.registry import EXPORTERS
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
-from prunekit.report.origin import taken_over
+from prunekit.report.origin import PROCESSORS, taken_over
 from prunekit.run.results import PROBE, load_small
 from prunekit.run.verify import Check, Verdict, ask, record_of_model
 from prunekit.run.workplace import check_output, is_of_result, new_folder
@@ -233,7 +233,8 @@ def _companions(folder: Path, source: str, there: Path, record: Record | None) -
     listed = sealed(folder) or {}
     of_model = {file for pattern in MODEL_FILES for file in folder.glob(pattern)}
     for name in listed:
-        if is_of_result(f"result/{name}") and name != FILE and folder / name not in of_model:
+        apart = folder / name not in of_model or name in PROCESSORS
+        if apart and is_of_result(f"result/{name}") and name != FILE:
             (there / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / name, there / name)
     if not listed:

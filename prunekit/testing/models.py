@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import AutoConfig, PreTrainedModel, set_seed
+
+from prunekit.models.configs import auto_class
 
 COMMON: dict[str, Any] = {
     "vocab_size": 61,
@@ -66,16 +68,43 @@ MIXERS: dict[str, dict[str, Any]] = {  # families without groups
     "mamba2": STATES | {"num_heads": 4, "head_dim": 12, "n_groups": 2, "chunk_size": 8},
 }
 
+INSIDE: dict[str, dict[str, Any]] = {  # the language model of families that take images
+    "llava": GROUPED | {"model_type": "llama"},
+    "qwen2_5_vl": GROUPED
+    | {"hidden_size": 36, "rope_parameters": {"rope_type": "default", "rope_theta": 1e2, "mrope_section": [1, 1, 1]}},
+}
+SEEING: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 10, "hidden_act": "gelu", "patch_size": 4}
+IMAGES: dict[str, dict[str, Any]] = {  # and what stands around it: four tokens for an image, whose id is 60
+    "llava": {
+        "image_token_index": 60,
+        "image_seq_length": 4,
+        "vision_config": SEEING
+        | {"model_type": "clip_vision_model", "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8}
+        | {"initializer_range": 0.3},
+    },
+    "qwen2_5_vl": {
+        "image_token_id": 60,
+        "video_token_id": 59,
+        "vision_start_token_id": 58,
+        "vision_end_token_id": 57,
+        "vision_config": SEEING
+        | {"depth": 2, "num_heads": 2, "out_hidden_size": 36, "window_size": 16, "fullatt_block_indexes": [1]}
+        | {"initializer_range": 0.3},
+    },
+}
 
-def tiny(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+
+def tiny(model_type: str, /, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random float64 causal LM of a few thousand parameters, biases and norms random too.
 
-    Families without an entry in `SIZES` get the sizes of a Llama.
+    Families without an entry in `SIZES` get the sizes of a Llama. Where a family takes images, it is one of images and
+    text, and `overrides` are of its language model.
     """
     set_seed(seed)
-    sizes = (SIZES | OPENED | EXPERTS | MIXERS).get(model_type, GROUPED)
-    config = AutoConfig.for_model(model_type, **(COMMON | sizes | overrides))
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    values = COMMON | (SIZES | OPENED | EXPERTS | MIXERS | INSIDE).get(model_type, GROUPED) | overrides
+    around = IMAGES.get(model_type)
+    config = AutoConfig.for_model(model_type, **(values if around is None else {"text_config": values} | around))
+    model: PreTrainedModel = auto_class(config).from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

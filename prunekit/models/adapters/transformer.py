@@ -37,6 +37,10 @@ class Transformer(ModelAdapter):
         "lm_head",
     )  # modules after the last block, in order; absent ones are passed over
 
+    def family_of(self, config: Any) -> Family:
+        """The family whose classes hold the language model of a model, by the config of all of it."""
+        return self.family
+
     def sites(self, model: nn.Module, heads: Heads = "kv") -> tuple[Site, ...]:
         return tuple(
             self._site(block, index, part, heads)

@@ -53,6 +53,11 @@ class HF(pk.Exporter):
             raise pk.WrongInput(
                 f"the code of {family.prefix} models is not prunekit's own, so it cannot be bundled; take code=import"
             )
+        if order.code == "bundled" and order.adapter.images and family is not None and family.text is None:
+            raise pk.WrongInput(
+                "transformers finds bundled code of a whole model, and not of a language model inside another; take "
+                "code=import"
+            )
 
     def write(self, product: pk.Product, path: Path) -> None:
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)

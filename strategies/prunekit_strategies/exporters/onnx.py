@@ -54,6 +54,10 @@ class ONNX(pk.Exporter):
     def check(self, order: pk.Order) -> None:
         if getattr(order.adapter, "family", None) is None:
             raise pk.WrongInput(f"format 'onnx' writes models with attention, not {type(order.adapter).__name__}")
+        if order.adapter.images:
+            raise pk.WrongInput(
+                "format 'onnx' writes language models, and this one takes images, too; take format 'hf'"
+            )
         if order.config is None:
             return
         rope = getattr(order.config, "rope_parameters", None) or {}

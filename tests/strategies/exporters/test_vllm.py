@@ -139,6 +139,12 @@ def test_what_vllm_cannot_serve_is_refused_before_any_work_with_the_reason(model
         VLLM(equal=True).check(order)
         VLLM().check(pk.Order(adapter, "weights", "import"))
         VLLM().check(pk.Order(adapter, "groups", "import", config=AutoConfig.for_model(model_type), settled=True))
+    elif adapter.images:
+        for equal in (False, True):
+            with pytest.raises(
+                pk.WrongInput, match="format 'vllm' writes language models, and this one takes images, t"
+            ):
+                VLLM(equal=equal).check(order)
     elif getattr(adapter, "family", None) is None:
         with pytest.raises(pk.WrongInput, match="format 'vllm' writes models with attention, not Mamba"):
             VLLM().check(order)
@@ -158,7 +164,8 @@ def test_every_family_has_a_row_in_the_table() -> None:
     rows.pop("model_type")
     families = {name for name in ADAPTERS if getattr(adapter_for(name), "family", None) is not None}
     assert rows.keys() == families
-    assert {name for name, row in rows.items() if "refused" in row} == REFUSED.keys()
+    images = {name for name in families if adapter_for(name).images}
+    assert {name for name, row in rows.items() if "refused" in row} == REFUSED.keys() | images
     assert all(why in rows[name] for name, why in REFUSED.items())
 
 

@@ -63,6 +63,11 @@ class VLLM(pk.Exporter):
         family = getattr(order.adapter, "family", None)
         if family is None:
             raise pk.WrongInput(f"format 'vllm' writes models with attention, not {type(order.adapter).__name__}")
+        if order.adapter.images:
+            raise pk.WrongInput(
+                "format 'vllm' writes language models, and this one takes images, too, which was not tried; take "
+                "format 'hf'"
+            )
         unequal = order.units in ("groups", "low-rank") and not (order.settled and not _is_ours(order.config))
         if unequal and not self.equal:
             _check_family(family)
