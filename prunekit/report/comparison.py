@@ -127,16 +127,20 @@ class Entry:
     place: int  # from 1
 
     @property
+    def perplexity(self) -> float:
+        """Of the mean loss; inf where that is not finite."""
+        return _exp(self.standing.loss)
+
+    @property
     def cells(self) -> tuple[str, ...]:
         """What `HEADS` says, as it is printed."""
         found, n = self.standing, len(self.rows)
-        value = _exp(found.loss)
         half = (_exp(found.loss + found.spread) - _exp(found.loss - found.spread)) / 2
         other = found.above_reference
         return (
             "=" if found.tied and self.place > 1 else str(self.place),
             found.name,
-            number(value) + (f" ± {half:.2f}" if n > 1 and math.isfinite(half) else ""),
+            number(self.perplexity) + (f" ± {half:.2f}" if n > 1 and math.isfinite(half) else ""),
             "" if self.place == 1 else said(found.above_best),
             "" if other is None or found.name == REFERENCE else said(other),
             f"{min(row.removed for row in self.rows):.2%}",
