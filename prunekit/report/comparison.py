@@ -50,6 +50,7 @@ class Row:
     removed: float = 0.0  # share of the budget's metric that is gone
     token_forwards: int = 0
     questions: int = 0
+    limited: str = ""  # what search_budget made of a search that it ended among its probes
     seconds: float = 0.0  # of the cell alone, passes included as when they were made
     stages: Mapping[str, float] = field(default_factory=dict)  # of these, by stage
     wall: float = 0.0  # that this run took for it
@@ -115,6 +116,7 @@ OPTIMA_TEXT = (
     "same objective over the ladders of that search, at the same budget; by dynamic programming over its table, or by "
     "judging every allocation. Means over seeds. Of cells that are not here the optimum is not known."
 )
+LIMITED = 8  # cells that a sentence names
 HOW = {"table": "dynamic programming", "all": "all judged"}
 
 
@@ -204,6 +206,17 @@ class Comparison:
             found.append((above, (cell, reached, optimum, shown, by, str(len(pairs)))))
         return [cells for _, cells in sorted(found)]
 
+    def limited(self, model: str, sparsity: float) -> str:
+        """A sentence on the searches that their limit ended among their probes; empty where there are none."""
+        names = [cell for cell, rows in self.of(model, sparsity).items() if any(row.limited for row in rows)]
+        if not names:
+            return ""
+        some = ", ".join(names[:LIMITED]) + (f" and {len(names) - LIMITED} more" if len(names) > LIMITED else "")
+        return (
+            f"Of {len(names)} cells search_budget was spent for the most part on probes, so that their answers are the "
+            f"best of a table of probes or near it and the searches are hardly compared: {some}."
+        )
+
     def ranks(self) -> Ranks | None:
         """Mean ranks over models, sparsities and seeds."""
         blocks: dict[tuple[str, float, int], dict[str, float]] = {}
@@ -244,6 +257,8 @@ class Comparison:
                 *_markdown(HEADS, [each.cells for each in self.leaderboard(model, sparsity)]),
             ]
             lines.append("")
+            if limited := self.limited(model, sparsity):
+                lines += [limited, ""]
             if near := self.optima(model, sparsity):
                 lines += ["### Distance to the exact optimum", "", OPTIMA_TEXT, "", *_markdown(OPTIMA, near), ""]
         if (ranked := self.ranks()) is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from prunekit.data.tokens import TokenBatch
@@ -17,6 +17,7 @@ from prunekit.plugins.allocator import Allocator, Journal, Problem, Query
 from prunekit.plugins.guard import instance
 from prunekit.plugins.objective import Objective, Reads
 from prunekit.search.ledger import Ledger
+from prunekit.search.probing import Spent
 from prunekit.search.supernet import Supernet
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
@@ -122,6 +123,7 @@ def converse(
     search = instance(allocator, "its search", search, Generator)
     losses: list[float] | None = None
     idle = 0  # asks in a row in which nothing was new
+    probed, others = 0, set[Allocation]()  # token-forwards of probes; what else was judged
     with progress.stage(label, 0) as stage:
         while True:
             try:
@@ -143,15 +145,23 @@ def converse(
                 raise PluginError(
                     f"{who} asks without end: {len(judged):,} questions, and {idle:,} asks without a new one"
                 )
-            price = sum(key[1] + training(key[1]) for key in new if key not in known)
+            prices = {key: key[1] + training(key[1]) for key in new if key not in known}
+            price = sum(prices.values())
             if limit is not None and ledger.tokens + price > limit:
+                spent = Spent(limit, probed, len(others), price)
                 progress.say(f"search stops at {ledger.tokens:,} token-forwards; the limit is {limit:,}")
+                if words := spent.words:
+                    progress.say(f"warning: {words}")
+                ledger.note({"kind": "limit", "walk": pass_number, **asdict(spent)})
                 answer = best(able).allocation if able else problem.start
                 break
             for loss in _judge(new, known, problem.space, net, objective, tokens, ledger, pass_number, training):
                 tell("loss", loss)
             judged |= {key: known[key] for key in new}
             losses = [judged[key] for key in asked]
+            teaching = {key for key, query in zip(asked, queries, strict=True) if query.probe}
+            probed += sum(paid for key, paid in prices.items() if key in teaching)
+            others |= {key[0] for key in new if key not in teaching}
             able |= {key: judged[key] for key in new if problem.space.is_feasible(key[0])}
             so_far = ""
             if able:

@@ -275,7 +275,7 @@ def tradeoff(name: str, rows: Rows) -> Chart:
     )  # fmt: skip
     names = (
         alt.Chart(data)
-        .mark_text(dy=-9, fontSize=11, color=INK)
+        .mark_text(dx=5, dy=-7, align="left", fontSize=11, color=INK)
         .encode(x=x, y=y, text="cell:N")
         .transform_filter("datum.named")
     )
@@ -298,8 +298,8 @@ def anytime(name: str, rows: Rows, of: int | None = None) -> Chart:
         x=alt.X("tokens:Q", title="token-forwards", axis=alt.Axis(format="~s"),
                 scale=alt.Scale(type="log", nice=False, padding=16)),
         y=alt.Y("loss:Q", title="lowest objective so far", scale=alt.Scale(zero=False)),
-        color=alt.Color("cell:N", title=None, sort=cells, scale=alt.Scale(range=MANY), legend=legend),
-        strokeDash=alt.StrokeDash("cell:N", title=None, sort=cells, legend=legend),
+        color=alt.Color("cell:N", title=None, scale=alt.Scale(range=MANY), legend=legend),
+        strokeDash=alt.StrokeDash("cell:N", title=None, legend=legend),
         tooltip=["cell:N", "tokens:Q", "loss:Q"],
     )  # fmt: skip
     caption = f"What a search has at any time{_first(cells, of)}"

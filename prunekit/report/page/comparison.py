@@ -6,6 +6,7 @@ import html
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,8 @@ def _parts_of_place(found: Comparison, model: str, sparsity: float, title: str, 
         parts = [Part(title, heading, anchor, intro + paragraph(DIFFERENCES), drawn, listed)]
     else:
         parts = [Part(title, heading, anchor, intro + paragraph(DIFFERENCES) + listed, drawn)]
+    if limited := found.limited(model, sparsity):
+        parts[-1] = replace(parts[-1], after=parts[-1].after + paragraph(limited))
     if near := found.optima(model, sparsity):
         listed = table("Distance to the exact optimum", OPTIMA, near, sortable=True, first=charts.SHOWN)
         heading = f"{heading}: distance to the exact optimum"

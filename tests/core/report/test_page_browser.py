@@ -123,7 +123,7 @@ def test_the_grid_scrolls_by_keyboard_where_the_window_is_narrow(shown: Any) -> 
     wide = shown.locator("figure .wide").first
     assert wide.evaluate("e => e.scrollWidth > e.clientWidth")
     assert wide.get_attribute("tabindex") == "0"
-    marks = [text for text in shown.locator(".chart").first.locator("svg text").all_inner_texts() if text in "1=×"]
+    marks = [text for text in shown.locator(".chart").first.locator("svg text").all_text_contents() if text in "1=×"]
     assert sorted(marks) == ["1", "=", "×"]
 
 

@@ -15,6 +15,7 @@ from prunekit.errors import PluginError
 from prunekit.report.comparison import COMPLETE, DENSE, FAILED, LEFT, REFUSED, Comparison, Row, Rows
 from prunekit.run import stages
 from prunekit.run.bench import Bench
+from prunekit.system.progress import Progress
 
 TIMES = {"seconds": 0.0, "wall": 0.0, "stages": {}}
 
@@ -266,3 +267,21 @@ def test_answers_stand_beside_the_exact_optimum_of_the_table_that_they_searched(
     assert "### Distance to the exact optimum" in found.table()
     assert f"{ratios[-1] - 1:.2%}" == near[-1][3]
     assert found.as_dict()["standings"][0]["optima"]
+
+
+def test_a_limit_that_probes_use_up_is_said_before_and_after(asked: Any) -> None:
+    said, cells = list[str](), {"searched": {"allocator": {"name": "greedy", "table": "errors"}, "recipe": "search"}}
+
+    class Heard(Progress):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    asked |= FEW | {"cells": cells, "recipe": "search", "allocators": ["evolution", "nsga"], "search_budget": 2048}
+    found = prunekit.compare(**asked | {"quiet": False}, progress=Heard())
+    before = [line for line in said if line.startswith("warning: at 50% search_budget is spent")]
+    assert len(before) == 1
+    assert "by 2 of 5 cells" in before[0]
+    assert "magnitude + evolution, magnitude + nsga" in before[0]
+    assert {row.cell for row in found.rows if row.limited} == {"magnitude + evolution", "magnitude + nsga"}
+    assert "Of 2 cells search_budget was spent for the most part on probes" in found.table()
+    assert found.limited(asked["model"], 0.5) in found.table()
