@@ -328,6 +328,9 @@ def ranks(name: str, mean: Mapping[str, float], critical: float) -> Chart:
     )
     said = ", ".join(f"{row['cell']} {row['rank']:.2f}" for row in rows)
     return _made(
-        name, f"Mean ranks{_first(rows, len(order))}; ranks within a bar are not separated from its left end", f"{said}.",
-        bars + dots, _tall(rows),
+        name,
+        f"Mean ranks{_first(rows, len(order))}; ranks within a bar are not separated from its left end",
+        f"{said}.",
+        bars + dots,
+        _tall(rows),
     )

@@ -139,7 +139,9 @@ def _pictures(found: Comparison, model: str, sparsity: float, anchor: str) -> li
         for cell, some in rows.items() for row in some if row.perplexity is not None
     ]  # fmt: skip
     drawn = [
-        charts.intervals(f"{anchor}-intervals", [_against(each.standing) for each in board[: charts.SHOWN]], len(board)),
+        charts.intervals(
+            f"{anchor}-intervals", [_against(each.standing) for each in board[: charts.SHOWN]], len(board)
+        ),
         charts.tradeoff(f"{anchor}-cost", points),
     ]
     searches = [each.rows[0] for each in board if any(tokens for tokens, _ in each.rows[0].trace)]

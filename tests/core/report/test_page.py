@@ -94,7 +94,9 @@ def grid(folder: Path, objectives: tuple[str, ...] = ()) -> Path:
                 noise = np.random.default_rng((i, j // 2, o)).normal(size=8)  # a0 and a1 are alike, and so on
                 losses = base + 0.1 + 0.2 * (3 - i) + 0.1 * (j // 2) + 0.3 * o + 0.01 * noise
                 perplexity = float(np.exp(losses.mean()))
-                rows.add(Row("m", cell, 0.5, 0, losses=tuple(losses), perplexity=perplexity, label="ppl/t", seconds=1.0))
+                rows.add(
+                    Row("m", cell, 0.5, 0, losses=tuple(losses), perplexity=perplexity, label="ppl/t", seconds=1.0)
+                )
     return folder
 
 
@@ -104,7 +106,9 @@ def charts_of(text: str) -> dict[str, Any]:
 
 def test_a_comparison_that_is_a_grid_begins_with_a_picture_of_it_and_ends_with_the_long_table(tmp_path: Path) -> None:
     text = write_page([grid(tmp_path / "g")], tmp_path / "page.html").read_text()
-    assert text.index('id="run-0-0-grid-0"') < text.index('id="run-0-0-intervals"') < text.index("Leaderboard</caption>")
+    assert (
+        text.index('id="run-0-0-grid-0"') < text.index('id="run-0-0-intervals"') < text.index("Leaderboard</caption>")
+    )
     charts = charts_of(text)
     tiles = charts["run-0-0-grid-0"]["data"]["values"]
     assert len(tiles) == 24

@@ -140,7 +140,9 @@ def test_a_limit_that_probes_use_up_is_warned_of_and_on_record_and_one_with_room
 
     def ended(*asks, limit):
         said.clear()
-        _, ledger = held(net, Script(asks), Counting(), tmp_path / f"l{limit}-{len(asks)}", limit=limit, progress=Heard())
+        _, ledger = held(
+            net, Script(asks), Counting(), tmp_path / f"l{limit}-{len(asks)}", limit=limit, progress=Heard()
+        )
         return Spent.of_record(json.loads(ledger.text().splitlines()[-1]))
 
     probe, question = ((dense(net), 24, True),), ((start, 24),)
