@@ -127,7 +127,7 @@ class Suite(Strict):
         there = {cell.name for cell in asked}
         if len(there) < len(asked):
             twice = next(c.name for i, c in enumerate(asked) if c.name in {other.name for other in asked[:i]})
-            raise WrongInput(f"two cells are called {twice!r}; what is compared needs names of its own")
+            raise WrongInput(f"two cells are called {twice!r}; give each once, or a name of its own under cells")
         if not asked:
             raise WrongInput("nothing is to be compared; give --recipes, --pruners, --allocators or a suite with cells")
         base = Suite.load(BASELINES).model_copy(update={"recipe": self.recipe})

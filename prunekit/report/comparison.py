@@ -6,7 +6,8 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -53,6 +54,7 @@ class Row:
     limited: str = ""  # what search_budget made of a search that it ended among its probes
     seconds: float = 0.0  # of the cell alone, passes included as when they were made
     stages: Mapping[str, float] = field(default_factory=dict)  # of these, by stage
+    passes: Mapping[str, float] = field(default_factory=dict)  # of these, calibration passes by what makes them
     wall: float = 0.0  # that this run took for it
     trace: tuple[tuple[int, float], ...] = ()  # (token-forwards, lowest loss so far), on the most tokens
 
@@ -60,6 +62,18 @@ class Row:
     def key(self) -> tuple[str, str, float, int, float]:
         """What no other row has."""
         return self.model, self.cell, self.sparsity, self.seed, self.share
+
+    @property
+    def own(self) -> float:
+        """Seconds beside the calibration passes, which other cells may have in common with it."""
+        return max(0.0, self.seconds - sum(self.passes.values()))
+
+
+def seconds_of(rows: Iterable[Row]) -> float:
+    """What it takes to make rows together: the own seconds of each, and every calibration pass once."""
+    several = list(rows)
+    passes = {(row.model, name): spent for row in several for name, spent in row.passes.items()}
+    return sum(row.own for row in several) + sum(passes.values())
 
 
 class Rows:
@@ -116,6 +130,7 @@ OPTIMA_TEXT = (
     "same objective over the ladders of that search, at the same budget; by dynamic programming over its table, or by "
     "judging every allocation. Means over seeds. Of cells that are not here the optimum is not known."
 )
+SECONDS = "Seconds: a cell's own, and an equal share of calibration passes that cells have in common."
 LIMITED = 8  # cells that a sentence names
 HOW = {"table": "dynamic programming", "all": "all judged"}
 
@@ -127,6 +142,7 @@ class Entry:
     standing: Standing
     rows: Sequence[Row]  # one per seed
     place: int  # from 1
+    seconds: float  # mean over seeds: its own, and its share of the calibration passes that others read too
 
     @property
     def perplexity(self) -> float:
@@ -147,7 +163,7 @@ class Entry:
             "" if other is None or found.name == REFERENCE else said(other),
             f"{min(row.removed for row in self.rows):.2%}",
             f"{sum(row.token_forwards for row in self.rows) // n:,}",
-            f"{sum(row.seconds for row in self.rows) / n:,.1f}",
+            f"{self.seconds:,.1f}",
             str(n),
         )
 
@@ -190,7 +206,23 @@ class Comparison:
             for cell, rows in found.items()
         }
         order = standings(losses, REFERENCE) if losses else []
-        return [Entry(each, found[each.name], place) for place, each in enumerate(order, start=1)]
+        entries = []
+        for place, each in enumerate(order, start=1):
+            rows = found[each.name]
+            entries.append(Entry(each, rows, place, sum(map(self.seconds, rows)) / len(rows)))
+        return entries
+
+    def seconds(self, row: Row) -> float:
+        """What a row has taken: its own seconds, and an equal share of every calibration pass that rows have in common.
+
+        So the seconds of all rows add up to what it took to make them.
+        """
+        return row.own + sum(spent / self._readers[row.model, name] for name, spent in row.passes.items())
+
+    @cached_property
+    def _readers(self) -> Counter[tuple[str, str]]:
+        """How many rows read a calibration pass, by model and pass."""
+        return Counter((row.model, name) for row in self.rows for name in row.passes)
 
     def optima(self, model: str, sparsity: float) -> list[tuple[str, ...]]:
         """What `OPTIMA` says of cells whose exact optimum is known, the nearest to it first."""
@@ -252,7 +284,7 @@ class Comparison:
                 f"## {model}, {sparsity:.0%} removed",
                 "",
                 f"Dense: {number(dense.perplexity)} ({dense.label}). Intervals hold the difference with 95 %, over "
-                "windows and seeds; = is not separated from the best.",
+                f"windows and seeds; = is not separated from the best. {SECONDS}",
                 "",
                 *_markdown(HEADS, [each.cells for each in self.leaderboard(model, sparsity)]),
             ]
@@ -317,7 +349,12 @@ def write_parquet(rows: Sequence[Row], path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.Table.from_pylist([{**asdict(row), "stages": json.dumps(dict(row.stages))} for row in rows])
+    table = pa.Table.from_pylist(
+        [
+            {**asdict(row), "stages": json.dumps(dict(row.stages)), "passes": json.dumps(dict(row.passes))}
+            for row in rows
+        ]
+    )
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_bytes(path, buffer.getvalue())

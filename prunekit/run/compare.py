@@ -37,6 +37,7 @@ from prunekit.report.comparison import (
     Row,
     Rows,
     number,
+    seconds_of,
     write_summary,
 )
 from prunekit.run.bench import Bench
@@ -180,7 +181,7 @@ class _Work:
                         tried[sparsity].append(row)
             nxt = SHARES[rung + 1]
             rest = self.left - (clocks.perf_counter() - began)
-            everything = sum(row.seconds for some in tried.values() for row in some) / share * self.suite.seeds
+            everything = seconds_of(row for some in tried.values() for row in some) / share * self.suite.seeds
             room = rest if everything <= rest else rest / (len(SHARES) - 1 - rung)
             cells = self._survivors(tried, nxt / share, room / len(cells))
             if everything <= rest:
@@ -195,11 +196,12 @@ class _Work:
         for sparsity, rows in tried.items():
             order = sorted(rows, key=lambda row: math.inf if row.perplexity is None else row.perplexity)
             order.sort(key=lambda row: row.cell != REFERENCE)  # what all are compared with stays
-            spent, kept = 0.0, list[str]()
+            kept = list[str]()
+            stays = list[Row]()
             for row in order:
-                spent += longer * row.seconds
-                if spent <= seconds or len(kept) < 2:
+                if longer * seconds_of([*stays, row]) <= seconds or len(kept) < 2:
                     kept.append(row.cell)
+                    stays.append(row)
                 else:
                     self._leave_out(
                         by_name[row.cell], sparsity, 1.0, f"others were better on {row.share:.0%} of the text"
@@ -297,7 +299,7 @@ class _Work:
             row = replace(
                 blank, recipe=parts.digest, objective=_finite(made.objective), parameters=made.parameters,
                 removed=float(1 - spent / budget.dense), token_forwards=ledger.tokens + ledger.trained,
-                questions=ledger.questions, limited=_limited(ledger), seconds=sum(clock.values()), stages=dict(clock),
+                questions=ledger.questions, limited=_limited(ledger), seconds=sum(clock.values()), stages=dict(clock), passes=made.run.clock.all_passes,
                 trace=_trace(ledger.text()), **_measured(measured), **optimum,
             )  # fmt: skip
             told = {name: getattr(row, name) for name in TOLD}

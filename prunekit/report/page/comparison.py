@@ -19,6 +19,7 @@ from prunekit.report.comparison import (
     OPTIMA,
     OPTIMA_TEXT,
     ROWS,
+    SECONDS,
     WITHOUT,
     Comparison,
     Entry,
@@ -37,7 +38,7 @@ from prunekit.system.progress import span
 CARD = "run.json"
 DIFFERENCES = (
     "Differences are logs of ratios of perplexities, paired by window, with 95 % intervals over windows and seeds. What "
-    "is marked = is not separated from the best after Holm's correction."
+    "is marked = is not separated from the best after Holm's correction. " + SECONDS
 )
 BETTER = 0.97  # of the perplexity of all that is faster: a cell that is named among many
 
@@ -132,9 +133,9 @@ def _said(found: Comparison, model: str, board: Sequence[Entry]) -> str:
 def _pictures(found: Comparison, model: str, sparsity: float, anchor: str) -> list[charts.Chart]:
     """Intervals, cost, and what searches have at any time; of many cells the first, as far as they can be told apart."""
     board, rows = found.leaderboard(model, sparsity), found.of(model, sparsity)
-    several, front = len(board) > charts.SHOWN, _front([row for some in rows.values() for row in some])
+    several, front = len(board) > charts.SHOWN, _front(found, [row for some in rows.values() for row in some])
     points = [
-        {"cell": cell, "perplexity": row.perplexity, "seconds": max(row.seconds, 0.01), "seed": row.seed,
+        {"cell": cell, "perplexity": row.perplexity, "seconds": max(found.seconds(row), 0.01), "seed": row.seed,
          "tokens": row.token_forwards, "named": row.key in front if several else row.seed == 0}
         for cell, some in rows.items() for row in some if row.perplexity is not None
     ]  # fmt: skip
@@ -154,14 +155,14 @@ def _pictures(found: Comparison, model: str, sparsity: float, anchor: str) -> li
     return drawn
 
 
-def _front(rows: Sequence[Row]) -> set[tuple[Any, ...]]:
+def _front(found: Comparison, rows: Sequence[Row]) -> set[tuple[Any, ...]]:
     """The keys of rows that are better, by more than can be seen, than the last of these that took less time."""
-    lowest, found = math.inf, set[tuple[Any, ...]]()
-    for row in sorted(rows, key=lambda row: row.seconds):
+    lowest, front = math.inf, set[tuple[Any, ...]]()
+    for row in sorted(rows, key=found.seconds):
         if row.perplexity is not None and row.perplexity < BETTER * lowest:
             lowest = row.perplexity
-            found.add(row.key)
-    return found
+            front.add(row.key)
+    return front
 
 
 def _against(each: Standing) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def charts_of(text: str) -> dict[str, Any]:
     return json.loads(text.split('<script type="application/json" id="charts">')[1].split("</script>")[0])
 
 
-def test_a_comparison_that_is_a_grid_begins_with_a_picture_of_it_and_ends_with_the_long_table(tmp_path: Path) -> None:
+def test_a_grid_begins_with_a_picture_of_it_and_ends_with_the_long_table(tmp_path: Path) -> None:
     text = write_page([grid(tmp_path / "g")], tmp_path / "page.html").read_text()
     assert (
         text.index('id="run-0-0-grid-0"') < text.index('id="run-0-0-intervals"') < text.index("Leaderboard</caption>")
