@@ -20,7 +20,8 @@ def table(
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     capped = "" if first is None else f' data-first="{first}"'
     return (
-        f'<div class="wide" tabindex="0" role="group" aria-label="{html.escape(caption)}"><table class="{kind}"{capped}>'
+        f'<div class="wide" tabindex="0" role="group" aria-label="{html.escape(caption)}">'
+        f'<table class="{kind}"{capped}>'
         f"<caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+from prunekit.space.sites import Allocation
 
 LARGE = 0.5  # share of the limit: searches whose probes take more come to much the same answer
 
@@ -44,3 +46,31 @@ class Spent:
             f"{beside}: the answer is the best of a table of probes or near it, as that of other searches that begin "
             "with one"
         )
+
+
+@dataclass
+class Tally:
+    """What a search has asked so far."""
+
+    probes: int = 0  # token-forwards
+    others: set[Allocation] = field(default_factory=set)  # judged beside them
+
+    def count(
+        self,
+        probes: Collection[tuple[Allocation, int]],
+        new: Collection[tuple[Allocation, int]],
+        prices: Mapping[tuple[Allocation, int], int],
+    ) -> None:
+        """Count questions, each an allocation and its tokens.
+
+        Args:
+            probes: those that only teach.
+            new: those that this search had not asked.
+            prices: token-forwards of those that were paid for.
+        """
+        self.probes += sum(paid for key, paid in prices.items() if key in probes)
+        self.others |= {key[0] for key in new if key not in probes}
+
+    def ended(self, limit: int, asked: int) -> Spent:
+        """As a limit leaves it, before questions that take so many token-forwards."""
+        return Spent(limit, self.probes, len(self.others), asked)

@@ -258,7 +258,8 @@ def intervals(name: str, rows: Rows, of: int | None = None) -> Chart:
                  alt.Tooltip("high:Q", format="+.4f")],
     )  # fmt: skip
     return _made(
-        name, f"Differences with 95 % intervals{_first(rows, of)}", "The numbers are in the columns of the leaderboard.",
+        name, f"Differences with 95 % intervals{_first(rows, of)}",
+        "The numbers are in the columns of the leaderboard.",
         zero + bars + dots, _tall(rows),
     )  # fmt: skip
 

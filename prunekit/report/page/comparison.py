@@ -37,8 +37,8 @@ from prunekit.system.progress import span
 
 CARD = "run.json"
 DIFFERENCES = (
-    "Differences are logs of ratios of perplexities, paired by window, with 95 % intervals over windows and seeds. What "
-    "is marked = is not separated from the best after Holm's correction. " + SECONDS
+    "Differences are logs of ratios of perplexities, paired by window, with 95 % intervals over windows and seeds. "
+    "What is marked = is not separated from the best after Holm's correction. " + SECONDS
 )
 BETTER = 0.97  # of the perplexity of all that is faster: a cell that is named among many
 
@@ -131,7 +131,7 @@ def _said(found: Comparison, model: str, board: Sequence[Entry]) -> str:
 
 
 def _pictures(found: Comparison, model: str, sparsity: float, anchor: str) -> list[charts.Chart]:
-    """Intervals, cost, and what searches have at any time; of many cells the first, as far as they can be told apart."""
+    """Intervals, cost, and what searches have at any time; of many cells the first, that can be told apart."""
     board, rows = found.leaderboard(model, sparsity), found.of(model, sparsity)
     several, front = len(board) > charts.SHOWN, _front(found, [row for some in rows.values() for row in some])
     points = [

@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 from prunekit.plugins.allocator import Allocator, Journal, Problem, Query
 from prunekit.search.conversation import Known
-from prunekit.search.probing import Spent
+from prunekit.search.probing import Spent, Tally
 from prunekit.space.ladders import Space
-from prunekit.space.sites import Allocation
 
 PATIENCE = 2000  # questions that a search is rehearsed for; those of the presets ask some hundred
 
@@ -93,8 +92,8 @@ def rehearsed(
     signals = tuple(tuple(1.0 + (i % 5) / 10 for i in range(len(space.sites))) for _ in allocator.signals)
     start, judged, paid = space.nearest(space.uniform()), {} if known is None else known, 0
     problem = Problem(space, errors, start, 0, tokens, signals, scores, nats=errors, journal=_Mute())
-    allocations = together = questions = probed = 0
-    others = set[Allocation]()
+    allocations = together = questions = 0
+    tally = Tally()
     rungs: set[tuple[int, int]] = set()
 
     def loss(query: Query) -> float:
@@ -116,12 +115,10 @@ def rehearsed(
             new = Counter(count for key, count in dict.fromkeys((k, k[1]) for k in asked) if key not in judged)
             price = sum((count + training(count)) * times for count, times in new.items())
             if limit is not None and paid + price > limit:
-                spent = Spent(limit, probed, len(others), price)
-                return Rehearsal(limit, allocations, together, frozenset(rungs), spent=spent)
+                return Rehearsal(limit, allocations, together, frozenset(rungs), spent=tally.ended(limit, price))
             paid += price
-            teaching = {key for key, query in zip(asked, queries, strict=True) if query.probe}
-            probed += sum(key[1] + training(key[1]) for key in teaching if key not in judged)
-            others |= {key[0] for key in asked if key not in teaching and key not in judged}
+            fresh = {key: key[1] + training(key[1]) for key in asked if key not in judged}
+            tally.count({key for key, query in zip(asked, queries, strict=True) if query.probe}, fresh, fresh)
             questions += len(asked)
             if questions > patience:
                 return Rehearsal()

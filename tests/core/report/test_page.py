@@ -101,7 +101,9 @@ def grid(folder: Path, objectives: tuple[str, ...] = ()) -> Path:
 
 
 def charts_of(text: str) -> dict[str, Any]:
-    return json.loads(text.split('<script type="application/json" id="charts">')[1].split("</script>")[0])
+    found = re.search(r'<script type="application/json" id="charts">(.*?)</script>', text, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
 
 
 def test_a_grid_begins_with_a_picture_of_it_and_ends_with_the_long_table(tmp_path: Path) -> None:

@@ -282,8 +282,8 @@ def test_a_limit_that_probes_use_up_is_said_before_and_after(asked: Any) -> None
     said, cells = list[str](), {"searched": {"allocator": {"name": "greedy", "table": "errors"}, "recipe": "search"}}
 
     class Heard(Progress):
-        def say(self, message: str) -> None:
-            said.append(message)
+        def say(self, line: str) -> None:
+            said.append(line)
 
     asked |= FEW | {"cells": cells, "recipe": "search", "allocators": ["evolution", "nsga"], "search_budget": 2048}
     found = prunekit.compare(**asked | {"quiet": False}, progress=Heard())

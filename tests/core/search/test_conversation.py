@@ -135,8 +135,8 @@ def test_a_limit_that_probes_use_up_is_warned_of_and_on_record_and_one_with_room
     start, said = net.space.uniform(), list[str]()
 
     class Heard(Progress):
-        def say(self, message):
-            said.append(message)
+        def say(self, line):
+            said.append(line)
 
     def ended(*asks, limit):
         said.clear()

@@ -485,7 +485,9 @@ def test_a_limit_on_all_passes_is_foreseen_in_the_first_alone():
     def foresee(limit, **options):
         return foresee_limit(ALLOCATORS.build({"name": "tyr", **options}), whole(), 1024, 64, limit, lambda _: 0)
 
-    assert foresee(13 * 1024, inner="table").by_probes
+    first = foresee(13 * 1024, inner="table")
+    assert first is not None
+    assert first.by_probes
     assert foresee(10**9, inner="table") is None
     assert foresee(40 * 1024, inner={"name": "table", "table": "errors"}) is None  # it ends a later pass
 
