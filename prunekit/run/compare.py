@@ -300,7 +300,8 @@ class _Work:
                 blank, recipe=parts.digest, objective=_finite(made.objective), parameters=made.parameters,
                 removed=float(1 - spent / budget.dense), token_forwards=ledger.tokens + ledger.trained,
                 questions=ledger.questions, limited=_limited(ledger), seconds=sum(clock.values()),
-                stages=dict(clock), passes=made.run.clock.all_passes, trace=_trace(ledger.text()), **_measured(measured), **optimum,
+                stages=dict(clock), passes=made.run.clock.all_passes, trace=_trace(ledger.text()),
+                **_measured(measured), **optimum,
             )  # fmt: skip
             told = {name: getattr(row, name) for name in TOLD}
             made.run.progress.measured({name: value for name, value in told.items() if value is not None})

@@ -52,7 +52,7 @@ BROKEN = {  # name: entry point, what is said of it
     "older": ("older:Fine", "cannot be imported (ImportError: cannot import name 'NotThere' from 'prunekit'"),
     "gone": ("nowhere.inner:Fine", "cannot be imported (ModuleNotFoundError: No module named 'nowhere')"),
     "nameless": ("fine:Missing", "cannot be imported (AttributeError: module 'fine' has no attribute 'Missing')"),
-    "malformed": ("fine Fine", "cannot be imported (AttributeError"),
+    "malformed": ("fine Fine", "cannot be imported ("),  # ValueError where importlib-metadata is installed
     "module": ("fine", "is no dataclass that derives from LocalPruner"),
     "function": ("fine:function", "is no dataclass that derives from LocalPruner"),
     "stranger": ("fine:Stranger", "is no dataclass that derives from LocalPruner"),
