@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,27 +44,35 @@ def compare(
         str | None, option(f"Whole recipes. {SEVERAL}", METHOD, autocompletion=several_of(RECIPES))
     ] = None,
     pruners: Annotated[
-        str | None, option(f"One side of a grid. {SEVERAL}", METHOD, autocompletion=several_of(plugins("pruner")))
+        str | None, option(f"Pruners of the grid. {SEVERAL}", METHOD, autocompletion=several_of(plugins("pruner")))
     ] = None,
     allocators: Annotated[
-        str | None, option(f"Another side of it. {SEVERAL}", METHOD, autocompletion=several_of(plugins("allocator")))
+        str | None,
+        option(
+            f"Allocators of it, each with every pruner. {SEVERAL}",
+            METHOD,
+            autocompletion=several_of(plugins("allocator")),
+        ),
     ] = None,
     learners: Annotated[
         str | None,
         option(
-            f"In the place of allocators, or beside them. {SEVERAL}",
+            f"Learners, in the place of allocators or beside them. {SEVERAL}",
             METHOD,
             autocompletion=several_of(plugins("learner")),
         ),
     ] = None,
     objectives: Annotated[
-        str | None, option(f"A third side. {SEVERAL}", METHOD, autocompletion=several_of(plugins("objective")))
+        str | None,
+        option(f"Objectives, a third side of it. {SEVERAL}", METHOD, autocompletion=several_of(plugins("objective"))),
     ] = None,
     recipe: Annotated[
         str | None, option("Recipe that the cells of the grid differ from.", METHOD, autocompletion=one_of(RECIPES))
     ] = None,
     sparsity: Annotated[str | None, option(f"Shares to remove. {SEVERAL}", METHOD, metavar="SHARE")] = None,
-    seeds: Annotated[int | None, option("How many: 0, 1, and so on.", METHOD, metavar="N", min=1)] = None,
+    seeds: Annotated[
+        int | None, option("How often every cell is run: with seeds 0, 1, up to N - 1.", METHOD, metavar="N", min=1)
+    ] = None,
     set_: Annotated[
         list[str] | None, option("A recipe value for all cells. Repeatable.", METHOD, "--set", metavar="KEY=VALUE")
     ] = None,
@@ -151,6 +160,9 @@ def _split(text: str | None) -> list[str] | None:
 
 def _share(text: str) -> float:
     try:
-        return float(text)
+        share = float(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no number between 0 and 1") from None
+        share = math.nan
+    if not 0 < share < 1:
+        raise typer.BadParameter(f"--sparsity {text!r} is no number between 0 and 1, the share that is removed")
+    return share

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,12 +92,28 @@ class Entry:
             if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != home:
                 raise ImportError(
                     f"{self.kind} {self.name!r} of {self.owner} needs {error.name!r}, which is not installed: "
-                    f"pip install {error.name}"
+                    f"pip install {self._installed_by(error.name.partition('.')[0])}"
                 ) from error
             raise self._broken(f"cannot be imported ({type(error).__name__}: {first_line(error)})") from error
         if not (inspect.isclass(loaded) and issubclass(loaded, contract) and dataclasses.is_dataclass(loaded)):
             raise self._broken(f"is no dataclass that derives from {contract.__name__}")
         return loaded
+
+    def _installed_by(self, module: str) -> str:
+        """What to give pip for a module: the extra of its own distribution, where that has one for it.
+
+        The extra is called as the plug-in or as the module, or a package of it is called as the module.
+        """
+        try:
+            declared = metadata.distribution(self.owner)
+        except metadata.PackageNotFoundError:
+            return module
+        extras = declared.metadata.get_all("Provides-Extra") or []
+        pairs = [(_plain(text), re.search(r"extra\s*==\s*['\"]([^'\"]+)", text)) for text in declared.requires or ()]
+        listing = [found[1] for name, found in pairs if name == _plain(module) and found is not None]
+        for extra in (*(e for e in extras if _plain(e) in (_plain(self.name), _plain(module))), *sorted(listing)):
+            return f"'{self.owner}[{extra}]'"
+        return module
 
     def _broken(self, what: str) -> BrokenPlugin:
         return BrokenPlugin(
@@ -138,6 +155,12 @@ class Entry:
             Option(name, _type_name(hints[name]), _default(field), hints[name])
             for name, field in _fields(loaded).items()
         )
+
+
+def _plain(text: str) -> str:
+    """The name at the beginning of a requirement, as package indexes compare names."""
+    found = re.match(r"[\w.-]+", text)
+    return re.sub(r"[-_.]+", "-", found[0] if found else "").lower()
 
 
 class Registry(Mapping[str, Entry], Generic[T]):

@@ -15,7 +15,7 @@ set: {data.calibration_tokens: 65536}    # of all cells
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -127,7 +127,7 @@ class Suite(Strict):
         there = {cell.name for cell in asked}
         if len(there) < len(asked):
             twice = next(c.name for i, c in enumerate(asked) if c.name in {other.name for other in asked[:i]})
-            raise WrongInput(f"two cells are called {twice!r}; what is compared needs names of its own")
+            raise WrongInput(f"two cells are called {twice!r}; give each once, or a name of its own under cells")
         if not asked:
             raise WrongInput("nothing is to be compared; give --recipes, --pruners, --allocators or a suite with cells")
         base = Suite.load(BASELINES).model_copy(update={"recipe": self.recipe})
@@ -144,17 +144,28 @@ class Suite(Strict):
         for name in self.recipes:
             yield Cell(Path(name).stem if Path(name).suffix else name, Recipe.load(name))
 
-    def _grid(self) -> Iterator[Cell]:
+    def axes(self) -> list[tuple[str, list[str]]]:
+        """The sides of the grid that are named: what is on each, and the plug-ins on it, as cells are named after."""
+        return [(side, [_name(spec) for _, spec in axis]) for side, axis in self._axes()]
+
+    def _axes(self) -> list[tuple[str, list[tuple[str, dict[str, Any]]]]]:
         deciders = [("allocator", spec) for spec in self.allocators] + [("learner", spec) for spec in self.learners]
-        axes: list[list[tuple[str, dict[str, Any]]]] = [[("pruner", spec) for spec in self.pruners], deciders]
-        axes = [axis for axis in (*axes, [("objective", spec) for spec in self.objectives]) if axis]
+        axes = {
+            "pruner": [("pruner", spec) for spec in self.pruners],
+            " or ".join(dict.fromkeys(kind for kind, _ in deciders)): deciders,
+            "objective": [("objective", spec) for spec in self.objectives],
+        }
+        return [(side, axis) for side, axis in axes.items() if axis]
+
+    def _grid(self) -> Iterator[Cell]:
+        axes = [axis for _, axis in self._axes()]
         if not axes:
             return
         base = Recipe.load(self.recipe)
         for point in product(*axes):
             # naming the plug-in that is there keeps its options, as everywhere
             chosen = {key: spec["name"] if len(spec) == 1 else spec for key, spec in point}
-            yield Cell(" + ".join(_name(spec) for _, spec in point), base.with_overrides(chosen))
+            yield Cell(cell_of([_name(spec) for _, spec in point]), base.with_overrides(chosen))
 
     def _named(self) -> Iterator[Cell]:
         for name, keys in self.cells.items():
@@ -164,6 +175,11 @@ class Suite(Strict):
                     f"cell {name!r} says {foreign[0]}, which all cells share; leave it away there, or give it for all"
                 )
             yield Cell(name, Recipe.load(keys.get("recipe", self.recipe)).with_overrides(own))
+
+
+def cell_of(names: Sequence[str]) -> str:
+    """The name of a cell of the grid, by its plug-ins, one of every side."""
+    return " + ".join(names)
 
 
 def _outward(key: str, value: Any) -> list[str]:

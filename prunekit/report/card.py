@@ -55,6 +55,8 @@ def card(document: Mapping[str, Any], recipe: Recipe, facts: Mapping[str, Any], 
             more += f"\n| milliseconds | {ms['dense']:.4g} | {ms['pruned']:.4g} |"
         where = f"Time on {pace['hardware']['device']}" if ms is not None else document["budget"]["metric"].capitalize()
         note += f"\n{where}: {kept_promise(pace)}.\n"
+    if limited := document.get("search", {}).get("limited"):
+        note += f"\nThe search was ended early: {_line(str(limited))}.\n"
     if "converted" in dense:
         note += f"\n{converted_as('The checkpoint', dense['converted'], dense['dtype'])}.\n"
     return f"""---

@@ -6,7 +6,8 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -50,8 +51,10 @@ class Row:
     removed: float = 0.0  # share of the budget's metric that is gone
     token_forwards: int = 0
     questions: int = 0
+    limited: str = ""  # what search_budget made of a search that it ended among its probes
     seconds: float = 0.0  # of the cell alone, passes included as when they were made
     stages: Mapping[str, float] = field(default_factory=dict)  # of these, by stage
+    passes: Mapping[str, float] = field(default_factory=dict)  # of these, calibration passes by what makes them
     wall: float = 0.0  # that this run took for it
     trace: tuple[tuple[int, float], ...] = ()  # (token-forwards, lowest loss so far), on the most tokens
 
@@ -59,6 +62,18 @@ class Row:
     def key(self) -> tuple[str, str, float, int, float]:
         """What no other row has."""
         return self.model, self.cell, self.sparsity, self.seed, self.share
+
+    @property
+    def own(self) -> float:
+        """Seconds beside the calibration passes, which other cells may have in common with it."""
+        return max(0.0, self.seconds - sum(self.passes.values()))
+
+
+def seconds_of(rows: Iterable[Row]) -> float:
+    """What it takes to make rows together: the own seconds of each, and every calibration pass once."""
+    several = list(rows)
+    passes = {(row.model, name): spent for row in several for name, spent in row.passes.items()}
+    return sum(row.own for row in several) + sum(passes.values())
 
 
 class Rows:
@@ -115,6 +130,8 @@ OPTIMA_TEXT = (
     "same objective over the ladders of that search, at the same budget; by dynamic programming over its table, or by "
     "judging every allocation. Means over seeds. Of cells that are not here the optimum is not known."
 )
+SECONDS = "Seconds: a cell's own, and an equal share of calibration passes that cells have in common."
+LIMITED = 8  # cells that a sentence names
 HOW = {"table": "dynamic programming", "all": "all judged"}
 
 
@@ -125,23 +142,28 @@ class Entry:
     standing: Standing
     rows: Sequence[Row]  # one per seed
     place: int  # from 1
+    seconds: float  # mean over seeds: its own, and its share of the calibration passes that others read too
+
+    @property
+    def perplexity(self) -> float:
+        """Of the mean loss; inf where that is not finite."""
+        return _exp(self.standing.loss)
 
     @property
     def cells(self) -> tuple[str, ...]:
         """What `HEADS` says, as it is printed."""
         found, n = self.standing, len(self.rows)
-        value = _exp(found.loss)
         half = (_exp(found.loss + found.spread) - _exp(found.loss - found.spread)) / 2
         other = found.above_reference
         return (
             "=" if found.tied and self.place > 1 else str(self.place),
             found.name,
-            number(value) + (f" ± {half:.2f}" if n > 1 and math.isfinite(half) else ""),
+            number(self.perplexity) + (f" ± {half:.2f}" if n > 1 and math.isfinite(half) else ""),
             "" if self.place == 1 else said(found.above_best),
             "" if other is None or found.name == REFERENCE else said(other),
             f"{min(row.removed for row in self.rows):.2%}",
             f"{sum(row.token_forwards for row in self.rows) // n:,}",
-            f"{sum(row.seconds for row in self.rows) / n:,.1f}",
+            f"{self.seconds:,.1f}",
             str(n),
         )
 
@@ -184,7 +206,23 @@ class Comparison:
             for cell, rows in found.items()
         }
         order = standings(losses, REFERENCE) if losses else []
-        return [Entry(each, found[each.name], place) for place, each in enumerate(order, start=1)]
+        entries = []
+        for place, each in enumerate(order, start=1):
+            rows = found[each.name]
+            entries.append(Entry(each, rows, place, sum(map(self.seconds, rows)) / len(rows)))
+        return entries
+
+    def seconds(self, row: Row) -> float:
+        """What a row has taken: its own seconds, and an equal share of every calibration pass that rows have in common.
+
+        So the seconds of all rows add up to what it took to make them.
+        """
+        return row.own + sum(spent / self._readers[row.model, name] for name, spent in row.passes.items())
+
+    @cached_property
+    def _readers(self) -> Counter[tuple[str, str]]:
+        """How many rows read a calibration pass, by model and pass."""
+        return Counter((row.model, name) for row in self.rows for name in row.passes)
 
     def optima(self, model: str, sparsity: float) -> list[tuple[str, ...]]:
         """What `OPTIMA` says of cells whose exact optimum is known, the nearest to it first."""
@@ -199,6 +237,17 @@ class Comparison:
             shown = f"{above:.2%}" if math.isfinite(above) else "the optimum is 0"
             found.append((above, (cell, reached, optimum, shown, by, str(len(pairs)))))
         return [cells for _, cells in sorted(found)]
+
+    def limited(self, model: str, sparsity: float) -> str:
+        """A sentence on the searches that their limit ended among their probes; empty where there are none."""
+        names = [cell for cell, rows in self.of(model, sparsity).items() if any(row.limited for row in rows)]
+        if not names:
+            return ""
+        some = ", ".join(names[:LIMITED]) + (f" and {len(names) - LIMITED} more" if len(names) > LIMITED else "")
+        return (
+            f"Of {len(names)} cells search_budget was spent for the most part on probes, so that their answers are the "
+            f"best of a table of probes or near it and the searches are hardly compared: {some}."
+        )
 
     def ranks(self) -> Ranks | None:
         """Mean ranks over models, sparsities and seeds."""
@@ -235,11 +284,13 @@ class Comparison:
                 f"## {model}, {sparsity:.0%} removed",
                 "",
                 f"Dense: {number(dense.perplexity)} ({dense.label}). Intervals hold the difference with 95 %, over "
-                "windows and seeds; = is not separated from the best.",
+                f"windows and seeds; = is not separated from the best. {SECONDS}",
                 "",
                 *_markdown(HEADS, [each.cells for each in self.leaderboard(model, sparsity)]),
             ]
             lines.append("")
+            if limited := self.limited(model, sparsity):
+                lines += [limited, ""]
             if near := self.optima(model, sparsity):
                 lines += ["### Distance to the exact optimum", "", OPTIMA_TEXT, "", *_markdown(OPTIMA, near), ""]
         if (ranked := self.ranks()) is not None:
@@ -298,7 +349,12 @@ def write_parquet(rows: Sequence[Row], path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.Table.from_pylist([{**asdict(row), "stages": json.dumps(dict(row.stages))} for row in rows])
+    table = pa.Table.from_pylist(
+        [
+            {**asdict(row), "stages": json.dumps(dict(row.stages)), "passes": json.dumps(dict(row.passes))}
+            for row in rows
+        ]
+    )
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_bytes(path, buffer.getvalue())

@@ -22,6 +22,7 @@ from prunekit.plugins.registry import KINDS, METRICS, SIGNALS
 from prunekit.recipe.resolve import Parts
 from prunekit.recipe.schema import Recipe
 from prunekit.search.ledger import Ledger
+from prunekit.search.probing import Spent
 from prunekit.search.supernet import Supernet
 from prunekit.space.ladders import Space
 from prunekit.space.prices import Workload
@@ -196,10 +197,24 @@ def learned(parts: Parts, effort: Effort, *, shared: int, domains: Mapping[str, 
     }
 
 
-def searched(ledger: Ledger) -> dict[str, int]:
-    """Say what a search has taken; what its candidates were trained on is a part of the token-forwards."""
-    trained = {"training_of_candidates": ledger.trained} if ledger.trained else {}
-    return {"questions": ledger.questions, "token_forwards": ledger.tokens + ledger.trained, **trained}
+def searched(ledger: Ledger) -> dict[str, Any]:
+    """Say what a search has taken; what its candidates were trained on is a part of the token-forwards.
+
+    Where a limit has ended a search that had hardly begun, `limited` says so in words.
+    """
+    found: dict[str, Any] = {"questions": ledger.questions, "token_forwards": ledger.tokens + ledger.trained}
+    if ledger.trained:
+        found["training_of_candidates"] = ledger.trained
+    if (spent := ended_by_limit(ledger)) is not None and spent.by_probes:
+        found["limited"] = spent.words
+    return found
+
+
+def ended_by_limit(ledger: Ledger) -> Spent | None:
+    """What the first search had asked when the limit ended it; None: it was not ended, or a later one was."""
+    records = (json.loads(line) for line in ledger.text().splitlines())
+    found = next((r for r in records if r.get("kind") == "limit"), None)
+    return None if found is None or found["walk"] else Spent.of_record(found)
 
 
 def decision_digest(decision: Decision) -> str:

@@ -79,6 +79,11 @@ class Bench:
         pass_, own = self._pass_of(parts, self._space(parts))
         return self._together.pop(pass_, own) != own
 
+    def ends_in_probes(self, parts: Parts) -> bool:
+        """Whether the search of a recipe will be ended by its limit with little beside its probes."""
+        spent = self.session.foresee_limit(parts, self._space(parts))
+        return spent is not None and spent.by_probes
+
     def _pass_of(self, parts: Parts, whole: Space) -> tuple[str, Measures]:
         """(the name of its first calibration pass, what it reads there itself)."""
         depth = len(self.session.dense.adapter.blocks(self.session.dense.model))

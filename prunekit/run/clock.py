@@ -12,6 +12,7 @@ class Clock:
 
     def __init__(self, shared: Clock | None = None) -> None:
         self.own: dict[str, float] = {}
+        self.passes: dict[str, float] = {}  # of these, calibration passes by what makes them, which runs may share
         self.shared = shared or self
 
     @property
@@ -19,6 +20,16 @@ class Clock:
         """What it takes to come so far alone: shared ones are included."""
         both = dict(self.shared.own) if self.shared is not self else {}
         return both | {stage: spent + both.get(stage, 0.0) for stage, spent in self.own.items()}
+
+    @property
+    def all_passes(self) -> dict[str, float]:
+        """Seconds of the calibration passes that `seconds` counts."""
+        return (dict(self.shared.passes) if self.shared is not self else {}) | self.passes
+
+    def add_pass(self, stage: str, name: str, seconds: float) -> None:
+        """Count a calibration pass."""
+        self.add(stage, seconds)
+        self.passes[name] = self.passes.get(name, 0.0) + seconds
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:

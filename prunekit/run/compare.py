@@ -37,16 +37,19 @@ from prunekit.report.comparison import (
     Row,
     Rows,
     number,
+    seconds_of,
     write_summary,
 )
 from prunekit.run.bench import Bench
-from prunekit.run.session import Job, open_session
+from prunekit.run.session import MORE, Job, open_session
 from prunekit.run.workplace import claimed
 from prunekit.search.exact import Optimum
+from prunekit.search.ledger import Ledger
 from prunekit.system.progress import Stage, span
 
 # of a row, for programs
 TOLD = ("perplexity", "objective", "optimum", "reached", "parameters", "removed", "token_forwards", "seconds")
+FEW = 8  # cells that a line names
 SHARES = (0.25, 0.5, 1.0)  # of the calibration text, one rung after the other, where a time is given
 
 
@@ -125,6 +128,7 @@ class _Work:
         """Make all rows that are not there yet."""
         self._dense()
         self._announce(1.0)
+        self._warn_of_limit()
         total = 1 + len(self.suite.sparsity) * len(self.cells) * self.suite.seeds
         with self.bench.session.progress.stage(f"compare on {self.model}", total) as stage:
             stage.advance(1, f"dense {number(self._dense().perplexity)}")
@@ -177,7 +181,7 @@ class _Work:
                         tried[sparsity].append(row)
             nxt = SHARES[rung + 1]
             rest = self.left - (clocks.perf_counter() - began)
-            everything = sum(row.seconds for some in tried.values() for row in some) / share * self.suite.seeds
+            everything = seconds_of(row for some in tried.values() for row in some) / share * self.suite.seeds
             room = rest if everything <= rest else rest / (len(SHARES) - 1 - rung)
             cells = self._survivors(tried, nxt / share, room / len(cells))
             if everything <= rest:
@@ -192,11 +196,12 @@ class _Work:
         for sparsity, rows in tried.items():
             order = sorted(rows, key=lambda row: math.inf if row.perplexity is None else row.perplexity)
             order.sort(key=lambda row: row.cell != REFERENCE)  # what all are compared with stays
-            spent, kept = 0.0, list[str]()
+            kept = list[str]()
+            stays = list[Row]()
             for row in order:
-                spent += longer * row.seconds
-                if spent <= seconds or len(kept) < 2:
+                if longer * seconds_of([*stays, row]) <= seconds or len(kept) < 2:
                     kept.append(row.cell)
+                    stays.append(row)
                 else:
                     self._leave_out(
                         by_name[row.cell], sparsity, 1.0, f"others were better on {row.share:.0%} of the text"
@@ -216,6 +221,28 @@ class _Work:
                 for cell in self.cells:
                     with suppress(WrongInput, RuntimeError):
                         self.bench.announce(self._parts(cell, Row(self.model, cell.name, sparsity, seed, share)))
+
+    def _warn_of_limit(self) -> None:
+        """Name the cells whose searches the limit will end among their probes: they will look alike."""
+        asked, found = dict[str, bool](), dict[float, list[str]]()
+        if self.bench.session.parts.recipe.search_budget is None:
+            return
+        for sparsity in self.suite.sparsity:
+            for cell in self.cells:
+                with suppress(WrongInput, RuntimeError):
+                    parts = self._parts(cell, Row(self.model, cell.name, sparsity, 0))
+                    search = json.dumps([sparsity, parts.recipe.allocator, parts.recipe.objective], sort_keys=True)
+                    if search not in asked:
+                        asked[search] = self.bench.ends_in_probes(parts)
+                    if asked[search]:
+                        found.setdefault(sparsity, []).append(cell.name)
+        for sparsity, names in found.items():
+            some = ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
+            self.bench.session.progress.say(
+                f"warning: at {sparsity:.0%} search_budget is spent for the most part on probes by {len(names)} of "
+                f"{len(self.cells)} cells, whose answers are the best of a table or near it, and look alike: {some}; "
+                f"{MORE}"
+            )
 
     def _row(self, cell: Cell, sparsity: float, seed: int, share: float, stage: Stage) -> Row:
         """The row of a cell: that on file, that of the same recipe under another name, or a new one."""
@@ -272,8 +299,9 @@ class _Work:
             row = replace(
                 blank, recipe=parts.digest, objective=_finite(made.objective), parameters=made.parameters,
                 removed=float(1 - spent / budget.dense), token_forwards=ledger.tokens + ledger.trained,
-                questions=ledger.questions, seconds=sum(clock.values()), stages=dict(clock),
-                trace=_trace(ledger.text()), **_measured(measured), **optimum,
+                questions=ledger.questions, limited=_limited(ledger), seconds=sum(clock.values()),
+                stages=dict(clock), passes=made.run.clock.all_passes, trace=_trace(ledger.text()),
+                **_measured(measured), **optimum,
             )  # fmt: skip
             told = {name: getattr(row, name) for name in TOLD}
             made.run.progress.measured({name: value for name, value in told.items() if value is not None})
@@ -296,6 +324,12 @@ def _measured(found: Perplexity) -> dict[str, Any]:
 
 def _known(found: Optimum) -> dict[str, Any]:
     return {"optimum": found.lowest, "reached": _finite(found.reached), "known_by": found.how}
+
+
+def _limited(ledger: Ledger) -> str:
+    """What a limit made of the search, where it left it no room."""
+    spent = reporting.ended_by_limit(ledger)
+    return "" if spent is None else spent.words
 
 
 def _finite(value: float) -> float | None:

@@ -37,6 +37,7 @@ from prunekit.run.clock import Clock
 from prunekit.run.plan.count import Shape
 from prunekit.run.plan.make import planned
 from prunekit.run.plan.plan import Plan
+from prunekit.run.plan.rehearsal import foresee_limit
 from prunekit.run.plan.trial import Trials, forward_seconds
 from prunekit.run.spaces import check_sites, whole_space
 from prunekit.run.stages import Run, clear_folder
@@ -44,6 +45,7 @@ from prunekit.run.together import Measures
 from prunekit.run.width import narrow
 from prunekit.run.workplace import begun
 from prunekit.search.ledger import Ledger
+from prunekit.search.probing import Spent
 from prunekit.search.teacher import Teacher
 from prunekit.space.ladders import Space
 from prunekit.space.prices import FILE
@@ -53,6 +55,7 @@ from prunekit.system.rates import Rates
 from prunekit.system.sizes import amount
 
 LONG, SHORT = 3600, "fast"  # seconds after which a shorter recipe is named, and which
+MORE = "give a larger search_budget, or an allocator that begins without probes"
 PRICED = "priced.json"  # beside the prices of a run that is at work: their digest
 
 
@@ -120,6 +123,41 @@ class Session:
         """
         dense = self.dense
         return [whole_space(member, dense.model, dense.adapter, dense.dtype) for member in self.parts.members]
+
+    def foresee_limit(self, parts: Parts, whole: Space) -> Spent | None:
+        """Foresee where search_budget ends the first search of a recipe.
+
+        Args:
+            parts: of this recipe, or of another that is tried on the same model.
+            whole: its space of every count.
+
+        Returns:
+            None: nowhere, there is no such limit, or it cannot be known.
+        """
+        limit, search = parts.recipe.search_budget, self.draws.search
+        depth = len(self.dense.adapter.blocks(self.dense.model))
+        if limit is None or parts.learner is not None or not parts.searches(depth):
+            return None
+
+        def training(count: int) -> int:
+            learnt = parts.objective.training(count)
+            return 3 * search.lessons.first(learnt).n_tokens if learnt and search.lessons is not None else 0
+
+        try:
+            return foresee_limit(parts.allocator, whole, search.n_tokens, search.seqlen, limit, training)
+        except Exception:  # of a plug-in; it says what is wrong when its turn comes
+            return None
+
+    def warn_of_limit(self, spaces: Sequence[Space]) -> None:
+        """Say before long work that a limit leaves no room for a search beside its probes, where that is so.
+
+        Args:
+            spaces: of the recipe, or of every member of its family.
+        """
+        for member, whole in zip(self.parts.members, spaces, strict=True):
+            if (spent := self.foresee_limit(member, whole)) is not None and spent.by_probes:
+                self.progress.say(f"warning: {spent.words}; {MORE}")
+                return
 
     @contextmanager
     def work_in(self, place: AbstractContextManager[Path]) -> Iterator[tuple[Session, Path]]:

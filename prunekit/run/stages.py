@@ -183,7 +183,7 @@ class Run:
         except Damaged:  # nothing hangs on it but what the report says
             spent = time.perf_counter() - started
         write_state(store.directory / SECONDS, spent)
-        clock.add("prune", spent)
+        clock.add_pass("prune", store.directory.name, spent)
         net = Supernet(model, dense.adapter, space, errors, store, dense.shares, self.teacher, teacher)
         # workers have the dense model beside them
         return net if team is None or trained is not None else SharedSupernet(net, team)

@@ -79,7 +79,7 @@ def tune(
     session = open_session(parts, job)
     _check_text(session.draws, choices, metrics)
     session = session.with_prices(output if keep else None)
-    session.make_spaces()  # can the budget be met, at these prices?
+    session.warn_of_limit(session.make_spaces())  # can the budget be met, at these prices, and leaves it a search?
     base, ours = session.parts.recipe, session.identify()
     identity = ours | {
         "space": choices.source,

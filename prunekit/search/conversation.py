@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from prunekit.data.tokens import TokenBatch
@@ -17,6 +17,7 @@ from prunekit.plugins.allocator import Allocator, Journal, Problem, Query
 from prunekit.plugins.guard import instance
 from prunekit.plugins.objective import Objective, Reads
 from prunekit.search.ledger import Ledger
+from prunekit.search.probing import Spent, Tally
 from prunekit.search.supernet import Supernet
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
@@ -122,6 +123,7 @@ def converse(
     search = instance(allocator, "its search", search, Generator)
     losses: list[float] | None = None
     idle = 0  # asks in a row in which nothing was new
+    tally = Tally()
     with progress.stage(label, 0) as stage:
         while True:
             try:
@@ -143,15 +145,17 @@ def converse(
                 raise PluginError(
                     f"{who} asks without end: {len(judged):,} questions, and {idle:,} asks without a new one"
                 )
-            price = sum(key[1] + training(key[1]) for key in new if key not in known)
+            prices = {key: key[1] + training(key[1]) for key in new if key not in known}
+            price = sum(prices.values())
             if limit is not None and ledger.tokens + price > limit:
-                progress.say(f"search stops at {ledger.tokens:,} token-forwards; the limit is {limit:,}")
+                _stop(tally.ended(limit, price), ledger, pass_number, progress)
                 answer = best(able).allocation if able else problem.start
                 break
             for loss in _judge(new, known, problem.space, net, objective, tokens, ledger, pass_number, training):
                 tell("loss", loss)
             judged |= {key: known[key] for key in new}
             losses = [judged[key] for key in asked]
+            tally.count({key for key, query in zip(asked, queries, strict=True) if query.probe}, new, prices)
             able |= {key: judged[key] for key in new if problem.space.is_feasible(key[0])}
             so_far = ""
             if able:
@@ -168,6 +172,14 @@ def converse(
         )
     of_answer = [Judgement(a, t, loss) for (a, t), loss in judged.items() if a == answer]
     return Outcome(answer, max(of_answer, key=lambda j: j.tokens, default=None), len(judged))
+
+
+def _stop(spent: Spent, ledger: Ledger, pass_number: int, progress: Progress) -> None:
+    """Say and put on record that the limit ends a search."""
+    progress.say(f"search stops at {ledger.tokens:,} token-forwards; the limit is {spent.limit:,}")
+    if words := spent.words:
+        progress.say(f"warning: {words}")
+    ledger.note({"kind": "limit", "walk": pass_number, **asdict(spent)})
 
 
 def best(judged: Known) -> Judgement:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.errors import WrongInput, first_line
+from prunekit.report.page.charts import Chart
 from prunekit.report.page.part import Part
 from prunekit.report.page.parts import parts_of
 from prunekit.system.files import write_bytes
@@ -106,15 +107,19 @@ def page(parts: Sequence[Part]) -> str:
 
 
 def _section(part: Part) -> str:
-    figures = "".join(
-        f'<figure><figcaption>{html.escape(chart.caption)}</figcaption><div class="chart" id="{chart.name}" '
-        f'role="img" aria-label="{html.escape(chart.description)}"></div></figure>'
-        for chart in part.charts
-    )
     return (
         f'<section id="{part.anchor}" aria-labelledby="{part.anchor}-h"><h2 id="{part.anchor}-h">'
-        f"{html.escape(part.heading)}</h2>{part.before}{figures}{part.after}</section>\n"
+        f"{html.escape(part.heading)}</h2>{part.before}{''.join(map(_figure, part.charts))}{part.after}</section>\n"
     )
+
+
+def _figure(chart: Chart) -> str:
+    said = html.escape(chart.description)
+    style = f' style="min-width: {chart.least}px"' if chart.least else ""
+    drawn = f'<div class="chart" id="{chart.name}" role="img" aria-label="{said}"{style}></div>'
+    if chart.least:
+        drawn = f'<div class="wide" tabindex="0" role="group" aria-label="{html.escape(chart.caption)}">{drawn}</div>'
+    return f"<figure><figcaption>{html.escape(chart.caption)}</figcaption>{drawn}</figure>"
 
 
 def _script_safe(value: Mapping[str, Any]) -> str:

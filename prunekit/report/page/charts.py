@@ -4,7 +4,7 @@ ink has the colour of the text around, so that a chart is readable in light and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8c8c8c"
@@ -22,6 +22,7 @@ CONFIG: dict[str, Any] = {
     "title": {"color": INK},
     "text": {"color": INK},
 }  # fmt: skip
+SHOWN = 20  # lines of a picture at most, and rows of a long table before all are asked for
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -33,6 +34,7 @@ class Chart:
     caption: str
     description: str  # for who cannot see it
     spec: Mapping[str, Any]  # Vega-Lite
+    least: int = 0  # pixels that it is wide at least: in a narrower window it scrolls
 
 
 def _made(name: str, caption: str, description: str, chart: Any, height: int = 260) -> Chart:
@@ -44,6 +46,11 @@ def _made(name: str, caption: str, description: str, chart: Any, height: int = 2
 def _tall(rows: Sequence[object]) -> int:
     """Enough for a line of text each."""
     return 24 * max(1, len(rows))
+
+
+def _first(rows: Sequence[object], of: int | None) -> str:
+    """How many of them are shown, where not all are."""
+    return "" if of is None or of <= len(rows) else f", the first {len(rows)} of {of:,}"
 
 
 def _kinds(alt: Any) -> Any:
@@ -183,8 +190,55 @@ def choice(name: str, key: str, rows: Rows, metric: str) -> Chart:
     )  # fmt: skip
 
 
-def intervals(name: str, rows: Rows) -> Chart:
-    """Differences with their intervals, the best first."""
+def grid(name: str, rows: Rows, sides: tuple[str, str], where: str, most: float) -> Chart:
+    """A heat map of two sides of a grid: how far every cell is above the best.
+
+    Args:
+        name: of the chart.
+        rows: of every cell `row`, `column`, `above` in nats, `perplexity`, `interval` and `mark`; rows and columns in
+            the order in which they are drawn.
+        sides: what rows and columns are.
+        where: of the grid among several, in words, or nothing.
+        most: nats from which on all have the same colour.
+    """
+    import altair as alt
+
+    data = alt.Data(values=list(rows))
+    across, down = (list(dict.fromkeys(str(each[key]) for each in rows)) for key in ("column", "row"))
+    x = alt.X("column:N", title=None, scale=alt.Scale(domain=across), axis=alt.Axis(orient="top", labelAngle=-60))
+    y = alt.Y("row:N", title=None, scale=alt.Scale(domain=down))
+    said = [alt.Tooltip("cell:N"), alt.Tooltip("perplexity:Q", format=",.2f"),
+            alt.Tooltip("interval:N", title="log ratio to the best"), alt.Tooltip("state:N")]  # fmt: skip
+    color = alt.Color(
+        "above:Q", title="log ratio to the best", scale=alt.Scale(
+            scheme="viridis", reverse=True, domain=[0, most], clamp=True),
+        legend=alt.Legend(values=[0, most / 2, most], format=".2f", gradientLength=220,
+                          labelExpr=f"datum.value == {most} ? datum.label + ' and more' : datum.label"),
+    )  # fmt: skip
+    tiles = alt.Chart(data).mark_rect(stroke=None).encode(x=x, y=y, color=color, tooltip=said)
+    tiles = tiles.transform_filter("datum.above !== null")
+    signs = alt.Chart(data).mark_text(fontSize=13, fontWeight="bold").encode(
+        x=x, y=y, text="mark:N", tooltip=said,
+        color=alt.condition("datum.above === null", alt.value(INK), alt.value("#000")),
+    ).transform_filter("datum.mark !== ''")  # fmt: skip
+    marks = {"1": "1 is the best", "=": "= is not separated from the best", "×": "× has no result"}
+    meant = ", ".join(words for mark, words in marks.items() if any(each["mark"] == mark for each in rows))
+    tied, best = sum(each["mark"] == "=" for each in rows), next((r for r in rows if r["mark"] == "1"), None)
+    first = f"The best, {best['cell']}, is among them. " if best else ""
+    made = _made(
+        name,
+        f"Every {sides[0]} with every {sides[1]}{where}: the brighter, the nearer to the best. "
+        f"{meant and meant + '. '}Rows and columns are in the order of their medians, the best first.",
+        f"Heat map of {len(down)} by {len(across)}{where}. {first}{tied} are marked = because they are not separated "
+        f"from the best. The best {sides[0]} by its median is {down[0]}, the best {sides[1]} {across[0]}. The table "
+        "below the picture has the numbers.",
+        alt.layer(tiles, signs), max(160, 22 * len(down)),
+    )  # fmt: skip
+    return replace(made, least=7 * max(map(len, down)) + 24 * len(across))
+
+
+def intervals(name: str, rows: Rows, of: int | None = None) -> Chart:
+    """Differences with their intervals, the best first; `of`: how many there are, where these are the first of them."""
     import altair as alt
 
     data = alt.Data(values=[row for row in rows if row["low"] is not None])
@@ -204,13 +258,14 @@ def intervals(name: str, rows: Rows) -> Chart:
                  alt.Tooltip("high:Q", format="+.4f")],
     )  # fmt: skip
     return _made(
-        name, "Differences with 95 % intervals", "The numbers are in the columns of the leaderboard.",
+        name, f"Differences with 95 % intervals{_first(rows, of)}",
+        "The numbers are in the columns of the leaderboard.",
         zero + bars + dots, _tall(rows),
     )  # fmt: skip
 
 
 def tradeoff(name: str, rows: Rows) -> Chart:
-    """Seconds against perplexity."""
+    """Seconds against perplexity; points that are `named` have their cell's name beside them."""
     import altair as alt
 
     data = alt.Data(values=list(rows))
@@ -221,39 +276,43 @@ def tradeoff(name: str, rows: Rows) -> Chart:
     )  # fmt: skip
     names = (
         alt.Chart(data)
-        .mark_text(dy=-9, fontSize=11, color=INK)
+        .mark_text(dx=5, dy=-7, align="left", fontSize=11, color=INK)
         .encode(x=x, y=y, text="cell:N")
-        .transform_filter("datum.seed == 0")
+        .transform_filter("datum.named")
     )
+    some = any(not row["named"] and not row["seed"] for row in rows)
+    few = "; with a name, what nothing faster comes near" if some else ""
     return _made(
-        name, "Perplexity against seconds, both on logarithmic axes",
+        name, f"Perplexity against seconds, both on logarithmic axes{few}",
         "The numbers are in the columns of the leaderboard.", dots + names, 320,
     )  # fmt: skip
 
 
-def anytime(name: str, rows: Rows) -> Chart:
-    """The lowest loss so far against token-forwards."""
+def anytime(name: str, rows: Rows, of: int | None = None) -> Chart:
+    """The lowest loss so far against token-forwards; `of`: how many cells search, where these are the first of them."""
     import altair as alt
+
+    cells = list(dict.fromkeys(str(row["cell"]) for row in rows))
+    legend = alt.Legend(columns=1) if len(cells) > 3 else alt.Legend()
 
     chart = alt.Chart(alt.Data(values=list(rows))).mark_line(interpolate="step-after", point=True).encode(
         x=alt.X("tokens:Q", title="token-forwards", axis=alt.Axis(format="~s"),
                 scale=alt.Scale(type="log", nice=False, padding=16)),
         y=alt.Y("loss:Q", title="lowest objective so far", scale=alt.Scale(zero=False)),
-        color=alt.Color("cell:N", title=None, scale=alt.Scale(range=MANY)),
-        strokeDash=alt.StrokeDash("cell:N", title=None),
+        color=alt.Color("cell:N", title=None, scale=alt.Scale(range=MANY), legend=legend),
+        strokeDash=alt.StrokeDash("cell:N", title=None, legend=legend),
         tooltip=["cell:N", "tokens:Q", "loss:Q"],
     )  # fmt: skip
-    cells = ", ".join(dict.fromkeys(str(row["cell"]) for row in rows))
-    return _made(name, "What a search has at any time", f"Steps down for {cells}.", chart)
+    caption = f"What a search has at any time{_first(cells, of)}"
+    return _made(name, caption, f"Steps down for {', '.join(cells)}.", chart)
 
 
 def ranks(name: str, mean: Mapping[str, float], critical: float) -> Chart:
     """Mean ranks, each with the critical difference to its right."""
     import altair as alt
 
-    rows = [
-        {"cell": cell, "rank": rank, "to": rank + critical} for cell, rank in sorted(mean.items(), key=lambda x: x[1])
-    ]
+    order = sorted(mean.items(), key=lambda x: x[1])
+    rows = [{"cell": cell, "rank": rank, "to": rank + critical} for cell, rank in order[:SHOWN]]
     data, y = (
         alt.Data(values=rows),
         alt.Y("cell:N", title=None, sort=None, scale=alt.Scale(domain=[row["cell"] for row in rows])),
@@ -270,5 +329,9 @@ def ranks(name: str, mean: Mapping[str, float], critical: float) -> Chart:
     )
     said = ", ".join(f"{row['cell']} {row['rank']:.2f}" for row in rows)
     return _made(
-        name, "Mean ranks; ranks within a bar are not separated from its left end", f"{said}.", bars + dots, _tall(rows)
+        name,
+        f"Mean ranks{_first(rows, len(order))}; ranks within a bar are not separated from its left end",
+        f"{said}.",
+        bars + dots,
+        _tall(rows),
     )

@@ -20,8 +20,52 @@
     if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1;
     return a < b ? -1 : a > b ? 1 : 0;
   };
-  for (const table of document.querySelectorAll("table.sortable")) {
-    const heads = [...table.tHead.rows[0].cells];
+  // of a long table the first rows are shown, in the order it has now, until all are asked for; a search is over all
+  for (const table of document.querySelectorAll("table.sortable, table.filtered, table[data-first]")) {
+    const first = Number(table.dataset.first ?? Infinity);
+    const body = table.tBodies[0];
+    let words = [];
+    let all = false;
+    const tools = document.createElement("p");
+    tools.className = "tools";
+    const count = document.createElement("span");
+    count.setAttribute("role", "status");
+    const more = document.createElement("button");
+    more.type = "button";
+    const show = () => {
+      let found = 0;
+      for (const row of body.rows) {
+        const text = row.textContent.toLowerCase();
+        const is = words.every((word) => text.includes(word));
+        row.hidden = !is || (found >= first && !all);
+        found += is;
+      }
+      const shown = all ? found : Math.min(first, found);
+      const searched = words.length ? " with these words" : "";
+      count.textContent = shown < found ? `The first ${shown} of ${found}${searched}; ${found - shown} more are in the page.`
+        : `${found} rows${searched}.`;
+      more.hidden = found <= first;
+      more.textContent = all ? `Show the first ${first}` : `Show all ${found}`;
+    };
+    if (table.classList.contains("filtered")) {
+      const label = document.createElement("label");
+      label.className = "search";
+      const input = document.createElement("input");
+      input.type = "search";
+      label.append("Only rows with", input);
+      tools.append(label);
+      input.addEventListener("input", () => {
+        words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
+        show();
+      });
+    }
+    if (body.rows.length > first) tools.append(count, more);
+    if (tools.childNodes.length) table.parentElement.before(tools);
+    more.addEventListener("click", () => {
+      all = !all;
+      show();
+    });
+    const heads = table.classList.contains("sortable") ? [...table.tHead.rows[0].cells] : [];
     heads.forEach((head, column) => {
       const button = document.createElement("button");
       button.type = "button";
@@ -31,26 +75,13 @@
         const up = head.getAttribute("aria-sort") !== "ascending";
         for (const other of heads) other.removeAttribute("aria-sort");
         head.setAttribute("aria-sort", up ? "ascending" : "descending");
-        const rows = [...table.tBodies[0].rows];
+        const rows = [...body.rows];
         rows.sort((x, y) => (up ? 1 : -1) * before(valueOf(x, column), valueOf(y, column)));
-        table.tBodies[0].append(...rows);
+        body.append(...rows);
+        show();
       });
     });
-  }
-  for (const table of document.querySelectorAll("table.filtered")) {
-    const label = document.createElement("label");
-    label.className = "search";
-    const input = document.createElement("input");
-    input.type = "search";
-    label.append("Only rows with", input);
-    table.parentElement.before(label);
-    input.addEventListener("input", () => {
-      const wanted = input.value.toLowerCase().split(/\s+/);
-      for (const row of table.tBodies[0].rows) {
-        const text = row.textContent.toLowerCase();
-        row.hidden = !wanted.every((word) => text.includes(word));
-      }
-    });
+    show();
   }
 
   const charts = JSON.parse(document.getElementById("charts").textContent);

@@ -38,7 +38,12 @@ def kind_of(folder: Path) -> str:
     for file, kind in KINDS.items():
         if (folder / file).is_file():
             return kind
-    raise WrongInput(f"{folder} is no result, family, study or comparison; give a folder that has {', '.join(KINDS)}")
+    if not folder.exists():
+        raise WrongInput(
+            f"there is no folder {str(folder)!r}; give that of a result, a family, a study or a comparison"
+        )
+    files = f"{', '.join(list(KINDS)[:-1])} or {list(KINDS)[-1]}"
+    raise WrongInput(f"{folder} is no result, family, study or comparison; give a folder that has {files}")
 
 
 def parts_of(folder: Path, name: str = "run") -> list[Part]:

@@ -112,6 +112,7 @@ def _search_text(report: Mapping[str, Any]) -> str:
     search = report["search"]
     return paragraph(
         f"{search['questions']:,} allocations were judged, on {search['token_forwards']:,} token-forwards."
+        + (f" The limit ended it early: {search['limited']}." if search.get("limited") else "")
     )
 
 

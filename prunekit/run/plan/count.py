@@ -328,6 +328,8 @@ class Count:
                 )
                 most = "" if recipe.search_budget is None else f"at most {recipe.search_budget:,} token-forwards"
                 why = most if forwards != 0 else ""
+                if search.spent is not None and search.spent.by_probes:
+                    why += f"; warning: {search.spent.words}"
                 if forwards is None:
                     why = most or "what the allocator will ask"
                 states, ready = self._searched(search, member.spaces[number], shares)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from prunekit.plugins.allocator import Allocator, Journal, Problem, Query
 from prunekit.search.conversation import Known
+from prunekit.search.probing import Spent, Tally
 from prunekit.space.ladders import Space
 
 PATIENCE = 2000  # questions that a search is rehearsed for; those of the presets ask some hundred
@@ -35,6 +36,7 @@ class Rehearsal:
     rungs: frozenset[tuple[int, int]] | None = None  # (site, count) of all allocations
     least: int | None = None  # forwards when nothing the search finds is better than what it begins with
     most: int | None = None  # and when everything is better than all before
+    spent: Spent | None = None  # where the limit ends it
 
 
 Luck = Literal["some", "none", "all"]
@@ -91,6 +93,7 @@ def rehearsed(
     start, judged, paid = space.nearest(space.uniform()), {} if known is None else known, 0
     problem = Problem(space, errors, start, 0, tokens, signals, scores, nats=errors, journal=_Mute())
     allocations = together = questions = 0
+    tally = Tally()
     rungs: set[tuple[int, int]] = set()
 
     def loss(query: Query) -> float:
@@ -110,9 +113,12 @@ def rehearsed(
                 for q in queries
             ]
             new = Counter(count for key, count in dict.fromkeys((k, k[1]) for k in asked) if key not in judged)
-            paid += sum((count + training(count)) * times for count, times in new.items())
-            if limit is not None and paid > limit:
-                return Rehearsal(limit, allocations, together, frozenset(rungs))
+            price = sum((count + training(count)) * times for count, times in new.items())
+            if limit is not None and paid + price > limit:
+                return Rehearsal(limit, allocations, together, frozenset(rungs), spent=tally.ended(limit, price))
+            paid += price
+            fresh = {key: key[1] + training(key[1]) for key in asked if key not in judged}
+            tally.count({key for key, query in zip(asked, queries, strict=True) if query.probe}, fresh, fresh)
             questions += len(asked)
             if questions > patience:
                 return Rehearsal()
@@ -126,6 +132,30 @@ def rehearsed(
         return Rehearsal(paid, allocations, together, frozenset(rungs))
     except _AskedElsewhere:
         return Rehearsal()
+
+
+def foresee_limit(
+    allocator: Allocator, whole: Space, tokens: int, seqlen: int, limit: int, training: Callable[[int], int]
+) -> Spent | None:
+    """Where a limit on all passes of a search will end it; None: nowhere, or that cannot be known.
+
+    Args:
+        allocator: whose search is held.
+        whole: space of every count.
+        tokens: of the search text.
+        seqlen: tokens in a window.
+        limit: token-forwards of all passes together.
+        training: token-forwards beside those of a question on so many tokens.
+    """
+    left = limit
+    for space in list_passes(allocator, whole)[:-1]:
+        found = rehearsed(allocator, space, tokens, seqlen, left, training=training)
+        if found.spent is not None:
+            return found.spent if left == limit else None  # a later pass: then there was a search
+        if found.forwards is None:
+            return None
+        left -= found.forwards
+    return None
 
 
 def between(likely: Rehearsal, *question: Any, training: Callable[[int], int] = lambda _: 0) -> Rehearsal:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from prunekit import Recipe, WrongInput
 from prunekit.cli.main import app
-from prunekit.plugins.registry import PRUNERS, BrokenPlugin, Registry
+from prunekit.plugins.registry import PRUNERS, BrokenPlugin, Entry, Registry
 from prunekit.recipe import presets
 from prunekit.system.progress import warn_once
 
@@ -51,7 +52,7 @@ BROKEN = {  # name: entry point, what is said of it
     "older": ("older:Fine", "cannot be imported (ImportError: cannot import name 'NotThere' from 'prunekit'"),
     "gone": ("nowhere.inner:Fine", "cannot be imported (ModuleNotFoundError: No module named 'nowhere')"),
     "nameless": ("fine:Missing", "cannot be imported (AttributeError: module 'fine' has no attribute 'Missing')"),
-    "malformed": ("fine Fine", "cannot be imported (AttributeError"),
+    "malformed": ("fine Fine", "cannot be imported ("),  # ValueError where importlib-metadata is installed
     "module": ("fine", "is no dataclass that derives from LocalPruner"),
     "function": ("fine:function", "is no dataclass that derives from LocalPruner"),
     "stranger": ("fine:Stranger", "is no dataclass that derives from LocalPruner"),
@@ -178,3 +179,24 @@ def test_a_broken_namesake_does_not_hide_a_plugin(capsys: pytest.CaptureFixture[
     assert "exits:Fine cannot be imported" in capsys.readouterr().err
     with pytest.raises(BrokenPlugin):
         PRUNERS["exits"].load()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "module", "told"),
+    [
+        ("tracker", "mlflow", "mlflow", "'prunekit[mlflow]'"),  # of which the package is called mlflow-skinny
+        ("allocator", "optuna-tpe", "optuna", "'prunekit[optuna]'"),
+        ("allocator", "milp", "scipy", "'prunekit[milp]'"),  # and not another extra that has scipy too
+        ("finisher", "lora", "peft", "'prunekit[lora]'"),
+        ("allocator", "another", "optuna", "'prunekit[optuna]'"),
+        ("allocator", "another", "not_there", "not_there"),
+    ],
+)
+def test_what_is_missing_is_named_by_the_extra_that_has_it(kind: str, name: str, module: str, told: str) -> None:
+    class Absent(EntryPoint):
+        def load(self) -> None:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    entry = Entry(kind, name, "prunekit", Absent(name, "prunekit_strategies.nowhere:X", "group"))
+    with pytest.raises(ImportError, match=re.escape(f"which is not installed: pip install {told}")):
+        entry.load()

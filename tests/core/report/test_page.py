@@ -75,6 +75,66 @@ def comparison(folder: Path, evil: str = "") -> Path:
     return folder
 
 
+def grid(folder: Path, objectives: tuple[str, ...] = ()) -> Path:
+    """The files of a comparison of four pruners with six allocators, of which one cell has no result."""
+    folder.mkdir()
+    pruners, allocators = ["p0", "p1", "p2", "p3"], ["a0", "a1", "a2", "a3", "a4", "a5"]
+    asked = {"models": ["m"], "pruners": pruners, "allocators": allocators, "objectives": list(objectives)}
+    suite = Suite.of_mapping(asked)
+    write_state(folder / "run.json", {"identity": {"suite": suite.model_dump(mode="json")}})
+    rows, base = Rows(folder / "rows.jsonl"), np.random.default_rng(0).normal(3, 1, 8)
+    rows.add(Row("m", DENSE, 0.0, 0, losses=tuple(base), perplexity=float(np.exp(base.mean())), label="ppl/t"))
+    for i, pruner in enumerate(pruners):
+        for j, allocator in enumerate(allocators):
+            for o, objective in enumerate(objectives or ("",)):
+                cell = " + ".join(filter(None, (pruner, allocator, objective)))
+                if cell == "p3 + a5":
+                    rows.add(Row("m", cell, 0.5, 0, state=FAILED, reason="RuntimeError: memory"))
+                    continue
+                noise = np.random.default_rng((i, j // 2, o)).normal(size=8)  # a0 and a1 are alike, and so on
+                losses = base + 0.1 + 0.2 * (3 - i) + 0.1 * (j // 2) + 0.3 * o + 0.01 * noise
+                perplexity = float(np.exp(losses.mean()))
+                rows.add(
+                    Row("m", cell, 0.5, 0, losses=tuple(losses), perplexity=perplexity, label="ppl/t", seconds=1.0)
+                )
+    return folder
+
+
+def charts_of(text: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="charts">(.*?)</script>', text, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_a_grid_begins_with_a_picture_of_it_and_ends_with_the_long_table(tmp_path: Path) -> None:
+    text = write_page([grid(tmp_path / "g")], tmp_path / "page.html").read_text()
+    assert (
+        text.index('id="run-0-0-grid-0"') < text.index('id="run-0-0-intervals"') < text.index("Leaderboard</caption>")
+    )
+    charts = charts_of(text)
+    tiles = charts["run-0-0-grid-0"]["data"]["values"]
+    assert len(tiles) == 24
+    assert [tile["row"] for tile in tiles[::6]] == ["p3", "p2", "p1", "p0"]  # by their medians
+    marks = {tile["cell"]: tile["mark"] for tile in tiles}
+    assert {cell for cell, mark in marks.items() if mark in ("1", "=")} == {"p3 + a0", "p3 + a1"}
+    assert marks["p3 + a5"] == "×"
+    assert "The best of 23 is p3 + a0" in text
+    assert "1 is not separated from it" in text
+    assert len(charts["run-0-0-intervals"]["layer"][1]["encoding"]["y"]["scale"]["domain"]) == 20
+    assert "the first 20 of 23" in text
+    assert 'data-first="20"' in text
+
+
+def test_a_grid_of_three_sides_has_a_picture_for_each_of_the_shortest_and_a_small_one_has_none(tmp_path: Path) -> None:
+    charts = charts_of(write_page([grid(tmp_path / "g", ("o0", "o1"))], tmp_path / "page.html").read_text())
+    assert {name for name in charts if "grid" in name} == {"run-0-0-grid-0", "run-0-0-grid-1"}
+    scales = [charts[f"run-0-0-grid-{i}"]["layer"][0]["encoding"]["color"]["scale"]["domain"] for i in range(2)]
+    assert scales[0] == scales[1]  # the same colour means the same
+    text = write_page([comparison(tmp_path / "c")], tmp_path / "small.html").read_text()
+    assert not [name for name in charts_of(text) if "grid" in name]
+    assert text.index("Leaderboard</caption>") < text.index('id="run-0-0-intervals"')  # short, so it comes first
+
+
 class Tags(HTMLParser):
     """The tags of a page, and what is asked of others."""
 

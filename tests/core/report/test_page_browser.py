@@ -30,12 +30,12 @@ def browser() -> Any:
         opened.close()
 
 
-CHARTS = {"results": 8, "study": 4}  # at least; of a study its trials, its front and two choices
+CHARTS = {"results": 8, "study": 4, "grid": 3}  # at least; of a study its trials, its front and two choices
 
 
 @pytest.fixture(params=CHARTS)
 def kind(request: pytest.FixtureRequest) -> str:
-    """Results and a comparison, or a study."""
+    """Results and a comparison, a study, or a comparison that is a grid."""
     return request.param
 
 
@@ -44,6 +44,8 @@ def shown(browser: Any, tmp_path: Path, kind: str) -> Any:
     """A page, its requests and its complaints."""
     if kind == "study":
         folders = [pages.study(tmp_path / "s", metrics=("perplexity", "seconds"))]
+    elif kind == "grid":
+        folders = [pages.grid(tmp_path / "g")]
     else:
         folders = [pages.comparison(tmp_path / "c"), pages.result(tmp_path / "a")]
     file = write_page(folders, tmp_path / "page.html")
@@ -87,6 +89,44 @@ def test_the_leaderboard_sorts_and_filters(shown: Any) -> None:
     assert cells() == ["twin"]
 
 
+@pytest.mark.parametrize("kind", ["grid"], indirect=True)
+def test_a_long_leaderboard_shows_its_first_rows_until_all_are_asked_for(shown: Any) -> None:
+    table, status = shown.locator("table.filtered"), shown.get_by_role("status")
+
+    def cells() -> list[str]:
+        return table.locator("tbody tr:visible td:nth-child(2)").all_inner_texts()
+
+    assert len(cells()) == 20
+    assert status.inner_text() == "The first 20 of 23; 3 more are in the page."
+    first = cells()[0]
+    shown.locator("input[type=search]").fill("p0 a5")  # the last of all: a search is over all rows
+    assert cells() == ["p0 + a5"]
+    shown.locator("input[type=search]").fill("")
+    table.locator("th").nth(2).locator("button").click()
+    table.locator("th").nth(2).locator("button").click()
+    assert len(cells()) == 20
+    assert first not in cells()  # the first in the new order, of all rows
+    shown.emulate_media(media="print")
+    assert len(cells()) == 20
+    assert status.is_visible()  # paper says that there are more
+    assert not shown.get_by_role("button", name="Show all 23").is_visible()
+    shown.emulate_media(media="screen")
+    shown.get_by_role("button", name="Show all 23").press("Enter")  # by keyboard
+    assert len(cells()) == 23
+    shown.get_by_role("button", name="Show the first 20").press("Enter")
+    assert len(cells()) == 20
+
+
+@pytest.mark.parametrize("kind", ["grid"], indirect=True)
+def test_the_grid_scrolls_by_keyboard_where_the_window_is_narrow(shown: Any) -> None:
+    shown.set_viewport_size({"width": 160, "height": 800})
+    wide = shown.locator("figure .wide").first
+    assert wide.evaluate("e => e.scrollWidth > e.clientWidth")
+    assert wide.get_attribute("tabindex") == "0"
+    marks = [text for text in shown.locator(".chart").first.locator("svg text").all_text_contents() if text in "1=×"]
+    assert sorted(marks) == ["1", "=", "×"]
+
+
 @pytest.mark.parametrize("kind", ["study"], indirect=True)
 def test_the_recipes_of_a_study_sort_and_filter(shown: Any) -> None:
     table = shown.locator("table.filtered").first
@@ -111,7 +151,7 @@ def test_the_recipes_of_a_study_sort_and_filter(shown: Any) -> None:
 
 def test_the_theme_switches_and_ink_follows(shown: Any) -> None:
     def ink() -> str:
-        return shown.locator(".chart svg text").first.evaluate("e => getComputedStyle(e).fill")
+        return shown.locator(".chart svg .role-axis-label text").first.evaluate("e => getComputedStyle(e).fill")
 
     light = ink()
     shown.locator("#theme").click()

@@ -12,11 +12,12 @@ import prunekit
 from prunekit import WrongInput
 from prunekit.calibration import fill
 from prunekit.errors import PluginError
-from prunekit.report.comparison import COMPLETE, DENSE, FAILED, LEFT, REFUSED, Comparison, Row, Rows
+from prunekit.report.comparison import COMPLETE, DENSE, FAILED, LEFT, REFUSED, Comparison, Row, Rows, seconds_of
 from prunekit.run import stages
 from prunekit.run.bench import Bench
+from prunekit.system.progress import Progress
 
-TIMES = {"seconds": 0.0, "wall": 0.0, "stages": {}}
+TIMES = {"seconds": 0.0, "wall": 0.0, "stages": {}, "passes": {}}
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +168,15 @@ def test_cells_of_the_same_candidates_share_one_pass_and_come_out_as_alone(
     found = prunekit.compare(**asked | ONE_PASS)
     # of both baselines, which have another pruner, of all that were asked, and of global-rank a second one
     assert passes == [[], [], ["Influence"], []]
+    three = [row for row in found.rows if row.cell.startswith("magnitude")]
+    names = {row.cell: set(row.passes) for row in three}
+    assert names["magnitude + schedule"] == names["magnitude + block-influence"] != names["magnitude + global-rank"]
+    shared = next(spent for row in three for spent in row.passes.values() if row.cell == "magnitude + schedule")
+    first = next(row for row in three if row.cell == "magnitude + schedule")
+    assert found.seconds(first) == pytest.approx(first.own + shared / 3)  # global-rank reads it too
+    made = [row for row in found.rows if row.cell != DENSE]
+    assert sum(map(found.seconds, made)) == pytest.approx(seconds_of(made))  # which no pass is counted in twice
+    assert seconds_of(made) < sum(row.seconds for row in made)
     rows = {row.cell: replace(row, **TIMES) for row in found.rows}
     assert {row.state for row in rows.values()} == {COMPLETE}
     for name in ONE_PASS["allocators"]:
@@ -266,3 +276,21 @@ def test_answers_stand_beside_the_exact_optimum_of_the_table_that_they_searched(
     assert "### Distance to the exact optimum" in found.table()
     assert f"{ratios[-1] - 1:.2%}" == near[-1][3]
     assert found.as_dict()["standings"][0]["optima"]
+
+
+def test_a_limit_that_probes_use_up_is_said_before_and_after(asked: Any) -> None:
+    said, cells = list[str](), {"searched": {"allocator": {"name": "greedy", "table": "errors"}, "recipe": "search"}}
+
+    class Heard(Progress):
+        def say(self, line: str) -> None:
+            said.append(line)
+
+    asked |= FEW | {"cells": cells, "recipe": "search", "allocators": ["evolution", "nsga"], "search_budget": 2048}
+    found = prunekit.compare(**asked | {"quiet": False}, progress=Heard())
+    before = [line for line in said if line.startswith("warning: at 50% search_budget is spent")]
+    assert len(before) == 1
+    assert "by 2 of 5 cells" in before[0]
+    assert "magnitude + evolution, magnitude + nsga" in before[0]
+    assert {row.cell for row in found.rows if row.limited} == {"magnitude + evolution", "magnitude + nsga"}
+    assert "Of 2 cells search_budget was spent for the most part on probes" in found.table()
+    assert found.limited(asked["model"], 0.5) in found.table()

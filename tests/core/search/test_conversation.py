@@ -11,6 +11,7 @@ import torch
 from prunekit import Allocator, Objective, PluginError, Problem, Query, Reads
 from prunekit.search.conversation import Judgement, best, converse
 from prunekit.search.ledger import Ledger
+from prunekit.search.probing import Spent
 from prunekit.search.supernet import Supernet
 from prunekit.system.progress import Progress
 from prunekit.testing import toy_supernet, toy_tokens
@@ -72,12 +73,12 @@ def net():
     return toy_supernet()
 
 
-def held(net, allocator, objective, path, limit=None, known=None):
+def held(net, allocator, objective, path, limit=None, known=None, progress=None):
     problem = Problem(net.space, net.errors, net.space.uniform(), tokens=toy_tokens().n_tokens)
     ledger = Ledger(path)
     outcome = converse(
         allocator, problem, net, objective, toy_tokens(), ledger,
-        pass_number=0, limit=limit, known=known, progress=Progress(),
+        pass_number=0, limit=limit, known=known, progress=progress or Progress(),
     )  # fmt: skip
     return outcome, ledger
 
@@ -130,6 +131,30 @@ def test_what_another_conversation_has_learnt_is_free_and_passes_no_limit(net, t
     assert (objective.calls, ledger.tokens, ledger.questions) == (2, 0, 2)
 
 
+def test_a_limit_that_probes_use_up_is_warned_of_and_on_record_and_one_with_room_is_only_on_record(net, tmp_path):
+    start, said = net.space.uniform(), list[str]()
+
+    class Heard(Progress):
+        def say(self, line):
+            said.append(line)
+
+    def ended(*asks, limit):
+        said.clear()
+        _, ledger = held(
+            net, Script(asks), Counting(), tmp_path / f"l{limit}-{len(asks)}", limit=limit, progress=Heard()
+        )
+        return Spent.of_record(json.loads(ledger.text().splitlines()[-1]))
+
+    probe, question = ((dense(net), 24, True),), ((start, 24),)
+    assert ended(probe, question, limit=47) == Spent(47, probes=24, others=0, asked=24)
+    assert "warning: probes take 24 of the 47 token-forwards of search_budget" in said[-1]
+    assert ended(question, limit=23) == Spent(23, probes=0, others=0, asked=24)
+    assert "nothing is asked" in said[-1]
+    spent = ended(probe, question, ((start, 36),), limit=80)
+    assert (spent, spent.by_probes, spent.words) == (Spent(80, probes=24, others=1, asked=36), False, "")
+    assert "warning" not in said[-1]
+
+
 def test_the_best_is_found_among_those_that_were_judged_on_most() -> None:
     judged = {((1,), 12): 0.1, ((2,), 48): 0.5, ((3,), 48): 0.4, ((4,), 48): 0.4}
     assert best(judged) == Judgement((3,), 48, 0.4)
@@ -145,7 +170,9 @@ def test_a_probe_is_paid_for_and_recorded_but_cannot_win(net, tmp_path):
     outcome, ledger = held(net, script, Counting(), tmp_path / "l", limit=12 + 24)
     assert ledger.tokens == 12 + 24
     assert outcome.answer == start  # although the dense allocation was judged better, and on more tokens
-    assert [json.loads(line).get("probe") for line in ledger.text().splitlines()] == [None, True]
+    *asked, ended = map(json.loads, ledger.text().splitlines())
+    assert [record.get("probe") for record in asked] == [None, True]
+    assert Spent.of_record(ended) == Spent(limit=36, probes=24, others=1, asked=48)
     assert held(net, script, Counting(), tmp_path / "l", limit=12 + 24)[0] == outcome
 
 

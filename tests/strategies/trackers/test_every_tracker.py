@@ -1,6 +1,9 @@
 """Every registered tracker keeps what all trackers promise, and what is read back from its store is what was told."""
 
 import importlib
+import math
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +60,15 @@ class TestMLflow(TrackerSuite):
 
     def kept(self, track: Any) -> Kept:
         names = track.client.get_run(track.run).data.metrics
-        return {name: [(m.step, m.value) for m in track.client.get_metric_history(track.run, name)] for name in names}
+        histories = {name: track.client.get_metric_history(track.run, name) for name in names}
+        largest = sys.float_info.max  # as which its database keeps what is infinite
+        return {  # it tells them by time, and the clock of these points begins again
+            name: [
+                (m.step, math.inf if m.value >= largest else m.value)
+                for m in sorted(found, key=lambda m: (m.step, m.timestamp))
+            ]
+            for name, found in histories.items()
+        }
 
     def test_the_recipe_is_its_parameters_and_a_part_is_a_child(self) -> None:
         track: Any = self.plugin.open("half", None)
@@ -92,5 +103,8 @@ class TestWandb(TrackerSuite):
         track.log(points())
         track.close(done=True)
         (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+        until = time.monotonic() + 60
+        while b"search_1/loss" not in file.read_bytes() and time.monotonic() < until:
+            time.sleep(0.1)  # its own process writes it, after the run has ended here
         assert b"search_1/loss" in file.read_bytes()
         assert b"pruner.name" in file.read_bytes()

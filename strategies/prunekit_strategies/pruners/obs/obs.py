@@ -110,6 +110,8 @@ class OBS(LocalPruner):
 
     @property
     def matrices(self) -> int:
+        if self.search == "penalty" and self._by_count:
+            return 8  # H as it is and of what is live, its inverse, and of the set V_CC, Q, Qᵀ V_Cj and room to find Q
         return 6  # H as it is and of what is live, its inverse and WᵀW, and both of what is left of them
 
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
@@ -158,7 +160,12 @@ class OBS(LocalPruner):
             live, ranking = self._ranked(layer, _smallest(layer, keeps))
             return live.exchanged(ranking, keeps, self.exchange, self.tries)
         live = _Live(layer)
-        return [live.ranking(self._order(live, live.n - keep))[:keep] if keep else [] for keep in keeps]
+        v = removal.inverse(live.hessian)  # once for all counts
+
+        def gone(keep: int) -> list[int]:
+            return vanished_set(live.hessian, live.weight, live.size, live.n - keep, self.growth, v)
+
+        return [live.ranking(gone(keep))[:keep] if keep else [] for keep in keeps]
 
     def _ranked(self, layer: LayerProblem, smallest: int) -> tuple[_Live, list[int]]:
         """(its live part, all group ids, the last to be removed first), by removals down to so many."""

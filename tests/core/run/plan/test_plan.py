@@ -36,11 +36,12 @@ from prunekit.run import family, session
 from prunekit.run.plan import make as planning
 from prunekit.run.plan.count import CUSHION, KEPT, Shape
 from prunekit.run.plan.plan import Stage
-from prunekit.run.plan.rehearsal import Rehearsal, between, list_passes, rehearsed
+from prunekit.run.plan.rehearsal import Rehearsal, between, foresee_limit, list_passes, rehearsed
 from prunekit.run.session import make_plan
 from prunekit.run.spaces import whole_space
 from prunekit.search.conversation import converse
 from prunekit.search.ledger import Ledger
+from prunekit.search.probing import Spent
 from prunekit.search.store import CandidateStore
 from prunekit.search.teacher import Teacher
 from prunekit.space.budgets import Budget
@@ -452,6 +453,53 @@ def test_a_search_may_end_early_or_late():
     stage = Stage("search 1", 0, flops=50, spread=(20, 100))
     assert stage.between(Rates(10, 1, 1, 1)) == (2, 10)
     assert replace(stage, spread=(50, 50)).between(Rates(10, 1, 1, 1)) is None
+
+
+@pytest.mark.parametrize("name", ["evolution", "greedy", "nsga", "table"])
+def test_a_limit_that_probes_use_up_is_foreseen_as_it_comes(name, tmp_path):
+    net, tokens = toy_supernet(), toy_tokens()
+    probes = len(net.space.sites) * 2 + 1
+    problem = Problem(net.space, net.errors, net.space.uniform(), tokens=tokens.n_tokens)
+    allocator = ALLOCATORS.build({"name": name})
+
+    def foreseen(limit):
+        return rehearsed(allocator, net.space, tokens.n_tokens, tokens.seqlen, limit=limit).spent
+
+    class Judged(Objective):
+        def loss(self, net, allocation, batch):
+            return sum(net.site_errors(allocation))
+
+    for limit in (tokens.n_tokens, tokens.n_tokens * probes + 1):
+        ledger = Ledger(tmp_path / f"{limit}")
+        converse(allocator, problem, net, Judged(), tokens, ledger, pass_number=0, limit=limit, progress=Progress())
+        ended = Spent.of_record(json.loads(ledger.text().splitlines()[-1]))
+        assert (ended.probes, ended.others, ended.by_probes) == (ledger.tokens, 0, True)
+        told = foreseen(limit)
+        assert told is not None
+        assert replace(told, asked=ended.asked) == ended  # how much comes next depends on what the table says
+    enough = foreseen(tokens.n_tokens * 10_000)
+    assert enough is None or not enough.by_probes
+
+
+def test_a_limit_on_all_passes_is_foreseen_in_the_first_alone():
+    def foresee(limit, **options):
+        return foresee_limit(ALLOCATORS.build({"name": "tyr", **options}), whole(), 1024, 64, limit, lambda _: 0)
+
+    first = foresee(13 * 1024, inner="table")
+    assert first is not None
+    assert first.by_probes
+    assert foresee(10**9, inner="table") is None
+    assert foresee(40 * 1024, inner={"name": "table", "table": "errors"}) is None  # it ends a later pass
+
+
+def test_a_plan_says_where_probes_use_up_the_limit(folder):
+    def told(limit):
+        parts = resolve(Recipe.load("search").with_overrides({"model": str(folder), "search_budget": limit}))
+        stages = make_plan(parts, *skeleton(str(folder)), None, rehearse=True).stages
+        return next(stage.told for stage in stages if stage.name == "search 1")
+
+    assert "search_budget is 16: nothing is asked" in told(16)
+    assert "warning" not in told(10**9)
 
 
 def test_latency_is_timed_before_and_after_and_only_whole(folder, large, monkeypatch):

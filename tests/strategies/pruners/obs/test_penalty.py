@@ -128,3 +128,40 @@ def test_a_group_without_weights_is_in_every_set() -> None:
     layer = toy_layer(6, 2, quirk="zero weight", dtype=torch.float64, moments=torch.float64)
     assert all(0 in vanished_set(layer.hessian, layer.weight, 2, gone, 1.3) for gone in range(1, 7))
     assert vanished_set(layer.hessian, layer.weight, 2, 0, 1.3) == []
+
+
+def plain_set(hessian: torch.Tensor, weight: torch.Tensor, size: int, gone: int, growth: float) -> list[int]:
+    """(4) to (7) as they are written: a system of all inputs in every round."""
+    w, rho = weight, 1e-3 * float(hessian.diagonal().mean())
+    first = weight.square().sum(0).unflatten(0, (-1, size)).sum(1)
+    while True:
+        power = w.square().sum(0).unflatten(0, (-1, size)).sum(1)
+        chosen = power.argsort(stable=True)[:gone]
+        if not float(power[chosen].sum()) > 1e-6 * float(first[chosen].sum()):
+            return chosen.tolist()
+        price = torch.zeros_like(power).index_fill_(0, chosen, rho).repeat_interleave(size)
+        w = fitted(hessian, weight @ hessian, price)
+        rho *= growth
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_sets_are_those_of_the_plain_form(size: int) -> None:
+    for seed in range(2):
+        layer = exact(8, size, seed)
+        for gone in (1, 4, 7, 8):
+            found = vanished_set(layer.hessian, layer.weight, size, gone, 1.5)
+            assert found == plain_set(layer.hessian, layer.weight, size, gone, 1.5)
+
+
+def test_a_set_that_changes_on_the_way_and_inputs_that_nearly_say_the_same_are_as_in_the_plain_form() -> None:
+    generator, moved = torch.Generator().manual_seed(0), 0
+    for _ in range(6):
+        few = torch.randn(8, 5, dtype=torch.float64, generator=generator)
+        hessian = few @ few.T + 1e-4 * torch.eye(8, dtype=torch.float64)  # rank 5
+        weight = torch.randn(6, 8, dtype=torch.float64, generator=generator)
+        weight *= 1 + 0.1 * torch.rand(8, dtype=torch.float64, generator=generator) / weight.norm(dim=0)
+        first = weight.square().sum(0).argsort(stable=True)[:4].tolist()
+        found = vanished_set(hessian, weight, 1, 4, 1.5)
+        assert found == plain_set(hessian, weight, 1, 4, 1.5)
+        moved += set(found) != set(first)
+    assert moved
