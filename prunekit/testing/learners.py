@@ -163,8 +163,8 @@ class LearnerSuite:
     """Subclass it, name it Test..., and set `plugin`; `slack` where it is known to miss the optimum by some.
 
     Who looks once, all its questions about the same gates, is held to the best that could be decided on what it was
-    told: of groups that interact, the set of least loss by the slopes there; where a loss is flat at the gates and
-    nothing but slopes was asked for, any set.
+    told: of groups that interact, the set of least loss by the slopes there. Who asks for nothing but what is 0 all
+    along, as first-order effects are where a loss is flat around what is kept, is not held to anything there.
     """
 
     plugin: Learner
@@ -215,12 +215,11 @@ class LearnerSuite:
         worth = knapsack.price * (0.1 + torch.rand(16, generator=rng, dtype=torch.float64)) / 8
         if self._ranked:
             worth = torch.cat([part.sort(descending=True).values for part in knapsack.split(worth)])
-        surface, asked = Surface(worth, power, noise=noisy(16, power)), list[GateQuery]()
-        left, slack = self._left(surface, space, asked), self.slack if power == 1 else self.flat_slack
-        look = one_look(asked)
-        if look is not None and power > 1 and bool((look == 1).all()) and not any("power" in q.want for q in asked):
-            slack = math.inf  # no slope anywhere
-        assert left <= slack
+        hearing = Hearing(Surface(worth, power, noise=noisy(16, power)))
+        left = self._left(hearing.surface, space, answer=hearing)
+        if not hearing.told:
+            pytest.skip("all that it asks for is 0 where a loss is flat around what is kept")
+        assert left <= (self.slack if power == 1 else self.flat_slack)
 
     def test_finds_a_good_mask_of_groups_that_interact(self) -> None:
         space = self._space([4, 4], [1, 1], 0.5)
@@ -364,12 +363,27 @@ class LearnerSuite:
             assert all(torch.equal(one, two) for one, two in zip(found[0], again, strict=True))
         assert all(torch.equal(one, two) for one, two in zip(dense, gated.dense.parameters(), strict=True))
 
-    def _left(self, surface: Surface, space: Space, asked: list[GateQuery] | None = None) -> float:
+    def _left(
+        self, surface: Surface, space: Space, asked: list[GateQuery] | None = None, answer: Answer | None = None
+    ) -> float:
         """How far the decision is from the optimum, as a share of how far the mean mask that spends the budget is."""
-        decision = lesson(self.plugin, problem_of(space), surface.answer, asked=asked).decisions[0]
+        decision = lesson(self.plugin, problem_of(space), answer or surface.answer, asked=asked).decisions[0]
         assert tight(space, decision)
         found = surface.lost(mask_of(decision, Knapsack(space).sizes)[None])
         return share_left(found, surface.lost(every_mask(space)))
+
+
+@dataclass(eq=False)
+class Hearing:
+    """Answers as a surface, and knows whether anything was told: a loss alone, or a wanted vector that is not 0."""
+
+    surface: Surface
+    told: bool = False
+
+    def __call__(self, query: GateQuery) -> GateReply:
+        reply = self.surface.answer(query)
+        self.told |= not query.want or any(bool(getattr(reply, name).any()) for name in query.want)
+        return reply
 
 
 def share_left(found: Tensor, losses: Tensor) -> float:
