@@ -30,10 +30,10 @@ class GISP(Learner):
     modelling loss, summed over the structure, one order over all layers, about 110 steps for a model of seven billion
     parameters, on 2000 windows of 256 tokens. Equal numbers are removed there at every step; here equal prices, and (2)
     is the exact knapsack, so that a head is worth its price in neurons. The paper ranks by importance per weight; in
-    (2) the price is the weight of a group, so that the order is the same and only the boundary differs. The code divides
-    what a neuron sums up by 3 d_ff and not by its 3 d weights, so that neurons go before heads, and of grouped heads it
-    scores queries and outputs alone. Its margin between right and wrong answers, and its sparing of the first and last
-    blocks, are not here.
+    (2) the price is the weight of a group, so that the order is the same and only the boundary differs. The code
+    divides what a neuron sums up by 3 d_ff and not by its 3 d weights, so that neurons go before heads, and of grouped
+    heads it scores queries and outputs alone. Its margin between right and wrong answers, and its sparing of the first
+    and last blocks, are not here.
     """
 
     nests: ClassVar[bool] = True

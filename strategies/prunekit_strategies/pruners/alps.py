@@ -39,9 +39,10 @@ class ALPS(LocalPruner):
     its own support, once ρ is large.
 
     Source: Meng et al. 2024 (arXiv 2406.07831), algorithms 1 and 2, whose 10 gradients are more here; (4') is the
-    released code's, which keeps the same weights, but for rounding. Ours: (4), which never lowers ρ; every count starts afresh, so that it has one answer whatever else
-    is asked; the aims of `obs`. (1)-(3) only choose, so they run in float32; A and the solution are float64. Weights
-    that nothing reaches go first; on a tie of (2) the lower column stays.
+    released code's, which keeps the same weights, but for rounding. Ours: (4), which never lowers ρ; every count starts
+    afresh, so that it has one answer whatever else is asked; the aims of `obs`. (1)-(3) only choose, so they run in
+    float32; A and the solution are float64. Weights that nothing reaches go first; on a tie of (2) the lower column
+    stays.
     """
 
     structures: ClassVar[frozenset[str]] = SINGLE

@@ -37,10 +37,11 @@ LEFT: Mapping[str, tuple[float, float, float]] = {  # on losses that are linear,
 
 
 class TestEveryLearner(LearnerSuite):
+    strict = True
+
     @pytest.fixture(autouse=True, params=list(LEARNERS))
     def _plugin(self, request: pytest.FixtureRequest) -> None:
         name = request.param
         self.plugin: Learner = LEARNERS.build({"name": name, **QUICK.get(name, {})})
-        self.draws = name in ("bypass-bp", "ddp", "dr-pruning", "sheared-llama")  # ddp draws where it begins
         own = LearnerSuite
         self.slack, self.flat_slack, self.pairs_slack = LEFT.get(name, (own.slack, own.flat_slack, own.pairs_slack))
