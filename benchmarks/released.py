@@ -55,7 +55,7 @@ from prunekit.testing.models import tiny
 from prunekit_strategies.finishers.elsa import Elsa, Map
 from prunekit_strategies.finishers.linear_patch import Pairs
 from prunekit_strategies.learners import bypass_bp, ddp, hard_concrete, lora_prune
-from prunekit_strategies.pruners.alps import ALPS
+from prunekit_strategies.pruners.alps import ALPS, alternate
 from prunekit_strategies.pruners.asvd import ASVD, MeanAbsolute
 from prunekit_strategies.pruners.score import Olica
 from prunekit_strategies.pruners.svd_llm import SVDLLM
@@ -394,7 +394,20 @@ def alps(world: World, code: Path) -> Rows:
             kept = ours.weight != 0
             errors = ", ".join(f"{layer.error(w):.3e}" for w in (linear.weight, ours.weight, grown.weight))
             other = shares((kept & (linear.weight == 0)).sum(), float(kept.sum()))
-            yield f"{name.split('.', 2)[2]}, {keep} of {x.shape[1]}", f"{other} of the weights, errors {errors}"
+            rounded = shares((kept & ~chosen(layer, keep)).sum(), float(kept.sum()))
+            what = f"{name.split('.', 2)[2]}, {keep} of {x.shape[1]}: its weights, ours in float64; errors"
+            yield what, f"{other}, {rounded} are others; {errors}"
+
+
+def chosen(layer: LayerProblem, keep: int) -> Tensor:
+    """What ours keeps under the released rule where nothing is rounded to float32."""
+    scale = layer.hessian.diagonal().sqrt()
+    gram = layer.hessian / scale / scale[:, None]
+    *_, mask = alternate(
+        layer.target * scale, gram, torch.linalg.eigh(gram), lambda x: best_weights(x.abs(), [keep], "layer")[0],
+        0.1, 300, "released",
+    )  # fmt: skip
+    return mask
 
 
 class _Still:
@@ -466,6 +479,10 @@ def elsa(world: World, code: Path) -> Rows:
         when = "at the projection after, as there" if late else "at once, as ours"
         told = ", ".join(f"{schedule} {value:.1e}" for schedule, value in worst.items())
         yield f"weights after {steps} steps, u rescaled {when}", told
+    tied = torch.ones(4, 4)
+    theirs = released.projection([tied], 0.5, 0, 0, [None])[0]
+    kept = int((theirs != 0).sum()), int(best_weights(tied, [2], "layer")[0].sum())
+    yield "16 equal weights, of which 8 shall stay: its, ours", f"{kept[0]}, {kept[1]}"
     try:
         released.projection([first], 0.5, 0, 0, [first.square()])
         failed = "it runs"
