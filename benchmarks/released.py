@@ -21,7 +21,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +45,6 @@ from prunekit.layer.problem import Producer
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.opening import opened
 from prunekit.plugins.learner import GateQuery, Training
-from prunekit.plugins.registry import PRUNERS
 from prunekit.recipe.schema import Recipe
 from prunekit.search.gated import GatedModel
 from prunekit.space.forms import RANKS, WEIGHTS
@@ -57,6 +56,7 @@ from prunekit_strategies.finishers.linear_patch import Pairs
 from prunekit_strategies.learners import bypass_bp, ddp, hard_concrete, lora_prune
 from prunekit_strategies.pruners.alps import ALPS, alternate
 from prunekit_strategies.pruners.asvd import ASVD, MeanAbsolute
+from prunekit_strategies.pruners.reap import REAP
 from prunekit_strategies.pruners.score import Olica
 from prunekit_strategies.pruners.svd_llm import SVDLLM
 from prunekit_strategies.signals.outliers import Outliers
@@ -107,10 +107,11 @@ class World:
     def inputs(self) -> dict[str, Tensor]:
         """(tokens, d_in) in float64, by name of the map."""
         seen: dict[str, list[Tensor]] = {name: [] for name in self.maps}
-        hooks = [
-            m.register_forward_pre_hook(lambda _, args, n=n: seen[n].append(args[0].detach().flatten(0, -2).double()))
-            for n, m in self.maps.items()
-        ]
+
+        def catch(into: list[Tensor], _: nn.Module, args: tuple[Tensor, ...]) -> None:
+            into.append(args[0].detach().flatten(0, -2).double())
+
+        hooks = [m.register_forward_pre_hook(partial(catch, seen[n])) for n, m in self.maps.items()]
         with torch.no_grad():
             for ids in self.tokens.ids:
                 self.model(ids[None])
@@ -237,7 +238,7 @@ def reap(world: World, code: Path) -> Rows:
     there = {"OnlineStatsTracker": metrics.OnlineStatsTracker, "dataclass": dataclass, "Optional": typing.Optional}
     names = "PreparedPruningBatch", "initialize_pruning_state", "_prepare_pruning_batch", "update_pruning_state"
     released = taken(code / "src/reap/pruning_metrics.py", *names, Any=Any, **there)
-    tokens, pruner = toy_tokens(windows=16, seqlen=8), PRUNERS.build({"name": "reap"})
+    tokens, pruner = toy_tokens(windows=16, seqlen=8), REAP()
     asked = frozenset({"gram", *pruner.needs})
     for family, renormalised in (("mixtral", True), ("qwen3_moe", True), ("olmoe", False), ("qwen2_moe", False)):
         model, adapter = tiny(family, num_hidden_layers=2).requires_grad_(False), adapter_for(family)
@@ -245,7 +246,11 @@ def reap(world: World, code: Path) -> Rows:
         inside: Any = adapter.experts  # type: ignore[attr-defined]
         experts, router = (adapter.blocks(model)[site.block].get_submodule(p) for p in (inside.path, inside.router))
         seen: list[tuple[Tensor, ...]] = []
-        with experts.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args)):
+
+        def catch(_: nn.Module, args: tuple[Tensor, ...], into: list[tuple[Tensor, ...]] = seen) -> None:
+            into.append(args)
+
+        with experts.register_forward_pre_hook(catch):
             model(tokens.ids)
         (hidden, ids, _), n = seen[0], site.n_groups
         once = torch.ones(len(hidden), 1, dtype=hidden.dtype)
@@ -257,7 +262,7 @@ def reap(world: World, code: Path) -> Rows:
                 renormalize_router_weights=renormalised,
             )  # fmt: skip
         moments = BlockFlow(model, adapter, tokens, dense=False).received(site, statistics_of(asked))
-        ours = pruner.scores(layer_problem(model, adapter, site, moments, asked, damping=1e-9))  # type: ignore[attr-defined]
+        ours = pruner.scores(layer_problem(model, adapter, site, moments, asked, damping=1e-9))
         theirs = state["reap"].mean.double()
         same = theirs.argsort().tolist() == ours.argsort().tolist()
         most = float((theirs - ours).abs().max() / ours.max())
@@ -516,7 +521,7 @@ def sheared_llama(world: World, code: Path) -> Rows:
             raise AttributeError(name)
 
     there = {"List": list, "Any": Any, "NS": argparse.Namespace, "Time": Time, "Variable": torch.autograd.Variable}
-    ends = {"limit_a": -0.1, "limit_b": 1.1, "epsilon": 1e-6}
+    ends: dict[str, Any] = {"limit_a": -0.1, "limit_b": 1.1, "epsilon": 1e-6}
     released = taken(code / "llmshearing/models/l0_module.py", "Mask", "L0Module", **there, **ends)
     options = Config(
         pruning_modules=["head", "intermediate"],
@@ -572,7 +577,7 @@ def sheared_llama(world: World, code: Path) -> Rows:
 def ddp_(world: World, code: Path) -> Rows:
     """Gates of 8 layers of 768 neurons at random z."""
     there = {"dataclass": dataclass, "field": field, "List": list, "Any": Any, "Optional": typing.Optional}
-    ends = {"limit_a": -0.1, "limit_b": 1.1}
+    ends: dict[str, Any] = {"limit_a": -0.1, "limit_b": 1.1}
     names = "L0Config", "ste_clamp", "ste_relu", "Mask", "L0Module"
     released = taken(code / "main.py", *names, **there, **ends)
     options = {"pruning_modules": ["intermediate"], "num_layers": 8, "intermediate_size": 768}

@@ -221,7 +221,7 @@ class Learner(ABC):
 
     structures: ClassVar[frozenset[str]] = frozenset({"groups"})
     nests: ClassVar[bool] = False  # one conversation decides for every budget of a family, each within the larger
-    draws: ClassVar[bool] = False  # it draws masks or where it begins: the order of groups says whose draws are whose
+    stochastic: ClassVar[bool] = False  # it draws masks, or where it begins: another order of groups, other draws
     misses: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Losses of the suite, `linear`, `flat` or `pairs`, whose best set it is known to miss by far, and why."""
 

@@ -260,17 +260,17 @@ class LearnerSuite:
         worth = Knapsack(space).price * values / 8
         order = torch.tensor([2, 0, 1, 8, 3, 7, 5, 4, 6])
         # who draws is asked for most of the set, and hears noise: without it an optimiser that scales slopes sees signs
-        noise = noisy(9, 0) if self.plugin.draws else None
+        noise = noisy(9, 0) if self.plugin.stochastic else None
         again = None if noise is None else noise[:, order]
         found = [
             lesson(self.plugin, problem_of(space), surface.answer).decisions[0]
             for surface in (
-                Surface(worth, 1 + self.plugin.draws, noise=noise),
-                Surface(worth[order], 1 + self.plugin.draws, noise=again),
+                Surface(worth, 1 + self.plugin.stochastic, noise=noise),
+                Surface(worth[order], 1 + self.plugin.stochastic, noise=again),
             )
         ]
         one, two = (mask_of(decision, [3, 6]) for decision in found)
-        if self.plugin.draws:
+        if self.plugin.stochastic:
             assert float((two * one[order]).sum()) >= float(one.sum()) / 2
         else:
             assert torch.equal(two, one[order])

@@ -37,7 +37,7 @@ class BypassBP(Learner):
     model.
     """
 
-    draws: ClassVar[bool] = True
+    stochastic: ClassVar[bool] = True
     misses: ClassVar[Mapping[str, str]] = dict.fromkeys(("linear", "flat", "pairs"), "a lesson is of few draws")
 
     steps: int = 1024

@@ -37,7 +37,7 @@ class DDP(Learner):
     head at the output projection, where the exact set that is exported is also the one that is evaluated.
     """
 
-    draws: ClassVar[bool] = True
+    stochastic: ClassVar[bool] = True
     misses: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("linear", "pairs"), "Adam hears of slopes of one size their sign alone"
     )

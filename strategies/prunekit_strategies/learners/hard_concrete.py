@@ -53,7 +53,7 @@ class HardConcrete(Learner):
     whose gates keep the value v, which becomes part of the weights. Learners of this kind have these options.
     """
 
-    draws: ClassVar[bool] = True
+    stochastic: ClassVar[bool] = True
     misses: ClassVar[Mapping[str, str]] = dict.fromkeys(("linear", "flat", "pairs"), "a lesson is of few draws")
 
     steps: int = 256
