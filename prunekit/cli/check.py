@@ -74,5 +74,6 @@ def _run_suite(registry: Registry[Any], spec: Mapping[str, Any]) -> int:
         file.write_text(module)
         options = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", f"--rootdir={folder}"]
         options += ["-o", "verbosity_subtests=0"]  # only those that fail are shown
+        options += ["-r", "fEx"]  # and what a plug-in is known to miss
         options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # this process has imported much already
         return int(pytest.main([str(file), *options]))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
@@ -220,6 +221,9 @@ class Learner(ABC):
 
     structures: ClassVar[frozenset[str]] = frozenset({"groups"})
     nests: ClassVar[bool] = False  # one conversation decides for every budget of a family, each within the larger
+    stochastic: ClassVar[bool] = False  # it draws masks, or where it begins: another order of groups, other draws
+    misses: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Losses of the suite, `linear`, `flat` or `pairs`, whose best set it is known to miss by far, and why."""
 
     @property
     def training(self) -> Training | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from prunekit.testing.spaces import sites_of
 from prunekit.testing.supernets import toy_tokens
 
 WINDOWS, SEQLEN = 64, 8
+FEW = 8  # steps
 Answer = Callable[[GateQuery], GateReply]
 
 
@@ -162,16 +162,19 @@ def noisy(groups: int, seed: int) -> Tensor:
 class LearnerSuite:
     """Subclass it, name it Test..., and set `plugin`; `slack` where it is known to miss the optimum by some.
 
+    Where it is known to miss it by far, the plug-in says so, and why, in `misses`: that is an expected failure, unless
+    the test is `strict`. What does not depend on how long it learns is tested with a few steps.
+
     Who looks once, all its questions about the same gates, is held to the best that could be decided on what it was
-    told: of groups that interact, the set of least loss by the slopes there; where a loss is flat at the gates and
-    nothing but slopes was asked for, any set.
+    told: of groups that interact, the set of least loss by the slopes there. Who asks for nothing but what is 0 all
+    along, as first-order effects are where a loss is flat around what is kept, is not held to anything there.
     """
 
     plugin: Learner
     slack: float = 0.1  # of how far the mean mask is above the optimum: what may be left where losses are linear
     flat_slack: float = 0.1  # the same where a kept group has no slope
     pairs_slack: float = 0.2  # the same where groups interact
-    draws: bool = False  # whether it draws masks: then the order of groups decides whose draws are whose
+    strict: bool = False  # what the plug-in `misses` is no excuse
 
     @pytest.fixture
     def model(self) -> tuple[GatedModel, GateProblem]:
@@ -185,6 +188,18 @@ class LearnerSuite:
         space = Space.whole(sites, Budget.keeping(0.5, sites))
         gated = GatedModel(model.requires_grad_(False), adapter, sites, text, training=self.plugin.training)
         return gated, GateProblem((space,), len(text), text.seqlen)
+
+    @property
+    def _few(self) -> Learner:
+        """The plug-in with a few steps, where it has so called."""
+        steps = getattr(self.plugin, "steps", 0)
+        return replace(self.plugin, steps=min(steps, FEW)) if steps else self.plugin  # type: ignore[type-var, call-arg]
+
+    def _judge(self, losses: str, left: float, slack: float) -> None:
+        """How far it is from the optimum of such losses, against what may be left."""
+        if left > slack and not self.strict and (why := self.plugin.misses.get(losses)):
+            pytest.xfail(f"{left:.0%} of the way to the mean mask is left where losses are {losses}: {why}")
+        assert left <= slack
 
     @property
     def _ranked(self) -> bool:
@@ -215,12 +230,11 @@ class LearnerSuite:
         worth = knapsack.price * (0.1 + torch.rand(16, generator=rng, dtype=torch.float64)) / 8
         if self._ranked:
             worth = torch.cat([part.sort(descending=True).values for part in knapsack.split(worth)])
-        surface, asked = Surface(worth, power, noise=noisy(16, power)), list[GateQuery]()
-        left, slack = self._left(surface, space, asked), self.slack if power == 1 else self.flat_slack
-        look = one_look(asked)
-        if look is not None and power > 1 and bool((look == 1).all()) and not any("power" in q.want for q in asked):
-            slack = math.inf  # no slope anywhere
-        assert left <= slack
+        hearing = Hearing(Surface(worth, power, noise=noisy(16, power)))
+        left = self._left(hearing.surface, space, answer=hearing)
+        if not hearing.told:
+            pytest.skip("all that it asks for is 0 where a loss is flat around what is kept")
+        self._judge("linear" if power == 1 else "flat", left, self.slack if power == 1 else self.flat_slack)
 
     def test_finds_a_good_mask_of_groups_that_interact(self) -> None:
         space = self._space([4, 4], [1, 1], 0.5)
@@ -236,7 +250,7 @@ class LearnerSuite:
             assert slopes is not None
             best = masks[int((masks @ -slopes).argmax())]
             slack = max(slack, self.slack + share_left(surface.lost(best[None]), surface.lost(masks)))
-        assert left <= slack
+        self._judge("pairs", left, slack)
 
     def test_does_not_care_for_the_order_of_groups_in_a_site(self) -> None:
         if self._ranked:
@@ -246,17 +260,17 @@ class LearnerSuite:
         worth = Knapsack(space).price * values / 8
         order = torch.tensor([2, 0, 1, 8, 3, 7, 5, 4, 6])
         # who draws is asked for most of the set, and hears noise: without it an optimiser that scales slopes sees signs
-        noise = noisy(9, 0) if self.draws else None
+        noise = noisy(9, 0) if self.plugin.stochastic else None
         again = None if noise is None else noise[:, order]
         found = [
             lesson(self.plugin, problem_of(space), surface.answer).decisions[0]
             for surface in (
-                Surface(worth, 1 + self.draws, noise=noise),
-                Surface(worth[order], 1 + self.draws, noise=again),
+                Surface(worth, 1 + self.plugin.stochastic, noise=noise),
+                Surface(worth[order], 1 + self.plugin.stochastic, noise=again),
             )
         ]
         one, two = (mask_of(decision, [3, 6]) for decision in found)
-        if self.draws:
+        if self.plugin.stochastic:
             assert float((two * one[order]).sum()) >= float(one.sum()) / 2
         else:
             assert torch.equal(two, one[order])
@@ -268,7 +282,7 @@ class LearnerSuite:
             spaces = tuple(Space.whole(sites, Budget.keeping(share, sites, apart=apart)) for share in shares)
             problem = GateProblem(spaces, WINDOWS, SEQLEN)
             worth = torch.rand(problem.groups, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-            learned = lesson(self.plugin, problem, Surface(worth).answer)
+            learned = lesson(self._few, problem, Surface(worth).answer)
             for decision, space in zip(learned.decisions, spaces, strict=True):
                 assert tight(space, decision)
             masks = [mask_of(decision, problem.knapsacks[-1].sizes) for decision in learned.decisions]
@@ -280,13 +294,13 @@ class LearnerSuite:
         surface = Surface(worth, noise=noisy(len(worth), 1))
         asked: list[GateQuery] = []
         random_state = _random_state()
-        whole = lesson(self.plugin, problem_of(space), surface.answer, tmp_path / "whole", asked)
+        whole = lesson(self._few, problem_of(space), surface.answer, tmp_path / "whole", asked)
         assert _random_state() == random_state, "the global random state is the caller's"
         journal = (tmp_path / "whole" / "ledger.jsonl").read_text()
         stop, again, folder = len(asked) // 2, list[GateQuery](), tmp_path / "stopped"
         with pytest.raises(KeyboardInterrupt):
-            lesson(self.plugin, problem_of(space), Stopping(surface.answer, stop), folder)
-        resumed = lesson(self.plugin, problem_of(space), surface.answer, folder, again)
+            lesson(self._few, problem_of(space), Stopping(surface.answer, stop), folder)
+        resumed = lesson(self._few, problem_of(space), surface.answer, folder, again)
         if self.plugin.training is None:  # else steps are taken again from the last state on
             assert len(again) == len(asked) - stop, "nothing is asked twice"
         assert (folder / "ledger.jsonl").read_text() == journal
@@ -297,13 +311,13 @@ class LearnerSuite:
         surface = Surface(self._worth(space, 0.1, 1))
         for windows, seqlen in ((WINDOWS, SEQLEN), (3, 4096)):
             problem = GateProblem((space,), windows, seqlen)
-            learned = lesson(self.plugin, problem, surface.answer)
-            assert learned.effort == self.plugin.effort(windows, seqlen)
+            learned = lesson(self._few, problem, surface.answer)
+            assert learned.effort == self._few.effort(windows, seqlen)
 
     def test_asks_nothing_where_all_may_stay(self) -> None:
         space = self._space([3, 6], [2, 1], 1.0)
         asked: list[GateQuery] = []
-        learned = lesson(self.plugin, problem_of(space), Surface(self._worth(space, 1, 1)).answer, asked=asked)
+        learned = lesson(self._few, problem_of(space), Surface(self._worth(space, 1, 1)).answer, asked=asked)
         assert not asked
         assert learned.effort == Effort(0)
         assert learned.decisions[0].counts == tuple(site.n_groups for site in space.sites)
@@ -312,11 +326,11 @@ class LearnerSuite:
         space = self._space([3, 6], [2, 1], 0.5)
         for worth in (0.0, 1e30, -1.0):
             surface = Surface(self._worth(space, worth, worth))
-            assert tight(space, lesson(self.plugin, problem_of(space), surface.answer).decisions[0])
+            assert tight(space, lesson(self._few, problem_of(space), surface.answer).decisions[0])
 
     def test_its_masks_on_a_model_are_what_is_cut_out(self, model: tuple[GatedModel, GateProblem]) -> None:
         gated, problem = model
-        decision = lesson(self.plugin, problem, gated).decisions[0]
+        decision = lesson(self._few, problem, gated).decisions[0]
         assert tight(problem.space, decision)
         sizes = problem.knapsacks[-1].sizes
         scales = torch.ones(problem.groups).double() if decision.scales is None else decision.scales
@@ -340,8 +354,7 @@ class LearnerSuite:
     def test_weights_are_trained_alike_after_an_interruption(self, tmp_path: Path) -> None:
         if self.plugin.training is None:
             pytest.skip("it trains no weights")
-        few: Learner = replace(self.plugin, steps=8) if hasattr(self.plugin, "steps") else self.plugin  # type: ignore[type-var, call-arg]
-        found = []
+        few, found = self._few, []
         gated, problem = self._model()
         asked: list[GateQuery] = []
         with pytest.MonkeyPatch.context() as patch:
@@ -364,12 +377,27 @@ class LearnerSuite:
             assert all(torch.equal(one, two) for one, two in zip(found[0], again, strict=True))
         assert all(torch.equal(one, two) for one, two in zip(dense, gated.dense.parameters(), strict=True))
 
-    def _left(self, surface: Surface, space: Space, asked: list[GateQuery] | None = None) -> float:
+    def _left(
+        self, surface: Surface, space: Space, asked: list[GateQuery] | None = None, answer: Answer | None = None
+    ) -> float:
         """How far the decision is from the optimum, as a share of how far the mean mask that spends the budget is."""
-        decision = lesson(self.plugin, problem_of(space), surface.answer, asked=asked).decisions[0]
+        decision = lesson(self.plugin, problem_of(space), answer or surface.answer, asked=asked).decisions[0]
         assert tight(space, decision)
         found = surface.lost(mask_of(decision, Knapsack(space).sizes)[None])
         return share_left(found, surface.lost(every_mask(space)))
+
+
+@dataclass(eq=False)
+class Hearing:
+    """Answers as a surface, and knows whether anything was told: a loss alone, or a wanted vector that is not 0."""
+
+    surface: Surface
+    told: bool = False
+
+    def __call__(self, query: GateQuery) -> GateReply:
+        reply = self.surface.answer(query)
+        self.told |= not query.want or any(bool(getattr(reply, name).any()) for name in query.want)
+        return reply
 
 
 def share_left(found: Tensor, losses: Tensor) -> float:

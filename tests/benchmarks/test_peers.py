@@ -106,9 +106,9 @@ def test_the_script_writes_rows_once_and_a_table(job, folder, tmp_path):
     table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(row["name"], row.get("beside")) for row in rows] == [
-        ("dense", None), ("flap", None), ("fast", "flap"), ("wanda-sp", None), ("fast", None)
+        ("dense", None), ("flap", None), ("fast", "flap"), ("same", "flap"), ("wanda-sp", None), ("fast", None)
     ]  # fmt: skip
-    dense, flap, ours, failed, _ = rows
+    dense, flap, ours, _, failed, _ = rows
     assert ours["blocks"] <= flap["blocks"] < dense["blocks"]
     assert ours["tokens"] <= flap["tokens"]
     assert f"| Wanda-sp | did not run: {failed['failed']} |" in table

@@ -168,11 +168,17 @@ class Count:
     after: Runs | None = None  # and on every result
     records: int = 0  # bytes of the small files, which hold no weights
     trials: Trials | None = None  # of the pruner; None: how long it works is not known
+    narrowed: int | None = None  # parameters of the model whose residual stream was narrowed, before groups go
 
     @cached_property
     def everything(self) -> int:
         """Bytes of the dense model in the dtype of the computation."""
         return self.shape.parameters(self.shape.model) * self.shape.computed.itemsize
+
+    @property
+    def _whole(self) -> int:
+        """Parameters of the model that groups go from: the dense one, or the narrower one, whose head may be untied."""
+        return self.everything // self.shape.computed.itemsize if self.narrowed is None else self.narrowed
 
     @cached_property
     def block(self) -> int:
@@ -356,7 +362,7 @@ class Count:
         if recipe.rebuild and member.last.ladders != self._passes[len(member.spaces) - 1].ladders:
             rebuilt = self._pass(member.called("rebuild"), member.last, shares, held + working, member.name)
             yield replace(rebuilt, disk=rebuilt.disk + member.unlike_uniform * shape.stored.itemsize)
-        stays = self.everything // size - member.freed  # parameters
+        stays = self._whole - member.freed  # parameters
         some = min(judged, max(self.seqlen, LOGITS_AT_ONCE // shape.vocabulary))  # tokens of a forward pass
         forward = max(2 * FLOAT * some * shape.vocabulary, self._activations(some))
         hidden = min(HIDDEN_BYTES, judged * shape.width * size)
@@ -421,8 +427,9 @@ class Count:
     def _held(self, shares: Shares) -> int:
         """Bytes of the dense model that are always in memory, and of what is read of a paged one; of those that
         are pruned in the place of it."""
-        others = self._copied[0] or self.parts.width is not None  # one whose residual stream is narrower is no larger
-        trained = len(self.members) * self.everything if others else 0
+        trained = len(self.members) * self.everything if self._copied[0] else 0
+        if self.narrowed is not None:
+            trained += self.narrowed * self.shape.computed.itemsize
         return trained + (self.everything if shares.blocks is None else self.resident + self._page)
 
     def _activations(self, tokens: int) -> int:
@@ -442,7 +449,7 @@ class Count:
         if not self.parts.objective.training(self.tokens["search"]):
             return 0
         shape = self.shape
-        stays = self.everything // shape.computed.itemsize - member.freed
+        stays = self._whole - member.freed
         kept = 2 * len(shape.blocks) * self._activations(self.seqlen)  # on the way there, for the way back
         return 4 * FLOAT * stays + kept + 4 * FLOAT * self.seqlen * shape.vocabulary
 

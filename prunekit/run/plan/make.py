@@ -7,13 +7,15 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from prunekit.data.draws import amounts, window_of
 from prunekit.models.opening import computing_dtype, every_device, limits, resolved_devices
+from prunekit.models.width import check_narrow, narrow_shape
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.metric import MeasuredMetric
 from prunekit.recipe.resolve import Parts
@@ -22,6 +24,7 @@ from prunekit.run.plan.count import Count, Member, Shape
 from prunekit.run.plan.plan import Plan
 from prunekit.run.plan.rehearsal import Rehearsal, between, list_passes, rehearsed
 from prunekit.run.plan.trial import Trials
+from prunekit.run.spaces import narrow_space
 from prunekit.run.workplace import written
 from prunekit.search.conversation import Known
 from prunekit.space.ladders import Space
@@ -94,7 +97,8 @@ def planned(
         measured, after = metric.unit, metric.runs_after(whole_model)
         before = metric.runs_before(whole_model, shape.sites) if metric.prices is None else None
     records = _records(recipe, shape.sites, sum(member.wanted for member in members))
-    count = Count(parts, shape, tokens, seqlen, members, before, after, records, trials)
+    narrowed = _narrowed(parts, model, adapter, stored)
+    count = Count(parts, shape, tokens, seqlen, members, before, after, records, trials, narrowed)
 
     def of(shares: Shares) -> Plan:
         stages = tuple(count.stages(shares))
@@ -124,6 +128,16 @@ def _records(recipe: Recipe, sites: Sequence[Site], results: int) -> int:
     files = source.iterdir() if source is not None and source.is_dir() else ()
     copied = sum(file.stat().st_size for file in files if file.suffix in COPIED)
     return results * (copied + RECORDS + RECORDS_OF_SITE * len(sites))
+
+
+def _narrowed(parts: Parts, model: nn.Module, adapter: ModelAdapter, stored: torch.dtype) -> int | None:
+    """Parameters of the model with a narrower residual stream, its head counted where it is a matrix of its own."""
+    if parts.width is None:
+        return None
+    whole = cast(PreTrainedModel, model)
+    width, _ = narrow_space(parts, whole, adapter, stored)
+    slim = narrow_shape(whole, check_narrow(whole, adapter), width, rotated=parts.width.turns)
+    return sum(p.numel() for p in slim.parameters())
 
 
 def _placed(recipe: Recipe, model: nn.Module, adapter: ModelAdapter) -> list[torch.device]:

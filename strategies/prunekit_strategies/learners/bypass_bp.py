@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -34,6 +36,9 @@ class BypassBP(Learner):
     neurons together (`apart` in a recipe parts them), and the prior of (1) is the Wanda-sp score of groups in the dense
     model.
     """
+
+    stochastic: ClassVar[bool] = True
+    misses: ClassVar[Mapping[str, str]] = dict.fromkeys(("linear", "flat", "pairs"), "a lesson is of few draws")
 
     steps: int = 1024
     draws: int = 2  # K

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -34,6 +36,11 @@ class DDP(Learner):
     for heads and neurons (the code has one for each kind, and whole heads rounded), ln 11 for its 2.4, the gate of a
     head at the output projection, where the exact set that is exported is also the one that is evaluated.
     """
+
+    stochastic: ClassVar[bool] = True
+    misses: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("linear", "pairs"), "Adam hears of slopes of one size their sign alone"
+    )
 
     steps: int = 512
     batch_tokens: int = 1024  # per step; whole windows, at least one

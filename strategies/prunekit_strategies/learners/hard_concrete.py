@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from jaxtyping import Float
@@ -51,6 +52,9 @@ class HardConcrete(Learner):
 
     whose gates keep the value v, which becomes part of the weights. Learners of this kind have these options.
     """
+
+    stochastic: ClassVar[bool] = True
+    misses: ClassVar[Mapping[str, str]] = dict.fromkeys(("linear", "flat", "pairs"), "a lesson is of few draws")
 
     steps: int = 256
     batch_tokens: int = 1024  # per step; whole windows, at least one

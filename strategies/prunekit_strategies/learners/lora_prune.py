@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,6 +38,10 @@ class LoRAPrune(Learner):
     (the code counts 32), with their own keys and values; no dropout; the rate is for a few hundred steps. Its sparing
     of the first tenth of the blocks and the last is `spare` of a recipe.
     """
+
+    misses: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("linear", "flat", "pairs"), "it ranks within a site, and all sites keep one share"
+    )
 
     steps: int = 256
     batch_tokens: int = 1024  # per step; whole windows, at least one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,6 +37,8 @@ class SLS(Learner):
     of a block as counts of the structure are apart. Which weights of a block stay in the end the pruner says:
     `magnitude` is the published choice.
     """
+
+    misses: ClassVar[Mapping[str, str]] = {"flat": "a rank that is kept without a slope is not told from others"}
 
     structures: ClassVar[frozenset[str]] = frozenset({"n:m"})
 

@@ -31,16 +31,18 @@ class ALPS(LocalPruner):
                    ρ ← 1.3 ρ if s ≥ 0.1 k d_out;  1.2 ρ if s ≥ 0.005 k d_out;  1.1 ρ if s > 0;  end if s = 0   (4)
         or         s those that are new or gone; 1.3 and 1.2 as above; until one of them has been, ρ ← ρ / 5, and
                    where s > 0 B, D and Y as in the beginning; then 1.1 ρ if s > 0, and the end if s = 0; after 30
-                   rounds the end if s < 0.0003 k d_out                              rule: released            (4')
+                   rounds the end if s < 0.0003 k d_out; D begins as the k d_out largest of B₀
+                                                                                     rule: released            (4')
 
     then the least squares of every row on the support of D, exact up to `exact` inputs, by conjugate gradients
     beyond. On a fixed support (1)-(3) converge to that optimum for every ρ; with (2) to a point that is optimal on
     its own support, once ρ is large.
 
     Source: Meng et al. 2024 (arXiv 2406.07831), algorithms 1 and 2, whose 10 gradients are more here; (4') is the
-    released code's. Ours: (4), which never lowers ρ; every count starts afresh, so that it has one answer whatever else
-    is asked; the aims of `obs`. (1)-(3) only choose, so they run in float32; A and the solution are float64. Weights
-    that nothing reaches go first; on a tie of (2) the lower column stays.
+    released code's, which keeps the same weights, but for rounding. Ours: (4), which never lowers ρ; every count starts
+    afresh, so that it has one answer whatever else is asked; the aims of `obs`. (1)-(3) only choose, so they run in
+    float32; A and the solution are float64. Weights that nothing reaches go first; on a tie of (2) the lower column
+    stays.
     """
 
     structures: ClassVar[frozenset[str]] = SINGLE
@@ -97,9 +99,9 @@ def alternate(
     """(1)-(4); the last fit B, sparse D and support. With `constant` ρ stays and every round is made."""
     values, vectors = (part.to(weight) for part in eigen)
     reached = weight @ gram  # B₀ A
-    b, d, y = weight, weight, torch.zeros_like(weight)
     mask = seen = choose(weight)
-    first, grown = torch.where(mask, weight, 0), False
+    first, grown = weight if rule != "released" else torch.where(mask, weight, 0), False
+    b, d, y = weight, first, torch.zeros_like(weight)
     inverse = (vectors / (values + rho)) @ vectors.T
     for i in range(rounds):
         b = (reached - y + rho * d) @ inverse  # (1)

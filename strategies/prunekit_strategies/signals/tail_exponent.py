@@ -28,9 +28,10 @@ class TailExponent(Signal):
     D_k, among the λ_k from 0.95 times the lower to 1.5 times the upper end of the fullest bin of a histogram of log λ.
 
     Source: AlphaPruning (Lu et al. 2024, arXiv 2410.10912); (1) Hill 1975, (2) as in Clauset et al. 2009. The
-    published code compares the logarithm of the window's lower end with λ itself, so that it has no lower end, and
-    takes (2) at one side of the steps; here both are as they should be, and a histogram has at most n/4 bins. The
-    maps are the one that is cut and those in front of it (query, key and value; gate and up).
+    published code compares the logarithm of the window's lower end with λ itself, so that it has no lower end, takes
+    1.5 times the lower end of the bin for the upper one, and takes (2) at one side of the steps; here all three are as
+    they should be, and a histogram has at most n/4 bins, which is less than its 100 below 400 eigenvalues. The maps are
+    the one that is cut and those in front of it (query, key and value; gate and up).
     """
 
     unitless: ClassVar[bool] = True

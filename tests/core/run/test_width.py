@@ -16,10 +16,12 @@ from prunekit.calibration.stream import collect_stream
 from prunekit.data.tokens import TokenBatch
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.width import check_narrow, narrow_shape, norms, widths
+from prunekit.plugins.exporter import Order
 from prunekit.plugins.registry import WIDTHS
 from prunekit.plugins.width import Width
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
+from prunekit.run.plan.make import planned
 from prunekit.run.spaces import narrow_space
 from prunekit.run.width import checked
 from prunekit.search.store import CandidateStore
@@ -284,6 +286,21 @@ def test_a_plan_counts_the_narrower_model_and_its_statistics(folder):
     assert stages[True]["width"].flops > 0
     more = stages[True]["evaluate"].memory - stages[False]["evaluate"].memory
     assert more >= 4 * sum(p.numel() for p in model.parameters()) * 0.4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plan_counts_the_head_that_a_basis_unties(name):
+    """A vocabulary so large that the narrower model is the larger one."""
+    model = tiny("llama", vocab_size=2000, tie_word_embeddings=True).float()
+    adapter, parts = adapter_for("llama"), parts_of(name, sparsity=0.2)
+    width, space = narrow_space(parts, model, adapter, torch.float32)
+    turns = WIDTHS.build(name).turns
+    small = counted(narrow_shape(model, check_narrow(model, adapter), width, rotated=turns), False)
+    assert (small > counted(model, False)) == turns
+    export = planned(parts, model, adapter, [space], None).stages[-1]
+    assert export.name == "export"
+    weights = sum(each.size(Order(adapter, "groups", parts.recipe.code, small, 4)) for each in parts.exporters)
+    assert export.disk == weights
 
 
 # -- sentences ------------------------------------------------------------------------------------------

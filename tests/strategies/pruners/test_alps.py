@@ -87,6 +87,28 @@ def test_the_released_rule_lowers_a_penalty_that_is_too_large_for_anything_to_mo
     assert lost[0] < lost[1]
 
 
+def test_the_released_rule_begins_with_the_largest_weights_where_ours_begins_with_all() -> None:
+    problem, rho = layer(), 0.3
+    _, weight, gram, eigen = scaled(problem)
+    largest = torch.where(best_weights(weight.abs(), [6], "layer")[0], weight, 0)
+    ridge = gram + rho * torch.eye(len(gram), dtype=gram.dtype)
+    first = torch.linalg.solve(ridge, (weight @ gram + rho * largest).T).T  # (1) from Y = 0
+
+    def fitted(rule: Any) -> Tensor:
+        """What the first round of a rule thresholds."""
+        asked: list[Tensor] = []
+
+        def choose(x: Tensor) -> Tensor:
+            asked.append(x)
+            return best_weights(x.abs(), [6], "layer")[0]
+
+        alternate(weight, gram, eigen, choose, rho, 1, rule)
+        return asked[1]
+
+    torch.testing.assert_close(fitted("released"), first)
+    torch.testing.assert_close(fitted("grow"), weight)
+
+
 @pytest.mark.parametrize("exact", [1024, 0])
 def test_weights_are_the_least_squares_of_the_support(exact: int) -> None:
     problem = layer()
