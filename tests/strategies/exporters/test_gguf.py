@@ -176,7 +176,7 @@ CASES: dict[str, tuple[str, Any, dict[str, Any], str]] = {  # family, what is ke
     "granite, equal": ("granite", 4 * ((2, 11),), {}, "granite"),
     "smollm3, equal": ("smollm3", 4 * ((2, 11),), {"no_rope_layer_interval": 4}, "smollm3"),
     "mixtral": ("mixtral", 4 * ((1, 3),), {}, "llama"),
-    "mixtral, tied": ("mixtral", 4 * ((2, 5),), {"tie_word_embeddings": True, "sliding_window": 48}, "llama"),
+    "mixtral, tied": ("mixtral", 4 * ((2, 5),), {"tie_word_embeddings": True}, "llama"),
     "qwen2_moe": ("qwen2_moe", 4 * ((2, 4),), {"mlp_only_layers": []}, "qwen2moe"),
     "qwen2_moe, tied": ("qwen2_moe", ALL, {"mlp_only_layers": [], "tie_word_embeddings": True}, "qwen2moe"),
     "qwen3_moe": ("qwen3_moe", 4 * ((1, 3),), {}, "qwen3moe"),
