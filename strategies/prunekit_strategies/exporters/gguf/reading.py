@@ -132,17 +132,18 @@ class File:
             NotVerified: there are none, or too few.
         """
         mixture = self.mixture
-        width = "feed_forward_length" if mixture is None else mixture.width
-        keys = "attention.head_count", "attention.head_count_kv", width
-        count, columns = self.get("block_count", 0), list[list[int]]()
+        neurons = "feed_forward_length" if mixture is None else mixture.width
+        keys = "attention.head_count", "attention.head_count_kv", neurons
+        blocks, columns = self.get("block_count", 0), list[list[int]]()
         for key in keys:
             value = self.get(key)
-            column = list(value) if isinstance(value, list) else [value] * count
-            columns.append(column if self.graph.unequal else column[:1] * count)
-        if not count or any(len(column) != count or None in column for column in columns):
+            column = list(value) if isinstance(value, list) else [value] * blocks
+            columns.append(column if self.graph.unequal else column[:1] * blocks)
+        if not blocks or any(len(column) != blocks or None in column for column in columns):
             raise NotVerified(f"{self.path} does not tell the sizes of its layers")
         shared = self.get("expert_shared_feed_forward_length", 0) if mixture is not None and mixture.shared else 0
-        return [Layer(*sizes, self.get("expert_count", 0), shared) for sizes in zip(*columns, strict=True)]
+        experts = self.get("expert_count", 0)
+        return [Layer(query, kv, width, experts, shared) for query, kv, width in zip(*columns, strict=True)]
 
     @property
     def mixture(self) -> Mixture | None:
