@@ -57,6 +57,8 @@ class Experts:
     outputs: tuple[str, ...] = ("down_proj",)  # matrix and bias that the outputs of the experts are proportional to
     inputs: tuple[str, ...] = ("gate_up_proj",)  # matrix and bias before the neurons: all gates, then what they gate
     transposed: bool = False  # matrices are (experts, in, out) and not (experts, out, in); gates and gated take turns
+    shared: str | None = None  # an MLP beside them, of gate_proj, up_proj and down_proj; None: there is none
+    shared_width: str = "shared_expert_intermediate_size"  # in the config: neurons of it
 
     def there(self, block: nn.Module) -> bool:
         """Whether a block has experts; some have a plain MLP."""
@@ -338,7 +340,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "mixtral": of_experts("mixtral", "Mixtral", Experts("num_local_experts", "intermediate_size")),
     "olmoe": of_experts("olmoe", "Olmoe", Experts("num_experts", "intermediate_size")),
-    "qwen2_moe": of_experts("qwen2_moe", "Qwen2Moe", Experts("num_experts")),
+    "qwen2_moe": of_experts("qwen2_moe", "Qwen2Moe", Experts("num_experts", shared="mlp.shared_expert")),
     "qwen3_moe": of_experts("qwen3_moe", "Qwen3Moe", Experts("num_local_experts")),
     "gpt_oss": of_experts(
         "gpt_oss",

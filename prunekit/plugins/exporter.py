@@ -15,6 +15,7 @@ from torch import Tensor
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.space.forms import Units
 from prunekit.space.prices import Workload
+from prunekit.space.sites import Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,7 @@ class Order:
     config: Any = None  # of the model, as transformers has it: of the dense one where it is yet to be pruned
     tokenizer: Any = None  # None: not known yet, or there is none
     settled: bool = False  # whether the sizes in `config` are those of the result
+    spared: frozenset[Kind] = frozenset()  # kinds of sites that stay whole in every block
 
 
 @dataclass(frozen=True, eq=False)

@@ -280,8 +280,9 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
             trust_remote_code=recipe.trust_remote_code, shares=plan.shares,
         )  # fmt: skip
         order = Order(
-            dense.adapter, parts.form.units, recipe.code, config=dense.model.config, tokenizer=dense.tokenizer
-        )
+            dense.adapter, parts.form.units, recipe.code, config=dense.model.config, tokenizer=dense.tokenizer,
+            spared=frozenset(recipe.spare.kinds),
+        )  # fmt: skip
         for exporter in parts.exporters:
             exporter.check(order)
         draws = draw(
@@ -426,7 +427,8 @@ def make_plan(
     spaces = [whole_space(member, shape, adapter, next(shape.parameters()).dtype) for member in counted.members]
     for finisher in parts.finishers:
         finisher.check(adapter)
-    order = Order(adapter, parts.form.units, parts.recipe.code, config=shape.config)
+    spared = frozenset(parts.recipe.spare.kinds)
+    order = Order(adapter, parts.form.units, parts.recipe.code, config=shape.config, spared=spared)
     for exporter in parts.exporters:
         check_installed(exporter, f"exporter {EXPORTERS.name_of(exporter)!r}")
         exporter.check(order)

@@ -34,7 +34,8 @@ class ONNX(pk.Exporter):
     """A graph for onnxruntime with KV cache, proved by its logits and greedy tokens in a fresh process.
 
     The model that transformers runs is traced once, by `torch.onnx.export`, with batch, new tokens and past tokens of
-    any number; prefill and decoding are the same graph. It computes in float32. Weights are stored once, tied ones too;
+    any number; prefill and decoding are the same graph. Of a mixture every expert reads the tokens that select it, one
+    expert after the other. It computes in float32. Weights are stored once, tied ones too;
     in float16 they are stored in half the bytes and widened when the file is loaded.
     """
 
@@ -160,7 +161,7 @@ def _traced(model: Any) -> Any:
     given = [torch.zeros(batch, heads, before, width) for pair in shapes.values() for heads, width in pair]
     ids, mask = torch.ones(batch, new, dtype=torch.long), torch.ones(batch, before + new, dtype=torch.long)
     dynamic = ({0: free, 1: free}, {0: free, 1: free}, [{0: free, 2: free}] * len(given))
-    with _eager(model), _quietly(), torch.no_grad():
+    with _eager(model), _sorted(model), _quietly(), torch.no_grad():
         program = torch.onnx.export(
             _step(model, list(shapes)), (ids, mask, given), dynamo=True, dynamic_shapes=dynamic, opset_version=OPSET,
             input_names=["input_ids", "attention_mask", *past], output_names=["logits", *present],
@@ -303,6 +304,47 @@ def _eager(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def _sorted(model: Any) -> Iterator[None]:
+    """Experts one after the other, each with the tokens that select it, as long as it is traced.
+
+    Which these are depends on values, so a graph has to say it: where the router selects an expert, at most once for a
+    token, is looked up; its rows are computed, and added to the others' in their places. Same as the loop that
+    transformers runs, over all experts and not over those alone that are selected.
+    """
+    import torch
+
+    from prunekit.models.classes import FAMILIES
+
+    family = FAMILIES[model.config.model_type.removeprefix("prunekit_")]
+    blocks = model.base_model.get_submodule(family.layers).children() if family.experts is not None else ()
+    found = [b.get_submodule(family.experts.path) for b in blocks if family.experts and family.experts.there(b)]
+
+    def runner(module: Any) -> Callable[..., Any]:
+        def times(x: Any, which: str, expert: int) -> Any:
+            matrix = getattr(module, which)[expert]
+            made = x @ (matrix if module.is_transposed else matrix.T)
+            return made + getattr(module, f"{which}_bias")[expert] if module.has_bias else made
+
+        def run(hidden: Any, ids: Any, weights: Any) -> Any:
+            total = torch.zeros_like(hidden)
+            for expert in range(module.num_experts):
+                tokens, place = (ids == expert).nonzero(as_tuple=True)
+                made = times(module._apply_gate(times(hidden[tokens], "gate_up_proj", expert)), "down_proj", expert)
+                total = total.index_add(0, tokens, made * weights[tokens, place, None].to(made.dtype))
+            return total
+
+        return run
+
+    for module in found:
+        module.forward = runner(module)
+    try:
+        yield
+    finally:
+        for module in found:
+            del module.forward
 
 
 @contextmanager

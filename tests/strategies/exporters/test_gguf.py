@@ -18,12 +18,14 @@ from prunekit import NotVerified, Order, Probe, Product, WrongInput
 from prunekit.demo import MODEL
 from prunekit.export.hf import save, to_transformers
 from prunekit.layer.candidates import Candidate
+from prunekit.layer.layouts import layout_of
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.opening import stored_as
 from prunekit.plugins.registry import ADAPTERS
+from prunekit.space.forms import parse_form
 from prunekit.testing.models import tiny
 from prunekit_strategies.exporters.gguf import GGUF, engine
-from prunekit_strategies.exporters.gguf.carriers import GRAPHS, REASONS, ROUTES, Layout, carrier
+from prunekit_strategies.exporters.gguf.carriers import EXPERTS, GRAPHS, REASONS, ROUTES, Layout, carrier
 from prunekit_strategies.exporters.gguf.exporter import compare
 from prunekit_strategies.exporters.gguf.reading import File, compute, rotate
 from prunekit_strategies.exporters.gguf.tensors import halved, interleaved, make_entries, rope_factors, sources_of
@@ -46,6 +48,12 @@ LLAMA3 = {
 }  # fmt: skip
 LINEAR = {"rope_type": "linear", "rope_theta": 1e3, "factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+ROUNDED = {"original_max_position_embeddings": 32, "beta_fast": 4.0, "beta_slow": 1.0, "truncate": True}
+CARRIED: dict[str, dict[str, Any]] = {  # sizes of the tiny models that a graph with experts has
+    "qwen2_moe": {"mlp_only_layers": []},
+    "olmoe": {"num_key_value_heads": 6},
+}
+MIXTURES = sorted(name for name, route in ROUTES.items() if route.why == EXPERTS)
 IDS = torch.arange(2, 50).reshape(2, 24)
 ALL = 4 * ((2, 20),)  # groups of attention and neurons of the MLP that layers keep
 
@@ -57,16 +65,17 @@ def _without_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(engine, "installed", lambda: False)
 
 
-def pruned(model_type: str, kept: Any = ALL, **sizes: Any) -> PreTrainedModel:
-    """A random model whose layers keep so many KV groups and neurons, in the class it is exported in."""
+def pruned(model_type: str, kept: Any = ALL, inside: Any = "whole", **sizes: Any) -> PreTrainedModel:
+    """A random model whose layers keep so many KV groups, and neurons or experts, in the class it is exported in."""
     adapter, wanted = adapter_for(model_type), dict(SMALL | {"max_position_embeddings": 64} | sizes)
     if model_type in ("smollm3", "granite"):
         wanted.pop("head_dim", None)
     model = tiny(model_type, **wanted).float().requires_grad_(False)
-    for site in adapter.sites(model):
-        count = kept[site.block][site.kind == "mlp"]
+    for site in adapter.sites_of(model, parse_form("groups"), experts=inside):
+        count = kept[site.block][site.kind != "attention"]
         weight = adapter.linear(adapter.blocks(model)[site.block], site).weight
-        adapter.remove(model, site, Candidate(tuple(range(site.n_groups))[-count:] if count else (), weight))
+        whole = Candidate(tuple(range(site.n_groups))[-count:] if count else (), weight)
+        adapter.remove(model, site, layout_of(site).stand_in(site, count, weight) if site.experts else whole)
     return to_transformers(model, adapter)
 
 
@@ -166,6 +175,18 @@ CASES: dict[str, tuple[str, Any, dict[str, Any], str]] = {  # family, what is ke
     "granite": ("granite", ((1, 7), (2, 0), (2, 9), (1, 19)), {"tie_word_embeddings": True}, "deci"),
     "granite, equal": ("granite", 4 * ((2, 11),), {}, "granite"),
     "smollm3, equal": ("smollm3", 4 * ((2, 11),), {"no_rope_layer_interval": 4}, "smollm3"),
+    "mixtral": ("mixtral", 4 * ((1, 3),), {}, "llama"),
+    "mixtral, tied": ("mixtral", 4 * ((2, 5),), {"tie_word_embeddings": True}, "llama"),
+    "qwen2_moe": ("qwen2_moe", 4 * ((2, 4),), {"mlp_only_layers": []}, "qwen2moe"),
+    "qwen2_moe, tied": ("qwen2_moe", ALL, {"mlp_only_layers": [], "tie_word_embeddings": True}, "qwen2moe"),
+    "qwen3_moe": ("qwen3_moe", 4 * ((1, 3),), {}, "qwen3moe"),
+    "olmoe": ("olmoe", 4 * ((1, 5),), {"num_key_value_heads": 4}, "olmoe"),
+    "gpt_oss": ("gpt_oss", 4 * ((1, 4),), {}, "gpt-oss"),
+    "gpt_oss, yarn": ("gpt_oss", 4 * ((2, 5),), {"rope_parameters": YARN | ROUNDED}, "gpt-oss"),
+    "neurons of mixtral": ("mixtral", 4 * ((2, 3),), {"inside": "neurons"}, "llama"),
+    "neurons of qwen2_moe": ("qwen2_moe", 4 * ((2, 3),), {"mlp_only_layers": [], "moe_intermediate_size": 32,
+                             "inside": "neurons"}, "qwen2moe"),
+    "neurons of gpt_oss": ("gpt_oss", 4 * ((1, 3),), {"inside": "neurons"}, "gpt-oss"),
 }  # fmt: skip
 
 
@@ -243,6 +264,44 @@ def test_factors_of_llama3_positions_are_those_of_transformers() -> None:
     assert {1.0, 8.0} <= {*np.round(factors, 4).tolist()}  # some frequencies stay, some are divided by the factor
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"])
+def test_names_of_tensors_are_those_of_the_gguf_package(name: str, tmp_path: Path) -> None:
+    file = written(pruned(name, **CASES[name][2]), tmp_path)
+    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == file.architecture)
+    known = {gguf.TENSOR_NAMES[each].format(bid=0) for each in gguf.MODEL_TENSORS[arch]}
+    assert {
+        each.rpartition(".")[0] for each in file.tensors if not each.startswith(("blk.1", "blk.2", "blk.3"))
+    } <= known
+    sizes = {"expert_count": 6, "expert_used_count": 2}
+    assert {key: file.get(key) for key in sizes} == sizes
+    router = file.tensors["blk.0.ffn_gate_inp.weight"]
+    assert (router.shape, file.tensors["blk.0.ffn_down_exps.weight"].shape[:2]) == ((6, 32), (6, 32))
+
+
+def test_matrices_of_experts_are_compared_with_those_of_the_folder(tmp_path: Path) -> None:
+    model = pruned("gpt_oss", 4 * ((1, 4),))
+    save(model, tmp_path)
+    file = written(model, tmp_path)
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.experts.gate_up_proj")[1, 0, 1] *= 1 + 2**-20
+    for each in tmp_path.glob("*.safetensors"):
+        each.unlink()
+    save(model, tmp_path)
+    with pytest.raises(
+        NotVerified, match=r"blk.0.ffn_up_exps.weight .* is not model.layers.0.mlp.experts.gate_up_proj"
+    ):
+        GGUF("f32").verify(file.path, probe_of(model))
+
+
+@pytest.mark.parametrize("dtype", ["f16", "q8_0"])
+def test_routers_and_biases_are_stored_in_float32(dtype: str, tmp_path: Path) -> None:
+    file = written(pruned("gpt_oss", 4 * ((2, 4),), intermediate_size=32, initializer_range=0.1), tmp_path, dtype=dtype)
+    kinds = {name.partition("blk.1.")[2]: tensor.kind.name.lower() for name, tensor in file.tensors.items()}
+    assert kinds["ffn_down_exps.weight"] == kinds["ffn_gate_exps.weight"] == dtype
+    exact = ("ffn_gate_inp.weight", "ffn_gate_inp.bias", "ffn_up_exps.bias", "attn_q.bias", "attn_sinks.weight")
+    assert {kinds[name] for name in exact} == {"f32"}
+
+
 # -- types ---------------------------------------------------------------------------------------------
 
 
@@ -284,10 +343,12 @@ def test_a_type_that_nobody_writes_is_no_option() -> None:
 # -- families ------------------------------------------------------------------------------------------
 
 
-def order_of(model_type: str, *, settled: bool = False, units: Any = "groups", **sizes: Any) -> Order:
-    adapter = adapter_for(model_type)
+def order_of(
+    model_type: str, *, settled: bool = False, units: Any = "groups", spared: tuple[Any, ...] = (), **sizes: Any
+) -> Order:
+    adapter, sizes = adapter_for(model_type), CARRIED.get(model_type, {}) | sizes
     model = adapter.opened(tiny(model_type, **sizes)) if model_type != "smollm3" else tiny(model_type, **sizes)
-    return Order(adapter, units, "import", config=model.config, settled=settled)
+    return Order(adapter, units, "import", config=model.config, settled=settled, spared=frozenset(spared))
 
 
 @pytest.mark.parametrize("model_type", sorted(ADAPTERS))
@@ -298,9 +359,16 @@ def test_every_family_is_carried_or_refused_with_a_reason(model_type: str) -> No
         with pytest.raises(WrongInput, match=r"gguf cannot carry \w+: .+; exporter hf writes it, and where all layers"):
             GGUF().check(order)
         return
+    if model_type in ("olmoe", "qwen2_moe"):
+        with pytest.raises(WrongInput, match=r"fewer heads: .* keep attention whole with spare.kinds=\[attention\]"):
+            GGUF(equal=True).check(order)
+        order = order_of(model_type, spared=("attention",))
     GGUF(equal=True).check(order)
     GGUF().check(order_of(model_type, units="weights"))
-    if model_type == "smollm3":
+    if model_type in MIXTURES:
+        with pytest.raises(WrongInput, match=r"one number of heads, of experts .*: prune with allocator uniform and"):
+            GGUF().check(order)
+    elif model_type == "smollm3":
         with pytest.raises(WrongInput, match="layers without rotation; with equal layers it can: prune with allocator"):
             GGUF().check(order)
     elif model_type == "qwen3":
@@ -343,6 +411,15 @@ def test_a_family_of_others_is_refused() -> None:
         ("llama", {"rope_parameters": YARN}, "positions of type yarn"),
         ("qwen3", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}, "rotary positions of type llama3"),
         ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}, "with attention_bias: openelm has none"),
+        ("qwen2_moe", {"mlp_only_layers": [1]}, "some layers have an MLP and no experts"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "some layers have an MLP and no experts"),
+        ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob True: llama.cpp's graph has False"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob False: llama.cpp's graph has True"),
+        ("qwen3_moe", {"attention_bias": True}, "attention_bias: llama.cpp's graph has none"),
+        ("olmoe", {"clip_qkv": 3.0}, "clip_qkv: llama.cpp's graph has none"),
+        ("olmoe", {"num_key_value_heads": 3}, "6 query heads that share 3 KV heads"),
+        ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "every second layer"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, r"swiglu_limit other than \(1.702, 7.0\)"),
     ],
 )  # fmt: skip
 def test_settings_that_no_graph_has_are_refused_before_any_work(
@@ -350,6 +427,27 @@ def test_settings_that_no_graph_has_are_refused_before_any_work(
 ) -> None:
     with pytest.raises(WrongInput, match=f"{said}.*exporter hf writes it"):
         GGUF().check(order_of(model_type, **sizes))
+
+
+def test_positions_that_the_engine_rounds_are_refused_where_all_is_exact(tmp_path: Path) -> None:
+    settings = YARN | ROUNDED | {"truncate": False}
+    order = order_of("gpt_oss", rope_parameters=settings)
+    with pytest.raises(WrongInput, match=r"exactly: llama.cpp rounds where the ramp of YaRN begins and ends; give"):
+        GGUF("f32", equal=True).check(order)
+    GGUF(equal=True).check(order)
+    file = written(pruned("gpt_oss", 4 * ((1, 4),), rope_parameters=settings), tmp_path, dtype="f16")
+    assert file.get("rope.scaling.type") == "yarn"
+
+
+def test_unequal_experts_are_refused_when_they_are_there(tmp_path: Path) -> None:
+    config = pruned("mixtral", ((2, 3), (2, 4), (2, 4), (2, 4))).config
+    with pytest.raises(WrongInput, match=r"whose layers differ in size: the graphs of llama.cpp with experts take one"):
+        GGUF(equal=True).write(Product(pruned("mixtral", ((1, 4), *(3 * ((2, 4),))))), tmp_path / "model.gguf")
+    with pytest.raises(WrongInput, match="whose layers differ in size"):
+        GGUF().check(Order(adapter_for("mixtral"), "groups", "import", config=config, settled=True))
+    fewer = pruned("qwen2_moe", 4 * ((1, 4),), mlp_only_layers=[]).config
+    with pytest.raises(WrongInput, match=r"fewer heads: .*spare.kinds=\[attention\]"):
+        GGUF().check(Order(adapter_for("qwen2_moe"), "groups", "import", config=fewer, settled=True))
 
 
 def test_what_is_there_already_is_checked_by_its_own_sizes() -> None:

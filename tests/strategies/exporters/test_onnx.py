@@ -20,7 +20,7 @@ from prunekit.models.adapters.find import adapter_for
 from prunekit.space.sites import Site
 from prunekit.testing import tiny
 from prunekit.testing.exporters import record_of
-from prunekit.testing.models import SIZES
+from prunekit.testing.models import EXPERTS, SIZES
 from prunekit_strategies.exporters.onnx import MODEL, ONNX, _halve, _opened
 
 onnx = pytest.importorskip("onnx")
@@ -30,7 +30,7 @@ pytest.importorskip("onnxscript")
 EXACT = 1e-4  # nats
 IDS = torch.randint(61, (3, 60), generator=torch.Generator().manual_seed(0))  # 180 positions
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{model_type: (model_type, {}) for model_type in SIZES},
+    **{model_type: (model_type, {}) for model_type in SIZES | EXPERTS},
     "mistral-sliding": ("mistral", {"sliding_window": 4}),
     "qwen2-sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -39,6 +39,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def extremes(site: Site) -> int:
     """Attention of the first layer and MLP of the last are dropped; KV heads and widths differ."""
+    if site.kind == "experts":  # of which a token selects two
+        return 2 + site.block
     counts = {(0, "attention"): 0, (0, "mlp"): 7, (1, "attention"): 1, (1, "mlp"): 1, (2, "mlp"): 0}
     return counts.get((site.block, site.kind), max(1, site.n_groups - 1))
 

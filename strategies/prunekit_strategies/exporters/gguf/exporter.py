@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,14 +14,24 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import prunekit as pk
+from prunekit.models.classes import FAMILIES
+from prunekit.models.opening import without_bars
 from prunekit.models.paging import real, shapes_of
 from prunekit.models.shards import Shards
 from prunekit.space.prices import Workload
 from prunekit.system.files import settle, settle_folder, temporary_of
 from prunekit_strategies.exporters.gguf import engine as runner
-from prunekit_strategies.exporters.gguf.carriers import Layout, carrier, check_config
+from prunekit_strategies.exporters.gguf.carriers import (
+    ELSEWHERE,
+    Layout,
+    carrier,
+    check_config,
+    check_heads,
+    family_of,
+    has_rounded_ramp,
+)
 from prunekit_strategies.exporters.gguf.reading import File, compute
-from prunekit_strategies.exporters.gguf.tensors import find_biases, make_entries, sources_of
+from prunekit_strategies.exporters.gguf.tensors import Read, find_biases, make_entries, rows_of, sources_of
 from prunekit_strategies.exporters.gguf.vocabulary import (
     find_difference,
     make_tokenizer,
@@ -99,6 +109,14 @@ class GGUF(pk.Exporter):
         if order.config is None:
             return
         check_config(order.config, unequal=False)
+        check_heads(
+            order.config, fewer=not order.settled and order.units == "groups" and "attention" not in order.spared
+        )
+        if self.kind == "f32" and has_rounded_ramp(order.config):
+            raise pk.WrongInput(
+                f"gguf cannot carry this {family_of(order.config)} exactly: llama.cpp rounds where the ramp of YaRN "
+                f"begins and ends; give exporters.gguf.dtype f16 or bf16, or {ELSEWHERE}"
+            )
         if order.units == "groups" and not self.equal and _may_differ(order):
             check_config(order.config, unequal=True)
         if order.tokenizer is not None:
@@ -208,15 +226,27 @@ def _check_values(file: File, folder: Path) -> None:
     config = _config_in(folder)
     if config is None:
         return
-    shards = Shards.of(str(folder))
-    entries = make_entries(Layout.of(config), file.architecture, shards.tensors.keys())
+    names, read = _checkpoint(folder, config)
+    entries = make_entries(Layout.of(config), file.architecture, names)
     if apart := {entry.name for entry in entries} ^ (file.tensors.keys() - {"rope_freqs.weight"}):
         raise pk.NotVerified(f"{file.path} and {folder} do not agree in {', '.join(sorted(apart)[:5])}")
     for entry in entries:
         for piece, values in sources_of(entry, file.values(entry.name)):
-            wanted = torch.zeros(()) if not piece.source else shards.read(piece.source)[slice(*piece.rows)].float()
+            wanted = torch.zeros(()) if not piece.source else rows_of(piece, read(piece.source)).float()
             if not bool((values == (wanted if piece.factor == 1 else wanted * piece.factor)).all()):
                 raise pk.NotVerified(f"{entry.name} of {file.path} is not {piece.source or 'zero'} of {folder}")
+
+
+def _checkpoint(folder: Path, config: Any) -> tuple[Collection[str], Read]:
+    """The names of the tensors in a folder, and how to read one; transformers merges those of experts."""
+    if FAMILIES[family_of(config)].experts is None:
+        shards = Shards.of(str(folder))
+        return shards.tensors.keys(), shards.read
+    from transformers import AutoModelForCausalLM
+
+    with without_bars():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)}, model.get_parameter
 
 
 def _config_in(folder: Path) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prunekit.errors import NotVerified, one_line
-from prunekit_strategies.exporters.gguf.carriers import GRAPHS, Graph, Layer
+from prunekit_strategies.exporters.gguf.carriers import GRAPHS, OPENAI, Graph, Layer, Mixture
 from prunekit_strategies.exporters.gguf.vocabulary import Vocabulary
 
 ABSENT = "prunekit.absent.{}"  # layers whose attention or MLP is a stand-in that adds nothing
@@ -131,15 +131,24 @@ class File:
         Raises:
             NotVerified: there are none, or too few.
         """
-        keys = "attention.head_count", "attention.head_count_kv", "feed_forward_length"
-        count, columns = self.get("block_count", 0), list[list[int]]()
+        mixture = self.mixture
+        neurons = "feed_forward_length" if mixture is None else mixture.width
+        keys = "attention.head_count", "attention.head_count_kv", neurons
+        blocks, columns = self.get("block_count", 0), list[list[int]]()
         for key in keys:
             value = self.get(key)
-            column = list(value) if isinstance(value, list) else [value] * count
-            columns.append(column if self.graph.unequal else column[:1] * count)
-        if not count or any(len(column) != count or None in column for column in columns):
+            column = list(value) if isinstance(value, list) else [value] * blocks
+            columns.append(column if self.graph.unequal else column[:1] * blocks)
+        if not blocks or any(len(column) != blocks or None in column for column in columns):
             raise NotVerified(f"{self.path} does not tell the sizes of its layers")
-        return [Layer(*sizes) for sizes in zip(*columns, strict=True)]
+        shared = self.get("expert_shared_feed_forward_length", 0) if mixture is not None and mixture.shared else 0
+        experts = self.get("expert_count", 0)
+        return [Layer(query, kv, width, experts, shared) for query, kv, width in zip(*columns, strict=True)]
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """What the graph does with experts; None: it has none."""
+        return self.graph.mixture if self.get("expert_count") else None
 
     @property
     def head_dim(self) -> int:
@@ -212,6 +221,8 @@ class File:
         hidden, words, width = self.get("embedding_length"), self.get("vocab_size"), self.head_dim
         yield "token_embd.weight", (words, hidden)
         yield "output_norm.weight", (hidden,)
+        if not self.graph.tieable:
+            yield "output.weight", (words, hidden)
         for index, layer in enumerate(self.layers):
             block, query, kv = f"blk.{index}.", layer.query * width, layer.kv * width
             if layer.query:
@@ -224,11 +235,35 @@ class File:
                 if self.graph.head_norms:
                     yield f"{block}attn_q_norm.weight", (width,)
                     yield f"{block}attn_k_norm.weight", (width,)
+                if self.graph.whole_norms:
+                    yield f"{block}attn_q_norm.weight", (query,)
+                    yield f"{block}attn_k_norm.weight", (kv,)
+                if self.graph.sinks:
+                    yield f"{block}attn_sinks.weight", (layer.query,)
                 yield f"{block}attn_output.weight", (hidden, query)
-            yield f"{block}ffn_norm.weight", (hidden,)
+            yield f"{block}{self.graph.ffn_norm}.weight", (hidden,)
+            if self.mixture is not None:
+                yield from self._experts(block, layer, self.mixture)
+                continue
             for name in ("ffn_gate", "ffn_up"):
                 yield f"{block}{name}.weight", (layer.width, hidden)
             yield f"{block}ffn_down.weight", (hidden, layer.width)
+
+    def _experts(self, block: str, layer: Layer, mixture: Mixture) -> Iterator[tuple[str, tuple[int, ...]]]:
+        hidden, count, width = self.get("embedding_length"), layer.experts, layer.width
+        matrices = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
+        yield f"{block}ffn_gate_inp.weight", (count, hidden)
+        for name, shape in matrices.items():
+            yield f"{block}ffn_{name}_exps.weight", (count, *shape)
+            if mixture.bounded:
+                yield f"{block}ffn_{name}_exps.bias", (count, shape[0])
+        if mixture.bounded:
+            yield f"{block}ffn_gate_inp.bias", (count,)
+        if mixture.shared:
+            yield f"{block}ffn_gate_inp_shexp.weight", (1, hidden)
+            for name in ("gate", "up"):
+                yield f"{block}ffn_{name}_shexp.weight", (layer.shared, hidden)
+            yield f"{block}ffn_down_shexp.weight", (hidden, layer.shared)
 
     def _optional(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         if self.graph.untied:
@@ -258,9 +293,10 @@ def compute(file: File, ids: Int64[Tensor, "windows length"]) -> Float[Tensor, "
     for index, layer in enumerate(file.layers):
         if layer.query:
             x = x + scale * _attend(file, index, layer, _norm(file, f"blk.{index}.attn_norm", x, eps), turn, eps)
-        y = _norm(file, f"blk.{index}.ffn_norm", x, eps)
-        y = F.silu(_apply(file, f"blk.{index}.ffn_gate", y)) * _apply(file, f"blk.{index}.ffn_up", y)
-        x = x + scale * _apply(file, f"blk.{index}.ffn_down", y)
+        y = _norm(file, f"blk.{index}.{file.graph.ffn_norm}", x, eps)
+        mixture = file.mixture
+        made = _mlp(file, f"blk.{index}.ffn_{{}}", y) if mixture is None else _mix(file, index, mixture, y)
+        x = x + scale * made
     x = _norm(file, "output_norm", x, eps)
     output = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
     starts = range(0, file.tensors[output].shape[0], AT_ONCE)
@@ -275,14 +311,63 @@ def _attend(file: File, index: int, layer: Layer, x: Tensor, turn: tuple[Tensor,
         q, k, v = _apply(file, f"{block}attn_qkv", x).split(counts, dim=-1)
     else:
         q, k, v = (_apply(file, f"{block}attn_{each}", x) for each in "qkv")
+    if file.graph.whole_norms:
+        q, k = (_norm(file, f"{block}attn_{name}_norm", each, eps) for name, each in (("q", q), ("k", k)))
     q, k, v = (each.unflatten(-1, (-1, width)).transpose(1, 2) for each in (q, k, v))  # (windows, heads, length, width)
     if file.graph.head_norms:
         q, k = (_norm(file, f"{block}attn_{name}_norm", each, eps) for name, each in (("q", q), ("k", k)))
     if not file.graph.still or (index + 1) % file.graph.still:
         q, k = (rotate(each, *turn, neighbours=file.graph.neighbours) for each in (q, k))
     scores = file.get("attention.scale") or 1 / math.sqrt(width)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores, enable_gqa=layer.query > layer.kv)
+    if file.graph.sinks:
+        window = file.get("attention.sliding_window") if (index + 1) % file.graph.windows else x.shape[1]
+        y = _look_back(q, k, v, file.values(f"{block}attn_sinks.weight"), window, scores)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores, enable_gqa=layer.query > layer.kv)
     return _apply(file, f"{block}attn_output", y.transpose(1, 2).flatten(2))
+
+
+def _look_back(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int, scale: float) -> Tensor:
+    """Attention to the last `window` tokens, and to nothing with the score of the head's sink."""
+    k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
+    scores = scale * q @ k.transpose(-1, -2)  # (windows, heads, length, length)
+    back = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+    scores = scores.masked_fill((back < 0) | (back >= window), -math.inf)
+    nothing = sinks[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, nothing], dim=-1).softmax(-1)[..., :-1] @ v
+
+
+def _mlp(file: File, name: str, x: Tensor) -> Tensor:
+    """Of maps whose names are `name` with gate, up and down."""
+    made = F.silu(_apply(file, name.format("gate"), x)) * _apply(file, name.format("up"), x)
+    return _apply(file, name.format("down"), made)
+
+
+def _mix(file: File, index: int, mixture: Mixture, x: Tensor) -> Tensor:
+    """What the experts that a token selects add to it, with the weights that their router gives them."""
+    block, flat = f"blk.{index}.", x.flatten(0, -2)  # (tokens, hidden)
+    scores, few = _apply(file, f"{block}ffn_gate_inp", flat), file.get("expert_used_count")
+    weights, ids = (scores if mixture.bounded else scores.softmax(-1)).topk(few)
+    if mixture.bounded:
+        weights = weights.softmax(-1)
+    elif mixture.normed:
+        weights = weights / weights.sum(-1, keepdim=True)
+    total = torch.zeros_like(flat)
+    for expert in ids.unique().tolist():
+        tokens, place = (ids == expert).nonzero(as_tuple=True)
+        gate, up = (_apply_one(file, f"{block}ffn_{each}_exps", expert, flat[tokens]) for each in ("gate", "up"))
+        if mixture.bounded:
+            alpha, bound = OPENAI
+            gate, up = gate.clamp(max=bound), up.clamp(-bound, bound)
+            made = gate * torch.sigmoid(alpha * gate) * (up + 1)
+        else:
+            made = F.silu(gate) * up
+        one = _apply_one(file, f"{block}ffn_down_exps", expert, made)
+        total.index_add_(0, tokens, one * weights[tokens, place, None])
+    if mixture.shared:
+        gate = torch.sigmoid(_apply(file, f"{block}ffn_gate_inp_shexp", flat))
+        total = total + gate * _mlp(file, f"{block}ffn_{{}}_shexp", flat)
+    return total.reshape(x.shape)
 
 
 def rotate(
@@ -304,14 +389,37 @@ def _angles(file: File, length: int) -> tuple[Tensor, Tensor]:
     turns = 1 / base ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
     if "rope_freqs.weight" in file.tensors:
         turns = turns / file.values("rope_freqs.weight")
-    turns = turns / (file.get("rope.scaling.factor") or 1)
+    factor, size = file.get("rope.scaling.factor") or 1, 1.0
+    if file.get("rope.scaling.type") == "yarn":
+        turns, size = _blend(file, turns, factor), 1 + 0.1 * math.log(factor)
+    else:
+        turns = turns / factor
     angles = torch.arange(length, dtype=torch.float64)[:, None] * turns
-    return angles.cos().float(), angles.sin().float()
+    return (size * angles.cos()).float(), (size * angles.sin()).float()
+
+
+def _blend(file: File, turns: Tensor, factor: float) -> Tensor:
+    """YaRN as the engine has it: fast pairs stay, slow ones are divided by the factor, those between are both."""
+    width, base = file.head_dim, file.get("rope.freq_base")
+    length, betas = file.get("rope.scaling.original_context_length"), ("fast", "slow")
+    first, last = (
+        width * math.log(length / (2 * math.pi * file.get(f"rope.scaling.yarn_beta_{beta}"))) / (2 * math.log(base))
+        for beta in betas
+    )
+    first, last = max(0, math.floor(first)), min(width - 1, math.ceil(last))
+    ramp = ((torch.arange(width // 2, dtype=torch.float64) - first) / max(0.001, last - first)).clamp(0, 1)
+    return turns * (1 - ramp) + turns / factor * ramp
 
 
 def _apply(file: File, name: str, x: Tensor) -> Tensor:
     bias = file.values(f"{name}.bias") if f"{name}.bias" in file.tensors else None
     return F.linear(x, file.values(f"{name}.weight"), bias)
+
+
+def _apply_one(file: File, name: str, expert: int, x: Tensor) -> Tensor:
+    one = slice(expert, expert + 1)
+    bias = file.values(f"{name}.bias", one.start, one.stop)[0] if f"{name}.bias" in file.tensors else None
+    return F.linear(x, file.values(f"{name}.weight", one.start, one.stop)[0], bias)
 
 
 def _norm(file: File, name: str, x: Tensor, eps: float) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from prunekit.models.classes import FAMILIES
 from prunekit_strategies.exporters.gguf.carriers import GRAPHS, Layer, Layout, rope
 
 STUB_WIDTH = 32  # neurons of an MLP that adds nothing: a whole block of every simple quantized type
@@ -42,6 +43,8 @@ class Piece:
     rows: tuple[int, int]  # from, to
     heads: int = 0  # whose rows are reordered; 0: none are
     factor: float = 1.0
+    within: tuple[int, int, int] | None = None  # of a tensor of experts: from, to, step along the rows of each
+    transposed: bool = False  # it has the matrices of experts as (in, out)
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,13 @@ def make_entries(layout: Layout, architecture: str, names: Collection[str]) -> l
     entries = [_plain("token_embd.weight", "model.embed_tokens.weight", (words, hidden), factors.get("token_embd", 1))]
     for index, (layer, written) in enumerate(zip(layout.layers, written_sizes(layout, architecture), strict=True)):
         entries += _attention(layout, architecture, names, index, layer, written)
-        entries += _mlp(layout, names, index, layer, written)
+        entries += (
+            _experts(layout, architecture, names, index, layer)
+            if layer.experts
+            else (_mlp(layout, names, index, layer, written))
+        )
     entries.append(_plain("output_norm.weight", "model.norm.weight", (hidden,)))
-    if not layout.tied or factors:
+    if not layout.tied or factors or not GRAPHS[architecture].tieable:
         output = _plain("output.weight", head, (words, hidden), factors.get("output", 1))
         entries.append(replace(output, copy=layout.tied))
     return [
@@ -164,10 +171,17 @@ def make_values(entry: Entry, read: Read) -> Float[Tensor, " *shape"]:
         if not piece.source:
             parts.append(torch.zeros(piece.rows[1] - piece.rows[0], *entry.shape[1:]))
             continue
-        part = read(piece.source)[slice(*piece.rows)].detach().to(torch.float32)
+        part = rows_of(piece, read(piece.source).detach()).to(torch.float32)
         part = interleaved(part, piece.heads) if piece.heads else part
         parts.append(part if piece.factor == 1 else part * piece.factor)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def rows_of(piece: Piece, tensor: Tensor) -> Tensor:
+    """The values of a piece, of the tensor of the checkpoint that has them."""
+    part = tensor[slice(*piece.rows)]
+    part = part.transpose(1, 2) if piece.transposed and part.ndim > 2 else part
+    return part if piece.within is None else part[:, slice(*piece.within)]
 
 
 def sources_of(entry: Entry, values: Tensor) -> Iterator[tuple[Piece, Tensor]]:
@@ -202,10 +216,12 @@ def _attention(
             yield Entry(f"{block}attn_qkv.{kind}", (sum(rows.values()), *rest), (*pieces.values(),))
         else:
             yield from (Entry(f"{block}{n}.{kind}", (rows[n], *rest), (piece,)) for n, piece in pieces.items())
-    if graph.head_norms:
-        for name in ("q_norm", "k_norm"):
+    if graph.head_norms or graph.whole_norms:
+        for name, heads in (("q_norm", written.query), ("k_norm", written.kv)):
             source = f"{theirs}self_attn.{name}.weight" if there else ""
-            yield _plain(f"{block}attn_{name}.weight", source, (width,))
+            yield _plain(f"{block}attn_{name}.weight", source, (heads * width if graph.whole_norms else width,))
+    if graph.sinks:
+        yield _plain(f"{block}attn_sinks.weight", f"{theirs}self_attn.sinks", (written.query,))
     yield from _last(layout, names, index, "attn_output", "self_attn.o_proj", rows["attn_q"], there=there)
 
 
@@ -221,6 +237,33 @@ def _mlp(layout: Layout, names: Collection[str], index: int, layer: Layer, writt
             piece = _piece(names, theirs, name, kind, rows) if there else Piece("", (0, count))
             yield Entry(f"{block}{name}.{kind}", (count, *rest), (piece,))
     yield from _last(layout, names, index, "ffn_down", "mlp.down_proj", written.width, there=there)
+
+
+def _experts(layout: Layout, architecture: str, names: Collection[str], index: int, layer: Layer) -> Iterator[Entry]:
+    """The matrices of all experts one behind the other, their router, and the expert that reads every token."""
+    experts, theirs, block = FAMILIES[layout.family].experts, f"model.layers.{index}.", f"blk.{index}."
+    assert experts is not None
+    hidden, count, width = layout.hidden, layer.experts, layer.width
+    yield _plain(
+        f"{block}{GRAPHS[architecture].ffn_norm}.weight", f"{theirs}post_attention_layernorm.weight", (hidden,)
+    )
+    yield _plain(f"{block}ffn_gate_inp.weight", f"{theirs}{experts.router}.weight", (count, hidden))
+    if (bias := f"{theirs}{experts.router}.bias") in names:
+        yield _plain(f"{block}ffn_gate_inp.bias", bias, (count,))
+    pairs = ((0, 2 * width, 2), (1, 2 * width, 2)) if experts.transposed else ((0, width, 1), (width, 2 * width, 1))
+    for number, kind in enumerate(("weight", "bias")[: len(experts.outputs)]):
+        first, last = (f"{theirs}{experts.path}.{each[number]}" for each in (experts.inputs, experts.outputs))
+        rest = (hidden,) if kind == "weight" else ()
+        for name, within in zip(("ffn_gate_exps", "ffn_up_exps"), pairs, strict=True):
+            piece = Piece(first, (0, count), within=within, transposed=experts.transposed)
+            yield Entry(f"{block}{name}.{kind}", (count, width, *rest), (piece,))
+        piece = Piece(last, (0, count), transposed=experts.transposed)
+        yield Entry(f"{block}ffn_down_exps.{kind}", (count, hidden, *((width,) if rest else ())), (piece,))
+    if experts.shared is not None:
+        yield _plain(f"{block}ffn_gate_inp_shexp.weight", f"{theirs}{experts.shared}_gate.weight", (1, hidden))
+        shapes = {"gate": (layer.shared, hidden), "up": (layer.shared, hidden), "down": (hidden, layer.shared)}
+        for name, shape in shapes.items():
+            yield _plain(f"{block}ffn_{name}_shexp.weight", f"{theirs}{experts.shared}.{name}_proj.weight", shape)
 
 
 def _last(

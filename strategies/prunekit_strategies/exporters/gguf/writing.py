@@ -31,6 +31,7 @@ OWN: Mapping[str, tuple[Type, Mostly]] = {  # what the gguf package writes itsel
     "q8_0": (Type.Q8_0, Mostly.MOSTLY_Q8_0),
 }
 VERSION = 2  # of quantized types
+ROUTER = ".ffn_gate_inp"  # names begin so in a block, of what decides on experts: a rounded one may decide otherwise
 
 
 def write_file(
@@ -68,7 +69,7 @@ def write_file(
         if freqs is not None:
             writer.add_tensor_info("rope_freqs.weight", freqs.shape, freqs.dtype, freqs.nbytes)
         for entry in entries:
-            own = type_of(entry.shape, kind)
+            own = type_of(entry, kind)
             bytes_ = gguf.quant_shape_to_byte_shape(entry.shape, own)
             writer.add_tensor_info(entry.name, bytes_, np.dtype(np.uint8), int(np.prod(bytes_)), raw_dtype=own)
         writer.write_header_to_file()
@@ -83,15 +84,16 @@ def write_file(
         writer.close()
 
 
-def type_of(shape: Sequence[int], kind: Type) -> Type:
-    """The type of a tensor in a file of a kind: vectors are float32, rows that are no whole blocks float16."""
-    if len(shape) < 2:
+def type_of(entry: Entry, kind: Type) -> Type:
+    """The type of a tensor in a file of a kind: vectors, biases and routers are float32, rows that are no whole blocks
+    float16."""
+    if len(shape := entry.shape) < 2 or entry.name.endswith(".bias") or ROUTER in entry.name:
         return Type.F32
     return kind if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else Type.F16
 
 
 def _encoded(entry: Entry, read: Read, kind: Type) -> np.ndarray:
-    values, own = np.ascontiguousarray(make_values(entry, read).cpu().numpy()), type_of(entry.shape, kind)
+    values, own = np.ascontiguousarray(make_values(entry, read).cpu().numpy()), type_of(entry, kind)
     if values.shape != entry.shape:
         raise WrongInput(f"gguf cannot write {entry.name}: it has shape {values.shape}, and its config {entry.shape}")
     if not np.isfinite(values).all():
@@ -110,7 +112,7 @@ def _add_sizes(writer: gguf.GGUFWriter, layout: Layout, architecture: str) -> No
     columns: list[Any] = [[getattr(layer, each) for layer in sizes] for each in ("query", "kv", "width")]
     query, kv, width = columns if graph.unequal else [column[0] for column in columns]
     # beyond a sliding window the graph would see more than the model does
-    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    window = (not graph.windows and getattr(config, "sliding_window", None)) or config.max_position_embeddings
     writer.add_context_length(min(config.max_position_embeddings, window))
     writer.add_embedding_length(layout.hidden)
     writer.add_block_count(len(sizes))
@@ -125,7 +127,22 @@ def _add_sizes(writer: gguf.GGUFWriter, layout: Layout, architecture: str) -> No
     if settings.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(settings["factor"]))
+    if settings.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(float(settings["factor"]))
+        writer.add_rope_scaling_orig_ctx_len(settings["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(float(settings.get("beta_fast") or 32))
+        writer.add_rope_scaling_yarn_beta_slow(float(settings.get("beta_slow") or 1))
     writer.add_vocab_size(layout.vocabulary)
+    if graph.windows:
+        writer.add_sliding_window(config.sliding_window)
+    if (mixture := graph.mixture) is not None and (first := layout.layers[0]).experts:
+        writer.add_expert_count(first.experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        if mixture.width == "expert_feed_forward_length":
+            writer.add_expert_feed_forward_length(first.width)
+        if mixture.shared:
+            writer.add_expert_shared_feed_forward_length(first.shared)
     if graph.scales:
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
