@@ -28,6 +28,15 @@ from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation, Site
 from prunekit.system.files import digest, read_json, write_bytes, write_json
 from prunekit.system.progress import Progress, progress_for
+from prunekit_strategies.diffusion.pipelines import (
+    INDEX,
+    Pipeline,
+    copy_rest,
+    make_conditions,
+    open_pipeline,
+    verify_written,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from prunekit_strategies.diffusion.latents import Latents
