@@ -8,6 +8,7 @@ Every U-Net has eight operators, float64, three latents of two DDIM steps. Needs
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -15,10 +16,12 @@ from typing import Annotated
 
 import torch
 import typer
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from prunekit.plugins.registry import ALLOCATORS, OBJECTIVES
 from prunekit.search.ledger import Ledger
+from prunekit.space.sites import Allocation
 from prunekit.system.progress import Progress
 from prunekit_strategies.diffusion import unets
 from prunekit_strategies.diffusion.latents import Conditions, Latents, make_noise
@@ -45,7 +48,8 @@ def main(seeds: Annotated[int, typer.Option(help="Random U-Nets.")] = 10) -> Non
     judge, found = OBJECTIVES.build("latent-stats"), dict[str, list[tuple[bool, float]]]()
     for seed in range(seeds):
         net = make(seed, SPARSITIES[0])
-        table = {a: net.loss(judge, a, net.batch) for a in product((0, 1), repeat=len(net.operators))}
+        every: Iterable[Allocation] = product((0, 1), repeat=len(net.operators))
+        table: dict[Allocation, float] = {a: net.loss(judge, a, net.batch) for a in every}
         for sparsity in SPARSITIES:
             net = make(seed, sparsity)
             best = min(loss for allocation, loss in table.items() if net.space.is_feasible(allocation))

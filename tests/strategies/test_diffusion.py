@@ -300,13 +300,13 @@ def test_a_pipeline_becomes_smaller_and_loads_with_diffusers(tiny: Path, tmp_pat
     scores = [op["loss without it"] for op in report["operators"]]
     assert all(score > 0 for score in scores)
 
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "a")
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "a")
     assert type(pipeline.unet) is unets.PrunedUNet2DModel
     assert unets.count(pipeline.unet) == sizes["pruned"]
-    assert pipeline.unet.config.removed == [op["name"] for op in gone]
+    assert pipeline.unet.config["removed"] == [op["name"] for op in gone]
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 4, 4, 2)
-    with silenced(unet := make_unet(), pipeline.unet.config.removed):
+    with silenced(unet := make_unet(), pipeline.unet.config["removed"]):
         assert torch.equal(run(pipeline.unet, torch.float32), run(unet, torch.float32))
     pipeline.save_pretrained(tmp_path / "again")  # diffusers keeps the class
     index = json.loads((tmp_path / "again/model_index.json").read_text())
@@ -362,8 +362,8 @@ def test_stable_diffusion_with_its_text_encoder(tmp_path: Path) -> None:
     text = Tokenizer(models.WordLevel(words, unk_token="[unk]"))
     text.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=text, pad_token="[pad]", model_max_length=5)
-    sizes = {"hidden_size": 6, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ends = {"bos_token_id": 0, "eos_token_id": 4, "pad_token_id": 0}
+    sizes: dict[str, Any] = {"hidden_size": 6, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 4, "pad_token_id": 0}
     encoder = CLIPTextModel(CLIPTextConfig(vocab_size=5, max_position_embeddings=5, **sizes, **ends))
     vae = diffusers.AutoencoderKL(
         block_out_channels=(4,), norm_num_groups=2, down_block_types=("DownEncoderBlock2D",),
@@ -385,9 +385,8 @@ def test_stable_diffusion_with_its_text_encoder(tmp_path: Path) -> None:
     (tmp_path / "sd/model_index.json").write_text(json.dumps(index))
     (tmp_path / "sd/unet/flax_model.msgpack").write_bytes(b"none")
     (tmp_path / "sd/vae/code.py").write_text("raise SystemExit")
-    told = prune_pipeline(
-        tmp_path / "sd", tmp_path / "small", sparsity=0.3, prompts=["a red dog", "dog"], **SMALL | {"verify": True}
-    )
+    options: dict[str, Any] = SMALL | {"verify": True}
+    told = prune_pipeline(tmp_path / "sd", tmp_path / "small", sparsity=0.3, prompts=["a red dog", "dog"], **options)
     assert told["verified"]
     assert told["settings"]["guidance"] == 7.5
     assert told["files left out"] == ["vae/code.py"]
@@ -417,9 +416,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_a_unet_cannot_answer_is_refused_before_work(what: str, tiny: Path, tmp_path: Path) -> None:
-    options, sentence = REFUSED[what]
+    own, sentence = REFUSED[what]
+    options: dict[str, Any] = SMALL | {"sparsity": 0.4} | own
     with pytest.raises(pk.WrongInput, match=sentence):
-        prune_pipeline(tiny, tmp_path / "a", **{"sparsity": 0.4} | SMALL | options)
+        prune_pipeline(tiny, tmp_path / "a", **options)
     assert list(tmp_path.iterdir()) == []
 
 

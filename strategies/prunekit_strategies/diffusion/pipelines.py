@@ -196,7 +196,7 @@ def make_conditions(
 
 
 def _is_conditional(unet: Any) -> bool:
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     return isinstance(unet, UNet2DConditionModel)
 

@@ -122,6 +122,7 @@ def prune_pipeline(
         if number < 1:
             raise WrongInput(f"{name} is at least 1, not {number}")
     preset = Recipe.load(PRESET)
+    assert preset.allocator is not None  # and no learner
     search = ALLOCATORS.build(preset.allocator if allocator is None else allocator)
     judge = OBJECTIVES.build(preset.objective if objective is None else objective)
     check_allocator(search)
@@ -244,7 +245,7 @@ def check_allocator(allocator: Allocator) -> None:
     Raises:
         WrongInput: says what.
     """
-    wanted = sorted({*allocator.needs, *(["signals of layers"] if allocator.signals else [])})
+    wanted = sorted(allocator.needs) + (["signals of layers"] if allocator.signals else [])
     if wanted:
         raise WrongInput(
             f"{type(allocator).__name__} reads {' and '.join(wanted)}, which operators of a U-Net do not have; take an "

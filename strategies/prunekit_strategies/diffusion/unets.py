@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel, UNet2DModel
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 __all__ = ["ConfigMixin", "ModelMixin", "PrunedUNet2DConditionModel", "PrunedUNet2DModel"]  # diffusers looks them up
@@ -181,7 +184,7 @@ class PrunedUNet2DModel(_Pruned, UNet2DModel):
     """A U-Net without conditions, built without the operators that `removed` of its config names."""
 
 
-CLASSES: Mapping[type[ModelMixin], type[ModelMixin]] = {
+CLASSES: Mapping[type[Any], type[Any]] = {
     UNet2DConditionModel: PrunedUNet2DConditionModel,
     PrunedUNet2DConditionModel: PrunedUNet2DConditionModel,
     UNet2DModel: PrunedUNet2DModel,
