@@ -12,6 +12,7 @@ from prunekit.system.progress import warn_once
 
 SECONDS = 10  # to wait for the hub
 OF_LIBRARIES = ("tokenizer*.json", "special_tokens_map.json", "generation_config.json")  # what only they read
+PIPELINE = "model_index.json"  # of several models
 DEVICE = re.compile(r"auto|(cpu|cuda)(:\d{1,3})?")
 
 
@@ -29,7 +30,7 @@ def located(source: str) -> str:
     """The folder a model is in, or its hub id.
 
     Raises:
-        WrongInput: it is a file, or can only be a folder and is not there.
+        WrongInput: it is a file, can only be a folder and is not there, or holds no language model.
     """
     check_name(source)
     try:
@@ -39,6 +40,11 @@ def located(source: str) -> str:
         raise WrongInput(f"{source[:80]!r} is no folder and no hub id: {one_line(error)}") from error
     if is_file:
         raise WrongInput(f"{source!r} is a file; give the folder that it is in, or a hub id")
+    if (path / PIPELINE).is_file() and not (path / "config.json").exists():
+        raise WrongInput(
+            f"{source!r} is a pipeline of diffusers and no language model; its U-Net is pruned with python -m "
+            f"prunekit_strategies.diffusion {source} --sparsity SHARE --output DIR"
+        )
     if path.exists():
         return str(path)
     if source.startswith((".", "/", "~")) or source.count("/") > 1:

@@ -258,7 +258,7 @@ def _is_result(folder: Path) -> bool:
     """Whether we have made it: one model, a family of them, an export, or what was learnt from searches."""
     listed = sealed(folder)
     return listed is not None and (
-        {"report.json", "recipe.yaml", "ledger.jsonl"} <= listed.keys()
+        {"report.json", "ledger.jsonl"} <= listed.keys()
         or "pareto.json" in listed
         or "searches.json" in listed
         or "exports.json" in listed

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from prunekit.data.tokens import TokenBatch
 from prunekit.errors import PluginError
@@ -18,7 +18,6 @@ from prunekit.plugins.guard import instance
 from prunekit.plugins.objective import Objective, Reads
 from prunekit.search.ledger import Ledger
 from prunekit.search.probing import Spent, Tally
-from prunekit.search.supernet import Supernet
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
 from prunekit.system.progress import Progress, series_name
@@ -27,6 +26,25 @@ MOST_IDLE = 10_000  # asks in a row that ask nothing new: they cost nothing, and
 MOST_QUESTIONS = 2_000_000  # of one search
 Known = dict[tuple[Allocation, int], float]
 """Losses by allocation and tokens; whether an allocation was a probe is no part of the question."""
+
+
+class Judge(Protocol):
+    """Whoever answers for the objective, such as a supernet."""
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the model."""
+        ...
+
+    def judged(
+        self, objective: Objective, allocations: Sequence[Allocation], batch: TokenBatch
+    ) -> Iterator[tuple[Allocation, float]]:
+        """Every allocation once, in order, and what the objective says of it."""
+        ...
+
+    def loss(self, objective: Objective, allocation: Allocation, batch: TokenBatch) -> float:
+        """What an objective says of an allocation."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,7 @@ class Recorded(Journal):
 def converse(
     allocator: Allocator,
     problem: Problem,
-    net: Supernet,
+    net: Judge,
     objective: Objective,
     tokens: TokenBatch,
     ledger: Ledger,
@@ -204,7 +222,7 @@ def _judge(
     new: list[tuple[Allocation, int]],
     known: Known,
     space: Space,
-    net: Supernet,
+    net: Judge,
     objective: Objective,
     tokens: TokenBatch,
     ledger: Ledger,
