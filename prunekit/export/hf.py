@@ -71,18 +71,25 @@ def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrained
     if any(patches):
         sizes = [size | {"patch": rank} for size, rank in zip(sizes, patches, strict=True)]
     stock = _stock_config(family, values, sizes, head_dim)
-    config: Any = stock
-    if config is None:
-        config_class: Any = define(family)[0] if family.text is None else CONFIG_MAPPING[family.text]
-        config = config_class(**values, per_layer_config=dict(enumerate(sizes)))
-    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if own is model.config else None
-    if causal is None:  # the language model is a part of another, which stays
+    config, causal = _language_model(family, stock, values, sizes)
+    if own is not model.config:  # the language model is a part of another, which stays
         config, causal = _around(model.config, family, config, stock=stock is not None)
     config._attn_implementation = model.config._attn_implementation
     config._experts_implementation = model.config._experts_implementation
     for part in config.sub_configs:
         getattr(config, part)._attn_implementation = getattr(model.config, part)._attn_implementation
     return _filled(causal, config, model, adapter.layers, kept)
+
+
+def _language_model(family: Family, stock: Any, values: dict[str, Any], sizes: list[dict[str, Any]]) -> tuple[Any, Any]:
+    """(config, class) of a language model: the stock one, where there is a config of it; None where it is only a part."""
+    if stock is not None:
+        return stock, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(stock), None)
+    layers: Any = values | {"per_layer_config": dict(enumerate(sizes))}
+    if family.text is not None:
+        return CONFIG_MAPPING[family.text](**layers), None
+    config, _, causal = define(family)
+    return config(**layers), causal
 
 
 def _around(config: Any, family: Family, text: Any, *, stock: bool) -> tuple[Any, Any]:

@@ -84,9 +84,11 @@ def test_vllm_finds_the_classes_by_the_entry_point_however_often_it_is_called(mo
         for family in FAMILIES.values():
             config, base, causal = define(family)
             assert getattr(now, causal.__name__) is getattr(early, causal.__name__) is causal
-            assert AutoConfig.for_model(f"prunekit_{family.model_type}", per_layer_config={}).__class__ is config
+            sizes: dict[str, Any] = {"per_layer_config": {}}
+            sizes = sizes if family.text is None else {"text_config": sizes}
+            assert AutoConfig.for_model(f"prunekit_{family.model_type}", **sizes).__class__ is config
             assert AutoModel._model_mapping[config] is base  # type: ignore[attr-defined]
-            assert AutoModelForCausalLM._model_mapping[config] is causal  # type: ignore[attr-defined]
+            assert getattr(now, family.autos[2])._model_mapping[config] is causal
     assert find_spec("vllm") is not None or "vllm" not in sys.modules
 
 
