@@ -82,7 +82,7 @@ def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrained
 
 
 def _language_model(family: Family, stock: Any, values: dict[str, Any], sizes: list[dict[str, Any]]) -> tuple[Any, Any]:
-    """(config, class) of a language model: the stock one, where there is a config of it; None where it is only a part."""
+    """(config, class) of a language model, the stock ones where `stock` is given; no class of what is only a part."""
     if stock is not None:
         return stock, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(stock), None)
     layers: Any = values | {"per_layer_config": dict(enumerate(sizes))}
