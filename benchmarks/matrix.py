@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from prunekit.errors import NotVerified, WrongInput
 from prunekit.export.hf import to_transformers
@@ -31,6 +31,7 @@ from prunekit.measure.rounds import Ratio
 from prunekit.measure.speed import Speed, speeds
 from prunekit.models import classes
 from prunekit.models.adapters.find import adapter_for
+from prunekit.models.configs import auto_class
 from prunekit.models.opening import without_bars
 from prunekit.plugins.adapter import ModelAdapter, UnsupportedModel
 from prunekit.plugins.exporter import Exporter, Order, Probe, Product
@@ -94,7 +95,9 @@ def dense_of(name: str) -> PreTrainedModel:
     elif name in classes.FAMILIES:
         sizes[classes.FAMILIES[name].width] = WIDTH
         sizes |= {"head_dim": HEAD} if "head_dim" in SIZES.get(name, {}) else {}
-    elif name == "mamba2":
+    if name == "qwen2_5_vl":  # pairs of channels that rotate by each of the three positions
+        sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+    if name == "mamba2":
         sizes["head_dim"] = HIDDEN // 2
     elif name == "gpt2":
         sizes["n_inner"] = WIDTH
@@ -128,7 +131,7 @@ def parity(exporter: Exporter, product: Product, folder: Path, fresh: bool) -> s
     if fresh or exporter.place:
         prove([exporter], folder, probe)
         return "proved"
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    loaded = auto_class(model.config).from_pretrained(folder, dtype=torch.float32).eval()
     if type(loaded) is not type(model) or sum(p.numel() for p in loaded.parameters()) != probe.parameters:
         return "another model"
     apart = float((loaded(IDS, use_cache=False).logits - probe.logits).abs().max())
