@@ -232,7 +232,7 @@ class LearnerSuite:
             worth = torch.cat([part.sort(descending=True).values for part in knapsack.split(worth)])
         hearing = Hearing(Surface(worth, power, noise=noisy(16, power)))
         left = self._left(hearing.surface, space, answer=hearing)
-        if not hearing.told:
+        if power > 1 and not hearing.told:
             pytest.skip("all that it asks for is 0 where a loss is flat around what is kept")
         self._judge("linear" if power == 1 else "flat", left, self.slack if power == 1 else self.flat_slack)
 

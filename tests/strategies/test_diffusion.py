@@ -436,6 +436,14 @@ def test_other_unets_and_other_files_are_refused(saved: Callable[[Any], Path], t
     assert main([str(tmp_path / "none"), "--sparsity", "0.2", "-o", str(tmp_path / "a")]) == 2
 
 
+@pytest.mark.parametrize("named", ["DiffusionPipeline", "UNet2DModel", "logging", "nothing"])
+def test_no_other_class_is_opened_as_a_scheduler(named: str, saved: Callable[[Any], Path], tmp_path: Path) -> None:
+    index = (folder := saved(make_unet())) / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", named]}))
+    with pytest.raises(pk.WrongInput, match=f"diffusers has no scheduler '{named}'"):
+        prune_pipeline(folder, tmp_path / "a", sparsity=0.4, **SMALL)
+
+
 def test_prune_names_the_command_for_pipelines(tiny: Path) -> None:
     with pytest.raises(pk.WrongInput, match=r"python -m prunekit_strategies\.diffusion"):
         located(str(tiny))

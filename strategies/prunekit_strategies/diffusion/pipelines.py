@@ -70,6 +70,8 @@ def open_pipeline(folder: Path, device: torch.device, dtype: str) -> Pipeline:
         import diffusers
     except ModuleNotFoundError as error:
         raise ImportError("pruning a pipeline needs diffusers: pip install 'prunekit[diffusers]'") from error
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
     from prunekit_strategies.diffusion import unets
 
     index = read_json(folder / INDEX)
@@ -86,9 +88,14 @@ def open_pipeline(folder: Path, device: torch.device, dtype: str) -> Pipeline:
         raise WrongInput(f"{folder / 'unet'} holds no weights in safetensors; save it again with safe_serialization")
     stored = _stored_dtype(files[0])
     _, scheduler_name = _named(index, "scheduler")
+    kind = getattr(diffusers, scheduler_name, None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):  # a file names no other class
+        raise WrongInput(
+            f"diffusers has no scheduler {scheduler_name!r}, which {INDEX} names; give a pipeline with DDIM"
+        )
     try:
         unet: Any = kinds[name].from_pretrained(folder, subfolder="unet", torch_dtype=stored, use_safetensors=True)
-        scheduler = getattr(diffusers, scheduler_name).from_pretrained(folder, subfolder="scheduler")
+        scheduler = kind.from_pretrained(folder, subfolder="scheduler")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise WrongInput(f"the pipeline {str(folder)!r} cannot be opened: {first_line(error)}") from error
     _check_unet(unet)
@@ -207,7 +214,7 @@ def _encode(folder: Path, kind: str, texts: Sequence[str]) -> Tensor:
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
         encoder = getattr(transformers, kind).from_pretrained(
             folder / "text_encoder", dtype=torch.float32, use_safetensors=True
         )
