@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Origin:
         """
         if self.converter is None:
             return read(self.names[0])
-        converter = copy.deepcopy(self.converter)  # it collects what it is given
+        converter: Any = copy.deepcopy(self.converter)  # it collects what it is given
         for pattern, name in self.parts:
             converter.add_tensor(self.name, name, pattern, partial(read, name))
         try:
