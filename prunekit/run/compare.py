@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from prunekit.data.tokens import TokenBatch
 from prunekit.data.windows import whole_windows
 from prunekit.errors import WrongInput, first_line
 from prunekit.measure.perplexity import Perplexity, perplexity
@@ -50,6 +51,7 @@ from prunekit.system.progress import Stage, span
 # of a row, for programs
 TOLD = ("perplexity", "objective", "optimum", "reached", "parameters", "removed", "token_forwards", "seconds")
 FEW = 8  # cells that a line names
+LEAST = 8  # windows that a cell is judged on where it is tried on a part of the text
 SHARES = (0.25, 0.5, 1.0)  # of the calibration text, one rung after the other, where a time is given
 
 
@@ -60,7 +62,8 @@ def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20
         suite: what is compared, on which models.
         job: the folder of the comparison, and whether an earlier one is continued or replaced; or a model in memory.
         time: seconds to spend; then cells are tried on a quarter of the text, the better ones on half, and the best of
-            these on all of it, as many as there is time for. None: all cells on all of it, as long as it takes.
+            these on all of it, as many as there is time for. Where the first step takes more than its third of the
+            time, the second is left out. None: all cells on all of it, as long as it takes.
         disk: bytes of candidates to keep for cells to come.
 
     Returns:
@@ -168,24 +171,29 @@ class _Work:
         assert self.left is not None
         began, cells = clocks.perf_counter(), {sparsity: list(self.cells) for sparsity in self.suite.sparsity}
         for rung, share in enumerate(SHARES[:-1]):
-            until = (rung + 1) / len(SHARES) * self.left
+            planned, until = ((steps / len(SHARES)) * self.left for steps in (rung + 1, len(SHARES) - 1))
             self._announce(share)
             tried: dict[float, list[Row]] = {sparsity: [] for sparsity in cells}
-            for sparsity, some in cells.items():
-                for cell in some:
+            for cell in self.cells:  # at one sparsity after the other, so that none is left without
+                for sparsity, some in cells.items():
+                    if cell not in some:
+                        continue
                     if clocks.perf_counter() - began > until and cell.name != REFERENCE and tried[sparsity]:
                         self._leave_out(cell, sparsity, share, "the time was spent before its turn")
                         continue
                     row = self._row(cell, sparsity, 0, share, Stage())
                     if row.state == COMPLETE:
                         tried[sparsity].append(row)
-            nxt = SHARES[rung + 1]
             rest = self.left - (clocks.perf_counter() - began)
             everything = seconds_of(row for some in tried.values() for row in some) / share * self.suite.seeds
-            room = rest if everything <= rest else rest / (len(SHARES) - 1 - rung)
-            cells = self._survivors(tried, nxt / share, room / len(cells))
-            if everything <= rest:
-                break  # all of them fit, on all of the text
+            # that all are tried is worth more than a step between
+            last = everything <= rest or self.left - rest > planned
+            nxt = SHARES[-1 if last else rung + 1]
+            cells = self._survivors(
+                tried, nxt / share, (rest if last else rest / (len(SHARES) - 1 - rung)) / len(cells)
+            )
+            if last:
+                break
         return cells
 
     def _survivors(
@@ -291,7 +299,7 @@ class _Work:
             if (row.model, row.recipe, row.share, row.state) == (blank.model, parts.digest, blank.share, COMPLETE):
                 return replace(row, cell=blank.cell)
         with self.bench.make(parts, self._part(blank)) as made:
-            text = session.draws.evaluation if blank.share == 1 else session.draws.search
+            text = session.draws.evaluation if blank.share == 1 else _part_of(session.draws.search, blank.share)
             measured = perplexity(made.small, text, progress=session.progress)
             ledger, clock, budget = made.run.ledger, made.run.clock.seconds, made.run.whole.budget
             spent = budget.outside + made.run.whole.cost(made.plan)
@@ -312,6 +320,12 @@ class _Work:
         several = [Path(self.model).name] if len(self.suite.models) > 1 else []
         share = [] if blank.share == 1 else [f"{blank.share:.0%} of the text"]
         return ", ".join([*several, blank.cell, f"{blank.sparsity:.0%}", f"seed {blank.seed}", *share])
+
+
+def _part_of(text: TokenBatch, share: float) -> TokenBatch:
+    """So much of a text, spread over it, and `LEAST` windows or more: judging costs as much as a calibration pass."""
+    windows = len(text.ids)
+    return text.spread(min(windows, max(LEAST, round(share * windows))) * text.seqlen)
 
 
 def _measured(found: Perplexity) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from prunekit import WrongInput
 from prunekit.calibration import fill
 from prunekit.errors import PluginError
 from prunekit.report.comparison import COMPLETE, DENSE, FAILED, LEFT, REFUSED, Comparison, Row, Rows, seconds_of
-from prunekit.run import stages
+from prunekit.run import compare, stages
 from prunekit.run.bench import Bench
 from prunekit.system.progress import Progress
 
@@ -240,6 +240,29 @@ def test_a_time_goes_to_the_better_cells(asked: Any) -> None:
         next(row for row in found.rows if (row.cell, row.share) == ("uniform", share)) for share in (0.25, 1)
     )
     assert quarter.losses != whole.losses  # on the search text
+
+
+def test_where_the_first_step_takes_long_all_are_tried_and_the_second_is_left_out(
+    asked: Any, done: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, made = [0.0], compare._Work._row
+
+    def slow(self: Any, cell: Any, sparsity: float, seed: int, share: float, stage: Any) -> Row:
+        row = made(self, cell, sparsity, seed, share, stage)
+        now[0] += 10 * share
+        return replace(row, seconds=10 * share)
+
+    monkeypatch.setattr(compare._Work, "_row", slow)
+    monkeypatch.setattr(compare.clocks, "perf_counter", lambda: now[0])
+    cells = len(done.of(asked["model"], 0.5))
+    third = 2.5 * 2 * cells / 1.5  # of the time: at two sparsities the first step takes one and a half
+    found = prunekit.compare(**asked, time=3 * third)
+    tried = {s: {row.cell for row in found.rows if (row.share, row.sparsity) == (0.25, s)} for s in (0.25, 0.5)}
+    assert tried[0.25] == tried[0.5]
+    assert len(tried[0.5]) == cells
+    assert {row.share for row in found.rows} == {0.25, 1.0}
+    assert not any("the time was spent" in row.reason for row in found.rows)
+    assert any("others were better" in row.reason for row in found.rows)
 
 
 def test_enough_time_is_no_halving(asked: Any, done: Comparison) -> None:
