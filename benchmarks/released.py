@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import released_groups
+import released_learners
 import released_weights
 import torch
 import torch.nn.functional as F
 import transformers
 import typer
-from released_tools import ATTENTION, MLP, Rows, World, apart, shares, taken
+from released_tools import ATTENTION, MLP, Rows, World, apart, corr, shares, taken
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from transformers import LlamaForCausalLM
@@ -735,10 +737,6 @@ def mean(weighted: list[tuple[float, int]]) -> float:
     return sum(value * weight for value, weight in weighted) / sum(weight for _, weight in weighted)
 
 
-def corr(a: list[float], b: list[float]) -> float:
-    return float(np.corrcoef(a, b)[0, 1])
-
-
 METHODS: dict[str, tuple[str, Callable[[World, Path], Rows]]] = {
     "svd-llm": ("SVD-LLM", svd_llm),
     "asvd": ("ASVD4LLM", asvd),
@@ -756,6 +754,8 @@ METHODS: dict[str, tuple[str, Callable[[World, Path], Rows]]] = {
     "gisp": ("", gisp),
     "slicegpt": ("TransformerCompression", slicegpt),
     **released_weights.METHODS,
+    **released_learners.METHODS,
+    **released_groups.METHODS,
 }
 
 

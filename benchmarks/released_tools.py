@@ -12,6 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
@@ -48,6 +49,10 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 def shares(count: Tensor, of: float) -> str:
     return f"{float(count) / of:.2%}"
+
+
+def corr(a: list[float], b: list[float]) -> float:
+    return float(np.corrcoef(a, b)[0, 1])
 
 
 @dataclass(eq=False)

@@ -1,0 +1,229 @@
+"""Groups, depth and what searches read beside released code, on the same numbers."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import io
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from released_tools import ATTENTION, MLP, Rows, World, corr, taken
+from torch import Tensor
+
+from prunekit.calibration.fill import layer_problem
+from prunekit.calibration.flow import BlockFlow
+from prunekit.calibration.statistics import statistics_of
+from prunekit.models.adapters.find import adapter_for
+from prunekit_objectives.divergence import Divergence
+from prunekit_strategies.allocators.schedule import ratios, rising
+from prunekit_strategies.pruners.obs import OSSCAR, ZipLM
+from prunekit_strategies.signals.influence import Influence
+
+BLOCKS, SHARES = (0, 3, 6), (0.25, 0.5, 0.75)
+
+
+def osscar(world: World, code: Path) -> Rows:
+    """Neurons and KV groups of three blocks; its greedy pass, then its local search from there."""
+    released = taken(code / "prune_algo.py", "OSSCAR_fastprune", "OSSCAR_local_search", np=np)
+
+    def theirs(layer: Any, keep: int, update: int, swaps: int) -> Tensor:
+        gram, n = layer.hessian.double(), layer.n_groups
+        start, target = layer.weight.double().T.clone(), gram @ layer.weight.double().T
+        with contextlib.redirect_stdout(io.StringIO()):
+            found, _ = released.OSSCAR_fastprune(start, gram, target, n, keep, update)
+            if swaps := min(swaps, keep - 1, n - keep):  # it cannot exchange all that is left
+                found, _ = released.OSSCAR_local_search(found, gram, target, n, 30, swaps)
+        return found.T
+
+    for names, update, swaps in ((MLP, 10, 10), (ATTENTION, 2, 5)):
+        errors, differ, kept_ = list[float](), 0, 0
+        greedy = list[float]()
+        for block in BLOCKS:
+            layer = world.sub_layer(block, names)
+            for share in SHARES:
+                keep = layer.n_groups - round(layer.n_groups * share)
+                (ours,) = OSSCAR().prune(layer, [keep])
+                weight = theirs(layer, keep, update, swaps)
+                kept = {*groups_of(weight, layer.group_size)}
+                differ, kept_ = differ + len({*ours.kept} - kept), kept_ + keep
+                errors.append(layer.error(ours.weight) / layer.error(weight))
+                greedy.append(layer.error(ours.weight) / layer.error(theirs(layer, keep, update, 0)))
+        what = "neurons of the MLPs" if names is MLP else "KV groups"
+        yield (
+            f"{what} of blocks 0, 3 and 6, 25, 50 and 75 % gone",
+            (
+                f"{differ} of {kept_:,} kept differ; errors {min(errors):.3f} to {max(errors):.3f} of its, "
+                f"{min(greedy):.3f} to {max(greedy):.3f} of its greedy pass"
+            ),
+        )
+
+
+def groups_of(weight: Tensor, size: int) -> list[int]:
+    """Groups that have a weight."""
+    return (weight != 0).any(0).unflatten(0, (-1, size)).any(1).nonzero().flatten().tolist()
+
+
+def ziplm(world: World, code: Path) -> Rows:
+    """The same by DarwinLM's copy of ZipLM's pass, which writes down the weights of every count."""
+    linear_algebra = taken(code / "src/linalg_utils.py", "inv_sym")
+    alone = argparse.Namespace(is_dist_available_and_initialized=lambda: False, is_main=lambda: True)
+    shape = argparse.Namespace(get_number_of_rows_and_cols=lambda layer: tuple(layer.weight.shape))
+    absent = type("Absent", (), {})
+    released = taken(
+        code / "src/fast_obc_struct.py", "FastOBCStruct", _ConvNd=absent, dist_utils=alone, model_utils=shape,
+        linalg_utils=linear_algebra, List=list,
+    )  # fmt: skip
+    for names in (MLP, ATTENTION):
+        differ = kept_ = 0
+        errors = list[float]()
+        for block in BLOCKS:
+            layer = world.sub_layer(block, names)
+            name = f"model.layers.{block}." + ("mlp.down_proj" if names is MLP else "self_attn.o_proj")
+            code_ = released.FastOBCStruct(copy.deepcopy(world.maps[name]))
+            code_.is_attn = names is ATTENTION
+            for x in world.inputs[name].float().split(world.windows[1]):
+                code_.update(x[None])
+            gone = [round(layer.n_groups * share) for share in SHARES]
+            with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+                weights = code_.prune_struct([n * layer.group_size for n in gone], gone, layer.group_size)
+            for n, weight, ours in zip(
+                gone, weights, ZipLM().prune(layer, [layer.n_groups - n for n in gone]), strict=True
+            ):
+                kept = {*groups_of(weight.detach(), layer.group_size)}
+                differ, kept_ = differ + len({*ours.kept} - kept), kept_ + layer.n_groups - n
+                errors.append(layer.error(ours.weight) / layer.error(weight.detach()))
+        what = "neurons of the MLPs" if names is MLP else "KV groups"
+        yield (
+            f"{what} of blocks 0, 3 and 6, 25, 50 and 75 % gone",
+            (f"{differ} of {kept_:,} kept differ; errors {min(errors):.4f} to {max(errors):.4f} of its"),
+        )
+
+
+def shortgpt(world: World, code: Path) -> Rows:
+    """Block influence of every block, and of every sub-layer by the same function."""
+    released = taken(code / "shortgpt/metrics.py", "block_influence")
+    seen: dict[str, list[Tensor]] = {}
+    hooks = []
+    for i, layer in enumerate(world.model.model.layers):
+        points = {f"{i}.attention": layer.input_layernorm, f"{i}.mlp": layer.post_attention_layernorm}
+        hooks += [
+            norm.register_forward_pre_hook(lambda _, args, key=key: seen.setdefault(key, []).append(args[0]))
+            for key, norm in points.items()
+        ]
+    hooks.append(
+        world.model.model.norm.register_forward_pre_hook(lambda _, args: seen.setdefault("end", []).append(args[0]))
+    )
+    with torch.no_grad():
+        for ids in world.tokens.ids:
+            world.model(ids[None])
+    for hook in hooks:
+        hook.remove()
+    stream = {key: torch.cat(parts) for key, parts in seen.items()}
+    keys = list(stream)
+    theirs = {key: float(released.block_influence(stream[key], stream[after]).mean()) for key, after in pairwise(keys)}
+    adapter, ours, asked = adapter_for("llama"), dict[str, float](), frozenset({"gram", *Influence().needs})
+    flow, block = BlockFlow(world.model, adapter, world.tokens, dense=False), 0
+    for site in adapter.sites(world.model):
+        if site.block > block:
+            flow.advance(block)
+            block = site.block
+        moments = flow.received(site, statistics_of(asked))
+        layer = layer_problem(world.model, adapter, site, moments, asked, damping=1e-9)
+        ours[f"{site.block}.{site.kind}"] = Influence().measure(layer)
+        flow.carry(site, adapter.linear(adapter.blocks(world.model)[site.block], site).weight)
+    most = max(abs(ours[key] - theirs[key]) for key in ours)
+    yield f"influence of {len(ours)} sub-layers", f"{most:.0e} at most"
+    depth = len(world.model.model.layers)
+    starts = [*(stream[f"{i}.attention"] for i in range(depth)), stream["end"]]
+    whole = [float(released.block_influence(a, b).mean()) for a, b in pairwise(starts)]
+    halves = [(ours[f"{i}.attention"] + ours[f"{i}.mlp"]) / 2 for i in range(depth)]
+    order = [sorted(range(depth), key=values.__getitem__) for values in (whole, halves)]
+    yield (
+        "its influence of whole blocks, and the mean of both sub-layers",
+        (f"correlation {corr(whole, halves):.3f}; least first {order[0]} and {order[1]}"),
+    )
+
+
+def divergence(world: World, code: Path) -> Rows:
+    """The dense model and three that lack single blocks, on four windows."""
+    released = taken(code / "src/metrics.py", "compute_kl_div", changes={"torch.cuda.empty_cache()": "pass"},
+                     trange=lambda *args, **_: range(*args))  # fmt: skip
+    ids = world.tokens.ids[:4]
+    with torch.no_grad():
+        dense = world.model(ids).logits
+    vocabulary = dense.shape[-1]
+    rows = {top: list[float]() for top in (512, vocabulary)}
+    bare = list[float]()
+    for block in (0, 3, 6):
+        model = copy.deepcopy(world.model)
+        part = model.model.layers[block].mlp.down_proj.weight
+        part.mul_(0.0)
+        with torch.no_grad():
+            logits = model(ids).logits
+        theirs = released.compute_kl_div(model, list(ids[:, None]), list(dense[:, None]))
+        given, count = Given(dense[:, :-1], logits[:, :-1]), counted(ids)
+        for top, found in rows.items():
+            found.append(Divergence(top_k=top).loss(given, (), count) / theirs)
+        bare.append(Divergence(top_k=512, rest=False).loss(given, (), count) / theirs)
+    told = "; ".join(
+        f"{'all' if top == vocabulary else top} {min(found):.6f} to {max(found):.6f}" for top, found in rows.items()
+    )
+    yield (
+        f"divergence without one MLP, over its, by how many of {vocabulary:,} tokens are apart",
+        (f"{told}; 512 and no rest {min(bare):.4f} to {max(bare):.4f}"),
+    )
+
+
+def counted(ids: Tensor) -> Any:
+    return argparse.Namespace(n_tokens=ids.shape[0] * (ids.shape[1] - 1))
+
+
+class Given:
+    """Answers that are there."""
+
+    def __init__(self, dense: Tensor, logits: Tensor) -> None:
+        self.dense, self.own = dense, logits
+
+    def dense_top(self, _: Any, k: int) -> Iterator[Any]:
+        log_probs, ids = self.dense.log_softmax(-1).topk(k)
+        yield argparse.Namespace(ids=ids, log_probs=log_probs)
+
+    def logits(self, *_: Any) -> Iterator[tuple[None, Tensor]]:
+        yield None, self.own
+
+
+def atp(world: World, code: Path) -> Rows:
+    """Its lines that make the shares of 8 and of 32 blocks, for steps up to the largest that it allows."""
+    text = (code / "main.py").read_text()
+    (main,) = [node for node in ast.parse(text).body if getattr(node, "name", "") == "main"]
+    names = {"mean_value", "step", "first_term", "sparsity_rates"}
+    assigned = [node for node in main.body if isinstance(node, ast.Assign)]
+    lines = [node for node in assigned if getattr(node.targets[0], "id", "") in names]
+    most = 0.0
+    for depth in (8, 32):
+        for mean in (0.3, 0.5, 0.7):
+            largest = min(2 * mean, 2 * (1 - mean)) / (depth - 1)
+            curve = ratios(rising("linear-increase", depth), [1] * depth, mean, 0.0, 1.0)
+            for degree in (0.1, 0.5, 1.0):
+                there = {"args": argparse.Namespace(beta=degree * largest, sparsity_ratio=mean), "length": depth}
+                exec(compile(ast.Module(lines, []), "main", "exec"), there)
+                rates: Any = there["sparsity_rates"]
+                ours = [mean + degree * (share - mean) for share in curve]
+                most = max(most, *(abs(a - b) for a, b in zip(ours, rates, strict=True)))
+    yield "share that goes of every block, 8 and 32 blocks, 18 curves", f"{most:.0e} at most"
+
+
+METHODS: dict[str, tuple[str, Callable[[World, Path], Rows]]] = {
+    "osscar": ("OSSCAR", osscar),
+    "ziplm": ("DarwinLM", ziplm),
+    "influence": ("ShortGPT", shortgpt),
+    "divergence": ("EvoPress", divergence),
+    "atp": ("ATP", atp),
+}
