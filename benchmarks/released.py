@@ -56,6 +56,7 @@ from prunekit_strategies.finishers.linear_patch import Pairs
 from prunekit_strategies.learners import bypass_bp, ddp, hard_concrete, lora_prune
 from prunekit_strategies.pruners.alps import ALPS, alternate
 from prunekit_strategies.pruners.asvd import ASVD, MeanAbsolute
+from prunekit_strategies.pruners.expert_frequency import ExpertFrequency
 from prunekit_strategies.pruners.reap import REAP
 from prunekit_strategies.pruners.score import Olica
 from prunekit_strategies.pruners.svd_llm import SVDLLM
@@ -151,7 +152,7 @@ def reap(world: World, code: Path) -> Rows:
     names = "PreparedPruningBatch", "initialize_pruning_state", "_prepare_pruning_batch", "update_pruning_state"
     released = taken(code / "src/reap/pruning_metrics.py", *names, Any=Any, **there)
     tokens, pruner = toy_tokens(windows=16, seqlen=8), REAP()
-    asked = frozenset({"gram", *pruner.needs})
+    asked = frozenset({"gram", *pruner.needs, *ExpertFrequency().needs})
     for family, renormalised in (("mixtral", True), ("qwen3_moe", True), ("olmoe", False), ("qwen2_moe", False)):
         model, adapter = tiny(family, num_hidden_layers=2).requires_grad_(False), adapter_for(family)
         site = next(site for site in adapter.sites(model) if site.kind == "experts")
@@ -174,12 +175,15 @@ def reap(world: World, code: Path) -> Rows:
                 renormalize_router_weights=renormalised,
             )  # fmt: skip
         moments = BlockFlow(model, adapter, tokens, dense=False).received(site, statistics_of(asked))
-        ours = pruner.scores(layer_problem(model, adapter, site, moments, asked, damping=1e-9))
-        theirs = state["reap"].mean.double()
+        layer = layer_problem(model, adapter, site, moments, asked, damping=1e-9)
+        ours, shares_ = pruner.scores(layer), ExpertFrequency().scores(layer)
+        theirs, chosen_ = state["reap"].mean.double(), state["expert_frequency"].double()
         same = theirs.argsort().tolist() == ours.argsort().tolist()
         most = float((theirs - ours).abs().max() / ours.max())
         how = "with" if renormalised else "without"
+        often = float((chosen_ / chosen_.sum() - shares_ / shares_.sum()).abs().max())
         yield f"scores of {n} experts, {family}, {how} its option", f"{most:.1e} of the largest, same order: {same}"
+        yield f"how often {n} experts are selected, {family}", f"{often:.0e} at most, as shares"
 
 
 def olica(world: World, code: Path) -> Rows:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import abc
 import argparse
 import ast
 import contextlib
 import copy
+import csv
 import io
+import runpy
+import sys
+import tempfile
+import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +30,9 @@ from prunekit.calibration.statistics import statistics_of
 from prunekit.models.adapters.find import adapter_for
 from prunekit_objectives.divergence import Divergence
 from prunekit_strategies.allocators.schedule import ratios, rising
+from prunekit_strategies.pruners.gradient import LLMPruner
 from prunekit_strategies.pruners.obs import OSSCAR, ZipLM
+from prunekit_strategies.pruners.score import Channel, Minitron
 from prunekit_strategies.signals.influence import Influence
 
 BLOCKS, SHARES = (0, 3, 6), (0.25, 0.5, 0.75)
@@ -220,10 +229,97 @@ def atp(world: World, code: Path) -> Rows:
     yield "share that goes of every block, 8 and 32 blocks, 18 curves", f"{most:.0e} at most"
 
 
+def activations(method: str, world: World, code: Path) -> Rows:
+    """Scores of the neurons of all MLPs by its hooks, window by window."""
+    names = "ForwardHook", "L2NormHook", "IndependentChannelContributionHook"
+    file = code / "modelopt/torch/prune/importance_hooks/base_hooks.py"
+    released = taken(file, *names, ABC=abc.ABC, abstractmethod=abc.abstractmethod)
+    pruner = Minitron() if method == "minitron" else Channel()
+    far, differ, kept = 0.0, 0, 0
+    for block in range(len(world.model.model.layers)):
+        name = f"model.layers.{block}.mlp.down_proj"
+        linear, x = world.maps[name], world.inputs[name].unflatten(0, world.windows)
+        if method == "minitron":
+            hook = released.L2NormHook()
+            hook(linear, (x.float().transpose(0, 1),), None)  # the sequence first
+        else:
+            hook = released.IndependentChannelContributionHook(linear)
+            for window in x.float():
+                hook(linear, (window[None],), None)
+        theirs = hook.accumulate().detach().double()
+        size = x.abs().mean(1).square().mean(0).sqrt()
+        ours = pruner.scores(world.layer(name, statistics={"absolute": size}))
+        assert ours is not None
+        scaled = theirs * (ours @ theirs) / (theirs @ theirs)
+        far = max(far, float((ours - scaled).norm() / ours.norm()))
+        for share in SHARES:
+            keep = round(len(ours) * (1 - share))
+            best = [{*scores.argsort(descending=True, stable=True)[:keep].tolist()} for scores in (ours, theirs)]
+            differ, kept = differ + len(best[0] - best[1]), kept + keep
+    yield (
+        "scores of the neurons of 8 MLPs, kept at 25, 50 and 75 % gone",
+        (f"‖·‖ {far:.0e} but for a factor; {differ} of {kept:,} kept differ"),
+    )
+
+
+def shortened_llama(world: World, code: Path) -> Rows:
+    """Taylor+ of every block, by its script from beginning to end."""
+    model = copy.deepcopy(world.model).requires_grad_(True)
+    data, tools = types.ModuleType("dataset"), types.ModuleType("utils")
+    vars(data).update(get_examples=lambda *_, **__: world.tokens.ids)
+    vars(tools).update(get_model=lambda *_, **__: (model, None, ""), set_seed=lambda _: None)
+    there, argv = {"dataset": data, "utils": tools}, sys.argv
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        sys.argv, before = ["script", "--output_dir", folder], {name: sys.modules.get(name) for name in there}
+        sys.modules |= there
+        try:
+            runpy.run_path(str(code / "src/anal_block_sensitivity_taylor.py"), run_name="__main__")
+        finally:
+            sys.argv = argv
+            for name, module in before.items():
+                if module is None:
+                    del sys.modules[name]
+                else:
+                    sys.modules[name] = module
+        text = {name: Path(folder, f"{name}.csv").read_text().splitlines() for name in ("weight_score", "block_order")}
+        found = {name: float(score) for name, score in list(csv.reader(text["weight_score"]))[1:]}
+        order = [int(i) for i in text["block_order"][0].split(",")]
+    model.zero_grad()
+    ids = world.tokens.ids
+    model(ids, labels=ids).loss.backward()
+    maps, worth = {name: model.get_submodule(name).weight for name in world.maps}, list[float]()
+    theirs = [[v for k, v in found.items() if f".layers.{block}." in k and "proj" in k] for block in range(len(order))]
+    norms = [
+        sum(v for k, v in found.items() if f".layers.{block}." in k and "norm" in k) for block in range(len(order))
+    ]
+    for block in range(len(order)):
+        total = 0.0
+        for names in (MLP, ATTENTION):
+            layer = world.sub_layer(block, names)
+            path = {name.rsplit(".", 1)[-1]: w for name, w in maps.items() if f".layers.{block}." in name}
+            first, *front = [{"gradient": path[name].grad.double()} for name in names]
+            producers = tuple(
+                replace(each, statistics=known) for each, known in zip(layer.producers, front, strict=True)
+            )
+            scores = LLMPruner().scores(replace(layer, statistics=first, producers=producers))
+            total += float(scores.sum())
+        worth.append(total)
+    far = max(abs(a - sum(b)) / sum(b) for a, b in zip(worth, theirs, strict=True))
+    more = max(sum(a) / sum(b) for a, b in zip(norms, theirs, strict=True))
+    same = order == sorted(range(len(worth)), key=worth.__getitem__)
+    yield (
+        "Taylor+ of 8 blocks by its script, and the order in which they go",
+        (f"{far:.0e} at most, relative, without the norms, which add {more:.1%} at most; same order: {same}"),
+    )
+
+
 METHODS: dict[str, tuple[str, Callable[[World, Path], Rows]]] = {
     "osscar": ("OSSCAR", osscar),
     "ziplm": ("DarwinLM", ziplm),
     "influence": ("ShortGPT", shortgpt),
     "divergence": ("EvoPress", divergence),
     "atp": ("ATP", atp),
+    "minitron": ("Model-Optimizer", lambda world, code: activations("minitron", world, code)),
+    "channel": ("Model-Optimizer", lambda world, code: activations("channel", world, code)),
+    "shortened-llama": ("shortened-llm", shortened_llama),
 }

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from released_tools import Rows, World, taken
 from torch import Tensor, nn
 
 from prunekit import LocalPruner
 from prunekit.space.forms import WEIGHTS, Form, parse_form
-from prunekit_strategies.finishers import dsnot
+from prunekit_strategies.finishers import dsnot, sparsellm
+from prunekit_strategies.pruners.alps import ALPS
 from prunekit_strategies.pruners.score import Wanda
 from prunekit_strategies.pruners.sparsegpt import SparseGPT
 from prunekit_strategies.pruners.weight_score import RIA, ZPruner
@@ -206,10 +208,112 @@ def _mean_error(world: World, name: str, weight: Tensor) -> float:
     return float((missing @ world.inputs[name].mean(0)).square().sum())
 
 
+class Lying:
+    """A sub-layer of one chunk, whose inputs in the small model are those of the dense one."""
+
+    def __init__(self, dense: Any, small: Any, x: Tensor) -> None:
+        self.x, self.maps, self.dense_block, self.site = (
+            x,
+            [dense.gate_proj, dense.up_proj, dense.down_proj],
+            None,
+            None,
+        )
+        with torch.no_grad():
+            self.hidden, self.out = F.silu(small.gate_proj(x)) * small.up_proj(x), dense(x)
+        adapter = argparse.Namespace(maps=lambda *_: self.maps)
+        self.twin = argparse.Namespace(piece=argparse.Namespace(adapter=adapter))
+
+    def __len__(self) -> int:
+        return 1
+
+    def entering(self, _: int) -> Tensor:
+        return self.x
+
+    def wanted(self, _: int, __: str) -> Tensor:
+        return self.out
+
+    def inputs(self, _: int) -> Tensor:
+        return self.hidden
+
+
+def sparsellm_(world: World, code: Path) -> Rows:
+    """The MLPs of three blocks, their inputs as in the dense model, float32 for its float16."""
+    wide = {"torch.float16": "torch.float32", ".half()": ".float()"} | CPU
+    pruner = taken(
+        code / "pruning_utils.py", "SparseGPT_LlaMA", "find_layers", changes=wide, transformers=transformers, time=time,
+        DEBUG=False,
+    )  # fmt: skip
+    released = taken(
+        code / "model_utils.py", "llama_sparsellm", changes=wide, transformers=transformers,
+        SparseGPT_LlaMA=pruner.SparseGPT_LlaMA, find_layers=pruner.find_layers,
+    )  # fmt: skip
+    blocks = (0, 4, 6)  # of the second it gives one round in the place of four
+    for share in (0.5, 0.7, 0.9):
+        layers: list[Any] = [Replayed(world, block) for block in blocks]
+
+        class Model:
+            config, seqlen = argparse.Namespace(use_cache=False, hidden_size=1), 1
+            model = argparse.Namespace(layers=layers, embed_tokens=nn.Identity(), norm=nn.Identity())
+
+            def parameters(self, weights: nn.Module = layers[0]) -> Any:
+                return weights.parameters()
+
+            def __call__(self, number: Tensor) -> Any:
+                return self.model.layers[0](number, attention_mask=None)
+
+        options = argparse.Namespace(
+            nsamples=world.windows[0], true_sequential=False, minlayer=-1, maxlayer=1000, prune_only="", invert=False,
+            wbits=16, sparsity=share, prunen=0, prunem=0, percdamp=0.01, blocksize=128,
+        )  # fmt: skip
+        batches = [(torch.full((1, 1), float(i)),) for i in range(options.nsamples)]
+        with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            released.llama_sparsellm(Model(), batches, "cpu", options)
+        told = list[str]()
+        for block, layer in zip(blocks, layers, strict=True):
+            path = f"model.layers.{block}.mlp"
+            dense, small = world.model.get_submodule(path), copy.deepcopy(world.model.get_submodule(path))
+            counts = dict[nn.Linear, Any]()
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                problem = world.layer(f"{path}.{part}", form=WEIGHTS)
+                keep = problem.d_in - int(problem.d_in * share)
+                (found,) = SparseGPT().prune(problem, [keep])
+                getattr(small, part).weight.copy_(found.weight)
+                counts[getattr(small, part)] = argparse.Namespace(form=WEIGHTS, name=part), keep
+            here = Lying(dense, small, world.inputs[f"{path}.up_proj"].float())
+            mlp = sparsellm.MLP([small.gate_proj, small.up_proj], small.down_proj, nn.SiLU(), counts)
+            with torch.no_grad():
+                start, ours = sparsellm.SparseLLM()._alternated(mlp, here)  # type: ignore[arg-type]
+                made = F.silu(layer.mlp.gate_proj(here.x)) * layer.mlp.up_proj(here.x)
+                theirs = float((layer.mlp.down_proj(made) - here.out).square().sum() / here.out.square().sum())
+            told.append(f"{start:.4f}, {theirs:.4f}, {ours:.4f}")
+        yield f"error of MLPs 0, 4 and 6, {share:.0%} gone: SparseGPT, its, ours", "; ".join(told)
+
+
+def admm(world: World, code: Path) -> Rows:
+    """Three maps by its 20 rounds; SparseGPT and ALPS on the same."""
+    released = taken(code / "lib/admm.py", "AdmmPruner", changes=CPU, transformers=transformers)
+    for share in (0.5, 0.7, 0.9):
+        told = list[str]()
+        for name in ("0.self_attn.q_proj", "3.mlp.up_proj", "6.mlp.down_proj"):
+            name = f"model.layers.{name}"  # noqa: PLW2901
+            beside, layer = copy.deepcopy(world.maps[name]), world.layer(name, form=WEIGHTS)
+            code_ = released.AdmmPruner(beside)
+            code_.add_batch(world.inputs[name].float(), None)
+            with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+                code_.fasterprune(share)
+            keep = layer.d_in - int(layer.d_in * share)
+            errors = [layer.error(beside.weight.detach())]
+            errors += [layer.error(pruner.prune(layer, [keep])[0].weight) for pruner in (SparseGPT(), ALPS())]
+            told.append(", ".join(f"{error:.2e}" for error in errors))
+        yield f"errors of three maps, {share:.0%} gone: its, `sparsegpt`, `alps`", "; ".join(told)
+
+
 METHODS: dict[str, tuple[str, Callable[[World, Path], Rows]]] = {
     "wanda": ("wanda", lambda world, code: scores("wanda", code, world)),
     "ria": ("Relative-importance-and-activation-pruning", lambda world, code: scores("ria", code, world)),
     "z-pruner": ("Z-Pruner", lambda world, code: scores("z-pruner", code, world)),
     "sparsegpt": ("sparsegpt", sparsegpt),
     "dsnot": ("DSnoT", swaps),
+    "sparsellm": ("SparseLLM", sparsellm_),
+    "admm-pruning": ("admm-pruning", admm),
 }
