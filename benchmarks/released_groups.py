@@ -9,10 +9,13 @@ import contextlib
 import copy
 import csv
 import io
+import os
+import random
 import runpy
 import sys
 import tempfile
 import types
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -28,7 +31,14 @@ from prunekit.calibration.fill import layer_problem
 from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.statistics import statistics_of
 from prunekit.models.adapters.find import adapter_for
+from prunekit.plugins.allocator import Problem
+from prunekit.space.budgets import Budget
+from prunekit.space.ladders import Space
+from prunekit.space.sites import Allocation, Site
+from prunekit.testing import best_allocation, converse
+from prunekit.testing.spaces import additive, convex_table
 from prunekit_objectives.divergence import Divergence
+from prunekit_strategies.allocators.evolution import Evolution
 from prunekit_strategies.allocators.schedule import ratios, rising
 from prunekit_strategies.pruners.gradient import LLMPruner
 from prunekit_strategies.pruners.obs import OSSCAR, ZipLM
@@ -313,11 +323,77 @@ def shortened_llama(world: World, code: Path) -> Rows:
     )
 
 
+STAGES = ((4, 2_048), (2, 16_384), (1, 65_536))  # survivors, tokens
+
+
+def evopress(world: World, code: Path) -> Rows:
+    """Its search from beginning to end on sums of 16 convex tables, 20 of them, every level of 16 removed groups."""
+    sites, generations = tuple(Site(f"{i:02}", i, "mlp", 16, 1, 1) for i in range(16)), 30
+    left, spent = dict[str, list[float]](), dict[str, list[int]]()
+    for seed in range(20):
+        space = Space.whole(sites, Budget(128))
+        problem = Problem(space, convex_table(space, seed), space.uniform(), seed, STAGES[-1][1])
+        loss, (_, lowest) = additive(problem.errors, space), best_allocation(space, problem.errors)
+        found = {"its": evolved(code, problem, generations, loss)}
+        for who, screen in (("ours", 1), ("ours, `filter: 8`", 8)):
+            talk = converse(Evolution(generations, 16, 3, STAGES, generations, "none", screen), problem)
+            asked = {query for ask in talk.asks for query in ask}  # none is paid for twice
+            found[who] = talk.answer, sum(query.tokens or 0 for query in asked)
+        for who, (answer, tokens) in found.items():
+            gap = (loss(answer) - lowest) / (loss(problem.start) - lowest)
+            left.setdefault(who, []).append(gap)
+            spent.setdefault(who, []).append(tokens)
+    told = [f"{who} {sorted(gaps)[10]:.1%} for {sorted(spent[who])[10] / 1e6:.1f} M" for who, gaps in left.items()]
+    what = "left of what uniform is above the optimum, 30 generations of 16, token-forwards; medians"
+    yield what, ", ".join(told)
+
+
+def evolved(
+    code: Path, problem: Problem, generations: int, loss: Callable[[Allocation], float]
+) -> tuple[Allocation, int]:
+    """The answer of its script, and how many tokens it has asked about; level 0 is the start."""
+    names, middle, seqlen, tokens = [site.name for site in problem.space.sites], problem.start[0], 2_048, 0
+
+    def fitness(model: Any, data: list[Tensor], *_: Any) -> float:
+        nonlocal tokens
+        tokens += sum(each.shape[1] for each in data)
+        return loss(tuple(middle - level for level in model.state))
+
+    def exists(file: str) -> bool:
+        return abs(int(Path(file).stem)) <= middle
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = argparse.Namespace(
+            seed=problem.seed, log_wandb=False, dtype="auto", model_name_or_path="", memory_efficient=True,
+            attn_implementation=None, tokenizer_name="", use_fast_tokenizer=False, calibration_data="",
+            calibration_sequence_length=seqlen, calibration_tokens=STAGES[-1][1], eval_sequence_length=1,
+            eval_datasets=[], eval_tokens=0, fitness_fn="ppl", sparse_weights_path=folder, generations=generations,
+            eval_every=1, offspring=16, max_level=middle, max_total_deviation=99_999, configuration_name="found",
+            survivors_per_selection=[s for s, _ in STAGES], tokens_per_selection=[t for _, t in STAGES],
+        )  # fmt: skip
+        model = argparse.Namespace(config=argparse.Namespace(max_position_embeddings=1), state=None)
+        stub = argparse.Namespace(from_pretrained=lambda *_, **__: model)
+        path = argparse.Namespace(isdir=lambda _: True, join=os.path.join, exists=exists)
+        released = taken(
+            code / "evo_prune_search.py", "main", "selection", np=np, copy=copy, random=random, has_wandb=False,
+            os=argparse.Namespace(listdir=lambda _: names, path=path), parse_args=lambda: options, List=list,
+            fix_seed=random.seed, AutoModelForCausalLM=stub, AutoTokenizer=stub, trange=range, Optional=typing.Optional,
+            get_data=lambda *_, **__: [torch.zeros(1, seqlen)] * (STAGES[-1][1] // seqlen),
+            compute_perplexity=lambda *_: 1.0, compute_fitness=fitness,
+            load_layers=lambda model, _, state, __: setattr(model, "state", state),
+        )  # fmt: skip
+        with contextlib.redirect_stdout(io.StringIO()):
+            released.main()
+        lines = Path(folder, "found").read_text().splitlines()
+    return tuple(middle - int(line.split(": ")[1]) for line in lines), tokens
+
+
 METHODS: dict[str, tuple[str, Callable[[World, Path], Rows]]] = {
     "osscar": ("OSSCAR", osscar),
     "ziplm": ("DarwinLM", ziplm),
     "influence": ("ShortGPT", shortgpt),
     "divergence": ("EvoPress", divergence),
+    "evopress": ("EvoPress", evopress),
     "atp": ("ATP", atp),
     "minitron": ("Model-Optimizer", lambda world, code: activations("minitron", world, code)),
     "channel": ("Model-Optimizer", lambda world, code: activations("channel", world, code)),
