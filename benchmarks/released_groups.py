@@ -16,8 +16,10 @@ import sys
 import tempfile
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 from released_tools import ATTENTION, MLP, Rows, World, corr, taken
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import get_linear_schedule_with_warmup
 
 from prunekit.calibration.fill import layer_problem
 from prunekit.calibration.flow import BlockFlow
@@ -40,9 +43,10 @@ from prunekit.testing.spaces import additive, convex_table
 from prunekit_objectives.divergence import Divergence
 from prunekit_strategies.allocators.evolution import Evolution
 from prunekit_strategies.allocators.schedule import ratios, rising
+from prunekit_strategies.finishers.reconstruction import TRIES, Reconstruction
 from prunekit_strategies.pruners.gradient import LLMPruner
 from prunekit_strategies.pruners.obs import OSSCAR, ZipLM
-from prunekit_strategies.pruners.score import Channel, Minitron
+from prunekit_strategies.pruners.score import Channel, Minitron, Wanda
 from prunekit_strategies.signals.influence import Influence
 
 BLOCKS, SHARES = (0, 3, 6), (0.25, 0.5, 0.75)
@@ -327,10 +331,10 @@ STAGES = ((4, 2_048), (2, 16_384), (1, 65_536))  # survivors, tokens
 
 
 def evopress(world: World, code: Path) -> Rows:
-    """Its search from beginning to end on sums of 16 convex tables, 20 of them, every level of 16 removed groups."""
+    """Its search from beginning to end on sums of 16 convex tables, 50 of them, every level of 16 removed groups."""
     sites, generations = tuple(Site(f"{i:02}", i, "mlp", 16, 1, 1) for i in range(16)), 30
     left, spent = dict[str, list[float]](), dict[str, list[int]]()
-    for seed in range(20):
+    for seed in range(50):
         space = Space.whole(sites, Budget(128))
         problem = Problem(space, convex_table(space, seed), space.uniform(), seed, STAGES[-1][1])
         loss, (_, lowest) = additive(problem.errors, space), best_allocation(space, problem.errors)
@@ -343,7 +347,7 @@ def evopress(world: World, code: Path) -> Rows:
             gap = (loss(answer) - lowest) / (loss(problem.start) - lowest)
             left.setdefault(who, []).append(gap)
             spent.setdefault(who, []).append(tokens)
-    told = [f"{who} {sorted(gaps)[10]:.1%} for {sorted(spent[who])[10] / 1e6:.1f} M" for who, gaps in left.items()]
+    told = [f"{who} {sorted(gaps)[25]:.1%} for {sorted(spent[who])[25] / 1e6:.1f} M" for who, gaps in left.items()]
     what = "left of what uniform is above the optimum, 30 generations of 16, token-forwards; medians"
     yield what, ", ".join(told)
 
@@ -388,12 +392,76 @@ def evolved(
     return tuple(middle - int(line.split(": ")[1]) for line in lines), tokens
 
 
+def squared(parts: list[Tensor], wanted: list[Tensor], weight: float, mlp: Any, i: int) -> Tensor:
+    """Of one window."""
+    return weight * (mlp(parts[i]) - wanted[i]).square().sum()
+
+
+@torch.no_grad()
+def relative(x: Tensor, wanted: Tensor, mlp: Any) -> float:
+    return float((mlp(x) - wanted).square().sum() / wanted.square().sum())
+
+
+def reconstruction(world: World, code: Path) -> Rows:
+    """Half of three MLPs trained on 7 windows, 28 steps at four rates; error on the eighth."""
+    nothing = argparse.Namespace(select_peft_layers=lambda **_: None, at_train_end=lambda **_: None)
+    tools = argparse.Namespace(
+        get_percentage_of_trainable_parameters=lambda _: 100.0, get_layers_of_modules=lambda _: {"mlp": None}
+    )
+    released = taken(
+        code / "prune_methods.py", "PruneMethod", peft_methods=argparse.Namespace(FullFT=lambda **_: nothing),
+        AdamW=torch.optim.AdamW, SGD=torch.optim.SGD, AttnWrapper=(), MLPWrapper=(), SelectiveMethods=None, Utils=tools,
+        get_linear_schedule_with_warmup=get_linear_schedule_with_warmup, tqdm=lambda steps: steps,
+    )  # fmt: skip
+    learning, stage = range(world.windows[0] - 1), argparse.Namespace(advance=lambda *_, **__: None)
+    forgotten: Any = argparse.Namespace(load=lambda _: None, save=lambda *_: None)
+    for block in BLOCKS:
+        path = f"model.layers.{block}.mlp"
+        dense, x = world.model.get_submodule(path), world.inputs[f"{path}.up_proj"].float()
+        parts = [part[None] for part in x.split(world.windows[1])]
+        kept = torch.tensor(sorted(Wanda().ranking(world.sub_layer(block, MLP))[: dense.up_proj.out_features // 2]))
+        start = copy.deepcopy(dense).requires_grad_(False)
+        for linear in (start.gate_proj, start.up_proj):
+            linear.weight = nn.Parameter(linear.weight[kept])
+        start.down_proj.weight = nn.Parameter(start.down_proj.weight[:, kept].contiguous())
+        with torch.no_grad():
+            wanted = [dense(part) for part in parts]
+        power = sum(float(wanted[i].square().sum()) for i in learning)
+        error = partial(squared, parts, wanted, len(learning) / power)
+
+        judged = partial(relative, parts[-1], wanted[-1])
+        told = [f"{judged(start):.3f} before"]
+        for rate in (1e-4, 1e-3, 3e-3, 1e-2):
+            mlp = copy.deepcopy(start).requires_grad_(True)
+            options = argparse.Namespace(
+                initial_lr=rate, n_iterations=4 * len(learning), constant_layer_norm=False, optim=None, loss_fn="mse",
+                log_train_loss=False, log_grad_norm=False, gradient_accumulation_steps=1, mask_pad_tokens=False,
+            )  # fmt: skip
+            runner = argparse.Namespace(config=argparse.Namespace(peft_strategy="FullFT"))
+            holder = argparse.Namespace(args=options, model=mlp, runner=runner)
+            given = [parts[i] for i in learning], [wanted[i] for i in learning]
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")  # no CUDA
+                released.PruneMethod.reconstruct_weights(
+                    holder, mlp, *given, "cpu", None, None, None, block, 8, loss_mask=[None] * len(learning)
+                )
+            theirs = judged(mlp)
+            mlp = copy.deepcopy(start).requires_grad_(True)
+            Reconstruction(rate=rate, epochs=4).fit(
+                list(mlp.parameters()), partial(error, mlp), len(learning),
+                partial(judged, mlp), seed=0, checkpoints=forgotten, name="mlp", stage=stage, tries=TRIES,
+            )  # fmt: skip
+            told.append(f"{theirs:.3f} and {judged(mlp):.3f} at {rate:g}")
+        yield f"held-out error of MLP {block}, half of its neurons: its, ours", ", ".join(told)
+
+
 METHODS: dict[str, tuple[str, Callable[[World, Path], Rows]]] = {
     "osscar": ("OSSCAR", osscar),
     "ziplm": ("DarwinLM", ziplm),
     "influence": ("ShortGPT", shortgpt),
     "divergence": ("EvoPress", divergence),
     "evopress": ("EvoPress", evopress),
+    "reconstruction": ("Free-Lunch-in-LLM-Compression", reconstruction),
     "atp": ("ATP", atp),
     "minitron": ("Model-Optimizer", lambda world, code: activations("minitron", world, code)),
     "channel": ("Model-Optimizer", lambda world, code: activations("channel", world, code)),
