@@ -33,11 +33,13 @@ from transformers import get_linear_schedule_with_warmup
 from prunekit.calibration.fill import layer_problem
 from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.statistics import statistics_of
+from prunekit.calibration.stream import collect_stream
 from prunekit.models.adapters.find import adapter_for
 from prunekit.plugins.allocator import Problem
 from prunekit.space.budgets import Budget
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation, Site
+from prunekit.system.progress import Progress
 from prunekit.testing import best_allocation, converse
 from prunekit.testing.spaces import additive, convex_table
 from prunekit_objectives.divergence import Divergence
@@ -48,6 +50,7 @@ from prunekit_strategies.pruners.gradient import LLMPruner
 from prunekit_strategies.pruners.obs import OSSCAR, ZipLM
 from prunekit_strategies.pruners.score import Channel, Minitron, Wanda
 from prunekit_strategies.signals.influence import Influence
+from prunekit_strategies.widths.minitron import Minitron as MinitronWidth
 
 BLOCKS, SHARES = (0, 3, 6), (0.25, 0.5, 0.75)
 
@@ -276,6 +279,54 @@ def activations(method: str, world: World, code: Path) -> Rows:
     )
 
 
+def channels(world: World, code: Path) -> Rows:
+    """Scores of the channels of the residual stream, by hooks on its norms, window by window."""
+
+    class Layer(nn.Module):
+        """A block as there, its norms apart from the maps behind them."""
+
+        def __init__(self, block: Any) -> None:
+            super().__init__()
+            self.self_attention, self.mlp = Attention(), Experts()
+            self.input_layernorm, self.pre_mlp_layernorm = block.input_layernorm, block.post_attention_layernorm
+
+    attention, experts, other = (type(name, (nn.Module,), {}) for name in ("Attention", "Experts", "Other"))
+    Attention, Experts = partial(made, attention, _has_fused_input_layernorm=False), partial(made, experts)
+    released = taken(
+        code / "modelopt/torch/prune/plugins/mcore_minitron.py", "_register_hidden_size_importance", partial=partial,
+        changes={"torch.distributed.all_reduce(": "(lambda *_, **__: None)("}, _DynamicTransformerLayer=Layer,
+        _DynamicAttention=attention, _DynamicMoELayer=experts, _DynamicMLP=other, _DynamicMambaLayer=other,
+        _fused_ln_linears_over_hidden_size=lambda _: [], gather_from_tensor_model_parallel_region=lambda x: x,
+    )  # fmt: skip
+    hooks, asked = list[Any](), list[Callable[[], Tensor]]()
+
+    def register(norm: nn.Module, hook: Callable[..., Any], **_: str) -> None:
+        hooks.append(norm.register_forward_hook(lambda m, args, out: hook(m, args, out.transpose(0, 1))))
+
+    registry = argparse.Namespace(register_hook=register, register_importance=lambda *args: asked.append(args[2]))
+    module = argparse.Namespace(decoder=argparse.Namespace(layers=[Layer(b) for b in world.model.model.layers]))
+    module._register_temp_attribute = partial(setattr, module)
+    released._register_hidden_size_importance(module, registry)
+    with torch.no_grad():
+        for ids in world.tokens.ids:
+            world.model(ids[None])
+    for hook in hooks:
+        hook.remove()
+    with tempfile.TemporaryDirectory() as folder:
+        adapter: Any = adapter_for("llama")
+        stream = collect_stream(world.model, adapter, world.tokens, Path(folder), Progress(), gram=False)
+    ours, (theirs,) = MinitronWidth().directions(stream), (ask() for ask in asked)
+    order = theirs.argsort(descending=True, stable=True)
+    yield f"order of the {len(ours)} channels of the residual stream", f"{int((ours != order).sum())} places differ"
+
+
+def made(kind: type[nn.Module], **fields: Any) -> nn.Module:
+    module = kind()
+    for name, value in fields.items():
+        setattr(module, name, value)
+    return module
+
+
 def shortened_llama(world: World, code: Path) -> Rows:
     """Taylor+ of every block, by its script from beginning to end."""
     model = copy.deepcopy(world.model).requires_grad_(True)
@@ -464,6 +515,7 @@ METHODS: dict[str, tuple[str, Callable[[World, Path], Rows]]] = {
     "reconstruction": ("Free-Lunch-in-LLM-Compression", reconstruction),
     "atp": ("ATP", atp),
     "minitron": ("Model-Optimizer", lambda world, code: activations("minitron", world, code)),
+    "minitron-width": ("Model-Optimizer", channels),
     "channel": ("Model-Optimizer", lambda world, code: activations("channel", world, code)),
     "shortened-llama": ("shortened-llm", shortened_llama),
 }
