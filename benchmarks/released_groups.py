@@ -39,7 +39,7 @@ from prunekit.plugins.allocator import Problem
 from prunekit.space.budgets import Budget
 from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation, Site
-from prunekit.system.progress import Progress
+from prunekit.system.progress import Progress, Stage
 from prunekit.testing import best_allocation, converse
 from prunekit.testing.spaces import additive, convex_table
 from prunekit_objectives.divergence import Divergence
@@ -194,7 +194,8 @@ def divergence(world: World, code: Path) -> Rows:
         with torch.no_grad():
             logits = model(ids).logits
         theirs = released.compute_kl_div(model, list(ids[:, None]), list(dense[:, None]))
-        given, count = Given(dense[:, :-1], logits[:, :-1]), counted(ids)
+        given: Any = Given(dense[:, :-1], logits[:, :-1])
+        count: Any = counted(ids)
         for top, found in rows.items():
             found.append(Divergence(top_k=top).loss(given, (), count) / theirs)
         bare.append(Divergence(top_k=512, rest=False).loss(given, (), count) / theirs)
@@ -228,10 +229,10 @@ class Given:
 def atp(world: World, code: Path) -> Rows:
     """Its lines that make the shares of 8 and of 32 blocks, for steps up to the largest that it allows."""
     text = (code / "main.py").read_text()
-    (main,) = [node for node in ast.parse(text).body if getattr(node, "name", "") == "main"]
+    main: Any = next(node for node in ast.parse(text).body if getattr(node, "name", "") == "main")
     names = {"mean_value", "step", "first_term", "sparsity_rates"}
-    assigned = [node for node in main.body if isinstance(node, ast.Assign)]
-    lines = [node for node in assigned if getattr(node.targets[0], "id", "") in names]
+    assigned: list[ast.stmt] = [node for node in main.body if isinstance(node, ast.Assign)]
+    lines = [node for node in assigned if getattr(vars(node)["targets"][0], "id", "") in names]
     most = 0.0
     for depth in (8, 32):
         for mean in (0.3, 0.5, 0.7):
@@ -353,10 +354,9 @@ def shortened_llama(world: World, code: Path) -> Rows:
     ids = world.tokens.ids
     model(ids, labels=ids).loss.backward()
     maps, worth = {name: model.get_submodule(name).weight for name in world.maps}, list[float]()
-    theirs = [[v for k, v in found.items() if f".layers.{block}." in k and "proj" in k] for block in range(len(order))]
-    norms = [
-        sum(v for k, v in found.items() if f".layers.{block}." in k and "norm" in k) for block in range(len(order))
-    ]
+    parts = [[(k, v) for k, v in found.items() if f".layers.{block}." in k] for block in range(len(order))]
+    theirs = [sum(v for k, v in part if "proj" in k) for part in parts]
+    norms = [sum(v for k, v in part if "norm" in k) for part in parts]
     for block in range(len(order)):
         total = 0.0
         for names in (MLP, ATTENTION):
@@ -369,8 +369,8 @@ def shortened_llama(world: World, code: Path) -> Rows:
             scores = LLMPruner().scores(replace(layer, statistics=first, producers=producers))
             total += float(scores.sum())
         worth.append(total)
-    far = max(abs(a - sum(b)) / sum(b) for a, b in zip(worth, theirs, strict=True))
-    more = max(sum(a) / sum(b) for a, b in zip(norms, theirs, strict=True))
+    far = max(abs(a - b) / b for a, b in zip(worth, theirs, strict=True))
+    more = max(a / b for a, b in zip(norms, theirs, strict=True))
     same = order == sorted(range(len(worth)), key=worth.__getitem__)
     yield (
         "Taylor+ of 8 blocks by its script, and the order in which they go",
@@ -464,7 +464,7 @@ def reconstruction(world: World, code: Path) -> Rows:
         AdamW=torch.optim.AdamW, SGD=torch.optim.SGD, AttnWrapper=(), MLPWrapper=(), SelectiveMethods=None, Utils=tools,
         get_linear_schedule_with_warmup=get_linear_schedule_with_warmup, tqdm=lambda steps: steps,
     )  # fmt: skip
-    learning, stage = range(world.windows[0] - 1), argparse.Namespace(advance=lambda *_, **__: None)
+    learning, stage = range(world.windows[0] - 1), Stage()
     forgotten: Any = argparse.Namespace(load=lambda _: None, save=lambda *_: None)
     for block in BLOCKS:
         path = f"model.layers.{block}.mlp"

@@ -66,7 +66,7 @@ def sls_(world: World, code: Path) -> Rows:
         setattr(model.get_submodule(holder), part, Map(maps[i], q[i, 1:]))
     convolutions = [model.get_submodule(name).conv.train() for name in world.maps]
     ids = world.tokens.ids[list(windows)]
-    loss = sum(model(each[None], labels=each[None]).loss for each in ids) / len(ids)
+    loss: Any = sum(model(each[None], labels=each[None]).loss for each in ids) / len(ids)
     costs = [conv.compute_costs() for conv in convolutions]
     loss = loss + penalty * sum(own for own, _ in costs) / sum(whole for _, whole in costs)
     loss.backward()
