@@ -78,7 +78,7 @@ def osscar(world: World, code: Path) -> Rows:
                 (ours,) = OSSCAR().prune(layer, [keep])
                 weight = theirs(layer, keep, update, swaps)
                 kept = {*groups_of(weight, layer.group_size)}
-                differ, kept_ = differ + len({*ours.kept} - kept), kept_ + keep
+                differ, kept_ = differ + len({*(ours.kept or ())} - kept), kept_ + keep
                 errors.append(layer.error(ours.weight) / layer.error(weight))
                 greedy.append(layer.error(ours.weight) / layer.error(theirs(layer, keep, update, 0)))
         what = "neurons of the MLPs" if names is MLP else "KV groups"
@@ -123,7 +123,7 @@ def ziplm(world: World, code: Path) -> Rows:
                 gone, weights, ZipLM().prune(layer, [layer.n_groups - n for n in gone]), strict=True
             ):
                 kept = {*groups_of(weight.detach(), layer.group_size)}
-                differ, kept_ = differ + len({*ours.kept} - kept), kept_ + layer.n_groups - n
+                differ, kept_ = differ + len({*(ours.kept or ())} - kept), kept_ + layer.n_groups - n
                 errors.append(layer.error(ours.weight) / layer.error(weight.detach()))
         what = "neurons of the MLPs" if names is MLP else "KV groups"
         yield (
