@@ -11,7 +11,6 @@ its sums are written down here after its Algorithm 1.
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import copy
 import io
@@ -19,17 +18,20 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import released_groups
+import released_learners
+import released_weights
 import torch
 import torch.nn.functional as F
 import transformers
 import typer
+from released_tools import ATTENTION, MLP, Rows, World, apart, corr, shares, taken
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from transformers import LlamaForCausalLM
@@ -39,9 +41,7 @@ from prunekit.calibration.fill import layer_problem
 from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.statistics import statistics_of
 from prunekit.data.draws import draw
-from prunekit.data.tokens import TokenBatch
 from prunekit.layer.knapsack import Knapsack
-from prunekit.layer.problem import Producer
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.opening import opened
 from prunekit.plugins.learner import GateQuery, Training
@@ -56,100 +56,13 @@ from prunekit_strategies.finishers.linear_patch import Pairs
 from prunekit_strategies.learners import bypass_bp, ddp, hard_concrete, lora_prune
 from prunekit_strategies.pruners.alps import ALPS, alternate
 from prunekit_strategies.pruners.asvd import ASVD, MeanAbsolute
+from prunekit_strategies.pruners.expert_frequency import ExpertFrequency
 from prunekit_strategies.pruners.reap import REAP
 from prunekit_strategies.pruners.score import Olica
 from prunekit_strategies.pruners.svd_llm import SVDLLM
 from prunekit_strategies.signals.outliers import Outliers
 from prunekit_strategies.signals.tail_exponent import spectrum, tail_exponent
 from prunekit_strategies.widths.slicegpt import SliceGPT
-
-ATTENTION, MLP = ("o_proj", "q_proj", "k_proj", "v_proj"), ("down_proj", "gate_proj", "up_proj")
-
-
-def taken(file: Path, *names: str, changes: Mapping[str, str] = types.MappingProxyType({}), **there: Any) -> Any:
-    """Classes and functions of a file, as they are but for `changes` of its text, in a module that knows `there`."""
-    text = file.read_text()
-    for old, new in changes.items():
-        text = text.replace(old, new)
-    found = [node for node in ast.parse(text).body if getattr(node, "name", None) in names]
-    if missing := set(names) - {getattr(node, "name", "") for node in found}:
-        raise typer.BadParameter(f"{file} has no {', '.join(sorted(missing))}; clone the repository anew")
-    module = types.ModuleType(f"released_{file.parent.name}_{file.stem}")
-    sys.modules[module.__name__] = module
-    vars(module).update({"torch": torch, "nn": nn, "math": math, "F": F, "sys": sys, **there})
-    lines = "from __future__ import annotations\n" + "\n\n".join(ast.unparse(node) for node in found)
-    exec(compile(lines, str(file), "exec"), vars(module))
-    return module
-
-
-def apart(a: Tensor, b: Tensor) -> float:
-    """‖a - b‖ / ‖b‖."""
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-def shares(count: Tensor, of: float) -> str:
-    return f"{float(count) / of:.2%}"
-
-
-@dataclass(eq=False)
-class World:
-    """A model in float32, calibration text, and what every linear map receives."""
-
-    model: Any
-    tokens: TokenBatch
-    evaluation: TokenBatch
-
-    @cached_property
-    def maps(self) -> dict[str, nn.Linear]:
-        return {n: m for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
-
-    @cached_property
-    def inputs(self) -> dict[str, Tensor]:
-        """(tokens, d_in) in float64, by name of the map."""
-        seen: dict[str, list[Tensor]] = {name: [] for name in self.maps}
-
-        def catch(into: list[Tensor], _: nn.Module, args: tuple[Tensor, ...]) -> None:
-            into.append(args[0].detach().flatten(0, -2).double())
-
-        hooks = [m.register_forward_pre_hook(partial(catch, seen[n])) for n, m in self.maps.items()]
-        with torch.no_grad():
-            for ids in self.tokens.ids:
-                self.model(ids[None])
-        for hook in hooks:
-            hook.remove()
-        return {name: torch.cat(parts) for name, parts in seen.items()}
-
-    @property
-    def windows(self) -> tuple[int, int]:
-        return len(self.tokens), self.tokens.seqlen
-
-    def layer(self, name: str, **options: Any) -> LayerProblem:
-        x, weight = self.inputs[name], options.pop("weight", self.maps[name].weight.detach())
-        return LayerProblem(weight, x.T @ x / len(x), **options)
-
-    def sub_layer(self, block: int, names: tuple[str, ...]) -> LayerProblem:
-        """The map that is cut, and those in front of it."""
-        path = {n.rsplit(".", 1)[-1]: n for n in self.maps if f".layers.{block}." in n}
-        first, *others = (path[n] for n in names)
-        front = tuple(
-            Producer(n, self.maps[n].weight.detach(), {"power": self.inputs[n].square().mean(0)}) for n in others
-        )
-        group = 1 if names is MLP else self.maps[first].in_features // self.model.config.num_key_value_heads
-        return self.layer(first, producers=front, group_size=group)
-
-    @torch.no_grad()
-    def perplexity(self, weights: Mapping[str, Tensor]) -> float:
-        """With these weights in the place of its own."""
-        own = {name: self.maps[name].weight.detach().clone() for name in weights}
-        for name, weight in weights.items():
-            self.maps[name].weight.copy_(weight)
-        loss = sum(float(self.model(ids[None], labels=ids[None]).loss) for ids in self.evaluation.ids)
-        for name, weight in own.items():
-            self.maps[name].weight.copy_(weight)
-        return math.exp(loss / len(self.evaluation))
-
-
-Rows = Iterator[tuple[str, str]]
 
 
 def svd_llm(world: World, code: Path) -> Rows:
@@ -239,7 +152,7 @@ def reap(world: World, code: Path) -> Rows:
     names = "PreparedPruningBatch", "initialize_pruning_state", "_prepare_pruning_batch", "update_pruning_state"
     released = taken(code / "src/reap/pruning_metrics.py", *names, Any=Any, **there)
     tokens, pruner = toy_tokens(windows=16, seqlen=8), REAP()
-    asked = frozenset({"gram", *pruner.needs})
+    asked = frozenset({"gram", *pruner.needs, *ExpertFrequency().needs})
     for family, renormalised in (("mixtral", True), ("qwen3_moe", True), ("olmoe", False), ("qwen2_moe", False)):
         model, adapter = tiny(family, num_hidden_layers=2).requires_grad_(False), adapter_for(family)
         site = next(site for site in adapter.sites(model) if site.kind == "experts")
@@ -262,12 +175,15 @@ def reap(world: World, code: Path) -> Rows:
                 renormalize_router_weights=renormalised,
             )  # fmt: skip
         moments = BlockFlow(model, adapter, tokens, dense=False).received(site, statistics_of(asked))
-        ours = pruner.scores(layer_problem(model, adapter, site, moments, asked, damping=1e-9))
-        theirs = state["reap"].mean.double()
+        layer = layer_problem(model, adapter, site, moments, asked, damping=1e-9)
+        ours, shares_ = pruner.scores(layer), ExpertFrequency().scores(layer)
+        theirs, chosen_ = state["reap"].mean.double(), state["expert_frequency"].double()
         same = theirs.argsort().tolist() == ours.argsort().tolist()
         most = float((theirs - ours).abs().max() / ours.max())
         how = "with" if renormalised else "without"
+        often = float((chosen_ / chosen_.sum() - shares_ / shares_.sum()).abs().max())
         yield f"scores of {n} experts, {family}, {how} its option", f"{most:.1e} of the largest, same order: {same}"
+        yield f"how often {n} experts are selected, {family}", f"{often:.0e} at most, as shares"
 
 
 def olica(world: World, code: Path) -> Rows:
@@ -825,10 +741,6 @@ def mean(weighted: list[tuple[float, int]]) -> float:
     return sum(value * weight for value, weight in weighted) / sum(weight for _, weight in weighted)
 
 
-def corr(a: list[float], b: list[float]) -> float:
-    return float(np.corrcoef(a, b)[0, 1])
-
-
 METHODS: dict[str, tuple[str, Callable[[World, Path], Rows]]] = {
     "svd-llm": ("SVD-LLM", svd_llm),
     "asvd": ("ASVD4LLM", asvd),
@@ -845,6 +757,9 @@ METHODS: dict[str, tuple[str, Callable[[World, Path], Rows]]] = {
     "lora-prune": ("LoRAPrune", lora),
     "gisp": ("", gisp),
     "slicegpt": ("TransformerCompression", slicegpt),
+    **released_weights.METHODS,
+    **released_learners.METHODS,
+    **released_groups.METHODS,
 }
 
 

@@ -35,9 +35,11 @@ class DSnoT(Finisher):
     that |e| falls all the same, but grown weights are strangers among them. Little is to be won there; take
     `least-squares`, or let it follow.
 
-    Source: Zhang et al. 2024, Dynamic Sparse No Training (arXiv 2310.08915), where only attention is swapped, the
-    threshold is 0.1 in the output's own units, and a last swap may overshoot. Ours: the unit of the threshold, |e| in
-    (4), variances pooled exactly over all tokens (Chan et al. 1979), where averages within batches miss what differs
+    Source: Zhang et al. 2024, Dynamic Sparse No Training (arXiv 2310.08915), where only attention is swapped. In the
+    released code the threshold is 0.1 of a sum over the tokens of a window, swaps go on behind a change of sign unless
+    told (`without_same_sign`), what was grown or pruned once is not looked at again, and for n:m the weakest of the
+    block goes whatever its sign: with few inputs |e| ends larger than it began. Ours: the unit of the threshold, |e|
+    in (4), variances pooled exactly over all tokens (Chan et al. 1979), where averages within batches miss what differs
     between them, and `guard`: rows whose output error has risen on the calibration tokens become what they were.
     Lower columns go first on a tie. Costs one pass through both models and a few times d_out d_in per swap.
     """

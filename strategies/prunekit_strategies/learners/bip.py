@@ -36,7 +36,8 @@ class BiP(Learner):
     score for a head or a neuron, begun as its Wanda-sp score beside the mean of its site; Adam for scores, with one
     second moment for all groups of a price; the exact budget over all sites; γ of 1, without which (2) is nothing. The
     weights of (2) are those that gates multiply, the columns behind them. In the released code the implicit term is a
-    product of the scores' slope with itself on one batch.
+    product of the scores' slope with itself on one batch, (θ∘g)² / γ; from the second step on one factor still has the
+    whole slope of the step before in it, which is not set to zero.
     """
 
     steps: int = 128  # of both levels

@@ -103,11 +103,12 @@ class RobustLoading:
     below `POINTS` losses the dense model's own. Where every loss is below its reference they are lowered by tenths.
 
     Source: DRPruning (arXiv 2411.14055) and its released code: ρ 0.1, 0.05 by default, least 0.2, moving means of
-    losses by 0.1, (3) by L-BFGS on a Huber loss of 1e-3 from a grid of starts, the mean of the best three. We differ:
-    (3) is fitted for every pair of exponents of a grid, where A and E follow by least squares, so that no start
-    decides. The code then raises every q_i to the least p, which its problem does not ask for, and it is not done
-    here. In the code the fitted references never arrive: the callback reads an attribute that its constructor does not
-    set.
+    losses by 0.1, (3) by L-BFGS on a Huber loss of 1e-3 from a grid of starts, the mean of the best three, s the share
+    that is gone. We differ: (3) is fitted for every pair of exponents of a grid, where A and E follow by least squares,
+    so that no start decides, and s is what is kept, which has a logarithm from the first step on. The code then raises
+    every q_i to the least p, which its problem does not ask for, and holds p between the least and the largest p_0, so
+    that it never moves where all are alike; neither is done here. In the code the fitted references never arrive: the
+    callback reads an attribute that its constructor does not set.
     """
 
     reference: list[float]
