@@ -9,6 +9,12 @@ import prunekit
 from prunekit.demo import MODEL
 from prunekit.errors import WrongInput
 from prunekit.models.adapters.find import adapter_for
+from prunekit.models.opening import skeleton
+from prunekit.recipe.resolve import resolve
+from prunekit.recipe.schema import Recipe
+from prunekit.run.session import make_plan
+from prunekit.run.stages import Run
+from prunekit.search.store import CandidateStore
 from prunekit.space.forms import GROUPS
 from prunekit.testing.models import EXPERTS, tiny
 
@@ -210,6 +216,22 @@ def test_a_run_on_experts_is_repeated_to_the_same_bytes(saved, tmp_path, short, 
         options = short(recipe="reap", sparsity=0.5, verify=False)
         prunekit.prune(saved("qwen3_moe"), output=tmp_path / name, **options)
     assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_a_run_on_both_that_was_stopped_in_either_step_ends_in_the_same_bytes(
+    saved, tmp_path, quick, content, killed_at
+):
+    path, options = saved("qwen3_moe"), quick(experts="both", sparsity=0.5, verify=False)
+    prunekit.prune(path, output=tmp_path / "whole", **options)
+    with killed_at(CandidateStore, "put", 4):  # of the sites of attention and of experts, there are six
+        prunekit.prune(path, output=tmp_path / "out", **options)
+    with killed_at(Run, "ask_allocator", 1):
+        prunekit.prune(path, output=tmp_path / "out", **options)
+    prunekit.prune(path, output=tmp_path / "out", **options)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    plan = make_plan(resolve(Recipe.load(str(tmp_path / "out"))), *skeleton(str(path)), None)
+    assert [stage.name for stage in plan.stages][:2] == ["open", "experts"]
 
 
 @pytest.mark.parametrize(
