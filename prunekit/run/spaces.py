@@ -50,10 +50,15 @@ def in_multiples(sites: Sequence[Site], of: int) -> tuple[Site, ...]:
     Raises:
         WrongInput: no MLP has so many.
     """
-    most = max((site.n_groups for site in sites if site.kind == "mlp"), default=0)
+    most = max((site.n_groups * site.tile for site in sites if site.kind == "mlp"), default=0)
     if of > 1 and of >= most:
         raise WrongInput(f"multiple_of={of:,}, and the MLPs have at most {most:,} neurons; choose a smaller one")
-    return tuple(replace(site, multiple=of) if site.kind == "mlp" else site for site in sites)
+
+    def multiple(site: Site) -> Site:
+        each = of // math.gcd(of, site.tile)  # groups
+        return replace(site, multiple=each, minimum=min(site.n_groups, -(-site.minimum // each) * each))
+
+    return tuple(multiple(site) if site.kind == "mlp" else site for site in sites)
 
 
 def check_sites(parts: Parts, sites: Sequence[Site]) -> None:

@@ -159,6 +159,18 @@ def test_what_is_built_has_them_too(recipe, saved_tiny, quick):
     assert made.report["budget"]["removed"] >= made.recipe.sparsity
 
 
+def test_neurons_of_experts_stay_in_multiples_too_and_what_always_stays_is_one():
+    """Of 32 neurons in steps of eight, and of a shared expert of 7 that keeps one at least."""
+    model, adapter = tiny("qwen2_moe", moe_intermediate_size=32), adapter_for("qwen2_moe")
+    found = in_multiples(adapter.sites_of(model, GROUPS, experts="neurons"), 16)
+    metric = Budget(0)
+    inside = next(site for site in found if site.experts)
+    assert ([*metric.counts(inside)], inside.least) == ([2, 4], 2)
+    found = in_multiples(adapter.sites(model), 4)
+    shared = next(site for site in found if site.name.endswith("expert.down_proj"))
+    assert ([*metric.counts(shared)], shared.least) == ([4, 7], 4)
+
+
 def test_multiples_that_cannot_be_are_refused_in_a_sentence():
     with pytest.raises(WrongInput, match="multiple_of=64, and the MLPs have at most 16 neurons"):
         in_multiples(sites_of(4, attention=(4, 10), mlp=(16, 3)), 64)
