@@ -247,8 +247,10 @@ def _native_biases(family: Family, values: dict[str, Any]) -> set[Part]:
     with torch.device("meta"):
         stock = base(config)
     (block,) = stock.get_submodule(family.layers if family.text is None else family.layers.rpartition(".")[2])
-    there = {part: block.get_submodule(path) for part, path in family.columns.items() if has(block, path)}
-    return {part for part, linear in there.items() if linear.bias is not None}
+    return {
+        part for part, path in family.columns.items()
+        if has(block, path) and block.get_submodule(path).bias is not None
+    }  # fmt: skip
 
 
 def _stock_config(

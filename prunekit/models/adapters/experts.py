@@ -278,8 +278,8 @@ class MixtureOfExperts(Transformer):
         def weigh(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             return (args[0] * torch.sigmoid(scores(seen.pop())),)  # s h
 
-        def opened(hidden: Tensor) -> Tensor:
-            return hidden.new_full((*hidden.shape[:-1], 1), torch.inf)  # whose sigmoid is one
+        def opened(input: Tensor) -> Tensor:
+            return input.new_full((*input.shape[:-1], 1), torch.inf)  # whose sigmoid is one
 
         with ExitStack() as stack:
             if not answered:
@@ -297,8 +297,7 @@ class MixtureOfExperts(Transformer):
         return tuple(part for part, is_gone in zip(PARTS, gone, strict=True) if is_gone)
 
     def biased(self, block: nn.Module) -> tuple[Part, ...]:
-        maps = {part: linear_at(block, self.family.columns[part]) for part in self._plain(block)}
-        return tuple(part for part, linear in maps.items() if linear.bias is not None)
+        return tuple(p for p in self._plain(block) if linear_at(block, self.family.columns[p]).bias is not None)
 
     def ranks(self, block: nn.Module) -> dict[str, int]:
         return {}
