@@ -29,7 +29,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from prunekit.layer.layouts import layout_of
 from prunekit.models.adapters.transformer import Transformer
-from prunekit.models.classes import BUNDLED, FAMILIES, Family, Part, UnequalLayers, define, define_heads
+from prunekit.models.classes import BUNDLED, FAMILIES, Family, Part, UnequalLayers, define, define_heads, has
 from prunekit.models.modules import shallow, take_tables, text_config
 from prunekit.models.opening import stored_as, without_bars
 from prunekit.models.paging import attach, pager_of, real, shapes_of
@@ -58,9 +58,13 @@ def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrained
     for key in family.by_layer:
         if values.get(key):
             values[key] = [values[key][index] for index in kept]
-    if (experts := family.experts) is not None:  # blocks without any go by the number of the others
-        some = next(size for size in sizes if experts.count in size)
-        sizes = [{key: some[key] for key in (experts.count, experts.width)} | size for size in sizes]
+    if (experts := family.experts) is not None:
+        # a size that a block has not, with experts or with a plain MLP, is that of the first block which has it
+        first = {key: value for size in reversed(sizes) for key, value in size.items() if key != "skip"}
+        sizes = [first | size for size in sizes]
+        if len(kept) < len(blocks) and "mlp_only_layers" in values:  # blocks with a plain MLP are told by their number
+            plain = [new for new, old in enumerate(kept) if not experts.there(blocks[old])]
+            values |= {"mlp_only_layers": plain, "decoder_sparse_step": 1}
     native = _native_biases(family, values)
     added = [[part for part in adapter.biased(blocks[index]) if part not in native] for index in kept]
     if any(added):
@@ -250,7 +254,10 @@ def _native_biases(family: Family, values: dict[str, Any]) -> set[Part]:
     with torch.device("meta"):
         stock = base(config)
     (block,) = stock.get_submodule(family.layers if family.text is None else family.layers.rpartition(".")[2])
-    return {part for part, path in family.columns.items() if block.get_submodule(path).bias is not None}
+    return {
+        part for part, path in family.columns.items()
+        if has(block, path) and block.get_submodule(path).bias is not None
+    }  # fmt: skip
 
 
 def _stock_config(
