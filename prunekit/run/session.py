@@ -478,6 +478,11 @@ def _check_paged(parts: Parts, plan: Plan) -> None:
             f"width {recipe.width['name']!r} narrows all weights in memory, and the model does not fit {room}; give "
             "more --memory, or leave width away"
         )
+    if recipe.experts == "both":
+        raise WrongInput(
+            f"experts: both prunes a second model in the place of the dense one, all of it in memory, and the model does "
+            f"not fit {room}; give more --memory, or experts: whole or neurons"
+        )
 
 
 def _paged(plan: Plan) -> str:
