@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 
 from prunekit.layer.candidates import Candidate
 from prunekit.models.adapters.transformer import Transformer
-from prunekit.models.classes import Experts, Part, SkippedMixer
-from prunekit.plugins.adapter import Cut, Heads, Inside, UnsupportedModel, linear_at
+from prunekit.models.classes import Experts
+from prunekit.plugins.adapter import Cut, Heads, Inside, UnsupportedModel
 from prunekit.space.forms import Form
 from prunekit.space.sites import Site
 
@@ -118,8 +118,7 @@ class MixtureOfExperts(Transformer):
     def _sites(self, model: nn.Module, heads: Heads, experts: Inside) -> tuple[Site, ...]:
         found = list[Site]()
         for index, block in enumerate(self.blocks(model)):
-            if not self.dropped(block):
-                found.append(self._site(block, index, "attention", heads))
+            found += [self._site(block, index, part, heads) for part in self.left(block)]
             if self.experts.there(block):
                 found.append((self._experts_site if experts == "whole" else self._neurons_site)(block, index))
         return tuple(found)
@@ -130,19 +129,15 @@ class MixtureOfExperts(Transformer):
             "remove whole experts with structure groups"
         )
 
-    def stages(self, block: nn.Module) -> list[tuple[str, ...]]:
-        """Of attention; the matrices of experts are no linear maps."""
-        return [] if self.dropped(block) else [self.family.producers("attention"), (self.family.columns["attention"],)]
-
     def part(self, site: Site) -> str | None:  # type: ignore[override]
         if site.experts:  # what one expert makes is no sub-layer's output
             return None
-        return "experts" if site.kind == "experts" else "attention"
+        return "experts" if site.kind == "experts" else super().part(site)
 
     def holder(self, site: Site) -> str | None:
         if site.experts:
             return None
-        return self.experts.path if site.kind == "experts" else self.family.attention
+        return self.experts.path if site.kind == "experts" else super().holder(site)
 
     def stream_before(self, site: Site) -> str | None:
         if site.kind != "experts":
@@ -164,7 +159,7 @@ class MixtureOfExperts(Transformer):
         return found
 
     def maps(self, block: nn.Module, site: Site) -> list[nn.Linear]:
-        return super().maps(block, site) if site.kind == "attention" else [self.linear(block, site)]
+        return [self.linear(block, site)] if self._of_experts(site) else super().maps(block, site)
 
     def multiplied(self, block: nn.Module) -> int:
         if not self.experts.there(block):
@@ -174,7 +169,7 @@ class MixtureOfExperts(Transformer):
         return super().multiplied(block) + _top_k(router) * each + sum(p.numel() for p in router.parameters())
 
     def cuts(self, block: nn.Module, site: Site) -> Sequence[Cut]:
-        if site.kind == "attention":
+        if not self._of_experts(site):
             return super().cuts(block, site)
         if site.experts:
             columns = torch.tensor(site.columns(range(site.n_groups))).reshape(site.n_groups, -1)
@@ -188,7 +183,7 @@ class MixtureOfExperts(Transformer):
         return *front, Cut(self.experts.path, 1, every)
 
     def pruned(self, block: nn.Module, site: Site, candidate: Candidate) -> dict[str, nn.Module]:
-        if site.kind == "attention":
+        if not self._of_experts(site):
             return super().pruned(block, site, candidate)
         if site.experts:
             return {self.experts.path: self._of_neurons(block, site, candidate)}
@@ -232,27 +227,21 @@ class MixtureOfExperts(Transformer):
         finally:
             del module.forward
 
-    def dropped(self, block: nn.Module) -> tuple[Part, ...]:
-        return ("attention",) if isinstance(block.get_submodule(self.family.attention), SkippedMixer) else ()
-
-    def biased(self, block: nn.Module) -> tuple[Part, ...]:
-        there = not self.dropped(block) and linear_at(block, self.family.columns["attention"]).bias is not None
-        return ("attention",) if there else ()
-
     def ranks(self, block: nn.Module) -> dict[str, int]:
         return {}
 
     def layer_config(self, block: nn.Module) -> dict[str, Any]:
         dropped = self.dropped(block)
         entry: dict[str, Any] = {"skip": list(dropped)} if dropped else {}
-        query, kv = (1, 1) if dropped else self.heads(block)[:2]  # a stub caches one head
-        entry[self.family.query_heads] = query
-        if self.family.kv_heads is not None:
-            entry[self.family.kv_heads] = kv
+        entry |= self._mixing(block)
         if self.experts.there(block):
             entry[self.experts.count] = block.get_submodule(self.experts.path).num_experts
             entry[self.experts.width] = self.experts.neurons(block)
         return entry
+
+    def _of_experts(self, site: Site) -> bool:
+        """Whether whole experts go at a site, or neurons inside."""
+        return site.kind == "experts" or site.experts > 0
 
     def _experts_site(self, block: nn.Module, index: int) -> Site:
         path, router = self.experts.path, block.get_submodule(self.experts.router)
