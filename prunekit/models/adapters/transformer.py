@@ -306,8 +306,8 @@ class Transformer(ModelAdapter):
             found = getattr(whole, name)
             if isinstance(found, nn.Conv1d):
                 small = depthwise(found, len(stays), torch.device("meta")).train(found.training)
-                for own, value in found.named_parameters():
-                    setattr(small, own, _slice(value, stays))
+                small.weight = _slice(found.weight, stays)
+                small.bias = None if found.bias is None else _slice(found.bias, stays)
                 whole._modules[name] = small
             else:
                 whole._parameters[name] = _slice(found, stays)
