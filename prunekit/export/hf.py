@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -60,11 +60,12 @@ def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrained
     for key in family.by_layer:
         if values.get(key):
             values[key] = [values[key][index] for index in kept]
-    if (experts := family.experts) is not None:  # blocks without any go by the number of the others
-        some = next(size for size in sizes if experts.count in size)
-        sizes = [{key: some[key] for key in (experts.count, experts.width)} | size for size in sizes]
-    if family.mixer is not None:
-        sizes = _of_hybrid(family, sizes, values)
+    if family.experts is not None or family.mixer is not None:  # a size that a block has not is that of the others
+        first = {key: value for size in reversed(sizes) for key, value in size.items() if key != "skip"}
+        fixed = {} if family.mixer is None else family.mixer.fixed(values)
+        if all(size.get(key, count) == count for size in sizes for key, count in fixed.items()):
+            first, *sizes = ({k: v for k, v in size.items() if k not in fixed} for size in (first, *sizes))
+        sizes = [first | size for size in sizes]
     native = _native_biases(family, values)
     added = [[part for part in adapter.biased(blocks[index]) if part not in native] for index in kept]
     if any(added):
@@ -238,20 +239,6 @@ def _kept(model: PreTrainedModel, adapter: ModelAdapter) -> list[int]:
     if attends and not {*attends} & {*there}:  # caches count tokens in a block with attention, or what is left of it
         there = sorted([*there, attends[0]])
     return there or [0]
-
-
-def _of_hybrid(family: Family, sizes: list[dict[str, Any]], values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The sizes of layers where some have another mixer than attention: those that a layer has not go by the others."""
-    assert family.mixer is not None
-    heads = [key for key in (family.query_heads, family.kv_heads) if key is not None]
-    filled = dict[str, Any]()
-    for keys, part in ((heads, "attention"), (family.mixer.keys, "mixer")):
-        having = sorted((size for size in sizes if keys[0] in size), key=lambda size: part in size.get("skip", ()))
-        filled |= {key: having[0][key] for key in keys} if having else {}
-    fixed = family.mixer.fixed(values)
-    if all(size.get(key, count) == count for size in sizes for key, count in fixed.items()):
-        filled, *sizes = ({k: v for k, v in size.items() if k not in fixed} for size in (filled, *sizes))
-    return [filled | size for size in sizes]
 
 
 def _native_biases(family: Family, values: dict[str, Any]) -> set[Part]:

@@ -288,7 +288,7 @@ class Family:
     def there(self, block: nn.Module, part: Part) -> bool:
         """Whether a block has a part, in one piece or dropped; some have another mixer in the place of attention."""
         if part == "mlp":
-            return "mlp" in self.columns
+            return "mlp" in self.columns and (self.experts is None or not self.experts.there(block))
         path = self.attention if part == "attention" else self.mixer and self.mixer.path
         return bool(path) and getattr(block, path, None) is not None
 
@@ -335,7 +335,7 @@ class Family:
                 _resize_parameter(attention, name, query)
         elif self.mixer is not None:
             self.mixer.cut(block, layer_config)
-        if "mlp" in self.columns:
+        if self.there(block, "mlp"):
             width = getattr(layer_config, self.width)
             self._cut_rows(block, "mlp", {"width": width})
             _resize(block, self.columns["mlp"], columns=width)
