@@ -27,7 +27,7 @@ from prunekit.search.store import CandidateStore
 from prunekit.system.memory import GIB, Shares
 from prunekit.testing import tiny, toy_tokens
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox", "mamba", "mamba2"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox", "lfm2", "mamba", "mamba2"]
 ONE_BLOCK = Shares(blocks=0, activations=0)
 RUN: dict[str, Any] = {
     "pruner": "obs",
@@ -183,6 +183,8 @@ def text_in(folder) -> dict[str, Any]:
         ("gpt_neox", {"structure": "weights", "pruner": "wanda", "allocator": "uniform"}),
         ("qwen2", {"structure": "low-rank", "pruner": "svd-llm", "allocator": "uniform"}),
         ("mamba", {"structure": "weights", "pruner": "wanda", "allocator": "uniform"}),
+        # another mixer than attention, with a convolution that is cut
+        pytest.param("lfm2", {"pruner": "wanda", "allocator": "uniform", "sparsity": 0.3}, marks=pytest.mark.slow),
         ("opt", {"finishers": ["bias"], "allocator": "softmax", "objective": "expected-error"}),
     ],
 )
