@@ -27,7 +27,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from prunekit.layer.layouts import layout_of
-from prunekit.models.adapters.transformer import Transformer
+from prunekit.models.adapters.transformer import PARTS, Transformer
 from prunekit.models.classes import BUNDLED, FAMILIES, Family, Part, UnequalLayers, define, define_heads
 from prunekit.models.modules import shallow, take_tables, text_config
 from prunekit.models.opening import stored_as, without_bars
@@ -254,7 +254,7 @@ def _native_biases(family: Family, values: dict[str, Any]) -> set[Part]:
     with torch.device("meta"):
         stock = base(config)
     blocks = list(stock.get_submodule(family.layers if family.text is None else family.layers.rpartition(".")[2]))
-    some = [(block, part) for block in blocks for part in family.columns if family.there(block, part)]
+    some = [(block, part) for block in blocks for part in PARTS if family.there(block, part)]
     return {part for block, part in some if block.get_submodule(family.columns[part]).bias is not None}
 
 

@@ -772,10 +772,9 @@ def reading_globals(config: Any) -> Iterator[None]:
 
 def depthwise(conv: nn.Conv1d, channels: int, device: torch.device) -> nn.Conv1d:
     """A convolution of every channel by itself, as another is, with values of its own."""
-    bias, size, padding = conv.bias is not None, conv.kernel_size, conv.padding
-    return nn.Conv1d(
-        channels, channels, size, padding=padding, groups=channels, bias=bias, device=device, dtype=conv.weight.dtype
-    )  # type: ignore[arg-type]
+    place: dict[str, Any] = {"padding": conv.padding, "device": device, "dtype": conv.weight.dtype}
+    (size,) = conv.kernel_size
+    return nn.Conv1d(channels, channels, size, groups=channels, bias=conv.bias is not None, **place)
 
 
 def _resize_parameter(module: nn.Module, name: str, count: int, dim: int = 0) -> None:

@@ -205,10 +205,13 @@ class Transformer(ModelAdapter):
 
     def dropped(self, block: nn.Module) -> tuple[Part, ...]:
         """The parts of a block that were dropped."""
-        paths = {"attention": self.family.attention, "mlp": self.family.mlp or self.family.columns["mlp"]}
+        paths: dict[Part, str] = {
+            "attention": self.family.attention,
+            "mlp": self.family.mlp or self.family.columns["mlp"],
+        }
         paths |= {} if self.family.mixer is None else {"mixer": self.family.mixer.path}
         stubs = SkippedMixer, SkippedState, SkippedMLP
-        there = (part for part in PARTS if self.family.there(block, part))
+        there: list[Part] = [part for part in PARTS if self.family.there(block, part)]
         return tuple(part for part in there if isinstance(block.get_submodule(paths[part]), stubs))
 
     def biased(self, block: nn.Module) -> tuple[Part, ...]:
