@@ -353,7 +353,7 @@ def replayed(module: nn.Module, output: Tensor, part: str | None) -> Iterator[No
     """Within: the module of a part gives `output`, whatever it is called with."""
 
     def replay(*_: Any, **__: Any) -> Any:
-        if part == "experts":  # which are called with tokens, and not with windows of them
+        if part in ("experts", "shared"):  # which are called with tokens, and not with windows of them
             return output.flatten(0, -2)
         return (output, None) if part == "attention" else output
 

@@ -66,6 +66,10 @@ def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrained
         if all(size.get(key, count) == count for size in sizes for key, count in fixed.items()):
             first, *sizes = ({k: v for k, v in size.items() if k not in fixed} for size in (first, *sizes))
         sizes = [first | size for size in sizes]
+    if family.experts is not None and len(kept) < len(blocks) and "mlp_only_layers" in values:
+        # blocks with a plain MLP are told by their number
+        plain = [new for new, old in enumerate(kept) if not family.experts.there(blocks[old])]
+        values |= {"mlp_only_layers": plain, "decoder_sparse_step": 1}
     native = _native_biases(family, values)
     added = [[part for part in adapter.biased(blocks[index]) if part not in native] for index in kept]
     if any(added):
@@ -254,8 +258,10 @@ def _native_biases(family: Family, values: dict[str, Any]) -> set[Part]:
     with torch.device("meta"):
         stock = base(config)
     blocks = list(stock.get_submodule(family.layers if family.text is None else family.layers.rpartition(".")[2]))
-    some = [(block, part) for block in blocks for part in PARTS if family.there(block, part)]
-    return {part for block, part in some if block.get_submodule(family.columns[part]).bias is not None}
+    maps: list[tuple[Part, nn.Module, str]] = [
+        (part, block, family.columns[part]) for part in PARTS for block in blocks if family.there(block, part)
+    ]
+    return {part for part, block, path in maps if block.get_submodule(path).bias is not None}
 
 
 def _stock_config(

@@ -60,15 +60,21 @@ class Experts:
     transposed: bool = False  # matrices are (experts, in, out) and not (experts, out, in); gates and gated take turns
     shared: str | None = None  # an MLP beside them, of gate_proj, up_proj and down_proj; None: there is none
     shared_width: str = "shared_expert_intermediate_size"  # in the config: neurons of it
+    shared_gate: str = "mlp.shared_expert_gate"  # whose sigmoid, one number for a token, its output is multiplied by
 
     def there(self, block: nn.Module) -> bool:
         """Whether a block has experts; some have a plain MLP."""
-        module = block
-        for name in self.path.split("."):
-            module = getattr(module, name, None)
-            if module is None:
-                return False
-        return True
+        return has(block, self.path)
+
+    @property
+    def shared_rows(self) -> tuple[str, ...]:
+        """The linear maps of the shared expert in front of its neurons."""
+        return () if self.shared is None else (f"{self.shared}.gate_proj", f"{self.shared}.up_proj")
+
+    @property
+    def shared_columns(self) -> str:
+        """The linear map of the shared expert whose columns are its neurons."""
+        return f"{self.shared}.down_proj"
 
     def slices(self, name: str) -> int | None:
         """The dimension of a parameter of the experts whose slices are neurons, or two for each; None: it has none."""
@@ -92,9 +98,13 @@ class Experts:
             if hasattr(module, name):
                 setattr(module, name, neurons)
 
-    def cut(self, block: nn.Module, count: int, neurons: int) -> None:
-        """Leave room for so many experts of so many neurons, in place; what is in them is lost where it was another
-        number."""
+    def cut(self, block: nn.Module, count: int, neurons: int, shared: int = 0) -> None:
+        """Leave room for so many experts of so many neurons, and for so many of the shared one, in place; what is in
+        them is lost where it was another number."""
+        if self.shared is not None:
+            for path in self.shared_rows:
+                _resize(block, path, rows=shared)
+            _resize(block, self.shared_columns, columns=shared)
         self.resize(block.get_submodule(self.path), neurons)
         for path in (self.path, self.router):
             module = block.get_submodule(path)
@@ -290,12 +300,12 @@ class Family:
         if part == "mlp":
             return "mlp" in self.columns and (self.experts is None or not self.experts.there(block))
         path = self.attention if part == "attention" else self.mixer and self.mixer.path
-        return bool(path) and getattr(block, path, None) is not None
+        return bool(path) and has(block, path)
 
     @property
     def patches(self) -> bool:
         """Whether there is an MLP, one module, that a linear map can stand beside."""
-        return self.mlp is not None and "mlp" in self.columns
+        return self.mlp is not None and "mlp" in self.columns and self.experts is None
 
     def has_norms_first(self, block: nn.Module) -> bool:
         """Whether no norm comes behind a sum, so that a block without parts passes its input through."""
@@ -340,8 +350,9 @@ class Family:
             self._cut_rows(block, "mlp", {"width": width})
             _resize(block, self.columns["mlp"], columns=width)
         if self.experts is not None and self.experts.there(block):
-            sizes = (getattr(layer_config, name) for name in (self.experts.count, self.experts.width))
-            self.experts.cut(block, *sizes)
+            names = (self.experts.count, self.experts.width)
+            names += () if self.experts.shared is None else (self.experts.shared_width,)
+            self.experts.cut(block, *(getattr(layer_config, name) for name in names))
         for part in getattr(layer_config, "biased", ()):
             _resize(block, self.columns[part], bias=True)
         if self.there(block, "attention"):
@@ -385,6 +396,10 @@ class Family:
                 raise ValueError(f"layer {index}: {count} experts, and a token selects {least}")
             if (neurons := getattr(layer_config, self.experts.width)) < 1:
                 raise ValueError(f"layer {index}: {self.experts.width} is {neurons}; an expert has one neuron or more")
+            if self.experts.shared is not None and (own := getattr(layer_config, self.experts.shared_width)) < 1:
+                raise ValueError(
+                    f"layer {index}: {self.experts.shared_width} is {own}; a shared expert has one neuron or more"
+                )
         if self.mixer is not None and (fault := self.mixer.fault(layer_config)):
             raise ValueError(f"layer {index}: {fault}")
         parts = [part for part in get_args(Part) if part != "mixer" or self.mixer is not None]
@@ -403,6 +418,16 @@ class Family:
             raise ValueError(
                 f"layer {index}: patch is {patch}, and {self.prefix} has no MLP of its own to stand beside"
             )
+
+
+def has(block: nn.Module, path: str) -> bool:
+    """Whether there is a module at a path in a block."""
+    module = block
+    for name in path.split("."):
+        module = getattr(module, name, None)
+        if module is None:
+            return False
+    return True
 
 
 SEPARATE: Mapping[str, Unit] = {"self_attn.q_proj": "query", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"}
@@ -429,14 +454,17 @@ def llama_like(model_type: str, prefix: str, **others: Any) -> Family:
     return Family(model_type, prefix, **(parts | others))
 
 
-def of_experts(model_type: str, prefix: str, experts: Experts, **others: Any) -> Family:
+def of_experts(model_type: str, prefix: str, experts: Experts, *, plain: bool = False, **others: Any) -> Family:
     """A family with Llama's attention and, in the place of the MLP, experts.
 
     Args:
         model_type, prefix, experts: as of `Family`.
+        plain: whether some blocks may have Llama's MLP.
         others: fields of `Family` that are not as Llama's.
     """
-    parts: dict[str, Any] = {"rows": SEPARATE, "columns": {"attention": "self_attn.o_proj"}, "experts": experts}
+    parts: dict[str, Any] = {"experts": experts}
+    if not plain:
+        parts |= {"rows": SEPARATE, "columns": {"attention": "self_attn.o_proj"}}
     return llama_like(model_type, prefix, **(parts | others))
 
 
@@ -481,14 +509,14 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "mixtral": of_experts("mixtral", "Mixtral", Experts("num_local_experts", "intermediate_size")),
     "olmoe": of_experts("olmoe", "Olmoe", Experts("num_experts", "intermediate_size")),
-    "qwen2_moe": of_experts("qwen2_moe", "Qwen2Moe", Experts("num_experts", shared="mlp.shared_expert")),
-    "qwen3_moe": of_experts("qwen3_moe", "Qwen3Moe", Experts("num_local_experts")),
+    "qwen2_moe": of_experts("qwen2_moe", "Qwen2Moe", Experts("num_experts", shared="mlp.shared_expert"), plain=True),
+    "qwen3_moe": of_experts("qwen3_moe", "Qwen3Moe", Experts("num_local_experts"), plain=True),
     "qwen3_next": of_experts(
         "qwen3_next",
         "Qwen3Next",
-        Experts("num_experts"),  # the shared expert stays
-        rows={**SEPARATE, "self_attn.q_proj": "gated"},
-        columns={"attention": "self_attn.o_proj", "mixer": "linear_attn.out_proj"},
+        Experts("num_experts", shared="mlp.shared_expert"),
+        rows={**SEPARATE, "self_attn.q_proj": "gated", "mlp.gate_proj": "width", "mlp.up_proj": "width"},
+        columns={"attention": "self_attn.o_proj", "mixer": "linear_attn.out_proj", "mlp": "mlp.down_proj"},
         norms={**NORMS, "mixer": NORMS["attention"]},
         mixer=DeltaNet("linear_attn", ("in_proj_qkvz", "in_proj_ba"), "out_proj"),
     ),

@@ -53,6 +53,15 @@ def shallow(module: M) -> M:
     return copy.deepcopy(module, memo)
 
 
+def hollow(module: M) -> M:
+    """A copy of the module tree without values: parameters and buffers of the same shapes, on the meta device."""
+    memo: dict[int, Any] = {
+        id(value): nn.Parameter(value.detach().to("meta"), requires_grad=False) for value in module.parameters()
+    }
+    memo |= {id(value): value.to("meta") for value in module.buffers()}
+    return copy.deepcopy(module, memo)
+
+
 def grafted(module: M, changed: Mapping[str, nn.Module]) -> M:
     """The module with other modules at some paths, itself as it was: whatever is not on the way to them is shared."""
     twin = copy.copy(module)

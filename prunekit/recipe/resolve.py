@@ -180,6 +180,7 @@ def resolve(recipe: Recipe) -> Parts:
     _check_patches(parts)
     _check_learner(parts)
     _check_width(parts)
+    _check_experts(parts)
     return parts
 
 
@@ -363,6 +364,22 @@ def _check_width(parts: Parts) -> None:
             f"objective {recipe.objective['name']!r} compares the residual streams of both models, and {name} makes "
             "one narrower; take divergence or expected-error"
         )
+
+
+def _check_experts(parts: Parts) -> None:
+    """The model without whole experts is pruned in the place of the dense one, as a narrower one is."""
+    recipe = parts.recipe
+    if recipe.experts != "both":
+        return
+    if recipe.family:
+        raise WrongInput("experts: both makes another model for every sparsity, which share no pass; give one sparsity")
+    if recipe.apart:
+        raise WrongInput(
+            "apart gives every kind its share, and with experts: both whole experts have experts_share of all; leave "
+            "one of them away"
+        )
+    if recipe.engine["name"] != "local":
+        raise WrongInput("experts: both is worked with on this machine alone; give engine local")
 
 
 def _check_readers(parts: Parts) -> None:

@@ -42,7 +42,8 @@ class Recipe(Strict):
     structure: Annotated[str, BeforeValidator(as_pattern)] = "groups"  # or weights, or N:M, which says the sparsity
     multiple_of: Annotated[int, Field(ge=1)] = 1  # counts of neurons, where some of them go
     heads: Literal["kv", "query"] = "kv"  # a group: a KV head with its query heads, or query heads of every KV head
-    experts: Literal["whole", "neurons"] = "whole"  # a group: an expert, or neurons of every expert of a layer
+    experts: Literal["whole", "neurons", "both"] = "whole"  # a group: an expert, or neurons of every expert of a layer
+    experts_share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of what is removed, by whole experts first, with both
     pruner: Spec
     allocator: Spec | None
     learner: Spec | None = None  # in the place of an allocator: which groups are kept, and so how many
@@ -166,6 +167,11 @@ class Recipe(Strict):
         return [self.model_copy(update={"sparsity": sparsity}) for sparsity in self.family] or [self]
 
     @property
+    def inside(self) -> Literal["whole", "neurons"]:
+        """What of a mixture of experts the sites of the last step are of."""
+        return "whole" if self.experts == "whole" else "neurons"
+
+    @property
     def sections(self) -> dict[str, LatencySpec]:
         """Options of metrics that are sections of their own, by the metric's name."""
         return {key: value for key, value in self if isinstance(value, LatencySpec)}
@@ -198,6 +204,7 @@ class Recipe(Strict):
         there = {
             "family": self.family, "spare": self.spare != SpareSpec(), "learner": self.learner, "learned": self.learner,
             "width": self.width, "multiple_of": self.multiple_of > 1, "experts": self.experts != "whole",
+            "experts_share": self.experts == "both",
         }  # fmt: skip
         return frozenset(key for key, value in there.items() if not value)
 

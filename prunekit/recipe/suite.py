@@ -33,8 +33,8 @@ SUITES = "prunekit.suites"  # group of entry points
 BASELINES = "baselines"  # the suite whose cells every comparison has
 AXES = {"pruners": "pruner", "allocators": "allocator", "learners": "learner", "objectives": "objective"}
 SHARED = ("version", "model", "sparsity", "family", "of", "metric", "latency", "apart", "structure", "multiple_of",
-          "heads", "experts", "data", "seed", "search_budget", "time", "engine", "device", "dtype", "memory",
-          "trust_remote_code", "code", "exporters", "samples", "verify")  # fmt: skip
+          "heads", "experts", "experts_share", "data", "seed", "search_budget", "time", "engine", "device", "dtype",
+          "memory", "trust_remote_code", "code", "exporters", "samples", "verify")  # fmt: skip
 """Recipe keys that are the comparison's and not the cell's: the model, the price, the text and the machine."""
 
 Share = Annotated[float, Field(gt=0, lt=1)]

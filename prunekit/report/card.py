@@ -46,6 +46,8 @@ def card(document: Mapping[str, Any], recipe: Recipe, facts: Mapping[str, Any], 
     if (narrow := document.get("width")) is not None:
         more += f"\n| residual width | {narrow['of']:,} | {narrow['channels']:,} |"
         note += "\nEmbedding and head are two matrices now, where the dense model has one.\n" * narrow["untied"]
+    if (layers := document.get("experts")) is not None:
+        more += f"\n| experts | {sum(each['of'] for each in layers):,} | {sum(each['kept'] for each in layers):,} |"
     if (found := document.get("weights")) is not None:
         title, unit = f"{found['sparsity']:.1%} of the weights in the blocks' linear maps are zero", "weights per row"
         more = f"\n| not zero in linear maps | {found['in_linear_maps']:,} | {found['not_zero']:,} |"

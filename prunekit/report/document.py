@@ -118,6 +118,7 @@ def report(
             "removed": (whole.budget.dense - whole.budget.outside - whole.cost(plan)) / whole.budget.dense,
         },
         **({} if parts.width is None else {"width": width(parts, dense.model, small)}),
+        **({} if recipe.experts != "both" else {"experts": experts(dense, net.model)}),
         **({} if shrinks else {"weights": weights(small, net, plan, recipe.structure)}),
         **({} if pace is None else {recipe.metric_spec["name"]: dict(pace)}),
         "losses": dict(losses),
@@ -166,6 +167,20 @@ def width(parts: Parts, dense: Any, small: Any) -> dict[str, Any]:
     own = small.get_output_embeddings().weight is not small.get_input_embeddings().weight
     tied = dense.get_output_embeddings().weight is dense.get_input_embeddings().weight
     return {"name": parts.recipe.width["name"], "channels": after, "of": before, "untied": bool(own and tied)}
+
+
+def experts(dense: Any, model: Any) -> list[dict[str, int]]:
+    """Say how many whole experts of every layer stay.
+
+    Args:
+        dense: the model before.
+        model: the one without them.
+    """
+    before, after = (
+        {site.block: site.n_groups for site in dense.adapter.sites(each) if site.kind == "experts"}
+        for each in (dense.model, model)
+    )
+    return [{"block": block, "kept": after[block], "of": of} for block, of in before.items()]
 
 
 def learned(parts: Parts, effort: Effort, *, shared: int, domains: Mapping[str, float] | None = None) -> dict[str, Any]:

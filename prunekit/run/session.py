@@ -34,6 +34,7 @@ from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.run.allotment import Allotment, filled, share_text
 from prunekit.run.clock import Clock
+from prunekit.run.experts import without_experts
 from prunekit.run.plan.count import Shape
 from prunekit.run.plan.make import planned
 from prunekit.run.plan.plan import Plan
@@ -109,7 +110,7 @@ class Session:
             if not isinstance(metric, MeasuredMetric):
                 return self
             recipe = self.parts.recipe
-            sites = dense.adapter.sites_of(dense.model, self.parts.form, recipe.heads, recipe.experts)
+            sites = dense.adapter.sites_of(dense.model, self.parts.form, recipe.heads, recipe.inside)
             with unchanged(metric, values=True, model=dense.model):
                 found = metric.measured(dense, sites, None if past is None else _intact(past), self.progress)
             metric = instance(metric, "what it is once measured", found, type(metric))
@@ -200,10 +201,11 @@ class Session:
             dense, wide = self.dense, None
             if member.width is not None:
                 dense, wide = narrow(member, self.dense, draws.calibration, shelf, self.progress, clock), self.dense
-            runs.append(Run(
+            run = Run(
                 member, dense, whole, draws, ledger, own, shelf, self.progress,
                 Clock(clock), teacher, self.plan.limit, self.team, self.allotment, wide=wide, measures=measures,
-            ))  # fmt: skip
+            )  # fmt: skip
+            runs.append(without_experts(run) if member.recipe.experts == "both" else run)
         return runs
 
 
@@ -420,7 +422,7 @@ def make_plan(
     """
     counted = parts
     if isinstance(parts.metric, MeasuredMetric) and parts.metric.prices is None:
-        sites = adapter.sites_of(shape, parts.form, parts.recipe.heads, parts.recipe.experts)
+        sites = adapter.sites_of(shape, parts.form, parts.recipe.heads, parts.recipe.inside)
         check_sites(parts, sites)  # the stand-in is another metric
         counted = parts.with_metric(parts.metric.stand_in())
         counted = replace(counted, recipe=counted.recipe.model_copy(update={"of": "blocks"}))

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 
 from prunekit.calibration.statistics import statistics_of
 from prunekit.errors import WrongInput
+from prunekit.layer.layouts import layout_of
 from prunekit.models import paging
+from prunekit.models.modules import hollow
 from prunekit.models.width import check_narrow, narrow_shape, widths
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.metric import MeasuredMetric
@@ -48,10 +50,15 @@ def in_multiples(sites: Sequence[Site], of: int) -> tuple[Site, ...]:
     Raises:
         WrongInput: no MLP has so many.
     """
-    most = max((site.n_groups for site in sites if site.kind == "mlp"), default=0)
+    most = max((site.n_groups * site.tile for site in sites if site.kind == "mlp"), default=0)
     if of > 1 and of >= most:
         raise WrongInput(f"multiple_of={of:,}, and the MLPs have at most {most:,} neurons; choose a smaller one")
-    return tuple(replace(site, multiple=of) if site.kind == "mlp" else site for site in sites)
+
+    def multiple(site: Site) -> Site:
+        each = of // math.gcd(of, site.tile)  # groups
+        return replace(site, multiple=each, minimum=min(site.n_groups, -(-site.minimum // each) * each))
+
+    return tuple(multiple(site) if site.kind == "mlp" else site for site in sites)
 
 
 def check_sites(parts: Parts, sites: Sequence[Site]) -> None:
@@ -67,8 +74,8 @@ def check_sites(parts: Parts, sites: Sequence[Site]) -> None:
     """
     recipe, instead = parts.recipe, "; leave it away for a mixture of experts"
     neurons = any(site.experts for site in sites)
-    if not neurons and recipe.experts == "neurons" and parts.form.coupled:
-        raise WrongInput("experts: neurons is of a mixture of experts, and the model has none; leave it away")
+    if not neurons and recipe.inside == "neurons" and parts.form.coupled:
+        raise WrongInput(f"experts: {recipe.experts} is of a mixture of experts, and the model has none; leave it away")
     if not neurons and not any(site.kind == "experts" for site in sites):
         return
     if recipe.finishers:
@@ -110,6 +117,8 @@ def whole_space(parts: Parts, model: PreTrainedModel, adapter: ModelAdapter, dty
     """
     if parts.width is not None:
         return narrow_space(parts, model, adapter, dtype)[1]
+    if parts.recipe.experts == "both" and parts.form.coupled:
+        return expert_spaces(parts, model, adapter, dtype)[1]
     recipe, form = parts.recipe, parts.form
     sites, outside = _counted(parts, model, adapter)
     freed = sum(site.parameters(site.n_groups) for site in sites)
@@ -185,11 +194,80 @@ def narrow_space(parts: Parts, model: PreTrainedModel, adapter: ModelAdapter, dt
     return width, Space.whole(sites, budget)
 
 
+def expert_spaces(
+    parts: Parts, model: PreTrainedModel, adapter: ModelAdapter, dtype: torch.dtype
+) -> tuple[Space, Space]:
+    """Find how many whole experts go first, and every count of every site of the model that is left, under the recipe's
+    budget.
+
+    What is left of a layer is a product, experts times neurons of each, and a budget is a sum over sites. So the number
+    of experts is fixed first: as many go from every layer as fit into their share of what the budget asks for. The
+    shapes of the model without them then have prices that add up, and their counts make up what is left of the budget,
+    exactly.
+
+    Args:
+        parts: of a recipe with both.
+        model: with weights or without: only shapes are read.
+        adapter: of the model's family.
+        dtype: of the checkpoint, for metric bytes.
+
+    Returns:
+        (the space of the first step, whose ladders have one rung each; that of the second).
+
+    Raises:
+        WrongInput: there are no experts, no whole one fits into the share, or the budget cannot be met.
+    """
+    recipe, metric = parts.recipe, parts.metric.for_checkpoint(dtype.itemsize)
+    whole = replace(parts, recipe=recipe.model_copy(update={"experts": "whole"}))
+
+    def price(sites: Sequence[Site]) -> int:
+        return sum(metric.price(site, site.n_groups) for site in sites)
+
+    before, outside = _counted(parts, model, adapter)
+    dense, gone = metric.outside(before, outside) + price(before), Fraction(str(recipe.sparsity))
+    limit = math.floor(dense * (1 - gone))
+    sites, _ = _counted(whole, model, adapter)
+    most = Fraction(str(recipe.experts_share)) * (dense - limit)
+
+    def kept(site: Site, fewer: int) -> int:
+        return max(site.least, site.n_groups - fewer) if site.kind == "experts" else site.n_groups
+
+    def freed(fewer: int) -> int:
+        return sum(
+            metric.price(site, site.n_groups) - metric.price(site, kept(site, fewer))
+            for site in sites if site.kind == "experts"
+        )  # fmt: skip
+
+    there = max(site.n_groups for site in sites if site.kind == "experts")
+    fewer = bisect_right(range(1, there), most, key=freed)
+    if not freed(fewer):
+        raise WrongInput(
+            f"experts_share {recipe.experts_share:g} of what sparsity {recipe.sparsity:g} asks for is {int(most):,} of "
+            f"{dense:,} {metric.unit}, and one expert of every layer that may lose one has {freed(1):,}; ask for more, "
+            "or choose experts: neurons"
+        )
+    plan = tuple(kept(site, fewer) for site in sites)
+    first = Space(
+        sites, tuple((count,) for count in plan),
+        Budget(sum(metric.price(site, count) for site, count in zip(sites, plan, strict=True)), metric),
+    )  # fmt: skip
+    shape = hollow(model)
+    for site, count in zip(sites, plan, strict=True):
+        if count < site.n_groups:
+            stand_in = layout_of(site).stand_in(site, count, torch.ones(1, site.n_groups))
+            adapter.remove(shape, site, stand_in)
+    left, outside = _counted(parts, shape, adapter)
+    beside = metric.outside(left, outside)
+    if (least := beside + sum(metric.price(site, site.least) for site in left)) > limit:
+        raise WrongInput(metric.unreachable(1 - gone, least, dense))
+    return first, Space.whole(left, Budget(limit - beside, metric, outside=beside, dense=dense))
+
+
 def _counted(parts: Parts, model: nn.Module, adapter: ModelAdapter) -> tuple[tuple[Site, ...], int]:
     """The sites of a model, and the parameters that count and are of none of them."""
     recipe, form = parts.recipe, parts.form
     with paging.shapes_of(model):
-        sites = adapter.sites_of(model, form, recipe.heads, recipe.experts)
+        sites = adapter.sites_of(model, form, recipe.heads, recipe.inside)
     if not sites:
         raise WrongInput("the model has no site left to prune")
     check_sites(parts, sites)

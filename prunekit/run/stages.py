@@ -78,7 +78,7 @@ class Run:
     decided: dict[str, int] = field(default_factory=dict)  # recipe key -> what the clock has said
     learned: dict[str, Any] = field(default_factory=dict)  # what the learner has read, for the report
     domains: dict[str, float] = field(default_factory=dict)  # share of the text, as the learner has left it, by label
-    wide: Dense | None = None  # whose residual stream was narrowed, which is `dense`; None: nobody's was
+    wide: Dense | None = None  # the model of which `dense` is a narrower one, or one of fewer experts; None: neither
     measures: Measures | None = None  # of its first calibration pass, with what others read there; None: its own
 
     @property
@@ -113,6 +113,7 @@ class Run:
         clock: Clock,
         *,
         search: int | None,
+        priced: bool = True,
         decision: Decision | None = None,
         trained: TrainedModel | None = None,
     ) -> Supernet:
@@ -125,6 +126,7 @@ class Run:
             clock: whose seconds it takes.
             search: which it is for, from 0: what the allocator reads of layers, sensitivity metrics and scores, is
                 measured on the way; None: for none.
+            priced: whether rungs are priced in nats too, where anybody reads that.
             decision: of a learner: the groups that every site keeps; None: the pruner chooses.
             trained: what is pruned in the place of the dense model. Dense streams, to which refits return, stay those
                 of the dense model.
@@ -140,7 +142,7 @@ class Run:
         if self.wide is not None:
             other, team, teacher = dense.fingerprint, None, self.wide.model  # workers have that one
         depth = len(dense.adapter.blocks(dense.model))
-        measures = self._measures(search) if search is not None else Measures(nats=parts.prices_nats(depth))
+        measures = self._measures(search) if search is not None else Measures(nats=priced and parts.prices_nats(depth))
         signals, scores, nats = measures.signals, measures.scores, measures.nats
         sparse = search is not None and parts.prices_alone(depth)
         key = {  # whatever it depends on: a run that has made the same pass over this model need not again

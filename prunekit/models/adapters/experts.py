@@ -10,6 +10,11 @@ beside the module with the experts for as long as that is there, and is called o
 
 Where neurons go, the site is the map [W_1 … W_E] of all x_e side by side, of which those are zero that a token does not
 select. It is no module either.
+
+    y = y_experts + s f        f the shared expert's output, s the sigmoid of its gate, one number for a token     (3)
+
+The neurons h of a shared expert are a site of their own, its linear map W behind them: s f = W (s h). While somebody
+looks at that map the gate comes before it and not behind, so that it receives s h, and makes what is added.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -30,7 +35,7 @@ from transformers import PreTrainedModel
 from prunekit.layer.candidates import Candidate
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.models.classes import Experts
-from prunekit.plugins.adapter import Cut, Heads, Inside, UnsupportedModel
+from prunekit.plugins.adapter import Cut, Heads, Inside, UnsupportedModel, check_plain, linear_at
 from prunekit.space.forms import Form
 from prunekit.space.sites import Site
 
@@ -87,7 +92,8 @@ _lock = Lock()
 
 @dataclass(frozen=True)
 class MixtureOfExperts(Transformer):
-    """A family of experts; it sets `family`. Attention is cut as ever; a shared expert and plain MLPs stay as they are.
+    """A family of experts; it sets `family`. Attention and plain MLPs are cut as ever; of a shared expert one neuron
+    stays at least, and its gate.
 
     Removal changes the routing: the next experts come in, and weights are normalised over those that stay. A cut layer
     equals the dense one whose router gives removed experts a score of -∞. The statistics, the errors and the
@@ -120,6 +126,7 @@ class MixtureOfExperts(Transformer):
         for index, block in enumerate(self.blocks(model)):
             found += [self._site(block, index, part, heads) for part in self.left(block)]
             if self.experts.there(block):
+                found += [] if self.experts.shared is None else [self._shared_site(block, index)]
                 found.append((self._experts_site if experts == "whole" else self._neurons_site)(block, index))
         return tuple(found)
 
@@ -132,15 +139,15 @@ class MixtureOfExperts(Transformer):
     def part(self, site: Site) -> str | None:  # type: ignore[override]
         if site.experts:  # what one expert makes is no sub-layer's output
             return None
-        return "experts" if site.kind == "experts" else super().part(site)
+        return "shared" if self._is_shared(site) else site.kind
 
     def holder(self, site: Site) -> str | None:
-        if site.experts:
-            return None
+        if self._is_shared(site):
+            return self.experts.shared
         return self.experts.path if site.kind == "experts" else super().holder(site)
 
     def stream_before(self, site: Site) -> str | None:
-        if site.kind != "experts":
+        if site.kind != "experts" or self.experts.shared is not None:  # whose output is a term as well
             return None
         (norm,) = self.family.norms["mlp"]  # of what attention was added to; it comes before the experts
         return norm
@@ -159,7 +166,9 @@ class MixtureOfExperts(Transformer):
         return found
 
     def maps(self, block: nn.Module, site: Site) -> list[nn.Linear]:
-        return [self.linear(block, site)] if self._of_experts(site) else super().maps(block, site)
+        if self._is_shared(site):
+            return [linear_at(block, path) for path in (*self.experts.shared_rows, self.experts.shared_columns)]
+        return [self.linear(block, site)] if self._is_routed(site) else super().maps(block, site)
 
     def multiplied(self, block: nn.Module) -> int:
         if not self.experts.there(block):
@@ -169,7 +178,10 @@ class MixtureOfExperts(Transformer):
         return super().multiplied(block) + _top_k(router) * each + sum(p.numel() for p in router.parameters())
 
     def cuts(self, block: nn.Module, site: Site) -> Sequence[Cut]:
-        if not self._of_experts(site):
+        if self._is_shared(site):
+            rows = torch.arange(site.n_groups)[:, None]
+            return *(Cut(path, 0, rows) for path in self.experts.shared_rows), Cut(self.experts.shared_columns, 1, rows)
+        if not self._is_routed(site):
             return super().cuts(block, site)
         if site.experts:
             columns = torch.tensor(site.columns(range(site.n_groups))).reshape(site.n_groups, -1)
@@ -183,7 +195,11 @@ class MixtureOfExperts(Transformer):
         return *front, Cut(self.experts.path, 1, every)
 
     def pruned(self, block: nn.Module, site: Site, candidate: Candidate) -> dict[str, nn.Module]:
-        if not self._of_experts(site):
+        if self._is_shared(site) and not candidate.kept:
+            raise ValueError(
+                f"{site.name}: a shared expert has one neuron or more, and the candidate keeps {candidate.kept}"
+            )
+        if not self._is_routed(site):
             return super().pruned(block, site, candidate)
         if site.experts:
             return {self.experts.path: self._of_neurons(block, site, candidate)}
@@ -201,10 +217,15 @@ class MixtureOfExperts(Transformer):
 
     @contextmanager
     def exposed(self, block: nn.Module) -> Iterator[None]:
-        """As promised; nothing is computed in another way while nobody looks at the sum."""
-        if not self.experts.there(block):
+        """As promised; nothing is computed in another way while nobody looks at the sum, or at the shared expert."""
+        with ExitStack() as stack:
+            if self.experts.there(block):
+                stack.enter_context(self._exposed_shared(block))
+                stack.enter_context(self._exposed_experts(block))
             yield
-            return
+
+    @contextmanager
+    def _exposed_experts(self, block: nn.Module) -> Iterator[None]:
         module: Any = block.get_submodule(self.experts.path)
         total, inside = self.map_at(block, self.experts.path), self._outputs_there(module)
         assert isinstance(total, SumOfExperts)
@@ -227,6 +248,39 @@ class MixtureOfExperts(Transformer):
         finally:
             del module.forward
 
+    @contextmanager
+    def _exposed_shared(self, block: nn.Module) -> Iterator[None]:
+        """Within: the gate of the shared expert is in front of its last map, as in (3), if somebody looks at that."""
+        if self.experts.shared is None:
+            yield
+            return
+        shared, last = block.get_submodule(self.experts.shared), linear_at(block, self.experts.shared_columns)
+        answered = "forward" in vars(shared)  # others say what it answers, and that is s f
+        if not (answered or last._forward_hooks or last._forward_pre_hooks):
+            yield
+            return
+        gate, seen = linear_at(block, self.experts.shared_gate), list[Tensor]()
+        scores = gate.forward  # s = sigmoid(scores)
+
+        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0])
+
+        def weigh(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            return (args[0] * torch.sigmoid(scores(seen.pop())),)  # s h
+
+        def opened(hidden: Tensor) -> Tensor:
+            return hidden.new_full((*hidden.shape[:-1], 1), torch.inf)  # whose sigmoid is one
+
+        with ExitStack() as stack:
+            if not answered:
+                stack.enter_context(shared.register_forward_pre_hook(note))
+                stack.enter_context(last.register_forward_pre_hook(weigh, prepend=True))
+            gate.forward = opened
+            try:
+                yield
+            finally:
+                del gate.forward
+
     def ranks(self, block: nn.Module) -> dict[str, int]:
         return {}
 
@@ -237,11 +291,28 @@ class MixtureOfExperts(Transformer):
         if self.experts.there(block):
             entry[self.experts.count] = block.get_submodule(self.experts.path).num_experts
             entry[self.experts.width] = self.experts.neurons(block)
+            if self.experts.shared is not None:
+                entry[self.experts.shared_width] = linear_at(block, self.experts.shared_columns).in_features
+        elif "mlp" in self.left(block):
+            entry[self.family.width] = linear_at(block, self.family.columns["mlp"]).in_features
         return entry
 
-    def _of_experts(self, site: Site) -> bool:
-        """Whether whole experts go at a site, or neurons inside."""
-        return site.kind == "experts" or site.experts > 0
+    def _is_shared(self, site: Site) -> bool:
+        """Whether the groups of a site are neurons of a shared expert."""
+        return self.experts.shared is not None and self.path(site) == self.experts.shared_columns
+
+    def _is_routed(self, site: Site) -> bool:
+        """Whether the groups of a site are experts, or neurons inside of them."""
+        return site.kind == "experts" or bool(site.experts)
+
+    def _shared_site(self, block: nn.Module, index: int) -> Site:
+        name = f"{self.layers}.{index}.{self.experts.shared_columns}"
+        for path in (*self.experts.shared_rows, self.experts.shared_columns):
+            check_plain(block, path, name)
+        last = linear_at(block, self.experts.shared_columns)
+        front = [linear_at(block, path) for path in self.experts.shared_rows]
+        price = last.out_features + sum(each.in_features + (each.bias is not None) for each in front)
+        return Site(name, index, "mlp", last.in_features, 1, price, d_out=last.out_features, minimum=1)
 
     def _experts_site(self, block: nn.Module, index: int) -> Site:
         path, router = self.experts.path, block.get_submodule(self.experts.router)

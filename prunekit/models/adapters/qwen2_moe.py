@@ -10,6 +10,6 @@ from prunekit.models.classes import FAMILIES
 
 @dataclass(frozen=True)
 class Qwen2Moe(MixtureOfExperts):
-    """As OLMoE, with a shared expert beside, which stays; some blocks may have a plain MLP."""
+    """As OLMoE, with a shared expert beside, whose neurons are a site; some blocks may have a plain MLP."""
 
     family = FAMILIES["qwen2_moe"]

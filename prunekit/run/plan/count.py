@@ -168,7 +168,8 @@ class Count:
     after: Runs | None = None  # and on every result
     records: int = 0  # bytes of the small files, which hold no weights
     trials: Trials | None = None  # of the pruner; None: how long it works is not known
-    narrowed: int | None = None  # parameters of the model whose residual stream was narrowed, before groups go
+    narrowed: int | None = None  # parameters of the narrower model, or that of fewer experts, before groups go
+    first: Space | None = None  # of whole experts, where they go before; None: they do not
 
     @cached_property
     def everything(self) -> int:
@@ -246,6 +247,8 @@ class Count:
                 "width", held + working + sums, 0, sums // 2,
                 flops=shape.forward(self.tokens["calibration"], self.seqlen, head=False) + added,
             )  # fmt: skip
+        if self.first is not None:
+            yield self._pass("experts", self.first, shares, held + working)
         if "gradient" in self.parts.needs:
             learnt = 2 * FLOAT * shape.weights
             yield self._back("gradients", self.tokens["calibration"], learnt, learnt, 0, shares, held + working)

@@ -24,7 +24,7 @@ from prunekit.run.plan.count import Count, Member, Shape
 from prunekit.run.plan.plan import Plan
 from prunekit.run.plan.rehearsal import Rehearsal, between, list_passes, rehearsed
 from prunekit.run.plan.trial import Trials
-from prunekit.run.spaces import narrow_space
+from prunekit.run.spaces import expert_spaces, narrow_space
 from prunekit.run.workplace import written
 from prunekit.search.conversation import Known
 from prunekit.space.ladders import Space
@@ -97,8 +97,14 @@ def planned(
         measured, after = metric.unit, metric.runs_after(whole_model)
         before = metric.runs_before(whole_model, shape.sites) if metric.prices is None else None
     records = _records(recipe, shape.sites, sum(member.wanted for member in members))
-    narrowed = _narrowed(parts, model, adapter, stored)
-    count = Count(parts, shape, tokens, seqlen, members, before, after, records, trials, narrowed)
+    narrowed, first = _narrowed(parts, model, adapter, stored), None
+    if recipe.experts == "both":
+        first, _ = expert_spaces(parts, cast(PreTrainedModel, model), adapter, stored)
+        gone = sum(
+            s.parameters(s.n_groups) - s.parameters(k) for s, (k,) in zip(first.sites, first.ladders, strict=True)
+        )
+        narrowed = shape.parameters(model) - gone
+    count = Count(parts, shape, tokens, seqlen, members, before, after, records, trials, narrowed, first)
 
     def of(shares: Shares) -> Plan:
         stages = tuple(count.stages(shares))

@@ -34,7 +34,16 @@ def test_yaml_round_trip(name: str, tmp_path: Path) -> None:
 def test_yaml_has_every_option_and_the_versions(recipe: Recipe) -> None:
     text = resolve(recipe).recipe.to_yaml()
     assert text.startswith("# prunekit ")
-    unsaid = ("family", "spare", "multiple_of", "learner", "learned", "width", "experts")  # it has none
+    unsaid = (
+        "family",
+        "spare",
+        "multiple_of",
+        "learner",
+        "learned",
+        "width",
+        "experts",
+        "experts_share",
+    )  # it has none
     assert list(yaml.safe_load(text)) == [name for name in Recipe.model_fields if name not in unsaid]
     assert yaml.safe_load(text)["pruner"].keys() > {"name"}
 

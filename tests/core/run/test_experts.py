@@ -9,6 +9,12 @@ import prunekit
 from prunekit.demo import MODEL
 from prunekit.errors import WrongInput
 from prunekit.models.adapters.find import adapter_for
+from prunekit.models.opening import skeleton
+from prunekit.recipe.resolve import resolve
+from prunekit.recipe.schema import Recipe
+from prunekit.run.session import make_plan
+from prunekit.run.stages import Run
+from prunekit.search.store import CandidateStore
 from prunekit.space.forms import GROUPS
 from prunekit.testing.models import EXPERTS, tiny
 
@@ -94,13 +100,16 @@ def test_the_default_recipe_prunes_experts(saved, tmp_path, short):
     assert all(0 < site["error"] < 1 for site in sites if site["kept"] < 8)
 
 
-@pytest.mark.parametrize("family", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_oss", "qwen2_moe")]
+
+
+@pytest.mark.parametrize("family", ["mixtral", *SLOW])
 def test_attention_goes_beside_experts_under_one_budget(family, saved, tmp_path, quick):
     options = quick(sparsity=0.6, allocator="uniform", pruner="wanda")
     prunekit.prune(saved(family), output=tmp_path / "out", **options)  # and is verified, in a fresh process
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     lost = {site["kind"] for site in report["sites"] if site["kept"] < site["groups"]}
-    assert lost == {"attention", "experts"}
+    assert lost == {"attention", "experts", *(["mlp"] if family == "qwen2_moe" else [])}, "a shared expert, a plain MLP"
     budget, (dense, _), (small, kept) = report["budget"], experts_of(saved(family)), experts_of(tmp_path / "out")
     assert [site["kept"] for site in sums_of_experts(report)] == kept
     assert budget["spent"] <= budget["limit"]
@@ -156,6 +165,47 @@ def test_what_does_not_reach_neurons_is_refused_before_any_work(saved, quick, op
         prunekit.prune(saved("mixtral"), **quick(**options))
 
 
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("qwen2_moe", marks=pytest.mark.slow)])
+def test_whole_experts_and_neurons_of_those_that_stay_go_under_one_exact_budget(family, saved, tmp_path, quick):
+    path, out = saved(family), tmp_path / "out"
+    options = {"objective": "expected-error", "allocator": "table"} if family != "mixtral" else {"pruner": "wanda"}
+    options |= {"verify": family != "mixtral"}  # in a fresh process
+    prunekit.prune(path, output=out, **quick(experts="both", sparsity=0.5, experts_share=0.6) | options)
+    report = json.loads((out / "report.json").read_text())
+    (dense, _), (small, kept) = experts_of(path), experts_of(out)
+    whole = adapter_for(family).sites(dense)
+    price = sum(site.params_per_group for site in whole if site.kind == "experts")  # of one expert of every layer
+    blocks = [sum(p.numel() for p in model.model.layers.parameters()) for model in (dense, small)]
+    asked = blocks[0] - blocks[0] // 2
+    fewer = int(0.6 * asked) // price  # as many as fit into that share
+    assert {*kept} == {8 - fewer}
+    assert 0 < fewer < 6
+    assert [(each["kept"], each["of"]) for each in report["experts"]] == [(8 - fewer, 8)] * len(kept)
+    budget = report["budget"]
+    assert blocks[1] == budget["spent"] + (blocks[0] // 2 - budget["limit"]), "what is left costs what was said"
+    rungs = [site["parameters"] // site["kept"] for site in report["sites"] if 0 < site["kept"] < site["groups"]]
+    assert 0 <= budget["limit"] - budget["spent"] < max(rungs), "and all of the budget that a group can take"
+    inside = [site for site in report["sites"] if site["name"].endswith("experts.down_proj")]
+    assert any(site["kept"] < site["groups"] for site in inside), "neurons go as well"
+    assert f"| experts | {8 * len(kept)} | {sum(kept)} |" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"experts_share": 0.01}, "experts_share 0.01 of what sparsity 0.25 asks for is"),
+        ({"apart": True}, "whole experts have experts_share of all"),
+        ({"sparsity": [0.2, 0.4]}, "makes another model for every sparsity"),
+        ({"metric": "flops"}, "a token goes through as many experts as before"),
+        ({"spare__kinds": ["experts"]}, "one expert of every layer that may lose one has 0"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_what_both_kinds_cannot_do_is_refused_before_any_work(saved, quick, options, said):
+    with pytest.raises(WrongInput, match=said):
+        prunekit.prune(saved("mixtral"), **quick(experts="both", sparsity=0.25) | options)
+
+
 def test_neurons_of_experts_are_refused_where_there_are_no_experts(quick):
     with pytest.raises(WrongInput, match="experts: neurons is of a mixture of experts, and the model has none"):
         prunekit.prune(MODEL, **quick(experts="neurons"))
@@ -166,6 +216,22 @@ def test_a_run_on_experts_is_repeated_to_the_same_bytes(saved, tmp_path, short, 
         options = short(recipe="reap", sparsity=0.5, verify=False)
         prunekit.prune(saved("qwen3_moe"), output=tmp_path / name, **options)
     assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_a_run_on_both_that_was_stopped_in_either_step_ends_in_the_same_bytes(
+    saved, tmp_path, quick, content, killed_at
+):
+    path, options = saved("qwen3_moe"), quick(experts="both", sparsity=0.5, verify=False)
+    prunekit.prune(path, output=tmp_path / "whole", **options)
+    with killed_at(CandidateStore, "put", 4):  # of the sites of attention and of experts, there are six
+        prunekit.prune(path, output=tmp_path / "out", **options)
+    with killed_at(Run, "ask_allocator", 1):
+        prunekit.prune(path, output=tmp_path / "out", **options)
+    prunekit.prune(path, output=tmp_path / "out", **options)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    plan = make_plan(resolve(Recipe.load(str(tmp_path / "out"))), *skeleton(str(path)), None)
+    assert [stage.name for stage in plan.stages][:2] == ["open", "experts"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Which sites a recipe opens, and under which budget."""
 
+import copy
 from fractions import Fraction
 
 import pytest
@@ -10,13 +11,16 @@ from hypothesis import strategies as st
 import prunekit
 from prunekit.errors import WrongInput
 from prunekit.layer.knapsack import Knapsack
+from prunekit.layer.layouts import layout_of
 from prunekit.models.adapters.find import adapter_for
+from prunekit.models.modules import hollow
 from prunekit.plugins.registry import ALLOCATORS
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.recipe.specs import SpareSpec
-from prunekit.run.spaces import in_multiples, sparing, whole_space
+from prunekit.run.spaces import expert_spaces, in_multiples, sparing, whole_space
 from prunekit.space.budgets import Budget
+from prunekit.space.forms import GROUPS
 from prunekit.space.ladders import Space
 from prunekit.testing.models import tiny
 from prunekit.testing.spaces import sites_of
@@ -155,6 +159,18 @@ def test_what_is_built_has_them_too(recipe, saved_tiny, quick):
     assert made.report["budget"]["removed"] >= made.recipe.sparsity
 
 
+def test_neurons_of_experts_stay_in_multiples_too_and_what_always_stays_is_one():
+    """Of 32 neurons in steps of eight, and of a shared expert of 7 that keeps one at least."""
+    model, adapter = tiny("qwen2_moe", moe_intermediate_size=32), adapter_for("qwen2_moe")
+    found = in_multiples(adapter.sites_of(model, GROUPS, experts="neurons"), 16)
+    metric = Budget(0)
+    inside = next(site for site in found if site.experts)
+    assert ([*metric.counts(inside)], inside.least) == ([2, 4], 2)
+    found = in_multiples(adapter.sites(model), 4)
+    shared = next(site for site in found if site.name.endswith("expert.down_proj"))
+    assert ([*metric.counts(shared)], shared.least) == ([4, 7], 4)
+
+
 def test_multiples_that_cannot_be_are_refused_in_a_sentence():
     with pytest.raises(WrongInput, match="multiple_of=64, and the MLPs have at most 16 neurons"):
         in_multiples(sites_of(4, attention=(4, 10), mlp=(16, 3)), 64)
@@ -165,3 +181,34 @@ def test_multiples_that_cannot_be_are_refused_in_a_sentence():
             {"structure": "weights", "pruner": "magnitude", "allocator": "uniform", "sparsity": 0.3, "multiple_of": 4}
         )
     assert "multiple_of" not in Recipe.load("default").to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("family", "share", "part"), [("mixtral", 0.4, 0.5), ("qwen2_moe", 0.3, 0.8), ("gpt_oss", 0.5, 0.7)]
+)
+def test_whole_experts_that_go_first_leave_prices_that_add_up_to_the_budget(family, share, part):
+    """As many as fit go; the counts of the rest may spend all that is left of the budget of the dense model."""
+    model, adapter = tiny(family, intermediate_size=16).requires_grad_(False), adapter_for(family)
+    options = {"experts": "both", "sparsity": share, "experts_share": part, "pruner": "wanda", "allocator": "uniform"}
+    parts = resolve(Recipe.load().with_overrides(options))
+    first, rest = expert_spaces(parts, model, adapter, torch.float32)
+    blocks = sum(p.numel() for p in adapter.blocks(model).parameters())
+    assert rest.budget.dense == blocks
+    assert rest.budget.limit + rest.budget.outside == int(blocks * (1 - Fraction(str(share))))
+    each = sum(site.params_per_group for site in first.sites if site.kind == "experts")
+    fewer = int(Fraction(str(part)) * (blocks - rest.budget.limit - rest.budget.outside)) // each
+    assert {(s.kind, s.n_groups - kept) for s, (kept,) in zip(first.sites, first.ladders, strict=True)} == {
+        (s.kind, fewer if s.kind == "experts" else 0) for s in first.sites
+    }
+    assert fewer > 0
+    small = copy.deepcopy(model)
+    for site, (kept,) in zip(first.sites, first.ladders, strict=True):
+        if site.kind == "experts":
+            weight = torch.ones(1, site.n_groups)
+            adapter.remove(small, site, layout_of(site).stand_in(site, kept, weight))
+    left = sum(p.numel() for p in adapter.blocks(small).parameters())
+    assert left == blocks - fewer * each
+    assert left == rest.budget.outside + sum(site.parameters(site.n_groups) for site in rest.sites)
+    assert rest.sites == adapter.sites_of(small, GROUPS, experts="neurons")
+    assert (first, rest) == expert_spaces(parts, hollow(model), adapter, torch.float32), "of shapes alone"
+    assert whole_space(parts, model, adapter, torch.float32) == rest

@@ -42,7 +42,7 @@ def extremes(site: Site) -> int:
     if site.kind == "experts":  # of which a token selects two
         return 2 + site.block
     counts = {(0, "attention"): 0, (0, "mlp"): 7, (1, "attention"): 1, (1, "mlp"): 1, (2, "mlp"): 0}
-    return counts.get((site.block, site.kind), max(1, site.n_groups - 1))
+    return max(site.least, counts.get((site.block, site.kind), max(1, site.n_groups - 1)))
 
 
 def pruned(model_type: str, keep: Callable[[Site], int] = extremes, **overrides: Any) -> Any:

@@ -49,7 +49,7 @@ def pruned(model_type: str, keep: dict[tuple[int, str], int] = LOST, **sizes: An
     model, adapter = tiny(model_type, **sizes).float(), adapter_for(model_type)
     for site in adapter.sites(model):
         weight = adapter.linear(adapter.blocks(model)[site.block], site).weight.detach()
-        count = min(site.n_groups, keep.get((site.block, site.kind), site.n_groups))
+        count = max(site.least, min(site.n_groups, keep.get((site.block, site.kind), site.n_groups)))
         adapter.remove(model, site, Candidate(tuple(range(count)), weight))
     return to_transformers(model, adapter).eval().requires_grad_(False)
 

@@ -28,7 +28,7 @@ from prunekit.space.forms import GROUPS
 from prunekit.space.sites import Site
 from prunekit.testing import toy_tokens
 from prunekit.testing.models import EXPERTS, tiny
-from prunekit.testing.routers import mask_experts
+from prunekit.testing.routers import exact_softmax, mask_experts
 
 TOKENS = toy_tokens(windows=3, seqlen=8)
 WIDTH = 24  # neurons of an expert: three groups of eight
@@ -125,6 +125,39 @@ def test_masked_neurons_are_cut_neurons_at_exactly_their_price(case: Case) -> No
         assert layout_of(case.site).fault(case.site, count, chosen, lambda groups: torch.empty(0)) == ""
     with pytest.raises(ValueError, match="an expert has one neuron or more"):
         case.adapter.pruned(case.block, case.site, Candidate((), torch.zeros_like(chosen.weight)))
+
+
+@torch.no_grad()
+def test_experts_and_neurons_of_those_that_stay_are_both_masks_in_either_order(case: Case) -> None:
+    """A masked router and masked neurons are the model without both; what is left counts as experts times neurons."""
+    stays, adapter = [0, 2, 3, 5], case.adapter
+    whole = next(site for site in adapter.sites(case.model) if site.kind == "experts")
+    experts = Candidate(tuple(stays), torch.ones(1, 6, dtype=torch.float64))
+    inside = case.chosen(case.site, 2)
+    masked = copy.deepcopy(case.model)
+    adapter.remove(masked, case.site, inside)
+    mask_experts(adapter.blocks(masked)[whole.block].get_submodule(adapter.experts.router), stays)
+    assert inside.kept is not None
+    ids = torch.tensor(inside.kept).reshape(6, -1)[stays] - WIDTH * torch.tensor(stays)[:, None]
+    moved = (ids + WIDTH * torch.arange(4)[:, None]).flatten().tolist()  # the same neurons, of the experts that stay
+    made = list[PreTrainedModel]()
+    for neurons_first in (True, False):
+        small = copy.deepcopy(case.model)
+        if neurons_first:
+            adapter.remove(small, case.site, inside)
+        adapter.remove(small, whole, experts)
+        if not neurons_first:
+            left = next(site for site in adapter.sites_of(small, GROUPS, experts="neurons") if site.experts)
+            assert (left.experts, left.n_groups, left.params_per_group * 6) == (4, 3, case.site.params_per_group * 4)
+            weight = adapter.linear(adapter.blocks(small)[left.block], left).weight.detach()
+            before = sum(p.numel() for p in small.parameters())
+            adapter.remove(small, left, Candidate(tuple(moved), weight))
+            assert before - sum(p.numel() for p in small.parameters()) == left.parameters(3) - left.parameters(2)
+        made.append(small)
+    with exact_softmax():
+        torch.testing.assert_close(logits(made[0]), logits(masked), rtol=0, atol=1e-12)
+    for one, other in zip(made[0].parameters(), made[1].parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_candidate_is_read_as_it_was_written_and_another_number_is_a_fault() -> None:

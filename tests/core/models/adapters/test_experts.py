@@ -82,8 +82,29 @@ class Case:
     def layer(self, needs: Sequence[Need] = ()) -> LayerProblem:
         """The layer problem of the first site."""
         asked = frozenset({"gram", *needs})
-        moments = BlockFlow(self.model, self.adapter, TOKENS, dense=False).received(self.site, statistics_of(asked))
+        moments = self.flow().received(self.site, statistics_of(asked))
         return layer_problem(self.model, self.adapter, self.site, moments, asked, damping=1e-9)
+
+    def flow(self) -> BlockFlow:
+        """A calibration pass that has come to the first site of experts."""
+        flow = BlockFlow(self.model, self.adapter, TOKENS, dense=False)
+        for site in self.adapter.sites(self.model):
+            if site == self.site:
+                break
+            flow.received(site)
+            flow.carry(site, None)
+        return flow
+
+    def stream(self) -> Tensor:
+        """The sum that the experts of the first such block are added to: (tokens, d)."""
+        seen: list[Tensor] = []
+        with self.block.post_attention_layernorm.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+            logits(self.model)
+        total, mlp = seen[0].flatten(0, 1), self.block.mlp
+        if hasattr(mlp, "shared_expert"):
+            x = self.block.post_attention_layernorm(total)
+            total = total + torch.sigmoid(mlp.shared_expert_gate(x)) * mlp.shared_expert(x)
+        return total
 
     def cut(self, kept: Sequence[int], scale: float = 1.0) -> PreTrainedModel:
         """The model with so many experts in its first such block."""
@@ -149,17 +170,11 @@ def test_the_sum_is_the_same_object_as_long_as_the_block_is_and_every_copy_has_i
 @torch.no_grad()
 def test_a_block_is_the_stream_before_its_experts_and_what_they_and_a_shared_expert_add(case: Case) -> None:
     hidden, calls = entered(case.model, case.adapter, IDS)
-    seen: dict[str, Tensor] = {}
-    path = case.adapter.stream_before(case.site)
-    assert path is not None
-    case.block.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.update(before=args[0]))
+    added = list[Tensor]()
     total = case.adapter.linear(case.block, case.site)
-    with total.register_forward_hook(lambda _, __, out: seen.update(added=torch.as_tensor(out))):
+    with total.register_forward_hook(lambda _, __, out: added.append(torch.as_tensor(out))):
         out = calls[case.site.block](case.block, hidden)
-    whole = seen["before"] + seen["added"].reshape(out.shape)
-    if hasattr(case.block.mlp, "shared_expert"):
-        x = case.block.get_submodule(path)(seen["before"])
-        whole += torch.sigmoid(case.block.mlp.shared_expert_gate(x)) * case.block.mlp.shared_expert(x)
+    whole = (case.stream() + added[0]).reshape(out.shape)
     torch.testing.assert_close(out, whole, rtol=0, atol=1e-6)
 
 
@@ -255,7 +270,7 @@ def test_fewer_experts_than_a_token_selects_are_refused(case: Case) -> None:
             case.adapter.pruned(case.block, case.site, candidate(case.site, few))
 
 
-def test_what_is_no_routed_expert_stays() -> None:
+def test_where_experts_go_what_is_no_routed_expert_stays() -> None:
     case = Case("qwen2_moe")
     assert [site.block for site in sums_of_experts(case.adapter, case.model)] == [0], "the other has a plain MLP"
     small, before = case.cut([0, 1, 2]), dict(case.model.named_parameters())
@@ -353,12 +368,7 @@ def test_statistics_of_outputs_are_of_whole_tokens(case: Case) -> None:
     shares = added.square().sum(-1) / y.square().sum(-1, keepdim=True)
     torch.testing.assert_close(layer.require("relative"), shares.mean(0), rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(layer.require("mean"), added.mean((0, 2)), rtol=1e-5, atol=1e-8)
-    seen: list[Tensor] = []
-    path = case.adapter.stream_before(case.site)
-    assert path is not None
-    with case.block.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.append(args[0])):
-        logits(case.model)
-    x = seen[0].flatten(0, 1)
+    x = case.stream()
     expected = 1 - torch.nn.functional.cosine_similarity(x, x + y, dim=-1).mean()
     influence = SIGNALS.build("influence")
     assert influence.measure(case.layer([*influence.needs])) == pytest.approx(float(expected), rel=1e-4)
@@ -438,7 +448,8 @@ def cut_beside(case: Case, counts: Callable[[Site], int]) -> tuple[PreTrainedMod
 
 
 def test_attention_and_experts_of_one_size_are_of_the_stock_class(case: Case, tmp_path: Any) -> None:
-    counts = {3: 2, 1: 1, 6: 4}  # KV groups; attention of OLMoE, which is one group; experts
+    # KV groups; attention of OLMoE, which is one group; experts; neurons of a shared expert, of a plain MLP
+    counts = {3: 2, 1: 1, 6: 4, 7: 5, 16: 9}
     small, freed = cut_beside(case, lambda site: counts[site.n_groups])
     dense = tiny(case.model.config.model_type)
     assert type(small) is type(dense)
