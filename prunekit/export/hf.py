@@ -254,8 +254,10 @@ def _native_biases(family: Family, values: dict[str, Any]) -> set[Part]:
     with torch.device("meta"):
         stock = base(config)
     blocks = list(stock.get_submodule(family.layers if family.text is None else family.layers.rpartition(".")[2]))
-    some = [(block, part) for block in blocks for part in PARTS if family.there(block, part)]
-    return {part for block, part in some if block.get_submodule(family.columns[part]).bias is not None}
+    maps: list[tuple[Part, nn.Module, str]] = [
+        (part, block, family.columns[part]) for part in PARTS for block in blocks if family.there(block, part)
+    ]
+    return {part for part, block, path in maps if block.get_submodule(path).bias is not None}
 
 
 def _stock_config(

@@ -68,7 +68,7 @@ class Case:
         small = copy.deepcopy(self.model)
         for site in self.sites:
             if (kept := keeps.get((site.block, site.kind))) is not None:
-                self.adapter.remove(small, site, self.candidate(site, range(kept)))
+                self.adapter.remove(small, site, self.candidate(site, range(max(kept, site.least))))
         return to_transformers(small, self.adapter)
 
     def site(self, block: int, kind: str) -> Site:
@@ -160,8 +160,9 @@ def test_a_head_takes_its_queries_and_their_gates_along() -> None:
     q, k, *_ = case.adapter.cuts(block, case.site(1, "attention"))  # six query heads, two for each KV head
     assert q.index[1].sort().values.tolist() == list(range(2 * 2 * width, 4 * 2 * width))
     assert k.index[1].tolist() == list(range(width, 2 * width))
-    (by_query, *_), even = case.adapter.cuts(block, case.adapter.sites(case.model, "query")[2]), torch.arange(3) * 4
-    rows = (even[:, None] * width + torch.arange(2 * width)).flatten()
+    site = next(site for site in case.adapter.sites(case.model, "query") if site.kind == "attention")
+    by_query, *_ = case.adapter.cuts(block, site)
+    rows = (torch.arange(3)[:, None] * 4 * width + torch.arange(2 * width)).flatten()
     assert by_query.index[0].sort().values.tolist() == rows.tolist(), "the first query head of every KV head"
 
 
