@@ -268,8 +268,8 @@ class MixtureOfExperts(Transformer):
         def weigh(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             return (args[0] * torch.sigmoid(scores(seen.pop())),)  # s h
 
-        def opened(hidden: Tensor) -> Tensor:
-            return hidden.new_full((*hidden.shape[:-1], 1), torch.inf)  # whose sigmoid is one
+        def opened(input: Tensor) -> Tensor:
+            return input.new_full((*input.shape[:-1], 1), torch.inf)  # whose sigmoid is one
 
         with ExitStack() as stack:
             if not answered:

@@ -67,7 +67,8 @@ def facts(report: Mapping[str, Any]) -> str:
     if (narrow := report.get("width")) is not None:
         rows.append(("Residual width", f"{narrow['of']:,}", f"{narrow['channels']:,}"))
     if (layers := report.get("experts")) is not None:
-        rows.append(("Experts", *(f"{sum(each[key] for each in layers):,}" for key in ("of", "kept"))))
+        before, after = (sum(each[key] for each in layers) for key in ("of", "kept"))
+        rows.append(("Experts", f"{before:,}", f"{after:,}"))
     if "unfinished" in losses:
         rows.append(("Perplexity before recovery", "", number(losses["unfinished"]["perplexity"])))
     pace = report.get("latency")

@@ -118,12 +118,13 @@ def test_calibration_goes_on_as_through_the_cut_expert_and_experts_see_what_it_h
     site, flow = shared_site(model), BlockFlow(model, ADAPTER, TOKENS, dense=True)
     chosen, small = kept(model, site, range(2, 7)), copy.deepcopy(model)
     ADAPTER.remove(small, site, chosen)
+    own, lost = ADAPTER.linear(ADAPTER.blocks(model)[0], site).weight, torch.zeros(())
+    assert flow.dense is not None
     for each in (one for one in ADAPTER.sites(model) if one.block == 0):
         moments = flow.received(each)
         if each == site:
-            lost = flow.stream.inputs[0] @ (chosen.weight - ADAPTER.linear(ADAPTER.blocks(model)[0], site).weight).T
+            lost = flow.stream.inputs[0] @ (chosen.weight - own).T
         if each.kind == "experts":
-            assert flow.dense is not None
             torch.testing.assert_close(flow.stream.residual(0) - flow.dense.residual(0), lost, rtol=0, atol=1e-12)
             assert moments.gram.shape == (6, 6)
         flow.carry(each, chosen.weight if each == site else None)
