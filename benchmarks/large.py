@@ -1,4 +1,4 @@
-"""Peak memory of pruning a checkpoint that is larger: random weights of Llama's architecture, 4 GB and more.
+"""Peak memory of pruning a checkpoint that is larger: random weights of a Llama or a Mixtral, 4 GB and more.
 
     python benchmarks/large.py /somewhere/with/20/GB --memory 1.7GB
 
@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
 
 import prunekit
 from prunekit.demo import MODEL
@@ -39,6 +40,7 @@ def main(
     d_ff: int = 5632,
     heads: int = 32,
     kv_heads: int = 4,
+    experts: Annotated[int, typer.Option(help="of every block, as Mixtral has them; 0: none")] = 0,
     tokens: Annotated[int, typer.Option(help="of calibration; half as many to evaluate")] = 128,
     seqlen: int = 64,
     setting: Annotated[list[str] | None, typer.Option("--set", help="key.path=value of the recipe")] = None,
@@ -50,7 +52,7 @@ def main(
         print(json.dumps(pruned(dense, small, memory, tokens, seqlen, setting or [])))
         return
     if not (dense / "config.json").exists():
-        made(dense, hidden, d_ff, layers, heads, kv_heads)
+        made(dense, hidden, d_ff, layers, heads, kv_heads, experts)
     command = [sys.executable, __file__, str(folder), "--child", "--memory", memory, "--tokens", str(tokens)]
     command += ["--seqlen", str(seqlen), *(part for each in setting or [] for part in ("--set", each))]
     begun = time.perf_counter()
@@ -69,22 +71,26 @@ def main(
         raise typer.Exit(1)
 
 
-def made(folder: Path, hidden: int, d_ff: int, layers: int, heads: int, kv_heads: int) -> None:
+def made(folder: Path, hidden: int, d_ff: int, layers: int, heads: int, kv_heads: int, experts: int) -> None:
     """A checkpoint in bfloat16 and shards of 1 GB; one tensor in memory."""
     config: Any = AutoConfig.for_model(
-        "llama",
+        "mixtral" if experts else "llama",
         hidden_size=hidden,
         intermediate_size=d_ff,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         dtype="bfloat16",
+        **({"num_local_experts": experts} if experts else {}),
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder, state_dict={})
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
-    state, draw = model.state_dict(), torch.Generator().manual_seed(0)
+    state: dict[str, torch.Tensor] = revert_weight_conversion(
+        model, model.state_dict()
+    )  # a file has every expert apart
+    draw = torch.Generator().manual_seed(0)
 
     def drawn(name: str) -> torch.Tensor:
         shape = state[name].shape

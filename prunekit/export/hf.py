@@ -10,6 +10,7 @@ import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -220,11 +221,17 @@ def _write_paged(model: PreTrainedModel, directory: Path, dtype: torch.dtype | N
         for name in state
         if first[id(state[name])] == name
     }
-    ours = {id(meta): name for name, meta in metas.items()}
-    named = revert_weight_conversion(model, metas)
+    named, ours = dict[str, Tensor](), dict[str, str]()
+    for name, meta in metas.items():  # one by one: matrices of experts are split, and have another name each
+        split = revert_weight_conversion(model, {name: meta})
+        named, ours = named | split, ours | dict.fromkeys(split, name)
+
+    @lru_cache(maxsize=2)  # both parameters with the experts of a block, whose parts follow one another in a file
+    def split_of(name: str) -> dict[str, Tensor]:
+        return revert_weight_conversion(model, {name: real(state[name])})
 
     def read(name: str) -> Tensor:
-        return real(state[ours[id(named[name])]]).to(named[name].dtype)
+        return split_of(ours[name])[name].to(named[name].dtype)
 
     write(directory, named, read, shard_bytes=max_shard_size)
     if dtype is not None:

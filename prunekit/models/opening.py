@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from prunekit.errors import WrongInput
-from prunekit.models import paging
+from prunekit.models import checkpoint, paging
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.configs import auto_class
 from prunekit.models.intake import check_config, check_loaded
@@ -106,7 +106,10 @@ def opened(
             model, stored = paging.opened(
                 source, computed, devices, shares.blocks, keep=shares.host, trust_remote_code=trust_remote_code
             )
-    converted = {} if isinstance(source, PreTrainedModel) else paging.converted(at_hand(source), model, stored)
+    converted: Mapping[str, int] = {}
+    if not isinstance(source, PreTrainedModel):
+        with paging.shapes_of(model):
+            converted = checkpoint.converted(at_hand(source), model, stored)
     if converted:
         warn_once(converted_as(name, converted, str(stored)[6:]))
     if paging.pager_of(model) is None:
@@ -116,13 +119,13 @@ def opened(
         settle(model, adapter, places)
         widen_tables(model)
         stored_as(model, computed(stored)).eval().requires_grad_(False)
-        adapter.prepare(model)
+    adapter.prepare(model)
     digest = fingerprint(model, name)
     return Dense(model, tokenizer, adapter, stored, name, digest, shares, converted)
 
 
 def converted_as(name: str, found: Mapping[str, int], dtype: str) -> str:
-    """Say that a checkpoint is written in another dtype than parts of it had; `found` is of `paging.converted`."""
+    """Say that a checkpoint is written in another dtype than parts of it had; `found` is of `checkpoint.converted`."""
     what = " and ".join(f"{count:,} parameters in {other}" for other, count in found.items())
     return f"{name} holds {what}: they are read and written in {dtype}, the dtype of the model"
 
@@ -290,7 +293,7 @@ def loaded(
     model, report = found
     for name, there, wanted in sorted(report["mismatched_keys"])[:1]:
         raise WrongInput(f"{source!r}: {name} is {tuple(there)}, and its config asks for {tuple(wanted)}")
-    paging.check_names(source, report["missing_keys"], paging.unused(path, model) | report["unexpected_keys"])
+    checkpoint.check_names(source, report["missing_keys"], checkpoint.unused(path, model) | report["unexpected_keys"])
     return settle_ties(model)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache, partial
@@ -19,21 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from prunekit.errors import WrongInput
 from prunekit.models.adapters.find import adapter_for
+from prunekit.models.checkpoint import Checkpoint, tied_otherwise
 from prunekit.models.configs import make_shape
 from prunekit.models.intake import read_config
 from prunekit.models.modules import make_tables, say_tied
-from prunekit.models.places import at_hand, here
-from prunekit.models.shards import INDEX, WEIGHTS, Shards
+from prunekit.models.places import at_hand
+from prunekit.models.shards import Shards
 from prunekit.models.spread import dealt_out, moved, place_of, spread
 from prunekit.plugins.adapter import ModelAdapter
-from prunekit.system.progress import warn_once
 
-MOST_NAMES = 50  # in a sentence
 UNMADE = torch.iinfo(torch.int64).min  # a whole number that no table holds
 
 Read = Callable[[str, torch.device], Tensor]
@@ -276,126 +273,6 @@ def whole(model: PreTrainedModel, dense: nn.Module | None = None) -> PreTrainedM
     return own
 
 
-class Checkpoint:
-    """A checkpoint on disk and the model it is of: parameters by the model's names.
-
-    What is read is kept in the host's memory for the next time, as long as there are bytes of `room`.
-    """
-
-    def __init__(self, source: str, path: str, model: PreTrainedModel) -> None:
-        """Raises WrongInput where it is not whole, or of other shapes than the model."""
-        self.room, self._kept = 0, dict[str, Tensor]()
-        self.shards = Shards.of(path, source)
-        there, state = self.shards.tensors, model.state_dict()
-        dtype = getattr(model.config, "dtype", None)
-        # where a config says none, transformers takes that of the first parameter
-        there_first = next((t.dtype for t in there.values() if t.dtype.is_floating_point), torch.float32)
-        self.dtype = dtype if isinstance(dtype, torch.dtype) else there_first
-        self.origin = _origins(list(there), model, state)
-        tied = getattr(model, "all_tied_weights_keys", {})
-        self.origin |= {b: self.origin[a] for a, b in tied.items() if a in self.origin and b not in self.origin}
-        missing = state.keys() - self.origin.keys() - set(tied)
-        check_names(source, missing, there.keys() - set(self.origin.values()))
-        for name, origin in self.origin.items():
-            if there[origin].shape != tuple(state[name].shape):
-                raise WrongInput(
-                    f"{source!r}: {name} is {there[origin].shape}, and its config asks for {tuple(state[name].shape)}"
-                )
-
-    def read(self, name: str, device: torch.device, *, dtype: torch.dtype) -> Tensor:
-        """A parameter in another dtype, rounded to the checkpoint's before, as a model opened whole is."""
-        if (value := self._kept.get(name)) is None:
-            value = self.shards.read(self.origin[name]).to(self.dtype)
-            if value.nbytes <= self.room:
-                self.room -= value.nbytes
-                # from pinned memory a copy takes the whole width of the bus
-                self._kept[name] = value = value.pin_memory() if device.type == "cuda" else value
-        return value.to(device).to(dtype)  # as it is stored, which is less to carry
-
-
-def _origins(stored: list[str], model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """The model's names -> names in the files: transformers has renamed some, or the files are without its head."""
-    found = dict[str, str]()
-    for name, ours, merged in _renamed(stored, model, state):
-        if not merged:
-            if ours in found:
-                raise WrongInput(f"the checkpoint holds {ours} twice, as {found[ours]} and as {name}; remove one")
-            found[ours] = name
-    return found
-
-
-def _merged(stored: list[str], model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names in the files -> the model's name of what several of them are merged to, such as the matrices of experts."""
-    return {name: ours for name, ours, merged in _renamed(stored, model, state) if merged}
-
-
-def _renamed(stored: list[str], model: PreTrainedModel, state: Mapping[str, Tensor]) -> Iterator[tuple[str, str, bool]]:
-    """(a name in the files, the model's name, whether others are merged with it) of what the model has."""
-    transforms, own = get_model_conversion_mapping(model), dict(state)
-    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-    converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    for name in stored:
-        ours, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
-        if ours in state:
-            yield name, ours, converted is not None
-
-
-def check_names(source: str, missing: Iterable[str], unused: Iterable[str]) -> None:
-    """Refuse a checkpoint that lacks parameters of its model, and name what the model has no place for.
-
-    Raises:
-        WrongInput: it lacks some.
-    """
-    lost = listed(unused)
-    if missing := sorted(missing):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        other = f", and holds {lost}, for which its model has no place" if lost else ""
-        raise WrongInput(f"the checkpoint of {source!r} lacks {missing[0]}{more}{other}; it is not whole")
-    if lost:
-        warn_once(f"the checkpoint of {source!r} holds {lost}, for which its model has no place: they are left out")
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names in a sentence, the first of very many."""
-    every = sorted(names)
-    rest = len(every) - MOST_NAMES
-    return ", ".join(every[:MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def tied_otherwise(path: str, model: PreTrainedModel) -> bool:
-    """Whether the files hold a tensor that the config says is shared with another, and it differs from that."""
-    folder, tied = here(path), getattr(model, "all_tied_weights_keys", {})
-    if not tied or not ((folder / WEIGHTS).exists() or (folder / INDEX).exists()):
-        return False
-    shards = Shards.of(str(folder))
-    origin = _origins(list(shards.tensors), model, model.state_dict())
-    pairs = [(shards.read(origin[a]), shards.read(origin[b])) for a, b in tied.items() if {a, b} <= origin.keys()]
-    return any(one.shape != other.shape or not torch.equal(one.to(other.dtype), other) for one, other in pairs)
-
-
-def unused(path: str, model: PreTrainedModel) -> set[str]:
-    """Tensors in the files of a folder that no parameter or buffer of the model is read from."""
-    folder = here(path)
-    if not ((folder / WEIGHTS).exists() or (folder / INDEX).exists()):
-        return set()
-    names, state = Shards.of(str(folder)).tensors.keys(), model.state_dict()
-    return names - set(_origins(list(names), model, state).values()) - _merged(list(names), model, state).keys()
-
-
-def converted(path: str, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, int]:
-    """Count the parameters that the files of a folder hold in another dtype than `dtype`, by that other."""
-    folder = here(path)
-    if not ((folder / WEIGHTS).exists() or (folder / INDEX).exists()):
-        return {}
-    with shapes_of(model):
-        state, own = model.state_dict(), {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    stored = Shards.of(str(folder)).tensors
-    sources = [(there, name) for name, there in _origins(list(stored), model, state).items()]
-    sources += _merged(list(stored), model, state).items()
-    found = [str(stored[there].dtype)[6:] for there, name in sources if name in own]
-    return {name: found.count(name) for name in sorted({*found} - {str(dtype)[6:]})}
-
-
 def shaped(source: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """As `shape_of`, of a family that prunekit has an adapter for, as that opens it.
 
@@ -466,11 +343,6 @@ def opened(
             f"{source!r} is of type {stored} and opened as {model.config.model_type}, which needs it whole; give "
             "--memory for all of it"
         )
-    if not adapter_for(model.config.model_type).by_block:
-        raise WrongInput(
-            f"{source!r} has experts, whose matrices are merged when it is read, so it cannot be read block by block; "
-            "give --memory for all of it"
-        )
     if not Path(path).is_dir():
         Shards.of(path, source)  # fetched, so that the tensors can say what is tied
         model = shaped(source, trust_remote_code=trust_remote_code)
@@ -503,8 +375,8 @@ def fill_buffers(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.d
             full = f"{path}.{name}" if path else name
             if not buffer.is_meta:
                 continue
-            if (origin := checkpoint.origin.get(full)) is not None:
-                setattr(module, name, nn.Buffer(checkpoint.shards.read(origin, device)))
+            if (origin := checkpoint.origins.get(full)) is not None:
+                setattr(module, name, nn.Buffer(origin.made(checkpoint.shards.read).to(device)))
                 continue
             made.append(full)
             if buffer.is_floating_point():

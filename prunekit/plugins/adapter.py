@@ -69,7 +69,6 @@ class ModelAdapter(ABC):
 
     layers: ClassVar[str]  # path of the list of blocks
     factors: ClassVar[bool] = False  # are there classes whose linear maps may be two of low rank?
-    by_block: ClassVar[bool] = True  # parameters are in the files one by one, so that blocks can be read one by one
     images: ClassVar[bool] = False  # is the language model a part of a model that takes images, too?
 
     def opened(self, model: PreTrainedModel) -> PreTrainedModel:

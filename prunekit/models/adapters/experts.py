@@ -101,7 +101,6 @@ class MixtureOfExperts(Transformer):
     """
 
     factors = False
-    by_block = False  # a checkpoint has one tensor for every matrix of every expert
 
     @property
     def experts(self) -> Experts:
@@ -158,7 +157,7 @@ class MixtureOfExperts(Transformer):
         if path != self.experts.path:
             return super().map_at(block, path)
         module: Any = block.get_submodule(path)
-        like = next(module.parameters())
+        like = module.get_parameter(self.experts.outputs[0])
         with _lock:
             found = _sums.get(module)
             if found is None or (found.weight.dtype, found.weight.device) != (like.dtype, like.device):
@@ -209,7 +208,8 @@ class MixtureOfExperts(Transformer):
             )
         kept, experts = torch.tensor(candidate.kept), self.experts
         router, module = (_of_experts(block.get_submodule(path), kept) for path in (experts.router, experts.path))
-        for place, scale in enumerate(candidate.weight[0, kept.to(candidate.weight.device)].tolist()):
+        scales = candidate.weight[0, kept.to(candidate.weight.device)]
+        for place, scale in enumerate([] if scales.is_meta else scales.tolist()):  # of shapes alone there are none
             for name in experts.outputs if scale != 1 else ():
                 own = module.get_parameter(name).data[place]  # which is of this module alone
                 own.copy_(own.double() * scale)
@@ -448,9 +448,11 @@ def _top_k(router: Any) -> int:
 def _of_experts(module: nn.Module, kept: Tensor) -> nn.Module:
     """The module with some of its experts; what is not of experts is shared."""
     twin: Any = copy.copy(module)
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    values = {name: module.get_parameter(name) for name in own}  # read, where the model is read block by block
     twin._parameters = {
         name: nn.Parameter(value.detach().index_select(0, kept.to(value.device)), value.requires_grad)
-        for name, value in module.named_parameters(recurse=False)
+        for name, value in values.items()
     }
     twin.num_experts = len(kept)
     return twin

@@ -424,8 +424,9 @@ class Count:
 
     @property
     def _page(self) -> int:
-        """Bytes of the largest part of the model that is read at once."""
-        return max(self.block, self._head)
+        """Bytes of the largest part of the model that is read at once, and of what its experts are merged from."""
+        merged = max((p.numel() for block in self.shape.blocks for p in block.parameters() if p.ndim > 2), default=0)
+        return max(self.block, self._head) + 2 * merged * self.shape.stored.itemsize  # the parts, and they side by side
 
     def _held(self, shares: Shares) -> int:
         """Bytes of the dense model that are always in memory, and of what is read of a paged one; of those that

@@ -115,7 +115,7 @@ def planned(
 
     plan, tight = of(Shares()), of(Shares(blocks=0))
     # else it is in memory already, or very small
-    can = next(model.parameters()).is_meta and adapter.by_block and tight.least < plan.least
+    can = next(model.parameters()).is_meta and tight.least < plan.least
     if not (can and not measured and plan.least > limit):
         return of(Shares.of(limit - plan.least, paged=False))
     devices = every_device(recipe.device)

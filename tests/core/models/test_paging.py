@@ -16,6 +16,7 @@ from prunekit.demo import MODEL
 from prunekit.errors import CannotGoOn
 from prunekit.export.verify import answer
 from prunekit.models import shards
+from prunekit.models.adapters.find import adapter_for
 from prunekit.models.blocks import entered
 from prunekit.models.opening import opened, stored_as
 from prunekit.models.paging import pager_of, shapes_of, whole
@@ -26,8 +27,9 @@ from prunekit.search.ledger import Ledger
 from prunekit.search.store import CandidateStore
 from prunekit.system.memory import GIB, Shares
 from prunekit.testing import tiny, toy_tokens
+from prunekit.testing.models import EXPERTS, HYBRIDS
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox", "lfm2", "mamba", "mamba2"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox", "mamba", "mamba2", *EXPERTS, *HYBRIDS]
 ONE_BLOCK = Shares(blocks=0, activations=0)
 RUN: dict[str, Any] = {
     "pruner": "obs",
@@ -185,6 +187,10 @@ def text_in(folder) -> dict[str, Any]:
         ("mamba", {"structure": "weights", "pruner": "wanda", "allocator": "uniform"}),
         # another mixer than attention, with a convolution that is cut
         pytest.param("lfm2", {"pruner": "wanda", "allocator": "uniform", "sparsity": 0.3}, marks=pytest.mark.slow),
+        pytest.param("qwen3_next", {"sparsity": 0.3}, marks=pytest.mark.slow),
+        ("mixtral", {"sparsity": 0.3}),
+        ("qwen2_moe", {"sparsity": 0.3, "experts": "neurons"}),
+        ("gpt_oss", {"sparsity": 0.3, "allocator": "uniform"}),
         ("opt", {"finishers": ["bias"], "allocator": "softmax", "objective": "expected-error"}),
     ],
 )
@@ -209,7 +215,9 @@ def test_a_paged_run_writes_what_an_unpaged_one_writes(family, changes, folder, 
         assert saved[0] == saved[1]
     ids = toy_tokens(vocabulary=61).ids
     with torch.no_grad():
-        assert torch.equal(one.model.float()(ids).logits, whole(two.model).float()(ids).logits)
+        # experts one after another in both, as in a run
+        first, second = (adapter_for(m.config.model_type).prepare(m.float()) for m in (one.model, whole(two.model)))
+        assert torch.equal(first(ids).logits, second(ids).logits)
 
 
 def test_what_does_not_fit_is_verified_block_by_block(folder, tmp_path):

@@ -15,12 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from prunekit.calibration.fill import layer_problem
 from prunekit.calibration.flow import BlockFlow, ExpertRow, installed
 from prunekit.calibration.statistics import statistics_of
-from prunekit.errors import WrongInput
 from prunekit.export.hf import to_transformers
 from prunekit.layer.candidates import Candidate
 from prunekit.layer.problem import LayerProblem
 from prunekit.layer.statistics import Need
-from prunekit.models import paging
+from prunekit.models import checkpoint
 from prunekit.models.adapters.experts import MixtureOfExperts, SumOfExperts
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.blocks import entered
@@ -401,17 +400,11 @@ def saved(request: pytest.FixtureRequest, tmp_path: Any) -> tuple[str, str, PreT
 
 def test_every_tensor_of_a_checkpoint_of_experts_is_known(saved: tuple[str, str, PreTrainedModel]) -> None:
     _, path, model = saved
-    assert paging.unused(path, model) == set()
-    assert paging.converted(path, model, torch.float64) == {}
-    assert paging.converted(path, model, torch.float32)["float64"] > 20
+    assert checkpoint.unused(path, model) == set()
+    assert checkpoint.converted(path, model, torch.float64) == {}
+    assert checkpoint.converted(path, model, torch.float32)["float64"] > 20
     again = loaded(path)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
-
-
-def test_blocks_of_experts_are_not_read_one_by_one(saved: tuple[str, str, PreTrainedModel]) -> None:
-    _, path, _ = saved
-    with pytest.raises(WrongInput, match=r"has experts, whose matrices are merged when it is read.*--memory for all"):
-        paging.opened(path, lambda dtype: dtype, [torch.device("cpu")], 0)
 
 
 def test_layers_with_different_numbers_of_experts_are_saved_and_loaded(case: Case, tmp_path: Any) -> None:
