@@ -38,9 +38,10 @@ from prunekit.plugins.exporter import Exporter, Order, Probe, Product
 from prunekit.plugins.registry import ADAPTERS, EXPORTERS
 from prunekit.space.forms import parse_form
 from prunekit.space.sites import Site
-from prunekit.testing.models import EXPERTS, SIZES, tiny
+from prunekit.testing.models import EXPERTS, HYBRIDS, SIZES, tiny
 
 HIDDEN, WIDTH, HEAD, VOCABULARY, POSITIONS, EXPERT = 192, 768, 32, 1024, 512, 8
+MIXTURES = {name: sizes for name, sizes in (EXPERTS | HYBRIDS).items() if "num_experts_per_tok" in sizes}
 IDS = torch.arange(2, 130).reshape(2, 64)
 
 
@@ -88,13 +89,13 @@ class Row:
 def dense_of(name: str) -> PreTrainedModel:
     """A model of random weights, large enough to be timed."""
     sizes: dict[str, Any] = {"hidden_size": HIDDEN, "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS}
-    if name in EXPERTS:
+    if name in MIXTURES:
         sizes |= {"num_experts": EXPERT, "num_local_experts": EXPERT, "intermediate_size": HIDDEN}
-        sizes = {key: value for key, value in sizes.items() if key in EXPERTS[name] or "num" not in key}
-        sizes |= {key: HIDDEN for key in EXPERTS[name] if key.endswith("_intermediate_size")}
+        sizes = {key: value for key, value in sizes.items() if key in MIXTURES[name] or "num" not in key}
+        sizes |= {key: HIDDEN for key in MIXTURES[name] if key.endswith("_intermediate_size")}
     elif name in classes.FAMILIES:
         sizes[classes.FAMILIES[name].width] = WIDTH
-        sizes |= {"head_dim": HEAD} if "head_dim" in SIZES.get(name, {}) else {}
+        sizes |= {"head_dim": HEAD} if "head_dim" in (SIZES | HYBRIDS).get(name, {}) else {}
     if name == "qwen2_5_vl":  # pairs of channels that rotate by each of the three positions
         sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
     if name == "mamba2":
@@ -102,7 +103,7 @@ def dense_of(name: str) -> PreTrainedModel:
     elif name == "gpt2":
         sizes["n_inner"] = WIDTH
     model = adapter_for(name).opened(tiny(name, **sizes, initializer_range=0.02)).float().requires_grad_(False)
-    if name in EXPERTS:
+    if name in MIXTURES:
         model.set_experts_implementation("grouped_mm")  # as one that is loaded
     return model
 
@@ -142,7 +143,7 @@ def rows(name: str, rounds: int, fresh: bool) -> Iterator[Row]:
     """All of one family."""
     adapter, dense = adapter_for(name), dense_of(name)
     for structure, (form, _) in STRUCTURES.items():
-        if "neurons" in structure and name not in EXPERTS:
+        if "neurons" in structure and name not in MIXTURES:
             continue
         try:
             small = cut(dense, adapter, structure)

@@ -28,8 +28,8 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from prunekit.layer.layouts import layout_of
-from prunekit.models.adapters.transformer import Transformer
-from prunekit.models.classes import BUNDLED, FAMILIES, Family, Part, UnequalLayers, define, define_heads, has
+from prunekit.models.adapters.transformer import PARTS, Transformer
+from prunekit.models.classes import BUNDLED, FAMILIES, Family, Part, UnequalLayers, define, define_heads
 from prunekit.models.modules import shallow, take_tables, text_config
 from prunekit.models.opening import stored_as, without_bars
 from prunekit.models.paging import attach, pager_of, real, shapes_of
@@ -49,22 +49,28 @@ def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrained
     blocks, kept = adapter.blocks(model), _kept(model, adapter)
     if not isinstance(adapter, Transformer):  # nothing but single weights can be removed
         return _filled(type(model), copy.deepcopy(model.config), model, adapter.layers, kept)
-    sizes, head_dim = [adapter.layer_config(blocks[index]) for index in kept], adapter.head_dim(blocks[kept[0]])
     own, family = text_config(model.config), adapter.family_of(model.config)
+    sizes = [adapter.layer_config(blocks[index]) for index in kept]
+    attention = next((blocks[index] for index in kept if family.there(blocks[index], "attention")), None)
+    head_dim = None if attention is None else adapter.head_dim(attention)
     values: dict[str, Any] = {key: value for key, value in own.to_dict().items() if key not in REWRITTEN}
-    values["num_hidden_layers"] = len(kept)
-    if not isinstance(getattr(type(own), "head_dim", None), property):  # which follows from the rest
+    values |= {"num_hidden_layers": len(kept), **family.plain}
+    follows = isinstance(getattr(type(own), "head_dim", None), property)  # from the rest
+    if head_dim is not None and not follows:
         values["head_dim"] = head_dim
     for key in family.by_layer:
         if values.get(key):
             values[key] = [values[key][index] for index in kept]
-    if (experts := family.experts) is not None:
-        # a size that a block has not, with experts or with a plain MLP, is that of the first block which has it
+    if family.experts is not None or family.mixer is not None:  # a size that a block has not is that of the others
         first = {key: value for size in reversed(sizes) for key, value in size.items() if key != "skip"}
+        fixed = {} if family.mixer is None else family.mixer.fixed(values)
+        if all(size.get(key, count) == count for size in sizes for key, count in fixed.items()):
+            first, *sizes = ({k: v for k, v in size.items() if k not in fixed} for size in (first, *sizes))
         sizes = [first | size for size in sizes]
-        if len(kept) < len(blocks) and "mlp_only_layers" in values:  # blocks with a plain MLP are told by their number
-            plain = [new for new, old in enumerate(kept) if not experts.there(blocks[old])]
-            values |= {"mlp_only_layers": plain, "decoder_sparse_step": 1}
+    if family.experts is not None and len(kept) < len(blocks) and "mlp_only_layers" in values:
+        # blocks with a plain MLP are told by their number
+        plain = [new for new, old in enumerate(kept) if not family.experts.there(blocks[old])]
+        values |= {"mlp_only_layers": plain, "decoder_sparse_step": 1}
     native = _native_biases(family, values)
     added = [[part for part in adapter.biased(blocks[index]) if part not in native] for index in kept]
     if any(added):
@@ -240,38 +246,44 @@ def _kept(model: PreTrainedModel, adapter: ModelAdapter) -> list[int]:
         return [index for index, _ in blocks]
     # a block without both parts, and no norm after the sum, hands on what it gets
     there = [i for i, block in blocks if len(adapter.dropped(block)) < 2 or not adapter.family.has_norms_first(block)]
+    attends = [i for i, block in blocks if adapter.family.there(block, "attention")]
+    if attends and not {*attends} & {*there}:  # caches count tokens in a block with attention, or what is left of it
+        there = sorted([*there, attends[0]])
     return there or [0]
 
 
 def _native_biases(family: Family, values: dict[str, Any]) -> set[Part]:
     """The parts whose linear map with cut columns has a bias in the stock class."""
-    one: dict[str, Any] = values | {"num_hidden_layers": 1}
+    listed = values.get("layer_types") if family.mixer is not None else None
+    places = [listed.index(kind) for kind in dict.fromkeys(listed)] if listed else [0]  # one of each kind
+    one: dict[str, Any] = values | {"num_hidden_layers": len(places)}
     for key in family.by_layer:
         if one.get(key):
-            one[key] = one[key][:1]
+            one[key] = [one[key][place] for place in places]
     config = CONFIG_MAPPING[family.text or family.model_type](**one)
     base: Any = MODEL_MAPPING[type(config)]
     with torch.device("meta"):
         stock = base(config)
-    (block,) = stock.get_submodule(family.layers if family.text is None else family.layers.rpartition(".")[2])
-    return {
-        part for part, path in family.columns.items()
-        if has(block, path) and block.get_submodule(path).bias is not None
-    }  # fmt: skip
+    blocks = list(stock.get_submodule(family.layers if family.text is None else family.layers.rpartition(".")[2]))
+    maps: list[tuple[Part, nn.Module, str]] = [
+        (part, block, family.columns[part]) for part in PARTS for block in blocks if family.there(block, part)
+    ]
+    return {part for part, block, path in maps if block.get_submodule(path).bias is not None}
 
 
 def _stock_config(
-    family: Family, values: dict[str, Any], sizes: Sequence[dict[str, Any]], head_dim: int
+    family: Family, values: dict[str, Any], sizes: Sequence[dict[str, Any]], head_dim: int | None
 ) -> PreTrainedConfig | None:
     """The config of a stock class that can hold layers of these sizes, if there is one."""
     first = sizes[0]
-    if {"skip", "biased", "ranks", "patch"} & first.keys() or any(size != first for size in sizes):
+    ours = {"skip", "biased", "ranks", "patch", *(() if family.mixer is None else family.mixer.fixed(values))}
+    if ours & first.keys() or any(size != first for size in sizes):
         return None
-    heads, hidden = first[family.query_heads], values["hidden_size"]
-    if not family.free_head_dim and heads * head_dim != hidden:
+    hidden = values["hidden_size"]
+    if not family.free_head_dim and head_dim is not None and first[family.query_heads] * head_dim != hidden:
         return None
     values, model_type = values | first, family.text or family.model_type
-    if model_type == "llama" and hidden % heads:  # which the validator of Llama forbids, and Mistral's does not
+    if model_type == "llama" and hidden % first[family.query_heads]:  # which Llama's validator forbids, not Mistral's
         if values.pop("attention_bias") or values.pop("mlp_bias"):
             return None
         values.pop("pretraining_tp", None)

@@ -13,12 +13,13 @@ import copy
 import importlib
 import logging
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -34,8 +35,8 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-Part = Literal["attention", "mlp"]
-Unit = Literal["query", "kv", "qkv", "width"]
+Part = Literal["attention", "mixer", "mlp"]  # in order of execution; a block has attention or another mixer
+Unit = Literal["query", "gated", "kv", "qkv", "width"]  # gated: a query head, and below it as many rows of its gate
 Units = Unit | tuple[Unit, ...]
 
 HEADS = {  # of models that were made for language: what else may stand on their base model
@@ -114,6 +115,119 @@ class Experts:
 
 
 @dataclass(frozen=True, eq=False)
+class TokenMixer(ABC):
+    """What stands in the place of attention in some blocks of a family. Its units do not see each other: with each goes
+    a run of slices of every parameter, or of every section of it."""
+
+    path: str  # of the module, in a block that has it
+    front: tuple[str, ...]  # inside: linear maps in front
+    columns: str  # inside: the linear map whose columns are cut
+    keys: ClassVar[tuple[str, ...]]  # in the config: how many units a layer has, and what there is in proportion
+
+    @abstractmethod
+    def units(self, module: nn.Module) -> int:
+        """How many there are."""
+
+    @abstractmethod
+    def sections(self, module: nn.Module) -> Mapping[str, tuple[int, ...]]:
+        """What goes with one unit in each section, from the top down, by the name of a linear map (its rows), of a
+        convolution (its channels) or of a parameter (its first dimension)."""
+
+    def sizes(self, module: nn.Module) -> dict[str, int]:
+        """What an entry of `per_layer_config` says of a module."""
+        return {self.keys[0]: self.units(module)}
+
+    def fixed(self, config: Mapping[str, Any]) -> Mapping[str, int]:
+        """The sizes that the stock class has, whatever else its config says, by the keys that it does not know."""
+        return {}
+
+    @abstractmethod
+    def recount(self, module: nn.Module, units: int) -> None:
+        """Tell a module how many units it has, under the names it may keep them."""
+
+    def fault(self, layer_config: Any) -> str:
+        """What is wrong with the sizes of a layer, in words; empty: nothing."""
+        units = getattr(layer_config, self.keys[0], 1)
+        return "" if isinstance(units, int) and units >= 1 else f"{self.keys[0]} is {units!r}, and must be 1 or more"
+
+    def cut(self, block: nn.Module, layer_config: Any) -> None:
+        """Leave room for as many units as a layer has, in place."""
+        module = block.get_submodule(self.path)
+        before, units = self.units(module), getattr(layer_config, self.keys[0], None)
+        if units is None or units == before:
+            return
+        for name, each in self.sections(module).items():
+            count, found = units * sum(each), getattr(module, name)
+            if name in self.front:
+                _resize(module, name, rows=count)
+            elif isinstance(found, nn.Conv1d):
+                module.set_submodule(name, depthwise(found, count, found.weight.device))
+            else:
+                _resize_parameter(module, name, count)
+        last = module.get_submodule(self.columns)
+        assert isinstance(last, nn.Linear)
+        _resize(module, self.columns, columns=last.in_features // before * units)
+        self.recount(module, units)
+
+
+@dataclass(frozen=True, eq=False)
+class ShortConvolution(TokenMixer):
+    """C ∘ conv(B ∘ x), with B, C and x of one linear map: a unit is a channel."""
+
+    keys = ("conv_channels",)
+
+    def units(self, module: nn.Module) -> int:
+        return int(module.get_submodule(self.columns).in_features)  # type: ignore[arg-type]
+
+    def sections(self, module: nn.Module) -> Mapping[str, tuple[int, ...]]:
+        return {"in_proj": (1, 1, 1), "conv": (1,)}
+
+    def fixed(self, config: Mapping[str, Any]) -> Mapping[str, int]:
+        return {self.keys[0]: config["hidden_size"]}
+
+    def recount(self, module: nn.Module, units: int) -> None:
+        """It keeps none: its weights say it."""
+
+
+@dataclass(frozen=True, eq=False)
+class DeltaNet(TokenMixer):
+    """A gated delta net: a unit is a key head with its queries and with the value heads that read it."""
+
+    keys = ("linear_num_key_heads", "linear_num_value_heads")
+
+    def units(self, module: nn.Module) -> int:
+        return int(module.num_k_heads)  # type: ignore[arg-type]
+
+    def sections(self, module: nn.Module) -> Mapping[str, tuple[int, ...]]:
+        net: Any = module
+        values = net.num_v_heads // net.num_k_heads
+        key, value = net.head_k_dim, values * net.head_v_dim
+        return {
+            "in_proj_qkvz": (2 * key + 2 * value,),
+            "in_proj_ba": (2 * values,),
+            "conv1d": (key, key, value),
+            "dt_bias": (values,),
+            "A_log": (values,),
+        }
+
+    def sizes(self, module: nn.Module) -> dict[str, int]:
+        net: Any = module
+        return dict(zip(self.keys, (net.num_k_heads, net.num_v_heads), strict=True))
+
+    def recount(self, module: nn.Module, units: int) -> None:
+        net: Any = module
+        heads = units * (net.num_v_heads // net.num_k_heads)
+        net.num_k_heads, net.num_v_heads = units, heads
+        net.key_dim, net.value_dim = units * net.head_k_dim, heads * net.head_v_dim
+        net.conv_dim = 2 * net.key_dim + net.value_dim
+
+    def fault(self, layer_config: Any) -> str:
+        keys, values = (getattr(layer_config, key) for key in self.keys)
+        fits = keys >= 1 and values >= 1 and values % keys == 0
+        return "" if fits else f"{values} value heads do not share {keys} key heads evenly"
+
+
+@dataclass(frozen=True, eq=False)
 class Family:
     """What a model family calls its parts. Paths lie inside a decoder block, names in the config."""
 
@@ -138,6 +252,8 @@ class Family:
     by_layer: tuple[str, ...] = ("layer_types",)  # lists in the config with one entry per layer
     per_head: tuple[str, ...] = ()  # parameters of attention that have one value for every query head
     experts: Experts | None = None  # in the place of the MLP, or of that of some blocks
+    mixer: TokenMixer | None = None  # in the place of attention, in some blocks
+    plain: Mapping[str, Any] = field(default_factory=dict)  # in the config: values with which sizes are what they say
     narrow: bool = False  # all that touches the residual stream: RMS norms before parts and head, and linear maps
 
     def __post_init__(self) -> None:
@@ -165,6 +281,9 @@ class Family:
         if part == "attention":
             config = getattr(block.get_submodule(self.attention), "config", None)
             stubs = {self.attention: SkippedMixer(index, head_dim, config)}
+        elif part == "mixer":
+            assert self.mixer is not None
+            stubs = {self.mixer.path: SkippedState()}
         elif self.mlp is not None:
             stubs = {self.mlp: SkippedMLP()}
         else:
@@ -175,6 +294,13 @@ class Family:
             if all(own.values()):  # else one norm serves both parts
                 stubs |= {name: nn.Identity() for name in own[part]}
         return stubs
+
+    def there(self, block: nn.Module, part: Part) -> bool:
+        """Whether a block has a part, in one piece or dropped; some have another mixer in the place of attention."""
+        if part == "mlp":
+            return "mlp" in self.columns and (self.experts is None or not self.experts.there(block))
+        path = self.attention if part == "attention" else self.mixer and self.mixer.path
+        return bool(path) and has(block, path)
 
     @property
     def patches(self) -> bool:
@@ -187,6 +313,8 @@ class Family:
 
     def producers(self, part: Part) -> tuple[str, ...]:
         """The linear maps in front of the one whose columns are cut."""
+        if part == "mixer":
+            return () if self.mixer is None else tuple(f"{self.mixer.path}.{name}" for name in self.mixer.front)
         inside = f"{self.attention}."
         return tuple(path for path in self.rows if path.startswith(inside) == (part == "attention"))
 
@@ -206,26 +334,29 @@ class Family:
 
     def cut(self, block: nn.Module, layer_config: Any, index: int) -> None:
         """Give a freshly built stock block the sizes of its layer, in place."""
-        attention = block.get_submodule(self.attention)
-        head_dim = int(getattr(attention, self.head_dim))
-        query, kv = self.heads(layer_config)
-        sizes = {"query": query, "kv": kv, "qkv": query + 2 * kv}
-        count = {unit: heads * head_dim for unit, heads in sizes.items()} | {"width": getattr(layer_config, self.width)}
-        for path in self.rows:
-            if has(block, path):  # where experts are, there is no plain MLP
-                _resize(block, path, rows=sum(count[unit] for unit in self.units(path)))
-        _resize(block, self.columns["attention"], columns=count["query"])
-        for name in self.per_head:
-            _resize_parameter(attention, name, query)
-        if "mlp" in self.columns and has(block, self.columns["mlp"]):
-            _resize(block, self.columns["mlp"], columns=count["width"])
+        head_dim = 0
+        if self.there(block, "attention"):
+            attention = block.get_submodule(self.attention)
+            head_dim, (query, kv) = int(getattr(attention, self.head_dim)), self.heads(layer_config)
+            sizes = {"query": query, "gated": 2 * query, "kv": kv, "qkv": query + 2 * kv}
+            self._cut_rows(block, "attention", {unit: heads * head_dim for unit, heads in sizes.items()})
+            _resize(block, self.columns["attention"], columns=query * head_dim)
+            for name in self.per_head:
+                _resize_parameter(attention, name, query)
+        elif self.mixer is not None:
+            self.mixer.cut(block, layer_config)
+        if self.there(block, "mlp"):
+            width = getattr(layer_config, self.width)
+            self._cut_rows(block, "mlp", {"width": width})
+            _resize(block, self.columns["mlp"], columns=width)
         if self.experts is not None and self.experts.there(block):
             names = (self.experts.count, self.experts.width)
             names += () if self.experts.shared is None else (self.experts.shared_width,)
             self.experts.cut(block, *(getattr(layer_config, name) for name in names))
         for part in getattr(layer_config, "biased", ()):
             _resize(block, self.columns[part], bias=True)
-        self.recount(attention, query, kv)
+        if self.there(block, "attention"):
+            self.recount(block.get_submodule(self.attention), *self.heads(layer_config))
         for path, rank in getattr(layer_config, "ranks", {}).items():
             whole = block.get_submodule(path)
             assert isinstance(whole, nn.Linear)
@@ -243,6 +374,10 @@ class Family:
         for part in getattr(layer_config, "skip", ()):
             for path, stub in self.skipped(block, part, index, head_dim).items():
                 block.set_submodule(path, stub)
+
+    def _cut_rows(self, block: nn.Module, part: Part, count: Mapping[str, int]) -> None:
+        for path in self.producers(part):
+            _resize(block, path, rows=sum(count[unit] for unit in self.units(path)))
 
     def check(self, layer_config: Any, index: int) -> None:
         """Refuse sizes no layer can have.
@@ -265,10 +400,15 @@ class Family:
                 raise ValueError(
                     f"layer {index}: {self.experts.shared_width} is {own}; a shared expert has one neuron or more"
                 )
+        if self.mixer is not None and (fault := self.mixer.fault(layer_config)):
+            raise ValueError(f"layer {index}: {fault}")
+        parts = [part for part in get_args(Part) if part != "mixer" or self.mixer is not None]
         for name in ("skip", "biased"):
-            if strange := set(getattr(layer_config, name, ())) - {"attention", "mlp"}:
-                raise ValueError(f"layer {index}: {name} lists attention and mlp, not {', '.join(sorted(strange))}")
-        known, ranks = {*self.rows, *self.columns.values()}, getattr(layer_config, "ranks", {})
+            if strange := set(getattr(layer_config, name, ())) - {*parts}:
+                listed = f"{', '.join(parts[:-1])} and {parts[-1]}"
+                raise ValueError(f"layer {index}: {name} lists {listed}, not {', '.join(sorted(strange))}")
+        known = {*self.rows, *self.producers("mixer"), *self.columns.values()}
+        ranks = getattr(layer_config, "ranks", {})
         if strange := sorted(path for path, rank in ranks.items() if path not in known or not rank >= 1):
             raise ValueError(f"layer {index}: ranks names linear maps, each with a rank of 1 or more, not {strange[0]}")
         patch = getattr(layer_config, "patch", 0)
@@ -371,6 +511,15 @@ FAMILIES: Mapping[str, Family] = {
     "olmoe": of_experts("olmoe", "Olmoe", Experts("num_experts", "intermediate_size")),
     "qwen2_moe": of_experts("qwen2_moe", "Qwen2Moe", Experts("num_experts", shared="mlp.shared_expert"), plain=True),
     "qwen3_moe": of_experts("qwen3_moe", "Qwen3Moe", Experts("num_local_experts"), plain=True),
+    "qwen3_next": of_experts(
+        "qwen3_next",
+        "Qwen3Next",
+        Experts("num_experts", shared="mlp.shared_expert"),
+        rows={**SEPARATE, "self_attn.q_proj": "gated", "mlp.gate_proj": "width", "mlp.up_proj": "width"},
+        columns={"attention": "self_attn.o_proj", "mixer": "linear_attn.out_proj", "mlp": "mlp.down_proj"},
+        norms={**NORMS, "mixer": NORMS["attention"]},
+        mixer=DeltaNet("linear_attn", ("in_proj_qkvz", "in_proj_ba"), "out_proj"),
+    ),
     "gpt_oss": of_experts(
         "gpt_oss",
         "GptOss",
@@ -386,6 +535,16 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen2_5_vl": llama_like(
         "qwen2_5_vl", "Qwen2_5_VL", text="qwen2_5_vl_text", layers="language_model.layers", free_head_dim=False
+    ),
+    "lfm2": llama_like(
+        "lfm2",
+        "Lfm2",
+        rows={**SEPARATE, "feed_forward.w1": "width", "feed_forward.w3": "width"},
+        columns={"attention": "self_attn.out_proj", "mixer": "conv.out_proj", "mlp": "feed_forward.w2"},
+        norms={"attention": ("operator_norm",), "mixer": ("operator_norm",), "mlp": ("ffn_norm",)},
+        mlp="feed_forward",
+        mixer=ShortConvolution("conv", ("in_proj",), "out_proj"),
+        plain={"block_auto_adjust_ff_dim": False, "full_attn_idxs": None},
     ),
     "opt": Family(
         "opt",
@@ -436,6 +595,13 @@ class SkippedMixer(nn.Module):  # transformers searches sources for "Attention(n
             head = hidden_states.new_zeros(batch, 1, length, self.head_dim)
             attend(self, head, head, head, None, scaling=self.scaling)
         return torch.zeros_like(hidden_states), None
+
+
+class SkippedState(nn.Module):
+    """A mixer that adds nothing and has no state: caches count tokens in the blocks with attention."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
 
 
 class SkippedMLP(nn.Module):
@@ -534,12 +700,14 @@ class UnequalLayers(PreTrainedModel):
             return  # a head on a base model that the Auto class has made: one of ours
         inside = self.base_model.get_submodule(self.family.layers.rpartition(".")[0])  # the language model
         blocks = list(self.base_model.get_submodule(self.family.layers).children())
-        head_dim = int(getattr(blocks[0].get_submodule(self.family.attention), self.family.head_dim))
+        attending = (block for block in blocks if self.family.there(block, "attention"))
+        attention = next((block.get_submodule(self.family.attention) for block in attending), None)
+        own = {} if attention is None else {"head_dim": int(getattr(attention, self.family.head_dim))}
         for index, block in enumerate(blocks):
             self.family.cut(block, sizes.per_layer_config[index], index)
         for module in inside.modules():
             if hasattr(module, "rope_type"):  # also when it runs, it asks for head counts that it does not use
-                module.config = LayerConfig(sizes.per_layer_config[0], {"head_dim": head_dim})  # type: ignore[assignment]
+                module.config = LayerConfig(sizes.per_layer_config[0], own)  # type: ignore[assignment]
         self.init_weights()  # the linear maps that were replaced
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -628,6 +796,13 @@ def reading_globals(config: Any) -> Iterator[None]:
         warner.disabled = disabled
         if not within:
             config.__dict__.pop("allow_global_per_layer_attribute_access", None)  # even False would be saved
+
+
+def depthwise(conv: nn.Conv1d, channels: int, device: torch.device) -> nn.Conv1d:
+    """A convolution of every channel by itself, as another is, with values of its own."""
+    place: dict[str, Any] = {"padding": conv.padding, "device": device, "dtype": conv.weight.dtype}
+    (size,) = conv.kernel_size
+    return nn.Conv1d(channels, channels, size, groups=channels, bias=conv.bias is not None, **place)
 
 
 def _resize_parameter(module: nn.Module, name: str, count: int, dim: int = 0) -> None:

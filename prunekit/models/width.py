@@ -52,9 +52,11 @@ def check_narrow(model: PreTrainedModel, adapter: ModelAdapter) -> Transformer:
     family = adapter.family
     if adapter.images:
         raise _refused(kind, "features of images enter it, too")
-    norms = [found for _, _, found in _norms(model, adapter)]
     if family.experts is not None:
         raise _refused(kind, "experts and routers are not turned yet")
+    if family.mixer is not None:
+        raise _refused(kind, "mixers other than attention are not turned yet")
+    norms = [found for _, _, found in _norms(model, adapter)]
     if any(isinstance(norm, nn.LayerNorm) or "LayerNorm" in type(norm).__name__ for norm in norms):
         raise _refused(kind, "its norms subtract the mean, which is another in another basis")
     if not family.narrow:

@@ -33,7 +33,7 @@ class SpareSpec(Strict):
 
     first: Blocks = 0
     last: Blocks = 0
-    kinds: tuple[Literal["attention", "mlp", "experts"], ...] = ()  # those that a model lacks are passed over
+    kinds: tuple[Literal["attention", "mixer", "mlp", "experts"], ...] = ()  # those that a model lacks are passed over
 
     def of(self, depth: int) -> tuple[int, int]:
         """Both in blocks, of a model of so many."""

@@ -1,4 +1,4 @@
-"""Sparsity per block as an SVG picture, attention and MLP side by side."""
+"""Sparsity per block as an SVG picture, attention, other mixers and MLP side by side."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 LEFT, BAR, GAP = 44, 280, 76  # pixels: block numbers, the longest bar, room for its number
 TOP = 64
 COLOURS = ("#3b82f6", "#d97706", "#059669")
+MIXERS = ("conv", "linear_attn")  # what stands in the place of attention, where a family has other mixers too
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#6e7781}.head{font-size:14px;font-weight:600}.side{text-anchor:end}"
     ".all{fill:#8b949e;fill-opacity:.18}"
@@ -78,6 +79,8 @@ def draw(sites: Sequence[Mapping[str, Any]], width: float = 1.0) -> str:
 def _part(site: Mapping[str, Any]) -> str:
     """The sub-layer that a site is in, from its kind, or its place in the block."""
     inside = re.sub(r"^.*?\.\d+\.", "", site["name"]).split(".")[0]
+    if site["kind"] == "mixer" or inside in MIXERS:
+        return "mixer"
     if site["kind"] == "attention" or "att" in inside:
         return "attention"
     if site["kind"] == "experts":

@@ -11,7 +11,7 @@ from prunekit.space.forms import GROUPS, Form
 Allocation = tuple[int, ...]
 """Kept groups per site, in order of execution."""
 
-Kind = Literal["attention", "mlp", "experts", "linear"]
+Kind = Literal["attention", "mixer", "mlp", "experts", "linear"]
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,16 @@ EXPERTS: dict[str, dict[str, Any]] = {  # families of experts: six, of which a t
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
 }
+HYBRIDS: dict[str, dict[str, Any]] = {  # families in which some blocks have another mixer than attention
+    "lfm2": GROUPED
+    | {"head_dim": 6, "layer_types": ["conv", "full_attention", "conv"], "conv_bias": True}
+    | {"block_multiple_of": 1, "intermediate_size": 25},  # tied; MLPs of two thirds of that
+    "qwen3_next": ROUTED
+    | {"num_experts": 6, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 7, "head_dim": 6}
+    | {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "mlp_only_layers": [2]}
+    | {"linear_num_key_heads": 3, "linear_num_value_heads": 6, "linear_key_head_dim": 5, "linear_value_head_dim": 4}
+    | {"partial_rotary_factor": 0.34},
+}
 STATES: dict[str, Any] = {"state_size": 5, "use_bias": True, "initializer_range": 0.3}
 MIXERS: dict[str, dict[str, Any]] = {  # families without groups
     "mamba": STATES | {"time_step_rank": 4},  # tied
@@ -101,7 +111,7 @@ def tiny(model_type: str, /, seed: int = 0, **overrides: Any) -> PreTrainedModel
     text, and `overrides` are of its language model.
     """
     set_seed(seed)
-    values = COMMON | (SIZES | OPENED | EXPERTS | MIXERS | INSIDE).get(model_type, GROUPED) | overrides
+    values = COMMON | (SIZES | OPENED | EXPERTS | HYBRIDS | MIXERS | INSIDE).get(model_type, GROUPED) | overrides
     around = IMAGES.get(model_type)
     config = AutoConfig.for_model(model_type, **(values if around is None else {"text_config": values} | around))
     model: PreTrainedModel = auto_class(config).from_config(config)
@@ -111,6 +121,6 @@ def tiny(model_type: str, /, seed: int = 0, **overrides: Any) -> PreTrainedModel
                 parameter.normal_(std=0.3)
             elif "norm" in name or "ln_" in name:
                 parameter.uniform_(0.5, 1.5)
-    if model_type in EXPERTS:
+    if model_type in EXPERTS or "num_experts_per_tok" in values:
         model.config._experts_implementation = "eager"  # others have no float64
     return model.double().eval()

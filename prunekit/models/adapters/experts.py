@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunekit.layer.candidates import Candidate
-from prunekit.models.adapters.transformer import PARTS, Transformer
-from prunekit.models.classes import Experts, Part, SkippedMixer, SkippedMLP
+from prunekit.models.adapters.transformer import Transformer
+from prunekit.models.classes import Experts
 from prunekit.plugins.adapter import Cut, Heads, Inside, UnsupportedModel, check_plain, linear_at
 from prunekit.space.forms import Form
 from prunekit.space.sites import Site
@@ -123,7 +123,7 @@ class MixtureOfExperts(Transformer):
     def _sites(self, model: nn.Module, heads: Heads, experts: Inside) -> tuple[Site, ...]:
         found = list[Site]()
         for index, block in enumerate(self.blocks(model)):
-            found += [self._site(block, index, part, heads) for part in self._plain(block)]
+            found += [self._site(block, index, part, heads) for part in self.left(block)]
             if self.experts.there(block):
                 found += [] if self.experts.shared is None else [self._shared_site(block, index)]
                 found.append((self._experts_site if experts == "whole" else self._neurons_site)(block, index))
@@ -135,25 +135,15 @@ class MixtureOfExperts(Transformer):
             "remove whole experts with structure groups"
         )
 
-    def stages(self, block: nn.Module) -> list[tuple[str, ...]]:
-        """Of attention, and of a plain MLP; the matrices of experts are no linear maps."""
-        stages = list[tuple[str, ...]]()
-        for part in self._plain(block):
-            stages += [self.family.producers(part), (self.family.columns[part],)]
-        return stages
-
     def part(self, site: Site) -> str | None:  # type: ignore[override]
         if site.experts:  # what one expert makes is no sub-layer's output
             return None
         return "shared" if self._is_shared(site) else site.kind
 
     def holder(self, site: Site) -> str | None:
-        return {
-            "attention": self.family.attention,
-            "mlp": self.family.mlp,
-            "shared": self.experts.shared,
-            "experts": self.experts.path,
-        }.get(self.part(site) or "")
+        if self._is_shared(site):
+            return self.experts.shared
+        return self.experts.path if site.kind == "experts" else super().holder(site)
 
     def stream_before(self, site: Site) -> str | None:
         if site.kind != "experts" or self.experts.shared is not None:  # whose output is a term as well
@@ -291,40 +281,21 @@ class MixtureOfExperts(Transformer):
             finally:
                 del gate.forward
 
-    def dropped(self, block: nn.Module) -> tuple[Part, ...]:
-        attention, mlp = (block.get_submodule(path) for path in (self.family.attention, self.family.mlp or ""))
-        gone = isinstance(attention, SkippedMixer), isinstance(mlp, SkippedMLP)
-        return tuple(part for part, is_gone in zip(PARTS, gone, strict=True) if is_gone)
-
-    def biased(self, block: nn.Module) -> tuple[Part, ...]:
-        return tuple(p for p in self._plain(block) if linear_at(block, self.family.columns[p]).bias is not None)
-
     def ranks(self, block: nn.Module) -> dict[str, int]:
         return {}
 
     def layer_config(self, block: nn.Module) -> dict[str, Any]:
         dropped = self.dropped(block)
         entry: dict[str, Any] = {"skip": list(dropped)} if dropped else {}
-        query, kv = (1, 1) if "attention" in dropped else self.heads(block)[:2]  # a stub caches one head
-        entry[self.family.query_heads] = query
-        if self.family.kv_heads is not None:
-            entry[self.family.kv_heads] = kv
+        entry |= self._mixing(block)
         if self.experts.there(block):
             entry[self.experts.count] = block.get_submodule(self.experts.path).num_experts
             entry[self.experts.width] = self.experts.neurons(block)
             if self.experts.shared is not None:
                 entry[self.experts.shared_width] = linear_at(block, self.experts.shared_columns).in_features
-        elif "mlp" in self._plain(block):
+        elif "mlp" in self.left(block):
             entry[self.family.width] = linear_at(block, self.family.columns["mlp"]).in_features
         return entry
-
-    def _plain(self, block: nn.Module) -> tuple[Part, ...]:
-        """The parts of a block that are linear maps, and are there: its attention, and a plain MLP."""
-        gone, routed = self.dropped(block), self.experts.there(block)
-        return tuple(
-            part for part in PARTS
-            if part in self.family.columns and part not in gone and not (part == "mlp" and routed)
-        )  # fmt: skip
 
     def _is_shared(self, site: Site) -> bool:
         """Whether the groups of a site are neurons of a shared expert."""

@@ -14,7 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.layer.candidates import Candidate
-from prunekit.models.classes import Family, LowRank, Part, Patched, SkippedMixer, SkippedMLP, Unit, patched
+from prunekit.models.classes import (
+    Family,
+    LowRank,
+    Part,
+    Patched,
+    SkippedMixer,
+    SkippedMLP,
+    SkippedState,
+    TokenMixer,
+    Unit,
+    depthwise,
+    patched,
+)
 from prunekit.models.modules import factored, grafted, low_rank, sliced
 from prunekit.plugins.adapter import Cut, Heads, ModelAdapter, UnsupportedModel, check_plain, linear_at
 from prunekit.space.sites import Site
@@ -25,6 +37,8 @@ PARTS: tuple[Part, ...] = get_args(Part)  # in order of execution
 @dataclass(frozen=True)
 class Transformer(ModelAdapter):
     """A family whose blocks are attention and an MLP: heads and neurons are groups, sub-layers can be dropped.
+
+    In hybrid families some blocks have another mixer in the place of attention, whose units are groups.
 
     A family sets the class variables; it overrides `cuts` when its rows are laid out in a way `Family.rows` cannot say.
     """
@@ -45,24 +59,23 @@ class Transformer(ModelAdapter):
         return tuple(
             self._site(block, index, part, heads)
             for index, block in enumerate(self.blocks(model))
-            for part in PARTS
-            if part not in self.dropped(block)
+            for part in self.left(block)
         )
 
     def stages(self, block: nn.Module) -> list[tuple[str, ...]]:
         stages: list[tuple[str, ...]] = []
-        for part in PARTS:
-            if part not in self.dropped(block):
-                stages += [self.family.producers(part), (self.family.columns[part],)]
+        for part in self.left(block):
+            stages += [self.family.producers(part), (self.family.columns[part],)]
         return stages
 
     def part(self, site: Site) -> Part | None:
         path = self.path(site)
-        return next((part for part in PARTS if self.family.columns[part] == path), None)
+        return next((part for part in PARTS if self.family.columns.get(part) == path), None)
 
     def holder(self, site: Site) -> str | None:
-        part = self.part(site)
-        return None if part is None else self.family.attention if part == "attention" else self.family.mlp
+        part, family = self.part(site), self.family
+        mixer = None if family.mixer is None else family.mixer.path
+        return None if part is None else {"attention": family.attention, "mixer": mixer, "mlp": family.mlp}[part]
 
     def adds_up(self, block: nn.Module) -> bool:
         return self.family.has_norms_first(block)
@@ -123,6 +136,8 @@ class Transformer(ModelAdapter):
                 picked = value.detach()[_stays(cut, len(value), kept).to(value.device)]
                 whole._parameters[cut.parameter] = nn.Parameter(picked, value.requires_grad)
             self.family.recount(whole, left, kv if _by_query(site, kv) else left * kv // query)
+        elif site.kind == "mixer":
+            self._cut_mixer(block, site, whole, kept)
         return {holder: whole}
 
     # -- how a block is made ---------------------------------------------------------------------------
@@ -132,12 +147,17 @@ class Transformer(ModelAdapter):
             return super().cuts(block, site)
         own = torch.tensor(site.columns(range(site.n_groups))).reshape(site.n_groups, -1)
         index: dict[Unit, Tensor]  # (n_groups, rows of a group)
+        if site.kind == "mixer":
+            mixer, sections = self.mixer_of(block)
+            fronts = [Cut(f"{mixer.path}.{name}", 0, _runs(sections[name], site.n_groups)) for name in mixer.front]
+            return *fronts, Cut(self.family.columns["mixer"], 1, own)
         if site.kind == "mlp":
             total: dict[Unit, int] = {"width": site.d_in}
             index = {"width": own}
         else:
             query, kv, width = self.heads(block)
-            total = {"query": query * width, "kv": kv * width, "qkv": (query + 2 * kv) * width}
+            sizes: dict[Unit, int] = {"query": query, "gated": 2 * query, "kv": kv, "qkv": query + 2 * kv}
+            total = {unit: heads * width for unit, heads in sizes.items()}
             every = torch.arange(total["qkv"]).reshape(kv, -1)  # in every KV group its queries, its keys, its values
             if _by_query(site, kv):  # keys and values stay: each still has readers
                 queries = every[:, : query // kv * width].reshape(kv, site.n_groups, -1)
@@ -145,11 +165,23 @@ class Transformer(ModelAdapter):
             else:
                 keys = torch.arange(total["kv"])
                 index = {"query": own, "kv": keys.reshape(site.n_groups, -1), "qkv": every.reshape(site.n_groups, -1)}
+            index["gated"] = torch.cat([own + own // width * width, own + (own // width + 1) * width], dim=1)
         producers = [_cut(path, self.family.units(path), index, total) for path in self.family.producers(_part(site))]
         if site.kind == "attention":
             heads = own[:, :: self.head_dim(block)] // self.head_dim(block)
             producers += [Cut(self.family.attention, 0, heads, name) for name in self.family.per_head]
         return *(cut for cut in producers if cut.index.numel()), Cut(self.family.columns[_part(site)], 1, own)
+
+    def mixer_of(self, block: nn.Module) -> tuple[TokenMixer, Mapping[str, tuple[int, ...]]]:
+        """What the family calls the mixer of a block, and the sections of its parameters."""
+        mixer = self.family.mixer
+        assert mixer is not None
+        return mixer, mixer.sections(block.get_submodule(mixer.path))
+
+    def left(self, block: nn.Module) -> tuple[Part, ...]:
+        """The parts that a block has, without those that were dropped, in order of execution."""
+        dropped = self.dropped(block)
+        return tuple(part for part in PARTS if self.family.there(block, part) and part not in dropped)
 
     def heads(self, block: nn.Module) -> tuple[int, int, int]:
         """(query heads, KV heads, head width) of the block's attention, read from its modules."""
@@ -173,19 +205,24 @@ class Transformer(ModelAdapter):
 
     def dropped(self, block: nn.Module) -> tuple[Part, ...]:
         """The parts of a block that were dropped."""
-        mlp = block.get_submodule(self.family.mlp or self.family.columns["mlp"])
-        gone = isinstance(block.get_submodule(self.family.attention), SkippedMixer), isinstance(mlp, SkippedMLP)
-        return tuple(part for part, is_gone in zip(PARTS, gone, strict=True) if is_gone)
+        paths: dict[Part, str] = {
+            "attention": self.family.attention,
+            "mlp": self.family.mlp or self.family.columns["mlp"],
+        }
+        paths |= {} if self.family.mixer is None else {"mixer": self.family.mixer.path}
+        stubs = SkippedMixer, SkippedState, SkippedMLP
+        there: list[Part] = [part for part in PARTS if self.family.there(block, part)]
+        return tuple(part for part in there if isinstance(block.get_submodule(paths[part]), stubs))
 
     def biased(self, block: nn.Module) -> tuple[Part, ...]:
         """The parts of a block whose linear map with cut columns has a bias."""
-        there: list[Part] = [part for part in PARTS if part not in self.dropped(block)]
-        return tuple(part for part in there if map_at(block, self.family.columns[part]).bias is not None)
+        return tuple(part for part in self.left(block) if map_at(block, self.family.columns[part]).bias is not None)
 
     def ranks(self, block: nn.Module) -> dict[str, int]:
         """The ranks of the linear maps of a block that are two, by path."""
-        left: list[Part] = [part for part in PARTS if part not in self.dropped(block)]
-        paths = [path for part in left for path in (*self.family.producers(part), self.family.columns[part])]
+        paths = [
+            path for part in self.left(block) for path in (*self.family.producers(part), self.family.columns[part])
+        ]
         maps = {path: map_at(block, path) for path in paths}
         return {path: found.rank for path, found in maps.items() if isinstance(found, LowRank)}
 
@@ -198,13 +235,21 @@ class Transformer(ModelAdapter):
         """Sizes of a (pruned) block as an entry of `per_layer_config`; `skip` lists dropped parts."""
         family, dropped = self.family, self.dropped(block)
         entry: dict[str, Any] = {"skip": list(dropped)} if dropped else {}
-        query, kv = (1, 1) if "attention" in dropped else self.heads(block)[:2]  # a stub caches one head
-        entry[family.query_heads] = query
-        if family.kv_heads is not None:
-            entry[family.kv_heads] = kv
+        entry |= self._mixing(block)
         if "mlp" not in dropped:
             entry[family.width] = map_at(block, family.columns["mlp"]).in_features
         return entry
+
+    def _mixing(self, block: nn.Module) -> dict[str, Any]:
+        """What an entry of `per_layer_config` says of attention, or of what stands in its place."""
+        family = self.family
+        if not family.there(block, "attention"):
+            if "mixer" in self.dropped(block) or family.mixer is None:
+                return {}
+            module = block.get_submodule(family.mixer.path)
+            return family.mixer.sizes(module)
+        query, kv = (1, 1) if "attention" in self.dropped(block) else self.heads(block)[:2]  # a stub caches one head
+        return {family.query_heads: query} | ({} if family.kv_heads is None else {family.kv_heads: kv})
 
     # -- inside ------------------------------------------------------------------------------------------
 
@@ -215,9 +260,8 @@ class Transformer(ModelAdapter):
     def _site(self, block: nn.Module, index: int, part: Part, heads: Heads) -> Site:
         path = self.family.columns[part]
         name = f"{self.layers}.{index}.{path}"
-        for each in (path, *self.family.rows):
-            if each.startswith(f"{self.family.attention}.") == (part == "attention"):
-                check_plain(block, each, name)
+        for each in (path, *self.family.producers(part)):
+            check_plain(block, each, name)
         linear = linear_at(block, path)
         columns = linear.in_features
         n_groups, spread, cached = columns, 1, 0
@@ -229,17 +273,48 @@ class Transformer(ModelAdapter):
             n_groups, spread, cached = (query // kv, kv, 0) if by_query else (kv, 1, 2 * width)
             if not self.heads_apart(block):
                 n_groups, spread, cached = 1, 1, 2 * kv * width
+        elif part == "mixer":
+            mixer, _ = self.mixer_of(block)
+            n_groups = mixer.units(block.get_submodule(mixer.path))
         site = Site(
             name, index, part, n_groups, columns // n_groups, 0,
             cached_per_group=cached, spread=spread, d_out=linear.out_features,
         )  # fmt: skip
-        each = sum(_per_group(block, cut) for cut in self.cuts(block, site))
+        each = sum(_per_group(block, cut) for cut in self.cuts(block, site)) + self._beside(block, site)
         gone = (block.get_submodule(path) for path in self._stubs(block, site))
         total = sum(p.numel() for module in gone for p in module.parameters())
         return replace(site, params_per_group=each, params_fixed=total - n_groups * each)
 
     def _stubs(self, block: nn.Module, site: Site) -> dict[str, nn.Module]:
-        return self.family.skipped(block, _part(site), site.block, self.head_dim(block))
+        head_dim = self.head_dim(block) if site.kind == "attention" else 0
+        return self.family.skipped(block, _part(site), site.block, head_dim)
+
+    def _beside(self, block: nn.Module, site: Site) -> int:
+        """Parameters of a group that are of no linear map: of a mixer its convolution and what else there is."""
+        if site.kind != "mixer":
+            return 0
+        mixer, sections = self.mixer_of(block)
+        module, total = block.get_submodule(mixer.path), 0
+        for name in sections.keys() - {*mixer.front}:
+            found = getattr(module, name)
+            total += sum(p.numel() for p in (found.parameters() if isinstance(found, nn.Module) else [found]))
+        return total // site.n_groups
+
+    def _cut_mixer(self, block: nn.Module, site: Site, whole: Any, kept: Tensor) -> None:
+        """Leave in a mixer what goes with the units that stay, in place; its linear maps are cut, `block` stays."""
+        mixer, sections = self.mixer_of(block)
+        whole._parameters = dict(whole._parameters)  # `block` keeps its own
+        for name in sections.keys() - {*mixer.front}:
+            stays = _runs(sections[name], site.n_groups)[kept].flatten().sort().values
+            found = getattr(whole, name)
+            if isinstance(found, nn.Conv1d):
+                small = depthwise(found, len(stays), torch.device("meta")).train(found.training)
+                small.weight = _slice(found.weight, stays)
+                small.bias = None if found.bias is None else _slice(found.bias, stays)
+                whole._modules[name] = small
+            else:
+                whole._parameters[name] = _slice(found, stays)
+        mixer.recount(whole, len(kept))
 
 
 def map_at(block: nn.Module, path: str) -> nn.Linear | LowRank:
@@ -274,6 +349,19 @@ def _sliced(block: nn.Module, cut: Cut, kept: Tensor, source: Tensor | None = No
     linear = linear_at(block, cut.path)
     stays = _stays(cut, linear.weight.shape[cut.dim], kept)
     return sliced(linear, 0 if cut.dim == 0 else 1, stays, source)
+
+
+def _runs(section: Sequence[int], groups: int) -> Tensor:
+    """Which slices go with each group where there are runs of as many for each in every section, (groups, width)."""
+    above, found = 0, list[Tensor]()
+    for width in section:
+        found.append(above + torch.arange(groups * width).reshape(groups, width))
+        above += groups * width
+    return torch.cat(found, dim=1)
+
+
+def _slice(value: Tensor, index: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.detach().index_select(0, index.to(value.device)), value.requires_grad)
 
 
 def _stays(cut: Cut, length: int, kept: Tensor) -> Tensor:

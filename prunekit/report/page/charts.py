@@ -53,8 +53,10 @@ def _first(rows: Sequence[object], of: int | None) -> str:
     return "" if of is None or of <= len(rows) else f", the first {len(rows)} of {of:,}"
 
 
-def _kinds(alt: Any) -> Any:
-    return alt.Color("kind:N", title=None, scale=alt.Scale(domain=["attention", "mlp"], range=[BLUE, ORANGE]))
+def _kinds(alt: Any, rows: Rows) -> Any:
+    kinds = {"attention": BLUE, "mlp": ORANGE}
+    kinds |= {"mixer": GREEN} if any(row["kind"] == "mixer" for row in rows) else {}
+    return alt.Color("kind:N", title=None, scale=alt.Scale(domain=[*kinds], range=[*kinds.values()]))
 
 
 def layers(name: str, rows: Rows) -> Chart:
@@ -69,7 +71,7 @@ def layers(name: str, rows: Rows) -> Chart:
         y=alt.Y("whole:Q", title="kept", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
     ).transform_calculate(whole="1")  # fmt: skip
     kept = base.mark_bar().encode(
-        y="share:Q", color=_kinds(alt),
+        y="share:Q", color=_kinds(alt, rows),
         tooltip=["block:O", "kind:N", "kept:Q", "groups:Q", alt.Tooltip("error:Q", format=".4f")],
     )  # fmt: skip
     whole_kept = sum(row["share"] for row in rows) / max(1, len(rows))
@@ -88,7 +90,7 @@ def errors(name: str, rows: Rows) -> Chart:
     chart = alt.Chart(alt.Data(values=list(rows))).mark_line(opacity=0.55, strokeWidth=1.3).encode(
         x=alt.X("share:Q", title="kept", axis=alt.Axis(format="%")),
         y=alt.Y("error:Q", title="relative error", scale=alt.Scale(type="sqrt")),
-        color=_kinds(alt), detail="site:N", tooltip=["site:N", alt.Tooltip("share:Q", format=".0%"), "error:Q"],
+        color=_kinds(alt, rows), detail="site:N", tooltip=["site:N", alt.Tooltip("share:Q", format=".0%"), "error:Q"],
     )  # fmt: skip
     return _made(
         name, "Error of every site against what it keeps",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def parts_of_result(folder: Path, name: str) -> list[Part]:
     parts = [
         Part(title, title, name, facts(report), layers),
     ]
-    curves = _error_curves(ledger)
+    curves = _error_curves(ledger, {site["name"] for site in sites if site["kind"] == "mixer"})
     errors = [charts.errors(f"{name}-errors", curves)] if curves else []
     kept = table(
         "Every site",
@@ -78,7 +78,7 @@ def facts(report: Mapping[str, Any]) -> str:
     return table("Before and after", ("", "dense", "pruned"), rows) + paragraph(text)
 
 
-def _error_curves(ledger: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _error_curves(ledger: Sequence[Mapping[str, Any]], mixers: Set[str]) -> list[dict[str, Any]]:
     """The error of every rung of every site in the last pass that had several."""
     spaces = [r for r in ledger if r.get("kind") == "space" and any(len(ladder) > 1 for ladder in r["ladders"])]
     if not spaces:
@@ -88,7 +88,8 @@ def _error_curves(ledger: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         most, some = max(ladder) or 1, max(1, len(ladder) // 24)  # a curve needs no more points
         for i, (kept, error) in enumerate(zip(ladder, errors, strict=True)):
             if error is not None and math.isfinite(error) and (i % some == 0 or i == len(ladder) - 1):
-                kind = "attention" if "attn" in site or "attention" in site else "mlp"
+                attends = "attn" in site or "attention" in site
+                kind = "mixer" if site in mixers else "attention" if attends else "mlp"
                 rows.append({"site": site, "kind": kind, "share": kept / most, "error": error})
     return rows
 

@@ -111,7 +111,7 @@ class Shape:
         """Query heads times head width, over all blocks."""
         if not isinstance(self.adapter, Transformer):
             return 0
-        blocks = (block for block in self.blocks if "attention" not in self.adapter.dropped(block))
+        blocks = (block for block in self.blocks if "attention" in self.adapter.left(block))
         return sum(query * width for query, _, width in map(self.adapter.heads, blocks))
 
     def forward(self, tokens: int, seqlen: int, *, head: bool, share: float = 1.0) -> int:

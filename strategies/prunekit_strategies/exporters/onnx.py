@@ -53,8 +53,14 @@ class ONNX(pk.Exporter):
         return "onnx"
 
     def check(self, order: pk.Order) -> None:
-        if getattr(order.adapter, "family", None) is None:
+        family = getattr(order.adapter, "family", None)
+        if family is None:
             raise pk.WrongInput(f"format 'onnx' writes models with attention, not {type(order.adapter).__name__}")
+        if family.mixer is not None:
+            raise pk.WrongInput(
+                "format 'onnx' writes a cache of keys and values alone, and some blocks of this model have a mixer "
+                "with a state of its own; take format 'hf'"
+            )
         if order.adapter.images:
             raise pk.WrongInput(
                 "format 'onnx' writes language models, and this one takes images, too; take format 'hf'"

@@ -27,9 +27,9 @@ from prunekit.search.ledger import Ledger
 from prunekit.search.store import CandidateStore
 from prunekit.system.memory import GIB, Shares
 from prunekit.testing import tiny, toy_tokens
-from prunekit.testing.models import EXPERTS
+from prunekit.testing.models import EXPERTS, HYBRIDS
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox", "mamba", "mamba2", *EXPERTS]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox", "mamba", "mamba2", *EXPERTS, *HYBRIDS]
 ONE_BLOCK = Shares(blocks=0, activations=0)
 RUN: dict[str, Any] = {
     "pruner": "obs",
@@ -185,6 +185,9 @@ def text_in(folder) -> dict[str, Any]:
         ("gpt_neox", {"structure": "weights", "pruner": "wanda", "allocator": "uniform"}),
         ("qwen2", {"structure": "low-rank", "pruner": "svd-llm", "allocator": "uniform"}),
         ("mamba", {"structure": "weights", "pruner": "wanda", "allocator": "uniform"}),
+        # another mixer than attention, with a convolution that is cut
+        pytest.param("lfm2", {"pruner": "wanda", "allocator": "uniform", "sparsity": 0.3}, marks=pytest.mark.slow),
+        pytest.param("qwen3_next", {"sparsity": 0.3}, marks=pytest.mark.slow),
         ("mixtral", {"sparsity": 0.3}),
         ("qwen2_moe", {"sparsity": 0.3, "experts": "neurons"}),
         ("gpt_oss", {"sparsity": 0.3, "allocator": "uniform"}),

@@ -45,6 +45,15 @@ def test_shares_are_those_of_parameters_and_a_part_that_is_gone_counts_in_full()
     assert removed_shares([site("layers.0.self_attn.o_proj", "attention", 0)]) == {"attention": {0: 1.0}}
 
 
+def test_a_mixer_in_the_place_of_attention_is_a_part_of_its_own():
+    sites = [
+        site("model.layers.0.conv.out_proj", "mixer", 4),
+        site("model.layers.1.self_attn.out_proj", "attention", 5),
+        site("model.layers.2.linear_attn.in_proj_ba", "linear", 9),
+    ]
+    assert removed_shares(sites) == {"mixer": {0: 0.6, 2: pytest.approx(0.1)}, "attention": {1: 0.5}}
+
+
 @pytest.mark.parametrize("n", [1, 2, 30, 80])
 def test_every_block_has_a_bar_and_a_number_for_each_part(n):
     root = ElementTree.fromstring(draw(groups(n)))
