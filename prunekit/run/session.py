@@ -480,8 +480,8 @@ def _check_paged(parts: Parts, plan: Plan) -> None:
         )
     if recipe.experts == "both":
         raise WrongInput(
-            "experts: both prunes a second model in the place of the dense one, all of it in memory, and the model does "
-            f"not fit {room}; give more --memory, or experts: whole or neurons"
+            "experts: both prunes a second model in the place of the dense one, all in memory, and the model does not "
+            f"fit {room}; give more --memory, or experts: whole or neurons"
         )
 
 

@@ -12,6 +12,7 @@ from prunekit.models.adapters.find import adapter_for
 from prunekit.models.opening import skeleton
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
+from prunekit.run.plan.plan import Plan
 from prunekit.run.session import make_plan
 from prunekit.run.stages import Run
 from prunekit.search.store import CandidateStore
@@ -205,6 +206,12 @@ def test_whole_experts_and_neurons_of_those_that_stay_go_under_one_exact_budget(
 def test_what_both_kinds_cannot_do_is_refused_before_any_work(saved, quick, options, said):
     with pytest.raises(WrongInput, match=said):
         prunekit.prune(saved("mixtral"), **quick(experts="both", sparsity=0.25) | options)
+
+
+def test_both_kinds_are_refused_where_the_model_does_not_fit(saved, tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(Plan, "paged", property(lambda self: True))
+    with pytest.raises(WrongInput, match=r"experts: both prunes a second model .* experts: whole or neurons"):
+        prunekit.prune(saved("mixtral"), output=tmp_path / "out", **quick(experts="both", sparsity=0.25))
 
 
 def test_neurons_of_experts_are_refused_where_there_are_no_experts(quick):
