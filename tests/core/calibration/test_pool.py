@@ -368,16 +368,19 @@ def test_what_is_carried_is_waited_for_and_its_prices_are_not(tmp_path):
 
 @pytest.mark.parametrize("carry", ["dense", "expected"])
 def test_no_more_problems_are_in_memory_than_devices_and_the_next(carry: Carry, tmp_path, monkeypatch):
-    there, most, states = weakref.WeakSet[LayerProblem](), list[int](), fill.layer_problem
+    there, most, states, third = weakref.WeakSet[LayerProblem](), list[int](), fill.layer_problem, Event()
 
     def stated(*args: Any, **kwargs: Any) -> LayerProblem:
         problem = states(*args, **kwargs)
         there.add(problem)
         most.append(len(there))
+        if len(most) == 3:
+            third.set()
         return problem
 
     monkeypatch.setattr(fill, "layer_problem", stated)
-    Case(structure="weights").build(tmp_path / "store", [CPU] * 2, carry=carry)
+    pruner = Refit(meet=lambda _: met(third))  # both devices are at work when it is stated
+    Case(structure="weights").build(tmp_path / "store", [CPU] * 2, pruner, carry=carry)
     assert len(most) == 14
     assert max(most) == 3
 
