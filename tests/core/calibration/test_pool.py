@@ -402,8 +402,7 @@ def test_an_error_is_that_of_one_device_and_leaves_what_that_leaves(tmp_path):
         assert left[0] == left[1]
 
 
-@pytest.mark.parametrize(("place", "call"), [("prune", 3), ("put", 2), ("put", 3)])
-@pytest.mark.parametrize("carry", ["dense", "expected"])
+@pytest.mark.parametrize(("place", "call", "carry"), [("prune", 3, "dense"), ("put", 2, "expected")])
 def test_a_pass_that_was_killed_ends_in_the_same_bytes(place, call, carry: Carry, tmp_path, killed_at):
     case = Case()
     with killed_at(Refit if place == "prune" else CandidateStore, place, call):

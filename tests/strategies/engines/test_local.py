@@ -43,6 +43,11 @@ def test_the_first_worker_has_the_model_itself_and_the_others_copies() -> None:
         assert len(pointers) == 3
 
 
+def test_its_devices_may_work_on_layers_too() -> None:
+    with opened(3, toy_supernet()) as team:
+        assert list(team.devices) == [CPU] * 3
+
+
 def test_threads_end_with_the_run() -> None:
     with opened(2, toy_supernet()) as team:
         SharedFlow(team, toy_tokens(), CPU, dense=False)
