@@ -168,6 +168,7 @@ class Count:
     after: Runs | None = None  # and on every result
     records: int = 0  # bytes of the small files, which hold no weights
     trials: Trials | None = None  # of the pruner; None: how long it works is not known
+    together: int = 0  # layers that devices with the first one's memory work on while the next is reached; 0: none
     narrowed: int | None = None  # parameters of the model whose residual stream was narrowed, before groups go
 
     @cached_property
@@ -507,7 +508,7 @@ class Count:
         at_once = alone and type(self.parts.pruner).nested is not LocalPruner.nested
         centre = dict(zip(space.sites, space.nearest(space.uniform()), strict=True))
         size, streams = shape.computed.itemsize, 1 + any("dense" in each.sees for each in statistics)
-        memory = disk = spill = doubles = trained = 0
+        stated = solved = disk = spill = doubles = trained = 0
         trains = "sub-layer" in self.parts.pruner.needs
         took: float | None = 0.0
         twice = self.parts.pruner.within == "block" and self.recipe.carry != "dense"  # dense, and pruned to the next
@@ -539,7 +540,7 @@ class Count:
             beside = moments if site.input_group else FLOAT * site.d_in * max(next(strips(site.d_in)).stop, made)
             matrices = max(self.parts.pruner.matrices, 3 * nats)  # candidates are priced with H damped, by its factor
             solve = matrices * DOUBLE * site.d_in**2
-            memory = max(memory, moments + beside, moments + weights + solve)
+            stated, solved = max(stated, moments + beside), max(solved, moments + weights + solve)
             if factored:
                 weights += FACTORING * DOUBLE * site.d_in * d_out
             if nats:
@@ -548,7 +549,7 @@ class Count:
             if trains:
                 sent, work, grown, held_too = self._training(site, asked)
                 trained, flops = trained + sent, flops + work
-                memory = max(memory, moments + weights + max(solve, held_too) + len(there_at_once) * each * grown)
+                solved = max(solved, moments + weights + max(solve, held_too) + len(there_at_once) * each * grown)
                 disk += sum(grown * kept_ // site.n_groups for kept_ in kept) * shape.stored.itemsize
             flops += times * Moments.flops(there, own, fed, tokens * site.channels)
             cross = "cross" in needs and site.form.coupled
@@ -558,6 +559,8 @@ class Count:
                 once = 2 * d_out**2 * site.d_in
                 many = len(asked) * once + judging_flops(site.d_in, d_out, [site.d_in] * len(asked), cross=True)
                 doubles += times * (once if at_once else many)
+        together = self.together if shares.blocks is None and not trains else 0
+        memory = stated + together * solved if together else max(stated, solved)
         inside, spilled = shares.split(spill)
         read = 0 if shares.blocks is None else self._stored_blocks
         unknown = "" if took is not None else f"the work of {self.recipe.pruner['name']} itself"

@@ -98,7 +98,9 @@ def planned(
         before = metric.runs_before(whole_model, shape.sites) if metric.prices is None else None
     records = _records(recipe, shape.sites, sum(member.wanted for member in members))
     narrowed = _narrowed(parts, model, adapter, stored)
-    count = Count(parts, shape, tokens, seqlen, members, before, after, records, trials, narrowed)
+    # each works on a layer where the model fits all of them, and those of the host have one memory
+    together = 0 if len(devices) == 1 else len(devices) if device.type == "cpu" else 1
+    count = Count(parts, shape, tokens, seqlen, members, before, after, records, trials, together, narrowed)
 
     def of(shares: Shares) -> Plan:
         stages = tuple(count.stages(shares))
