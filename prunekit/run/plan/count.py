@@ -509,7 +509,7 @@ class Count:
         centre = dict(zip(space.sites, space.nearest(space.uniform()), strict=True))
         size, streams = shape.computed.itemsize, 1 + any("dense" in each.sees for each in statistics)
         stated = solved = disk = spill = doubles = trained = 0
-        trains = "sub-layer" in self.parts.pruner.needs
+        trains, paged = "sub-layer" in self.parts.pruner.needs, shares.blocks is not None
         took: float | None = 0.0
         twice = self.parts.pruner.within == "block" and self.recipe.carry != "dense"  # dense, and pruned to the next
         flops = (streams + twice) * shape.forward(tokens, self.seqlen, head=False)
@@ -559,10 +559,9 @@ class Count:
                 once = 2 * d_out**2 * site.d_in
                 many = len(asked) * once + judging_flops(site.d_in, d_out, [site.d_in] * len(asked), cross=True)
                 doubles += times * (once if at_once else many)
-        together = self.together if shares.blocks is None and not trains else 0
-        memory = stated + together * solved if together else max(stated, solved)
+        memory = stated + self.together * solved if self.together and not (trains or paged) else max(stated, solved)
         inside, spilled = shares.split(spill)
-        read = 0 if shares.blocks is None else self._stored_blocks
+        read = self._stored_blocks if paged else 0
         unknown = "" if took is not None else f"the work of {self.recipe.pruner['name']} itself"
         return Stage(
             name, held + memory, (shares.blocks or 0) + inside, disk, spilled, read, flops, doubles, took or 0.0,
