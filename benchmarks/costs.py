@@ -6,8 +6,11 @@
 The paper counts from shapes, as `prunekit plan` does, and knows beside that what `obs` itself takes:
 
     4 d_in³ + 6 d_in² d_out   in float64: inverse, removal, factor, weights                 (1)
+    4/3 d_in³ + d_in² d_out   of single weights: factor, inverse, its factor, compensation  (2)
 
-and one round trip to the device per launch, of which a removed group needs `LAUNCHES`. Rates are peaks times a share
+and one round trip to the device per launch, of which a removed group needs `LAUNCHES`. A last table has what a pass
+waits for of the linear algebra of its layers, where several devices hold the model each: those that wait for each other
+come one after the other, all others are dealt out. Rates are peaks times a share
 that is reached. `--check` holds the same paper, with rates measured here, to a calibration pass and a search measured
 here, and shows what removals take when they are launched one by one and when they are replayed, which differs on CUDA:
 
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -57,6 +60,9 @@ MODELS = {  # hidden size, neurons, blocks, query heads, KV heads
 LAUNCHES = 20  # kernels for a group that is removed
 QUESTIONS = 40  # times that a search asks, each a pass over the blocks of a model that does not fit
 GB, TERA = 1e9, 1e12
+
+
+Row = tuple[str, int, Sequence[Sequence[float]]]
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,40 @@ def main(
             for line in [*lines, Line("all", sum(line.seconds for line in lines))]:
                 numbers = f"{line.flops / TERA:,.0f} | {line.moved / GB:,.0f} | {line.held / GB:,.0f}"
                 print(f"| {line.name} | {numbers} | {line.seconds:,.0f} | {line.note} |")
+    for name in models.split(","):
+        print(f"\nlinear algebra of the layers of {name} that a pass waits for\n")
+        print(f"| | {' | '.join(f'seconds, {count} x {Machine.name}' for count in map(int, devices.split(',')))} |")
+        print("|---|" + "---|" * len(devices.split(",")))
+        for row, blocks, steps in layers(*MODELS[name], Machine()):
+            spent = (blocks * sum(longest(step, count) for step in steps) for count in map(int, devices.split(",")))
+            print(f"| {row} | {' | '.join(f'{seconds:,.1f}' for seconds in spent)} |")
+
+
+def layers(width: int, neurons: int, blocks: int, heads: int, kv: int, machine: Machine) -> Iterator[Row]:
+    """What is pruned and carried; how often there are such steps; the seconds of the layers of each, of which none
+    waits for another."""
+    narrow = width // heads * kv
+
+    def groups(d_in: int, count: int) -> float:
+        return (4 * d_in**3 + 6 * d_in**2 * width) / machine.doubles + LAUNCHES * count * machine.launch  # (1)
+
+    def single(d_in: int, d_out: int) -> float:
+        return (4 / 3 * d_in**3 + d_in**2 * d_out) / machine.doubles  # (2)
+
+    attention, mlp = groups(width, kv), groups(neurons, neurons)
+    qkv, gate = [single(width, width), *[single(width, narrow)] * 2], [single(width, neurons)] * 2
+    yield "groups, carried to the next layer", blocks, [[attention], [mlp]]
+    yield "groups, nothing is carried", 1, [[attention, mlp] * blocks]
+    yield "single weights, carried", blocks, [qkv, [single(width, width)], gate, [single(neurons, width)]]
+    yield "neurons of eight such experts, carried", blocks, [[attention], [mlp] * 8]
+
+
+def longest(seconds: Sequence[float], devices: int) -> float:
+    """Until the last device is done, when each takes the next layer as soon as it is free."""
+    busy = [0.0] * devices
+    for each in seconds:
+        busy[busy.index(min(busy))] += each
+    return max(busy)
 
 
 def llama(width: int, neurons: int, blocks: int, heads: int, kv: int, *, seqlen: int) -> tuple[Shape, Space]:
@@ -139,7 +179,7 @@ def paper(shape: Shape, whole: Space, machine: Machine, tokens: int, seqlen: int
     held, again = (weights, 0) if fits else (4 * block, weights)  # bytes read whenever all blocks are gone through
     yield Line("read the checkpoint", weights / machine.disk, moved=weights, held=held)
     *spaces, last = list_passes(allocator, whole)
-    parts = [list(calibrated(shape, space, machine, tokens, seqlen)) for space in (*spaces, last)]
+    parts = [list(calibrated(shape, space, machine, tokens, seqlen, copies=fits)) for space in (*spaces, last)]
     for rounds in zip(*parts, strict=True):
         read = again * len(rounds) if rounds[0].name == "forward" else 0
         yield Line(
@@ -158,8 +198,14 @@ def paper(shape: Shape, whole: Space, machine: Machine, tokens: int, seqlen: int
     yield Line("write the result", weights / 2 / machine.disk, moved=weights / 2, held=held)
 
 
-def calibrated(shape: Shape, space: Space, machine: Machine, tokens: int, seqlen: int) -> Iterator[Line]:
-    """The parts of a calibration pass by the preset's `obs`, which has the dense model beside it."""
+def calibrated(
+    shape: Shape, space: Space, machine: Machine, tokens: int, seqlen: int, *, copies: bool = True
+) -> Iterator[Line]:
+    """The parts of a calibration pass by the preset's `obs`, which has the dense model beside it.
+
+    `copies`: every device has the model. A layer waits for the candidates of the one before, and what else there is to
+    do with those is done meanwhile: by the other devices, and by a thread that stores.
+    """
     double, statistics = torch.float64.itemsize, statistics_of(PRUNERS.build(Recipe.load("search").pruner).needs)
     passes = 2 * shape.forward(tokens, seqlen, head=False)
     hidden = 2 * tokens * shape.width * shape.computed.itemsize / machine.devices
@@ -173,12 +219,18 @@ def calibrated(shape: Shape, space: Space, machine: Machine, tokens: int, seqlen
         launches += LAUNCHES * site.n_groups * machine.launch
         stored += CandidateStore.bytes(site, ladder, shape.stored)
         most = max(most, Moments.bytes(there, own, {}) + 3 * double * d_in**2)
-    yield Line("forward", passes / machine.forward / machine.devices, passes, held=hidden)
-    yield Line("moments", moments / machine.products / machine.devices, moments)
+    seconds = passes / machine.forward / machine.devices, moments / machine.products / machine.devices
+    yield Line("forward", seconds[0], passes, held=hidden)
+    yield Line("moments", seconds[1], moments)
     note = f"of one calibration pass, {launches:,.0f} s are launches; on one device"
-    yield Line("obs", pruned / machine.doubles + launches, pruned, held=most, note=note)
-    yield Line("errors", judged / machine.doubles, judged, note="on one device")
-    yield Line("store", stored / machine.disk, moved=stored)
+    yield Line("obs", chain := pruned / machine.doubles + launches, pruned, held=most, note=note)
+    errors, store, note = judged / machine.doubles, stored / machine.disk, ""
+    if machine.devices > 1 and copies:
+        note, chain = "of one calibration pass, {:.1f} s meanwhile", chain + sum(seconds)
+        errors, store = max(0.0, errors - (machine.devices - 1) * chain), max(0.0, store - chain)
+    told = note or "on one device"
+    yield Line("errors", errors, judged, note=told.format(judged / machine.doubles - errors))
+    yield Line("store", store, moved=stored, note=note.format(stored / machine.disk - store))
 
 
 # -- here ----------------------------------------------------------------------------------------------

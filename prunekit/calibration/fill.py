@@ -8,9 +8,10 @@ it will really see.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from prunekit.calibration.flow import BlockFlow, by_expert
 from prunekit.calibration.gradients import Gradients, OutputFisher
 from prunekit.calibration.moments import ExpertMoments, Moments
+from prunekit.calibration.pool import Pool, Task
 from prunekit.calibration.shared import SharedFlow
 from prunekit.calibration.statistics import STATISTICS, statistics_of
 from prunekit.calibration.sublayer import StreamedSubLayer, in_model, order_of, token_forwards
@@ -44,6 +46,10 @@ from prunekit.system.progress import Progress
 
 PRICED_AT_ONCE = 16  # candidates of a site that are made for their price alone
 Carry = Literal["dense", "centre", "expected"]
+Reader = Callable[[int], Candidate]
+"""count -> candidate of a site, in the memory of the machine."""
+Prices = tuple[list[float], list[float]]
+"""Errors of all counts of a ladder, and nats where they are asked for."""
 
 
 def build(
@@ -68,6 +74,7 @@ def build(
     reference: nn.Module | None = None,
     room: Room | None = None,
     team: Team | None = None,
+    devices: Sequence[torch.device] = (),
     progress: Progress,
     label: str = "prune",
 ) -> tuple[tuple[float, ...], ...]:
@@ -99,6 +106,8 @@ def build(
         reference: the dense model, where `model` is another: what statistics of a dense stream are of.
         room: where activations are kept.
         team: workers that stream the calibration tokens side by side; None: nobody else.
+        devices: that work on layer problems while the pass goes on, as far as it need not wait for them; (): it waits
+            for all, on the device of the model. On devices alike the candidates are the same, to the bit.
         progress: advanced at every site.
         label: of the stage.
 
@@ -125,63 +134,169 @@ def build(
     flows = (flow,) if other is None else (flow, other)
     rungs_of = dict(zip(space.sites, space.ladders, strict=True))
     centre_of = dict(zip(space.sites, centre, strict=True))
+    carried = rungs_of if carry == "expected" else {site: (count,) for site, count in centre_of.items()}
     chosen = {} if decision is None else _by_site(space.sites, decision)
     weights = sum(map(adapter.multiplied, adapter.blocks(model))) if "sub-layer" in pruner.needs else 0
+    pool = Pool(() if "sub-layer" in pruner.needs else devices)  # who trains runs what the pass itself goes through
 
-    def stated(site: Site) -> LayerProblem | None:  # moments of wide maps are large: they end with this scope
-        moments, against = flow.received(site, statistics), None if other is None else other.received(site)
+    def stated(site: Site) -> list[tuple[LayerProblem, bool]]:
+        # moments of wide maps are large: they end with this scope
+        receive = "received_by_expert" if site.experts else "received"
+        moments, *against = (getattr(each, receive)(site, statistics if each is flow else ()) for each in flows)
         if site in store:
-            return None
+            return []
+        if site.experts:
+            return expert_problems(
+                model, adapter, site, moments, needs, damping, fisher, *against, reference=reference
+            )  # fmt: skip
         problem = layer_problem(
-            model, adapter, site, moments, needs, damping, gradients, fisher, against,
+            model, adapter, site, moments, needs, damping, gradients, fisher, *against,
             last=not site.input_group, reference=reference,
         )  # fmt: skip
-        return problem if "sub-layer" not in pruner.needs else _beside_its_sublayer(problem, model, adapter, site, flow)
+        if "sub-layer" in pruner.needs:
+            problem = _beside_its_sublayer(problem, model, adapter, site, flow)
+        return [(problem, True)]
 
-    def fill(site: Site) -> None:
-        if (whole := stated(site)) is None:
-            return
+    def fill(site: Site) -> Reader:
+        if not (problems := stated(site)):
+            return partial(store.get, site)
         give_back()  # pruners make large matrices, which find no place in what activations have left
-        layer, made = whole.restricted_to(pruner.needs), (centre_of[site],) if sparse else rungs_of[site]
-        root = None if fisher is None else whole.output_root
-        kept, errors, nats = _judged(pruner, layer, site, rungs_of[site], made, dtype, root, sparse, chosen.get(site))
-        numbers = [measured(signal, whole, site) for signal in signals]
-        worth = scored(pruner, layer, site) if scores else None
-        found, trained = [in_model(site, candidate) for candidate in kept], _trained(layer, site, weights)
-        store.put(site, found, errors, numbers, worth, keeps=made, nats=nats, trained=trained)
-
-    def fill_experts(site: Site) -> None:
-        moments = flow.received_by_expert(site, statistics)
-        against = None if other is None else other.received_by_expert(site)
-        if site in store:
-            return
-        problems = expert_problems(model, adapter, site, moments, needs, damping, fisher, against, reference=reference)
-        give_back()
         made = (centre_of[site],) if sparse else rungs_of[site]
-        root = None if fisher is None else problems[0][0].output_root  # of what all experts add to
-        kept, errors, nats = _judged_experts(pruner, problems, site, rungs_of[site], made, dtype, root, sparse)
-        store.put(site, kept, errors, [], None, keeps=made, nats=nats)
+        root = None if fisher is None or not site.experts else problems[0][0].output_root  # of what all experts add to
+        asked = Asked(
+            pruner, site.one, [count * site.tile for count in rungs_of[site]], [count * site.tile for count in made],
+            dtype, sparse, chosen.get(site), () if site.experts else signals, scores and not site.experts,
+            fisher is not None, root, weights, bool(site.experts),
+        )  # fmt: skip
+        tasks = [pool.begin(partial(_solve, asked, [problems.pop(0)])) for _ in range(len(problems))]
+        pool.end(partial(_put, store, site, made, tasks))
+        return partial(store.get, site) if site in store else partial(_read, store, site, made, tasks)
 
-    with progress.stage(label, len(space.sites)) as stage:
+    with progress.stage(label, len(space.sites)) as stage, pool:
         for index, sites in groupby(space.sites, key=lambda site: site.block):
             here = tuple(sites)
             unfinished = any(site not in store for site in here)  # then all are met again: each needs what was before
             # of a pruner that sees this block dense: what the next one is reached through
-            behind = dict[Site, Tensor]()
-            for site in here:
-                if unfinished:
-                    (fill_experts if site.experts else fill)(site)
-                counts = rungs_of[site] if carry == "expected" else (centre_of[site],)
-                weight = None if carry == "dense" else expected_weight(store, site, counts)
-                if weight is not None and pruner.within == "block":
-                    behind[site], weight = weight, None
-                for each in flows:
-                    each.carry(site, weight)
-                stage.advance(note=site.name)
+            behind = dict[Site, Reader]()
+            for _, alike in groupby(here, key=lambda site: site.input_group or site.name):
+                # what reaches sites of one input does not depend on what is carried by another of them
+                readers = {site: fill(site) if unfinished else partial(store.get, site) for site in alike}
+                for site, reader in readers.items():
+                    weight = None
+                    if carry != "dense" and pruner.within == "block":
+                        behind[site] = reader
+                    elif carry != "dense":
+                        weight = expected_weight(reader, carried[site])
+                    for each in flows:
+                        each.carry(site, weight)
+                    stage.advance(note=site.name)
+            through = {site: expected_weight(reader, carried[site]) for site, reader in behind.items()}
             for each in flows:
-                each.advance(index, behind)
+                each.advance(index, through)
             give_back()
     return tuple(tuple(store.errors(site)) for site in space.sites)
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is asked about a layer: of a site, or of one of its experts."""
+
+    pruner: LocalPruner
+    site: Site
+    ladder: Sequence[int]
+    made: Sequence[int]  # counts of it that candidates are kept of
+    dtype: torch.dtype  # of candidates
+    sparse: bool  # the other counts are only priced
+    chosen: tuple[Sequence[int], Float[Tensor, " kept"] | None] | None  # the groups that a learner keeps, their scales
+    signals: Sequence[Signal]
+    scores: bool
+    nats: bool
+    root: Float[Tensor, "d_out d_out"] | None  # R that the prices in nats share with others; None: the layer's own
+    weights: int  # that a token is multiplied with in all blocks
+    expert: bool  # it is one of several, whose errors weigh as they are powerful
+
+    def root_of(self, whole: LayerProblem) -> Tensor | None:
+        """The `output_root`, where rungs are priced in nats."""
+        if not self.nats:
+            return None
+        return whole.output_root if self.root is None else self.root.to(whole.weight.device)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a layer and its candidates: no other layer waits for it."""
+
+    errors: list[float]  # of all counts
+    nats: list[float]
+    signals: list[float]
+    scores: list[float] | None
+    trained: int  # token-forwards
+    power: float | None  # E‖W x‖² of an expert that tokens have reached; None: of any other layer
+
+
+def _solve(
+    asked: Asked, stated: list[tuple[LayerProblem, bool]], device: torch.device | None
+) -> tuple[list[Candidate], Callable[[], Measured]]:
+    """The candidates of a layer, in the memory of the machine, and what measures the rest.
+
+    `stated`: the layer, and whether tokens have reached it, in a list so that nobody else holds what is large.
+    """
+    whole, reached = stated.pop()
+    whole = whole if device is None else whole.to(device)
+    layer = whole.restricted_to(asked.pruner.needs)
+    kept, prices = _found(asked, layer, partial(asked.root_of, whole))
+
+    def measure() -> Measured:
+        errors, nats = prices()
+        numbers = [measured(signal, whole, asked.site) for signal in asked.signals]
+        worth = scored(asked.pruner, layer, asked.site) if asked.scores else None
+        trained, power = _trained(layer, asked.site, asked.weights), whole.power if asked.expert and reached else None
+        return Measured(errors, nats, numbers, worth, trained, power)
+
+    return [in_model(asked.site, candidate).to("cpu") for candidate in kept], measure
+
+
+def _put(
+    store: CandidateStore, site: Site, made: Sequence[int], tasks: Sequence[Task[list[Candidate], Measured]]
+) -> None:
+    """Store a site when all is there, of an expert in every task where there are several."""
+    found, rows = _candidates(site, tasks), [task.rest.result() for task in tasks]
+    row = rows[0] if not site.experts else _of_experts(rows)
+    store.put(site, found, row.errors, row.signals, row.scores, keeps=made, nats=row.nats, trained=row.trained)
+
+
+def _candidates(site: Site, tasks: Sequence[Task[list[Candidate], Measured]]) -> list[Candidate]:
+    """Those of a site, as soon as they are there."""
+    of_tasks = [task.made.result() for task in tasks]
+    return [side_by_side(each) for each in zip(*of_tasks, strict=True)] if site.experts else of_tasks[0]
+
+
+def _read(
+    store: CandidateStore, site: Site, made: Sequence[int], tasks: Sequence[Task[list[Candidate], Measured]], count: int
+) -> Candidate:
+    """A candidate as soon as it is there, as the store will give it."""
+    return store.read_back(site, count, _candidates(site, tasks)[made.index(count)])
+
+
+def _of_experts(rows: Sequence[Measured]) -> Measured:
+    """One of all experts of a site of their neurons.
+
+        error = Σ_e P_e error_e / Σ_e P_e,   P_e = E‖W_e x_e‖²        over the experts that tokens have reached
+
+    Nats add up over them.
+    """
+    share = [row.power or 0.0 for row in rows]
+    weights = [power / (sum(share) or 1.0) for power in share]
+    errors = [
+        sum((w * e for w, e in zip(weights, each, strict=True)), 0.0)
+        for each in zip(*(row.errors for row in rows), strict=True)
+    ]
+    there = [float(row.power is not None) for row in rows]
+    nats = [
+        sum((t * n for t, n in zip(there, each, strict=True)), 0.0)
+        for each in zip(*(row.nats for row in rows), strict=True)
+    ]
+    return Measured(errors, nats, [], None, 0, None)
 
 
 def _check_needs(plugins: Sequence[LocalPruner | Signal], other_passes: Mapping[str, Any]) -> None:
@@ -346,77 +461,37 @@ def side_by_side(candidates: Sequence[Candidate]) -> Candidate:
     return Candidate(tuple(kept), torch.cat([each.weight for each in candidates], 1))
 
 
-Judged = tuple[list[Candidate], list[float], list[float]]
-"""The candidates of counts that are made; errors of all counts, and nats where they are asked for."""
+def _found(
+    asked: Asked, layer: LayerProblem, root: Callable[[], Tensor | None]
+) -> tuple[list[Candidate], Callable[[], Prices]]:
+    """The candidates of the counts that are made, and what prices all counts.
 
-
-def _judged(
-    pruner: LocalPruner,
-    layer: LayerProblem,
-    site: Site,
-    ladder: Sequence[int],
-    made: Sequence[int],
-    dtype: torch.dtype,
-    root: Tensor | None,
-    sparse: bool,
-    chosen: tuple[Sequence[int], Float[Tensor, " kept"] | None] | None = None,
-) -> Judged:
-    """What a pruner makes of a layer; `root`: its `output_root`, where rungs are priced in nats; `chosen`: the groups
-    that a learner keeps, and their scales."""
-    kept: list[Candidate] = []
-    errors: list[float] = []
-    nats: list[float] = []
-    priced = priced_at_once(pruner, layer, site) if sparse and chosen is None else None
-    if chosen is not None:
-        kept.append(kept_groups(pruner, layer, site, *chosen, dtype))
-        errors, nats = judged(layer, kept, root)
-    elif priced is not None:
-        kept += answers(pruner, layer, site, made, dtype, priced)
-        errors += layer.errors(priced)[list(ladder)].tolist()
-        if root is not None:
-            nats += priced.nats(root)[list(ladder)].tolist()
-    else:
-        # all of those that are kept are asked for together; those that are only priced need not be there at once
-        for some in batched(ladder, PRICED_AT_ONCE) if sparse else (ladder,):
-            candidates = answers(pruner, layer, site, some, dtype)
-            lost, cost = judged(layer, candidates, root)
-            errors, nats = errors + lost, nats + cost
-            kept += [c for count, c in zip(some, candidates, strict=True) if count in made]
-    return kept, errors, nats
-
-
-def _judged_experts(
-    pruner: LocalPruner,
-    problems: Sequence[tuple[LayerProblem, bool]],
-    site: Site,
-    ladder: Sequence[int],
-    made: Sequence[int],
-    dtype: torch.dtype,
-    root: Tensor | None,
-    sparse: bool,
-) -> Judged:
-    """What a pruner makes of every expert of a site of their neurons.
-
-        error = Σ_e P_e error_e / Σ_e P_e,   P_e = E‖W_e x_e‖²        over the experts that tokens have reached
-
-    Nats add up over them.
+    `root`: the layer's `output_root`, where rungs are priced in nats.
     """
-    counts, few = ([count * site.tile for count in some] for some in (ladder, made))
-    found, share = list[Judged](), list[float]()
-    for problem, reached in problems:
-        found.append(_judged(pruner, problem.restricted_to(pruner.needs), site.one, counts, few, dtype, root, sparse))
-        share.append(problem.power if reached else 0.0)
-    weights = [power / (sum(share) or 1.0) for power in share]
-    errors = [
-        sum((w * e for w, e in zip(weights, each, strict=True)), 0.0)
-        for each in zip(*(errors for _, errors, _ in found), strict=True)
-    ]
-    there = [float(reached) for _, reached in problems]
-    nats = [
-        sum((t * n for t, n in zip(there, each, strict=True)), 0.0)
-        for each in zip(*(nats for _, _, nats in found), strict=True)
-    ]
-    return [side_by_side(each) for each in zip(*(kept for kept, _, _ in found), strict=True)], errors, nats
+    pruner, site, ladder, dtype = asked.pruner, asked.site, asked.ladder, asked.dtype
+    if asked.chosen is not None:
+        kept = [kept_groups(pruner, layer, site, *asked.chosen, dtype)]
+        return kept, lambda: judged(layer, kept, root())
+    if not asked.sparse:
+        kept = answers(pruner, layer, site, ladder, dtype)
+        return kept, lambda: judged(layer, kept, root())
+    if (nested := priced_at_once(pruner, layer, site)) is not None:
+        kept = answers(pruner, layer, site, asked.made, dtype, nested)
+        return kept, lambda: _all_prices(layer, nested, ladder, root())
+    kept, errors, nats = list[Candidate](), list[float](), list[float]()
+    # all of those that are kept are asked for together; those that are only priced need not be there at once
+    for some in batched(ladder, PRICED_AT_ONCE):
+        candidates = answers(pruner, layer, site, some, dtype)
+        lost, cost = judged(layer, candidates, root())
+        errors, nats = errors + lost, nats + cost
+        kept += [c for count, c in zip(some, candidates, strict=True) if count in asked.made]
+    return kept, lambda: (errors, nats)
+
+
+def _all_prices(layer: LayerProblem, nested: Nested | Truncated, ladder: Sequence[int], root: Tensor | None) -> Prices:
+    """Of refits that are not made."""
+    nats = [] if root is None else nested.nats(root)[list(ladder)].tolist()
+    return layer.errors(nested)[list(ladder)].tolist(), nats
 
 
 def batched(counts: Sequence[int], most: int) -> Iterator[Sequence[int]]:
@@ -583,22 +658,21 @@ def scored(pruner: LocalPruner, layer: LayerProblem, site: Site) -> list[float]:
     return values.double().tolist()
 
 
-def expected_weight(store: CandidateStore, site: Site, counts: Sequence[int]) -> Float[Tensor, "d_out d_in"]:
+def expected_weight(read: Reader, counts: Sequence[int]) -> Float[Tensor, "d_out d_in"]:
     """W̄ = Σ_k k Ŵ_k / Σ_k k over kept counts: the mean activation of the ladder in one weight.
 
     Týr-the-Pruner (arXiv 2503.09657), expectation error accumulation: rungs weigh by what they keep;
     by linearity one forward with W̄ is the weighted mean of one forward per rung.
 
     Args:
-        store: holds the candidates.
-        site: whose.
+        read: the candidates of a site.
         counts: kept groups, or weights per row, of the rungs.
 
     Returns:
         W̄ in float64; zeros where all counts are 0.
     """
     total = sum(counts)
-    mean = store.get(site, counts[0]).weight.double() * (counts[0] / total if total else 0.0)
+    mean = read(counts[0]).weight.double() * (counts[0] / total if total else 0.0)
     for count in counts[1:]:
-        mean += store.get(site, count).weight.double() * (count / total)
+        mean += read(count).weight.double() * (count / total)
     return mean

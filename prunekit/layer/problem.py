@@ -51,6 +51,10 @@ class Producer:
         """
         return required(self.name, self.statistics, statistic)
 
+    def to(self, device: torch.device) -> Producer:
+        """The same on a device."""
+        return replace(self, weight=self.weight.to(device), statistics=_on(device, self.statistics))
+
 
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
@@ -107,6 +111,16 @@ class LayerProblem:
         """
         own = {"gram": self.gram, "cross": self.cross, "drift": self.drift}
         return required(self.name, {**own, **self.statistics}, statistic)
+
+    def to(self, device: torch.device) -> LayerProblem:
+        """The same layer on a device; not one with a sub-layer, which stays where the model is."""
+        if self.weight.device == device:
+            return self
+        cross, drift = (None if each is None else each.to(device) for each in (self.cross, self.drift))
+        return replace(
+            self, weight=self.weight.to(device), gram=self.gram.to(device), cross=cross, drift=drift,
+            statistics=_on(device, self.statistics), producers=tuple(each.to(device) for each in self.producers),
+        )  # fmt: skip
 
     def restricted_to(self, needs: frozenset[Need]) -> LayerProblem:
         """The same layer with what `needs` names and no more, so that no plug-in depends on the needs of another."""
@@ -449,6 +463,10 @@ def _solved_rows(
         values = torch.where(real, right[rows].gather(1, ids), 0)
         found[rows[:, None], ids] = solved(cells, values[..., None])[..., 0]
     return found
+
+
+def _on(device: torch.device, statistics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return {name: value.to(device) for name, value in statistics.items()}
 
 
 def _finite(value: Tensor) -> bool:

@@ -8,6 +8,7 @@ all later ones replay the graph: same kernels, same bits, and no work for the ho
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Protocol
 
 import torch
@@ -64,10 +65,15 @@ def cuda_graph(step: Step, device: torch.device) -> Graph:
         RuntimeError: it does what cannot be captured, or there is no memory for it.
     """
     graph = torch.cuda.CUDAGraph()
-    # another thread may read blocks of a paged model meanwhile
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
+    # torch allows one capture in a process at a time, and has one stream for all of them, on the device of the first:
+    # what is launched on another device would run, and not be captured. Other threads go on meanwhile: they read blocks
+    # of a paged model, or work on other layers.
+    with _CAPTURING, torch.cuda.device(device):
+        own = torch.cuda.Stream(device)
+        with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
+            step()
     return graph
 
 
+_CAPTURING = Lock()
 CAPTURES: dict[str, Callable[[Step, torch.device], Graph]] = {"cuda": cuda_graph}  # by type of device

@@ -37,6 +37,7 @@ class Team(ABC):
     """Workers by number. Who has been asked something waits for nobody else."""
 
     size: int
+    devices: Sequence[torch.device] = ()  # of this process, that may work on layer problems while tokens are streamed
     supernet: object = None  # the supernet that all were told to `open_supernet`
 
     @abstractmethod

@@ -176,7 +176,7 @@ class Run:
             signals=signals, scores=scores, carry=recipe.carry, damping=recipe.damping, dtype=dense.dtype,
             gradients=gradients, fisher=fisher, sparse=sparse, decision=decision, contrast=draws.contrast,
             reference=reference, room=self.room, team=None if alone or trained is not None else team,
-            progress=self.progress, label=label,
+            devices=() if alone or self.team is None else self.team.devices, progress=self.progress, label=label,
         )  # fmt: skip
         if spent := store.trained(space.sites):
             self.ledger.train(label, spent)

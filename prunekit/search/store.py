@@ -149,6 +149,12 @@ class CandidateStore:
         return found.to(device)
 
     @staticmethod
+    def read_back(site: Site, kept: int, candidate: Candidate) -> Candidate:
+        """A candidate as `get` will give it when it is stored, but for producer layers."""
+        encoded = layout_of(site).encode(site, kept, candidate.to("cpu"))
+        return layout_of(site).decode(site, kept, encoded.__getitem__)
+
+    @staticmethod
     def bytes(site: Site, ladder: Sequence[int], dtype: torch.dtype, *, scores: bool = False) -> int:
         """Of the file of a site with candidates of a dtype; single weights: where none that was kept is zero."""
         tensors: dict[str, tuple[torch.dtype, Sequence[int]]] = {}

@@ -114,7 +114,7 @@ def filled(folder: Path, team: Team | None, pruner: LocalPruner | None = None) -
     store = CandidateStore(folder, {})
     errors = build(
         net.model, net.adapter, net.space, net.space.uniform(), pruner or Aimed(), toy_tokens(windows=5), store,
-        dtype=torch.float64, team=team, progress=Progress(),
+        dtype=torch.float64, team=team, devices=() if team is None else team.devices, progress=Progress(),
     )  # fmt: skip
     return Supernet(net.model, net.adapter, net.space, errors, store)
 

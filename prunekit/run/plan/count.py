@@ -168,6 +168,7 @@ class Count:
     after: Runs | None = None  # and on every result
     records: int = 0  # bytes of the small files, which hold no weights
     trials: Trials | None = None  # of the pruner; None: how long it works is not known
+    together: int = 0  # layers that devices with the first one's memory work on while the next is reached; 0: none
     narrowed: int | None = None  # parameters of the narrower model, or that of fewer experts, before groups go
     first: Space | None = None  # of whole experts, where they go before; None: they do not
 
@@ -511,8 +512,8 @@ class Count:
         at_once = alone and type(self.parts.pruner).nested is not LocalPruner.nested
         centre = dict(zip(space.sites, space.nearest(space.uniform()), strict=True))
         size, streams = shape.computed.itemsize, 1 + any("dense" in each.sees for each in statistics)
-        memory = disk = spill = doubles = trained = 0
-        trains = "sub-layer" in self.parts.pruner.needs
+        stated = solved = disk = spill = doubles = trained = 0
+        trains, paged = "sub-layer" in self.parts.pruner.needs, shares.blocks is not None
         took: float | None = 0.0
         twice = self.parts.pruner.within == "block" and self.recipe.carry != "dense"  # dense, and pruned to the next
         flops = (streams + twice) * shape.forward(tokens, self.seqlen, head=False)
@@ -543,7 +544,7 @@ class Count:
             beside = moments if site.input_group else FLOAT * site.d_in * max(next(strips(site.d_in)).stop, made)
             matrices = max(self.parts.pruner.matrices, 3 * nats)  # candidates are priced with H damped, by its factor
             solve = matrices * DOUBLE * site.d_in**2
-            memory = max(memory, moments + beside, moments + weights + solve)
+            stated, solved = max(stated, moments + beside), max(solved, moments + weights + solve)
             if factored:
                 weights += FACTORING * DOUBLE * site.d_in * d_out
             if nats:
@@ -552,7 +553,7 @@ class Count:
             if trains:
                 sent, work, grown, held_too = self._training(site, asked)
                 trained, flops = trained + sent, flops + work
-                memory = max(memory, moments + weights + max(solve, held_too) + len(there_at_once) * each * grown)
+                solved = max(solved, moments + weights + max(solve, held_too) + len(there_at_once) * each * grown)
                 disk += sum(grown * kept_ // site.n_groups for kept_ in kept) * shape.stored.itemsize
             flops += times * Moments.flops(there, own, fed, tokens * site.channels)
             cross = "cross" in needs and site.form.coupled
@@ -562,8 +563,9 @@ class Count:
                 once = 2 * d_out**2 * site.d_in
                 many = len(asked) * once + judging_flops(site.d_in, d_out, [site.d_in] * len(asked), cross=True)
                 doubles += times * (once if at_once else many)
+        memory = stated + self.together * solved if self.together and not (trains or paged) else max(stated, solved)
         inside, spilled = shares.split(spill)
-        read = 0 if shares.blocks is None else self._stored_blocks
+        read = self._stored_blocks if paged else 0
         unknown = "" if took is not None else f"the work of {self.recipe.pruner['name']} itself"
         return Stage(
             name, held + memory, (shares.blocks or 0) + inside, disk, spilled, read, flops, doubles, took or 0.0,

@@ -104,7 +104,9 @@ def planned(
             s.parameters(s.n_groups) - s.parameters(k) for s, (k,) in zip(first.sites, first.ladders, strict=True)
         )
         narrowed = shape.parameters(model) - gone
-    count = Count(parts, shape, tokens, seqlen, members, before, after, records, trials, narrowed, first)
+    # each works on a layer where the model fits all of them, and those of the host have one memory
+    together = 0 if len(devices) == 1 else len(devices) if device.type == "cpu" else 1
+    count = Count(parts, shape, tokens, seqlen, members, before, after, records, trials, together, narrowed, first)
 
     def of(shares: Shares) -> Plan:
         stages = tuple(count.stages(shares))

@@ -27,14 +27,16 @@ class Local(Engine):
         with ExitStack() as stack:
             # one thread each, always the same: what torch keeps by thread stays with its worker
             threads = [stack.enter_context(ThreadPoolExecutor(1, "prunekit")) for _ in devices]
-            yield Threads([Worker(each) for each in (dense, *others)], threads)
+            yield Threads([Worker(each) for each in (dense, *others)], threads, devices)
 
 
 class Threads(Team):
     """Workers in threads of this process."""
 
-    def __init__(self, workers: Sequence[Worker], threads: Sequence[ThreadPoolExecutor]) -> None:
-        self.workers, self.threads, self.size = workers, threads, len(workers)
+    def __init__(
+        self, workers: Sequence[Worker], threads: Sequence[ThreadPoolExecutor], devices: Sequence[torch.device]
+    ) -> None:
+        self.workers, self.threads, self.size, self.devices = workers, threads, len(workers), devices
 
     def ask(self, method: str, each: Sequence[tuple[Any, ...]]) -> list[Any]:
         pairs = zip(self.workers, self.threads, each, strict=False)  # the first so many

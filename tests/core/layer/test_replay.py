@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import local
+from time import sleep
 from typing import Any
 
 import pytest
@@ -139,6 +143,41 @@ def test_replayed_removals_are_the_same(picks, graphs, monkeypatch):
     assert len({*found}) == picks
 
 
+class Capturing:
+    """What `torch.cuda.graph` is asked, and how many at once."""
+
+    def __init__(self) -> None:
+        self.device, self.at_once, self.most = local(), 0, list[int]()
+        self.asked = list[tuple[Any, Any, Any]]()
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        self.device.index = device.index
+        yield
+
+    @contextmanager
+    def graph(self, graph: Any, *, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        self.at_once += 1
+        self.most.append(self.at_once)
+        sleep(0.001)  # others have their turn
+        yield
+        self.asked.append((self.device.index, stream, capture_error_mode))
+        self.at_once -= 1
+
+
+def test_threads_capture_one_at_a_time_each_on_a_stream_of_its_own_device(monkeypatch):
+    capturing = Capturing()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "device", capturing.on)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device.index)
+    monkeypatch.setattr(torch.cuda, "graph", capturing.graph)
+    devices = [torch.device("cuda", index % 4) for index in range(12)]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda device: replay.cuda_graph(lambda: None, device), devices))
+    assert capturing.most == [1] * 12
+    assert sorted(capturing.asked) == sorted((each.index, each.index, "thread_local") for each in devices)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("n", [700, 2048])
@@ -154,3 +193,17 @@ def test_removals_are_captured_on_cuda_and_are_those_that_are_launched_one_by_on
     assert replayed == removal.remove_columns(hessian, weight, n)
     assert captured
     assert not said
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_removals_on_two_cuda_devices_at_once_are_those_of_one_after_the_other():
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(1400, 700, generator=rng, dtype=torch.float64)
+    weight, places = torch.randn(64, 700, generator=rng, dtype=torch.float64), [torch.device("cuda", i) for i in (0, 1)]
+
+    def removed(device: torch.device) -> list[int]:
+        return removal.remove_columns((x.T @ x / len(x)).to(device), weight.to(device), 700)
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(removed, places)) == [removed(device) for device in places]

@@ -283,6 +283,18 @@ def test_what_fits_is_opened_whole_and_what_does_not_block_by_block(folder, larg
     assert not plan_of(folder, memory="1MB").paged  # blocks of nothing
 
 
+def test_layers_that_several_devices_work_on_are_in_memory_at_once(large):
+    def held(count, **changes):
+        stages = plan_of(large, device=",".join(["cpu"] * count), **changes).stages
+        return next(stage.memory for stage in stages if stage.name == "prune 1")
+
+    one, two, three = (held(count, memory="900GiB") for count in (1, 2, 3))
+    layer = three - two  # that one more device works on
+    assert layer >= (1 + 3) * 8 * 3072**2  # the gram of its inputs, and what is made of it
+    assert two - one >= layer  # beside the statistics of the next
+    assert held(1, memory="1GB") == held(3, memory="1GB")  # one copy of a paged model: nobody else works
+
+
 def test_a_pass_takes_as_long_as_its_pruner_where_it_was_tried(folder):
     recipe = Recipe.load("fast").with_overrides({"model": str(folder), "samples": 3, "data.seqlen": 16})
     parts, shape = resolve(recipe), skeleton(str(folder))
