@@ -22,7 +22,7 @@ from prunekit.space.sites import Site
 from prunekit.testing import tiny
 from prunekit.testing.exporters import record_of
 from prunekit.testing.models import EXPERTS, SIZES
-from prunekit_strategies.exporters.onnx import MODEL, ONNX, _halve, _opened
+from prunekit_strategies.exporters.onnx import MODEL, ONNX, _halve, _opened, _sorted
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -169,6 +169,19 @@ def test_values_that_float16_cannot_hold_are_refused(written: tuple[Any, Path]) 
     each.raw_data = np.full(math.prod(each.dims), 1e6, np.float32).tobytes()
     with pytest.raises(pk.WrongInput, match="holds values that float16 cannot; take --dtype float32"):
         _halve(graph)
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_experts_one_after_the_other_add_up_to_what_the_model_computes(model_type: str) -> None:
+    model = pruned(model_type)
+    expected = logits(model, IDS)
+    before = [module for module in model.modules() if "forward" in vars(module)]
+    with _sorted(model):
+        inside = [module for module in model.modules() if "forward" in vars(module)]
+        found = logits(model, IDS)
+    assert len(inside) > len(before)  # else this is the same computation twice
+    assert [module for module in model.modules() if "forward" in vars(module)] == before
+    assert float((found - expected).abs().max()) <= EXACT
 
 
 @pytest.mark.parametrize(
