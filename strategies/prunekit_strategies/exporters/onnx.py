@@ -258,8 +258,8 @@ def _masks(config: Any, seen: Any, here: Any, there: Any) -> Any:
 def _leave_weights(graph: Any, weights: Collection[str]) -> None:
     """Make the initialisers those of the weights alone: buffers and numbers in the code become constants.
 
-    The tracer makes an initialiser of every tensor: of the frequencies of positions, of the factor by which Gemma's embeddings are
-    multiplied, and of what Falcon's attention divides by, which is made of a number anew in every layer.
+    The tracer makes an initialiser of every tensor: of the frequencies of positions, of the factor by which Gemma's
+    embeddings are multiplied, and of what Falcon's attention divides by, which is made of a number anew in every layer.
     """
     from onnx import helper
 

@@ -35,11 +35,13 @@ from prunekit.export.formats import formats_in, why_not_run
 from prunekit.export.fresh import python_of
 from prunekit.export.hf import save, to_transformers
 from prunekit.export.record import Record
-from prunekit.layer.candidates import Candidate
+from prunekit.layer.layouts import layout_of
 from prunekit.models import serving
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.classes import FAMILIES, SERVED, define
+from prunekit.plugins.adapter import Inside
 from prunekit.plugins.registry import ADAPTERS
+from prunekit.space.forms import parse_form
 from prunekit.testing import tiny
 from prunekit.testing.exporters import record_of
 from prunekit.testing.models import EXPERTS, SIZES
@@ -52,13 +54,13 @@ LOST: dict[tuple[int, str], int] = {(0, "attention"): 0, (1, "attention"): 1, (0
 LOST |= {(1, "experts"): 3}
 
 
-def pruned(model_type: str, keep: dict[tuple[int, str], int] = LOST, **sizes: Any) -> Any:
+def pruned(model_type: str, keep: dict[tuple[int, str], int] = LOST, experts: Inside = "whole", **sizes: Any) -> Any:
     """Layers of unequal sizes: the first has no attention, the last no MLP."""
     model, adapter = tiny(model_type, **sizes).float(), adapter_for(model_type)
-    for site in adapter.sites(model):
+    for site in adapter.sites_of(model, parse_form("groups"), experts=experts):
         weight = adapter.linear(adapter.blocks(model)[site.block], site).weight.detach()
         count = min(site.n_groups, keep.get((site.block, site.kind), site.n_groups))
-        adapter.remove(model, site, Candidate(tuple(range(count)), weight))
+        adapter.remove(model, site, layout_of(site).stand_in(site, count, weight))
     return to_transformers(model, adapter).eval().requires_grad_(False)
 
 
@@ -166,6 +168,23 @@ def test_a_broken_promise_of_equal_layers_writes_nothing(tmp_path: Path) -> None
     with pytest.raises(pk.WrongInput, match="of unequal layers"):
         VLLM(equal=True).write(pk.Product(pruned("falcon")), tmp_path)
     assert [*tmp_path.iterdir()] == []
+
+
+def test_neurons_of_experts_are_one_number_or_refused(tmp_path: Path) -> None:
+    one = LOST | {(block, "mlp"): 1 for block in range(3)}
+    model = pruned("mixtral", one, "neurons")
+    VLLM().write(pk.Product(model), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["intermediate_size"] == 8, "vLLM reads this one, and no number by layer"
+    assert all("intermediate_size" not in layer for layer in config["per_layer_config"].values())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
+    several = pruned("mixtral", {(1, "mlp"): 1}, "neurons")
+    order = pk.Order(adapter_for("mixtral"), "groups", "import", config=several.config, settled=True)
+    for refused in (lambda: VLLM().check(order), lambda: VLLM().write(pk.Product(several), tmp_path / "other")):
+        with pytest.raises(pk.WrongInput, match="whose experts have 8 to 16 neurons by layer: vLLM reads one number"):
+            refused()
+    assert not (tmp_path / "other").exists()
 
 
 def test_every_family_has_a_row_in_the_table() -> None:
@@ -338,19 +357,23 @@ def test_why_it_failed_is_the_last_error_that_it_named() -> None:
 
 
 EQUAL = {(block, "attention"): 2 for block in range(3)}  # of three groups
+NEURONS = LOST | {(block, "mlp"): 1 for block in range(3)}  # in experts; of two groups
 CASES: dict[str, tuple[str, dict[tuple[int, str], int], Any]] = {
     **{name: (name, LOST, "import") for name in (*SIZES, *EXPERTS) if name not in REFUSED},
     "llama, bundled": ("llama", LOST, "bundled"),
+    "mixtral, neurons": ("mixtral", NEURONS, "import"),
     "qwen2, equal": ("qwen2", EQUAL, "import"),
 }
 
 
-def for_vllm(model_type: str, keep: dict[tuple[int, str], int], seed: int = 0, **sizes: Any) -> Any:
+def for_vllm(
+    model_type: str, keep: dict[tuple[int, str], int], experts: Inside = "whole", seed: int = 0, **sizes: Any
+) -> Any:
     """With heads of 32, for which there are kernels."""
     named = (SIZES | EXPERTS)[model_type]
     sizes |= {"hidden_size": 192} | {name: 32 for name in ("head_dim", "query_pre_attn_scalar") if name in named}
     sizes |= {name: 0.08 for name in ("initializer_range", "init_std") if name in named}
-    return pruned(model_type, keep, seed=seed, **sizes)
+    return pruned(model_type, keep, experts, seed=seed, **sizes)
 
 
 @pytest.mark.slow
@@ -359,7 +382,7 @@ def test_vllm_answers_what_the_judged_network_does(case: str, tmp_path: Path) ->
     if (why := why_not_run(VLLM())) is not None:
         pytest.skip(why)
     model_type, keep, code = CASES[case]
-    model = for_vllm(model_type, keep)
+    model = for_vllm(model_type, keep, "neurons" if keep is NEURONS else "whole")
     VLLM().write(pk.Product(model, code=code), tmp_path)
     record = record_of_model(model)
     rows = compare(record, VLLM().answers(tmp_path, record.inquiry), VLLM().tolerance(tmp_path))
