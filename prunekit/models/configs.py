@@ -86,9 +86,11 @@ def auto_class(config: Any) -> Any:
     Args:
         config: of the model, or what the file of it holds, whoever made it.
     """
+    kind: Any = None
     if isinstance(config, Mapping):
         name, own = config.get("model_type"), config.get("auto_map")
-        kind = CONFIG_MAPPING[name] if isinstance(name, str) and name in CONFIG_MAPPING else None
+        if isinstance(name, str) and name in CONFIG_MAPPING:
+            kind = CONFIG_MAPPING[name]
     else:
         kind, own = type(config), getattr(config, "auto_map", None)
     own = own if isinstance(own, Mapping) else {}

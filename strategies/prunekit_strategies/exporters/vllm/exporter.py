@@ -128,7 +128,7 @@ def _check_family(family: Family) -> None:
 
 
 def _check_experts(family: Family, config: Any) -> None:
-    """Refuse experts whose neurons vary by layer: vLLM reads one number for all, and takes no smaller tensor."""
+    """Refuse experts whose neurons vary by layer: vLLM asks the config for one number for all."""
     if family.experts is None:
         return
     widths = {getattr(layer, family.experts.width) for layer in config.per_layer_config}
