@@ -1,6 +1,6 @@
 """Family x structure x format: built, saved, loaded, the same logits, and speed beside the dense model.
 
-    python benchmarks/matrix.py --families llama,phi3 --rounds 7
+    python benchmarks/matrix.py --families llama,phi3 --formats hf,gguf --rounds 7
 
 Models of random weights in float32, half of every site removed. `uneven`: one attention and one MLP are dropped whole,
 others keep different counts; `equal`: all layers keep the same. Experts are never dropped altogether, and `equal` keeps
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -139,7 +139,7 @@ def parity(exporter: Exporter, product: Product, folder: Path, fresh: bool) -> s
     return f"{apart:.0e}" if apart else "equal"
 
 
-def rows(name: str, rounds: int, fresh: bool) -> Iterator[Row]:
+def rows(name: str, formats: Sequence[str], rounds: int, fresh: bool) -> Iterator[Row]:
     """All of one family."""
     adapter, dense = adapter_for(name), dense_of(name)
     for structure, (form, _) in STRUCTURES.items():
@@ -158,7 +158,7 @@ def rows(name: str, rounds: int, fresh: bool) -> Iterator[Row]:
             each: str(Ratio.of(getattr(found["small"], each), getattr(found["dense"], each))) if found else ""
             for each in ("prefill", "decode")
         }
-        for exporter in map(EXPORTERS.build, EXPORTERS):
+        for exporter in map(EXPORTERS.build, formats):
             order = Order(
                 adapter, parse_form(form).units, "import", small.num_parameters(), 4, config=small.config, settled=True
             )
@@ -176,6 +176,7 @@ def rows(name: str, rounds: int, fresh: bool) -> Iterator[Row]:
 
 def main(
     families: Annotated[str, typer.Option(help="by comma; all that are registered, if none is named")] = "",
+    formats: Annotated[str, typer.Option(help="by comma; all that are registered, if none is named")] = "",
     rounds: Annotated[int, typer.Option(help="in which speeds are taken, at least 6; 0: none")] = 7,
     fresh: Annotated[bool, typer.Option(help="load in a process of its own")] = False,
 ) -> None:
@@ -185,7 +186,7 @@ def main(
     print("| family | structure | format | parameters | class | parity | prefill | decode |")
     print("|---|---|---|---|---|---|---|---|")
     for name in families.split(",") if families else ADAPTERS:
-        for row in rows(name, rounds, fresh):
+        for row in rows(name, formats.split(",") if formats else [*EXPORTERS], rounds, fresh):
             print(row, flush=True)
 
 

@@ -96,6 +96,9 @@ def _language_model(family: Family, stock: Any, values: dict[str, Any], sizes: l
     """(config, class) of a language model, the stock ones where `stock` is given; no class of what is only a part."""
     if stock is not None:
         return stock, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(stock), None)
+    if family.experts is not None:  # engines read one number of neurons for the experts of all layers
+        width = family.experts.width
+        values = values | ({width: sizes[0][width]} if len({size[width] for size in sizes}) == 1 else {})
     layers: Any = values | {"per_layer_config": dict(enumerate(sizes))}
     if family.text is not None:
         return CONFIG_MAPPING[family.text](**layers), None

@@ -94,11 +94,24 @@ def _asked(
     from prunekit.export.fresh import Failed, ask_fresh
 
     trusted = "trusted" if trust_remote_code or _is_ours(directory) else ""
-    how = [directory.resolve(), "" if blocks is None else blocks, trusted, new_tokens]
+    how = [directory.resolve(), _auto_class(directory), "" if blocks is None else blocks, trusted, new_tokens]
     try:
         return ask_fresh(__file__, asked, how)
     except Failed as error:
         raise NotVerified(f"{directory} does not load in a fresh process:\n{error}") from error
+
+
+def _auto_class(directory: Path) -> str:
+    """Name of the class of transformers that loads a folder; what no config says, the fresh process will."""
+    from prunekit.errors import WrongInput
+    from prunekit.models.configs import CONFIG, auto_class
+    from prunekit.system.files import read_json
+
+    try:
+        config = read_json(directory / CONFIG)
+    except WrongInput:
+        config = {}
+    return auto_class(config).__name__
 
 
 def _is_ours(directory: Path) -> bool:
@@ -119,12 +132,12 @@ def _is_ours(directory: Path) -> bool:
 
 
 def answer(
-    asked: Mapping[str, Tensor], directory: str, blocks: str, trusted: str, new_tokens: str
+    asked: Mapping[str, Tensor], directory: str, auto: str, blocks: str, trusted: str, new_tokens: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Load and compare, or answer, in the fresh process."""
     import torch
 
-    model, tensors = _loaded(Path(directory), blocks, trusted)
+    model, tensors = _loaded(Path(directory), auto, blocks, trusted)
     with torch.no_grad():
         if "logits" in asked:
             expected = asked["logits"].double()
@@ -142,9 +155,10 @@ def answer(
     return {"parameters": _count(model), "tensors": tensors}, found
 
 
-def _loaded(directory: Path, blocks: str, trusted: str) -> tuple[Any, int]:
+def _loaded(directory: Path, auto: str, blocks: str, trusted: str) -> tuple[Any, int]:
     """(the model in float32, the number of tensors in its files); all of them are used, and all of it is in them."""
     import torch
+    import transformers
     from safetensors import safe_open
 
     config = json.loads((directory / "config.json").read_text())
@@ -154,7 +168,7 @@ def _loaded(directory: Path, blocks: str, trusted: str) -> tuple[Any, int]:
     trust: dict[str, Any] = {"trust_remote_code": bool(trusted)}
     if not blocks:
         how: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
-        found: Any = _auto_class(config).from_pretrained(directory, **how, **trust)
+        found: Any = getattr(transformers, auto).from_pretrained(directory, **how, **trust)
         model = found[0].eval()
         if strange := sorted({*found[1]["missing_keys"], *found[1]["unexpected_keys"]}):
             raise SystemExit(f"the checkpoint and its model do not agree in {', '.join(strange)}")
@@ -172,14 +186,6 @@ def _loaded(directory: Path, blocks: str, trusted: str) -> tuple[Any, int]:
         with safe_open(file, "pt") as stored:
             tensors += len(stored.keys())
     return model, tensors
-
-
-def _auto_class(config: Mapping[str, Any]) -> Any:
-    """The class of transformers that a user would load a folder with this config by."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    of_images = str((config.get("architectures") or [""])[0]).endswith("ForConditionalGeneration")
-    return AutoModelForImageTextToText if of_images else AutoModelForCausalLM
 
 
 def _continued(model: Any, prompt: Tensor, new_tokens: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,19 @@ def parse_config(source: str, path: str, *, trust_remote_code: bool = False) -> 
 
 
 def auto_class(config: Any) -> Any:
-    """The class of transformers that opens a model by its config: of text, or of images and text."""
-    kind, own = type(config), getattr(config, "auto_map", None) or {}
+    """The class of transformers that opens a model: of text, or of images and text.
+
+    Args:
+        config: of the model, or what the file of it holds, whoever made it.
+    """
+    kind: Any = None
+    if isinstance(config, Mapping):
+        name, own = config.get("model_type"), config.get("auto_map")
+        if isinstance(name, str) and name in CONFIG_MAPPING:
+            kind = CONFIG_MAPPING[name]
+    else:
+        kind, own = type(config), getattr(config, "auto_map", None)
+    own = own if isinstance(own, Mapping) else {}
     takes_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or AutoModelForImageTextToText.__name__ in own
     of_text = kind in MODEL_FOR_CAUSAL_LM_MAPPING or AutoModelForCausalLM.__name__ in own
     return AutoModelForImageTextToText if takes_images and not of_text else AutoModelForCausalLM

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from prunekit.models.configs import CONFIG, auto_class
 from prunekit.models.opening import converted_as
 from prunekit.recipe.schema import Recipe
 from prunekit.report.document import gained, kept_promise, parts_of, promise
@@ -19,16 +20,17 @@ from prunekit.system.files import read_json, write_bytes, write_json
 PICTURE = "sparsity.svg"
 
 
-def card(document: Mapping[str, Any], recipe: Recipe, facts: Mapping[str, Any], *, images: bool = False) -> str:
+def card(
+    document: Mapping[str, Any], recipe: Recipe, facts: Mapping[str, Any], auto: str = "AutoModelForCausalLM"
+) -> str:
     """Write the text of README.md of a pruned model.
 
     Args:
         document: the report.
         recipe: what it was made by.
         facts: licence and language of the source, for the front matter.
-        images: whether the model takes images, too.
+        auto: name of the class of transformers that loads the model.
     """
-    auto = "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
     dense, pruned, losses = document["dense"], document["pruned"], document["losses"]
     source = str(document["model"])
     name = _line(Path(source).name or Path(source).resolve().name)
@@ -106,14 +108,8 @@ def write(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
         write_bytes(folder / name, content)
     narrow = document.get("width", {"channels": 1, "of": 1})
     write_bytes(folder / PICTURE, draw(document["sites"], narrow["channels"] / narrow["of"]).encode())
-    write_bytes(folder / "README.md", card(document, recipe, facts, images=_takes_images(folder)).encode())
-
-
-def _takes_images(folder: Path) -> bool:
-    """Whether the model that lies there takes images beside text."""
-    config = folder / "config.json"
-    named = read_json(config).get("architectures") if config.is_file() else None
-    return any(str(name).endswith("ForConditionalGeneration") for name in named or ())
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    write_bytes(folder / "README.md", card(document, recipe, facts, auto_class(config).__name__).encode())
 
 
 def _written(samples: Sequence[Mapping[str, Any]]) -> str:

@@ -12,7 +12,7 @@ import copy
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +174,9 @@ def _traced(model: Any) -> Any:
             optimize=False, verbose=False,  # folding would store transposed copies of tied weights
         )  # fmt: skip
     assert program is not None
-    return program.model_proto
+    graph = program.model_proto
+    _leave_weights(graph, {f"model.{name}" for name, _ in model.named_parameters(remove_duplicate=False)})
+    return graph
 
 
 def _cache_shapes(model: Any) -> dict[int, tuple[tuple[int, int], tuple[int, int]]]:
@@ -257,6 +259,25 @@ def _masks(config: Any, seen: Any, here: Any, there: Any) -> Any:
     if getattr(config, "layer_types", None):
         return {"full_attention": added(seen), "sliding_attention": added(near)}
     return added(near)
+
+
+def _leave_weights(graph: Any, weights: Collection[str]) -> None:
+    """Make the initialisers those of the weights alone: buffers and numbers in the code become constants.
+
+    The tracer makes an initialiser of every tensor: of the frequencies of positions, of the factor by which Gemma's
+    embeddings are multiplied, and of what Falcon's attention divides by, which is made of a number anew in every layer.
+    """
+    from onnx import helper
+
+    parts = graph.graph
+    others = [place for place, each in enumerate(parts.initializer) if each.name not in weights]
+    found = [parts.initializer[place] for place in others]
+    nodes = [helper.make_node("Constant", [], [each.name], name=each.name, value=each) for each in found]
+    nodes += parts.node
+    del parts.node[:]
+    parts.node.extend(nodes)
+    for place in reversed(others):
+        del parts.initializer[place]
 
 
 def _name_dimensions(graph: Any) -> None:
@@ -445,14 +466,13 @@ def answer(
 
 
 def _counted(path: Path) -> tuple[int, int]:
-    """(numbers in the model's own tensors, how many these are); all of them are used by a node."""
+    """(numbers in the weights, which are the initialisers; how many these are); all of them are used by a node."""
     import math
 
     import onnx
 
     graph = onnx.load(str(path / MODEL), load_external_data=False).graph
     used = {name for node in graph.node for name in node.input}
-    own = [each for each in graph.initializer if each.name.startswith("model.") and "rotary" not in each.name]
-    if idle := [each.name for each in own if each.name not in used]:
+    if idle := [each.name for each in graph.initializer if each.name not in used]:
         raise SystemExit(f"the graph holds {idle[0]} and does not use it")
-    return sum(math.prod(each.dims) for each in own), len(own)
+    return sum(math.prod(each.dims) for each in graph.initializer), len(graph.initializer)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from prunekit import WrongInput
+from prunekit.models.configs import auto_class
 from prunekit.models.opening import loaded, skeleton
 
 
@@ -84,3 +86,21 @@ def changed(folder: Path, place: Path, values: dict[str, Any]) -> Path:
     (place / "config.json").unlink()
     (place / "config.json").write_text(json.dumps(config))
     return place
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "prunekit_llama", "llava", "qwen2_5_vl", "prunekit_qwen2_5_vl", "mamba"]
+)
+def test_a_file_and_the_config_made_of_it_name_the_same_class(model_type: str) -> None:
+    sizes = {"text_config": {"per_layer_config": {}}} if "vl" in model_type else {"per_layer_config": {}}
+    config = AutoConfig.for_model(model_type, **(sizes if model_type.startswith("prunekit_") else {}))
+    images = model_type.endswith(("llava", "vl"))
+    wanted = AutoModelForImageTextToText if images else AutoModelForCausalLM
+    assert auto_class(config) is auto_class({"model_type": model_type}) is wanted
+    other = {"model_type": "unknown", "auto_map": {wanted.__name__: "code.Model"}}
+    assert auto_class(other) is wanted
+
+
+@pytest.mark.parametrize("values", [{}, {"model_type": []}, {"model_type": "llava-like", "auto_map": "none"}])
+def test_what_says_nothing_is_opened_as_a_model_of_text(values: dict[str, Any]) -> None:
+    assert auto_class(values) is AutoModelForCausalLM

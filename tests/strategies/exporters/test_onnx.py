@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from prunekit.space.sites import Site
 from prunekit.testing import tiny
 from prunekit.testing.exporters import record_of
 from prunekit.testing.models import EXPERTS, SIZES
-from prunekit_strategies.exporters.onnx import MODEL, ONNX, _halve, _opened
+from prunekit_strategies.exporters.onnx import MODEL, ONNX, _halve, _opened, _sorted
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -115,8 +116,9 @@ def test_weights_are_stored_once_and_nothing_of_this_machine_is(written: tuple[A
     model, path = written
     parameters = sum(p.numel() for p in model.parameters())
     graph = onnx.load(path / MODEL).graph
-    stored = sum(math.prod(each.dims) for each in graph.initializer)
-    assert parameters <= stored <= parameters + 8  # rotary frequencies
+    assert parameters == sum(math.prod(each.dims) for each in graph.initializer)
+    constants = [node.output[0] for node in graph.node if node.op_type == "Constant"]
+    assert "model.model.rotary_emb.inv_freq" in constants  # which is no weight
     assert str(Path(__file__).parents[3]).encode() not in (path / MODEL).read_bytes()
 
 
@@ -169,6 +171,19 @@ def test_values_that_float16_cannot_hold_are_refused(written: tuple[Any, Path]) 
         _halve(graph)
 
 
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_experts_one_after_the_other_add_up_to_what_the_model_computes(model_type: str) -> None:
+    model = pruned(model_type)
+    expected = logits(model, IDS)
+    before = [module for module in model.modules() if "forward" in vars(module)]
+    with _sorted(model):
+        inside = [module for module in model.modules() if "forward" in vars(module)]
+        found = logits(model, IDS)
+    assert len(inside) > len(before)  # else this is the same computation twice
+    assert [module for module in model.modules() if "forward" in vars(module)] == before
+    assert float((found - expected).abs().max()) <= EXACT
+
+
 @pytest.mark.parametrize(
     ("model_type", "changes", "sentence"),
     [
@@ -186,6 +201,16 @@ def test_what_no_graph_can_hold_is_refused_before_any_work(
         ONNX().check(pk.Order(adapter_for(model_type), "groups", "import", config=config))
 
 
+def rounding(model: Any) -> float:
+    """Nats by which float32 moves the model itself.
+
+    Where one neuron is left and a norm stands behind it, as in Gemma, the neuron's sign decides, and that of a value
+    near zero is a matter of rounding: there it is 3e-4, elsewhere 1e-5 and less.
+    """
+    exact = logits(copy.deepcopy(model).double(), IDS).log_softmax(-1)
+    return float((logits(model, IDS).log_softmax(-1) - exact).abs().max())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_family_answers_the_same(variant: str, tmp_path: Path) -> None:
@@ -195,5 +220,5 @@ def test_every_family_answers_the_same(variant: str, tmp_path: Path) -> None:
     ONNX().check(order)
     ONNX().write(pk.Product(model), tmp_path / "onnx")
     record = record_of(pk.Product(model), pk.Probe(IDS, logits(model, IDS), sum(p.numel() for p in model.parameters())))
-    rows = compare(record, ONNX().answers(tmp_path / "onnx", record.inquiry), EXACT)
+    rows = compare(record, ONNX().answers(tmp_path / "onnx", record.inquiry), max(EXACT, 10 * rounding(model)))
     assert [row for row in rows if row.agrees is not True] == []

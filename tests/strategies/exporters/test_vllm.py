@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import stat
+import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,23 +22,26 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner
 
 import prunekit as pk
 from prunekit.cli.main import app
+from prunekit.demo import MODEL
 from prunekit.export.compare import compare
 from prunekit.export.formats import formats_in, why_not_run
 from prunekit.export.fresh import python_of
 from prunekit.export.hf import save, to_transformers
 from prunekit.export.record import Record
-from prunekit.layer.candidates import Candidate
+from prunekit.layer.layouts import layout_of
 from prunekit.models import serving
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.classes import FAMILIES, SERVED, define
+from prunekit.plugins.adapter import Inside
 from prunekit.plugins.registry import ADAPTERS
+from prunekit.space.forms import parse_form
 from prunekit.testing import tiny
 from prunekit.testing.exporters import record_of
 from prunekit.testing.models import EXPERTS, SIZES
@@ -44,13 +54,13 @@ LOST: dict[tuple[int, str], int] = {(0, "attention"): 0, (1, "attention"): 1, (0
 LOST |= {(1, "experts"): 3}
 
 
-def pruned(model_type: str, keep: dict[tuple[int, str], int] = LOST, **sizes: Any) -> Any:
+def pruned(model_type: str, keep: dict[tuple[int, str], int] = LOST, experts: Inside = "whole", **sizes: Any) -> Any:
     """Layers of unequal sizes: the first has no attention, the last no MLP."""
     model, adapter = tiny(model_type, **sizes).float(), adapter_for(model_type)
-    for site in adapter.sites(model):
+    for site in adapter.sites_of(model, parse_form("groups"), experts=experts):
         weight = adapter.linear(adapter.blocks(model)[site.block], site).weight.detach()
         count = max(site.least, min(site.n_groups, keep.get((site.block, site.kind), site.n_groups)))
-        adapter.remove(model, site, Candidate(tuple(range(count)), weight))
+        adapter.remove(model, site, layout_of(site).stand_in(site, count, weight))
     return to_transformers(model, adapter).eval().requires_grad_(False)
 
 
@@ -158,6 +168,23 @@ def test_a_broken_promise_of_equal_layers_writes_nothing(tmp_path: Path) -> None
     with pytest.raises(pk.WrongInput, match="of unequal layers"):
         VLLM(equal=True).write(pk.Product(pruned("falcon")), tmp_path)
     assert [*tmp_path.iterdir()] == []
+
+
+def test_neurons_of_experts_are_one_number_or_refused(tmp_path: Path) -> None:
+    one = LOST | {(block, "mlp"): 1 for block in range(3)}
+    model = pruned("mixtral", one, "neurons")
+    VLLM().write(pk.Product(model), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["intermediate_size"] == 8, "vLLM reads this one, and no number by layer"
+    assert all("intermediate_size" not in layer for layer in config["per_layer_config"].values())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
+    several = pruned("mixtral", {(1, "mlp"): 1}, "neurons")
+    order = pk.Order(adapter_for("mixtral"), "groups", "import", config=several.config, settled=True)
+    for refused in (lambda: VLLM().check(order), lambda: VLLM().write(pk.Product(several), tmp_path / "other")):
+        with pytest.raises(pk.WrongInput, match="whose experts have 8 to 16 neurons by layer: vLLM reads one number"):
+            refused()
+    assert not (tmp_path / "other").exists()
 
 
 def test_every_family_has_a_row_in_the_table() -> None:
@@ -330,19 +357,23 @@ def test_why_it_failed_is_the_last_error_that_it_named() -> None:
 
 
 EQUAL = {(block, "attention"): 2 for block in range(3)}  # of three groups
+NEURONS = LOST | {(block, "mlp"): 1 for block in range(3)}  # in experts; of two groups
 CASES: dict[str, tuple[str, dict[tuple[int, str], int], Any]] = {
     **{name: (name, LOST, "import") for name in (*SIZES, *EXPERTS) if name not in REFUSED},
     "llama, bundled": ("llama", LOST, "bundled"),
+    "mixtral, neurons": ("mixtral", NEURONS, "import"),
     "qwen2, equal": ("qwen2", EQUAL, "import"),
 }
 
 
-def for_vllm(model_type: str, keep: dict[tuple[int, str], int], seed: int = 0) -> Any:
+def for_vllm(
+    model_type: str, keep: dict[tuple[int, str], int], experts: Inside = "whole", seed: int = 0, **sizes: Any
+) -> Any:
     """With heads of 32, for which there are kernels."""
     named = (SIZES | EXPERTS)[model_type]
-    sizes = {"hidden_size": 192} | {name: 32 for name in ("head_dim", "query_pre_attn_scalar") if name in named}
+    sizes |= {"hidden_size": 192} | {name: 32 for name in ("head_dim", "query_pre_attn_scalar") if name in named}
     sizes |= {name: 0.08 for name in ("initializer_range", "init_std") if name in named}
-    return pruned(model_type, keep, seed=seed, **sizes)
+    return pruned(model_type, keep, experts, seed=seed, **sizes)
 
 
 @pytest.mark.slow
@@ -351,7 +382,7 @@ def test_vllm_answers_what_the_judged_network_does(case: str, tmp_path: Path) ->
     if (why := why_not_run(VLLM())) is not None:
         pytest.skip(why)
     model_type, keep, code = CASES[case]
-    model = for_vllm(model_type, keep)
+    model = for_vllm(model_type, keep, "neurons" if keep is NEURONS else "whole")
     VLLM().write(pk.Product(model, code=code), tmp_path)
     record = record_of_model(model)
     rows = compare(record, VLLM().answers(tmp_path, record.inquiry), VLLM().tolerance(tmp_path))
@@ -360,6 +391,71 @@ def test_vllm_answers_what_the_judged_network_does(case: str, tmp_path: Path) ->
         other = record_of_model(for_vllm(model_type, keep, seed=1))
         rows = compare(other, VLLM().answers(tmp_path, other.inquiry), VLLM().tolerance(tmp_path))
         assert "log-probabilities" in [row.what for row in rows if row.agrees is False]
+
+
+@contextmanager
+def server_of(folder: Path, log: Path) -> Iterator[Callable[..., Any]]:
+    """The server of vLLM on a folder, with its engine in a process of its own, as what asks it by HTTP."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {name: value for name, value in engine.SETTINGS.items() if name.startswith("VLLM_CPU")}
+    command = [python_of(VARIABLE), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", "small", "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("w") as said:
+        process = subprocess.Popen(
+            [*command, "--dtype", "float32", "--enforce-eager"],
+            env=os.environ | engine.OFFLINE | settings, cwd=log.parent, stdout=said, stderr=said,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def ask(path: str, **what: Any) -> Any:
+        body = json.dumps({"model": "small", "temperature": 0, "ignore_eos": True, "return_token_ids": True} | what)
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body.encode(), headers)
+        with urllib.request.urlopen(request, timeout=300) as reply:
+            return json.load(reply)
+
+    try:
+        while True:
+            assert process.poll() is None, log.read_text()[-4000:]
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            time.sleep(1)
+        yield ask
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.mark.slow
+def test_the_server_of_vllm_completes_and_chats_over_http(tmp_path: Path) -> None:
+    if (why := why_not_run(VLLM())) is not None:
+        pytest.skip(why)
+    tokenizer, folder = AutoTokenizer.from_pretrained(MODEL), tmp_path / "small"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}def "
+    model = for_vllm("llama", LOST, vocab_size=len(tokenizer))
+    VLLM().write(pk.Product(model, tokenizer), folder)
+
+    def continued(ids: list[int]) -> list[int]:
+        how = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        return model.generate(torch.tensor([ids]), **how)[0, len(ids) :].tolist()
+
+    text, turns = "import os\n\n", [{"role": "user", "content": "read a file"}]
+    ids = tokenizer(text)["input_ids"]
+    with server_of(folder, tmp_path / "log") as ask:
+        (whole,) = ask("/v1/completions", prompt=text, max_tokens=16)["choices"]
+        chat = ask("/v1/chat/completions", messages=turns, max_tokens=16)
+    assert whole["prompt_token_ids"] == ids
+    assert whole["token_ids"] == continued(ids)
+    assert whole["text"] == tokenizer.decode(whole["token_ids"])
+    asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert chat["prompt_token_ids"] == asked
+    assert chat["choices"][0]["token_ids"] == continued(asked)
 
 
 @pytest.mark.slow

@@ -73,10 +73,13 @@ class VLLM(pk.Exporter):
         unequal = order.units in ("groups", "low-rank") and not (order.settled and not _is_ours(order.config))
         if unequal and not self.equal:
             _check_family(family)
+        if order.settled and _is_ours(order.config):
+            _check_experts(family, order.config)
 
     def write(self, product: pk.Product, path: Path) -> None:
         if _is_ours(product.model.config):
             _check_family(product.model.family)  # type: ignore[arg-type]
+            _check_experts(product.model.family, product.model.config)  # type: ignore[arg-type]
         self._hf.write(product, path)
         config = read_json(path / "config.json")
         heads, width = config.get("num_attention_heads"), config.get("head_dim")
@@ -124,3 +127,15 @@ def _has_experts(path: Path) -> bool:
 def _check_family(family: Family) -> None:
     if (why := REFUSED.get(family.model_type)) is not None:
         raise pk.WrongInput(f"format 'vllm' cannot write {family.prefix} models of unequal layers: {why}")
+
+
+def _check_experts(family: Family, config: Any) -> None:
+    """Refuse experts whose neurons vary by layer: vLLM asks the config for one number for all."""
+    if family.experts is None:
+        return
+    widths = {getattr(layer, family.experts.width) for layer in config.per_layer_config}
+    if len(widths) > 1:
+        raise pk.WrongInput(
+            f"format 'vllm' cannot write {family.prefix} models whose experts have {min(widths):,} to {max(widths):,} "
+            f"neurons by layer: vLLM reads one number for all layers; prune with allocator uniform, or take format 'hf'"
+        )
