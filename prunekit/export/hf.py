@@ -224,10 +224,9 @@ def _write_paged(model: PreTrainedModel, directory: Path, dtype: torch.dtype | N
         for name in state
         if first[id(state[name])] == name
     }
-    named, ours = dict[str, Tensor](), dict[str, str]()
-    for name, meta in metas.items():  # one by one: matrices of experts are split, and have another name each
-        split = revert_weight_conversion(model, {name: meta})
-        named, ours = named | split, ours | dict.fromkeys(split, name)
+    named = revert_weight_conversion(model, metas)
+    # matrices of experts are split, and have another name each
+    ours = {new: name for name, meta in metas.items() for new in revert_weight_conversion(model, {name: meta})}
 
     @lru_cache(maxsize=2)  # both parameters with the experts of a block, whose parts follow one another in a file
     def split_of(name: str) -> dict[str, Tensor]:

@@ -7,13 +7,14 @@ from prunekit.calibration.flow import BlockFlow
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.statistics import statistics_of
 from prunekit.models import blocks as blocks_of
+from prunekit.models.adapters.experts import MixtureOfExperts
 from prunekit.models.adapters.find import adapter_for
 from prunekit.plugins.registry import ADAPTERS
 from prunekit.space.forms import WEIGHTS
 from prunekit.testing import tiny, toy_tokens
-from prunekit.testing.models import EXPERTS
 
-FAMILIES = [family for family in ADAPTERS if family not in EXPERTS]  # of experts no single weights are removed
+# of experts no single weights are removed
+FAMILIES = [name for name in ADAPTERS if not isinstance(adapter_for(name), MixtureOfExperts)]
 
 
 @pytest.fixture(autouse=True)

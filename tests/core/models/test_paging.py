@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_verified_block_by_block(folder, tmp_path):
     path, ids = folder("qwen3"), toy_tokens().ids
     with torch.no_grad():
         logits = opened(str(path)).model(ids).logits
-    found, _ = answer({"ids": ids, "logits": logits}, str(path), "0", "", "0")
+    found, _ = answer({"ids": ids, "logits": logits}, str(path), "AutoModelForCausalLM", "0", "", "0")
     assert (found["difference"], found["parameters"]) == (0, sum(p.numel() for p in tiny("qwen3").parameters()))
 
 
