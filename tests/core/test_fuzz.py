@@ -93,7 +93,7 @@ def emptied(place: Path) -> Path:
     return place
 
 
-EXAMPLES = pytest.mark.parametrize("examples", [pytest.param(12, id="some"), pytest.param(700, marks=pytest.mark.slow)])
+EXAMPLES = pytest.mark.parametrize("examples", [pytest.param(6, id="some"), pytest.param(700, marks=pytest.mark.slow)])
 
 
 def repeated(test: Callable[[Any], None], strategy: st.SearchStrategy[Any], examples: int) -> None:

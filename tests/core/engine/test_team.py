@@ -51,6 +51,7 @@ def test_nothing_is_lost_and_nobody_is_idle():
     assert sum((part.origins or (part.source,) * len(part) for part in parts), ()) == batch.origins
 
 
+@pytest.mark.slow  # the same on pretended devices, and of every part of it, are not
 def test_a_run_on_two_devices_ends_where_one_does(recipe: Recipe):
     changes = [{"device": device, "dtype": "float64"} for device in ("cpu", "cpu,cpu")]  # sums are in another order
     results = [prunekit.prune(recipe=recipe.with_overrides(each), quiet=True) for each in changes]

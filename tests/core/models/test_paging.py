@@ -189,8 +189,8 @@ def text_in(folder) -> dict[str, Any]:
         pytest.param("lfm2", {"pruner": "wanda", "allocator": "uniform", "sparsity": 0.3}, marks=pytest.mark.slow),
         pytest.param("qwen3_next", {"sparsity": 0.3}, marks=pytest.mark.slow),
         ("mixtral", {"sparsity": 0.3}),
-        ("qwen2_moe", {"sparsity": 0.3, "experts": "neurons"}),
-        ("gpt_oss", {"sparsity": 0.3, "allocator": "uniform"}),
+        pytest.param("qwen2_moe", {"sparsity": 0.3, "experts": "neurons"}, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", {"sparsity": 0.3, "allocator": "uniform"}, marks=pytest.mark.slow),
         ("opt", {"finishers": ["bias"], "allocator": "softmax", "objective": "expected-error"}),
     ],
 )

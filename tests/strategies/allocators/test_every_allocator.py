@@ -59,7 +59,9 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 
 
 class TestEveryAllocator(AllocatorSuite):
-    @pytest.fixture(autouse=True, params=[*ALLOCATORS, *VARIANTS])
+    @pytest.fixture(
+        autouse=True, params=[*ALLOCATORS, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)]
+    )
     def _plugin(self, request: pytest.FixtureRequest) -> None:
         name = request.param
         spec = VARIANTS.get(name, {"name": name, **QUICK.get(name, {})})

@@ -139,6 +139,7 @@ def test_onnxruntime_answers_what_the_judged_network_does(written: tuple[Any, Pa
         ONNX().verify(path, pk.Probe(IDS, probe.logits, 1))
 
 
+@pytest.mark.slow
 def test_weights_in_float16_are_rounded_once_and_computed_with_in_float32(
     written: tuple[Any, Path], tmp_path: Path
 ) -> None:

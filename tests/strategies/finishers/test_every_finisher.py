@@ -28,9 +28,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 
 def suites() -> Iterator[type[FinisherSuite]]:
     for name in FINISHERS:
-        for options in VARIANTS.get(name, [{}]):
+        for number, options in enumerate(VARIANTS.get(name, [{}])):
             label = "_".join([name, *(f"{k}_{v}" for k, v in options.items())])
-            yield type(f"Test_{label}", (FinisherSuite,), {"plugin": FINISHERS.build({"name": name} | options)})
+            late = {"pytestmark": pytest.mark.slow} if number else {}
+            yield type(f"Test_{label}", (FinisherSuite,), {"plugin": FINISHERS.build({"name": name} | options)} | late)
 
 
 globals().update({suite.__name__: suite for suite in suites()})

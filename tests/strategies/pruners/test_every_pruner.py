@@ -58,12 +58,16 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 
 
+ALWAYS = ("obs", "sparsegpt")  # others lean on them, so that their variants are not left to the slow tests
+
+
 def suites() -> Iterator[type[PrunerSuite]]:
     for name in PRUNERS:
-        for options in (QUICK.get(name, {}), *VARIANTS.get(name, ())):
+        for number, options in enumerate((QUICK.get(name, {}), *VARIANTS.get(name, ()))):
             label = "_".join([name, *(f"{k}_{v}" for k, v in options.items())])
             plugin = PRUNERS.build({"name": name} | options)
-            yield type(f"Test_{label}", (PrunerSuite,), {"plugin": plugin})
+            late = {"pytestmark": pytest.mark.slow} if number and name not in ALWAYS else {}
+            yield type(f"Test_{label}", (PrunerSuite,), {"plugin": plugin} | late)
 
 
 globals().update({suite.__name__: suite for suite in suites()})
