@@ -251,6 +251,7 @@ def test_a_model_that_does_not_fit_needs_a_folder_for_the_result(folder):
         made(folder("llama"), None, paged=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, GIB])
 def test_a_paged_family_is_the_unpaged_one_member_by_member(limit, folder, tmp_path):
     path, names = folder("qwen2", vocab_size=2048), ["0.2", "0.4"]

@@ -231,6 +231,7 @@ def test_the_blocks_of_a_device_come_first_where_they_fit(free, own, blocks):
 # -- a run --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_on_two_devices_writes_what_a_run_on_one_writes(folder, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog, 17 times a day. " * 100)
     asked: dict[str, Any] = {

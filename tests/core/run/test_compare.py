@@ -266,6 +266,7 @@ def test_where_the_first_step_takes_long_all_are_tried_and_the_second_is_left_ou
     assert any("others were better" in row.reason for row in found.rows)
 
 
+@pytest.mark.slow
 def test_enough_time_is_no_halving(asked: Any, done: Comparison) -> None:
     timed = prunekit.compare(**asked, time="1h")
     finals = [

@@ -173,6 +173,7 @@ def test_what_one_member_has_learnt_no_other_pays_for(folder, monkeypatch, searc
 # -- again, and after an interruption -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["walk", "second conversation", "second member"])
 def test_an_interrupted_family_goes_on_to_the_same_bytes(
     folder, made, tmp_path, killed_at, monkeypatch, when, searched

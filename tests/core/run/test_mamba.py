@@ -98,6 +98,7 @@ def test_conjugate_gradients_go_where_exact_solves_go(
         torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", ["weights", "2:4"])
 def test_a_search_moves_weights_between_maps_and_goes_on_after_a_kill(
     folder: Path,
@@ -154,6 +155,7 @@ def test_what_cannot_be_done_is_said_before_any_work(
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_pruned_model_is_evaluated_with_its_speed(folder: Path) -> None:
     found = evaluate(str(folder), DataSpec(dataset=str(folder / "text.txt"), seqlen=16, evaluation_tokens=256))
     assert found["decode_tokens_per_second"] > 0

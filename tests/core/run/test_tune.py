@@ -119,6 +119,7 @@ def test_a_study_killed_where_it_is_written_goes_on_to_the_same_study(
     assert not list(quick["output"].glob("study.log.*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["nsga-ii", "nsga-iii"])
 def test_generations_are_bred_and_survive_an_interruption(quick, tmp_path: Path, monkeypatch, sampler: str) -> None:
     few = {"nsga-ii": tuning.optuna.samplers.NSGAIISampler, "nsga-iii": tuning.optuna.samplers.NSGAIIISampler}[sampler]

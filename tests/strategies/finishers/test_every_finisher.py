@@ -1,6 +1,7 @@
 """Every registered finisher, with options a user may set, keeps what all finishers promise."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,11 +27,22 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 
 
+INTERRUPTED = ("bias", "reconstruction")  # at every save; others are among the slow tests
+interrupted = FinisherSuite.test_a_work_interrupted_at_any_save_ends_in_the_same_bits
+
+
+@pytest.mark.slow
+def of_others(suite: FinisherSuite, tmp_path: Path, subtests: pytest.Subtests) -> None:
+    interrupted(suite, tmp_path, subtests)
+
+
 def suites() -> Iterator[type[FinisherSuite]]:
     for name in FINISHERS:
         for number, options in enumerate(VARIANTS.get(name, [{}])):
             label = "_".join([name, *(f"{k}_{v}" for k, v in options.items())])
-            late = {"pytestmark": pytest.mark.slow} if number else {}
+            late: dict[str, Any] = {"pytestmark": pytest.mark.slow} if number else {}
+            if name not in INTERRUPTED:
+                late[interrupted.__name__] = of_others
             yield type(f"Test_{label}", (FinisherSuite,), {"plugin": FINISHERS.build({"name": name} | options)} | late)
 
 
