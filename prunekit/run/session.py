@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from prunekit.data.draws import Draws, draw, window_of
 from prunekit.data.spec import DataSpec
-from prunekit.data.windows import DEFAULTS
+from prunekit.data.windows import DEFAULTS, LEAST, whole_windows
 from prunekit.errors import WrongInput
 from prunekit.export.formats import check_installed
 from prunekit.measure.fit import doubts
@@ -386,12 +386,39 @@ def _announce(
         f"{amount(plan.disk)} of disk; `prunekit plan` with the same options says where"
     )
     if told["seconds_known"] > LONG:
-        kept = {"pruner", "sparsity", "family", "structure", "of", "heads", "experts", "dtype", "device", "memory"}
-        text = {f"data.{key}": value for key, value in parts.recipe.data.model_dump(exclude_defaults=True).items()}
-        short = resolve(Recipe.load(SHORT).with_overrides(parts.recipe.model_dump(include=kept) | text))
-        found = make_plan(short, *shape, job.output, asked, trials=tried(short, shape)).as_dict(rates)
-        took = span(found["seconds_known"])
-        job.progress.say(f"with --recipe {SHORT} it takes {took}; ctrl-c stops, the same command goes on")
+        options, took = _shorter(parts.recipe, shape, job.output, asked, rates, told["seconds_known"] / 10)
+        if took < told["seconds_known"] / 2:
+            job.progress.say(
+                f"with {options} in the place of the method's options it takes {span(took)}; ctrl-c stops, the same "
+                "command goes on"
+            )
+
+
+def _shorter(
+    recipe: Recipe,
+    shape: tuple[PreTrainedModel, ModelAdapter],
+    output: Path | None,
+    asked: Sequence[float] | None,
+    rates: Rates,
+    seconds: float,
+) -> tuple[str, float]:
+    """Options of a run of the same text and budget in so many seconds, as far as fewer tokens get, and what it takes."""
+    kept = {"pruner", "sparsity", "family", "structure", "of", "heads", "experts", "dtype", "device", "memory"}
+    same = recipe.model_dump(include=kept)
+    same |= {f"data.{key}": value for key, value in recipe.data.model_dump(exclude_defaults=True).items()}
+    seqlen = window_of(recipe.data, limits(shape[0])["max_seqlen"])
+
+    def taken(tokens: int) -> float:
+        short = resolve(Recipe.load(SHORT).with_overrides(same | {"data.calibration_tokens": tokens}))
+        plan = make_plan(short, *shape, output, asked, trials=tried(short, shape))
+        return plan.as_dict(rates)["seconds_known"]
+
+    tokens = Recipe.load(SHORT).data.calibration_tokens or DEFAULTS["calibration"]
+    took = taken(tokens)
+    if took > seconds:
+        tokens = max(whole_windows(LEAST, seqlen), int(tokens * seconds / took) // seqlen) * seqlen
+        took = taken(tokens)
+    return f"--recipe {SHORT} --calibration-tokens {tokens}", took
 
 
 def make_plan(

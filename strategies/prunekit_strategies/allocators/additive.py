@@ -32,6 +32,8 @@ class Additive(Allocator):
         check_choices(self)
         if min(self.rounds, self.candidates, self.tokens) < 1 or not 0 < self.stride <= 1:
             raise ValueError("rounds, candidates and tokens are at least 1, stride is in 0..1")
+        if self.rounds > 1 and self.table != "probes":
+            raise ValueError(f"a table of {self.table} is the same in every round: rounds={self.rounds} is for `probes`")
         Probes(self.reach, self.points, self.probe_tokens)  # refuses what it cannot use
 
     @property
@@ -59,7 +61,7 @@ class Additive(Allocator):
     def search(self, problem: Problem) -> Search:
         space, best = problem.space, problem.start
         dense = tuple(site.n_groups for site in space.sites)
-        for n in range(self.rounds if self.table == "probes" else 1):
+        for n in range(self.rounds):
             if self.table != "probes":
                 table = told(problem, self.table)
             else:

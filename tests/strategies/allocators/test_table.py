@@ -121,3 +121,9 @@ def test_drop_or_keep_is_one_question_per_site_and_one_for_the_dense_model():
     probes = converse(allocator, toy).asks[0]
     assert all(q.probe for q in probes)
     assert len(probes) == 1 + len(toy.space.sites)
+
+
+@pytest.mark.parametrize("table", ["errors", "fisher"])
+def test_rounds_of_a_table_that_stays_the_same_are_refused(table):
+    with pytest.raises(ValueError, match="same in every round"):
+        DynamicProgramming(table=table, rounds=2)
