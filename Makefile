@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types wheel tests random slow format clean
+.PHONY: demo test lint types wheel tests random slow browser format clean
 
 demo: $(VENV)/installed
 	$(BIN)/prunekit demo --output demo-output
@@ -36,6 +36,12 @@ random: $(VENV)/installed-dev
 
 slow: $(VENV)/installed-dev
 	$(BIN)/pytest -m "slow and not gpu"
+
+# pages in a browser: what is missing is an error here, where the other targets leave these tests out
+browser: $(VENV)/installed-dev
+	$(PIP) --no-build-isolation --editable ".[browser]"
+	@command -v chromium google-chrome chrome > /dev/null || { echo "make browser needs chromium or google-chrome on the PATH, e.g. apt-get install chromium"; exit 1; }
+	BROWSER_TESTS=1 $(BIN)/pytest -m slow tests/core/report/test_page_browser.py
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

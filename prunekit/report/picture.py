@@ -36,7 +36,7 @@ def removed_shares(sites: Sequence[Mapping[str, Any]], width: float = 1.0) -> di
             sizes[_alike(site)] = site["parameters"] / site["kept"]
     dense, kept = defaultdict[tuple[str, int], float](float), defaultdict[tuple[str, int], float](float)
     for site in sites:
-        key, size = (_part(site), site["block"]), sizes.get(_alike(site), 1.0)
+        key, size = (part_of(site), site["block"]), sizes.get(_alike(site), 1.0)
         dense[key] += size * site["groups"]
         kept[key] += size * site["kept"]
     parts = dict.fromkeys(part for part, _ in dense)
@@ -76,7 +76,7 @@ def draw(sites: Sequence[Mapping[str, Any]], width: float = 1.0) -> str:
     return "\n".join([*lines, "</svg>", ""])
 
 
-def _part(site: Mapping[str, Any]) -> str:
+def part_of(site: Mapping[str, Any]) -> str:
     """The sub-layer that a site is in, from its kind, or its place in the block."""
     inside = re.sub(r"^.*?\.\d+\.", "", site["name"]).split(".")[0]
     if site["kind"] == "mixer" or inside in MIXERS:

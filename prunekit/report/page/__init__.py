@@ -18,7 +18,8 @@ from typing import Any
 from prunekit.errors import WrongInput, first_line
 from prunekit.report.page.charts import Chart
 from prunekit.report.page.part import Part
-from prunekit.report.page.parts import parts_of
+from prunekit.report.page.parts import kind_of, parts_of
+from prunekit.report.page.sizes import parts_of_several
 from prunekit.system.files import write_bytes
 
 PAGE = "report.html"  # name of the page in a result
@@ -47,9 +48,9 @@ def write_page(folders: Sequence[Path], output: Path) -> Path:
     """
     if not can_draw():
         raise WrongInput(EXTRA)
-    write_bytes(
-        output, page([part for i, folder in enumerate(folders) for part in parts_of(folder, f"run-{i}")]).encode()
-    )
+    parts = [part for i, folder in enumerate(folders) for part in parts_of(folder, f"run-{i}")]
+    results = [folder for folder in folders if kind_of(folder) == "result"]
+    write_bytes(output, page([*parts_of_several(results), *parts]).encode())
     return output
 
 
@@ -92,7 +93,7 @@ def page(parts: Sequence[Part]) -> str:
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 </header>
 <main id="main" tabindex="-1">
-{"".join(map(_section, parts))}
+{"".join(_section(part, title) for part in parts)}
 </main>
 <script type="application/json" id="charts">{_script_safe(charts)}</script>
 <script>
@@ -106,9 +107,10 @@ def page(parts: Sequence[Part]) -> str:
 """
 
 
-def _section(part: Part) -> str:
+def _section(part: Part, title: str) -> str:
+    same = ' class="hidden"' * (part.heading == title)  # as the line above it
     return (
-        f'<section id="{part.anchor}" aria-labelledby="{part.anchor}-h"><h2 id="{part.anchor}-h">'
+        f'<section id="{part.anchor}" aria-labelledby="{part.anchor}-h"><h2 id="{part.anchor}-h"{same}>'
         f"{html.escape(part.heading)}</h2>{part.before}{''.join(map(_figure, part.charts))}{part.after}</section>\n"
     )
 

@@ -1,5 +1,5 @@
-"""The charts of a page, by Altair, as Vega-Lite. Colours are Okabe and Ito's, which colour-blind people tell apart;
-ink has the colour of the text around, so that a chart is readable in light and dark."""
+"""The charts of a page, by Altair, as Vega-Lite. Colours are those of the page's style sheet, which has them for light
+and dark; shapes, dashes, places or a table tell apart what colours do."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8c8c8c"
-INK = "currentColor"
-MANY = [BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", "#e69f00", GREY]
+BLUE, ORANGE, GREEN, PURPLE = "var(--blue)", "var(--orange)", "var(--green)", "var(--purple)"
+GREY, INK = "var(--grey)", "currentColor"
+MANY = [BLUE, ORANGE, GREEN, PURPLE, "var(--brown)", "var(--violet)", GREY]
+DASHES = [[1, 0], [6, 3], [2, 2], [9, 3, 2, 3], [12, 4], [4, 4, 1, 4], [1, 3]]  # as many, for lines
+SHAPES = ["circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "triangle-right"]  # and for points
+PARTS = {"attention": 0, "MLP": 1, "mixer": 2, "experts": 3}  # of a block, with their places in these lists
 CONFIG: dict[str, Any] = {
     "background": "transparent",
     "font": "system-ui, sans-serif",
@@ -22,6 +25,7 @@ CONFIG: dict[str, Any] = {
     "title": {"color": INK},
     "text": {"color": INK},
 }  # fmt: skip
+PHONE = 320  # pixels that a picture has on any phone
 SHOWN = 20  # lines of a picture at most, and rows of a long table before all are asked for
 Rows = Sequence[Mapping[str, Any]]
 
@@ -48,38 +52,58 @@ def _tall(rows: Sequence[object]) -> int:
     return 24 * max(1, len(rows))
 
 
+def _named(made: Chart, field: str) -> Chart:
+    """With names beside the points of the layer `dots`, at any width none on another: where there is no room, no name.
+
+    Vega places such labels, Vega-Lite does not say how, so the mark is added to what it compiles to. Earlier points get
+    their names first.
+    """
+    places = ["right", "left", "top-right", "bottom-right", "top-left", "bottom-left", "top", "bottom"]
+    room = "[max(9, width), max(9, height)]"  # on the way to a new width it may be 0 for a moment
+    mark = {
+        "type": "text", "name": "names", "from": {"data": "dots_marks"}, "interactive": False,
+        "encode": {"enter": {"text": {"field": f"datum.{field}"}, "fill": {"value": INK}, "fontSize": {"value": 11}}},
+        "transform": [
+            {"type": "label", "size": {"signal": room}, "anchor": places, "offset": [3] * len(places)}
+        ],
+    }  # fmt: skip
+    patch = [{"op": "add", "path": "/marks/-", "value": mark}]
+    return replace(made, spec={**made.spec, "usermeta": {"embedOptions": {"patch": patch}}})
+
+
+def _wide(made: Chart, names: Sequence[str]) -> Chart:
+    """No narrower than what names at its left leave room for a picture beside."""
+    least = 7 * max(map(len, names), default=0) + 150
+    return replace(made, least=least) if least > PHONE else made
+
+
 def _first(rows: Sequence[object], of: int | None) -> str:
     """How many of them are shown, where not all are."""
     return "" if of is None or of <= len(rows) else f", the first {len(rows)} of {of:,}"
 
 
-def _kinds(alt: Any, rows: Rows) -> Any:
-    kinds = {"attention": BLUE, "mlp": ORANGE}
-    kinds |= {"mixer": GREEN} if any(row["kind"] == "mixer" for row in rows) else {}
-    return alt.Color("kind:N", title=None, scale=alt.Scale(domain=[*kinds], range=[*kinds.values()]))
-
-
-def layers(name: str, rows: Rows) -> Chart:
-    """What every block keeps of its attention and its MLP."""
+def layers(name: str, part: str, rows: Rows) -> Chart:
+    """What every block keeps of one part, such as its attention."""
     import altair as alt
 
+    color = MANY[PARTS.get(part, len(MANY) - 1)]
     base = alt.Chart(alt.Data(values=list(rows))).encode(
         x=alt.X("block:O", title="block", sort=None, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
-        xOffset=alt.XOffset("kind:N", sort=None),
     )
-    whole = base.mark_bar(fill=None, stroke=GREY, strokeOpacity=0.6).encode(
-        y=alt.Y("whole:Q", title="kept", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
+    whole = base.mark_bar(fill=None, stroke=GREY, strokeOpacity=0.7).encode(
+        y=alt.Y("whole:Q", title="kept", axis=alt.Axis(format="%", tickCount=4), scale=alt.Scale(domain=[0, 1]))
     ).transform_calculate(whole="1")  # fmt: skip
-    kept = base.mark_bar().encode(
-        y="share:Q", color=_kinds(alt, rows),
-        tooltip=["block:O", "kind:N", "kept:Q", "groups:Q", alt.Tooltip("error:Q", format=".4f")],
+    kept = base.mark_bar(color=color).encode(
+        y="share:Q", tooltip=["block:O", "sites:N", alt.Tooltip("share:Q", format=".1%"),
+                              alt.Tooltip("error:Q", title="relative error", format=".4f")],
     )  # fmt: skip
-    whole_kept = sum(row["share"] for row in rows) / max(1, len(rows))
+    mean = sum(row["share"] for row in rows) / max(1, len(rows))
+    words = part[:1].upper() + part[1:]
     return _made(
-        name, "What every block keeps; the outline is the dense model",
-        f"Bars of the share of attention groups and neurons kept in each of {len({r['block'] for r in rows})} blocks; "
-        f"{whole_kept:.0%} on average. The table of sites has the numbers.",
-        alt.layer(whole, kept),
+        name, f"{words}: what every block keeps, {mean:.0%} on average; the outline is the dense model",
+        f"Bars of the share of {part} kept in each of {len(rows)} blocks; {mean:.0%} on average. The table of sites "
+        "has the numbers.",
+        alt.layer(whole, kept), 150,
     )  # fmt: skip
 
 
@@ -87,14 +111,23 @@ def errors(name: str, rows: Rows) -> Chart:
     """Error against what is kept, a line per site."""
     import altair as alt
 
-    chart = alt.Chart(alt.Data(values=list(rows))).mark_line(opacity=0.55, strokeWidth=1.3).encode(
-        x=alt.X("share:Q", title="kept", axis=alt.Axis(format="%")),
+    parts = list(dict.fromkeys(str(row["kind"]) for row in rows))
+    places = [PARTS.get(part, len(MANY) - 1) for part in parts]
+    legend = alt.Legend(symbolStrokeWidth=2, symbolSize=400)
+    chart = alt.Chart(alt.Data(values=list(rows))).mark_line(opacity=0.8, strokeWidth=1.3).encode(
+        x=alt.X("share:Q", title="kept of the dense site", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
         y=alt.Y("error:Q", title="relative error", scale=alt.Scale(type="sqrt")),
-        color=_kinds(alt, rows), detail="site:N", tooltip=["site:N", alt.Tooltip("share:Q", format=".0%"), "error:Q"],
+        color=alt.Color(
+            "kind:N", title=None, scale=alt.Scale(domain=parts, range=[MANY[i] for i in places]), legend=legend
+        ),
+        strokeDash=alt.StrokeDash(
+            "kind:N", title=None, scale=alt.Scale(domain=parts, range=[DASHES[i] for i in places]), legend=legend
+        ),
+        detail="site:N", tooltip=["site:N", alt.Tooltip("share:Q", format=".0%"), "error:Q"],
     )  # fmt: skip
     return _made(
         name, "Error of every site against what it keeps",
-        f"Lines that fall from few kept groups to all, for {len({row['site'] for row in rows})} sites.", chart,
+        f"Lines that fall from few kept groups to many, for {len({row['site'] for row in rows})} sites.", chart,
     )  # fmt: skip
 
 
@@ -104,9 +137,12 @@ def search(name: str, rows: Rows) -> Chart:
 
     data = alt.Data(values=list(rows))
     x = alt.X("tokens:Q", title="token-forwards", axis=alt.Axis(format="~s"))
-    dots = alt.Chart(data).mark_circle(opacity=0.5, size=28).encode(
+    on = list(dict.fromkeys(row["on"] for row in sorted(rows, key=lambda row: row["each"])))[-len(MANY) :]
+    colors = [GREY, GREEN, PURPLE, "var(--brown)", "var(--violet)", ORANGE, BLUE][-len(on) :]
+    dots = alt.Chart(data).mark_point(filled=True, opacity=0.75, size=28).encode(
         x=x, y=alt.Y("loss:Q", title="objective", scale=alt.Scale(zero=False)),
-        color=alt.Color("on:N", title="judged on", scale=alt.Scale(range=[GREY, BLUE, GREEN, ORANGE])),
+        color=alt.Color("on:N", title="judged on", scale=alt.Scale(domain=on, range=colors)),
+        shape=alt.Shape("on:N", title="judged on", scale=alt.Scale(domain=on, range=SHAPES[: len(on)][::-1])),
         tooltip=["tokens:Q", "loss:Q", "on:N"],
     )  # fmt: skip
     line = alt.Chart(data).mark_line(interpolate="step-after", color=ORANGE, strokeWidth=2).encode(x=x, y="lowest:Q")
@@ -130,21 +166,71 @@ def cost(name: str, rows: Rows) -> Chart:
     return _made(name, "Seconds by stage", f"Seconds: {said}.", chart, _tall(rows))
 
 
-def front(name: str, rows: Rows, size: str, loss: str = "perplexity") -> Chart:
-    """Two things of which both are better when lower, such as size and perplexity."""
+def tried(name: str, rows: Rows, steps: int) -> Chart:
+    """A heat map of what the best allocation so far keeps of every site.
+
+    Args:
+        name: of the chart.
+        rows: of every step and site `step` from 1, `site`, `share`, `tokens` and `loss`; sites in their order.
+        steps: how many times a lower loss was found, of which these may be a part.
+    """
     import altair as alt
 
-    data = alt.Data(values=[row for row in rows if row[loss] is not None])
-    x = alt.X(f"{size}:Q", title=size, scale=alt.Scale(zero=False), axis=alt.Axis(format="~s"))
-    y = alt.Y(f"{loss}:Q", scale=alt.Scale(zero=False))
-    line = alt.Chart(data).mark_line(color=GREY).encode(x=x, y=y).transform_filter("datum.front")
-    dots = alt.Chart(data).mark_point(filled=True, size=80).encode(
-        x=x, y=y, tooltip=["name:N", f"{size}:Q", f"{loss}:Q"],
-        color=alt.Color("front:N", title="on the front", scale=alt.Scale(domain=[True, False], range=[BLUE, GREY])),
+    sites = list(dict.fromkeys(str(row["site"]) for row in rows))
+    chart = alt.Chart(alt.Data(values=list(rows))).mark_rect().encode(
+        x=alt.X("step:O", title="a lower loss was found, from the first to the last time",
+                axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+        y=alt.Y("site:N", title=None, scale=alt.Scale(domain=sites), axis=alt.Axis(labelOverlap=True)),
+        color=alt.Color("share:Q", title="kept", scale=alt.Scale(scheme="viridis", domain=[0, 1]),
+                        legend=alt.Legend(format="%", gradientLength=160)),
+        tooltip=["site:N", alt.Tooltip("share:Q", format=".1%"), alt.Tooltip("tokens:Q", format=","), "loss:Q"],
     )  # fmt: skip
-    names = alt.Chart(data).mark_text(dy=-10, color=INK).encode(x=x, y=y, text="name:N")
-    said = "; ".join(f"{row['name']}: {row[size]:,}, {row[loss]}" for row in rows)
-    return _made(name, f"{size} against {loss}", f"Points: {said}.", line + dots + names)
+    moved = [
+        (abs(last["share"] - first["share"]), last["site"], first["share"], last["share"])
+        for first, last in zip(rows[: len(sites)], rows[-len(sites) :], strict=True)
+    ]
+    _, most, before, after = max(moved)
+    shown = len(rows) // len(sites)
+    made = _made(
+        name, "What the best allocation so far keeps of every site: the brighter, the more"
+        + (f"; {shown} of {steps} steps" if shown < steps else ""),
+        f"Heat map of {len(sites)} sites by {shown} steps. {most} changes most, from {before:.0%} to {after:.0%}.",
+        chart, min(900, max(160, 14 * len(sites))),
+    )  # fmt: skip
+    return _wide(made, sites)
+
+
+def front(name: str, rows: Rows, size: str, loss: str = "perplexity", title: str = "", share: bool = False) -> Chart:
+    """Two things of which both are better when lower, such as size and perplexity.
+
+    Args:
+        name: of the chart.
+        rows: of every point its `name`, both things, and whether it is on the `front`.
+        size: key of the one.
+        loss: of the other.
+        title: what the one is, if its key does not say it.
+        share: whether it is a share of the dense model's.
+    """
+    import altair as alt
+
+    title = title or size
+    known = [row for row in rows if row[loss] is not None]
+    data = alt.Data(values=sorted(known, key=lambda row: not row["front"]))  # the front is named first
+    x = alt.X(
+        f"{size}:Q", title=title, scale=alt.Scale(zero=False, padding=16), axis=alt.Axis(format="%" if share else "~s")
+    )
+    y = alt.Y(f"{loss}:Q", scale=alt.Scale(zero=False, padding=16))
+    line = alt.Chart(data).mark_line(color=GREY).encode(x=x, y=y).transform_filter("datum.front")
+    words = {True: "on the front", False: "beaten in both"}
+    said = alt.Scale(domain=list(words.values()), range=[BLUE, GREY])
+    shapes = alt.Scale(domain=list(words.values()), range=["circle", "square"])
+    dots = alt.Chart(data, name="dots").mark_point(filled=True, size=80).encode(
+        x=x, y=y, tooltip=["name:N", f"{size}:Q", f"{loss}:Q"],
+        color=alt.Color("on:N", title=None, scale=said), shape=alt.Shape("on:N", title=None, scale=shapes),
+    ).transform_calculate(on=f"datum.front ? '{words[True]}' : '{words[False]}'")  # fmt: skip
+    told = "; ".join(f"{row['name']}: {row[size]:.1%}, {row[loss]}" if share else
+                     f"{row['name']}: {row[size]:,}, {row[loss]}" for row in rows)  # fmt: skip
+    return _named(_made(name, f"{title} against {loss}", f"Points: {told}.", line + dots), "name")
 
 
 def trials(name: str, rows: Rows, metric: str) -> Chart:
@@ -239,8 +325,15 @@ def grid(name: str, rows: Rows, sides: tuple[str, str], where: str, most: float)
     return replace(made, least=7 * max(map(len, down)) + 24 * len(across))
 
 
-def intervals(name: str, rows: Rows, of: int | None = None) -> Chart:
-    """Differences with their intervals, the best first; `of`: how many there are, where these are the first of them."""
+def intervals(name: str, rows: Rows, to: str, of: int | None = None) -> Chart:
+    """Differences with their intervals, the best first.
+
+    Args:
+        name: of the chart.
+        rows: of every cell.
+        to: what they are differences from.
+        of: how many cells there are, where these are the first of them.
+    """
     import altair as alt
 
     data = alt.Data(values=[row for row in rows if row["low"] is not None])
@@ -248,46 +341,99 @@ def intervals(name: str, rows: Rows, of: int | None = None) -> Chart:
     y = alt.Y("cell:N", title=None, sort=None, scale=alt.Scale(domain=order))
     zero = alt.Chart(alt.Data(values=[{"x": 0}])).mark_rule(color=INK, strokeDash=[3, 3]).encode(x="x:Q")
     words = ["not separated from the best", "worse than the best"]
-    color = alt.Color("tied:N", title=None, scale=alt.Scale(domain=words, range=[BLUE, ORANGE]))
-    shape = alt.Shape("tied:N", title=None, scale=alt.Scale(domain=words, range=["circle", "square"]))
-    title = "log ratio to uniform; left is better"
+    legend = alt.Legend(columns=1)  # beside each other they are wider than a phone
+    color = alt.Color("tied:N", title=None, scale=alt.Scale(domain=words, range=[BLUE, ORANGE]), legend=legend)
+    shape = alt.Shape("tied:N", title=None, scale=alt.Scale(domain=words, range=["circle", "square"]), legend=legend)
     bars = alt.Chart(data).mark_rule(strokeWidth=2).encode(
-        y=y, x=alt.X("low:Q", title=title), x2="high:Q", color=color,
+        y=y, x=alt.X("low:Q", title="log ratio", axis=alt.Axis(tickCount=6, labelOverlap=True)), x2="high:Q",
+        color=color,
     )  # fmt: skip
     dots = alt.Chart(data).mark_point(filled=True, size=60).encode(
         y=y, x="mean:Q", color=color, shape=shape,
         tooltip=["cell:N", alt.Tooltip("mean:Q", format="+.4f"), alt.Tooltip("low:Q", format="+.4f"),
                  alt.Tooltip("high:Q", format="+.4f")],
     )  # fmt: skip
-    return _made(
-        name, f"Differences with 95 % intervals{_first(rows, of)}",
+    made = _made(
+        name, f"Log ratio of perplexity to {to}, with 95 % intervals{_first(rows, of)}; left is better",
         "The numbers are in the columns of the leaderboard.",
         zero + bars + dots, _tall(rows),
     )  # fmt: skip
+    return _wide(made, order)
 
 
 def tradeoff(name: str, rows: Rows) -> Chart:
-    """Seconds against perplexity; points that are `named` have their cell's name beside them."""
+    """Seconds against perplexity; points with a `label` have it beside them where there is room."""
     import altair as alt
 
-    data = alt.Data(values=list(rows))
-    x = alt.X("seconds:Q", title="seconds", scale=alt.Scale(type="log", nice=False, padding=24))
-    y = alt.Y("perplexity:Q", scale=alt.Scale(type="log", nice=False, padding=24))
-    dots = alt.Chart(data).mark_point(filled=True, size=60, color=BLUE).encode(
+    data = alt.Data(values=sorted(rows, key=lambda row: not row["label"]))
+    x = alt.X(
+        "seconds:Q", title="seconds", scale=alt.Scale(type="log", nice=False, padding=24),
+        axis=alt.Axis(format="~s", labelOverlap=True),
+    )  # fmt: skip
+    y = alt.Y("perplexity:Q", scale=alt.Scale(type="log", nice=False, padding=24), axis=alt.Axis(labelOverlap=True))
+    dots = alt.Chart(data, name="dots").mark_point(filled=True, size=60, color=BLUE).encode(
         x=x, y=y, tooltip=["cell:N", "seed:O", alt.Tooltip("seconds:Q", format=",.1f"), "perplexity:Q", "tokens:Q"],
     )  # fmt: skip
-    names = (
-        alt.Chart(data)
-        .mark_text(dx=5, dy=-7, align="left", fontSize=11, color=INK)
-        .encode(x=x, y=y, text="cell:N")
-        .transform_filter("datum.named")
-    )
-    some = any(not row["named"] and not row["seed"] for row in rows)
-    few = "; with a name, what nothing faster comes near" if some else ""
-    return _made(
-        name, f"Perplexity against seconds, both on logarithmic axes{few}",
-        "The numbers are in the columns of the leaderboard.", dots + names, 320,
+    made = _made(
+        name, "Perplexity against seconds, both on logarithmic axes; names where there is room",
+        "The numbers are in the columns of the leaderboard.", alt.layer(dots), 320,
     )  # fmt: skip
+    return _named(made, "label")
+
+
+def sizes(name: str, rows: Rows, what: str, of: int | None = None) -> Chart:
+    """A line for every cell over what is kept, and the dense model.
+
+    Args:
+        name: of the chart.
+        rows: of every cell and size `cell`, `kept` as a share and `perplexity`; the dense model's begins every line,
+            and is there once more without a `cell`.
+        what: is kept a share of.
+        of: how many cells there are, where these are the first of them.
+    """
+    import altair as alt
+
+    cells = list(dict.fromkeys(str(row["cell"]) for row in rows if row["cell"]))
+    legend = alt.Legend(columns=1, symbolSize=160) if len(cells) > 3 else alt.Legend(symbolSize=160)
+    x = alt.X("kept:Q", title=f"kept, of {what}", axis=alt.Axis(format="%", tickCount=6),
+              scale=alt.Scale(zero=False, padding=16))  # fmt: skip
+    y = alt.Y("perplexity:Q", scale=alt.Scale(type="log", nice=False, padding=16), axis=alt.Axis(labelOverlap=True))
+
+    def by(channel: Any, of_cells: Sequence[Any]) -> Any:
+        return channel("cell:N", title=None, scale=alt.Scale(domain=cells, range=of_cells[: len(cells)]), legend=legend)
+
+    data = alt.Data(values=[row for row in rows if row["cell"]])
+    base = alt.Chart(data).encode(
+        x=x, y=y, color=by(alt.Color, MANY),
+        tooltip=["cell:N", alt.Tooltip("kept:Q", format=".2%"), alt.Tooltip("perplexity:Q", format=",.2f")],
+    )  # fmt: skip
+    lines = base.mark_line().encode(strokeDash=by(alt.StrokeDash, DASHES))
+    dots = base.mark_point(filled=True, size=60).encode(shape=by(alt.Shape, SHAPES))
+    dense = alt.Chart(alt.Data(values=[row for row in rows if not row["cell"]])).encode(x=x, y=y)
+    whole = dense.mark_point(shape="diamond", size=90, color=INK) + dense.mark_text(
+        dy=14, align="right", text="dense", color=INK
+    )
+    said = "; ".join(f"{row['cell'] or 'dense'} at {row['kept']:.0%}: {row['perplexity']:,.2f}" for row in rows)
+    caption = f"Perplexity against size{_first(cells, of)}"
+    return _made(name, caption, f"Lines over what is kept of {what}: {said}.", lines + dots + whole, 320)
+
+
+def stages(name: str, rows: Rows, steps: Sequence[str], of: int | None = None) -> Chart:
+    """Seconds of every cell by stage, one behind another; `steps`: all stages of the page, each of its colour."""
+    import altair as alt
+
+    cells = list(dict.fromkeys(str(row["cell"]) for row in rows))
+    y = alt.Y("cell:N", title=None, scale=alt.Scale(domain=cells))
+    bars = alt.Chart(alt.Data(values=list(rows))).mark_bar(stroke="var(--paper)").encode(
+        y=y, x=alt.X("seconds:Q", title="seconds", axis=alt.Axis(format="~s", tickCount=6)),
+        color=alt.Color("stage:N", title=None, sort=None, scale=alt.Scale(domain=steps, range=MANY)),
+        order=alt.Order("place:Q"), tooltip=["cell:N", "stage:N", alt.Tooltip("seconds:Q", format=",.1f")],
+    )  # fmt: skip
+    made = _made(
+        name, f"Seconds by stage{_first(cells, of)}; the table below has the numbers",
+        f"Bars of {len(cells)} cells, of {', '.join(steps)}. The table has the numbers.", bars, _tall(cells),
+    )  # fmt: skip
+    return _wide(made, cells)
 
 
 def anytime(name: str, rows: Rows, of: int | None = None) -> Chart:
@@ -295,14 +441,14 @@ def anytime(name: str, rows: Rows, of: int | None = None) -> Chart:
     import altair as alt
 
     cells = list(dict.fromkeys(str(row["cell"]) for row in rows))
-    legend = alt.Legend(columns=1) if len(cells) > 3 else alt.Legend()
-
+    legend = alt.Legend(columns=1, symbolSize=400) if len(cells) > 3 else alt.Legend(symbolSize=400)
+    dashes = alt.Scale(domain=cells, range=DASHES[: len(cells)])
     chart = alt.Chart(alt.Data(values=list(rows))).mark_line(interpolate="step-after", point=True).encode(
-        x=alt.X("tokens:Q", title="token-forwards", axis=alt.Axis(format="~s"),
+        x=alt.X("tokens:Q", title="token-forwards", axis=alt.Axis(format="~s", labelOverlap=True, tickCount=6),
                 scale=alt.Scale(type="log", nice=False, padding=16)),
         y=alt.Y("loss:Q", title="lowest objective so far", scale=alt.Scale(zero=False)),
-        color=alt.Color("cell:N", title=None, scale=alt.Scale(range=MANY), legend=legend),
-        strokeDash=alt.StrokeDash("cell:N", title=None, legend=legend),
+        color=alt.Color("cell:N", title=None, scale=alt.Scale(domain=cells, range=MANY), legend=legend),
+        strokeDash=alt.StrokeDash("cell:N", title=None, scale=dashes, legend=legend),
         tooltip=["cell:N", "tokens:Q", "loss:Q"],
     )  # fmt: skip
     caption = f"What a search has at any time{_first(cells, of)}"
@@ -322,7 +468,7 @@ def ranks(name: str, mean: Mapping[str, float], critical: float) -> Chart:
     bars = (
         alt.Chart(data)
         .mark_rule(color=GREY, strokeWidth=2)
-        .encode(y=y, x=alt.X("rank:Q", title="mean rank"), x2="to:Q")
+        .encode(y=y, x=alt.X("rank:Q", title="mean rank", axis=alt.Axis(tickCount=8)), x2="to:Q")
     )
     dots = (
         alt.Chart(data)
@@ -330,10 +476,11 @@ def ranks(name: str, mean: Mapping[str, float], critical: float) -> Chart:
         .encode(y=y, x="rank:Q", tooltip=["cell:N", "rank:Q"])
     )
     said = ", ".join(f"{row['cell']} {row['rank']:.2f}" for row in rows)
-    return _made(
+    made = _made(
         name,
         f"Mean ranks{_first(rows, len(order))}; ranks within a bar are not separated from its left end",
         f"{said}.",
         bars + dots,
         _tall(rows),
     )
+    return _wide(made, [str(row["cell"]) for row in rows])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from prunekit.report.comparison import (
     HEADS,
     OPTIMA,
     OPTIMA_TEXT,
+    REFERENCE,
     ROWS,
     SECONDS,
     WITHOUT,
@@ -26,7 +27,7 @@ from prunekit.report.comparison import (
     Row,
     Rows,
 )  # fmt: skip
-from prunekit.report.markup import paragraph, table
+from prunekit.report.markup import folded, paragraph, table
 from prunekit.report.page import charts
 from prunekit.report.page.grid import drawn_grids
 from prunekit.report.page.part import Part
@@ -40,6 +41,7 @@ DIFFERENCES = (
     "Differences are logs of ratios of perplexities, paired by window, with 95 % intervals over windows and seeds. "
     "What is marked = is not separated from the best after Holm's correction. " + SECONDS
 )
+FIRST = 5  # cells of a long leaderboard that are said before everything else
 BETTER = 0.97  # of the perplexity of all that is faster: a cell that is named among many
 
 
@@ -71,6 +73,8 @@ def parts_of_comparison(folder: Path, name: str) -> list[Part]:
     parts = list[Part]()
     for i, (model, sparsity) in enumerate(found.places):
         parts += _parts_of_place(found, model, sparsity, title, f"{name}-{i}")
+    for i, model in enumerate(models):
+        parts += _parts_of_sizes(found, model, title, f"{name}-sizes-{i}")
     if (ranked := found.ranks()) is not None:
         text = paragraph(
             f"Friedman's p that all are alike: {ranked.p:.3g}, over {ranked.blocks} blocks of model, sparsity and "
@@ -81,6 +85,7 @@ def parts_of_comparison(folder: Path, name: str) -> list[Part]:
     if found.without:
         missing = table("Cells without a result", WITHOUT, found.missing, first=charts.SHOWN)
         parts.append(Part(title, "Without a result", f"{name}-without", missing))
+    parts.append(Part(title, "What these numbers do not say", f"{name}-limits", _limits(found, models)))
     spent = sum(row.wall for row in found.rows)
     done = sum(row.state == COMPLETE for row in found.rows)
     text = json.dumps(found.suite.model_dump(mode="json"), indent=2)
@@ -104,15 +109,19 @@ def _parts_of_place(found: Comparison, model: str, sparsity: float, title: str, 
         "Leaderboard", HEADS, [each.cells for each in board], sortable=True, filtered=True, first=charts.SHOWN
     )
     drawn, intro = _pictures(found, model, sparsity, anchor), paragraph(_said(found, model, board))
+    notes = paragraph(DIFFERENCES)
+    costs = folded("Seconds of every cell by stage", _stages_table(found, board)) if _stages(found, board) else ""
+    if pictures or len(board) > charts.SHOWN:
+        intro += _first_cells(board)
     if pictures:
         parts = [
             Part(title, heading, anchor, intro, pictures, numbers),
-            Part(title, f"{heading}: leaderboard", f"{anchor}-board", paragraph(DIFFERENCES), drawn, listed),
+            Part(title, f"{heading}: leaderboard", f"{anchor}-board", notes, drawn, costs + listed),
         ]
     elif len(board) > charts.SHOWN:
-        parts = [Part(title, heading, anchor, intro + paragraph(DIFFERENCES), drawn, listed)]
-    else:
-        parts = [Part(title, heading, anchor, intro + paragraph(DIFFERENCES) + listed, drawn)]
+        parts = [Part(title, heading, anchor, intro + notes, drawn, costs + listed)]
+    else:  # short: it comes first, so that it is seen on a phone as well
+        parts = [Part(title, heading, anchor, intro + listed + notes, drawn, costs)]
     if limited := found.limited(model, sparsity):
         parts[-1] = replace(parts[-1], after=parts[-1].after + paragraph(limited))
     if near := found.optima(model, sparsity):
@@ -130,29 +139,138 @@ def _said(found: Comparison, model: str, board: Sequence[Entry]) -> str:
     return f"{best if math.isfinite(first.perplexity) else ''}Dense: {number(dense.perplexity)} ({dense.label})."
 
 
+def _first_cells(board: Sequence[Entry]) -> str:
+    """The best few, as a short table."""
+    rows = [(each.cells[0], each.standing.name, each.cells[2]) for each in board[:FIRST]]
+    return table(f"The first {len(rows)} of {len(board)}", HEADS[:3], rows)
+
+
+def _parts_of_sizes(found: Comparison, model: str, title: str, anchor: str) -> list[Part]:
+    """Size against perplexity, where a model was pruned to several sparsities."""
+    places = [sparsity for each, sparsity in found.places if each == model]
+    if len(places) < 2:
+        return []
+    boards = {sparsity: {e.standing.name: e for e in found.leaderboard(model, sparsity)} for sparsity in places}
+    everywhere = [cell for cell in boards[places[0]] if all(
+        cell in board and math.isfinite(board[cell].perplexity) for board in boards.values()
+    )]  # fmt: skip
+    order = sorted(everywhere, key=lambda cell: sum(board[cell].standing.loss for board in boards.values()))
+    shown = order[: len(charts.MANY)]
+    if REFERENCE in order and REFERENCE not in shown:
+        shown[-1] = REFERENCE
+    if not shown:
+        return []
+    whole = finite(found.dense(model).perplexity)
+    dense = [] if whole is None else [{"kept": 1.0, "perplexity": whole}]
+    rows = [
+        {"cell": cell, **point}
+        for cell in shown
+        for point in [
+            *dense,
+            *({"kept": 1 - sum(row.removed for row in board[cell].rows) / len(board[cell].rows),
+               "perplexity": board[cell].perplexity} for board in boards.values()),
+        ]
+    ]  # fmt: skip
+    rows += [{"cell": "", **point} for point in dense]
+    drawn = charts.sizes(f"{anchor}-chart", rows, _counted(found.suite), len(order))
+    text = paragraph("Cells that have a result at every sparsity, in the order of their mean loss over all of them.")
+    return [Part(title, f"{Path(model).name}: size against perplexity", anchor, text, [drawn])]
+
+
+def _counted(suite: Suite) -> str:
+    """What the budget of a suite counts."""
+    metric = suite.set.get("metric", "parameters")
+    name = metric.get("name", "parameters") if isinstance(metric, Mapping) else str(metric)
+    return "the dense model's time, by the price table" if name == "latency" else f"the dense model's {name}"
+
+
+def _limits(found: Comparison, models: Sequence[str]) -> str:
+    """What a comparison is too small to say."""
+    seeds = max((len(each.rows) for place in found.places for each in found.leaderboard(*place)), default=1)
+    dense = [row for row in found.rows if row.cell == DENSE]
+    texts = ", ".join(dict.fromkeys(f"{row.label} ({len(row.losses):,} windows)" for row in dense))
+    tokens = found.suite.set.get("data.calibration_tokens")
+    said = [
+        f"Text: perplexities are of {texts or 'no text yet'}, and say little of what a model can do."
+        + (f" Every cell was calibrated on {tokens:,} tokens; with more the order may be another."
+           if isinstance(tokens, int) else ""),
+        "Seeds: one, so that intervals are over windows of text alone; another draw of calibration text may do more."
+        if seeds == 1 else f"Seeds: {seeds}; so few make intervals over seeds rough.",
+        f"Models: {len(models)}. "
+        + ("Of another model nothing is said." if len(models) == 1 else "Of others nothing is said."),
+        "A tie, marked =, means that this text cannot separate a cell from the best after Holm's correction, not that "
+        "they are alike; the first place among ties is an accident.",
+        "Seconds are of this machine, with whatever else it did. How fast pruned models are was not measured.",
+    ]  # fmt: skip
+    return "<ul>" + "".join(f"<li>{html.escape(each)}</li>" for each in said) + "</ul>"
+
+
+def _steps(found: Comparison) -> list[str]:
+    """All stages, those that most rows begin with first."""
+    several = dict.fromkeys(stage for row in found.rows for stage in row.stages)
+    places = {stage: [list(row.stages).index(stage) for row in found.rows if stage in row.stages] for stage in several}
+    return sorted(several, key=lambda stage: sum(places[stage]) / len(places[stage]))
+
+
+def _stages(found: Comparison, board: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Seconds of every cell by stage, means over seeds."""
+    order = _steps(found)
+    return [
+        {"cell": each.standing.name, "stage": stage, "place": place, "seconds": spent}
+        for each in board for place, stage in enumerate(order)
+        if (spent := sum(row.stages.get(stage, 0.0) for row in each.rows) / len(each.rows)) > 0
+    ]  # fmt: skip
+
+
+def _stages_table(found: Comparison, board: Sequence[Entry]) -> str:
+    spent = {(each["cell"], each["stage"]): each["seconds"] for each in _stages(found, board)}
+    order = list(dict.fromkeys(stage for _, stage in spent))
+    rows = [
+        (each.standing.name, *(number(spent.get((each.standing.name, stage), 0.0), 1) for stage in order))
+        for each in board
+    ]
+    return table("Seconds by stage", ("cell", *order), rows, sortable=True, first=charts.SHOWN)
+
+
 def _pictures(found: Comparison, model: str, sparsity: float, anchor: str) -> list[charts.Chart]:
     """Intervals, cost, and what searches have at any time; of many cells the first, that can be told apart."""
     board, rows = found.leaderboard(model, sparsity), found.of(model, sparsity)
     several, front = len(board) > charts.SHOWN, _front(found, [row for some in rows.values() for row in some])
     points = [
         {"cell": cell, "perplexity": row.perplexity, "seconds": max(found.seconds(row), 0.01), "seed": row.seed,
-         "tokens": row.token_forwards, "named": row.key in front if several else row.seed == 0}
+         "tokens": row.token_forwards,
+         "label": cell if row.key in front or (row.seed == 0 and not several) else ""}
         for cell, some in rows.items() for row in some if row.perplexity is not None
     ]  # fmt: skip
+    to = REFERENCE if any(each.standing.above_reference for each in board) else board[0].standing.name
     drawn = [
         charts.intervals(
-            f"{anchor}-intervals", [_against(each.standing) for each in board[: charts.SHOWN]], len(board)
+            f"{anchor}-intervals", [_against(each.standing) for each in board[: charts.SHOWN]], to, len(board)
         ),
         charts.tradeoff(f"{anchor}-cost", points),
     ]
-    searches = [each.rows[0] for each in board if any(tokens for tokens, _ in each.rows[0].trace)]
+    if spent := _stages(found, board[: charts.SHOWN]):
+        drawn.append(charts.stages(f"{anchor}-stages", spent, _steps(found), len(board)))
+    searches = [each.rows[0] for each in board if _searches(each.rows[0])]
     if searches:
         traces = [
             {"cell": row.cell, "tokens": tokens, "loss": loss}
-            for row in searches[: len(charts.MANY)] for tokens, loss in row.trace if tokens
+            for row in searches[: len(charts.MANY)] for tokens, loss in _until_the_end(row)
         ]  # fmt: skip
         drawn.append(charts.anytime(f"{anchor}-anytime", traces, len(searches)))
     return drawn
+
+
+def _searches(row: Row) -> bool:
+    """Whether there is a search to look at: what asks one question, such as a formula, has its answer at once."""
+    return any(tokens for tokens, _ in row.trace) and max(row.questions, len(row.trace)) > 1
+
+
+def _until_the_end(row: Row) -> list[tuple[int, float]]:
+    """The steps of a search; what it asked after the last of them lowered nothing."""
+    steps = [(tokens, loss) for tokens, loss in row.trace if tokens]
+    last, loss = steps[-1]
+    return [*steps, (row.token_forwards, loss)] if row.token_forwards > last else steps
 
 
 def _front(found: Comparison, rows: Sequence[Row]) -> set[tuple[Any, ...]]:

@@ -9,6 +9,7 @@ from typing import Any
 from prunekit.report.markup import table
 from prunekit.report.page import charts
 from prunekit.report.page.part import Part
+from prunekit.report.page.sizes import TIME, marked
 from prunekit.report.words import finite, number
 from prunekit.system.files import read_json
 
@@ -19,14 +20,15 @@ def parts_of_family(folder: Path, name: str) -> list[Part]:
     model = Path(str(document["model"])).name
     title = f"{model}, a family of {len(rows)}"
     points = [
-        {"name": str(row["folder"]), "parameters": row["parameters"], "perplexity": finite(row["perplexity"]),
-         "front": bool(row["front"])}
+        {"name": str(row["folder"]), "parameters": row["parameters"], "left": 1 - float(row["realised"]),
+         "perplexity": finite(row["perplexity"])}
         for row in rows
     ]  # fmt: skip
-    points.append(
-        {"name": "dense", "parameters": dense["parameters"], "perplexity": dense["perplexity"], "front": True}
-    )
-    drawn = [charts.front(f"{name}-front", points, "parameters")]
+    points.append({"name": "dense", "parameters": dense["parameters"], "left": 1.0, "perplexity": dense["perplexity"]})
+    drawn = [charts.front(f"{name}-front", marked(points, "parameters"), "parameters")]
+    if (metric := str(document["metric"])) != "parameters":  # the first picture is of what the budget counted
+        words = TIME if metric == "latency" else f"{metric}, of the dense model's"
+        drawn.insert(0, charts.front(f"{name}-spent", marked(points, "left"), "left", title=words, share=True))
     return [Part(title, title, name, listed_members(document), drawn)]
 
 
@@ -34,11 +36,17 @@ def listed_members(document: Mapping[str, Any]) -> str:
     """Make the table of members; `document` is the content of pareto.json."""
     return table(
         "Members",
-        ("folder", "sparsity", "parameters", "perplexity", "on the front"),
+        ("folder", "sparsity", "removed", "parameters", "perplexity", "on the front"),
         [
-            (row["folder"], f"{row['sparsity']:.0%}", f"{row['parameters']:,}", number(row["perplexity"]),
-             "yes" if row["front"] else "no")
+            (row["folder"], f"{row['sparsity']:.0%}", _removed(row), f"{row['parameters']:,}",
+             number(row["perplexity"]), "yes" if row["front"] else "no")
             for row in document["members"]
         ],
         sortable=True,
     )  # fmt: skip
+
+
+def _removed(row: Mapping[str, Any]) -> str:
+    """What is gone of what the budget counts, measured where it is measured."""
+    found = finite(row.get("realised"))
+    return "" if found is None else f"{found:.2%}"

@@ -84,6 +84,16 @@
     show();
   }
 
+  // paper cannot unfold anything
+  let folded = [];
+  addEventListener("beforeprint", () => {
+    folded = [...document.querySelectorAll("details:not([open])")];
+    for (const each of folded) each.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const each of folded) each.open = false;
+  });
+
   const charts = JSON.parse(document.getElementById("charts").textContent);
   const options = { actions: false, renderer: "svg", ast: true, loader: { load: () => Promise.reject(new Error("no network")) } };
   window.drawn = Promise.all(

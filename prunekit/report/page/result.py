@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ from prunekit.report.ledger import read_records
 from prunekit.report.markup import folded, paragraph, table
 from prunekit.report.page import charts
 from prunekit.report.page.part import Part
+from prunekit.report.page.sizes import milliseconds
+from prunekit.report.picture import part_of, removed_shares
 from prunekit.report.words import finite, number
 from prunekit.system.files import read_json
+
+STEPS, TILES = 40, 6_000  # of a heat map of allocations: columns, and tiles, at most
 
 
 def parts_of_result(folder: Path, name: str) -> list[Part]:
@@ -23,16 +28,15 @@ def parts_of_result(folder: Path, name: str) -> list[Part]:
     model, pruned = Path(str(report["model"])).name, report["pruned"]
     title = f"{model}, {pruned['sparsity_of_blocks']:.0%} of the blocks removed"
     sites = report["sites"]
-    blocks = [
-        {"block": site["block"], "kind": site["kind"], "kept": site["kept"], "groups": site["groups"],
-         "share": site["kept"] / site["groups"] if site["groups"] else 0.0, "error": finite(site["error"])}
-        for site in sites
-    ]  # fmt: skip
-    layers = [charts.layers(f"{name}-layers", blocks)]
+    narrow = report.get("width", {"channels": 1, "of": 1})
+    layers = [
+        charts.layers(f"{name}-layers-{i}", part, rows)
+        for i, (part, rows) in enumerate(_blocks(sites, narrow["channels"] / narrow["of"]).items())
+    ]
     parts = [
         Part(title, title, name, facts(report), layers),
     ]
-    curves = _error_curves(ledger, {site["name"] for site in sites if site["kind"] == "mixer"})
+    curves = _error_curves(ledger, {site["name"]: site for site in sites})
     errors = [charts.errors(f"{name}-errors", curves)] if curves else []
     kept = table(
         "Every site",
@@ -45,9 +49,11 @@ def parts_of_result(folder: Path, name: str) -> list[Part]:
     )
     parts.append(Part(title, "Sites", f"{name}-sites", "", errors, folded("All sites as a table", kept)))
     if asked := _questions(ledger):
-        parts.append(
-            Part(title, "Search", f"{name}-search", _search_text(report), [charts.search(f"{name}-asked", asked)])
-        )
+        drawn = [charts.search(f"{name}-asked", asked)]
+        best = _best_so_far(ledger)
+        if len(best) > 1:
+            drawn.append(charts.tried(f"{name}-tried", _steps(best, sites), len(best)))
+        parts.append(Part(title, "Search", f"{name}-search", _search_text(report), drawn))
     parts.append(Part(title, "Cost", f"{name}-cost", "", [charts.cost(f"{name}-seconds", _stages(report["seconds"]))]))
     if samples := report.get("samples"):
         parts.append(Part(title, "What both models write", f"{name}-text", _samples(samples)))
@@ -58,39 +64,76 @@ def parts_of_result(folder: Path, name: str) -> list[Part]:
 def facts(report: Mapping[str, Any]) -> str:
     """Make the table of before and after; `report` is the content of report.json."""
     losses, dense, pruned = report["losses"], report["dense"], report["pruned"]
+    before, after = losses["dense"], losses["pruned"]
+    nats = [each["nll"] for each in (before, after)]
+    rise = f"{nats[1] - nats[0]:+.4f}" if all(finite(each) is not None for each in nats) else ""
     rows = [
-        ("Parameters", f"{dense['parameters']:,}", f"{pruned['parameters']:,}"),
-        ("of them in blocks", f"{dense['block_parameters']:,}", f"{pruned['block_parameters']:,}"),
-        ("Perplexity", number(losses["dense"]["perplexity"]), number(losses["pruned"]["perplexity"])),
-        ("Nats per token", number(losses["dense"]["nll"], 4), number(losses["pruned"]["nll"], 4)),
-    ]
+        _counted("Parameters", dense["parameters"], pruned["parameters"]),
+        _counted("of them in blocks", dense["block_parameters"], pruned["block_parameters"]),
+        ("Perplexity", number(before["perplexity"]), number(after["perplexity"]),
+         _ratio(before["perplexity"], after["perplexity"])),
+        ("Nats per token", number(nats[0], 4), number(nats[1], 4), rise),
+    ]  # fmt: skip
+    if (found := report.get("weights")) is not None:
+        rows.append(_counted("Not zero in linear maps", found["in_linear_maps"], found["not_zero"]))
     if (narrow := report.get("width")) is not None:
-        rows.append(("Residual width", f"{narrow['of']:,}", f"{narrow['channels']:,}"))
+        rows.append(_counted("Residual width", narrow["of"], narrow["channels"]))
     if (layers := report.get("experts")) is not None:
-        before, after = (sum(each[key] for each in layers) for key in ("of", "kept"))
-        rows.append(("Experts", f"{before:,}", f"{after:,}"))
+        rows.append(_counted("Experts", *(sum(each[key] for each in layers) for key in ("of", "kept"))))
     if "unfinished" in losses:
-        rows.append(("Perplexity before recovery", "", number(losses["unfinished"]["perplexity"])))
-    pace = report.get("latency")
-    if pace is not None and "dense" in pace and "pruned" in pace:
-        rows.append(("Milliseconds", number(pace["dense"]), number(pace["pruned"])))
-    text = f"Perplexity is of {losses['dense']['label']}."
-    return table("Before and after", ("", "dense", "pruned"), rows) + paragraph(text)
+        unfinished = losses["unfinished"]["perplexity"]
+        rows.append(("Perplexity before recovery", "", number(unfinished), _ratio(before["perplexity"], unfinished)))
+    if (times := milliseconds(report)) is not None:
+        rows.append(("Milliseconds", *map(number, times), _ratio(*times)))
+    text = f"Perplexity is of {before['label']}."
+    return table("Before and after", ("", "dense", "pruned", "against dense"), rows) + paragraph(text)
 
 
-def _error_curves(ledger: Sequence[Mapping[str, Any]], mixers: Set[str]) -> list[dict[str, Any]]:
-    """The error of every rung of every site in the last pass that had several."""
+def _counted(what: str, dense: int, pruned: int) -> tuple[str, str, str, str]:
+    return what, f"{dense:,}", f"{pruned:,}", _ratio(dense, pruned)
+
+
+def _ratio(dense: float | None, pruned: float | None) -> str:
+    """The one over the other, in percent; nothing where there is none."""
+    before, after = finite(dense), finite(pruned)
+    return f"{after / before:.1%}" if before and after is not None else ""
+
+
+def _blocks(sites: Sequence[Mapping[str, Any]], width: float) -> dict[str, list[dict[str, Any]]]:
+    """By part of a block, what every block keeps of it; a part may have several sites."""
+    of = defaultdict[tuple[str, int], list[Mapping[str, Any]]](list)
+    for site in sites:
+        of[part_of(site), site["block"]].append(site)
+
+    def row(part: str, block: int, removed: float) -> dict[str, Any]:
+        here = of[part, block]
+        errors = [error for site in here if (error := finite(site["error"])) is not None]
+        return {
+            "block": block, "share": max(0.0, 1 - removed),
+            "sites": ", ".join(f"{site['kept']:,} of {site['groups']:,}" for site in here),
+            "error": sum(errors) / len(errors) if errors else None,
+        }  # fmt: skip
+
+    found = removed_shares([site for site in sites if site["groups"]], width)
+    return {part: [row(part, block, gone) for block, gone in shares.items()] for part, shares in found.items()}
+
+
+def _error_curves(ledger: Sequence[Mapping[str, Any]], sites: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The error of every rung of every site in the last pass that had several.
+
+    Ladders of later passes are of a part of a site's counts: shares are of all its groups, as `sites` of the report
+    have them by name.
+    """
     spaces = [r for r in ledger if r.get("kind") == "space" and any(len(ladder) > 1 for ladder in r["ladders"])]
     if not spaces:
         return []
     space, rows = spaces[-1], list[dict[str, Any]]()
     for site, ladder, errors in zip(space["sites"], space["ladders"], space["errors"], strict=True):
-        most, some = max(ladder) or 1, max(1, len(ladder) // 24)  # a curve needs no more points
+        some = max(1, len(ladder) // 24)  # a curve needs no more points
         for i, (kept, error) in enumerate(zip(ladder, errors, strict=True)):
             if error is not None and math.isfinite(error) and (i % some == 0 or i == len(ladder) - 1):
-                attends = "attn" in site or "attention" in site
-                kind = "mixer" if site in mixers else "attention" if attends else "mlp"
-                rows.append({"site": site, "kind": kind, "share": kept / most, "error": error})
+                share = kept / (sites[site]["groups"] or 1)
+                rows.append({"site": site, "kind": part_of(sites[site]), "share": share, "error": error})
     return rows
 
 
@@ -106,10 +149,36 @@ def _questions(ledger: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if record["tokens"] == most:
             lowest = min(lowest, loss)
         rows.append({
-            "tokens": tokens, "loss": loss, "on": f"{record['tokens']:,} tokens",
+            "tokens": tokens, "loss": loss, "each": record["tokens"], "on": f"{record['tokens']:,} tokens",
             "lowest": lowest if math.isfinite(lowest) else None,
         })  # fmt: skip
     return rows
+
+
+def _best_so_far(ledger: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The questions on the most tokens that had a lower loss than all before."""
+    asked = [r for r in ledger if r.get("kind") == "question"]
+    most = max((r["tokens"] for r in asked), default=0)
+    spent = accumulate(0 if "shared" in r else r["tokens"] + r.get("training", 0) for r in asked)
+    found, lowest = list[dict[str, Any]](), math.inf
+    for record, tokens in zip(asked, spent, strict=True):
+        loss = record["loss"]
+        if record["tokens"] == most and loss is not None and loss < lowest:
+            lowest = loss
+            found.append({"allocation": record["allocation"], "tokens": tokens, "loss": loss})
+    return found
+
+
+def _steps(best: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Tiles of some steps, spread over all, the first and the last among them; of many sites fewer steps."""
+    shown = min(len(best), max(2, min(STEPS, TILES // max(1, len(sites)))))
+    places = sorted({round(i * (len(best) - 1) / (shown - 1)) for i in range(shown)})
+    return [
+        {"step": place + 1, "site": site["name"], "share": kept / (site["groups"] or 1),
+         "tokens": best[place]["tokens"], "loss": best[place]["loss"]}
+        for place in places
+        for site, kept in zip(sites, best[place]["allocation"], strict=True)
+    ]  # fmt: skip
 
 
 def _search_text(report: Mapping[str, Any]) -> str:
@@ -140,7 +209,7 @@ def _recipe(folder: Path, report: Mapping[str, Any]) -> str:
         for part, found in report["data"].items()
         if isinstance(found, Mapping)
     ]
-    texts = table("Text", ("part", "source", "tokens", "window", "sha256"), data)
+    texts = table("Text", ("part", "source", "tokens", "window", "sha256"), data, text=True)
     limits = (
         "Perplexity is one text's, and says little of what a model can do; relative errors are of layers on the "
         "calibration text. Speed is not measured here unless a row says so."

@@ -31,13 +31,13 @@ def parts_of_study(folder: Path, name: str) -> list[Part]:
     tried = len(rows) - 1  # without the base
     title = f"{Path(str(document['model'])).name}, {document['sparsity']:.0%}: {tried} recipes tried"
     drawn = [charts.trials(f"{name}-trials", _in_order(done, first), first)] if done else []
-    if len(metrics) > 1 and done:
-        points = [
-            {"name": row["name"], "front": row["name"] in front}
-            | {metric: finite(row["values"][metric]) for metric in metrics[:2]}
-            for row in done
-        ]
-        drawn.append(charts.front(f"{name}-front", points, metrics[1], metrics[0]))
+    points = [
+        {"name": row["name"], "front": row["name"] in front}
+        | {metric: finite(row["values"][metric]) for metric in metrics}
+        for row in done
+    ]
+    for i, metric in enumerate(metrics[1:] if done else ()):
+        drawn.append(charts.front(f"{name}-front-{i}", points, metric, metrics[0]))
     intro = paragraph(
         "Judged on the search text; the test text was not looked at. "
         + (f"* marks the front of {', '.join(metrics)}." if len(metrics) > 1 else "* marks the best.")

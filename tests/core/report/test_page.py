@@ -1,6 +1,7 @@
 """A page is one file that asks nobody for anything, and whatever a folder says, no word of it becomes markup."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +15,7 @@ from prunekit.recipe.suite import Suite
 from prunekit.report.comparison import DENSE, FAILED, Comparison, Row, Rows
 from prunekit.report.notebook import show_family, show_result
 from prunekit.report.page import add_page, write_page
+from prunekit.report.page.sizes import marked
 from prunekit.report.page.study import listed_recipes
 from prunekit.system.files import write_state
 
@@ -63,7 +65,8 @@ def comparison(folder: Path, evil: str = "") -> Path:
         losses = base + above + 0.01 * rng.normal(size=16)
         return Row(
             "m", cell, sparsity, seed, losses=tuple(losses), perplexity=float(np.exp(losses.mean())), label="ppl/t",
-            seconds=2.0 + above, wall=1.0, parameters=50, removed=sparsity, token_forwards=64, trace=((64, 0.5),),
+            seconds=2.0 + above, wall=1.0, parameters=50, removed=sparsity, token_forwards=64, trace=((32, 0.5),),
+            questions=1 if cell == "uniform" else 4, stages={"prune": 1.5, "search": 0.5 + above},
         )  # fmt: skip
 
     rows.add(row(DENSE, 0.0, 0, 0.0))
@@ -72,6 +75,22 @@ def comparison(folder: Path, evil: str = "") -> Path:
             for cell, above in (("uniform", 0.3), (f"ours{evil}", 0.1), ("twin", 0.1)):
                 rows.add(row(cell, sparsity, seed, above))
     rows.add(Row("m", "broken", 0.5, 0, state=FAILED, reason=f"RuntimeError: {evil or 'memory'}"))
+    return folder
+
+
+def family(folder: Path, evil: str = "", metric: str = "parameters") -> Path:
+    """The files of a family of three, of which the second is not on the front."""
+    folder.mkdir()
+    members = [
+        {"folder": f"{sparsity}{evil}", "sparsity": sparsity, "realised": sparsity + 0.02, "parameters": parameters,
+         "perplexity": perplexity, "front": perplexity != 20.0}
+        for sparsity, parameters, perplexity in ((0.3, 80, 12.0), (0.5, 60, 20.0), (0.55, 55, 14.0))
+    ]  # fmt: skip
+    document = {
+        "model": f"somebody/model{evil}", "metric": metric, "of": "blocks", "label": "ppl/text",
+        "dense": {"parameters": 100, "perplexity": 10.0}, "members": members,
+    }  # fmt: skip
+    (folder / "pareto.json").write_text(json.dumps(document))
     return folder
 
 
@@ -104,6 +123,11 @@ def charts_of(text: str) -> dict[str, Any]:
     found = re.search(r'<script type="application/json" id="charts">(.*?)</script>', text, re.DOTALL)
     assert found is not None
     return json.loads(found[1])
+
+
+def rows_of(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is drawn, of several layers the first one's."""
+    return spec["data"]["values"] if "data" in spec else rows_of(spec["layer"][0])
 
 
 def test_a_grid_begins_with_a_picture_of_it_and_ends_with_the_long_table(tmp_path: Path) -> None:
@@ -167,7 +191,7 @@ def test_a_page_is_one_file_without_requests_under_three_megabytes(tmp_path: Pat
     assert all(spec["description"] for spec in charts.values())
 
 
-@pytest.mark.parametrize("kind", ["result", "study", "comparison"])
+@pytest.mark.parametrize("kind", ["result", "study", "comparison", "family"])
 def test_no_word_of_a_folder_becomes_markup(tmp_path: Path, kind: str) -> None:
     plain, odd = tmp_path / "plain.html", tmp_path / "odd.html"
     if kind == "result":
@@ -179,9 +203,12 @@ def test_no_word_of_a_folder_becomes_markup(tmp_path: Path, kind: str) -> None:
     elif kind == "study":
         evil = study(tmp_path / "evil", EVIL)
         write_page([study(tmp_path / "good")], plain)
+    elif kind == "family":
+        evil = family(tmp_path / "evil", EVIL.replace("/", ""), metric=EVIL)
+        write_page([family(tmp_path / "good", metric="flops")], plain)
     else:
         evil = comparison(tmp_path / "evil", EVIL)
-        write_page([comparison(tmp_path / "good")], plain)
+        write_page([comparison(tmp_path / "good", "o" * len(EVIL))], plain)  # as wide
     write_page([evil], odd)
     assert Tags(odd.read_text()).tags == Tags(plain.read_text()).tags
     assert EVIL not in odd.read_text()
@@ -265,7 +292,133 @@ def test_what_a_page_says_of_a_study(tmp_path: Path) -> None:
     lowest = [row["lowest"] for row in charts["run-0-trials"]["data"]["values"]]
     assert lowest == [12.0, 11.0, 10.5]
     two = write_page([study(tmp_path / "t", metrics=("perplexity", "seconds"))], tmp_path / "two.html").read_text()
-    assert '"run-0-front"' in two
+    assert '"run-0-front-0"' in two
+
+
+def test_curves_are_of_all_groups_of_a_site_also_where_a_later_pass_has_a_part_of_them(tmp_path: Path) -> None:
+    folder = result(tmp_path / "r")
+    ledger = (folder / "ledger.jsonl").read_text()
+    space = json.loads(ledger.splitlines()[0])
+    later = space | {"walk": 1, "ladders": [[0, 1]] * 4, "errors": [[1.0, 0.5]] * 4}
+    (folder / "ledger.jsonl").write_text(ledger + json.dumps(later) + "\n")
+    rows = rows_of(charts_of(write_page([folder], tmp_path / "page.html").read_text())["run-0-errors"])
+    assert [row["share"] for row in rows] == [0.0, 0.25] * 4  # one group of four at most
+    assert {row["kind"] for row in rows} == {"attention", "MLP"}
+
+
+def test_a_result_says_what_each_number_is_of_the_dense_one_and_its_time_where_that_was_the_budget(
+    tmp_path: Path,
+) -> None:
+    times = {"realised": 0.5, "milliseconds": {"dense": 8.0, "pruned": 4.0}}
+    folder = result(tmp_path / "r", budget={"metric": "latency"}, latency=times)
+    text = write_page([folder], tmp_path / "page.html").read_text()
+    assert "<tr><td>Parameters</td><td>100</td><td>60</td><td>60.0%</td></tr>" in text
+    assert "<tr><td>Perplexity</td><td>10.00</td><td>12.00</td><td>120.0%</td></tr>" in text
+    assert "<tr><td>Milliseconds</td><td>8.00</td><td>4.00</td><td>50.0%</td></tr>" in text
+    shares = [[row["share"] for row in rows_of(charts_of(text)[f"run-0-layers-{i}"])] for i in range(2)]
+    assert shares == [[0.5, 0.75]] * 2  # attention and MLP, block by block
+
+
+def test_the_best_allocations_of_a_search_are_drawn_from_the_first_to_the_last_and_no_more_than_fit(
+    tmp_path: Path,
+) -> None:
+    folder = result(tmp_path / "r")
+    tiles = rows_of(charts_of(write_page([folder], tmp_path / "page.html").read_text())["run-0-tried"])
+    assert [tile["share"] for tile in tiles] == [0.5] * 4 + [0.75] * 4  # the third question had no loss
+    assert [tile["tokens"] for tile in tiles] == [64] * 4 + [128] * 4
+    asked = [{"kind": "question", "allocation": [1] * 4, "tokens": 64, "loss": 1 / (1 + i)} for i in range(1000)]
+    (folder / "ledger.jsonl").write_text("".join(json.dumps(record) + "\n" for record in asked))
+    tiles = rows_of(charts_of(write_page([folder], tmp_path / "page.html").read_text())["run-0-tried"])
+    assert len(tiles) == 40 * 4
+    assert (tiles[0]["step"], tiles[-1]["step"]) == (1, 1000)
+
+
+def test_cells_that_ask_one_question_take_no_place_among_searches(tmp_path: Path) -> None:
+    charts = charts_of(write_page([comparison(tmp_path / "c")], tmp_path / "page.html").read_text())
+    rows = rows_of(charts["run-0-0-anytime"])
+    assert {row["cell"] for row in rows} == {"ours", "twin"}
+    assert [row["tokens"] for row in rows] == [32, 64] * 2  # what was asked after the last step lowered nothing
+
+
+def test_a_comparison_over_sparsities_has_size_against_perplexity_stages_and_what_it_does_not_say(
+    tmp_path: Path,
+) -> None:
+    text = write_page([comparison(tmp_path / "c")], tmp_path / "page.html").read_text()
+    charts = charts_of(text)
+    lines = rows_of(charts["run-0-sizes-0-chart"])
+    assert [(row["cell"], row["kept"]) for row in lines[-2:]] == [
+        ("uniform", 0.75),
+        ("uniform", 0.5),
+    ]  # after the dense
+    assert "broken" not in {row["cell"] for row in lines}  # it has a result at neither
+    spent = {(row["cell"], row["stage"]): row["seconds"] for row in rows_of(charts["run-0-0-stages"])}
+    assert math.isclose(spent["ours", "search"], 0.6)
+    assert "<tr><td>uniform</td><td>1.5</td><td>0.8</td></tr>" in text
+    assert "ppl/t (16 windows)" in text
+    assert "Seeds: 2" in text
+    assert "Models: 1" in text
+    assert "run-0-sizes-0" not in write_page([grid(tmp_path / "g")], tmp_path / "grid.html").read_text()  # one sparsity
+
+
+def test_several_results_begin_with_size_and_time_against_perplexity(tmp_path: Path) -> None:
+    measured = {"nll": 2.3, "label": "ppl/text/seq8/n4/float32"}
+    folders = []
+    for name, parameters, perplexity, pruned in (("a", 60, 12.0, 4.0), ("b", 70, 13.0, 5.0), ("c", 80, 11.0, 7.0)):
+        counted = {"parameters": parameters, "block_parameters": 40, "sparsity_of_blocks": 0.5}
+        losses = {"dense": measured | {"perplexity": 10.0}, "pruned": measured | {"perplexity": perplexity}}
+        times = {"realised": pruned / 8, "milliseconds": {"dense": 8.0, "pruned": pruned}}
+        told = {"pruned": counted, "losses": losses, "budget": {"metric": "latency"}, "latency": times}
+        folders.append(result(tmp_path / name, **told))
+    folders.append(result(tmp_path / "other", model="another/model"))
+    text = write_page(folders, tmp_path / "page.html").read_text()
+    assert text.index("model, 3 results") < text.index("model, 50% of the blocks removed")
+    charts = charts_of(text)
+    points = rows_of(charts["several-0-size"])
+    assert {point["name"] for point in points if point["front"]} == {"dense", "a", "c"}
+    times = {point["name"]: point["time"] for point in rows_of(charts["several-0-time"])}
+    assert times == {"dense": 1.0, "a": 0.5, "b": 0.625, "c": 0.875}
+    assert not [name for name in charts if name.startswith("several-1")]
+    assert "several" not in "".join(charts_of(write_page(folders[:1], tmp_path / "one.html").read_text()))
+
+
+def test_the_front_is_what_no_other_beats() -> None:
+    rng = np.random.default_rng(0)
+    points = [{"x": int(x), "perplexity": int(y)} for x, y in rng.integers(0, 6, (40, 2))]
+    for each in marked(points, "x"):
+        beaten = any(
+            (o["x"] < each["x"] and o["perplexity"] <= each["perplexity"])
+            or (o["x"] <= each["x"] and o["perplexity"] < each["perplexity"])
+            for o in points
+        )
+        assert each["front"] is not beaten
+
+
+def test_a_family_is_drawn_over_what_its_budget_counted(tmp_path: Path) -> None:
+    plain = charts_of(write_page([family(tmp_path / "f")], tmp_path / "page.html").read_text())
+    assert set(plain) == {"run-0-front"}
+    timed = charts_of(write_page([family(tmp_path / "t", metric="latency")], tmp_path / "timed.html").read_text())
+    assert list(timed) == ["run-0-spent", "run-0-front"]
+    points = {each["name"]: each for each in rows_of(timed["run-0-spent"])}
+    assert points["0.3"]["left"] == pytest.approx(0.68)
+    assert points["dense"]["left"] == 1
+    assert not points["0.5"]["front"]  # slower and worse than 0.55
+
+
+def test_names_are_placed_beside_points_that_are_there_and_colours_are_those_of_every_theme(tmp_path: Path) -> None:
+    import vl_convert
+
+    text = write_page([comparison(tmp_path / "c"), family(tmp_path / "f")], tmp_path / "page.html").read_text()
+    charts = charts_of(text)
+    named = {name: spec for name, spec in charts.items() if "usermeta" in spec}
+    assert set(named) == {"run-0-0-cost", "run-0-1-cost", "run-1-front"}
+    compiled = vl_convert.vegalite_to_vega(charts["run-1-front"])
+    assert "dots_marks" in {mark["name"] for mark in compiled["marks"]}
+    used = set(re.findall(r"var\((--\w+)\)", json.dumps(charts)))
+    assert len(used) > 3
+    style = text[text.index("<style>") : text.index("</style>")]
+    themes = re.findall(r":root[^{]*\{([^}]*)\}", style)
+    assert len(themes) == 3  # light, dark, paper
+    assert all(f"{name}:" in theme for name in used for theme in themes)
 
 
 @pytest.mark.parametrize("shown", ["result", "family", "study", "comparison"])
