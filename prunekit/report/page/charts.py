@@ -137,12 +137,12 @@ def search(name: str, rows: Rows) -> Chart:
 
     data = alt.Data(values=list(rows))
     x = alt.X("tokens:Q", title="token-forwards", axis=alt.Axis(format="~s"))
-    on = list(dict.fromkeys(row["on"] for row in sorted(rows, key=lambda row: row["each"])))[-len(MANY) :]
-    colors = [GREY, GREEN, PURPLE, "var(--brown)", "var(--violet)", ORANGE, BLUE][-len(on) :]
+    on = list(dict.fromkeys(row["on"] for row in sorted(rows, key=lambda row: -row["each"])))[:6]  # most tokens first
+    colors = [BLUE, GREY, GREEN, PURPLE, *MANY[4:6]][: len(on)]  # orange is the line
     dots = alt.Chart(data).mark_point(filled=True, opacity=0.75, size=28).encode(
         x=x, y=alt.Y("loss:Q", title="objective", scale=alt.Scale(zero=False)),
         color=alt.Color("on:N", title="judged on", scale=alt.Scale(domain=on, range=colors)),
-        shape=alt.Shape("on:N", title="judged on", scale=alt.Scale(domain=on, range=SHAPES[: len(on)][::-1])),
+        shape=alt.Shape("on:N", title="judged on", scale=alt.Scale(domain=on, range=SHAPES[: len(on)])),
         tooltip=["tokens:Q", "loss:Q", "on:N"],
     )  # fmt: skip
     line = alt.Chart(data).mark_line(interpolate="step-after", color=ORANGE, strokeWidth=2).encode(x=x, y="lowest:Q")
@@ -172,13 +172,13 @@ def tried(name: str, rows: Rows, steps: int) -> Chart:
     Args:
         name: of the chart.
         rows: of every step and site `step` from 1, `site`, `share`, `tokens` and `loss`; sites in their order.
-        steps: how many times a lower loss was found, of which these may be a part.
+        steps: how many there are, of which these may be a part.
     """
     import altair as alt
 
     sites = list(dict.fromkeys(str(row["site"]) for row in rows))
     chart = alt.Chart(alt.Data(values=list(rows))).mark_rect().encode(
-        x=alt.X("step:O", title="a lower loss was found, from the first to the last time",
+        x=alt.X("step:O", title="steps: a loss below all before in its pass",
                 axis=alt.Axis(labelAngle=0, labelOverlap=True)),
         y=alt.Y("site:N", title=None, scale=alt.Scale(domain=sites), axis=alt.Axis(labelOverlap=True)),
         color=alt.Color("share:Q", title="kept", scale=alt.Scale(scheme="viridis", domain=[0, 1]),
@@ -230,7 +230,8 @@ def front(name: str, rows: Rows, size: str, loss: str = "perplexity", title: str
     ).transform_calculate(on=f"datum.front ? '{words[True]}' : '{words[False]}'")  # fmt: skip
     told = "; ".join(f"{row['name']}: {row[size]:.1%}, {row[loss]}" if share else
                      f"{row['name']}: {row[size]:,}, {row[loss]}" for row in rows)  # fmt: skip
-    return _named(_made(name, f"{title} against {loss}", f"Points: {told}.", line + dots), "name")
+    caption = f"{title[:1].upper()}{title[1:]} against {loss}"
+    return _named(_made(name, caption, f"Points: {told}.", line + dots), "name")
 
 
 def trials(name: str, rows: Rows, metric: str) -> Chart:

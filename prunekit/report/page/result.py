@@ -50,7 +50,7 @@ def parts_of_result(folder: Path, name: str) -> list[Part]:
     parts.append(Part(title, "Sites", f"{name}-sites", "", errors, folded("All sites as a table", kept)))
     if asked := _questions(ledger):
         drawn = [charts.search(f"{name}-asked", asked)]
-        best = _best_so_far(ledger)
+        best = _best_so_far(ledger, [site["name"] for site in sites])
         if len(best) > 1:
             drawn.append(charts.tried(f"{name}-tried", _steps(best, sites), len(best)))
         parts.append(Part(title, "Search", f"{name}-search", _search_text(report), drawn))
@@ -129,6 +129,8 @@ def _error_curves(ledger: Sequence[Mapping[str, Any]], sites: Mapping[str, Mappi
         return []
     space, rows = spaces[-1], list[dict[str, Any]]()
     for site, ladder, errors in zip(space["sites"], space["ladders"], space["errors"], strict=True):
+        if site not in sites:
+            continue
         some = max(1, len(ladder) // 24)  # a curve needs no more points
         for i, (kept, error) in enumerate(zip(ladder, errors, strict=True)):
             if error is not None and math.isfinite(error) and (i % some == 0 or i == len(ladder) - 1):
@@ -155,17 +157,23 @@ def _questions(ledger: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _best_so_far(ledger: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The questions on the most tokens that had a lower loss than all before."""
-    asked = [r for r in ledger if r.get("kind") == "question"]
-    most = max((r["tokens"] for r in asked), default=0)
-    spent = accumulate(0 if "shared" in r else r["tokens"] + r.get("training", 0) for r in asked)
-    found, lowest = list[dict[str, Any]](), math.inf
-    for record, tokens in zip(asked, spent, strict=True):
+def _best_so_far(ledger: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The questions about these sites, on the most tokens, that had a lower loss than all before in their pass.
+
+    Every pass makes candidates anew, so that its losses are not those of the pass before; the last step is the answer.
+    """
+    most = max((r["tokens"] for r in ledger if r.get("kind") == "question"), default=0)
+    found, here, spent, lowest = list[dict[str, Any]](), names, 0, math.inf
+    for record in ledger:
+        if record.get("kind") == "space":
+            here, lowest = record["sites"], math.inf  # an earlier pass may be about others: experts before neurons
+        if record.get("kind") != "question":
+            continue
+        spent += 0 if "shared" in record else record["tokens"] + record.get("training", 0)
         loss = record["loss"]
-        if record["tokens"] == most and loss is not None and loss < lowest:
+        if record["tokens"] == most and loss is not None and loss < lowest and here == names:
             lowest = loss
-            found.append({"allocation": record["allocation"], "tokens": tokens, "loss": loss})
+            found.append({"allocation": record["allocation"], "tokens": spent, "loss": loss})
     return found
 
 

@@ -326,6 +326,11 @@ def test_the_best_allocations_of_a_search_are_drawn_from_the_first_to_the_last_a
     tiles = rows_of(charts_of(write_page([folder], tmp_path / "page.html").read_text())["run-0-tried"])
     assert [tile["share"] for tile in tiles] == [0.5] * 4 + [0.75] * 4  # the third question had no loss
     assert [tile["tokens"] for tile in tiles] == [64] * 4 + [128] * 4
+    ledger = (folder / "ledger.jsonl").read_text()
+    later = {"kind": "question", "allocation": [4] * 4, "tokens": 64, "loss": 0.9}
+    (folder / "ledger.jsonl").write_text(ledger + ledger.splitlines()[0] + "\n" + json.dumps(later) + "\n")
+    tiles = rows_of(charts_of(write_page([folder], tmp_path / "page.html").read_text())["run-0-tried"])
+    assert [tile["share"] for tile in tiles][-4:] == [1.0] * 4  # the answer is of the last pass, whatever its losses
     asked = [{"kind": "question", "allocation": [1] * 4, "tokens": 64, "loss": 1 / (1 + i)} for i in range(1000)]
     (folder / "ledger.jsonl").write_text("".join(json.dumps(record) + "\n" for record in asked))
     tiles = rows_of(charts_of(write_page([folder], tmp_path / "page.html").read_text())["run-0-tried"])
