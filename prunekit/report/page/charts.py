@@ -24,7 +24,9 @@ CONFIG: dict[str, Any] = {
     "header": {"labelColor": INK, "titleColor": INK},
     "title": {"color": INK},
     "text": {"color": INK},
+    "point": {"opacity": 1},
 }  # fmt: skip
+EVERY: dict[str, Any] = {"labelExpr": "format(datum.value, ',~r')", "labelOverlap": True}  # ticks of a log axis
 PHONE = 320  # pixels that a picture has on any phone
 SHOWN = 20  # lines of a picture at most, and rows of a long table before all are asked for
 Rows = Sequence[Mapping[str, Any]]
@@ -62,7 +64,8 @@ def _named(made: Chart, field: str) -> Chart:
     room = "[max(9, width), max(9, height)]"  # on the way to a new width it may be 0 for a moment
     mark = {
         "type": "text", "name": "names", "from": {"data": "dots_marks"}, "interactive": False,
-        "encode": {"enter": {"text": {"field": f"datum.{field}"}, "fill": {"value": INK}, "fontSize": {"value": 11}}},
+        "encode": {"enter": {"text": {"field": f"datum.{field}"}, "fill": {"value": INK}, "fontSize": {"value": 11},
+                             "font": {"value": CONFIG["font"]}}},
         "transform": [
             {"type": "label", "size": {"signal": room}, "anchor": places, "offset": [3] * len(places)}
         ],
@@ -369,9 +372,9 @@ def tradeoff(name: str, rows: Rows) -> Chart:
     data = alt.Data(values=sorted(rows, key=lambda row: not row["label"]))
     x = alt.X(
         "seconds:Q", title="seconds", scale=alt.Scale(type="log", nice=False, padding=24),
-        axis=alt.Axis(format="~s", labelOverlap=True),
+        axis=alt.Axis(**EVERY),
     )  # fmt: skip
-    y = alt.Y("perplexity:Q", scale=alt.Scale(type="log", nice=False, padding=24), axis=alt.Axis(labelOverlap=True))
+    y = alt.Y("perplexity:Q", scale=alt.Scale(type="log", nice=False, padding=24), axis=alt.Axis(**EVERY))
     dots = alt.Chart(data, name="dots").mark_point(filled=True, size=60, color=BLUE).encode(
         x=x, y=y, tooltip=["cell:N", "seed:O", alt.Tooltip("seconds:Q", format=",.1f"), "perplexity:Q", "tokens:Q"],
     )  # fmt: skip
@@ -398,7 +401,7 @@ def sizes(name: str, rows: Rows, what: str, of: int | None = None) -> Chart:
     legend = alt.Legend(columns=1, symbolSize=160) if len(cells) > 3 else alt.Legend(symbolSize=160)
     x = alt.X("kept:Q", title=f"kept, of {what}", axis=alt.Axis(format="%", tickCount=6),
               scale=alt.Scale(zero=False, padding=16))  # fmt: skip
-    y = alt.Y("perplexity:Q", scale=alt.Scale(type="log", nice=False, padding=16), axis=alt.Axis(labelOverlap=True))
+    y = alt.Y("perplexity:Q", scale=alt.Scale(type="log", nice=False, padding=16), axis=alt.Axis(**EVERY))
 
     def by(channel: Any, of_cells: Sequence[Any]) -> Any:
         return channel("cell:N", title=None, scale=alt.Scale(domain=cells, range=of_cells[: len(cells)]), legend=legend)
@@ -426,7 +429,7 @@ def stages(name: str, rows: Rows, steps: Sequence[str], of: int | None = None) -
     cells = list(dict.fromkeys(str(row["cell"]) for row in rows))
     y = alt.Y("cell:N", title=None, scale=alt.Scale(domain=cells))
     bars = alt.Chart(alt.Data(values=list(rows))).mark_bar(stroke="var(--paper)").encode(
-        y=y, x=alt.X("seconds:Q", title="seconds", axis=alt.Axis(format="~s", tickCount=6)),
+        y=y, x=alt.X("seconds:Q", title="seconds", axis=alt.Axis(tickCount=6, labelOverlap=True)),
         color=alt.Color("stage:N", title=None, sort=None, scale=alt.Scale(domain=steps, range=MANY)),
         order=alt.Order("place:Q"), tooltip=["cell:N", "stage:N", alt.Tooltip("seconds:Q", format=",.1f")],
     )  # fmt: skip
