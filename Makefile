@@ -40,7 +40,7 @@ slow: $(VENV)/installed-dev
 # pages in a browser: what is missing is an error here, where the other targets leave these tests out
 browser: $(VENV)/installed-dev
 	$(PIP) --no-build-isolation --editable ".[browser]"
-	@command -v chromium google-chrome chrome > /dev/null || { echo "make browser needs chromium or google-chrome on the PATH, e.g. apt-get install chromium"; exit 1; }
+	@command -v chromium || command -v google-chrome || command -v chrome || { echo "make browser needs chromium or google-chrome on the PATH, e.g. apt-get install chromium"; exit 1; }
 	BROWSER_TESTS=1 $(BIN)/pytest -m slow tests/core/report/test_page_browser.py
 
 format: $(VENV)/installed-dev

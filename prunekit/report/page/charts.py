@@ -118,7 +118,7 @@ def errors(name: str, rows: Rows) -> Chart:
     places = [PARTS.get(part, len(MANY) - 1) for part in parts]
     legend = alt.Legend(symbolStrokeWidth=2, symbolSize=400)
     chart = alt.Chart(alt.Data(values=list(rows))).mark_line(opacity=0.8, strokeWidth=1.3).encode(
-        x=alt.X("share:Q", title="kept of the dense site", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
+        x=alt.X("share:Q", title="kept of the dense site", axis=alt.Axis(format="%", tickCount=6), scale=alt.Scale(domain=[0, 1])),
         y=alt.Y("error:Q", title="relative error", scale=alt.Scale(type="sqrt")),
         color=alt.Color(
             "kind:N", title=None, scale=alt.Scale(domain=parts, range=[MANY[i] for i in places]), legend=legend
@@ -181,7 +181,7 @@ def tried(name: str, rows: Rows, steps: int) -> Chart:
 
     sites = list(dict.fromkeys(str(row["site"]) for row in rows))
     chart = alt.Chart(alt.Data(values=list(rows))).mark_rect().encode(
-        x=alt.X("step:O", title="steps: a loss below all before in its pass",
+        x=alt.X("step:O", title="step",
                 axis=alt.Axis(labelAngle=0, labelOverlap=True)),
         y=alt.Y("site:N", title=None, scale=alt.Scale(domain=sites), axis=alt.Axis(labelOverlap=True)),
         color=alt.Color("share:Q", title="kept", scale=alt.Scale(scheme="viridis", domain=[0, 1]),
@@ -195,7 +195,8 @@ def tried(name: str, rows: Rows, steps: int) -> Chart:
     _, most, before, after = max(moved)
     shown = len(rows) // len(sites)
     made = _made(
-        name, "What the best allocation so far keeps of every site: the brighter, the more"
+        name, "What the best allocation so far keeps of every block's parts: the brighter, the more. Every step has a "
+        "loss below all before in its pass"
         + (f"; {shown} of {steps} steps" if shown < steps else ""),
         f"Heat map of {len(sites)} sites by {shown} steps. {most} changes most, from {before:.0%} to {after:.0%}.",
         chart, min(900, max(160, 14 * len(sites))),

@@ -181,11 +181,13 @@ def _steps(best: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, Any]]
     """Tiles of some steps, spread over all, the first and the last among them; of many sites fewer steps."""
     shown = min(len(best), max(2, min(STEPS, TILES // max(1, len(sites)))))
     places = sorted({round(i * (len(best) - 1) / (shown - 1)) for i in range(shown)})
+    short = [f"{site['block']} {part_of(site)}" for site in sites]  # there is little room beside a picture on a phone
+    names = short if len(set(short)) == len(short) else [site["name"] for site in sites]
     return [
-        {"step": place + 1, "site": site["name"], "share": kept / (site["groups"] or 1),
+        {"step": place + 1, "site": name, "share": kept / (site["groups"] or 1),
          "tokens": best[place]["tokens"], "loss": best[place]["loss"]}
         for place in places
-        for site, kept in zip(sites, best[place]["allocation"], strict=True)
+        for name, site, kept in zip(names, sites, best[place]["allocation"], strict=True)
     ]  # fmt: skip
 
 
