@@ -118,7 +118,8 @@ def errors(name: str, rows: Rows) -> Chart:
     places = [PARTS.get(part, len(MANY) - 1) for part in parts]
     legend = alt.Legend(symbolStrokeWidth=2, symbolSize=400)
     chart = alt.Chart(alt.Data(values=list(rows))).mark_line(opacity=0.8, strokeWidth=1.3).encode(
-        x=alt.X("share:Q", title="kept of the dense site", axis=alt.Axis(format="%", tickCount=6), scale=alt.Scale(domain=[0, 1])),
+        x=alt.X("share:Q", title="kept of the dense site", axis=alt.Axis(format="%", tickCount=6),
+                scale=alt.Scale(domain=[0, 1])),
         y=alt.Y("error:Q", title="relative error", scale=alt.Scale(type="sqrt")),
         color=alt.Color(
             "kind:N", title=None, scale=alt.Scale(domain=parts, range=[MANY[i] for i in places]), legend=legend
