@@ -60,7 +60,7 @@ def _named(made: Chart, field: str) -> Chart:
     Vega places such labels, Vega-Lite does not say how, so the mark is added to what it compiles to. Earlier points get
     their names first.
     """
-    places = ["right", "left", "top-right", "bottom-right", "top-left", "bottom-left", "top", "bottom"]
+    places = ["top-right", "right", "bottom-right", "top-left", "left", "bottom-left", "top", "bottom"]
     room = "[max(9, width), max(9, height)]"  # on the way to a new width it may be 0 for a moment
     mark = {
         "type": "text", "name": "names", "from": {"data": "dots_marks"}, "interactive": False,
@@ -222,7 +222,10 @@ def front(name: str, rows: Rows, size: str, loss: str = "perplexity", title: str
     known = [row for row in rows if row[loss] is not None]
     data = alt.Data(values=sorted(known, key=lambda row: not row["front"]))  # the front is named first
     x = alt.X(
-        f"{size}:Q", title=title, scale=alt.Scale(zero=False, padding=16), axis=alt.Axis(format="%" if share else "~s")
+        f"{size}:Q",
+        title=title,
+        scale=alt.Scale(zero=False, padding=16),
+        axis=alt.Axis(format="%" if share else "~s", tickCount=6),
     )
     y = alt.Y(f"{loss}:Q", scale=alt.Scale(zero=False, padding=16))
     line = alt.Chart(data).mark_line(color=GREY).encode(x=x, y=y).transform_filter("datum.front")

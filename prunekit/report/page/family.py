@@ -36,10 +36,10 @@ def listed_members(document: Mapping[str, Any]) -> str:
     """Make the table of members; `document` is the content of pareto.json."""
     return table(
         "Members",
-        ("folder", "sparsity", "removed", "parameters", "perplexity", "on the front"),
+        ("folder", "perplexity", "parameters", "sparsity", "removed", "on the front"),
         [
-            (row["folder"], f"{row['sparsity']:.0%}", _removed(row), f"{row['parameters']:,}",
-             number(row["perplexity"]), "yes" if row["front"] else "no")
+            (row["folder"], number(row["perplexity"]), f"{row['parameters']:,}", f"{row['sparsity']:.0%}",
+             _removed(row), "yes" if row["front"] else "no")
             for row in document["members"]
         ],
         sortable=True,
