@@ -85,13 +85,17 @@
   }
 
   // paper cannot unfold anything
-  let folded = [];
   addEventListener("beforeprint", () => {
-    folded = [...document.querySelectorAll("details:not([open])")];
-    for (const each of folded) each.open = true;
+    for (const each of document.querySelectorAll("details:not([open])")) {
+      each.dataset.folded = "";
+      each.open = true;
+    }
   });
   addEventListener("afterprint", () => {
-    for (const each of folded) each.open = false;
+    for (const each of document.querySelectorAll("details[data-folded]")) {
+      delete each.dataset.folded;
+      each.open = false;
+    }
   });
 
   const charts = JSON.parse(document.getElementById("charts").textContent);

@@ -84,7 +84,7 @@ def facts(report: Mapping[str, Any]) -> str:
         unfinished = losses["unfinished"]["perplexity"]
         rows.append(("Perplexity before recovery", "", number(unfinished), _ratio(before["perplexity"], unfinished)))
     if (times := milliseconds(report)) is not None:
-        rows.append(("Milliseconds", *map(number, times), _ratio(*times)))
+        rows.append(("Milliseconds", number(times[0]), number(times[1]), _ratio(*times)))
     text = f"Perplexity is of {before['label']}."
     return table("Before and after", ("", "dense", "pruned", "against dense"), rows) + paragraph(text)
 
