@@ -398,7 +398,7 @@ def sizes(name: str, rows: Rows, what: str, of: int | None = None) -> Chart:
         rows: of every cell and size `cell`, `kept` as a share and `perplexity`; the dense model's begins every line,
             and is there once more without a `cell`.
         what: is kept a share of.
-        of: how many cells there are, where these are the first of them.
+        of: how many cells there are, where these are some of them.
     """
     import altair as alt
 
@@ -419,11 +419,9 @@ def sizes(name: str, rows: Rows, what: str, of: int | None = None) -> Chart:
     lines = base.mark_line().encode(strokeDash=by(alt.StrokeDash, DASHES))
     dots = base.mark_point(filled=True, size=60).encode(shape=by(alt.Shape, SHAPES))
     dense = alt.Chart(alt.Data(values=[row for row in rows if not row["cell"]])).encode(x=x, y=y)
-    whole = dense.mark_point(shape="diamond", size=90, color=INK) + dense.mark_text(
-        dy=14, align="right", text="dense", color=INK
-    )
+    whole = dense.mark_point(shape="diamond", size=90, color=INK) + dense.mark_text(dy=-14, text="dense", color=INK)
     said = "; ".join(f"{row['cell'] or 'dense'} at {row['kept']:.0%}: {row['perplexity']:,.2f}" for row in rows)
-    caption = f"Perplexity against size{_first(cells, of)}"
+    caption = "Perplexity against size" + ("" if of is None or of <= len(cells) else f", {len(cells)} of {of} cells")
     return _made(name, caption, f"Lines over what is kept of {what}: {said}.", lines + dots + whole, 320)
 
 

@@ -173,7 +173,7 @@ def _parts_of_sizes(found: Comparison, model: str, title: str, anchor: str) -> l
     ]  # fmt: skip
     rows += [{"cell": "", **point} for point in dense]
     drawn = charts.sizes(f"{anchor}-chart", rows, _counted(found.suite), len(order))
-    text = paragraph("Cells that have a result at every sparsity, in the order of their mean loss over all of them.")
+    text = paragraph(f"Cells with a result at every sparsity, the best first by their mean loss; {REFERENCE} always.")
     return [Part(title, f"{Path(model).name}: size against perplexity", anchor, text, [drawn])]
 
 
