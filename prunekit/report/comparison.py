@@ -13,6 +13,7 @@ from functools import cached_property
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -250,13 +251,16 @@ class Comparison:
         )
 
     def ranks(self) -> Ranks | None:
-        """Mean ranks over models, sparsities and seeds."""
-        blocks: dict[tuple[str, float, int], dict[str, float]] = {}
+        """Mean ranks over models and sparsities, of what every cell has on average over its seeds.
+
+        Seeds are no blocks: they repeat a method on the same windows, and would count one result several times.
+        """
+        blocks: dict[tuple[str, float], dict[str, list[float]]] = {}
         for row in self._final:
             if row.cell != DENSE:
-                value = math.inf if row.perplexity is None else row.perplexity
-                blocks.setdefault((row.model, row.sparsity, row.seed), {})[row.cell] = value
-        return ranks(list(blocks.values()))
+                loss = math.inf if row.perplexity is None else math.log(row.perplexity)
+                blocks.setdefault((row.model, row.sparsity), {}).setdefault(row.cell, []).append(loss)
+        return ranks([{cell: fmean(some) for cell, some in block.items()} for block in blocks.values()])
 
     @property
     def without(self) -> list[Row]:
@@ -296,8 +300,8 @@ class Comparison:
         if (ranked := self.ranks()) is not None:
             lines += [f"## Mean ranks over {ranked.blocks} blocks", ""]
             lines.append(
-                f"Friedman's p that all are alike: {ranked.p:.3g}. Ranks that differ by less than "
-                f"{ranked.critical:.2f} are not separated (Nemenyi, 95 %)."
+                f"A block is a model at a sparsity; seeds are averaged first. Friedman's p that all are alike: "
+                f"{ranked.p:.3g}. Ranks that differ by less than {ranked.critical:.2f} are not separated (Nemenyi, 95 %)."
             )
             order = sorted(ranked.mean.items(), key=lambda x: x[1])
             lines += ["", *_markdown(("cell", "mean rank"), [(name, f"{rank:.2f}") for name, rank in order]), ""]
