@@ -6,9 +6,9 @@ on more text is
 
     seconds(share) = passes(share) + rest(share)          (1)
 
-where passes, which read the text, are as much longer as those of cells measured at both shares were, and as the text
-where none was; and the rest, such as the search and judging, is what it was, but for the evaluation text. Of a share
-between, (1) is taken as linear, which is exact for a fixed part and one per token.
+where passes, which read the text, are as many times longer as those of cells measured at both shares were, and as the
+text where none was; and the rest, such as the search and judging, is longer by what theirs was, and by the evaluation
+text where none was. Between two shares passes are taken as linear, which is exact for a fixed part and one per token.
 """
 
 from __future__ import annotations
@@ -32,16 +32,20 @@ Place = tuple[str, float]
 
 
 @dataclass
-class _Sums:
-    """Seconds of the same cells at two shares: passes before and after, rest before and after."""
+class _Grown:
+    """How seconds of the same cells grew from the smallest share to another."""
 
-    text: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    rest: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    before: float = 0.0  # of what reads the text, on the smallest
+    after: float = 0.0
+    more: float = 0.0  # of the rest
+    cells: int = 0
 
     def add(self, before: _Cost, after: _Cost) -> None:
-        for sums, a, b in ((self.text, before.text, after.text), (self.rest, before.rest, after.rest)):
-            sums[0] += a
-            sums[1] += b
+        """Count a cell that was measured on both."""
+        self.before += before.text
+        self.after += after.text
+        self.more += after.rest - before.rest
+        self.cells += 1
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,8 @@ class Costs:
         self._mean, self._tries = 0.0, 0  # of these
         self._done = dict[tuple[float, int], set[str]]()  # (share, seed) -> recipes, as on the smallest share
         self._made = dict[tuple[float, int], set[str]]()  # -> passes, by their names on the smallest share
-        self._grown = {share: _Sums() for share in SHARES[1:]}
-        self._own = dict[tuple[Place, float], float]()  # seconds of passes on more text
+        self._grown = {share: _Grown() for share in SHARES[1:]}
+        self._own = dict[Place, dict[float, float]]()  # share -> how many times as long passes took
 
     def add(self, row: Row) -> None:
         """Learn from a row; one without a result says nothing."""
@@ -101,7 +105,8 @@ class Costs:
         self._made.setdefault((row.share, row.seed), set()).update(base.passes)
         if row.share != QUARTER and made:
             self._grown[row.share].add(base, cost)
-            self._own[place, row.share] = cost.text
+            if base.text:
+                self._own.setdefault(place, {})[row.share] = cost.text / base.text
 
     def tried(self, place: Place) -> bool:
         """Whether something is known of a cell at a sparsity."""
@@ -122,7 +127,7 @@ class Costs:
                 if base is None or base.recipe in done:
                     continue
                 text = base.beside + sum(spent for name, spent in base.passes.items() if name not in made)
-                total += MARGIN * (self._text(place, base, share) * text + self._rest(base, share))
+                total += MARGIN * (self._times(place, share) * text + self._rest(base, share))
                 done.add(base.recipe)
                 made.update(base.passes)
         return total
@@ -131,23 +136,19 @@ class Costs:
         recipe = self._tried.get(place)
         return None if recipe is None else self._of_recipe[recipe]
 
-    def _text(self, place: Place, base: _Cost, share: float) -> float:
+    def _times(self, place: Place, share: float) -> float:
         """How many times as long passes take on a share; of a cell measured on another one, by itself (1)."""
-        own = {s: spent / base.text for (at, s), spent in self._own.items() if at == place and base.text}
-        pooled = {s: sums.text[1] / sums.text[0] for s, sums in self._grown.items() if sums.text[0]}
-        for known in (own, pooled):
-            if share in known:
-                return max(1.0, known[share])
-            if known:
-                at, times = max(known.items())
-                return max(1.0, 1 + (times - 1) * (share - QUARTER) / (at - QUARTER))
-        return share / QUARTER
+        pooled = {at: grown.after / grown.before for at, grown in self._grown.items() if grown.before}
+        known = self._own.get(place) or pooled
+        if not known:
+            return share / QUARTER
+        at = share if share in known else max(known)
+        return max(1.0, 1 + (known[at] - 1) * (share - QUARTER) / (at - QUARTER))
 
     def _rest(self, base: _Cost, share: float) -> float:
-        before, after = self._grown[share].rest
-        if before:
-            return base.rest * after / before
-        return base.rest + (self.evaluation if share == WHOLE else 0.0)
+        grown = self._grown[share]
+        more = grown.more / grown.cells if grown.cells else self.evaluation if share == WHOLE else 0.0
+        return max(0.0, base.rest + more)
 
 
 @dataclass
