@@ -128,7 +128,7 @@ class _Grid:
         now = clocks.perf_counter()
         self.until = None if self.end is None else now + (self.end - now) / self.models
         self.models -= 1
-        self.expect(self.each, None if self.until is None else self.until - now)
+        self.expect(self.each, None if self.until is None else max(0.0, self.until - now))
         return self.until
 
     def expect(self, coming: int, seconds: float | None) -> None:
@@ -136,7 +136,7 @@ class _Grid:
         if seconds is not None and self.models:
             known = [row.wall for row in self.rows if row.cell != DENSE]
             if self.end is not None and self.until is not None:
-                seconds += self.end - self.until
+                seconds += max(0.0, self.end - self.until)
             elif known:
                 seconds += self.models * self.each * sum(known) / len(known)
         self.stage.expect(self.done + coming + self.models * self.each, seconds)

@@ -194,7 +194,7 @@ class Halving:
         """It is needed on all of the text whatever comes, and says how seconds grow with the text."""
         for i, sparsity in enumerate(self.sparsities):
             place = (self.reference, sparsity)
-            if i and not self._fits(self.costs.first(place)):
+            if i and not self.known(*place, 0, QUARTER) and not self._fits(self.costs.first(place)):
                 self._leave_out(place, QUARTER, SPENT)
                 continue
             if self._make(place, 0, QUARTER).state != COMPLETE:
