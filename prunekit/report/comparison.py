@@ -7,12 +7,13 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -69,13 +70,6 @@ class Row:
         return max(0.0, self.seconds - sum(self.passes.values()))
 
 
-def seconds_of(rows: Iterable[Row]) -> float:
-    """What it takes to make rows together: the own seconds of each, and every calibration pass once."""
-    several = list(rows)
-    passes = {(row.model, name): spent for row in several for name, spent in row.passes.items()}
-    return sum(row.own for row in several) + sum(passes.values())
-
-
 class Rows:
     """Rows in a file, one JSON object a line; begins with those that are there.
 
@@ -93,7 +87,7 @@ class Rows:
                 row = _row_of(json.loads(line))
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise Damaged(f"{path} was changed since it was written; begin again with --overwrite") from error
-            self.found[row.key] = row
+            self._keep(row)
         if len(whole) != len(text):
             with path.open("r+b") as file:
                 file.truncate(len(whole))
@@ -104,6 +98,11 @@ class Rows:
             file.write(json.dumps(asdict(row), separators=(",", ":")) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        return self._keep(row)
+
+    def _keep(self, row: Row) -> Row:
+        """In the order of the file, also where it takes the place of one that was left out."""
+        self.found.pop(row.key, None)
         self.found[row.key] = row
         return row
 
@@ -250,13 +249,16 @@ class Comparison:
         )
 
     def ranks(self) -> Ranks | None:
-        """Mean ranks over models, sparsities and seeds."""
-        blocks: dict[tuple[str, float, int], dict[str, float]] = {}
+        """Mean ranks over models and sparsities, of what every cell has on average over its seeds.
+
+        Seeds are no blocks: they repeat a method on the same windows, and would count one result several times.
+        """
+        blocks: dict[tuple[str, float], dict[str, list[float]]] = {}
         for row in self._final:
             if row.cell != DENSE:
-                value = math.inf if row.perplexity is None else row.perplexity
-                blocks.setdefault((row.model, row.sparsity, row.seed), {})[row.cell] = value
-        return ranks(list(blocks.values()))
+                loss = math.inf if row.perplexity is None else math.log(row.perplexity)
+                blocks.setdefault((row.model, row.sparsity), {}).setdefault(row.cell, []).append(loss)
+        return ranks([{cell: fmean(some) for cell, some in block.items()} for block in blocks.values()])
 
     @property
     def without(self) -> list[Row]:
@@ -296,8 +298,9 @@ class Comparison:
         if (ranked := self.ranks()) is not None:
             lines += [f"## Mean ranks over {ranked.blocks} blocks", ""]
             lines.append(
-                f"Friedman's p that all are alike: {ranked.p:.3g}. Ranks that differ by less than "
-                f"{ranked.critical:.2f} are not separated (Nemenyi, 95 %)."
+                "A block is a model at a sparsity; seeds are averaged first. Friedman's p that all are alike: "
+                f"{ranked.p:.3g}. Ranks that differ by less than {ranked.critical:.2f} are not separated (Nemenyi, "
+                "95 %)."
             )
             order = sorted(ranked.mean.items(), key=lambda x: x[1])
             lines += ["", *_markdown(("cell", "mean rank"), [(name, f"{rank:.2f}") for name, rank in order]), ""]

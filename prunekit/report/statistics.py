@@ -44,7 +44,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Mean ranks over models, sparsities and seeds, 1 the best; ties share theirs."""
+    """Mean ranks over models and sparsities, 1 the best; ties share theirs."""
 
     mean: Mapping[str, float]
     blocks: int
@@ -151,10 +151,11 @@ def standings(losses: Mapping[str, Losses], reference: str | None = None) -> lis
 
 
 def ranks(blocks: Sequence[Mapping[str, float]]) -> Ranks | None:
-    """Rank methods in every block, a model at a sparsity with a seed, and average (Demsar, 2006, JMLR 7).
+    """Rank methods in every block, a model at a sparsity, and average (Demsar, 2006, JMLR 7).
 
     Args:
-        blocks: loss by method; methods that are not in all of them are left out.
+        blocks: loss by method, averaged over seeds: the test takes blocks for independent, and seeds on the same model
+            and text are not; methods that are not in all of them are left out.
 
     Returns:
         None: fewer than two blocks or three methods have no ranks to compare.

@@ -10,12 +10,13 @@ import hashlib
 import json
 import math
 import time as clocks
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from prunekit.data.tokens import TokenBatch
@@ -38,10 +39,10 @@ from prunekit.report.comparison import (
     Row,
     Rows,
     number,
-    seconds_of,
     write_summary,
 )
 from prunekit.run.bench import Bench
+from prunekit.run.halving import SHARES, WHOLE, Costs, Halving
 from prunekit.run.session import MORE, Job, open_session
 from prunekit.run.workplace import claimed
 from prunekit.search.exact import Optimum
@@ -52,7 +53,7 @@ from prunekit.system.progress import Stage, span
 TOLD = ("perplexity", "objective", "optimum", "reached", "parameters", "removed", "token_forwards", "seconds")
 FEW = 8  # cells that a line names
 LEAST = 8  # windows that a cell is judged on where it is tried on a part of the text
-SHARES = (0.25, 0.5, 1.0)  # of the calibration text, one rung after the other, where a time is given
+OFTEN = 20  # times as long as they take to write, tables are left as they are
 
 
 def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20 << 30) -> Comparison:
@@ -62,8 +63,9 @@ def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20
         suite: what is compared, on which models.
         job: the folder of the comparison, and whether an earlier one is continued or replaced; or a model in memory.
         time: seconds to spend; then cells are tried on a quarter of the text, the better ones on half, and the best of
-            these on all of it, as many as there is time for. Where the first step takes more than its third of the
-            time, the second is left out. None: all cells on all of it, as long as it takes.
+            these on all of it, as many as there is time for; nothing is begun that would not be done in time. Where the
+            first step takes more than its third of the time, the second is left out. None: all cells on all of it, as
+            long as it takes.
         disk: bytes of candidates to keep for cells to come.
 
     Returns:
@@ -74,7 +76,7 @@ def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20
     """
     if find_spec("scipy") is None:
         raise WrongInput("prunekit compare needs scipy, which is not installed: pip install 'prunekit[compare]'")
-    output, cells, base = job.output, suite.every_cell(), suite.base()
+    began, output, cells, base = clocks.perf_counter(), job.output, suite.every_cell(), suite.base()
     assert output is not None  # a comparison is on disk
     models = list(suite.models) or ([] if base.model is None else [base.model])
     if job.model is not None:
@@ -92,15 +94,69 @@ def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20
     with claimed(output, identity, "a comparison", resume=job.resume, overwrite=job.overwrite) as place:
         rows = Rows(place / ROWS)
         job.progress.describe({"suite": suite.model_dump(mode="json"), "models": models})
-        found = Comparison(suite, list(rows), place)
-        for i, model in enumerate(models):
-            over = base if job.model is not None else base.with_overrides({"model": model})
-            left = None if time is None else (time - sum(row.wall for row in rows)) / (len(models) - i)
-            with _bench(resolve(over), job, place / f"model-{i}", disk) as bench:
-                _Work(bench, suite, cells, model, rows, left).run()
-            found = Comparison(suite, list(rows), place)
-            write_summary(found, place)
-    return found
+        end = None if time is None else began + time - sum(row.wall for row in rows)
+        each = len(suite.sparsity) * len(cells) * (suite.seeds + (time is not None)) + 1
+        with job.progress.stage("compare", len(models) * each) as stage:
+            grid = _Grid(suite, rows, place, stage, len(models), each, end)
+            for i, model in enumerate(models):
+                over = base if job.model is not None else base.with_overrides({"model": model})
+                until = grid.begin_model()
+                with _bench(resolve(over), job, place / f"model-{i}", disk) as bench:
+                    _Work(bench, suite, cells, model, rows, grid, until).run()
+                grid.write()
+        return Comparison(suite, list(rows), place)
+
+
+@dataclass
+class _Grid:
+    """How far the whole comparison is, as one stage, and its tables as they stand."""
+
+    suite: Suite
+    rows: Rows
+    place: Path
+    stage: Stage
+    models: int  # to come
+    each: int  # rows of a model, at most
+    end: float | None  # what the clock says when all has to be done
+    until: float | None = None  # when the model at work has to be
+    done: int = 0
+    writing: float = 0.0  # seconds that it took to write the tables
+    _written: float = 0.0
+
+    def begin_model(self) -> float | None:
+        """Go on to the next model; when it has to be done: at its share of the time that is left."""
+        now = clocks.perf_counter()
+        self.until = None if self.end is None else now + (self.end - now) / self.models
+        self.models -= 1
+        self.expect(self.each, None if self.until is None else max(0.0, self.until - now))
+        return self.until
+
+    def expect(self, coming: int, seconds: float | None) -> None:
+        """Say how many rows of the model at work may come, and what they take; None: that is unknown."""
+        if seconds is not None and self.models:
+            known = [row.wall for row in self.rows if row.cell != DENSE]
+            if self.end is not None and self.until is not None:
+                seconds += max(0.0, self.end - self.until)
+            elif known:
+                seconds += self.models * self.each * sum(known) / len(known)
+        self.stage.expect(self.done + coming + self.models * self.each, seconds)
+
+    def count(self, said: str) -> None:
+        """Show that a row is there."""
+        self.done += 1
+        self.stage.advance(1, said)
+
+    def write_at_times(self) -> None:
+        """Write the tables, unless that would cost much of the time: of hundreds of cells it takes seconds."""
+        if clocks.perf_counter() - self._written >= OFTEN * self.writing:
+            self.write()
+
+    def write(self) -> None:
+        """Write the tables of all rows that are there."""
+        began = clocks.perf_counter()
+        write_summary(Comparison(self.suite, list(self.rows), self.place), self.place)
+        self._written = clocks.perf_counter()
+        self.writing = self._written - began
 
 
 @contextmanager
@@ -125,23 +181,60 @@ class _Work:
     cells: Sequence[Cell]
     model: str
     rows: Rows
-    left: float | None  # seconds; None: as many as it takes
+    grid: _Grid
+    until: float | None  # what the clock says when all has to be done; None: it takes as long as it takes
 
     def run(self) -> None:
         """Make all rows that are not there yet."""
-        self._dense()
-        self._announce(1.0)
+        dense = self._dense()
+        for share in SHARES if self.until is not None else (WHOLE,):
+            self._announce(share)
         self._warn_of_limit()
-        total = 1 + len(self.suite.sparsity) * len(self.cells) * self.suite.seeds
-        with self.bench.session.progress.stage(f"compare on {self.model}", total) as stage:
-            stage.advance(1, f"dense {number(self._dense().perplexity)}")
-            chosen = {sparsity: list(self.cells) for sparsity in self.suite.sparsity}
-            if self.left is not None:
-                chosen = self._chosen(stage)
-            for seed in range(self.suite.seeds):
-                for sparsity, cells in chosen.items():
-                    for cell in cells:
-                        self._row(cell, sparsity, seed, 1.0, stage)
+        self.grid.count(self._said("dense", dense))
+        if self.until is None:
+            self._all()
+        else:
+            self._in_time(self.until, dense)
+
+    def _all(self) -> None:
+        """Every cell on all of the text."""
+        coming = [
+            (cell, sparsity, seed)
+            for seed in range(self.suite.seeds) for sparsity in self.suite.sparsity for cell in self.cells
+        ]  # fmt: skip
+        for i, (cell, sparsity, seed) in enumerate(coming):
+            self.grid.expect(len(coming) - i, self._foreseen(coming[i:]))
+            self._row(cell, sparsity, seed, WHOLE)
+
+    def _foreseen(self, coming: Sequence[tuple[Cell, float, int]]) -> float | None:
+        """Seconds of rows that are not there yet, as of those that are: of the same cell, or of all."""
+        walls = dict[str, list[float]]()
+        for row in self.rows:
+            if row.model == self.model and row.cell != DENSE:
+                walls.setdefault(row.cell, []).append(row.wall)
+        every = [wall for some in walls.values() for wall in some]
+        if not every:
+            return None
+        missing = [cell.name for cell, sparsity, seed in coming if not self._is_known(cell.name, sparsity, seed, WHOLE)]
+        return sum(fmean(walls.get(name, every)) for name in missing)
+
+    def _in_time(self, until: float, dense: Row) -> None:
+        """The better cells on all of the text, as many as there is time for."""
+        by_name, costs = {cell.name: cell for cell in self.cells}, Costs(dense.wall)
+        for row in self.rows:
+            if row.model == self.model:
+                costs.add(row)
+        Halving(
+            list(by_name), self.suite.sparsity, self.suite.seeds, REFERENCE, until, costs,
+            make=lambda name, *place: self._row(by_name[name], *place), known=self._is_known,
+            leave_out=self._leave_out, expect=self.grid.expect, say=self.bench.session.progress.say,
+            after=lambda: self.grid.writing, clock=clocks.perf_counter,
+        ).run()  # fmt: skip
+
+    def _is_known(self, cell: str, sparsity: float, seed: int, share: float) -> bool:
+        """Whether a row is there that need not be made."""
+        row = self.rows.found.get((self.model, cell, sparsity, seed, share))
+        return row is not None and row.state != LEFT
 
     def _dense(self) -> Row:
         """The model as it was; its row says of which weights and which text all rows are.
@@ -166,59 +259,8 @@ class _Work:
         row = Row(self.model, DENSE, 0.0, 0, recipe=of, wall=took, seconds=took, parameters=size)
         return self.rows.add(replace(row, **_measured(measured)))
 
-    def _chosen(self, stage: Stage) -> dict[float, list[Cell]]:
-        """The cells that the time allows on all of the text, by sparsity: the best of those tried on less."""
-        assert self.left is not None
-        began, cells = clocks.perf_counter(), {sparsity: list(self.cells) for sparsity in self.suite.sparsity}
-        for rung, share in enumerate(SHARES[:-1]):
-            planned, until = ((steps / len(SHARES)) * self.left for steps in (rung + 1, len(SHARES) - 1))
-            self._announce(share)
-            tried: dict[float, list[Row]] = {sparsity: [] for sparsity in cells}
-            for cell in self.cells:  # at one sparsity after the other, so that none is left without
-                for sparsity, some in cells.items():
-                    if cell not in some:
-                        continue
-                    if clocks.perf_counter() - began > until and cell.name != REFERENCE and tried[sparsity]:
-                        self._leave_out(cell, sparsity, share, "the time was spent before its turn")
-                        continue
-                    row = self._row(cell, sparsity, 0, share, Stage())
-                    if row.state == COMPLETE:
-                        tried[sparsity].append(row)
-            rest = self.left - (clocks.perf_counter() - began)
-            everything = seconds_of(row for some in tried.values() for row in some) / share * self.suite.seeds
-            # that all are tried is worth more than a step between
-            last = everything <= rest or self.left - rest > planned
-            nxt = SHARES[-1 if last else rung + 1]
-            cells = self._survivors(
-                tried, nxt / share, (rest if last else rest / (len(SHARES) - 1 - rung)) / len(cells)
-            )
-            if last:
-                break
-        return cells
-
-    def _survivors(
-        self, tried: Mapping[float, Sequence[Row]], longer: float, seconds: float
-    ) -> dict[float, list[Cell]]:
-        """The best cells of every sparsity that take no more than so many seconds when they take so much longer."""
-        by_name, found = {cell.name: cell for cell in self.cells}, dict[float, list[Cell]]()
-        for sparsity, rows in tried.items():
-            order = sorted(rows, key=lambda row: math.inf if row.perplexity is None else row.perplexity)
-            order.sort(key=lambda row: row.cell != REFERENCE)  # what all are compared with stays
-            kept = list[str]()
-            stays = list[Row]()
-            for row in order:
-                if longer * seconds_of([*stays, row]) <= seconds or len(kept) < 2:
-                    kept.append(row.cell)
-                    stays.append(row)
-                else:
-                    self._leave_out(
-                        by_name[row.cell], sparsity, 1.0, f"others were better on {row.share:.0%} of the text"
-                    )
-            found[sparsity] = [cell for cell in self.cells if cell.name in kept]
-        return found
-
-    def _leave_out(self, cell: Cell, sparsity: float, share: float, reason: str) -> None:
-        row = Row(self.model, cell.name, sparsity, 0, share, LEFT, reason)
+    def _leave_out(self, cell: str, sparsity: float, seed: int, share: float, reason: str) -> None:
+        row = Row(self.model, cell, sparsity, seed, share, LEFT, reason)
         if row.key not in self.rows.found:
             self.rows.add(row)
 
@@ -252,7 +294,7 @@ class _Work:
                 f"{MORE}"
             )
 
-    def _row(self, cell: Cell, sparsity: float, seed: int, share: float, stage: Stage) -> Row:
+    def _row(self, cell: Cell, sparsity: float, seed: int, share: float) -> Row:
         """The row of a cell: that on file, that of the same recipe under another name, or a new one."""
         known = self.rows.found.get((self.model, cell.name, sparsity, seed, share))
         if known is None or known.state == LEFT:
@@ -265,9 +307,14 @@ class _Work:
             except (RuntimeError, ArithmeticError, MemoryError) as error:  # broken promises, memory, factorisations
                 made = replace(blank, state=FAILED, reason=f"{type(error).__name__}: {first_line(error)}")
             known = self.rows.add(replace(made, wall=clocks.perf_counter() - begun))
-        said = number(known.perplexity) if known.state == COMPLETE else known.state
-        stage.advance(1, f"{cell.name} {said}, {span(known.seconds)}")
+            self.grid.write_at_times()
+        self.grid.count(f"{self._said(cell.name, known)}, {span(known.seconds)}")
         return known
+
+    def _said(self, name: str, row: Row) -> str:
+        """A row in a few words."""
+        model = f"{Path(self.model).name}: " if len(self.suite.models) > 1 else ""
+        return f"{model}{name} {number(row.perplexity) if row.state == COMPLETE else row.state}"
 
     def _parts(self, cell: Cell, blank: Row) -> Parts:
         """What is run for a row.

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.errors import WrongInput
-from prunekit.system.progress import Progress, Stage, left
+from prunekit.system.progress import Progress, Remaining, Stage
 
 SCHEMA = 1
 EVERY = 1.0  # seconds between two steps of a stage that are told; its begin and its end always are
@@ -149,6 +149,7 @@ class _EventStage(Stage):
         self.events, self.name, self.total, self.within = events, name, total, within
         self.done, self.note = 0, ""
         self.started = self.told = events.clock()
+        self.remaining = Remaining()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self.done += steps
@@ -156,11 +157,15 @@ class _EventStage(Stage):
         if self.events.clock() - self.told >= self.events.every:
             self.tell("running")
 
+    def expect(self, total: int, seconds: float | None) -> None:
+        self.total = total
+        self.remaining.set(self.events.clock(), seconds)
+
     def tell(self, state: str) -> None:
         """Tell where it stands."""
         self.told = self.events.clock()
         seconds = self.told - self.started
-        estimate = 0.0 if state == "done" else left(self.done, self.total, seconds)
+        estimate = 0.0 if state == "done" else self.remaining.at(self.told, self.done, self.total, seconds)
         self.events._tell(
             "progress",
             {

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import ProgressColumn
 
 EVERY = 5.0  # seconds between two plain lines of a stage
 
@@ -28,6 +29,14 @@ class Stage:
         Args:
             steps: how many more.
             note: what the last one was.
+        """
+
+    def expect(self, total: int, seconds: float | None) -> None:
+        """Correct what was said of the rest, where it is known better than by the pace so far.
+
+        Args:
+            total: number of steps, those that are done included.
+            seconds: that those to come take; None: that is unknown.
         """
 
 
@@ -97,6 +106,7 @@ class _PlainStage(Stage):
     def __init__(self, progress: PlainProgress, name: str, total: int) -> None:
         self.progress, self.name, self.total, self.done = progress, name, total, 0
         self.started = self.last_line = progress.clock()
+        self.remaining = Remaining()
 
     @property
     def standing(self) -> str:
@@ -108,9 +118,13 @@ class _PlainStage(Stage):
         if now - self.last_line < self.progress.every or self.done == self.total:  # the end has its own line
             return
         self.last_line = now
-        seconds = left(self.done, self.total, now - self.started)
+        seconds = self.remaining.at(now, self.done, self.total, now - self.started)
         still = "" if seconds is None else f", about {span(seconds)} left"
         self.progress.say(f"{self.standing}{still}" + (f": {note}" if note else ""))
+
+    def expect(self, total: int, seconds: float | None) -> None:
+        self.total = total
+        self.remaining.set(self.progress.clock(), seconds)
 
 
 class RichProgress(Progress):
@@ -127,7 +141,7 @@ class RichProgress(Progress):
             progress.BarColumn(bar_width=24),
             progress.MofNCompleteColumn(),
             progress.TimeElapsedColumn(),
-            progress.TimeRemainingColumn(),
+            _remaining_column(),
             progress.TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=self.console,
             transient=True,
@@ -139,10 +153,11 @@ class RichProgress(Progress):
         if not self.open:
             self.bars.start()
         self.open += 1
-        task = self.bars.add_task(name, total=total or None, note="")
+        remaining = Remaining()
+        task = self.bars.add_task(name, total=total or None, note="", remaining=remaining)
         started = time.monotonic()
         try:
-            yield _RichStage(self, task)
+            yield _RichStage(self, task, remaining)
             self.say(f"✓ {name}, {span(time.monotonic() - started)}")
         finally:
             self.bars.remove_task(task)
@@ -156,11 +171,15 @@ class RichProgress(Progress):
 
 
 class _RichStage(Stage):
-    def __init__(self, progress: RichProgress, task: object) -> None:
-        self.progress, self.task = progress, task
+    def __init__(self, progress: RichProgress, task: object, remaining: Remaining) -> None:
+        self.progress, self.task, self.remaining = progress, task, remaining
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self.progress.bars.update(self.task, advance=steps, **({"note": note} if note else {}))  # type: ignore[arg-type]
+
+    def expect(self, total: int, seconds: float | None) -> None:
+        self.progress.bars.update(self.task, total=total or None)  # type: ignore[arg-type]
+        self.remaining.set(time.monotonic(), seconds)
 
 
 class Several(Progress):
@@ -200,6 +219,10 @@ class _SeveralStages(Stage):
         for each in self.stages:
             each.advance(steps, note)
 
+    def expect(self, total: int, seconds: float | None) -> None:
+        for each in self.stages:
+            each.expect(total, seconds)
+
 
 _listening: list[Progress] = []  # of the command that this process is
 
@@ -225,6 +248,45 @@ def progress_for(quiet: bool = False) -> Progress:
 def left(done: int, total: int, seconds: float) -> float | None:
     """Estimate the seconds that a stage still takes, which has done so much in so many; None: that is unknown."""
     return seconds / done * (total - done) if done and total > done else None
+
+
+class Remaining:
+    """What a stage still takes: what was said of it, less the time since; by its pace where nothing was said."""
+
+    def __init__(self) -> None:
+        self._said: tuple[float, float | None] | None = None
+
+    def set(self, now: float, seconds: float | None) -> None:
+        """Say that it takes so many seconds from now on; None: that is unknown."""
+        self._said = now, seconds
+
+    def at(self, now: float, done: int, total: int, spent: float) -> float | None:
+        """The seconds that are left of a stage that has done so much in so many; None: that is unknown."""
+        if self._said is None:
+            return left(done, total, spent)
+        then, seconds = self._said
+        return None if seconds is None else max(0.0, seconds - (now - then))
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was said."""
+        return self._said is not None
+
+
+def _remaining_column() -> ProgressColumn:
+    """The time that is left: what was said of it, or by the pace."""
+    from rich.progress import Task, TimeRemainingColumn
+    from rich.text import Text
+
+    class Column(TimeRemainingColumn):
+        def render(self, task: Task) -> Text:
+            remaining: Remaining = task.fields["remaining"]
+            if not remaining.known:
+                return super().render(task)
+            seconds = remaining.at(time.monotonic(), 0, 0, 0.0)
+            return Text("-:--:--" if seconds is None else span(seconds), style="progress.remaining")
+
+    return Column()
 
 
 @cache

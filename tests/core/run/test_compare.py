@@ -1,6 +1,7 @@
 """A comparison: all cells on the same tokens, resumed to the same rows, faults on record, time spent on the better."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import prunekit
 from prunekit import WrongInput
 from prunekit.calibration import fill
 from prunekit.errors import PluginError
-from prunekit.report.comparison import COMPLETE, DENSE, FAILED, LEFT, REFUSED, Comparison, Row, Rows, seconds_of
+from prunekit.recipe.suite import Suite
+from prunekit.report.comparison import COMPLETE, DENSE, FAILED, LEFT, REFUSED, Comparison, Row, Rows
 from prunekit.run import compare, stages
 from prunekit.run.bench import Bench
-from prunekit.system.progress import Progress
+from prunekit.system.events import Events
+from prunekit.system.progress import Progress, Stage
 
 TIMES = {"seconds": 0.0, "wall": 0.0, "stages": {}, "passes": {}}
 
@@ -105,8 +108,12 @@ def test_a_comparison_that_was_killed_goes_on_to_the_same_rows(asked: Any, done:
         return make(self, parts, name)
 
     monkeypatch.setattr(Bench, "make", killed)
+    monkeypatch.setattr(compare, "OFTEN", 0)  # tables after every row
     with pytest.raises(KeyboardInterrupt):
         prunekit.compare(**asked)
+    columns = pq.read_table(asked["output"] / "rows.parquet").to_pylist()
+    assert [row["cell"] for row in columns] == [row.cell for row in done.rows][: 1 + 3 + 1]
+    assert "| obs + uniform |" in (asked["output"] / "leaderboard.md").read_text()
     file = asked["output"] / "rows.jsonl"
     assert len(file.read_text().splitlines()) == 1 + 3 + 1  # the dense model, three that were made, and one the same
     with file.open("a") as half:
@@ -175,8 +182,10 @@ def test_cells_of_the_same_candidates_share_one_pass_and_come_out_as_alone(
     first = next(row for row in three if row.cell == "magnitude + schedule")
     assert found.seconds(first) == pytest.approx(first.own + shared / 3)  # global-rank reads it too
     made = [row for row in found.rows if row.cell != DENSE]
-    assert sum(map(found.seconds, made)) == pytest.approx(seconds_of(made))  # which no pass is counted in twice
-    assert seconds_of(made) < sum(row.seconds for row in made)
+    once = {(row.model, name): spent for row in made for name, spent in row.passes.items()}
+    together = sum(row.own for row in made) + sum(once.values())
+    assert sum(map(found.seconds, made)) == pytest.approx(together)
+    assert together < sum(row.seconds for row in made)
     rows = {row.cell: replace(row, **TIMES) for row in found.rows}
     assert {row.state for row in rows.values()} == {COMPLETE}
     for name in ONE_PASS["allocators"]:
@@ -225,45 +234,66 @@ def test_seeds_are_rows_of_their_own_on_the_same_text(asked: Any) -> None:
     assert len({row.label for row in found.rows}) == 1
 
 
-def test_a_time_goes_to_the_better_cells(asked: Any) -> None:
-    asked["data__calibration_tokens"] = 1024
-    found = prunekit.compare(**asked | {"sparsity": [0.5]}, time=0.01)
-    shares = {
-        share: {row.cell for row in found.rows if row.share == share and row.state == COMPLETE} for share in (0.25, 1)
-    }
-    assert "uniform" in shares[0.25] & shares[1]
-    assert len(shares[1] - {DENSE}) < 7
-    left = [row for row in found.rows if row.state == LEFT]
-    assert left
-    assert all("the time was spent" in row.reason or "others were better" in row.reason for row in left)
+def test_a_time_goes_to_the_better_cells_and_is_kept(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, make, time = [0.0], Bench.make, 50
+
+    @contextmanager
+    def slow(self: Any, parts: Any, name: str) -> Any:
+        """Eight seconds whatever the text, and two for all of it."""
+        with make(self, parts, name) as made:
+            now[0] += 8 + 2 * parts.recipe.data.calibration_tokens / 512
+            yield made
+
+    monkeypatch.setattr(Bench, "make", slow)
+    monkeypatch.setattr(compare.clocks, "perf_counter", lambda: now[0])
+    found = prunekit.compare(**asked | {"sparsity": [0.5]}, time=time)
+    tried, final = ({row.cell for row in found.rows if (row.share, row.state) == (s, COMPLETE)} for s in (0.25, 1.0))
+    left = {row.cell: row.reason for row in found.rows if row.state == LEFT}
+    assert tried - {"uniform", "obs + uniform"} > set()
+    assert final > {DENSE, "uniform"}
+    assert now[0] <= time
+    assert final | set(left) == {DENSE} | {cell.name for cell in found.suite.every_cell()}
+    assert all("the time was spent" in reason or "others were better" in reason for reason in left.values())
     quarter, whole = (
         next(row for row in found.rows if (row.cell, row.share) == ("uniform", share)) for share in (0.25, 1)
     )
     assert quarter.losses != whole.losses  # on the search text
+    assert found.places == [(asked["model"], 0.5)]
 
 
-def test_where_the_first_step_takes_long_all_are_tried_and_the_second_is_left_out(
-    asked: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now, made = [0.0], compare._Work._row
+def test_progress_is_one_over_all_models_and_steps_with_an_estimate(asked: Any, saved_tiny: Any) -> None:
+    told, models = list[dict[str, Any]](), [str(saved_tiny()), str(saved_tiny())]
+    progress = Events(lambda line: told.append(json.loads(line)), every=0)
+    found = prunekit.compare(**asked | FEW | {"model": models}, time="1h", progress=progress)
+    stages = [each for each in told if each["event"] == "progress"]
+    mine = [each for each in stages if each["stage"] == "compare"]
+    assert [each["state"] for each in mine].count("begun") == 1
+    assert all(each["within"][:1] == ["compare"] for each in stages if each["stage"] != "compare")
+    assert mine[-1]["done"] == mine[-1]["of"] == len(found.rows) == 2 * (1 + 3 * 2)
+    running = [each for each in mine if each["state"] == "running"]
+    assert [each["done"] for each in running] == list(range(1, len(found.rows) + 1))
+    assert all(0 <= each["estimate"] <= 3600 for each in running)
+    assert len({each["of"] for each in mine}) == 1
+    assert Path(models[1]).name in running[-1]["note"]
 
-    def slow(self: Any, cell: Any, sparsity: float, seed: int, share: float, stage: Any) -> Row:
-        row = made(self, cell, sparsity, seed, share, stage)
-        now[0] += 10 * share
-        return replace(row, seconds=10 * share)
 
-    monkeypatch.setattr(compare._Work, "_row", slow)
+def test_tables_are_written_as_often_as_that_costs_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, written = [0.0], list[float]()
+
+    def write(*_: Any) -> None:
+        now[0] += 1.0
+        written.append(now[0])
+
     monkeypatch.setattr(compare.clocks, "perf_counter", lambda: now[0])
-    asked |= {"pruners": ["magnitude"], "cells": {}}
-    cells = 4  # both baselines, and the pruner with both allocators
-    third = 2.5 * 2 * cells / 1.5  # of the time: at two sparsities the first step takes one and a half
-    found = prunekit.compare(**asked, time=3 * third)
-    tried = {s: {row.cell for row in found.rows if (row.share, row.sparsity) == (0.25, s)} for s in (0.25, 0.5)}
-    assert tried[0.25] == tried[0.5]
-    assert len(tried[0.5]) == cells
-    assert {row.share for row in found.rows} == {0.25, 1.0}
-    assert not any("the time was spent" in row.reason for row in found.rows)
-    assert any("others were better" in row.reason for row in found.rows)
+    monkeypatch.setattr(compare, "write_summary", write)
+    rows = Rows(tmp_path / "rows")
+    grid = compare._Grid(Suite(recipes=("fast",)), rows, tmp_path, Stage(), models=1, each=100, end=None)
+    for _ in range(100):
+        now[0] += 2.0
+        grid.write_at_times()
+    assert written[0] == 3  # with the first row
+    assert sum(1.0 for _ in written) <= now[0] / compare.OFTEN + 1
+    assert len(written) >= 200 / (compare.OFTEN + 4)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.progress import TimeRemainingColumn
 
 from prunekit.system.progress import PlainProgress, Progress, RichProgress, progress_for, span
 
@@ -43,6 +44,38 @@ def test_a_stage_of_unknown_length_has_no_estimate() -> None:
         clock.now = 6
         stage.advance(16, "loss 0.1")
     assert file.getvalue().splitlines() == ["search 16: loss 0.1", "search 16, done in 6.0 s"]
+
+
+def test_what_is_known_of_the_rest_takes_the_place_of_the_pace() -> None:
+    file, clock = io.StringIO(), Clock()
+    with PlainProgress(file, every=5, clock=clock).stage("compare", 10) as stage:
+        stage.expect(10, None)
+        clock.now = 6
+        stage.advance(1, "dense")
+        stage.expect(4, 30)
+        clock.now = 16
+        stage.advance(1, "one")
+        clock.now = 60
+        stage.advance(1, "two")
+        stage.advance(1, "three")
+    assert file.getvalue().splitlines() == [
+        "compare 1/10: dense",
+        "compare 2/4, about 20.0 s left: one",
+        "compare 3/4, about 0.0 s left: two",
+        "compare 4/4, done in 1:00 min",
+    ]
+
+
+def test_bars_show_what_is_known_of_the_rest() -> None:
+    progress = RichProgress(Console(file=io.StringIO(), force_terminal=True, width=120))
+    column = next(each for each in progress.bars.columns if isinstance(each, TimeRemainingColumn))
+    with progress.stage("compare", 10) as stage:
+        stage.expect(4, 7200)
+        (task,) = progress.bars.tasks
+        assert task.total == 4
+        assert str(column.render(task)) == "2:00 h"
+        stage.expect(4, None)
+        assert str(column.render(task)) == "-:--:--"
 
 
 def test_a_failed_stage_is_not_said_to_be_done() -> None:

@@ -101,6 +101,26 @@ def test_a_run_on_a_cluster_ends_where_one_here_does(tmp_path: Path) -> None:
     assert one["search"]["token_forwards"] == other["search"]["token_forwards"]
 
 
+def test_cells_of_a_comparison_on_a_cluster_have_the_rows_of_those_here(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The wind went up the hill and down again. A boat was on the river, and nobody in it. " * 80)
+    few = {"dataset": str(text), "evaluation_dataset": str(text), "seqlen": 64, "evaluation_tokens": 512}
+    few |= {"calibration_tokens": 1024, "search_tokens": 512}
+    searched = {"allocator": {"name": "evolution", "generations": 1, "offspring": 2}, "objective": "divergence"}
+    one, other = (
+        prunekit.compare(
+            MODEL, recipe="fast", pruners=["magnitude"], cells={"searched": searched}, data=few,
+            engine=engine, output=tmp_path / str(i), quiet=True,
+        ).rows
+        for i, engine in enumerate(["local", {"name": "ray", "workers": 2}])
+    )  # fmt: skip
+    assert [row.cell for row in one] == ["dense", "uniform", "random", "magnitude", "searched"]
+    for mine, theirs in zip(one, other, strict=True):
+        assert (mine.key, mine.state, mine.parameters) == (theirs.key, theirs.state, theirs.parameters)
+        assert (mine.token_forwards, mine.questions) == (theirs.token_forwards, theirs.questions)
+        assert mine.losses == pytest.approx(theirs.losses, rel=1e-4)
+
+
 def test_a_cluster_that_is_not_there_is_said() -> None:
     nothing: Any = None
     with (
