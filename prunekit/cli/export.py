@@ -16,8 +16,8 @@ from prunekit.errors import WrongInput
 FOLDER = "Folder of a result, or of a model of a family that prunekit knows."
 FORMAT = "Name of an exporter. Repeatable, or several by comma."
 DTYPE = (
-    "Number format of the weights. hf and vllm: float32, bfloat16, float16, by default that of the model; onnx: float32 "
-    "(default), float16; gguf: f16 (default), f32, bf16, q8_0, and others that prunekit list gguf tells."
+    "Number format of the weights. hf and vllm: float32, bfloat16, float16, by default that of the model; onnx: "
+    "float32 (default), float16; gguf: f16 (default), f32, bf16, q8_0, and others that prunekit list gguf tells."
 )
 OUTPUT = "New folder for it; otherwise formats that have a place of their own lie beside the model."
 SET = "Option of an exporter, as NAME.option=value. Repeatable."

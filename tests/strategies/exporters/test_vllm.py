@@ -44,7 +44,7 @@ from prunekit.plugins.registry import ADAPTERS
 from prunekit.space.forms import parse_form
 from prunekit.testing import tiny
 from prunekit.testing.exporters import record_of
-from prunekit.testing.models import EXPERTS, SIZES
+from prunekit.testing.models import EXPERTS, HYBRIDS, SIZES
 from prunekit_strategies.exporters.vllm import VLLM, engine
 from prunekit_strategies.exporters.vllm.exporter import BACKEND, REFUSED
 
@@ -356,13 +356,15 @@ def test_why_it_failed_is_the_last_error_that_it_named() -> None:
 # -- the engine itself ----------------------------------------------------------------------------------
 
 
-EQUAL = {(block, "attention"): 2 for block in range(3)}  # of three groups
+MLPS = {(block, kind): few for block in range(3) for kind, few in (("mlp", 8), ("experts", 4))}  # of 17, of six
+EQUAL = MLPS | {(block, "attention"): 2 for block in range(3)}  # of three groups
 NEURONS = LOST | {(block, "mlp"): 1 for block in range(3)}  # in experts; of two groups
 CASES: dict[str, tuple[str, dict[tuple[int, str], int], Any]] = {
     **{name: (name, LOST, "import") for name in (*SIZES, *EXPERTS) if name not in REFUSED},
     "llama, bundled": ("llama", LOST, "bundled"),
     "mixtral, neurons": ("mixtral", NEURONS, "import"),
-    "qwen2, equal": ("qwen2", EQUAL, "import"),
+    **{f"{name}, equal": (name, EQUAL, "import") for name in (*SIZES, *EXPERTS, *HYBRIDS) if name != "falcon"},
+    "falcon, equal": ("falcon", MLPS, "import"),  # which is of our class where heads are gone
 }
 
 
@@ -370,7 +372,7 @@ def for_vllm(
     model_type: str, keep: dict[tuple[int, str], int], experts: Inside = "whole", seed: int = 0, **sizes: Any
 ) -> Any:
     """With heads of 32, for which there are kernels."""
-    named = (SIZES | EXPERTS)[model_type]
+    named = (SIZES | EXPERTS | HYBRIDS)[model_type]
     sizes |= {"hidden_size": 192} | {name: 32 for name in ("head_dim", "query_pre_attn_scalar") if name in named}
     sizes |= {name: 0.08 for name in ("initializer_range", "init_std") if name in named}
     return pruned(model_type, keep, experts, seed=seed, **sizes)
