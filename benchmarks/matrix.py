@@ -55,6 +55,7 @@ MIXTURES = {name: sizes for name, sizes in (EXPERTS | HYBRIDS).items() if "num_e
 OTHERWISE: dict[str, dict[str, Any]] = {  # as released models of the family are, where that decides what is written
     "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 4},
     "olmoe": {"num_key_value_heads": 6},
+    "llava": {"intermediate_size": WIDTH},
     "qwen2_5_vl": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}},
 }
 IDS = torch.arange(2, 130).reshape(2, 64)

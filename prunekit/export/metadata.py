@@ -39,7 +39,7 @@ def faults_in(metadata: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} is {kind}, not {value!r}"
     for language in _several(metadata.get("language")):
         if not (isinstance(language, str) and LANGUAGE.fullmatch(language)):
-            yield f"language is a code of two or three small letters, in quotes where YAML reads false, not {language!r}"
+            yield f"language is a code of two or three small letters, quoted where YAML reads false, not {language!r}"
     tags = metadata.get("tags", [])
     if not isinstance(tags, list) or not all(map(_is_text, tags)):
         yield f"tags is a list of texts, not {tags!r}"

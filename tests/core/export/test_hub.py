@@ -108,7 +108,7 @@ def test_metadata_as_the_hub_describes_it_passes(metadata: dict[str, Any]) -> No
         ({"license": ["mit"]}, "license is an identifier"),
         ({"license": "other"}, "license other needs a license_name"),
         ({"license_link": 3}, "license_link is an address"),
-        ({"language": ["en", False]}, "in quotes where YAML reads false, not False"),
+        ({"language": ["en", False]}, "quoted where YAML reads false, not False"),
         ({"language": "English"}, "not 'English'"),
         ({"language": "en-US"}, "not 'en-US'"),
         ({"tags": "pruned"}, "tags is a list of texts, not 'pruned'"),
