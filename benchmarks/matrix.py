@@ -55,6 +55,17 @@ MIXTURES = {name: sizes for name, sizes in (EXPERTS | HYBRIDS).items() if "num_e
 OTHERWISE: dict[str, dict[str, Any]] = {  # as released models of the family are, where that decides what is written
     "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 4},
     "olmoe": {"num_key_value_heads": 6},
+    "gpt_oss": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+        }
+    },
     "llava": {"intermediate_size": WIDTH},
     "qwen2_5_vl": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}},
 }

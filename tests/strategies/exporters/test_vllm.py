@@ -359,6 +359,17 @@ def test_why_it_failed_is_the_last_error_that_it_named() -> None:
 MLPS = {(block, kind): few for block in range(3) for kind, few in (("mlp", 8), ("experts", 4))}  # of 17, of six
 EQUAL = MLPS | {(block, "attention"): 2 for block in range(3)}  # of three groups
 NEURONS = LOST | {(block, "mlp"): 1 for block in range(3)}  # in experts; of two groups
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "truncate": False,
+}
+AS_RELEASED: dict[str, dict[str, Any]] = {  # what vLLM's own classes read, as configs of released models have it
+    "gpt_oss": {"rope_parameters": YARN | {"beta_fast": 32.0, "beta_slow": 1.0}},
+    "lfm2": {"conv_dim": 192},
+}
 CASES: dict[str, tuple[str, dict[tuple[int, str], int], Any]] = {
     **{name: (name, LOST, "import") for name in (*SIZES, *EXPERTS) if name not in REFUSED},
     "llama, bundled": ("llama", LOST, "bundled"),
@@ -373,6 +384,7 @@ def for_vllm(
 ) -> Any:
     """With heads of 32, for which there are kernels."""
     named = (SIZES | EXPERTS | HYBRIDS)[model_type]
+    sizes |= AS_RELEASED.get(model_type, {})
     sizes |= {"hidden_size": 192} | {name: 32 for name in ("head_dim", "query_pre_attn_scalar") if name in named}
     sizes |= {name: 0.08 for name in ("initializer_range", "init_std") if name in named}
     return pruned(model_type, keep, experts, seed=seed, **sizes)
