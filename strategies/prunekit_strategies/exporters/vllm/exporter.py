@@ -20,8 +20,8 @@ from prunekit_strategies.exporters.vllm import engine as runner
 
 REFUSED: Mapping[str, str] = {  # of unequal layers, by model type
     "falcon": "its attention in transformers cannot be exchanged for that of an engine",
-    "lfm2": "some blocks have a mixer with a state of its own, which was not tried",
-    "qwen3_next": "some blocks have a mixer with a state of its own, which was not tried",
+    "lfm2": "vLLM's way through transformers takes blocks with attention, and some blocks have another mixer",
+    "qwen3_next": "vLLM's way through transformers takes blocks with attention, and some blocks have another mixer",
 }
 EXPERTS = 2e-3  # nats: by the kernel that adds up experts; 0.0009 was seen in float32
 BY_HIDDEN = ("qwen2",)  # whose own class in vLLM takes the width of a head from hidden size / heads
