@@ -314,7 +314,9 @@ def main(
     """Try what is not in the file of rows, and print the tables."""
     torch.set_num_threads(1)
     classes.register()
-    ours = [name for name, entry in EXPORTERS.items() if entry.owner == "prunekit"]
+    ours = sorted(
+        (name for name, entry in EXPORTERS.items() if entry.owner == "prunekit"), key=lambda name: name != "hf"
+    )
     chosen = [*jobs(
         families.split(",") if families else [*ADAPTERS], structure or [*STRUCTURES],
         formats.split(",") if formats else ours,
@@ -331,7 +333,8 @@ def main(
     if docs is None:
         typer.echo(tables(found, chosen))
     else:
-        put(tables(found, jobs([*ADAPTERS], [*STRUCTURES], ours)), docs)
+        all_ = jobs([*ADAPTERS], [*STRUCTURES], ours)
+        put(tables(found, sorted(all_, key=lambda key: (ours.index(key[2]), key[0]))), docs)
 
 
 if __name__ == "__main__":

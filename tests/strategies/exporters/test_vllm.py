@@ -12,7 +12,8 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -148,7 +149,7 @@ def test_what_vllm_cannot_serve_is_refused_before_any_work_with_the_reason(model
     if (why := REFUSED.get(model_type)) is not None:
         with pytest.raises(pk.WrongInput, match=rf"format 'vllm' cannot write \w+ models of unequal layers: {why}"):
             VLLM().check(order)
-        VLLM(equal=True).check(order)
+        VLLM(equal=True).check(replace(order, spared=frozenset({"attention", "mixer"})))
         VLLM().check(pk.Order(adapter, "weights", "import"))
         VLLM().check(pk.Order(adapter, "groups", "import", config=AutoConfig.for_model(model_type), settled=True))
     elif adapter.images:
@@ -162,6 +163,18 @@ def test_what_vllm_cannot_serve_is_refused_before_any_work_with_the_reason(model
             VLLM().check(order)
     else:
         VLLM().check(order)
+
+
+def test_fewer_heads_are_refused_where_vllm_has_no_way_to_run_them() -> None:
+    adapter, sentence = adapter_for("lfm2"), "with fewer heads: vLLM's own class takes the width of a head from hidden"
+    with pytest.raises(pk.WrongInput, match=sentence):  # before they go
+        VLLM(equal=True).check(pk.Order(adapter, "groups", "import", config=AutoConfig.for_model("lfm2")))
+    for keep, refused in ((EQUAL, True), (MLPS, False)):  # and after
+        config = for_vllm("lfm2", keep).config
+        assert config.model_type == "lfm2"
+        order = pk.Order(adapter, "groups", "import", config=config, settled=True)
+        with pytest.raises(pk.WrongInput, match=sentence) if refused else nullcontext():
+            VLLM().check(order)
 
 
 def test_a_broken_promise_of_equal_layers_writes_nothing(tmp_path: Path) -> None:
@@ -359,6 +372,7 @@ def test_why_it_failed_is_the_last_error_that_it_named() -> None:
 MLPS = {(block, kind): few for block in range(3) for kind, few in (("mlp", 8), ("experts", 4))}  # of 17, of six
 EQUAL = MLPS | {(block, "attention"): 2 for block in range(3)}  # of three groups
 NEURONS = LOST | {(block, "mlp"): 1 for block in range(3)}  # in experts; of two groups
+WHOLE = ("falcon", "lfm2")  # of which vLLM's own class takes no fewer heads
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e4,
@@ -368,14 +382,14 @@ YARN = {
 }
 AS_RELEASED: dict[str, dict[str, Any]] = {  # what vLLM's own classes read, as configs of released models have it
     "gpt_oss": {"rope_parameters": YARN | {"beta_fast": 32.0, "beta_slow": 1.0}},
-    "lfm2": {"conv_dim": 192},
+    "lfm2": {"conv_dim": 192, "block_dim": 192},
 }
 CASES: dict[str, tuple[str, dict[tuple[int, str], int], Any]] = {
     **{name: (name, LOST, "import") for name in (*SIZES, *EXPERTS) if name not in REFUSED},
     "llama, bundled": ("llama", LOST, "bundled"),
     "mixtral, neurons": ("mixtral", NEURONS, "import"),
-    **{f"{name}, equal": (name, EQUAL, "import") for name in (*SIZES, *EXPERTS, *HYBRIDS) if name != "falcon"},
-    "falcon, equal": ("falcon", MLPS, "import"),  # which is of our class where heads are gone
+    **{f"{name}, equal": (name, EQUAL, "import") for name in (*SIZES, *EXPERTS, *HYBRIDS) if name not in WHOLE},
+    **{f"{name}, equal": (name, MLPS, "import") for name in WHOLE},
 }
 
 
