@@ -143,8 +143,8 @@ def _check_heads(family: Family, order: pk.Order) -> None:
     if fewer:
         raise pk.WrongInput(
             f"format 'vllm' cannot write {family.prefix} models with fewer heads: vLLM's own class takes the width of "
-            "a head from hidden size / heads, and its way through transformers takes no block with another mixer; prune "
-            "with spare.kinds=[attention,mixer], or take format 'hf'"
+            "a head from hidden size / heads, and its way through transformers takes no block with another mixer; "
+            "prune with spare.kinds=[attention,mixer], or take format 'hf'"
         )
 
 
