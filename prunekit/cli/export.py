@@ -15,10 +15,16 @@ from prunekit.errors import WrongInput
 
 FOLDER = "Folder of a result, or of a model of a family that prunekit knows."
 FORMAT = "Name of an exporter. Repeatable, or several by comma."
-DTYPE = "Number format of the weights: float32, bfloat16 or float16; otherwise that of the model."
+DTYPE = (
+    "Number format of the weights. hf and vllm: float32, bfloat16, float16, by default that of the model; onnx: "
+    "float32 (default), float16; gguf: f16 (default), f32, bf16, q8_0, and others that prunekit list gguf tells."
+)
 OUTPUT = "New folder for it; otherwise formats that have a place of their own lie beside the model."
 SET = "Option of an exporter, as NAME.option=value. Repeatable."
-VERIFY = "Comparison with the network that was judged, in the engine that runs the format, before it is kept."
+VERIFY = (
+    "Comparison with the network that was judged, or with the model itself where none was, in the engine that runs the "
+    "format, before it is kept."
+)
 MEMORY = "Memory to use, e.g. 8GiB; a model that needs more is read block by block."
 
 
@@ -29,7 +35,8 @@ def export(
         list[str] | None, option(FORMAT, None, "--format", autocompletion=several_of(plugins("exporter")))
     ] = None,
     dtype: Annotated[
-        str | None, option(DTYPE, autocompletion=one_of(lambda: ("float32", "bfloat16", "float16")))
+        str | None,
+        option(DTYPE, autocompletion=one_of(lambda: ("float32", "bfloat16", "float16", "f32", "bf16", "f16", "q8_0"))),
     ] = None,
     output: Annotated[Path | None, switch(OUTPUT, None, "--output", "-o")] = None,
     set_: Annotated[list[str] | None, option(SET, METHOD, "--set", metavar="NAME.OPTION=VALUE")] = None,

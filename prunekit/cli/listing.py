@@ -139,8 +139,9 @@ def _comment_of(text: str) -> str:
 
 
 def _page_of(entry: Entry) -> Iterator[str]:
-    from prunekit.cli.words import type_in_words, value_in_words
+    from prunekit.plugins.registry import type_in_words
     from prunekit.plugins.source import comments
+    from prunekit.plugins.words import value_in_words
 
     yield typer.style(f"{entry.kind} {entry.name}", bold=True) + f", of {entry.owner}"
     try:

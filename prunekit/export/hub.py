@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, metadata_load
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from yaml import YAMLError
 
 from prunekit.errors import CannotGoOn, WrongInput, first_line, one_line
+from prunekit.export.metadata import faults_in
 from prunekit.system.files import SEAL, sealed
 
 CARD = "README.md"
@@ -29,15 +31,18 @@ def check_repository(name: str) -> None:
 
 
 def check_card(folder: Path) -> None:
-    """Read the card's metadata as the hub's own library does.
+    """Read the card's metadata as the hub's own library does, and hold it against the rules that the hub publishes.
 
     Raises:
         WrongInput: it would be refused.
     """
     try:
         ModelCard((folder / CARD).read_text(encoding="utf-8")).data.to_dict()
-    except (OSError, ValueError) as error:
+        faults = [*faults_in(metadata_load(folder / CARD) or {})]
+    except (OSError, ValueError, YAMLError) as error:
         raise WrongInput(f"{folder / CARD} is no card that the hub takes: {first_line(error)}") from error
+    if faults:
+        raise WrongInput(f"{folder / CARD} is no card that the hub takes: {'; '.join(faults)}")
 
 
 def upload(folder: Path, repository: str) -> str:

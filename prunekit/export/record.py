@@ -23,6 +23,7 @@ from prunekit.system.files import read_json, write_bytes, write_json
 FOLDER = "judged"  # not beside the weights: servers read all safetensors that lie there
 NUMBERS, FACTS = "answers.safetensors", "answers.json"
 SCHEMA = 1
+JUDGED, OWN = "the network that was judged", "the folder's own model, no judged one"  # what a record is of
 FEW = 8  # likeliest tokens at every position
 PROMPT, NEW = 32, 16  # tokens of the continued text, at most half of a window; of its continuation
 
@@ -37,6 +38,7 @@ class Record:
     margins: Float[Tensor, " new_tokens"]  # nats between each of these and the second likeliest
     dtype: str  # of the weights
     parameters: int  # tied ones counted once
+    against: str = JUDGED  # whose answers these are
 
     @classmethod
     def of(
@@ -46,6 +48,7 @@ class Record:
         dtype: torch.dtype,
         parameters: int,
         continued: tuple[Tensor, Tensor, Tensor] | None = None,
+        against: str = JUDGED,
     ) -> Record:
         """Take it from logits.
 
@@ -55,6 +58,7 @@ class Record:
             dtype: of the weights.
             parameters: tied ones counted once.
             continued: what `continue_greedily` gives; None: nothing was continued.
+            against: whose answers these are: `JUDGED` or `OWN`.
         """
         top = logits.topk(min(FEW, logits.shape[-1]), -1).indices
         following = torch.cat([ids[:, 1:], top[:, -1:, 0]], 1)  # behind a window there is no text: the likeliest
@@ -62,7 +66,7 @@ class Record:
         prompt, new, margins = continued or (none.long(), none.long(), none)
         inquiry = Inquiry(ids, torch.cat([following[..., None], top], -1), prompt, len(new))
         logprobs, _ = Response.read(logits, inquiry)
-        return cls(inquiry, logprobs, new, margins, str(dtype).removeprefix("torch."), parameters)
+        return cls(inquiry, logprobs, new, margins, str(dtype).removeprefix("torch."), parameters, against)
 
     @property
     def gaps(self) -> Float[Tensor, "windows length"]:
@@ -80,7 +84,8 @@ class Record:
         windows, length = self.inquiry.ids.shape
         facts = {
             "schema": SCHEMA,
-            "what": "what the network that was judged answered, in float32; log-probabilities in nats",
+            "what": f"what {self.against} answered, in float32; log-probabilities in nats",
+            "against": self.against,
             "windows": windows,
             "length": length,
             "prompt": len(self.inquiry.prompt),
@@ -105,7 +110,7 @@ class Record:
             ids, tokens, prompt, new = (found[name].long() for name in ("ids", "tokens", "prompt", "new"))
             record = cls(
                 Inquiry(ids, tokens, prompt, len(new)), found["logprobs"], new, found["margins"],
-                str(facts["dtype"]), int(facts["parameters"]),
+                str(facts["dtype"]), int(facts["parameters"]), OWN if facts.get("against") == OWN else JUDGED,
             )  # fmt: skip
             if (
                 record.logprobs.shape != tokens.shape

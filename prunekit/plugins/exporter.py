@@ -101,6 +101,9 @@ class Exporter(ABC):
     modules: ClassVar[tuple[str, ...]] = ()  # that must be importable to write its files and to run them
     engine_modules: ClassVar[tuple[str, ...]] = ()  # further ones without which they are written, and not run
     install: ClassVar[str] = ""  # what pip installs for all of them, such as prunekit[onnx]
+    asks_engine: ClassVar[bool] = (
+        False  # whether `verify` asks the engine, where it is installed, so that a run need not
+    )
     engine_python: ClassVar[str] = ""  # an environment variable that may name another Python, with the engine in it
 
     @property

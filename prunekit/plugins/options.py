@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
+
+from prunekit.plugins.words import choices_of, no_choice
 
 
 def check_choices(plugin: Any) -> None:
@@ -17,16 +18,11 @@ def check_choices(plugin: Any) -> None:
     """
     for name, known in _choices(type(plugin)).items():
         if (value := getattr(plugin, name)) not in known:
-            raise ValueError(f"no {name} {value!r}; there are {', '.join(map(str, known))}")
+            raise ValueError(no_choice(name, value, known))
 
 
 @cache
 def _choices(plugin: type) -> Mapping[str, tuple[Any, ...]]:
     """Field -> all it may be, for fields of which that is listed."""
-    hints, found = get_type_hints(plugin), dict[str, tuple[Any, ...]]()
-    for field in fields(plugin):
-        hint = hints[field.name]
-        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        if {get_origin(part) for part in parts if part is not NoneType} == {Literal}:
-            found[field.name] = tuple(value for part in parts for value in get_args(part) or (None,))
-    return found
+    hints = get_type_hints(plugin)
+    return {field.name: known for field in fields(plugin) if (known := choices_of(hints[field.name]))}

@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
 from prunekit.errors import WrongInput, first_line, unknown
+from prunekit.plugins import words
 from prunekit.plugins.source import Written, digest_of, written
 from prunekit.system.progress import warn_once
 
@@ -324,13 +325,26 @@ def _typed(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         hints = parts[:1] * len(value) if parts[-1] is ... else parts
         if len(hints) == len(value):
             return tuple(_typed(field, each, item) for each, item in zip(hints, value, strict=True))
-        raise ValueError(f"{field.name} takes {_type_name(hint)}, not {value!r}")
+        raise ValueError(_refusal(field.name, hint, value))
     try:
         return TypeAdapter(hint).validate_python(value)
     except PydanticSchemaGenerationError:  # a type of the plug-in's own
         return value
     except ValidationError as error:
-        raise ValueError(f"{field.name} takes {_type_name(hint)}, not {value!r}") from error
+        raise ValueError(_refusal(field.name, hint, value)) from error
+
+
+def _refusal(name: str, hint: Any, value: Any) -> str:
+    """One sentence for a value that is not of an option's type."""
+    if known := words.choices_of(hint):
+        return words.no_choice(name, value, known)
+    asked = re.sub(r"(?<!whole )(whole number|number)", r"a \1", type_in_words(hint))
+    return f"{name} takes {asked}, not {value!r}"
+
+
+def type_in_words(hint: Any) -> str:
+    """What an option of this type takes, in plain words."""
+    return words.type_in_words(hint, lambda of: next((each.kind for each in KINDS if each.contract is of), None))
 
 
 def _holds_plugins(hint: Any) -> bool:

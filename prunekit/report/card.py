@@ -18,6 +18,10 @@ from prunekit.report.picture import draw
 from prunekit.system.files import read_json, write_bytes, write_json
 
 PICTURE = "sparsity.svg"
+TASKS = {  # of the hub, by the class of transformers that loads a model
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+}
 
 
 def card(
@@ -35,7 +39,13 @@ def card(
     source = str(document["model"])
     name = _line(Path(source).name or Path(source).resolve().name)
     base = {} if hub_id(source) is None else {"base_model": source}
-    head = {**base, "tags": ["prunekit", "pruned"], "library_name": "transformers", **facts}
+    head = {
+        **base,
+        "tags": ["prunekit", "pruned"],
+        "library_name": "transformers",
+        "pipeline_tag": TASKS[auto],
+        **facts,
+    }
     parts = ", ".join(f"{kind} `{spec['name']}`" for kind, spec in parts_of(recipe))
     rows = "\n".join(
         f"| {site['name']} | {site.get('keeps') or '{:,} of {:,}'.format(site['kept'], site['groups'])} "

@@ -28,7 +28,7 @@ from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.report.origin import PROCESSORS, taken_over
 from prunekit.run.results import PROBE, load_small
-from prunekit.run.verify import Check, Verdict, ask, record_of_model
+from prunekit.run.verify import Check, Verdict, ask, fault_in, record_of_model
 from prunekit.run.workplace import check_output, is_of_result, new_folder
 from prunekit.space.forms import parse_form
 from prunekit.system.files import MODEL_FILES, changed, extend_seal, read_json, sealed, write_bytes, write_json
@@ -188,12 +188,10 @@ def _verified(
                 rows = [Row("not run", "", why)] if why is not None else ask(exporter, folder, record)
                 checks.append(Check(name, exporter.engine, tuple(rows)))
             stage.advance(note=name)
-    verdict = Verdict(str(folder), "the network that was judged", (), tuple(checks))
+    verdict = Verdict(str(folder), record.against, (), tuple(checks))
     for check in checks:
-        for row in check.rows:
-            if row.agrees is False:
-                said = f"{row.what} in {check.engine}: {row.found}, not {row.judged}"
-                raise CannotGoOn(f"the {check.format} export was not kept: {said}")
+        if (fault := fault_in(check.rows, check.engine)) is not None:
+            raise CannotGoOn(f"the {check.format} export was not kept: {fault}")
     return verdict
 
 

@@ -122,7 +122,7 @@ def family(recipe: Recipe, job: Job) -> Family:
             if output is None:
                 results[name] = result
                 continue
-            write_result(result, run.place / "written")
+            write_result(result, run.place / "written", run.progress.say)
             seal(run.place / "written")
             (run.place / "written").replace(done / name)
         learnt = output is not None and _learn(runs, done)

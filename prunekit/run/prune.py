@@ -55,7 +55,7 @@ def prune(recipe: Recipe, job: Job) -> Result:
         found = dict(zip(runs, run_search(runs), strict=True))
         result = make_result(run, *found[run], run.measure_dense(), output)
         if output is not None:
-            write_result(result, place / "result")
+            write_result(result, place / "result", run.progress.say)
             if job.page:
                 add_page(place / "result", run.progress.say)
             publish(place / "result", output, overwrite=job.overwrite)

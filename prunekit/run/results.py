@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from prunekit.report.card import write as write_report
 from prunekit.report.notebook import show_result
 from prunekit.run.session import write_prices
 from prunekit.run.stages import Run
+from prunekit.run.verify import ask_engines
 from prunekit.run.workplace import check_output, is_of_result, new_folder
 from prunekit.search.supernet import Supernet
 from prunekit.space.sites import Allocation
@@ -203,8 +204,13 @@ def compare(model: PreTrainedModel, probe: tuple[torch.Tensor, torch.Tensor]) ->
         )
 
 
-def write_result(result: Result, folder: Path) -> None:
+def write_result(result: Result, folder: Path, say: Callable[[str], None] = lambda _: None) -> None:
     """Write all files of a result; what exporters have written is verified before anyone can see it.
+
+    Args:
+        result: with its probe, if it is to be verified.
+        folder: for it.
+        say: told which engines have run it, and which could not be asked.
 
     Raises:
         CannotGoOn: what was written is not the same model when it is loaded.
@@ -214,11 +220,12 @@ def write_result(result: Result, folder: Path) -> None:
     write_prices(result.recipe, folder)
     (folder / "recipe.yaml").write_text(result.recipe.to_yaml())
     (folder / "ledger.jsonl").write_text(result.ledger)
+    record = None
     if result.probe is not None:
-        parameters = reporting.count(result.model)
-        (result.record or Record.of(*result.probe, result.model.dtype, parameters)).write(folder)
+        record = result.record or Record.of(*result.probe, result.model.dtype, reporting.count(result.model))
+        record.write(folder)
     write_report(result.report, result.recipe, folder)
-    if result.recipe.verify and result.probe is not None:
+    if result.recipe.verify and result.probe is not None and record is not None:
         try:
             paging.rest(result.model)
             prove(
@@ -228,6 +235,7 @@ def write_result(result: Result, folder: Path) -> None:
             )
         except NotVerified as error:
             raise CannotGoOn(f"the result was not kept: {error}") from error
+        ask_engines(exporters, folder, record, say)
 
 
 def clear_result(folder: Path, exporters: Sequence[Exporter]) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunekit.errors import NotVerified, WrongInput
+from prunekit.errors import CannotGoOn, NotVerified, WrongInput
 from prunekit.export.compare import Row, compare
 from prunekit.export.formats import choose_formats, why_not_run
 from prunekit.export.question import Question
-from prunekit.export.record import FOLDER, Record, continue_greedily
+from prunekit.export.record import FOLDER, OWN, Record, continue_greedily
 from prunekit.measure.rounds import FEWEST, interleaved, own_time
 from prunekit.measure.speed import ROUNDS, SECONDS, Speed, compared
 from prunekit.models import paging
@@ -75,13 +75,13 @@ def verify_result(
     Args:
         source: folder of a result, or of a model that was exported.
         engines: by their names; None: one that is installed for each file or folder of the result.
-        against: the dense model, timed in turns with this one; None: nothing is timed.
+        against: folder of the dense model in the same formats, timed in turns with this one; None: nothing is timed.
         question: what every engine answers with the likeliest tokens, by the chat template where there is one.
         trust_remote_code: whether code in the folder may run.
         progress: what the user is told; None: nothing.
 
     Raises:
-        WrongInput: no such folder or engine, an engine that is not installed, or there is nothing to compare with.
+        WrongInput: no such folder, engine or dense model, an engine that is not installed, or nothing to compare with.
     """
     progress, folder = progress or Progress(), Path(located(source)).expanduser()
     if not folder.is_dir():
@@ -91,14 +91,16 @@ def verify_result(
     lost = [] if sealed(folder) is None else changed(folder)
     if mine := [name for name in lost if name.startswith(f"{FOLDER}/")]:
         raise WrongInput(f"{folder / mine[0]} is not what was written when the result was judged; bring it back")
-    record, what = Record.read(folder), "the network that was judged"
+    if against is not None:
+        _check_dense(against, formats, named=engines is not None)
+    record = Record.read(folder)
     if record is None:
         if all(exporter.place == "" for exporter in formats.values()):
             raise WrongInput(
                 f"{folder} has no record of a network that was judged ({FOLDER}/), as prune leaves it beside its "
                 "results; there is nothing to compare it with"
             )
-        record, what = record_of(folder, trust_remote_code=trust_remote_code), "the folder's own model, no judged one"
+        record = record_of(folder, trust_remote_code=trust_remote_code)
     trust = trust_remote_code
     asked = None if question is None else Question.of(question, folder, trust_remote_code=trust)
     checks = list[Check]()
@@ -113,7 +115,30 @@ def verify_result(
             stage.advance()
         speed = () if against is None else _paces(exporter, folder, against, progress)
         checks.append(Check(name, exporter.engine, tuple(rows), tuple(speed)))
-    return Verdict(str(folder), what, tuple(_sizes(folder, lost)), tuple(checks))
+    return Verdict(str(folder), record.against, tuple(_sizes(folder, lost)), tuple(checks))
+
+
+def _check_dense(against: str, formats: Mapping[str, Exporter], *, named: bool) -> None:
+    """Refuse, before any work, a dense model that is no folder, or that is not there in a format that is timed.
+
+    Args:
+        against: its folder.
+        formats: that are timed.
+        named: whether the caller asked for all of them; otherwise some may be missing, and their rows will say so.
+
+    Raises:
+        WrongInput: says what is not there.
+    """
+    folder = Path(located(against)).expanduser()
+    if not folder.is_dir():
+        raise WrongInput(f"against (--against) takes the folder of a dense model, and {against!r} is none")
+    missing = {name: exporter for name, exporter in formats.items() if not exporter.files(folder)}
+    if missing and (named or len(missing) == len(formats)):
+        name, exporter = next(iter(missing.items()))
+        raise WrongInput(
+            f"{folder / exporter.place} is not there, and a dense model is timed in the same format; make it with "
+            f"prunekit export {folder} --format {name}"
+        )
 
 
 def ask(exporter: Exporter, folder: Path, record: Record) -> list[Row]:
@@ -124,6 +149,35 @@ def ask(exporter: Exporter, folder: Path, record: Record) -> list[Row]:
     except NotVerified as error:
         return [Row("loads", "yes", str(error), False)]
     return compare(record, response, exporter.tolerance(path, getattr(torch, record.dtype)))
+
+
+def ask_engines(exporters: Sequence[Exporter], folder: Path, record: Record, say: Callable[[str], None]) -> None:
+    """Ask the engines that no exporter has asked yet of what was just written, as far as they are installed.
+
+    Args:
+        exporters: whose files are there and proved.
+        folder: of the result.
+        record: of the network that was judged.
+        say: told which engine has agreed, and which could not be asked.
+
+    Raises:
+        CannotGoOn: an engine answers something else.
+    """
+    for exporter in exporters:
+        if not exporter.engine:
+            continue
+        if (why := why_not_run(exporter)) is not None:
+            say(f"{exporter.engine} was not asked whether it runs the result: {why}")
+        elif not exporter.asks_engine:
+            if (fault := fault_in(ask(exporter, folder, record), exporter.engine)) is not None:
+                raise CannotGoOn(f"the result was not kept: {fault}")
+            say(f"{exporter.engine} answers what {record.against} does")
+
+
+def fault_in(rows: Sequence[Row], engine: str) -> str | None:
+    """What an engine answers otherwise, the first of it; None: nothing."""
+    wrong = next((row for row in rows if row.agrees is False), None)
+    return None if wrong is None else f"{wrong.what} in {engine}: {wrong.found}, not {wrong.judged}"
 
 
 @torch.no_grad()
@@ -145,7 +199,7 @@ def record_of_model(model: Any) -> Record:
     logits = model(ids, use_cache=False).logits
     continued = continue_greedily(lambda text: model(text, use_cache=False).logits, ids[0])
     stored_as(model, dtype)
-    return Record.of(ids, logits, dtype, parameters, continued)
+    return Record.of(ids, logits, dtype, parameters, continued, OWN)
 
 
 def _sizes(folder: Path, lost: Sequence[str]) -> list[Row]:
@@ -191,12 +245,10 @@ def _sizes(folder: Path, lost: Sequence[str]) -> list[Row]:
 def _paces(exporter: Exporter, folder: Path, against: str, progress: Progress) -> list[tuple[str, str, str, str]]:
     """Size on disk, and prefill and decode speed, of the dense model and of this one, in turns."""
     folders = {"dense": Path(against).expanduser(), "pruned": folder}
-    if exporter.place and not (there := folders["dense"] / exporter.place).exists():
-        return [("speed", f"{there} is not there: export the dense model too", "", "")]
-    rows = list[tuple[str, str, str, str]]()
-    if folders["dense"].exists():
-        dense, pruned = (sum(file.stat().st_size for file in exporter.files(each)) for each in folders.values())
-        rows.append(("size on disk", f"{dense / 1e6:,.1f} MB", f"{pruned / 1e6:,.1f} MB", f"{pruned / dense:.2f}"))
+    if not exporter.files(folders["dense"]):
+        return [("speed", f"{folders['dense'] / exporter.place} is not there: export the dense model too", "", "")]
+    dense, pruned = (sum(file.stat().st_size for file in exporter.files(each)) for each in folders.values())
+    rows = [("size on disk", f"{dense / 1e6:,.1f} MB", f"{pruned / 1e6:,.1f} MB", f"{pruned / dense:.2f}")]
     timers = {name: exporter.timer(each / exporter.place) for name, each in folders.items()}
     turns = {name: timer for name, timer in timers.items() if timer is not None}
     if len(turns) < len(timers):

@@ -29,6 +29,7 @@ class HF(pk.Exporter):
 
     structures: ClassVar[frozenset[str]] = frozenset({"groups", "weights", "n:m", "low-rank"})
     engine: ClassVar[str] = "transformers"
+    asks_engine: ClassVar[bool] = True
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of the weights; auto: that of the checkpoint
     max_shard_size: str = SHARD_BYTES  # of the largest file of weights, as 5GB

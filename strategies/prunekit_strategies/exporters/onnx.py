@@ -40,6 +40,7 @@ class ONNX(pk.Exporter):
     """
 
     engine: ClassVar[str] = "onnxruntime"
+    asks_engine: ClassVar[bool] = True
     modules: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
     install: ClassVar[str] = "prunekit[onnx]"
 

@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from prunekit.cli.main import app
-from prunekit.cli.words import type_in_words, value_in_words
 from prunekit.plugins import source
 from prunekit.plugins.allocator import Allocator
-from prunekit.plugins.registry import KINDS, PRUNERS, BrokenPlugin, Entry
+from prunekit.plugins.registry import KINDS, PRUNERS, BrokenPlugin, Entry, type_in_words
+from prunekit.plugins.words import value_in_words
 
 
 def run(*arguments: str) -> Result:

@@ -26,7 +26,7 @@ from prunekit.models.adapters.transformer import Transformer
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.space.forms import RANKS
 from prunekit.space.sites import Site
-from prunekit.testing.models import SIZES, tiny
+from prunekit.testing.models import EXPERTS, HYBRIDS, SIZES, tiny
 
 modeling.register()
 
@@ -450,6 +450,35 @@ def test_a_model_is_not_saved_over_another(tmp_path: Path) -> None:
         save(exported, tmp_path)
     with pytest.raises(ValueError, match="code is import or bundled, not 'pickled'"):
         save(exported, tmp_path / "other", code=cast(Any, "pickled"))
+
+
+def mixed(site: Site) -> int:
+    """As `extremes`, where something has to stay; experts and units of mixers differ by layer."""
+    counts = {"experts": 2 + site.block, "mixer": site.n_groups - site.block // 2}
+    return max(site.least, min(site.n_groups, counts.get(site.kind, extremes(site))))
+
+
+@pytest.mark.parametrize("model_type", [*EXPERTS, *HYBRIDS])
+def test_heads_of_unequal_mixtures_and_hybrids_stand_on_the_same_base_model(model_type: str, tmp_path: Path) -> None:
+    model = cut(model_type, mixed).float()
+    save(to_transformers(model, adapter_for(model_type)), tmp_path)
+    heads = modeling.define_heads(modeling.FAMILIES[model_type])
+    assert len(heads) == (0 if model_type in ("olmoe", "lfm2") else 2)  # of which transformers has none
+    base = cast(Any, model).base_model
+    with torch.no_grad():
+        expected = base(IDS, use_cache=False).last_hidden_state
+    for auto, head in heads.items():
+        loaded = load_head(modeling.HEADS[auto][0], tmp_path)
+        assert type(loaded) is head
+        assert loaded.config.model_type == f"prunekit_{model_type}"
+        sizes = {name: parameter.shape for name, parameter in base.named_parameters()}
+        assert {name: parameter.shape for name, parameter in loaded.base_model.named_parameters()} == sizes
+        with torch.no_grad():
+            found, answered = loaded.base_model(IDS, use_cache=False).last_hidden_state, loaded(IDS).logits
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            scores = loaded.score(found)
+        whole = scores if "Token" in auto else scores[:, -1]
+        torch.testing.assert_close(answered, whole, rtol=0, atol=1e-5)
 
 
 REMOTE = """

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.export import hub
+from prunekit.export.metadata import faults_in
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.report.card import card
@@ -70,15 +72,76 @@ def test_the_card_is_read_by_the_library_of_the_hub(folder: Path) -> None:
     assert (found.base_model, found.library_name, found.license) == ("owner/dense", "transformers", "apache-2.0")
     assert found.language == ["en", "no"]
     assert {"prunekit", "pruned"} <= set(found.tags or [])
+    assert found.pipeline_tag == "text-generation"
     hub.check_card(folder)
+
+
+RESULT = {
+    "task": {"type": "text-generation"},
+    "dataset": {"type": "wikitext", "name": "WikiText-2"},
+    "metrics": [{"type": "perplexity", "value": 9.1}],
+}
+
+
+def index_of(**changes: Any) -> dict[str, Any]:
+    return {"model-index": [{"name": "half", "results": [RESULT | changes]}]}
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {},
+        {"license": "openrail++", "language": "en", "base_model": ["a/b", "gpt2"], "tags": []},
+        {"license": "other", "license_name": "mine", "license_link": "LICENSE", "language": ["no", "code", "haw"]},
+        index_of(),
+        {"model-index": [{"name": "half", "results": []}]},
+    ],
+)
+def test_metadata_as_the_hub_describes_it_passes(metadata: dict[str, Any]) -> None:
+    assert [*faults_in(metadata)] == []
+
+
+@pytest.mark.parametrize(
+    ("metadata", "sentence"),
+    [
+        ({"license": "Apache-2.0"}, "license is an identifier in small letters, as apache-2.0, not 'Apache-2.0'"),
+        ({"license": ["mit"]}, "license is an identifier"),
+        ({"license": "other"}, "license other needs a license_name"),
+        ({"license_link": 3}, "license_link is an address"),
+        ({"language": ["en", False]}, "quoted where YAML reads false, not False"),
+        ({"language": "English"}, "not 'English'"),
+        ({"language": "en-US"}, "not 'en-US'"),
+        ({"tags": "pruned"}, "tags is a list of texts, not 'pruned'"),
+        ({"tags": ["a", 2]}, "tags is a list of texts"),
+        ({"pipeline_tag": "text generation"}, "as text-generation, not 'text generation'"),
+        ({"library_name": "my library"}, "library_name is one word"),
+        ({"base_model": "/home/me/model"}, "base_model is a repository, as owner/name, not '/home/me/model'"),
+        ({"base_model": ["a/b", 3]}, "base_model is a repository"),
+        ({"model-index": {"name": "half"}}, "model-index is a list of models, each with a name"),
+        ({"model-index": [{"name": "half"}]}, "half has no list of results"),
+        (index_of(task={}), "a result of half has no task.type"),
+        (index_of(dataset={"type": "wikitext"}), "a result of half has no dataset.name"),
+        (index_of(metrics=[{"type": "perplexity"}]), "a result of half has no metrics, each with type and value"),
+        (index_of(metrics=[]), "a result of half has no metrics"),
+    ],
+)
+def test_metadata_that_the_hub_would_refuse_is_told_in_a_sentence(
+    metadata: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    (fault,) = faults_in(metadata)
+    assert sentence in fault
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(metadata)}---\n")
+    with pytest.raises(WrongInput, match=r"README\.md is no card that the hub takes"):
+        hub.check_card(tmp_path)
 
 
 def test_a_card_that_the_hub_would_refuse_is_refused_before_anything_is_sent(
     folder: Path, asked: list[tuple[str, Any]]
 ) -> None:
-    (folder / "README.md").write_text("---\n- a list, no mapping\n---\n")
-    with pytest.raises(WrongInput, match=r"README\.md is no card that the hub takes"):
-        hub.upload(folder, "me/pruned")
+    for text in ("- a list, no mapping", "tags: [a", "license: Apache-2.0"):
+        (folder / "README.md").write_text(f"---\n{text}\n---\n")
+        with pytest.raises(WrongInput, match=r"README\.md is no card that the hub takes"):
+            hub.upload(folder, "me/pruned")
     assert asked == []
 
 

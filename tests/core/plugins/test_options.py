@@ -35,7 +35,7 @@ def test_what_is_listed_passes():
     [
         ({"word": "loud"}, "no word 'loud'; there are low, high"),
         ({"word": None}, "no word None; there are low, high"),
-        ({"dim": 2}, "no dim 2; there are 0, 1, None"),
+        ({"dim": 2}, "no dim 2; there are 0, 1, none"),
     ],
 )
 def test_what_is_not_is_refused_in_subclasses_too(wrong, sentence):

@@ -1,9 +1,22 @@
 """Names become plug-ins, or one helpful sentence."""
 
+import re
+from contextlib import suppress
+
 import pytest
 
 from prunekit import LocalPruner, WrongInput
-from prunekit.plugins.registry import ADAPTERS, ALLOCATORS, KINDS, OBJECTIVES, PRUNERS, SIGNALS, UnknownName
+from prunekit.plugins.registry import (
+    ADAPTERS,
+    ALLOCATORS,
+    EXPORTERS,
+    KINDS,
+    OBJECTIVES,
+    PRUNERS,
+    SIGNALS,
+    UnknownName,
+    _refusal,
+)
 
 
 @pytest.mark.parametrize("registry", KINDS, ids=lambda r: r.kind)
@@ -39,17 +52,26 @@ def test_plug_ins_nest():
 @pytest.mark.parametrize(
     ("registry", "spec", "sentence"),
     [
-        (PRUNERS, {"name": "wanda", "refit": "no thanks"}, "refit takes bool, not 'no thanks'"),
-        (OBJECTIVES, {"name": "divergence", "top_k": 1.5}, "top_k takes int, not 1.5"),
-        (ALLOCATORS, {"name": "evolution", "generations": "abc"}, "generations takes int, not 'abc'"),
-        (ALLOCATORS, {"name": "evolution", "selections": [[4, "x"]]}, "selections takes tuple"),
-        (PRUNERS, {"name": "obs", "aim": "maybe"}, "aim takes .*'stream'.*, not 'maybe'"),
+        (PRUNERS, {"name": "wanda", "refit": "no thanks"}, "refit takes yes/no, not 'no thanks'"),
+        (OBJECTIVES, {"name": "divergence", "top_k": 1.5}, "top_k takes a whole number, not 1.5"),
+        (ALLOCATORS, {"name": "evolution", "generations": "abc"}, "generations takes a whole number, not 'abc'"),
+        (
+            ALLOCATORS,
+            {"name": "evolution", "selections": [[4, "x"]]},
+            "selections takes a list, each 2 values: a whole number, a whole number, not",
+        ),
+        (PRUNERS, {"name": "obs", "aim": "maybe"}, "no aim 'maybe'; there are own, dense, stream"),
+        (
+            EXPORTERS,
+            {"name": "onnx", "dtype": "bfloat16"},
+            "'onnx': no dtype 'bfloat16'; there are auto, float32, float16",
+        ),
         (PRUNERS, {"name": "obs", "aime": "own"}, "did you mean 'aim'"),
         (ALLOCATORS, {"name": "metric-map", "signal": "outlier"}, "no signal 'outlier'; did you mean 'outliers'"),
         (PRUNERS, {"refit": True}, "given by its name"),
         (ALLOCATORS, {"name": "milp", "limits": [["flop", 0.5]]}, "no metric 'flop'; did you mean 'flops'"),
-        (ALLOCATORS, {"name": "milp", "limits": [["flops"]]}, "limits takes tuple"),
-        (ALLOCATORS, {"name": "milp", "limits": [["flops", "half"]]}, "limits takes float, not 'half'"),
+        (ALLOCATORS, {"name": "milp", "limits": [["flops"]]}, "limits takes 2 values: a metric, a number, not"),
+        (ALLOCATORS, {"name": "milp", "limits": [["flops", "half"]]}, "limits takes a number, not 'half'"),
         (ALLOCATORS, {"name": "milp", "limits": [["latency", 0.5]]}, "latency is measured for the budget alone"),
     ],
     ids=lambda value: getattr(value, "kind", str(value)),
@@ -57,6 +79,17 @@ def test_plug_ins_nest():
 def test_a_value_that_cannot_be_is_refused_before_any_work(registry, spec, sentence):
     with pytest.raises(WrongInput, match=sentence):
         registry.build(spec)
+
+
+def test_no_refusal_is_in_words_of_python():
+    hints = set()
+    for entry in (entry for registry in KINDS for entry in registry.values() if entry.owner == "prunekit"):
+        with suppress(ImportError):  # of what it needs, which is not installed
+            hints |= {option.hint for option in entry.options}
+    assert len(hints) > 20
+    sentences = [_refusal("option", hint, 3) for hint in hints]
+    words = re.compile(r"typing|<class|\b(Literal|Union|NoneType|Sequence|Mapping|tuple|dict|bool|int|float|str)\b")
+    assert [said for said in sentences if words.search(said)] == []
 
 
 def test_plug_ins_nest_in_lists():

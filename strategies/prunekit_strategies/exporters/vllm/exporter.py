@@ -20,11 +20,12 @@ from prunekit_strategies.exporters.vllm import engine as runner
 
 REFUSED: Mapping[str, str] = {  # of unequal layers, by model type
     "falcon": "its attention in transformers cannot be exchanged for that of an engine",
-    "lfm2": "some blocks have a mixer with a state of its own, which was not tried",
-    "qwen3_next": "some blocks have a mixer with a state of its own, which was not tried",
+    "lfm2": "vLLM's way through transformers takes blocks with attention, and some blocks have another mixer",
+    "qwen3_next": "vLLM's way through transformers takes blocks with attention, and some blocks have another mixer",
 }
 EXPERTS = 2e-3  # nats: by the kernel that adds up experts; 0.0009 was seen in float32
 BY_HIDDEN = ("qwen2",)  # whose own class in vLLM takes the width of a head from hidden size / heads
+WHOLE_HEADS = ("lfm2",)  # the same, of families for which there is no other way through vLLM
 BACKEND = "TransformersForCausalLM"  # vLLM's name of the class that runs a model as transformers has it
 
 
@@ -73,6 +74,7 @@ class VLLM(pk.Exporter):
         unequal = order.units in ("groups", "low-rank") and not (order.settled and not _is_ours(order.config))
         if unequal and not self.equal:
             _check_family(family)
+        _check_heads(family, order)
         if order.settled and _is_ours(order.config):
             _check_experts(family, order.config)
 
@@ -127,6 +129,23 @@ def _has_experts(path: Path) -> bool:
 def _check_family(family: Family) -> None:
     if (why := REFUSED.get(family.model_type)) is not None:
         raise pk.WrongInput(f"format 'vllm' cannot write {family.prefix} models of unequal layers: {why}")
+
+
+def _check_heads(family: Family, order: pk.Order) -> None:
+    """Refuse fewer heads, before they go or after, where vLLM takes the width of a head from hidden size / heads."""
+    if family.model_type not in WHOLE_HEADS or order.units != "groups":
+        return
+    config = order.config
+    fewer = "attention" not in order.spared
+    if order.settled and config is not None:
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        fewer = width * config.num_attention_heads != config.hidden_size
+    if fewer:
+        raise pk.WrongInput(
+            f"format 'vllm' cannot write {family.prefix} models with fewer heads: vLLM's own class takes the width of "
+            "a head from hidden size / heads, and its way through transformers takes no block with another mixer; "
+            "prune with spare.kinds=[attention,mixer], or take format 'hf'"
+        )
 
 
 def _check_experts(family: Family, config: Any) -> None:
