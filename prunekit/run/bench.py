@@ -160,12 +160,13 @@ class Bench:
         session, recipe, shared = self.session, parts.recipe, self.session.draws
         if recipe.data == session.parts.recipe.data and (shared.recovery is not None or not parts.learns):
             return shared
-        dense = session.dense
-        draws = draw(
-            dense.tokenizer, recipe.data, session.progress,
-            seed=recipe.seed, recovery=parts.learns, **limits(dense.model),
-        )  # fmt: skip
-        recovery = shared.recovery or draws.recovery
+        tokenizer, few = session.dense.tokenizer, limits(session.dense.model)
+        draws, recovery = draw(tokenizer, recipe.data, session.progress, seed=recipe.seed, **few), shared.recovery
+        if parts.learns and recovery is None:  # from behind what is shared, however little of it this recipe reads
+            calibration = max(draws.calibration.n_tokens, shared.calibration.n_tokens)
+            spent = {"calibration_tokens": calibration, "search_tokens": shared.search.n_tokens}
+            data = recipe.data.model_copy(update=spent)
+            recovery = draw(tokenizer, data, session.progress, seed=recipe.seed, recovery=True, **few).recovery
         draws = replace(draws, search=replace(shared.search, lessons=recovery), recovery=recovery)
         for part in (draws.calibration, draws.recovery):
             if part is not None and overlap(part, shared.search):

@@ -328,6 +328,9 @@ class _Work:
             tokens = session.draws.calibration
             some = max(1, whole_windows(round(blank.share * tokens.n_tokens), tokens.seqlen))
             recipe = recipe.with_overrides({"data.calibration_tokens": some * tokens.seqlen})
+            if (parts := resolve(recipe)).learns:
+                lessons = recipe.data.recovery_tokens or parts.amounts["recovery"]
+                recipe = recipe.with_overrides({"data.recovery_tokens": math.ceil(blank.share * lessons)})
         return resolve(recipe)
 
     def _tried(self, cell: Cell, blank: Row) -> Row:

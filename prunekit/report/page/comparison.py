@@ -77,8 +77,8 @@ def parts_of_comparison(folder: Path, name: str) -> list[Part]:
         parts += _parts_of_sizes(found, model, title, f"{name}-sizes-{i}")
     if (ranked := found.ranks()) is not None:
         text = paragraph(
-            f"Friedman's p that all are alike: {ranked.p:.3g}, over {ranked.blocks} blocks of model, sparsity and "
-            f"seed. Ranks that differ by less than {ranked.critical:.2f} are not separated (Nemenyi, 95 %)."
+            f"Friedman's p that all are alike: {ranked.p:.3g}, over {ranked.blocks} blocks of model and "
+            f"sparsity. Ranks that differ by less than {ranked.critical:.2f} are not separated (Nemenyi, 95 %)."
         )
         drawn = [charts.ranks(f"{name}-ranks-chart", ranked.mean, ranked.critical)]
         parts.append(Part(title, "Mean ranks", f"{name}-ranks", text, drawn))

@@ -4,6 +4,7 @@ import json
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -259,6 +260,27 @@ def test_a_time_goes_to_the_better_cells_and_is_kept(asked: Any, monkeypatch: py
     )
     assert quarter.losses != whole.losses  # on the search text
     assert found.places == [(asked["model"], 0.5)]
+
+
+def test_a_cell_that_trains_is_tried_on_a_part_of_its_text_which_judges_no_trial(
+    asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "judged.txt").write_text("\n".join(topics.values())[-20_000:], encoding="utf-8")
+    read, make = list[tuple[int, int]](), Bench.make
+
+    @contextmanager
+    def watched(self: Any, parts: Any, name: str) -> Any:
+        with make(self, parts, name) as made:
+            if made.draws.recovery is not None:
+                read.append((made.draws.calibration.n_tokens, made.draws.recovery.n_tokens))
+            yield made
+
+    monkeypatch.setattr(Bench, "make", watched)
+    cells = {"trained": {"finishers": [{"name": "distillation", "epochs": 1, "batch_tokens": 64}]}}
+    text = {"data__recovery_tokens": 256, "data__evaluation_dataset": str(tmp_path / "judged.txt")}
+    found = prunekit.compare(**asked | FEW | text | {"cells": cells}, time="1h")
+    assert {row.share for row in found.rows if row.cell == "trained" and row.state == COMPLETE} == {0.25, 1}
+    assert read == [(128, 64), (512, 256)]
 
 
 def test_progress_is_one_over_all_models_and_steps_with_an_estimate(asked: Any, saved_tiny: Any) -> None:
