@@ -124,25 +124,34 @@ class Knapsack:
             self._filled(value, allowed, members, here, keep)
         return keep
 
-    def euclid(self, point: Float[Tensor, " groups"]) -> Float[Tensor, " groups"]:
-        """The nearest point in [0, 1] that costs the budget: clip(p - ν price, 0, 1), ν by bisection, of either sign.
+    def euclid(
+        self, point: Float[Tensor, " groups"], weight: Float[Tensor, " groups"] | None = None
+    ) -> Float[Tensor, " groups"]:
+        """The nearest point in [0, 1] that costs the budget: clip(p - ν price / weight, 0, 1), ν of either sign.
 
         What the first group of a site costs more is taken as spent. A partition that can be kept whole is.
+
+        Args:
+            point: p.
+            weight: of the squared distance of every group, above 0; None: 1. With the prices for weights all groups
+                are shifted alike; without, a group that costs a hundred times as much is shifted a hundred times as
+                far.
         """
         found = point.detach().double().cpu().clone()
+        rate = self.price if weight is None else torch.where(self.price > 0, self.price / weight, 0.0)
         for members, limit in self.space.partitions:
             mine = torch.isin(self.site, torch.tensor(members))
-            p, c = found[mine], self.price[mine]
+            p, c, shift = found[mine], self.price[mine], rate[mine]
             total = limit - sum(self._lines[i][1] for i in members)
             if float(c.sum()) <= total:
                 found[mine] = 1.0
                 continue
-            reach = (1 + float(p.abs().max())) / float(c[c > 0].min())
+            reach = (1 + float(p.abs().max())) / float(shift[c > 0].min())
             low, high = -reach, reach
             for _ in range(HALVINGS):
                 middle = (low + high) / 2
-                low, high = (middle, high) if float(c @ (p - middle * c).clamp(0, 1)) > total else (low, middle)
-            found[mine] = torch.where(c > 0, (p - high * c).clamp(0, 1), 1.0)
+                low, high = (middle, high) if float(c @ (p - middle * shift).clamp(0, 1)) > total else (low, middle)
+            found[mine] = torch.where(c > 0, (p - high * shift).clamp(0, 1), 1.0)
         return found
 
     # -- inside -------------------------------------------------------------------------------------

@@ -130,6 +130,10 @@ def override(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
     for key, other in (("learner", "allocator"), ("allocator", "learner")):
         if overrides.get(key) is not None and overrides.get(other) is None:
             values[other] = None  # one takes the place of the other
+    if "learned" not in overrides:
+        other = any(key.split(".")[0] == "learner" for key in overrides)  # which may train no weights
+        if overrides.get("allocator") is not None or (other and values["learned"] == "weights"):
+            values["learned"] = None  # it was of the learner that was there
     for key in sorted(overrides, key=lambda key: key.count(".")):  # a plug-in before its options
         _put(values, key, overrides[key])
         if key.split(".")[0] in ("data", "model", "seed") and isinstance(values["data"], dict):

@@ -224,10 +224,14 @@ def test_windows_are_drawn_by_the_shares_of_data_sets(plugin: DRPruning | Sheare
     assert sum(late) / len(late) > 0.6
 
 
-def test_dr_pruning_asks_for_several_data_sets() -> None:
+def test_who_weighs_data_sets_asks_for_several() -> None:
     with pytest.raises(WrongInput, match="give several in data"):
         DRPruning().check(TokenBatch(torch.zeros(2, 8, dtype=torch.long), "one"))
-    DRPruning().check(TokenBatch(torch.zeros(2, 8, dtype=torch.long), "a+b", ("a", "b")))
+    with pytest.raises(WrongInput, match="give several in data.search_dataset, or loading constant"):
+        ShearedLLaMA(loading="dynamic").check(TokenBatch(torch.zeros(2, 8, dtype=torch.long), "one"))
+    ShearedLLaMA().check(TokenBatch(torch.zeros(2, 8, dtype=torch.long), "one"))
+    for plugin in (DRPruning(), ShearedLLaMA(loading="dynamic")):
+        plugin.check(TokenBatch(torch.zeros(2, 8, dtype=torch.long), "a+b", ("a", "b")))
 
 
 def test_draws_give_every_window_its_turn() -> None:
