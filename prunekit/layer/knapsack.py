@@ -53,7 +53,8 @@ class Knapsack:
 
     @cached_property
     def price(self) -> Float[Tensor, " groups"]:
-        """What a group costs beside others of its site; where prices are no line, its part of the whole site's."""
+        """What a group costs beside others of its site; where prices are no line, its part of the whole site's; 0 where
+        nothing of a site may go."""
         return torch.tensor([each for each, _, _ in self._lines], dtype=torch.float64)[self.site]
 
     @cached_property
@@ -62,11 +63,20 @@ class Knapsack:
         lines: list[tuple[float, int, bool]] = []
         for n, ladder, prices in zip(self.sizes, self.ladders, self.space.prices, strict=True):
             known = dict(zip(ladder, prices, strict=True))
+            if ladder == (n,):
+                lines.append((0, known[n], False))
+                continue
             each = known[n] - known[n - 1] if n > 1 and n - 1 in known else known[n] - known.get(0, 0)
             first = known[n] - n * each
             on_line = len(ladder) == n + 1 and all(p == (first + k * each if k else 0) for k, p in known.items())
             lines.append((each, first, True) if on_line and first >= 0 else (known[n] / n, 0, False))
         return lines
+
+    @cached_property
+    def fixed(self) -> Bool[Tensor, " groups"]:
+        """Which groups stay whatever is decided, because nothing of their site may go."""
+        whole = [ladder == (n,) for n, ladder in zip(self.sizes, self.ladders, strict=True)]
+        return torch.tensor(whole, dtype=torch.bool)[self.site]
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """A vector over groups, site by site."""
@@ -129,7 +139,8 @@ class Knapsack:
     ) -> Float[Tensor, " groups"]:
         """The nearest point in [0, 1] that costs the budget: clip(p - ν price / weight, 0, 1), ν of either sign.
 
-        What the first group of a site costs more is taken as spent. A partition that can be kept whole is.
+        What the first group of a site costs more is taken as spent, and all of a site of which nothing may go. A
+        partition that can be kept whole is.
 
         Args:
             point: p.

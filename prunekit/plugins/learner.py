@@ -86,6 +86,11 @@ class GateProblem:
         """Of every group, as `Knapsack.price`."""
         return self.knapsacks[-1].price
 
+    @property
+    def fixed(self) -> Bool[Tensor, " groups"]:
+        """Which groups stay, as `Knapsack.fixed`: their gates are 1 in every question, and so are their scales."""
+        return self.knapsacks[-1].fixed
+
     def project(
         self,
         value: Float[Tensor, " groups"],

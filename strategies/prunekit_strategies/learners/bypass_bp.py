@@ -61,15 +61,15 @@ class BypassBP(Learner):
         first, *batches = problem.batches(1 + self.steps, self.batch_tokens)
         power = (yield GateQuery(torch.ones_like(problem.price), first, want=frozenset({"power"}))).power
         assert power is not None
-        even = problem.euclid(torch.full_like(power, 0.5))
-        p = problem.euclid(even + self.spread * standardised(problem, power))  # (1)
+        even = problem.euclid(torch.full_like(power, 0.5), problem.price)
+        p = problem.euclid(even + self.spread * standardised(problem, power), problem.price)  # (1)
         for step, windows in enumerate(batches):
             masks = [torch.bernoulli(p, generator=rng) for _ in range(self.draws)]
             losses = []
             for mask in masks:
                 losses.append((yield GateQuery(mask, windows)).loss)
             rate = self.rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
-            p = problem.euclid(p - rate * gradient(p, masks, losses))  # (3), (4)
+            p = problem.euclid(p - rate * gradient(p, masks, losses), problem.price)  # (3), (4)
         return [problem.decision(problem.project(problem.price * p))]
 
 
