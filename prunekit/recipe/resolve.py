@@ -345,7 +345,9 @@ def _check_learned(parts: Parts) -> None:
         return
     name = f"learner {recipe.learner['name']!r}"
     if recipe.learned == "weights" and learner.training is None:
-        raise WrongInput(f"learned weights takes over what is trained, and {name} trains no weights; give groups or counts")
+        raise WrongInput(
+            f"learned weights takes over what is trained, and {name} trains no weights; give groups or counts"
+        )
     if not (option := instance(learner, "scaled_by", learner.scaled_by, str)):
         return
     if recipe.learned == "counts":

@@ -91,6 +91,18 @@ def test_the_pruner_may_choose_the_groups_of_what_was_learned(folder: Path, lear
     assert own.report["losses"]["pruned"] != chosen.report["losses"]["pruned"]
 
 
+@pytest.mark.parametrize("learner", [GRASP, SHEARED])
+def test_a_run_on_two_workers_ends_where_one_does(folder: Path, learning: Any, learner: dict[str, Any]) -> None:
+    one, two = (
+        prunekit.prune(folder, device=device, dtype="float64", **learning(learner=learner)).report
+        for device in ("cpu", "cpu,cpu")
+    )
+    assert [site["kept"] for site in one["sites"]] == [site["kept"] for site in two["sites"]]
+    assert one["losses"]["pruned"]["nll"] == pytest.approx(two["losses"]["pruned"]["nll"], rel=1e-8)
+    assert one["learner"] == two["learner"], "the lesson is held by one"
+    assert one["search"] == two["search"]
+
+
 def test_a_learner_that_nests_is_asked_once_for_a_family(folder: Path, tmp_path: Path, learning: Any) -> None:
     gisp = {"name": "gisp", "steps": 3, "tokens": 128}
     found = prunekit.prune(folder, output=tmp_path / "out", sparsity=[0.3, 0.6], **learning(learner=gisp))
@@ -189,7 +201,10 @@ def test_patterns_are_learned_with_weights(saved_tiny: Any, learning: Any) -> No
         ({"structure": "2:4", "pruner": "sparsegpt"}, "does not know structure n:m"),
         ({"allocator": "uniform"}, "give one of them"),
         ({"learner": "grasp"}, "grasprune"),
-        ({"learner": None, "allocator": "uniform", "learned": "groups"}, "an allocator decides here; leave learned away"),
+        (
+            {"learner": None, "allocator": "uniform", "learned": "groups"},
+            "an allocator decides here; leave learned away",
+        ),
         ({"learned": "weights"}, "learner 'grasprune' trains no weights; give groups or counts"),
         ({"learner": {**SHEARED, "rate": 0.0}, "learned": "weights"}, "trains no weights"),
         ({"learner": SCALED}, "pruner 'obs' replaces .* give --set learner.scale_steps=0, or a pruner"),
@@ -221,7 +236,7 @@ def test_what_is_taken_over_follows_from_the_learner_unless_it_is_said(tmp_path:
 
 @pytest.mark.parametrize("learner", [{"name": "sheared-llama", "loading": "dynamic"}, "dr-pruning"])
 def test_weighing_one_data_set_is_refused_before_anything_is_read(folder: Path, learning: Any, learner: Any) -> None:
-    with pytest.raises(WrongInput, match=r"weighs data sets, and all text is of .* give several in data.search_dataset"):
+    with pytest.raises(WrongInput, match=r"weighs data sets, and all text is of .* give several in data"):
         prunekit.prune(folder, **learning(learner=learner))
 
 

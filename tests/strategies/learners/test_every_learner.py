@@ -21,7 +21,7 @@ QUICK: Mapping[str, Mapping[str, Any]] = {
     "dr-pruning": {
         "steps": 48, "batch_tokens": 8, "mask_rate": 0.5, "multiplier_rate": 0.2, "fit": False, "rate": 1e-3,
     },
-    "lora-prune": {"steps": 12, "batch_tokens": 32, "every": 2, "rank": 2, "rate": 1e-2},
+    "lora-prune": {"steps": 12, "batch_tokens": 32, "every": 2, "rank": 2, "rate": 1e-2, "compare": "all"},
     "bip": {"steps": 32, "batch_tokens": 8, "mask_rate": 0.05, "rate": 1e-3},
     "sls": {"steps": 24, "batch_tokens": 8, "score_rate": 0.1, "penalty": 0.5, "rate": 1e-3, "patience": 1},
 }  # fmt: skip
@@ -29,7 +29,6 @@ QUICK: Mapping[str, Mapping[str, Any]] = {
 LEFT: Mapping[str, tuple[float, float, float]] = {  # on losses that are linear, flat around what is kept, of pairs
     "bypass-bp": (0.5, 0.5, 0.7),  # of few draws
     "ddp": (math.inf, 0.3, math.inf),  # Adam hears of slopes of one size their sign alone
-    "lora-prune": (math.inf, math.inf, math.inf),  # it ranks within a site, and all keep one share
     "sheared-llama": (0.6, 0.4, 0.6),  # of few draws
     "dr-pruning": (0.6, 0.4, 0.6),
     "sls": (0.1, 0.3, 0.2),  # a rank that is kept without a slope is not told from others
