@@ -144,9 +144,10 @@ class Knapsack:
 
         Args:
             point: p.
-            weight: of the squared distance of every group, above 0; None: 1. With the prices for weights all groups
-                are shifted alike; without, a group that costs a hundred times as much is shifted a hundred times as
-                far.
+            weight: of the squared distance of every group, above 0; None: 1, as a step down a slope wants it, whose end
+                then is where slopes are in the ratio of prices. With the prices for weights all groups are shifted
+                alike, as a point to begin at wants it: without, one that costs a hundred times as much is shifted a
+                hundred times as far.
         """
         found = point.detach().double().cpu().clone()
         rate = self.price if weight is None else torch.where(self.price > 0, self.price / weight, 0.0)
