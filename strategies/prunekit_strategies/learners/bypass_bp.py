@@ -25,9 +25,9 @@ class BypassBP(Learner):
         p ← p - rate_t/K Σ_k (ℓ_k - mean of the others) (m^k - p) / √(p (1 - p))                 (3)
         p ← the nearest p in [0, 1] whose expected price is the budget                           (4)
 
-    with z the power of groups, a z-score in every site. In the end the set of largest Σ price · p within the budget. (1)
-    shifts all groups alike; in (4), without weights, a group is shifted as far as it is dear, so that (3) ends where
-    what groups are worth is in the ratio of their prices. (3) is the gradient of E ℓ times √(p (1 - p)), the
+    with z the power of groups, a z-score in every site. In the end the set of largest Σ price · p within the budget.
+    (1) shifts all groups alike; in (4), without weights, a group is shifted as far as it is dear, so that (3) ends
+    where what groups are worth is in the ratio of their prices. (3) is the gradient of E ℓ times √(p (1 - p)), the
     score of a Bernoulli variable in its variance-stabilising scale; the other draws for a baseline keep it unbiased.
     The rate falls as a cosine.
 
@@ -35,11 +35,10 @@ class BypassBP(Learner):
     thousand windows of 128 tokens in batches of eight. We differ: the code's baseline is a moving mean that holds the
     present draws, divided by K - 1, which scales the step by 1.8 at its settings; its projection lowers probabilities
     and never raises them, per kind; a penalty that pushes probabilities apart is off in its scripts; it begins with
-    share + σ(z) less the mean, whose slope at the mean is the `spread` here. One step of (3) is all but noise, a walk at
-    random of which what groups are worth is the drift: `rate` is such that in `steps` the walk is as long as in the
-    code's 15 thousand steps, rate √steps. Here one budget, in prices, is for heads and
-    neurons together (`apart` in a recipe parts them), and the prior of (1) is the Wanda-sp score of groups in the dense
-    model.
+    share + σ(z) less the mean, whose slope at the mean is the `spread` here. A step of (3) is nearly all noise, a random
+    walk whose drift is what groups are worth: `rate` is such that in `steps` the walk, rate √steps, is as long as in
+    the code's 15 thousand steps. Here one budget, in prices, is for heads and neurons together (`apart` in a recipe
+    parts them), and the prior of (1) is the Wanda-sp score of groups in the dense model.
     """
 
     stochastic: ClassVar[bool] = True
