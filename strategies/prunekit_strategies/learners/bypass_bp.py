@@ -35,10 +35,10 @@ class BypassBP(Learner):
     thousand windows of 128 tokens in batches of eight. We differ: the code's baseline is a moving mean that holds the
     present draws, divided by K - 1, which scales the step by 1.8 at its settings; its projection lowers probabilities
     and never raises them, per kind; a penalty that pushes probabilities apart is off in its scripts; it begins with
-    share + σ(z) less the mean, whose slope at the mean is the `spread` here. A step of (3) is nearly all noise, a random
-    walk whose drift is what groups are worth: `rate` is such that in `steps` the walk, rate √steps, is as long as in
-    the code's 15 thousand steps. Here one budget, in prices, is for heads and neurons together (`apart` in a recipe
-    parts them), and the prior of (1) is the Wanda-sp score of groups in the dense model.
+    share + σ(z) less the mean, whose slope at the mean is the `spread` here. A step of (3) is nearly all noise, a
+    random walk whose drift is what groups are worth: `rate` is such that in `steps` the walk, rate √steps, is as long
+    as in the code's 15 thousand steps. Here one budget, in prices, is for heads and neurons together (`apart` in a
+    recipe parts them), and the prior of (1) is the Wanda-sp score of groups in the dense model.
     """
 
     stochastic: ClassVar[bool] = True
