@@ -138,7 +138,8 @@ def test_lora_prune_by_site_keeps_the_best_of_every_site_however_the_sites_compa
     worth[:20] *= 100  # the first two sites are worth far more; shares are those of all the same
     plugin = LoRAPrune(steps=20, batch_tokens=8, every=2)
     (decision,) = lesson(plugin, problem_of(space), Surface(worth).answer, asked=asked).decisions
-    assert decision.counts == (2, 8, 2, 8)
+    shares = [k / n for k, n in zip(decision.counts, sizes, strict=True)]
+    assert max(abs(share - 0.5) for share in shares) <= 1 / 4, "half of every site, to a head"
     for kept, part in zip(decision.kept, worth.split(sizes), strict=True):
         best = part.argsort(descending=True)[: len(kept)].sort().values
         assert list(kept) == best.tolist()
