@@ -289,12 +289,12 @@ class LearnerSuite:
             assert all(bool((small <= large).all()) for large, small in itertools.pairwise(masks)), "budgets nest"
 
     def test_what_is_spared_stays_as_it_is(self) -> None:
-        form = {"form": Pattern(2, 4)} if self._ranked else {}
         kinds = ("linear",) * 4 if self._ranked else ("attention", "mlp") * 2
         sites = tuple(
-            Site(f"{i}", i, kind, 4, 1, price, spared=i in (0, 3), **form)  # one of either price
+            Site(f"{i}", i, kind, 4, 1, price, spared=i in (0, 3))  # one of either price
             for i, (kind, price) in enumerate(zip(kinds, (3, 1, 3, 1), strict=True))
         )
+        sites = tuple(replace(site, form=Pattern(2, 4)) for site in sites) if self._ranked else sites
         space = Space.whole(sites, Budget.keeping(0.7, sites))
         worth = self._worth(space, 0.5, 1)
         problem = problem_of(space)
