@@ -53,7 +53,8 @@ class Knapsack:
 
     @cached_property
     def price(self) -> Float[Tensor, " groups"]:
-        """What a group costs beside others of its site; where prices are no line, its part of the whole site's."""
+        """What a group costs beside others of its site; where prices are no line, its part of the whole site's; 0 where
+        nothing of a site may go."""
         return torch.tensor([each for each, _, _ in self._lines], dtype=torch.float64)[self.site]
 
     @cached_property
@@ -62,11 +63,20 @@ class Knapsack:
         lines: list[tuple[float, int, bool]] = []
         for n, ladder, prices in zip(self.sizes, self.ladders, self.space.prices, strict=True):
             known = dict(zip(ladder, prices, strict=True))
+            if ladder == (n,):
+                lines.append((0, known[n], False))
+                continue
             each = known[n] - known[n - 1] if n > 1 and n - 1 in known else known[n] - known.get(0, 0)
             first = known[n] - n * each
             on_line = len(ladder) == n + 1 and all(p == (first + k * each if k else 0) for k, p in known.items())
             lines.append((each, first, True) if on_line and first >= 0 else (known[n] / n, 0, False))
         return lines
+
+    @cached_property
+    def fixed(self) -> Bool[Tensor, " groups"]:
+        """Which groups stay whatever is decided, because nothing of their site may go."""
+        whole = [ladder == (n,) for n, ladder in zip(self.sizes, self.ladders, strict=True)]
+        return torch.tensor(whole, dtype=torch.bool)[self.site]
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """A vector over groups, site by site."""
@@ -124,25 +134,36 @@ class Knapsack:
             self._filled(value, allowed, members, here, keep)
         return keep
 
-    def euclid(self, point: Float[Tensor, " groups"]) -> Float[Tensor, " groups"]:
-        """The nearest point in [0, 1] that costs the budget: clip(p - ν price, 0, 1), ν by bisection, of either sign.
+    def euclid(
+        self, point: Float[Tensor, " groups"], weight: Float[Tensor, " groups"] | None = None
+    ) -> Float[Tensor, " groups"]:
+        """The nearest point in [0, 1] that costs the budget: clip(p - ν price / weight, 0, 1), ν of either sign.
 
-        What the first group of a site costs more is taken as spent. A partition that can be kept whole is.
+        What the first group of a site costs more is taken as spent, and all of a site of which nothing may go. A
+        partition that can be kept whole is.
+
+        Args:
+            point: p.
+            weight: of the squared distance of every group, above 0; None: 1, as a step down a slope wants it, whose end
+                then is where slopes are in the ratio of prices. With the prices for weights all groups are shifted
+                alike, as a point to begin at wants it: without, one that costs a hundred times as much is shifted a
+                hundred times as far.
         """
         found = point.detach().double().cpu().clone()
+        rate = self.price if weight is None else torch.where(self.price > 0, self.price / weight, 0.0)
         for members, limit in self.space.partitions:
             mine = torch.isin(self.site, torch.tensor(members))
-            p, c = found[mine], self.price[mine]
+            p, c, shift = found[mine], self.price[mine], rate[mine]
             total = limit - sum(self._lines[i][1] for i in members)
             if float(c.sum()) <= total:
                 found[mine] = 1.0
                 continue
-            reach = (1 + float(p.abs().max())) / float(c[c > 0].min())
+            reach = (1 + float(p.abs().max())) / float(shift[c > 0].min())
             low, high = -reach, reach
             for _ in range(HALVINGS):
                 middle = (low + high) / 2
-                low, high = (middle, high) if float(c @ (p - middle * c).clamp(0, 1)) > total else (low, middle)
-            found[mine] = torch.where(c > 0, (p - high * c).clamp(0, 1), 1.0)
+                low, high = (middle, high) if float(c @ (p - middle * shift).clamp(0, 1)) > total else (low, middle)
+            found[mine] = torch.where(c > 0, (p - high * shift).clamp(0, 1), 1.0)
         return found
 
     # -- inside -------------------------------------------------------------------------------------

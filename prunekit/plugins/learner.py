@@ -86,6 +86,11 @@ class GateProblem:
         """Of every group, as `Knapsack.price`."""
         return self.knapsacks[-1].price
 
+    @property
+    def fixed(self) -> Bool[Tensor, " groups"]:
+        """Which groups stay, as `Knapsack.fixed`: their gates are 1 in every question, and so are their scales."""
+        return self.knapsacks[-1].fixed
+
     def project(
         self,
         value: Float[Tensor, " groups"],
@@ -98,9 +103,11 @@ class GateProblem:
         which of `spaces`."""
         return self.knapsacks[budget].project(value, among=among, progress=progress)
 
-    def euclid(self, point: Float[Tensor, " groups"]) -> Float[Tensor, " groups"]:
+    def euclid(
+        self, point: Float[Tensor, " groups"], weight: Float[Tensor, " groups"] | None = None
+    ) -> Float[Tensor, " groups"]:
         """The nearest point in [0, 1] that costs the smallest budget, as `Knapsack.euclid`."""
-        return self.knapsacks[-1].euclid(point)
+        return self.knapsacks[-1].euclid(point, weight)
 
     def even(self) -> Float[Tensor, " groups"]:
         """0 at the first group of every site, falling to -1 at its last: it breaks ties so that sites keep equal
@@ -230,6 +237,14 @@ class Learner(ABC):
         """How weights are trained along; None, as here: they stay those of the dense model. Whoever nests trains none:
         there would be other weights for every budget."""
         return None
+
+    @property
+    def scaled_by(self) -> str:
+        """The option, above 0 now, that says how much is read for the scales of its decisions; "", as here: nothing is.
+
+        A run in which nobody takes over such scales is refused.
+        """
+        return ""
 
     @abstractmethod
     def learn(self, problem: GateProblem) -> Lesson:

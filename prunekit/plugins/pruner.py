@@ -40,6 +40,11 @@ class LocalPruner(ABC):
         """How many float64 matrices (d_in, d_in) it makes at once, for plans: damped, its factor, its inverse."""
         return 3 if "gram" in self.needs else 0
 
+    @property
+    def keeps_scales(self) -> bool:
+        """Whether `keep` multiplies by a learner's scales, as here; one that refits says no."""
+        return True
+
     def effort(self, chunks: Sequence[int], seqlen: int) -> Effort:
         """What one candidate sends through the `sublayer`, for plans: no more, and no less; nothing, as here.
 

@@ -127,14 +127,23 @@ def override(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
         values["family"] = ()
     if "sparsity" in overrides:
         values["family"] = ()  # it was of the other
-    for key, other in (("learner", "allocator"), ("allocator", "learner")):
-        if overrides.get(key) is not None and overrides.get(other) is None:
-            values[other] = None  # one takes the place of the other
+    _let_the_other_go(values, overrides)
     for key in sorted(overrides, key=lambda key: key.count(".")):  # a plug-in before its options
         _put(values, key, overrides[key])
         if key.split(".")[0] in ("data", "model", "seed") and isinstance(values["data"], dict):
             values["data"]["digests"] = None
     return values
+
+
+def _let_the_other_go(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """An allocator takes a learner's place and a learner an allocator's; what was taken over of a learner goes too."""
+    for key, other in (("learner", "allocator"), ("allocator", "learner")):
+        if overrides.get(key) is not None and overrides.get(other) is None:
+            values[other] = None
+    if "learned" not in overrides:
+        changed = any(key.split(".")[0] == "learner" for key in overrides)  # and may train no weights
+        if overrides.get("allocator") is not None or (changed and values["learned"] == "weights"):
+            values["learned"] = None
 
 
 def _is_other_to_time(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> bool:

@@ -163,10 +163,12 @@ def resolve(recipe: Recipe) -> Parts:
         None if recipe.width is None else WIDTHS.build(recipe.width),
     )
     _check_plugins(parts)
+    _check_learned(parts)
     complete = {
         "pruner": PRUNERS.spec(parts.pruner),
         "allocator": ALLOCATORS.spec(allocator) if learner is None else None,
         "learner": None if learner is None else LEARNERS.spec(learner),
+        "learned": None if learner is None else recipe.learned or ("weights" if learner.training else "groups"),
         "width": None if parts.width is None else WIDTHS.spec(parts.width),
         "objective": OBJECTIVES.spec(parts.objective),
         "finishers": tuple(map(FINISHERS.spec, parts.finishers)),
@@ -329,6 +331,36 @@ def _check_learner(parts: Parts) -> None:
                 f"{key} limits searches, and learner {recipe.learner['name']!r} reads what its own options say; leave "
                 f"{key} away, and see `prunekit list {recipe.learner['name']}`"
             )
+
+
+def _check_learned(parts: Parts) -> None:
+    """What is taken over of a learner, it learns, and the pruner does not replace it."""
+    recipe, learner = parts.recipe, parts.learner
+    if recipe.learner is None or learner is None:
+        if recipe.learned is not None:
+            raise WrongInput(
+                f"learned {recipe.learned} is what is taken over of a learner, and an allocator decides here; leave "
+                "learned away, or give a learner"
+            )
+        return
+    name = f"learner {recipe.learner['name']!r}"
+    if recipe.learned == "weights" and learner.training is None:
+        raise WrongInput(
+            f"learned weights takes over what is trained, and {name} trains no weights; give groups or counts"
+        )
+    if not (option := instance(learner, "scaled_by", learner.scaled_by, str)):
+        return
+    if recipe.learned == "counts":
+        raise WrongInput(
+            f"{name} pays with {option} for a scale of every group that is kept, and learned counts leaves groups and "
+            f"scales behind; give --set learner.{option}=0, or learned groups"
+        )
+    if not instance(parts.pruner, "keeps_scales", parts.pruner.keeps_scales, bool):
+        raise WrongInput(
+            f"{name} pays with {option} for a scale of every group that is kept, and pruner "
+            f"{recipe.pruner['name']!r} replaces scaled weights by those it solves for; give --set learner.{option}=0, "
+            "or a pruner that keeps the weights, such as magnitude, or as obs does with refit off"
+        )
 
 
 def _check_width(parts: Parts) -> None:

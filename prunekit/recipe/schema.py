@@ -47,7 +47,7 @@ class Recipe(Strict):
     pruner: Spec
     allocator: Spec | None
     learner: Spec | None = None  # in the place of an allocator: which groups are kept, and so how many
-    learned: Literal["weights", "groups", "counts"] = "weights"  # what is taken over: weights it trains and groups
+    learned: Literal["weights", "groups", "counts"] | None = None  # what is taken over; None: all that it learns
     width: Spec | None = None  # what narrows the residual stream first, by its share of what is removed
     objective: Spec
     finishers: Annotated[tuple[Spec, ...], BeforeValidator(as_specs)] = ()  # in this order; one may stand alone

@@ -115,7 +115,7 @@ class Suite(Strict):
 
     def base(self) -> Recipe:
         """The recipe whose model, text, price and machine all cells have."""
-        return Recipe.load(self.recipe).with_overrides(dict(self.set))
+        return _laid_over(Recipe.load(self.recipe), self.set)
 
     def every_cell(self) -> list[Cell]:
         """The cells that were asked for, and the baselines, each under a name that no other has.
@@ -138,7 +138,7 @@ class Suite(Strict):
                 f"{plugins[0]} is what cells differ in, so it cannot be set for all of them; give it as an axis, as a "
                 f"recipe or as a cell, or an option of it as {plugins[0]}.OPTION"
             )
-        return [Cell(cell.name, cell.recipe.with_overrides(own)) for cell in cells] if own else cells
+        return [Cell(cell.name, _laid_over(cell.recipe, own)) for cell in cells] if own else cells
 
     def _recipes(self) -> Iterator[Cell]:
         for name in self.recipes:
@@ -175,6 +175,12 @@ class Suite(Strict):
                     f"cell {name!r} says {foreign[0]}, which all cells share; leave it away there, or give it for all"
                 )
             yield Cell(name, Recipe.load(keys.get("recipe", self.recipe)).with_overrides(own))
+
+
+def _laid_over(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """The recipe with what is set for all, but for what is taken over of a learner where none decides."""
+    there = recipe.learner is not None or any(key.split(".")[0] == "learner" for key in values)
+    return recipe.with_overrides({key: value for key, value in values.items() if there or key != "learned"})
 
 
 def cell_of(names: Sequence[str]) -> str:

@@ -194,7 +194,7 @@ def _tokens(query: GateQuery, problem: GateProblem) -> int:
 
 
 def _checked(query: GateQuery, problem: GateProblem, training: Training | None, who: str) -> GateQuery:
-    """The question with gates of its own, in float64."""
+    """The question with gates of its own, in float64; of what stays whatever is decided they are 1."""
     if not isinstance(query, GateQuery) or not isinstance(query.gates, Tensor):
         raise PluginError(f"{who} asked {query!r}, and a GateQuery with a tensor of gates was due")
     gates = query.gates.detach().to("cpu", torch.float64, copy=True)
@@ -213,7 +213,7 @@ def _checked(query: GateQuery, problem: GateProblem, training: Training | None, 
         raise PluginError(f"{who} asked for a step of {query.rate}; a finite rate goes with a `training`")
     if "lora" in query.want and (training is None or not training.rank):
         raise PluginError(f"{who} wants 'lora', the slopes of adapters; it goes with a `training` of some rank")
-    return replace(query, gates=gates)
+    return replace(query, gates=gates.masked_fill_(problem.fixed, 1.0))
 
 
 def digest_of(query: GateQuery) -> str:
@@ -259,7 +259,7 @@ def _answered(
 
 
 def _decided(decisions: object, problem: GateProblem, who: str) -> tuple[Decision, ...]:
-    """The decisions, if each is one of its space.
+    """The decisions, if each is one of its space; what stays whatever is decided has no scale.
 
     Raises:
         PluginError: says what is wrong.
@@ -288,4 +288,7 @@ def _decided(decisions: object, problem: GateProblem, who: str) -> tuple[Decisio
         shares, known = decision.domains, len(problem.domains)
         if shares and (len(shares) != known or not all(0 <= share < math.inf for share in shares)):
             raise PluginError(f"{who}: domains are {known} shares, one for every data set, not {shares}")
-    return tuple(decisions)
+    return tuple(
+        each if each.scales is None else replace(each, scales=each.scales.masked_fill(problem.fixed, 1.0))
+        for each in decisions
+    )

@@ -288,6 +288,27 @@ class LearnerSuite:
             masks = [mask_of(decision, problem.knapsacks[-1].sizes) for decision in learned.decisions]
             assert all(bool((small <= large).all()) for large, small in itertools.pairwise(masks)), "budgets nest"
 
+    def test_what_is_spared_stays_as_it_is(self) -> None:
+        kinds = ("linear",) * 4 if self._ranked else ("attention", "mlp") * 2
+        sites = tuple(
+            Site(f"{i}", i, kind, 4, 1, price, spared=i in (0, 3))  # one of either price
+            for i, (kind, price) in enumerate(zip(kinds, (3, 1, 3, 1), strict=True))
+        )
+        sites = tuple(replace(site, form=Pattern(2, 4)) for site in sites) if self._ranked else sites
+        space = Space.whole(sites, Budget.keeping(0.7, sites))
+        worth = self._worth(space, 0.5, 1)
+        problem = problem_of(space)
+        spared = (problem.site == 0) | (problem.site == 3)
+        worth[spared] = 0.0  # nothing speaks for them
+        asked: list[GateQuery] = []
+        decision = lesson(self._few, problem, Surface(worth).answer, asked=asked).decisions[0]
+        assert tight(space, decision)
+        assert (decision.kept[0], decision.kept[3]) == (tuple(range(len(decision.kept[0]))),) * 2
+        assert (decision.counts[0], decision.counts[3]) == (4, 4)
+        assert sum(decision.counts) < 16, "of the others some go"
+        assert all(bool((query.gates[spared] == 1).all()) for query in asked), "they are there all along"
+        assert decision.scales is None or bool((decision.scales[spared] == 1).all())
+
     def test_one_seed_is_one_journal_and_any_part_of_it_is_gone_on_with(self, tmp_path: Path) -> None:
         space = self._space([3, 6], [2, 1], 0.5)
         worth = self._worth(space, 0.1, 1)

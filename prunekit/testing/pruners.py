@@ -154,6 +154,13 @@ class PrunerSuite:
                 assert found.kept == odd
                 gone = layer.columns(range(1, layer.n_groups, 2))
                 assert bool((found.weight[:, gone] == 0).all()), "exact zeros outside the chosen groups"
+                halves = torch.full((len(odd),), 0.5, dtype=torch.float64)
+                scaled = self.plugin.keep(layer, odd, halves)
+                if self.plugin.keeps_scales and "sub-layer" in self.plugin.needs:  # it trains from there
+                    assert not torch.equal(scaled.weight, found.weight)
+                    continue
+                as_it_says = found.weight / 2 if self.plugin.keeps_scales else found.weight
+                torch.testing.assert_close(scaled.weight, as_it_says, msg="keeps_scales is the truth")
 
     def test_gives_the_same_answer_twice_and_leaves_its_input_alone(
         self, structure: str, subtests: pytest.Subtests

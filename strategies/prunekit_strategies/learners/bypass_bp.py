@@ -20,21 +20,25 @@ CLIP = 1e-3  # of a probability beside 0 and 1, in a step
 class BypassBP(Learner):
     """Draw masks, let what they lose say which groups should be kept more often; forward passes only.
 
-        p ← euclid(share + spread · z),   z the power of groups, a z-score in every site         (1)
+        p ← the nearest p to share + spread · z in Σ price Δp², of expected price as in (4)      (1)
         m^k ~ Bernoulli(p),   ℓ_k the loss of mask k,   k = 1 … K                                (2)
         p ← p - rate_t/K Σ_k (ℓ_k - mean of the others) (m^k - p) / √(p (1 - p))                 (3)
         p ← the nearest p in [0, 1] whose expected price is the budget                           (4)
 
-    In the end the set of largest Σ price · p within the budget. (3) is the gradient of E ℓ times √(p (1 - p)), the
+    with z the power of groups, a z-score in every site. In the end the set of largest Σ price · p within the budget.
+    (1) shifts all groups alike; in (4), without weights, a group is shifted as far as it is dear, so that (3) ends
+    where what groups are worth is in the ratio of their prices. (3) is the gradient of E ℓ times √(p (1 - p)), the
     score of a Bernoulli variable in its variance-stabilising scale; the other draws for a baseline keep it unbiased.
     The rate falls as a cosine.
 
     Source: Bypass Back-propagation (Gao et al., arXiv 2406.10576) and its released code: two draws, a rate of 2e-3, 120
     thousand windows of 128 tokens in batches of eight. We differ: the code's baseline is a moving mean that holds the
     present draws, divided by K - 1, which scales the step by 1.8 at its settings; its projection lowers probabilities
-    and never raises them, per kind; a penalty pushes probabilities apart. Here one budget, in prices, is for heads and
-    neurons together (`apart` in a recipe parts them), and the prior of (1) is the Wanda-sp score of groups in the dense
-    model.
+    and never raises them, per kind; a penalty that pushes probabilities apart is off in its scripts; it begins with
+    share + σ(z) less the mean, whose slope at the mean is the `spread` here. A step of (3) is nearly all noise, a
+    random walk whose drift is what groups are worth: `rate` is such that in `steps` the walk, rate √steps, is as long
+    as in the code's 15 thousand steps. Here one budget, in prices, is for heads and neurons together (`apart` in a
+    recipe parts them), and the prior of (1) is the Wanda-sp score of groups in the dense model.
     """
 
     stochastic: ClassVar[bool] = True
@@ -43,8 +47,8 @@ class BypassBP(Learner):
     steps: int = 1024
     draws: int = 2  # K
     batch_tokens: int = 1024  # per draw; whole windows, the same for all draws of a step
-    rate: float = 0.02  # of the first step
-    spread: float = 0.1  # of the first probabilities, standard deviation in a site
+    rate: float = 0.0075  # of the first step
+    spread: float = 0.25  # of the first probabilities, standard deviation in a site
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch_tokens) < 1 or self.draws < 2:
@@ -61,8 +65,8 @@ class BypassBP(Learner):
         first, *batches = problem.batches(1 + self.steps, self.batch_tokens)
         power = (yield GateQuery(torch.ones_like(problem.price), first, want=frozenset({"power"}))).power
         assert power is not None
-        even = problem.euclid(torch.full_like(power, 0.5))
-        p = problem.euclid(even + self.spread * standardised(problem, power))  # (1)
+        even = problem.euclid(torch.full_like(power, 0.5), problem.price)
+        p = problem.euclid(even + self.spread * standardised(problem, power), problem.price)  # (1)
         for step, windows in enumerate(batches):
             masks = [torch.bernoulli(p, generator=rng) for _ in range(self.draws)]
             losses = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prunekit import TokenBatch, WrongInput
 from prunekit_strategies.learners.domains import RobustLoading
 from prunekit_strategies.learners.hard_concrete import HardConcrete, Loading
 
@@ -31,17 +30,13 @@ class DRPruning(HardConcrete):
             raise ValueError(f"rho is at least 0 and least in 0 to 1, not {self.rho} and {self.least}")
 
     @property
+    def unweighed(self) -> str:
+        return "learner sheared-llama"
+
+    @property
     def weighs(self) -> bool:
         return True
 
     def weighing(self, reference: list[float], kept: float) -> Loading:
         n = len(reference)
         return RobustLoading(reference, [1 / n] * n, kept, self.rho, self.least, self.fit)
-
-    def check(self, batch: TokenBatch) -> None:
-        super().check(batch)
-        if not batch.origins:
-            raise WrongInput(
-                f"dr-pruning weighs data sets, and all text is of {batch.source}; give several in "
-                "data.search_dataset, or learner sheared-llama"
-            )

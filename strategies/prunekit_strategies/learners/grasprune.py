@@ -59,6 +59,10 @@ class GRASPrune(Learner):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are in 0 to 1, not {self.betas}")
 
+    @property
+    def scaled_by(self) -> str:
+        return "scale_steps" if self.scale_steps else ""
+
     def effort(self, windows: int, seqlen: int, budgets: int = 1) -> Effort:
         steps = self.steps + self.scale_steps
         return Effort(steps, back=steps * seqlen * max(1, min(windows, self.batch_tokens // seqlen)))

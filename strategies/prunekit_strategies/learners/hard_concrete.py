@@ -12,7 +12,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunekit import Effort, GateProblem, GateQuery, Learner, Lesson, Training, check_choices
+from prunekit import (
+    Effort,
+    GateProblem,
+    GateQuery,
+    Learner,
+    Lesson,
+    TokenBatch,
+    Training,
+    WrongInput,
+    check_choices,
+)
 from prunekit.plugins.learner import Want
 from prunekit_strategies.learners.descent import Adam, SecondMoment
 from prunekit_strategies.learners.domains import Draws
@@ -75,6 +85,19 @@ class HardConcrete(Learner):
             raise ValueError("rate is at least 0, mask_rate and multiplier_rate are above 0")
         if not (0 <= self.ramp <= 1 and 0 <= self.warmup < 1 and 0 < self.interval <= 1):
             raise ValueError("0 ≤ ramp ≤ 1, 0 ≤ warmup < 1, 0 < interval ≤ 1")
+
+    def check(self, batch: TokenBatch) -> None:
+        super().check(batch)
+        if self.weighs and not batch.origins:
+            raise WrongInput(
+                f"{type(self).__name__} weighs data sets, and all text is of {batch.source}; give several in "
+                f"data.search_dataset, or {self.unweighed}"
+            )
+
+    @property
+    @abstractmethod
+    def unweighed(self) -> str:
+        """What does the same on one data set, for a message."""
 
     @property
     @abstractmethod

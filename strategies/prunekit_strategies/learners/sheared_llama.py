@@ -27,6 +27,10 @@ class ShearedLLaMA(HardConcrete):
     loading: Literal["constant", "dynamic"] = "constant"
 
     @property
+    def unweighed(self) -> str:
+        return "loading constant"
+
+    @property
     def weighs(self) -> bool:
         return self.loading == "dynamic"
 

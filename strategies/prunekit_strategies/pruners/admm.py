@@ -89,6 +89,10 @@ class ADMM(LocalPruner):
         kept = mask[:, 0, :: layer.group_size]  # (rungs, n_groups)
         return [layer.refitted(row.nonzero().flatten().tolist()) for row in kept]
 
+    @property
+    def keeps_scales(self) -> bool:
+        return False
+
     def keep(self, layer: LayerProblem, groups: Sequence[int], scales: Tensor | None = None) -> Candidate:
         return layer.refitted(groups)
 

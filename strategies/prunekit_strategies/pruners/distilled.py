@@ -66,6 +66,10 @@ class Distilled(LocalPruner):
     def matrices(self) -> int:
         return self.inner.matrices
 
+    @property
+    def keeps_scales(self) -> bool:
+        return self.inner.keeps_scales
+
     def effort(self, chunks: Sequence[int], seqlen: int) -> Effort:
         if not self.steps:
             return Effort(0)

@@ -25,6 +25,10 @@ class Ranking(LocalPruner):
     def matrices(self) -> int:
         return 1 if self.refit else 0
 
+    @property
+    def keeps_scales(self) -> bool:
+        return not self.refit
+
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
         if layer.structure != "groups":
             masks = best_weights(self.cells(layer), keeps, self.per, layer.m)

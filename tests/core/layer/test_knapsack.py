@@ -107,6 +107,34 @@ def test_the_nearest_point_costs_the_budget_and_is_a_shift_by_price(point: list[
     assert bool((shift - shift.mean()).abs().max() < 1e-6) if len(shift) else True
 
 
+def test_with_prices_for_weights_all_are_shifted_alike_however_dear() -> None:
+    dear = Knapsack(space((4, 400), (64, 1), limit=190))  # 656 in all
+    even, shifted = (dear.euclid(torch.full((404,), 0.5), weight) for weight in (None, dear.price))
+    assert float(even[:4].max()) < 0.01, "without, those that cost more are the first to close"
+    assert shifted.tolist() == pytest.approx([190 / 656] * 404)
+    rng = torch.Generator().manual_seed(0)
+    p = torch.rand(404, generator=rng, dtype=torch.float64)
+    q = dear.euclid(p, dear.price)
+    assert float(dear.price @ q) == pytest.approx(190)
+    inside = (q > 1e-9) & (q < 1 - 1e-9)
+    assert (p - q)[inside].tolist() == pytest.approx([float((p - q)[inside].mean())] * int(inside.sum()))
+
+
+def test_of_what_is_spared_all_stays_and_the_others_share_what_is_left() -> None:
+    sites = tuple(
+        Site(f"{i}", i, "mlp", 4, 1, price, spared=i == 1) for i, price in enumerate((3, 5, 1))
+    )  # 12, 20 and 4
+    knapsack = Knapsack(Space.whole(sites, Budget.keeping(28 / 36, sites)))
+    assert knapsack.fixed.tolist() == [False] * 4 + [True] * 4 + [False] * 4
+    assert knapsack.price.tolist() == [3.0] * 4 + [0.0] * 4 + [1.0] * 4
+    for weight in (None, knapsack.price):
+        point = knapsack.euclid(torch.full((12,), 0.3, dtype=torch.float64), weight)
+        assert point[4:8].tolist() == [1.0] * 4
+        assert float(knapsack.price @ point) == pytest.approx(8)
+    kept = knapsack.project(torch.tensor([1.0] * 4 + [0.0] * 4 + [1.0] * 4))
+    assert bool(kept[4:8].all())
+
+
 def test_a_point_below_the_budget_is_raised() -> None:
     knapsack = Knapsack(space((4,), (1,), limit=3))
     assert knapsack.euclid(torch.full((4,), 0.1)).tolist() == pytest.approx([0.75] * 4)

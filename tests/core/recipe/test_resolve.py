@@ -37,6 +37,15 @@ def test_every_preset_names_parts_that_exist(name: str) -> None:
     assert resolve(Recipe.load(name)).recipe.pruner["name"]
 
 
+@pytest.mark.parametrize(
+    ("name", "of_32"), [("lora-prune", (3, 1)), ("llm-pruner", (4, 2)), ("shortened-llama", (4, 2))]
+)
+def test_presets_spare_the_share_of_blocks_that_their_papers_do(name: str, of_32: tuple[int, int]) -> None:
+    spare = Recipe.load(name).spare
+    assert spare.of(32) == of_32
+    assert sum(spare.of(8)) <= 2, "a small model has most of its blocks to prune"
+
+
 def test_the_digest_is_of_what_makes_the_weights(recipe: Recipe) -> None:
     same = recipe.with_overrides({"device": "cuda", "verify": False, "code": "bundled"})
     other = recipe.with_overrides({"damping": 0.02})

@@ -38,6 +38,13 @@ def test_a_learner_takes_the_place_of_an_allocator():
     assert found["obs + uniform"].learner is None
 
 
+def test_what_is_taken_over_of_a_learner_is_set_where_one_decides():
+    suite = Suite.of_mapping({"learners": ["grasprune"], "allocators": ["table"], "set": {"learned": "counts"}})
+    found = {cell.name: cell.recipe.learned for cell in suite.every_cell()}
+    assert {name for name, learned in found.items() if learned} == {"grasprune"}
+    assert suite.base().learned is None
+
+
 def test_recipes_are_cells_and_one_of_a_baselines_name_replaces_it(tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("pruner: wanda\nallocator: uniform\n")

@@ -24,6 +24,8 @@ from prunekit.testing.learners import Surface, lesson, mask_of, noisy, space_of
 from prunekit_strategies.finishers.distillation import Distillation
 
 GRASP = {"name": "grasprune", "steps": 4, "batch_tokens": 32}
+SCALED = GRASP | {"scale_steps": 2}
+SHEARED = {"name": "sheared-llama", "steps": 6, "batch_tokens": 32, "rate": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +71,9 @@ def test_a_run_that_was_stopped_while_it_learned_ends_in_the_same_bytes(
 
 
 def test_scales_are_folded_where_the_pruner_keeps_the_weights(folder: Path, learning: Any) -> None:
-    scaled = GRASP | {"scale_steps": 2}
-    plain, folded, refitted, again = (
-        prunekit.prune(folder, **learning(pruner=pruner, learner=learner, carry="dense"))
-        for pruner in ("magnitude", {"name": "obs", "aim": "own"})
-        for learner in (GRASP, scaled)
+    plain, folded = (
+        prunekit.prune(folder, **learning(pruner="magnitude", learner=learner, carry="dense"))
+        for learner in (GRASP, SCALED)
     )
     assert kept_of(plain) == kept_of(folded)
     ratio = [
@@ -83,13 +83,24 @@ def test_scales_are_folded_where_the_pruner_keeps_the_weights(folder: Path, lear
     ]
     assert any(float((r - 1).abs().max()) > 1e-4 for r in ratio)
     assert all(float(r.min()) >= 0.5 and float(r.max()) <= 1.5 for r in ratio)
-    assert refitted.report["losses"]["pruned"] == again.report["losses"]["pruned"], "a refit replaces scales"
 
 
 def test_the_pruner_may_choose_the_groups_of_what_was_learned(folder: Path, learning: Any) -> None:
     own, chosen = (prunekit.prune(folder, **learning(learned=learned)) for learned in ("groups", "counts"))
     assert kept_of(own) == kept_of(chosen)
     assert own.report["losses"]["pruned"] != chosen.report["losses"]["pruned"]
+
+
+@pytest.mark.parametrize("learner", [GRASP, SHEARED])
+def test_a_run_on_two_workers_ends_where_one_does(folder: Path, learning: Any, learner: dict[str, Any]) -> None:
+    one, two = (
+        prunekit.prune(folder, device=device, dtype="float64", **learning(learner=learner)).report
+        for device in ("cpu", "cpu,cpu")
+    )
+    assert [site["kept"] for site in one["sites"]] == [site["kept"] for site in two["sites"]]
+    assert one["losses"]["pruned"]["nll"] == pytest.approx(two["losses"]["pruned"]["nll"], rel=1e-8)
+    assert one["learner"] == two["learner"], "the lesson is held by one"
+    assert one["search"] == two["search"]
 
 
 def test_a_learner_that_nests_is_asked_once_for_a_family(folder: Path, tmp_path: Path, learning: Any) -> None:
@@ -114,9 +125,6 @@ def test_any_other_learns_every_budget_by_itself_and_says_so(folder: Path, learn
     family = prunekit.prune(folder, sparsity=[0.3, 0.6], progress=Said(), **settings)
     assert any("one budget at a time: 2 are learned in turn" in line for line in lines)
     assert [member.report["search"]["questions"] for member in family.members] == [4, 4]
-
-
-SHEARED = {"name": "sheared-llama", "steps": 6, "batch_tokens": 32, "rate": 0.01}
 
 
 def stopped(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +201,15 @@ def test_patterns_are_learned_with_weights(saved_tiny: Any, learning: Any) -> No
         ({"structure": "2:4", "pruner": "sparsegpt"}, "does not know structure n:m"),
         ({"allocator": "uniform"}, "give one of them"),
         ({"learner": "grasp"}, "grasprune"),
+        (
+            {"learner": None, "allocator": "uniform", "learned": "groups"},
+            "an allocator decides here; leave learned away",
+        ),
+        ({"learned": "weights"}, "learner 'grasprune' trains no weights; give groups or counts"),
+        ({"learner": {**SHEARED, "rate": 0.0}, "learned": "weights"}, "trains no weights"),
+        ({"learner": SCALED}, "pruner 'obs' replaces .* give --set learner.scale_steps=0, or a pruner"),
+        ({"learner": SCALED, "pruner": {"name": "wanda", "refit": True}}, "pruner 'wanda' replaces scaled weights"),
+        ({"learner": SCALED, "pruner": "magnitude", "learned": "counts"}, "learned counts leaves groups and scales"),
     ],
 )
 def test_what_does_not_go_with_a_learner_is_refused(learning: Any, changes: dict[str, Any], sentence: str) -> None:
@@ -200,6 +217,27 @@ def test_what_does_not_go_with_a_learner_is_refused(learning: Any, changes: dict
     keys = {key.replace("__", "."): value for key, value in given.items() if key not in ("quiet",)}
     with pytest.raises(WrongInput, match=sentence):
         prunekit.resolve(prunekit.Recipe.load().with_overrides(keys))
+
+
+def test_what_is_taken_over_follows_from_the_learner_unless_it_is_said(tmp_path: Path) -> None:
+    def taken(**keys: Any) -> str | None:
+        return prunekit.resolve(prunekit.Recipe.load().with_overrides(keys)).recipe.learned
+
+    assert (taken(), taken(learner="gisp"), taken(learner="lora-prune")) == (None, "groups", "weights")
+    assert taken(learner="lora-prune", learned="counts") == "counts"
+    assert taken(learner=SCALED, pruner={"name": "obs", "refit": False}) == "groups"
+    # a complete recipe, as beside a result, in which another learner or an allocator takes the place
+    (tmp_path / "recipe.yaml").write_text(prunekit.resolve(prunekit.Recipe.load("lora-prune")).recipe.to_yaml())
+    beside = prunekit.Recipe.load(tmp_path)
+    assert beside.learned == "weights"
+    for keys, learned in (({"learner": "gisp"}, "groups"), ({"allocator": "uniform"}, None)):
+        assert prunekit.resolve(beside.with_overrides(keys)).recipe.learned == learned
+
+
+@pytest.mark.parametrize("learner", [{"name": "sheared-llama", "loading": "dynamic"}, "dr-pruning"])
+def test_weighing_one_data_set_is_refused_before_anything_is_read(folder: Path, learning: Any, learner: Any) -> None:
+    with pytest.raises(WrongInput, match=r"weighs data sets, and all text is of .* give several in data"):
+        prunekit.prune(folder, **learning(learner=learner))
 
 
 def test_one_takes_the_place_of_the_other() -> None:

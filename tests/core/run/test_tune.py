@@ -147,6 +147,19 @@ def test_passes_are_shared_where_only_the_search_differs(quick, passes: list[str
     assert sorted(passes[1:]) == ["Magnitude", "OBS", "Wanda"]
 
 
+def test_a_learner_in_a_study_comes_to_what_it_comes_to_in_a_run(quick) -> None:
+    learners = [{"name": "gisp", "steps": 2, "tokens": 64}, {"name": "grasprune", "steps": 4, "batch_tokens": 16}]
+    own = quick | {"objective": "divergence", "metric": ["objective", "perplexity"]}
+    tuned = prunekit.tune(**own, space={"learner": learners}, trials=4)
+    names = [row.overrides.get("learner", {}).get("name") for row in tuned.rows]
+    assert {*names} == {None, "gisp", "grasprune"}
+    for name in ("gisp", "grasprune"):
+        row = tuned.rows[names.index(name)]
+        report = prunekit.prune(recipe=tuned.base.with_overrides(row.overrides), quiet=True).report
+        assert report["losses"]["objective"] == row.values["objective"]
+        assert report["learner"]["name"] == name
+
+
 def test_a_recipe_is_run_once(quick, monkeypatch) -> None:
     runs: list[Any] = []
     judge = tuning.Bench.judge

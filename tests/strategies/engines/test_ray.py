@@ -86,13 +86,19 @@ class TestRay(EngineSuite):
                 assert torch.equal(copy.get(site, kept).weight, net.store.get(site, kept).weight)
 
 
-def test_a_run_on_a_cluster_ends_where_one_here_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "decides",
+    [
+        {"allocator": {"name": "evolution", "generations": 2, "offspring": 4}},
+        {"learner": {"name": "grasprune", "steps": 4, "batch_tokens": 64}},
+    ],
+)
+def test_a_run_on_a_cluster_ends_where_one_here_does(tmp_path: Path, decides: dict[str, Any]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The wind went up the hill and down again. A boat was on the river, and nobody in it. " * 80)
     few = {"dataset": [str(text)], "evaluation_dataset": str(text), "seqlen": 64, "evaluation_tokens": 512}
     small = {f"data.{key}": value for key, value in {**few, "calibration_tokens": 1024, "search_tokens": 512}.items()}
-    search = {"name": "evolution", "generations": 2, "offspring": 4}
-    recipe = Recipe.load().with_overrides({"model": str(MODEL), "allocator": search, "verify": False, **small})
+    recipe = Recipe.load().with_overrides({"model": str(MODEL), **decides, "verify": False, **small})
     one, other = (
         prunekit.prune(recipe=recipe.with_overrides({"engine": engine}), quiet=True).report
         for engine in ("local", {"name": "ray", "workers": 2})

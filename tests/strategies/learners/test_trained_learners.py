@@ -130,6 +130,21 @@ def test_lora_prune_lets_go_along_a_cubic_in_the_price_and_trains_under_the_budg
     assert max(k / n for k, n in zip(kept, [4, 16, 4, 16], strict=True)) <= 0.5, "all sites keep about one share"
 
 
+def test_lora_prune_by_site_keeps_the_best_of_every_site_however_the_sites_compare() -> None:
+    sizes = [4, 16, 4, 16]
+    space, asked = space_of(sizes, [12, 3, 12, 3], 0.5), list[GateQuery]()
+    rng = torch.Generator().manual_seed(2)
+    worth = (0.1 + torch.rand(40, generator=rng, dtype=torch.float64)) / 8
+    worth[:20] *= 100  # the first two sites are worth far more; shares are those of all the same
+    plugin = LoRAPrune(steps=20, batch_tokens=8, every=2)
+    (decision,) = lesson(plugin, problem_of(space), Surface(worth).answer, asked=asked).decisions
+    shares = [k / n for k, n in zip(decision.counts, sizes, strict=True)]
+    assert max(abs(share - 0.5) for share in shares) <= 1 / 4, "half of every site, to a head"
+    for kept, part in zip(decision.kept, worth.split(sizes), strict=True):
+        best = part.argsort(descending=True)[: len(kept)].sort().values
+        assert list(kept) == best.tolist()
+
+
 def test_sls_keeps_first_ranks_whose_mean_is_the_structure_exactly() -> None:
     space = ranked_space([6, 2, 6, 2], 0.5)
     rng = torch.Generator().manual_seed(0)
@@ -224,10 +239,14 @@ def test_windows_are_drawn_by_the_shares_of_data_sets(plugin: DRPruning | Sheare
     assert sum(late) / len(late) > 0.6
 
 
-def test_dr_pruning_asks_for_several_data_sets() -> None:
+def test_who_weighs_data_sets_asks_for_several() -> None:
     with pytest.raises(WrongInput, match="give several in data"):
         DRPruning().check(TokenBatch(torch.zeros(2, 8, dtype=torch.long), "one"))
-    DRPruning().check(TokenBatch(torch.zeros(2, 8, dtype=torch.long), "a+b", ("a", "b")))
+    with pytest.raises(WrongInput, match=r"give several in data\.search_dataset, or loading constant"):
+        ShearedLLaMA(loading="dynamic").check(TokenBatch(torch.zeros(2, 8, dtype=torch.long), "one"))
+    ShearedLLaMA().check(TokenBatch(torch.zeros(2, 8, dtype=torch.long), "one"))
+    for plugin in (DRPruning(), ShearedLLaMA(loading="dynamic")):
+        plugin.check(TokenBatch(torch.zeros(2, 8, dtype=torch.long), "a+b", ("a", "b")))
 
 
 def test_draws_give_every_window_its_turn() -> None:

@@ -114,6 +114,10 @@ class OBS(LocalPruner):
             return 8  # H as it is and of what is live, its inverse, and of the set V_CC, Q, Qᵀ V_Cj and room to find Q
         return 6  # H as it is and of what is live, its inverse and WᵀW, and both of what is left of them
 
+    @property
+    def keeps_scales(self) -> bool:
+        return not self.refit
+
     def prune(self, layer: LayerProblem, keeps: Sequence[int]) -> Sequence[Candidate]:
         layer = self._aimed(layer)
         if self._by_count:
