@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from dataclasses import dataclass, replace
@@ -34,8 +33,8 @@ class Distillation(Training, Finisher):
     was not trained on. It ends where its own held-out loss was lowest; the dense model itself stays as it was.
 
     Memory: gradients and two moments of θ in float32, and activations of `batch_tokens` tokens through both models;
-    logits live for one slice of positions at a time; with `correction` the same for a copy of the dense model. Single weights that were removed stay zero. After an interruption
-    it goes on behind the last whole epoch.
+    with `correction` as much for a copy of the dense model; logits live for one slice of positions at a time. Single
+    weights that were removed stay zero. After an interruption it goes on behind the last whole epoch.
     """
 
     structures = frozenset({"groups", "weights", "n:m", "low-rank"})
@@ -81,7 +80,7 @@ class Distillation(Training, Finisher):
 
     def _corrected(self, piece: Workpiece) -> tuple[Any, list[float]]:
         """(a copy of the dense model that has learnt the text, its held-out loss before and after)."""
-        teacher = copy.deepcopy(whole(piece.dense))
+        teacher = whole(piece.dense)
         if next(teacher.parameters()).dtype != torch.float64:
             teacher = teacher.float()
         theta = list(teacher.requires_grad_(True).parameters())
