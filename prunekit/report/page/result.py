@@ -66,6 +66,9 @@ def facts(report: Mapping[str, Any]) -> str:
     ]
     if (narrow := report.get("width")) is not None:
         rows.append(("Residual width", f"{narrow['of']:,}", f"{narrow['channels']:,}"))
+        if narrow.get("shares"):
+            tried = ", ".join(f"{each['share']:g}" for each in narrow["shares"])
+            rows.append(("Share of the width", "", f"{narrow['share']:g} of {tried}"))
     if (layers := report.get("experts")) is not None:
         before, after = (sum(each[key] for each in layers) for key in ("of", "kept"))
         rows.append(("Experts", f"{before:,}", f"{after:,}"))
