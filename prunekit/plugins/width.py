@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from itertools import pairwise
+from typing import ClassVar, Literal
 
 from jaxtyping import Float, Int64
 from torch import Tensor
+
+AUTO = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares that are tried where nobody says which
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,14 +29,34 @@ class Width(ABC):
     turns: ClassVar[bool] = False
     """Whether it answers with a basis: embedding and head then are two matrices, also where they were one."""
 
-    share: float = 1.0  # of what is removed in all, that goes with the width; groups make up the rest, exactly
+    share: float | tuple[float, ...] | Literal["auto"] = 1.0  # of what is removed in all, that goes with the width;
+    # groups make up the rest, exactly. Several, ascending, or auto: each is searched, and the objective decides
     step: int = 8  # what the width is a multiple of
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
+        several = self.share == "auto" or isinstance(self.share, tuple)
+        if isinstance(self.share, str) and self.share != "auto":
+            raise ValueError(f"share is a number, several of them, or auto, not {self.share!r}")
+        if several and not (
+            len(self.shares) > 1
+            and all(0 <= share <= 1 for share in self.shares)
+            and all(low < high for low, high in pairwise(self.shares))
+        ):
+            raise ValueError(
+                f"several shares are two or more, ascending, from 0, which leaves the width as it is, to 1, not "
+                f"{list(self.shares)}"
+            )
+        if not several and not 0 < self.shares[0] <= 1:
             raise ValueError(f"share is more than 0 and at most 1, not {self.share}")
         if self.step < 1:
             raise ValueError(f"step is a number of channels, 1 or more, not {self.step}")
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """All that are tried, ascending; one, where there is no choice."""
+        if isinstance(self.share, str):
+            return AUTO
+        return self.share if isinstance(self.share, tuple) else (self.share,)
 
     @abstractmethod
     def directions(self, stream: ResidualStream) -> Float[Tensor, "d d"] | Int64[Tensor, " d"]:

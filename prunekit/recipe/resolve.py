@@ -116,6 +116,23 @@ class Parts:
         """Write the dtype of the computation into the recipe."""
         return replace(self, recipe=self.recipe.model_copy(update={"dtype": dtype}))
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of what is removed, that the residual width may take; several are to be tried. None without a width."""
+        return () if self.width is None else self.width.shares
+
+    def with_share(self, share: float, among: int = 1) -> Parts:
+        """Take one share of several, as a recipe of its own would: without a width for a share of 0.
+
+        Args:
+            share: one of `shares`.
+            among: how many are tried, each with its part of the limit of the search.
+        """
+        width = None if self.width is None or not share else replace(self.width, share=share)
+        spec, limit = None if width is None else WIDTHS.spec(width), self.recipe.search_budget
+        updates = {"width": spec, "search_budget": None if limit is None else limit // among}
+        return replace(self, width=width, recipe=self.recipe.model_copy(update=updates))
+
     def with_metric(self, metric: Metric) -> Parts:
         """Take another metric, or the same with what was measured, and write it into the recipe."""
         return replace(self, metric=metric, recipe=_with_metric(self.recipe, metric))
@@ -373,8 +390,6 @@ def _check_width(parts: Parts) -> None:
         raise WrongInput(f"{name} goes with structure groups, not {recipe.structure}; leave one of them away")
     if recipe.family:
         raise WrongInput(f"{name} makes another model for every sparsity, which share no pass; give one sparsity")
-    if recipe.learner is not None:
-        raise WrongInput(f"{name} and learner {recipe.learner['name']!r} do not go together yet; choose an allocator")
     if recipe.apart:
         raise WrongInput(f"apart gives attention and MLP each their share, and {name} takes of both; leave one away")
     if recipe.spare != SpareSpec():
@@ -395,6 +410,23 @@ def _check_width(parts: Parts) -> None:
         raise WrongInput(
             f"objective {recipe.objective['name']!r} compares the residual streams of both models, and {name} makes "
             "one narrower; take divergence or expected-error"
+        )
+    if len(parts.shares) > 1:
+        _check_shares(parts, name)
+
+
+def _check_shares(parts: Parts, name: str) -> None:
+    """Several shares of a width are told apart by what the objective says of them on text."""
+    recipe = parts.recipe
+    if not parts.objective.reads(1 << 10).tokens:
+        raise WrongInput(
+            f"{name} tries several shares, and objective {recipe.objective['name']!r} reads no text, so that it cannot "
+            "compare models of several widths; give --objective divergence, or one share"
+        )
+    if recipe.time is not None:
+        raise WrongInput(
+            f"time is shared out to one search, and {name} has one for every share; give amounts of text and "
+            "search_budget in the place of time, or one share"
         )
 
 

@@ -58,6 +58,7 @@ def card(
     if (narrow := document.get("width")) is not None:
         more += f"\n| residual width | {narrow['of']:,} | {narrow['channels']:,} |"
         note += "\nEmbedding and head are two matrices now, where the dense model has one.\n" * narrow["untied"]
+        note += _shares(narrow)
     if (layers := document.get("experts")) is not None:
         more += f"\n| experts | {sum(each['of'] for each in layers):,} | {sum(each['kept'] for each in layers):,} |"
     if (found := document.get("weights")) is not None:
@@ -120,6 +121,18 @@ def write(document: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
     write_bytes(folder / PICTURE, draw(document["sites"], narrow["channels"] / narrow["of"]).encode())
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     write_bytes(folder / "README.md", card(document, recipe, facts, auto_class(config).__name__).encode())
+
+
+def _shares(narrow: Mapping[str, Any]) -> str:
+    """What was found with every share of the residual width, where several were tried."""
+    rows = [
+        f"| {each['share']:g}{' (taken)' * (each['share'] == narrow['share'])} | {each['channels']:,} | "
+        f"{'not finite' if each['loss'] is None else format(each['loss'], '.4g')} | "
+        f"{each['token_forwards'] + each['judged']:,} |"
+        for each in narrow.get("shares", ())
+    ]
+    head = ["", "| share of the width | channels | loss | token-forwards |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows, ""]) if rows else ""
 
 
 def _written(samples: Sequence[Mapping[str, Any]]) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -75,6 +75,8 @@ def report(
     pace: Mapping[str, Any] | None = None,
     samples: Sequence[Mapping[str, Any]] = (),
     learned: Mapping[str, Any] | None = None,
+    shares: Sequence[Mapping[str, Any]] = (),
+    share: float | None = None,
 ) -> dict[str, Any]:
     """Make the content of report.json. Parameters are counted in the tensors, never taken from the request.
 
@@ -94,6 +96,8 @@ def report(
         pace: what a measured metric reports; None: nothing was measured.
         samples: what both models have written, side by side.
         learned: what `learned` makes of a learner's work; empty, or None: there was none.
+        shares: what was found with each share of the width, where several were tried.
+        share: that of the result.
     """
     recipe, errors, shrinks = parts.recipe, net.site_errors(plan), parts.form.shrinks
     before, after = count(dense.model), count(small)
@@ -117,7 +121,7 @@ def report(
             "spent": whole.cost(plan),
             "removed": (whole.budget.dense - whole.budget.outside - whole.cost(plan)) / whole.budget.dense,
         },
-        **({} if parts.width is None else {"width": width(parts, dense.model, small)}),
+        **({} if parts.width is None else {"width": width(parts, dense.model, small, shares, share)}),
         **({} if recipe.experts != "both" else {"experts": experts(dense, net.model)}),
         **({} if shrinks else {"weights": weights(small, net, plan, recipe.structure)}),
         **({} if pace is None else {recipe.metric_spec["name"]: dict(pace)}),
@@ -154,19 +158,24 @@ def report(
     }
 
 
-def width(parts: Parts, dense: Any, small: Any) -> dict[str, Any]:
+def width(
+    parts: Parts, dense: Any, small: Any, shares: Sequence[Mapping[str, Any]] = (), share: float | None = None
+) -> dict[str, Any]:
     """Say what became of the residual stream.
 
     Args:
         parts: of a recipe with a width.
         dense: the model before.
         small: the model as it is exported.
+        shares: what was found with each share of the budget, where several were tried.
+        share: the one that the result has.
     """
     assert parts.recipe.width is not None
     before, after = (model.get_input_embeddings().weight.shape[1] for model in (dense, small))
     own = small.get_output_embeddings().weight is not small.get_input_embeddings().weight
     tied = dense.get_output_embeddings().weight is dense.get_input_embeddings().weight
-    return {"name": parts.recipe.width["name"], "channels": after, "of": before, "untied": bool(own and tied)}
+    found = {"name": parts.recipe.width["name"], "channels": after, "of": before, "untied": bool(own and tied)}
+    return found | ({"share": share, "shares": [dict(each) for each in shares]} if shares else {})
 
 
 def experts(dense: Any, model: Any) -> list[dict[str, int]]:
@@ -218,8 +227,13 @@ def searched(ledger: Ledger) -> dict[str, Any]:
     Where a limit has ended a search that had hardly begun, `limited` says so in words.
     """
     found: dict[str, Any] = {"questions": ledger.questions, "token_forwards": ledger.tokens + ledger.trained}
-    if ledger.trained:
-        found["training_of_candidates"] = ledger.trained
+    trained, shares = ledger.trained, [r["answer"] for r in _records(ledger) if r.get("kind") == "share"]
+    if shares:  # of which the ledger holds the conversation of one
+        found["questions"] = sum(each["questions"] + 1 for each in shares)
+        found["token_forwards"] = sum(each["token_forwards"] + each["judged"] for each in shares)
+        trained = sum(each["trained"] for each in shares)
+    if trained:
+        found["training_of_candidates"] = trained
     if (spent := ended_by_limit(ledger)) is not None and spent.by_probes:
         found["limited"] = spent.words
     return found
@@ -227,9 +241,13 @@ def searched(ledger: Ledger) -> dict[str, Any]:
 
 def ended_by_limit(ledger: Ledger) -> Spent | None:
     """What the first search had asked when the limit ended it; None: it was not ended, or a later one was."""
-    records = (json.loads(line) for line in ledger.text().splitlines())
-    found = next((r for r in records if r.get("kind") == "limit"), None)
+    found = next((r for r in _records(ledger) if r.get("kind") == "limit"), None)
     return None if found is None or found["walk"] else Spent.of_record(found)
+
+
+def _records(ledger: Ledger) -> Iterator[dict[str, Any]]:
+    """All on file, in order."""
+    return (json.loads(line) for line in ledger.text().splitlines())
 
 
 def decision_digest(decision: Decision) -> str:

@@ -19,7 +19,7 @@ from prunekit.recipe.resolve import Parts
 from prunekit.report import document as reporting
 from prunekit.run.clock import Clock
 from prunekit.run.finish import finish_model
-from prunekit.run.prune import run_search
+from prunekit.run.search import run_search
 from prunekit.run.session import Session
 from prunekit.run.spaces import whole_space
 from prunekit.run.stages import Run, assemble, clear_folder

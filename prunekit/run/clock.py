@@ -27,9 +27,11 @@ class Clock:
         return (dict(self.shared.passes) if self.shared is not self else {}) | self.passes
 
     def add_pass(self, stage: str, name: str, seconds: float) -> None:
-        """Count a calibration pass."""
+        """Count a calibration pass, once: a run that reads what it has made itself has not made it again."""
+        if name in self.passes:
+            return
         self.add(stage, seconds)
-        self.passes[name] = self.passes.get(name, 0.0) + seconds
+        self.passes[name] = seconds
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:

@@ -353,16 +353,17 @@ class _Work:
             measured = perplexity(made.small, text, progress=session.progress)
             ledger, clock, budget = made.run.ledger, made.run.clock.seconds, made.run.whole.budget
             spent = budget.outside + made.run.whole.cost(made.plan)
+            told = reporting.searched(ledger)
             optimum = {} if made.optimum is None else _known(made.optimum)
             row = replace(
                 blank, recipe=parts.digest, objective=_finite(made.objective), parameters=made.parameters,
-                removed=float(1 - spent / budget.dense), token_forwards=ledger.tokens + ledger.trained,
-                questions=ledger.questions, limited=_limited(ledger), seconds=sum(clock.values()),
+                removed=float(1 - spent / budget.dense), token_forwards=told["token_forwards"],
+                questions=told["questions"], limited=_limited(ledger), seconds=sum(clock.values()),
                 stages=dict(clock), passes=made.run.clock.all_passes, trace=_trace(ledger.text()),
                 **_measured(measured), **optimum,
             )  # fmt: skip
-            told = {name: getattr(row, name) for name in TOLD}
-            made.run.progress.measured({name: value for name, value in told.items() if value is not None})
+            values = {name: getattr(row, name) for name in TOLD}
+            made.run.progress.measured({name: value for name, value in values.items() if value is not None})
             return row
 
     def _part(self, blank: Row) -> str:

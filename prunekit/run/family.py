@@ -15,8 +15,9 @@ from prunekit.report.document import promise
 from prunekit.report.notebook import show_family
 from prunekit.report.page import add_page
 from prunekit.run.learn_budgets import learn_from, learns
-from prunekit.run.prune import make_result, open_runs, run_search
+from prunekit.run.prune import make_result, open_runs
 from prunekit.run.results import Result, clear_result, write_result
+from prunekit.run.search import run_search
 from prunekit.run.session import Job
 from prunekit.run.stages import Run
 from prunekit.run.workplace import check_output, new_folder, publish, published

@@ -67,7 +67,8 @@ def _learned(runs: Sequence[Run]) -> tuple[Learned, TrainedModel | None]:
         tuple(each.whole for each in runs), len(text), text.seqlen, run.parts.recipe.seed, numbers(text)
     )
     training = learner.training
-    model = GatedModel(dense.model, dense.adapter, run.whole.sites, text, dense.shares, training, problem.seed)
+    teacher = None if run.wide is None else run.wide.model
+    model = GatedModel(dense.model, dense.adapter, run.whole.sites, text, dense.shares, training, problem.seed, teacher)
     label = "learn" if len(runs) > 1 else run.label("learn")
     with run.clock("learn"), unchanged(learner, values=True, model=dense.model):
         learned = hold_lesson(

@@ -10,8 +10,9 @@ from prunekit.errors import WrongInput
 from prunekit.plugins.allocator import Allocator, Searched
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
-from prunekit.run.prune import open_runs, run_search
+from prunekit.run.prune import open_runs
 from prunekit.run.results import clear_result
+from prunekit.run.search import run_search
 from prunekit.run.session import Job
 from prunekit.run.stages import Run
 from prunekit.run.workplace import publish, published

@@ -7,27 +7,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from prunekit.errors import PluginError
 from prunekit.measure.perplexity import Perplexity, perplexity
 from prunekit.measure.samples import side_by_side
 from prunekit.models import paging
-from prunekit.plugins.guard import instance
 from prunekit.recipe.resolve import resolve
 from prunekit.recipe.schema import Recipe
 from prunekit.report import document as reporting
 from prunekit.report.page import add_page
 from prunekit.run.finish import finish_model
-from prunekit.run.learn import run_learner
 from prunekit.run.results import Result, clear_result, load_small, make_export, write_result
+from prunekit.run.search import run_search
 from prunekit.run.session import Job, open_session
 from prunekit.run.stages import Run, assemble
 from prunekit.run.workplace import check_output, left, publish, published, unfinished, workplace
-from prunekit.search.conversation import Known
 from prunekit.search.supernet import Supernet
-from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
-
-MOST_PASSES = 32  # of calibration along ever finer ladders
 
 
 def prune(recipe: Recipe, job: Job) -> Result:
@@ -91,45 +85,6 @@ def open_runs(recipe: Recipe, job: Job, asked: Sequence[float] | None = None) ->
         yield place, session.start_runs(session.parts, spaces, session.draws, place, place, session.clock)
 
 
-def run_search(runs: Sequence[Run]) -> list[tuple[Supernet, Allocation]]:
-    """Search each run's allocation: coarse to fine, as long as its allocator wants finer ladders.
-
-    The runs differ in their budgets alone: a calibration pass along the rungs of all costs little more than along those
-    of one, so every round has one; then each holds its own conversation on its own ladders, and what is known from
-    another's is not judged again.
-
-    Returns:
-        For every run, the network that its last conversation was about, and the answer.
-    """
-    first, number, found = runs[0], 0, dict[Run, tuple[Supernet, Allocation]]()
-    if first.parts.learner is not None:
-        return run_learner(runs)
-    allocator = first.parts.allocator
-    spaces = {  # of those that still search
-        run: instance(allocator, "its first space", allocator.first_space(run.whole), Space) for run in runs
-    }
-    centres = {run: run.whole.uniform() for run in runs}
-    while spaces:
-        starts = {run: space.nearest(centres[run]) for run, space in spaces.items()}
-        every = next(iter(spaces.values())).joined(*spaces.values())
-        middle = tuple(sorted(counts)[len(counts) // 2] for counts in zip(*starts.values(), strict=True))
-        net = first.calibrate(every, middle, f"prune {number + 1}", first.clock.shared, search=number)
-        known: Known = {}
-        centres = {run: run.ask_allocator(net, spaces[run], starts[run], number, known) for run in spaces}
-        finer = {run: allocator.next_space(space, centres[run]) for run, space in spaces.items()}
-        found |= {run: (net, centres[run]) for run, space in finer.items() if space is None}
-        spaces = {
-            run: instance(allocator, "its next space", space, Space)
-            for run, space in finer.items()
-            if space is not None
-        }
-        number += 1
-        if spaces and number >= MOST_PASSES:
-            raise PluginError(f"{type(allocator).__name__} asks for yet another space after {number} passes")
-        net.rest()  # the next pass needs the room
-    return [found[run] for run in runs]
-
-
 def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity, output: Path | None) -> Result:
     """Make the small model of an answer: rebuilt, finished, measured, and packed as it will be exported."""
     evaluation = run.draws.evaluation
@@ -157,7 +112,7 @@ def make_result(run: Run, net: Supernet, answer: Allocation, before: Perplexity,
     exported, probe, record = make_export(run, net, plan, small, stays=output is None)
     document = reporting.report(
         run.parts, run.original, run.draws, run.whole, net, plan, exported, losses=losses, finishers=said, pace=pace,
-        samples=texts, learned=run.learned,
+        samples=texts, learned=run.learned, shares=run.shares, share=run.share,
         search=reporting.searched(run.ledger),
         seconds=run.clock.seconds, seconds_shared=run.clock.shared.own,
     )  # fmt: skip

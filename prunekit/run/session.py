@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prunekit.data.draws import Draws, draw, window_of
+from prunekit.data.draws import Draws, amounts, draw, window_of
 from prunekit.data.spec import DataSpec
 from prunekit.data.windows import DEFAULTS, LEAST, whole_windows
 from prunekit.errors import WrongInput
@@ -39,8 +39,10 @@ from prunekit.run.plan.count import Shape
 from prunekit.run.plan.make import planned
 from prunekit.run.plan.plan import Plan
 from prunekit.run.plan.rehearsal import foresee_limit
+from prunekit.run.plan.shares import plan_shares
 from prunekit.run.plan.trial import Trials, forward_seconds
-from prunekit.run.spaces import check_sites, whole_space
+from prunekit.run.shares import choose_share
+from prunekit.run.spaces import check_sites, share_spaces, whole_space
 from prunekit.run.stages import Run, clear_folder
 from prunekit.run.together import Measures
 from prunekit.run.width import narrow
@@ -136,6 +138,7 @@ class Session:
             None: nowhere, there is no such limit, or it cannot be known.
         """
         limit, search = parts.recipe.search_budget, self.draws.search
+        limit = None if limit is None else limit // max(1, len(parts.shares))
         depth = len(self.dense.adapter.blocks(self.dense.model))
         if limit is None or parts.learner is not None or not parts.searches(depth):
             return None
@@ -199,12 +202,14 @@ class Session:
             if ledger.damaged is not None:
                 self.progress.say(f"{ledger.path} is damaged from line {ledger.damaged} on: that is asked anew")
             dense, wide = self.dense, None
-            if member.width is not None:
+            if len(member.shares) == 1:
                 dense, wide = narrow(member, self.dense, draws.calibration, shelf, self.progress, clock), self.dense
             run = Run(
                 member, dense, whole, draws, ledger, own, shelf, self.progress,
                 Clock(clock), teacher, self.plan.limit, self.team, self.allotment, wide=wide, measures=measures,
             )  # fmt: skip
+            if len(member.shares) > 1:
+                run = choose_share(run)
             runs.append(without_experts(run) if member.recipe.experts == "both" else run)
         return runs
 
@@ -447,6 +452,17 @@ def make_plan(
     Raises:
         WrongInput: the budget cannot be met, a finisher or an exporter cannot do what is asked, or memory is no amount.
     """
+    if len(parts.shares) > 1:
+        stored = next(shape.parameters()).dtype
+        tried = [each.share for each in share_spaces(parts, shape, adapter, stored)]
+        plans = {
+            share: make_plan(
+                parts.with_share(share, len(tried)), shape, adapter, output, asked, rehearse=rehearse, trials=trials
+            )
+            for share in tried
+        }
+        seqlen = window_of(parts.recipe.data, limits(shape)["max_seqlen"])
+        return plan_shares(plans, amounts(parts.recipe.data, seqlen, parts.amounts)["search"])
     counted = parts
     if isinstance(parts.metric, MeasuredMetric) and parts.metric.prices is None:
         sites = adapter.sites_of(shape, parts.form, parts.recipe.heads, parts.recipe.inside)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 
@@ -115,6 +115,8 @@ def whole_space(parts: Parts, model: PreTrainedModel, adapter: ModelAdapter, dty
     Raises:
         WrongInput: there is nothing to remove, or the budget cannot be met.
     """
+    if len(parts.shares) > 1:
+        return share_spaces(parts, model, adapter, dtype)[0].space
     if parts.width is not None:
         return narrow_space(parts, model, adapter, dtype)[1]
     if parts.recipe.experts == "both" and parts.form.coupled:
@@ -192,6 +194,50 @@ def narrow_space(parts: Parts, model: PreTrainedModel, adapter: ModelAdapter, dt
         raise WrongInput(metric.unreachable(1 - gone, least, dense))
     budget = Budget(limit - outside, metric, outside=outside, dense=dense)
     return width, Space.whole(sites, budget)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """One of several shares of what is to go that the residual width may take."""
+
+    share: float  # 0: the width stays as it is
+    width: int  # channels that stay
+    space: Space  # what groups of a model that is so wide make up
+
+
+def share_spaces(parts: Parts, model: PreTrainedModel, adapter: ModelAdapter, dtype: torch.dtype) -> list[Shared]:
+    """Find what is tried of a recipe that names several shares of the width: every width once.
+
+    Widths come in steps, so that two shares may ask for the same one, of which the lower stands for both. Of shares
+    that nobody has named (`auto`), those are left out that the width, or the groups behind it, cannot meet.
+
+    Args:
+        parts: of a recipe with several shares.
+        model: with weights or without: only shapes are read.
+        adapter: of the model's family.
+        dtype: of the checkpoint, for metric bytes.
+
+    Returns:
+        By ascending share; the budgets of all are the same one of the dense model.
+
+    Raises:
+        WrongInput: as `narrow_space`.
+    """
+    assert parts.width is not None
+    check_narrow(model, adapter)
+    found, own = dict[int, Shared](), int(model.get_input_embeddings().weight.shape[1])  # type: ignore[operator, union-attr, index]
+    for share in parts.shares:
+        one = parts.with_share(share)
+        try:
+            width, space = (own, whole_space(one, model, adapter, dtype)) if not share else narrow_space(
+                one, model, adapter, dtype
+            )  # fmt: skip
+        except WrongInput:
+            if parts.width.share != "auto" or (share == parts.shares[-1] and not found):
+                raise
+            continue
+        found.setdefault(width, Shared(share, width, space))
+    return list(found.values())
 
 
 def expert_spaces(

@@ -80,6 +80,9 @@ class Run:
     domains: dict[str, float] = field(default_factory=dict)  # share of the text, as the learner has left it, by label
     wide: Dense | None = None  # the model of which `dense` is a narrower one, or one of fewer experts; None: neither
     measures: Measures | None = None  # of its first calibration pass, with what others read there; None: its own
+    share: float | None = None  # of what is to go, that the residual width takes, where several are tried; None: no
+    shares: Sequence[Mapping[str, Any]] = ()  # what was found with each of them, for the report
+    among: int = 1  # searches that the limit of token-forwards is for
 
     @property
     def original(self) -> Dense:
@@ -96,8 +99,10 @@ class Run:
         return None if 1.2 * 4 * parameters < self.limit else self.dense.shares.blocks
 
     def label(self, stage: str) -> str:
-        """A stage that every member of a family has."""
+        """A stage that every member of a family has, or every share of the width that is tried."""
         recipe = self.parts.recipe
+        if self.share is not None:
+            return f"{stage} at share {self.share:g}"
         return f"{stage} for {recipe.sparsity}" if recipe.family else stage
 
     def measure_dense(self) -> Perplexity:
@@ -139,8 +144,9 @@ class Run:
         other = None if trained is None else trained.digest  # of weights that are not the dense model's
         team, teacher = self.team, reference
         alone = "sub-layer" in parts.pruner.needs  # of the tokens, which workers have
-        if self.wide is not None:
-            other, team, teacher = dense.fingerprint, None, self.wide.model  # workers have that one
+        if self.wide is not None:  # workers have that one
+            other = dense.fingerprint if other is None else _name([dense.fingerprint, other])
+            team, teacher = None, self.wide.model
         depth = len(dense.adapter.blocks(dense.model))
         measures = self._measures(search) if search is not None else Measures(nats=priced and parts.prices_nats(depth))
         signals, scores, nats = measures.signals, measures.scores, measures.nats
@@ -236,8 +242,10 @@ class Run:
         """Token-forwards that all searches may take: what the recipe says, or its time leaves when the first begins."""
         budget, allotment = self.parts.recipe.search_budget, self.allotment
         searches = self.parts.searches(len(self.dense.adapter.blocks(self.dense.model)))
-        if budget is not None or allotment is None or not searches:
-            return budget
+        if budget is not None:
+            return budget // self.among
+        if allotment is None or not searches:
+            return None
         if "search_budget" not in self.decided:
             question = {"kind": "time", "of": "search_budget"}
             found = self.ledger.once(question, lambda: allotment.search_tokens(self.clock.seconds))

@@ -44,11 +44,19 @@ class GatedModel:
         shares: Shares = SHARES,
         training: Training | None = None,
         seed: int = 0,
+        teacher: PreTrainedModel | None = None,
     ) -> None:
-        self.dense, self.adapter, self.sites, self.text, self.shares = model, adapter, tuple(sites), text, shares
+        """`teacher`: what the answers diverge from, where `model` is a narrower one; None: `model` itself."""
+        self.dense, self.adapter, self.sites, self.text, self.shares = (
+            teacher or model,
+            adapter,
+            tuple(sites),
+            text,
+            shares,
+        )
         self.weights = None if training is None else Weights(model, adapter, training, seed)
         self.model = model if self.weights is None else self.weights.model
-        self.blocks, self.dense_blocks = adapter.blocks(self.model), adapter.blocks(model)
+        self.blocks, self.dense_blocks = adapter.blocks(self.model), adapter.blocks(self.dense)
         weight = next(self.model.parameters())
         self.device, self.dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
         self._group: dict[Site, Tensor] = {}  # of every column, counted over all sites

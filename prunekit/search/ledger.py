@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Ledger:
             with path.open("r+b") as file:
                 file.truncate(length)
         self._met = 0
+        self._count = 0  # of records that were met or written
 
     def note(self, record: Mapping[str, Any]) -> None:
         """A record without an answer: a space, a choice."""
@@ -76,6 +77,24 @@ class Ledger:
             self._append(record)
         return record["answer"]
 
+    @property
+    def past(self) -> Sequence[Mapping[str, Any]]:
+        """The records that the file held when it was opened."""
+        return self._past
+
+    def followed_by(self, other: Ledger) -> Ledger:
+        """Take over the records that another ledger began with, behind all so far, to be replayed.
+
+        Returns:
+            This ledger, opened again: what was met so far is met, what was taken over is ahead.
+        """
+        here = self._count
+        for record in other.past:
+            self.note(record)
+        again = Ledger(self.path)
+        again._met = again._count = here
+        return again
+
     def text(self) -> str:
         """All records on file, as JSON lines."""
         return self.path.read_text(encoding="utf-8") if self.path.exists() else ""
@@ -101,9 +120,11 @@ class Ledger:
                 "its recipe, data or versions differ: begin again with --overwrite"
             )
         self._met += 1
+        self._count += 1
         return found
 
     def _append(self, record: Mapping[str, Any]) -> None:
+        self._count += 1
         self._check = self._next(record)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**record, "check": self._check}, separators=(",", ":")) + "\n")

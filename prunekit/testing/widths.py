@@ -66,8 +66,10 @@ class WidthSuite:
     def test_is_a_frozen_dataclass_that_takes_a_share_and_a_step(self) -> None:
         assert dataclasses.is_dataclass(self.plugin)
         assert hash(self.plugin) == hash(replace(self.plugin))
-        assert replace(self.plugin, share=0.5, step=2).share == 0.5
-        for wrong in ({"share": 0.0}, {"share": 1.5}, {"step": 0}):
+        assert replace(self.plugin, share=0.5, step=2).shares == (0.5,)
+        assert replace(self.plugin, share=(0.0, 0.5)).shares == (0.0, 0.5)
+        assert len(replace(self.plugin, share="auto").shares) > 1
+        for wrong in ({"share": 0.0}, {"share": 1.5}, {"share": (0.5,)}, {"share": (0.5, 0.25)}, {"step": 0}):
             with pytest.raises(ValueError, match=r"share|step"):
                 replace(self.plugin, **wrong)  # type: ignore[arg-type]
 

@@ -78,6 +78,9 @@ def facts(report: Mapping[str, Any]) -> str:
         rows.append(_counted("Not zero in linear maps", found["in_linear_maps"], found["not_zero"]))
     if (narrow := report.get("width")) is not None:
         rows.append(_counted("Residual width", narrow["of"], narrow["channels"]))
+        if narrow.get("shares"):
+            tried = ", ".join(f"{each['share']:g}" for each in narrow["shares"])
+            rows.append(("Share of the width", "", f"{narrow['share']:g} of {tried}", ""))
     if (layers := report.get("experts")) is not None:
         rows.append(_counted("Experts", *(sum(each[key] for each in layers) for key in ("of", "kept"))))
     if "unfinished" in losses:

@@ -303,6 +303,54 @@ def test_a_plan_counts_the_head_that_a_basis_unties(name):
     assert export.disk == weights
 
 
+# -- learners and depth ---------------------------------------------------------------------------------
+
+
+def test_a_learner_inside_a_narrower_model_diverges_from_the_dense_one():
+    """The mean of KL(dense ‖ narrow) over positions, by hand; without a teacher it is that from itself."""
+    from prunekit.models.width import narrowed
+    from prunekit.plugins.learner import GateQuery
+    from prunekit.search.gated import GatedModel
+
+    model, adapter, tokens = tiny("llama"), adapter_for("llama"), toy_tokens()
+    small = narrowed(model, check_narrow(model, adapter), torch.arange(24), 12, torch.float64)
+    sites = tuple(adapter.sites(small))
+    query = GateQuery(torch.ones(sum(s.n_groups for s in sites), dtype=torch.float64), text=0.0, dense=1.0)
+    with torch.no_grad():
+        wanted, found = (each(tokens.ids).logits[:, :-1].log_softmax(-1) for each in (model, small))
+    by_hand = float((wanted.exp() * (wanted - found)).sum(-1).mean())
+    assert by_hand > 0.01
+    assert GatedModel(small, adapter, sites, tokens, teacher=model).answer(query).loss == pytest.approx(by_hand)
+    assert GatedModel(small, adapter, sites, tokens).answer(query).loss == pytest.approx(0, abs=1e-12)
+
+
+def test_a_learner_decides_what_the_width_has_left_to_remove(folder, pruned):
+    width = {"name": "minitron", "step": 2, "share": 0.5}
+    report = pruned(folder, None, width, sparsity=0.5, learner="gisp", allocator=None, verify=False).report
+    blocks = report["dense"]["block_parameters"]
+    assert report["width"]["channels"] == 18
+    assert blocks // 2 - 3 * 18 < report["pruned"]["block_parameters"] <= blocks // 2
+    assert report["learner"]
+
+
+def test_depth_and_width_go_together_and_a_stock_class_holds_the_result(folder, tmp_path, quick):
+    """Recipe `minitron-depth` with one share of each: fewer channels, fewer blocks, fewer neurons in all alike."""
+    settings = quick(data__dataset=str(folder / "text.txt"), sparsity=0.6, data__recovery_tokens=512, verify=False)
+    own = ("pruner", "allocator", "objective")
+    settings = {key: value for key, value in settings.items() if key not in own}
+    over = {"width__share": 0.3, "width__step": 2, "allocator__depth": 1.0}
+    prunekit.prune(folder, recipe="minitron-depth", output=tmp_path / "out", **settings, **over)
+    report, config = (json.loads((tmp_path / "out" / name).read_text()) for name in ("report.json", "config.json"))
+    model, dense = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "out", folder))
+    assert config["architectures"][0] in ("LlamaForCausalLM", "MistralForCausalLM"), (
+        "the same layers under another name"
+    )
+    assert (config["num_hidden_layers"], config["hidden_size"]) == (2, 18)
+    assert report["pruned"]["block_parameters"] == counted(model, True) <= 0.4 * counted(dense, True)
+    assert config["intermediate_size"] < 32
+    assert "teacher_held_out_loss" in report["finishers"][0]
+
+
 # -- sentences ------------------------------------------------------------------------------------------
 
 
@@ -311,7 +359,6 @@ def test_a_plan_counts_the_head_that_a_basis_unties(name):
     [
         ({"structure": "weights"}, "width 'slicegpt' goes with structure groups, not weights"),
         ({"sparsity": [0.3, 0.5]}, "width 'slicegpt' makes another model for every sparsity"),
-        ({"learner": "gisp", "allocator": None}, "and learner 'gisp' do not go together yet"),
         ({"apart": True}, "apart gives attention and MLP each their share"),
         ({"spare": {"first": 1}}, "spare keeps some of them whole"),
         ({"metric": "kv-cache"}, "cannot be counted in kv-cache; choose metric parameters, bytes or flops"),

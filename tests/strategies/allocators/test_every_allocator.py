@@ -23,6 +23,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "drop, scores": {"name": "drop", "order": "once", "by": "scores"},
     "drop, per price": {"name": "drop", "per_price": True},
     "2ssp, none": {"name": "2ssp", "removed": 0, "tokens": 512},
+    "minitron, depth alone": {"name": "minitron", "depth": 1.0, "equal": False, "tokens": 512},
     "mop, best block": {"name": "mop", "block": "best", "steps": 3},
     "evolution, cold": {"name": "evolution", "warm_start": "none"},
     "evolution, one stage": {"name": "evolution", "selections": [[1, 4_096]], "offspring": 3},

@@ -58,3 +58,37 @@ def test_with_time_steps_are_taken():
     assert len(found["options"]["steps"]) == found["options"]["epochs"] == found["epochs"] == QUICK["epochs"]
     assert min(found["options"]["steps"]) > 0
     assert found["held_out_loss"][1] < found["held_out_loss"][0]
+
+
+def test_a_corrected_teacher_has_learnt_the_text_and_is_what_is_learnt_from():
+    piece = toy_workpiece(tokens=MANY)
+    before = {name: p.clone() for name, p in piece.dense.named_parameters()}
+    found = Distillation(correction=2, correction_rate=3e-3, **QUICK).finish(piece)
+    first, last = found["teacher_held_out_loss"]
+    assert last < first
+    _, judge = held_out(MANY, 0.125)
+    assert LanguageLoss(piece.dense, None, 1.0, 0.0).mean([judge.ids]) == pytest.approx(first)
+    assert all(torch.equal(p, before[name]) for name, p in piece.dense.named_parameters()), "only a copy learns"
+    plain = toy_workpiece(tokens=MANY)
+    Distillation(**QUICK).finish(plain)
+    pairs = zip(piece.model.parameters(), plain.model.parameters(), strict=True)
+    assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_an_interrupted_correction_teaches_the_same(killed_at):
+    from prunekit.system.checkpoints import Checkpoints
+
+    corrected = Distillation(correction=2, correction_rate=3e-3, **QUICK)
+    whole, piece = toy_workpiece(tokens=MANY), toy_workpiece(tokens=MANY)
+    corrected.finish(whole)
+    with killed_at(Checkpoints, "save", 2, after=True):
+        corrected.finish(piece)
+    again = replace(toy_workpiece(tokens=MANY), checkpoints=piece.checkpoints)
+    corrected.finish(again)
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("wrong", [{"correction": -1}, {"correction": 1, "correction_rate": 0.0}])
+def test_a_correction_that_cannot_be_is_refused(wrong):
+    with pytest.raises(ValueError, match="correction ≥ 0"):
+        Distillation(**wrong)
