@@ -407,7 +407,7 @@ def _shorter(
     rates: Rates,
     seconds: float,
 ) -> tuple[str, float]:
-    """Options of a run of the same text and budget in so many seconds, as far as fewer tokens get, and what it takes."""
+    """Options of a run of the same text and budget in so many seconds, if fewer tokens get there, and what it takes."""
     kept = {"pruner", "sparsity", "family", "structure", "of", "heads", "experts", "dtype", "device", "memory"}
     same = recipe.model_dump(include=kept)
     same |= {f"data.{key}": value for key, value in recipe.data.model_dump(exclude_defaults=True).items()}

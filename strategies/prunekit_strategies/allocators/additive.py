@@ -33,7 +33,9 @@ class Additive(Allocator):
         if min(self.rounds, self.candidates, self.tokens) < 1 or not 0 < self.stride <= 1:
             raise ValueError("rounds, candidates and tokens are at least 1, stride is in 0..1")
         if self.rounds > 1 and self.table != "probes":
-            raise ValueError(f"a table of {self.table} is the same in every round: rounds={self.rounds} is for `probes`")
+            raise ValueError(
+                f"a table of {self.table} is the same in every round: rounds={self.rounds} is for `probes`"
+            )
         Probes(self.reach, self.points, self.probe_tokens)  # refuses what it cannot use
 
     @property

@@ -170,9 +170,19 @@ def test_what_a_run_takes_is_said_before_it_begins_and_what_would_take_less(
     monkeypatch.setattr(session, "LONG", 0.0)
     said = run("prune", *flags, "--overwrite").stderr
     assert "--recipe fast" not in said  # it would take longer than this one
-    many = [*flags, "--set", "pruner.name=obs", "--set", "allocator.name=evolution", "--set", "objective.name=divergence"]
+    many = [
+        *flags,
+        "--set",
+        "pruner.name=obs",
+        "--set",
+        "allocator.name=evolution",
+        "--set",
+        "objective.name=divergence",
+    ]
     said = run("prune", *many, "--search-tokens", "1024", "--overwrite").stderr
-    assert re.search(r"with --recipe fast --calibration-tokens \d+ in the place of .* takes [\d.]+ s; ctrl-c stops", said)
+    assert re.search(
+        r"with --recipe fast --calibration-tokens \d+ in the place of .* takes [\d.]+ s; ctrl-c stops", said
+    )
     assert "this takes" not in run("prune", *flags, "--overwrite", "--quiet").stderr
     pattern = ["--structure", "2:4", "--pruner", "sparsegpt"]  # which the pruner of the shorter recipe does not know
     assert run("prune", *flags, *pattern, "--overwrite").exit_code == 0
