@@ -78,6 +78,9 @@ def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrained
     ranks = [adapter.ranks(blocks[index]) for index in kept]
     if any(ranks):
         sizes = [size | {"ranks": of_layer} for size, of_layer in zip(sizes, ranks, strict=True)]
+    values_of = [adapter.value_width(blocks[index]) for index in kept]
+    if any(values_of):
+        sizes = [size | {"values": width} for size, width in zip(sizes, values_of, strict=True)]
     patches = [adapter.patch_rank(blocks[index]) for index in kept]
     if any(patches):
         sizes = [size | {"patch": rank} for size, rank in zip(sizes, patches, strict=True)]
@@ -278,7 +281,7 @@ def _stock_config(
 ) -> PreTrainedConfig | None:
     """The config of a stock class that can hold layers of these sizes, if there is one."""
     first = sizes[0]
-    ours = {"skip", "biased", "ranks", "patch", *(() if family.mixer is None else family.mixer.fixed(values))}
+    ours = {"skip", "biased", "ranks", "values", "patch", *(() if family.mixer is None else family.mixer.fixed(values))}
     if ours & first.keys() or any(size != first for size in sizes):
         return None
     hidden = values["hidden_size"]

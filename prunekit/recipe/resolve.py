@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -40,7 +40,7 @@ from prunekit.plugins.signal import Signal
 from prunekit.plugins.width import Width
 from prunekit.recipe.schema import Recipe
 from prunekit.recipe.specs import SpareSpec
-from prunekit.space.forms import Form, parse_form
+from prunekit.space.forms import Form, Units, parse_form
 from prunekit.space.latency import LatencySpec
 from prunekit.space.metrics import Metric
 
@@ -119,6 +119,11 @@ class Parts:
     def with_metric(self, metric: Metric) -> Parts:
         """Take another metric, or the same with what was measured, and write it into the recipe."""
         return replace(self, metric=metric, recipe=_with_metric(self.recipe, metric))
+
+    @property
+    def units(self) -> Units:
+        """The structure that whoever writes or reads the result must know."""
+        return "values" if self.recipe.heads == "narrow" else self.form.units
 
     def determining(self) -> dict[str, Any]:
         """The values that determine the weights: neither device nor packaging does (`WITHOUT_EFFECT`)."""
@@ -271,6 +276,8 @@ def _check_structure(parts: Parts) -> None:
             there = ", ".join(sorted(plugin.structures))
             raise WrongInput(f"{kind} {spec['name']!r} does not know structure {form.units}; it knows {there}")
     parts.metric.check(form.units)
+    if recipe.heads == "narrow":
+        _check_narrow_heads(parts, named)
     if form.coupled:
         return
     for kind, spec, plugin in named:
@@ -291,6 +298,26 @@ def _check_structure(parts: Parts) -> None:
             f"structure {recipe.structure} removes {float(1 - own):.4g} of the weights of all linear maps in "
             "blocks; leave sparsity and of away, or take structure weights"
         )
+
+
+def _check_narrow_heads(
+    parts: Parts, named: Sequence[tuple[str, Mapping[str, Any], LocalPruner | Finisher | Exporter | Learner]]
+) -> None:
+    """Inside of attention, ranks and widths of values are counted; beside it, groups."""
+    recipe, instead = parts.recipe, "choose heads: kv, or leave it away"
+    if not parts.form.coupled:
+        raise WrongInput(f"heads: narrow goes with structure groups, not {recipe.structure}; leave one of them away")
+    for kind, spec, plugin in named:
+        if "values" not in plugin.structures:
+            raise WrongInput(
+                f"{kind} {spec['name']!r} does not know the narrower heads that heads: narrow makes; leave it away, or "
+                "choose heads: kv"
+            )
+    parts.metric.check("values")
+    if recipe.width is not None:
+        raise WrongInput(f"heads: narrow and width do not go together yet; {instead}")
+    if "scores" in parts.allocator.needs and recipe.allocator is not None:
+        raise WrongInput(f"allocator {recipe.allocator['name']!r} ranks groups, of which heads have none; {instead}")
 
 
 def _check_patches(parts: Parts) -> None:

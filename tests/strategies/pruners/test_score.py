@@ -19,7 +19,6 @@ from prunekit_strategies.pruners.score import (
     FLAPVariance,
     Magnitude,
     Minitron,
-    Olica,
     SafetyPotential,
     Score,
     Wanda,
