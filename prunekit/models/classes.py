@@ -2,8 +2,8 @@
 
 The stock model is built from the global sizes, then every layer is cut to its entry of the config's
 `per_layer_config`, given the biases that its `biased` names, its linear maps that `ranks` names become two, its heads
-have as many values as `values` says, and its MLP gets a linear map beside it, of the rank that `patch` says. Layers stay what they were, so checkpointing, adapters
-and serving engines find the classes they know.
+have as many values as `values` says, and its MLP gets a linear map beside it, of the rank that `patch` says. Layers
+stay what they were, so checkpointing, adapters and serving engines find the classes they know.
 Exported models may carry a copy of this file: it needs torch and transformers and nothing of prunekit.
 """
 
@@ -364,6 +364,23 @@ class Family:
             _resize(block, self.columns[part], bias=True)
         if self.there(block, "attention"):
             self.recount(block.get_submodule(self.attention), *self.heads(layer_config))
+        self._narrow(block, layer_config, head_dim)
+        if (rank := getattr(layer_config, "patch", 0)) and "mlp" not in getattr(layer_config, "skip", ()):
+            assert self.mlp is not None  # checked with the config
+            first, last = block.get_submodule(self.producers("mlp")[0]), block.get_submodule(self.columns["mlp"])
+            assert isinstance(first, nn.Linear | LowRank)
+            assert isinstance(last, nn.Linear | LowRank)
+            weight = next(first.parameters())
+            beside = LowRank(
+                first.in_features, last.out_features, rank, bias=False, device=weight.device, dtype=weight.dtype
+            )
+            block.set_submodule(self.mlp, patched(block.get_submodule(self.mlp), beside))
+        for part in getattr(layer_config, "skip", ()):
+            for path, stub in self.skipped(block, part, index, head_dim).items():
+                block.set_submodule(path, stub)
+
+    def _narrow(self, block: nn.Module, layer_config: Any, head_dim: int) -> None:
+        """Make maps two where they are of low rank, and heads narrower where they have fewer values, in place."""
         for path, rank in getattr(layer_config, "ranks", {}).items():
             whole = block.get_submodule(path)
             assert isinstance(whole, nn.Linear)
@@ -379,19 +396,6 @@ class Family:
                 linear = block.get_submodule(path)
                 assert isinstance(linear, nn.Linear)
                 block.set_submodule(path, kind(linear, heads, head_dim))
-        if (rank := getattr(layer_config, "patch", 0)) and "mlp" not in getattr(layer_config, "skip", ()):
-            assert self.mlp is not None  # checked with the config
-            first, last = block.get_submodule(self.producers("mlp")[0]), block.get_submodule(self.columns["mlp"])
-            assert isinstance(first, nn.Linear | LowRank)
-            assert isinstance(last, nn.Linear | LowRank)
-            weight = next(first.parameters())
-            beside = LowRank(
-                first.in_features, last.out_features, rank, bias=False, device=weight.device, dtype=weight.dtype
-            )
-            block.set_submodule(self.mlp, patched(block.get_submodule(self.mlp), beside))
-        for part in getattr(layer_config, "skip", ()):
-            for path, stub in self.skipped(block, part, index, head_dim).items():
-                block.set_submodule(path, stub)
 
     def _cut_rows(self, block: nn.Module, part: Part, count: Mapping[str, int]) -> None:
         for path in self.producers(part):
@@ -425,6 +429,10 @@ class Family:
             if strange := set(getattr(layer_config, name, ())) - {*parts}:
                 listed = f"{', '.join(parts[:-1])} and {parts[-1]}"
                 raise ValueError(f"layer {index}: {name} lists {listed}, not {', '.join(sorted(strange))}")
+        self._check_maps(layer_config, index)
+
+    def _check_maps(self, layer_config: Any, index: int) -> None:
+        """Refuse ranks and widths no linear map can have, as `check`."""
         known = {*self.rows, *self.producers("mixer"), *self.columns.values()}
         ranks = getattr(layer_config, "ranks", {})
         if strange := sorted(path for path, rank in ranks.items() if path not in known or not rank >= 1):

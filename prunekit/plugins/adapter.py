@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Heads = Literal["kv", "query", "narrow"]
-"""What goes of attention: KV heads with their query heads, query heads of every KV head, or nothing but ranks of queries
-and keys and the width of values, of heads that all stay."""
+"""What goes of attention: KV heads with their query heads, query heads of every KV head, or, of heads that all stay,
+ranks of queries and keys and the width of values."""
 Inside = Literal["whole", "neurons"]
 """What goes of a mixture of experts: whole experts, or neurons of every one."""
 

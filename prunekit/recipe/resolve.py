@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -136,6 +136,10 @@ class Parts:
         return hashlib.sha256(json.dumps(self.determining(), sort_keys=True).encode()).hexdigest()
 
 
+Named = tuple[str, Mapping[str, Any], LocalPruner | Finisher | Exporter | Learner]
+"""(kind, what the recipe says, plug-in)."""
+
+
 def resolve(recipe: Recipe) -> Parts:
     """Build what a recipe names, and check it before any work.
 
@@ -181,6 +185,7 @@ def resolve(recipe: Recipe) -> Parts:
     parts = replace(parts, recipe=_with_metric(recipe, parts.metric).model_copy(update=complete))
     _check_consent(parts.recipe)
     _check_structure(parts)
+    _check_narrow_heads(parts)
     _check_readers(parts)
     _check_patches(parts)
     _check_learner(parts)
@@ -265,19 +270,12 @@ def _check_structure(parts: Parts) -> None:
             f"structure {recipe.structure} says its own sparsity, so there is no family of several; "
             "take structure groups or weights"
         )
-    named: list[tuple[str, Mapping[str, Any], LocalPruner | Finisher | Exporter | Learner]] = [
-        ("pruner", recipe.pruner, parts.pruner),
-        *([("learner", recipe.learner, parts.learner)] if recipe.learner and parts.learner else []),
-        *(("finisher", *each) for each in zip(recipe.finishers, parts.finishers, strict=True)),
-        *(("exporter", *each) for each in zip(recipe.exporters, parts.exporters, strict=True)),
-    ]
+    named = _named(parts)
     for kind, spec, plugin in named:
         if form.units not in plugin.structures:
             there = ", ".join(sorted(plugin.structures))
             raise WrongInput(f"{kind} {spec['name']!r} does not know structure {form.units}; it knows {there}")
     parts.metric.check(form.units)
-    if recipe.heads == "narrow":
-        _check_narrow_heads(parts, named)
     if form.coupled:
         return
     for kind, spec, plugin in named:
@@ -300,15 +298,26 @@ def _check_structure(parts: Parts) -> None:
         )
 
 
-def _check_narrow_heads(
-    parts: Parts, named: Sequence[tuple[str, Mapping[str, Any], LocalPruner | Finisher | Exporter | Learner]]
-) -> None:
+def _named(parts: Parts) -> list[Named]:
+    """Everybody who must know what is removed."""
+    recipe = parts.recipe
+    return [
+        ("pruner", recipe.pruner, parts.pruner),
+        *([("learner", recipe.learner, parts.learner)] if recipe.learner and parts.learner else []),
+        *(("finisher", *each) for each in zip(recipe.finishers, parts.finishers, strict=True)),
+        *(("exporter", *each) for each in zip(recipe.exporters, parts.exporters, strict=True)),
+    ]
+
+
+def _check_narrow_heads(parts: Parts) -> None:
     """Inside of attention, ranks and widths of values are counted; beside it, groups."""
     recipe, instead = parts.recipe, "choose heads: kv, or leave it away"
+    if recipe.heads != "narrow":
+        return
     if not parts.form.coupled:
         raise WrongInput(f"heads: narrow goes with structure groups, not {recipe.structure}; leave one of them away")
-    for kind, spec, plugin in named:
-        if "values" not in plugin.structures:
+    for kind, spec, plugin in _named(parts):
+        if not plugin.structures >= ({"low-rank", "values"} if kind == "pruner" else {"values"}):
             raise WrongInput(
                 f"{kind} {spec['name']!r} does not know the narrower heads that heads: narrow makes; leave it away, or "
                 "choose heads: kv"

@@ -228,7 +228,9 @@ def with_statistics(layer: LayerProblem, **statistics: torch.Tensor) -> LayerPro
 def counts_of(layer: LayerProblem) -> range:
     """All counts that may be asked of a layer, 0, or rank or width 1, to all; of a pattern, whole weights of every
     block."""
-    return range(int(layer.structure in ("low-rank", "values")), layer.most + 1, layer.d_in // layer.m if layer.m else 1)
+    return range(
+        int(layer.structure in ("low-rank", "values")), layer.most + 1, layer.d_in // layer.m if layer.m else 1
+    )
 
 
 def few_tokens(
@@ -274,6 +276,9 @@ STRUCTURES: dict[str, Zoo] = {
         "few tokens": partial(few_tokens, 8, 5, 3),
     },
     "values": _zoo(12, "rows", form=Values(4, 2))
-    | {"one value": partial(toy_layer, 3, form=Values(3, 1)), "one head": partial(toy_layer, 4, 1, 9, form=Values(1, 1))},
+    | {
+        "one value": partial(toy_layer, 3, form=Values(3, 1)),
+        "one head": partial(toy_layer, 4, 1, 9, form=Values(1, 1)),
+    },
 }
 """Layers for every structure, by its name."""

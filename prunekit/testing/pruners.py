@@ -117,7 +117,11 @@ class PrunerSuite:
         """The structures that the pruner knows; what is said of groups meets groups only."""
         known = sorted(self.plugin.structures)
         kinds = {"groups": ["groups"], "single": ["weights", "n:m"], "ranks": ["low-rank"]}
-        kinds |= {"structure": known, "by_row": ["weights", "n:m", "low-rank", "values"], "priced": ["groups", "low-rank"]}
+        kinds |= {
+            "structure": known,
+            "by_row": ["weights", "n:m", "low-rank", "values"],
+            "priced": ["groups", "low-rank"],
+        }
         for name, some in kinds.items():
             if name in metafunc.fixturenames:
                 metafunc.parametrize(name, [structure for structure in some if structure in known])

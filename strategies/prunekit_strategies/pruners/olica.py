@@ -1,4 +1,4 @@
-"""Olica: neurons by the length of their rows and columns; inside heads, low rank and values in a basis that is turned."""
+"""Neurons by the length of their rows and columns; inside heads, low rank, and values in a basis that is turned."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ class Olica(Score):
     E‖(O_h - U_h B) a‖² = Σ_{i > r} σ_i² (λ = 0; Eckart and Young); of several where their H_h are alike.
 
     Source: Olica (He & Lin 2025, arXiv 2506.08436), from its released code: (1), (2) and (3)-(5) for one query head to
-    each KV head. Ours: several, (6), (7) and the optimal S of (2), which are derived; bases in float64. Where groups are
-    heads, (1) is summed over all rows and columns of a KV group; the paper removes none. Its shares are the allocator
-    `olica`, its linear calibration the finisher `linear-patch`. On a tie the lower id stays.
+    each KV head. Ours: several, (6), (7) and the optimal S of (2), which are derived; bases in float64; y of (3) behind
+    pruned blocks, there of the dense model. Where groups are heads, (1) is summed over all rows and columns of a KV
+    group; the paper removes none. Its shares are the allocator `olica`, its linear calibration the finisher
+    `linear-patch`. On a tie the lower id stays.
     """
 
     structures: ClassVar[frozenset[str]] = frozenset({"groups", "low-rank", "values"})

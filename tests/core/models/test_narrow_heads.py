@@ -1,4 +1,4 @@
-"""Narrower values inside heads: exact in every basis, the same cut out as kept by weights alone, and what is refused."""
+"""Narrower values inside heads: exact in every basis, cut out as they are in whole weights, and what is refused."""
 
 import pytest
 import torch
@@ -98,7 +98,9 @@ def test_attention_and_cache_find_heads_of_one_width(implementation):
 
 @pytest.mark.parametrize("kind", ["phi3", "gpt_neox", "falcon", "qwen3_next"])
 def test_families_whose_values_are_no_map_by_themselves_are_refused_in_a_sentence(kind):
-    with pytest.raises(UnsupportedModel, match="no linear maps of queries, keys and values by themselves; choose heads"):
+    with pytest.raises(
+        UnsupportedModel, match="no linear maps of queries, keys and values by themselves; choose heads"
+    ):
         adapter_for(kind).sites_of(tiny(kind), GROUPS, "narrow")
 
 

@@ -1,4 +1,4 @@
-"""Heads that stay and get narrower, through a whole run: exact prices, classes that load, the same bytes after a kill."""
+"""Heads that stay and get narrower, through a run: exact prices, classes that load, the same bytes after a kill."""
 
 import json
 
@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM
 
 import prunekit
 from prunekit import WrongInput
+from prunekit.data.spec import DataSpec
+from prunekit.measure.evaluate import evaluate
 from prunekit.models.classes import LowRank, NarrowHeads, Patched
 from prunekit.run.export import export_model
 from prunekit.search.store import CandidateStore
@@ -24,7 +26,9 @@ def pruned(quick):
     """A run of the recipe `olica`."""
 
     def run(folder, output, **changes):
-        options = {key: value for key, value in quick().items() if key.partition("__")[0] not in ("pruner", "allocator")}
+        options = {
+            key: value for key, value in quick().items() if key.partition("__")[0] not in ("pruner", "allocator")
+        }
         recipe = {"recipe": "olica", "objective": "expected-error"}
         recipe |= {} if "target" in changes else {"sparsity": 0.4}
         return prunekit.prune(folder, output=output, **options | recipe | changes)
@@ -34,10 +38,16 @@ def pruned(quick):
 
 @pytest.fixture(scope="module")
 def result(folder, tmp_path_factory, pruned):
-    """Of an uninterrupted run, verified in a fresh process."""
+    """Of an uninterrupted run."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    pruned(folder, output, code="bundled")
+    pruned(folder, output, verify=False)
     return output
+
+
+@pytest.mark.slow
+def test_a_fresh_process_loads_it_by_the_code_that_it_carries(folder, tmp_path, pruned):
+    pruned(folder, tmp_path / "out", code="bundled", verify=True)  # else it raises
+    assert (tmp_path / "out" / "modeling_prunekit.py").exists()
 
 
 def test_the_budget_is_met_to_the_unit_and_classes_of_ours_hold_what_is_left(folder, result):
@@ -66,10 +76,21 @@ def test_the_budget_is_met_to_the_unit_and_classes_of_ours_hold_what_is_left(fol
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, result, tmp_path, killed_at, pruned):
     with killed_at(CandidateStore, "put", 7):
-        pruned(folder, tmp_path / "out", code="bundled", verify=False)
-    pruned(folder, tmp_path / "out", code="bundled", verify=False)
+        pruned(folder, tmp_path / "out", verify=False)
+    pruned(folder, tmp_path / "out", verify=False)
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (result / file).read_bytes(), file
+
+
+def test_what_is_loaded_is_what_was_judged(result):
+    small, ids = AutoModelForCausalLM.from_pretrained(result), torch.arange(40).reshape(2, 20)
+    data = DataSpec(dataset=str(result / "README.md"), evaluation_tokens=64, seqlen=32)
+    report, found = json.loads((result / "report.json").read_text()), evaluate(str(result), data)
+    assert found["parameters"] == report["pruned"]["parameters"]
+    with torch.no_grad():
+        cached = small.generate(ids[:1], max_new_tokens=4, do_sample=False, use_cache=True, pad_token_id=0)
+        plain = small.generate(ids[:1], max_new_tokens=4, do_sample=False, use_cache=False, pad_token_id=0)
+    assert torch.equal(cached, plain)
 
 
 def test_formats_without_narrower_heads_are_refused_of_a_folder_too(result, tmp_path):
