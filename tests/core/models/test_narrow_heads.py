@@ -1,5 +1,7 @@
 """Narrower values inside heads: exact in every basis, cut out as they are in whole weights, and what is refused."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ KINDS = ["llama", "qwen2", "gemma2", "olmo2", "stablelm", "opt", "gpt_oss", "lfm
 IDS = torch.arange(16).reshape(2, 8)
 
 
-def opened(kind):
+def opened(kind: str) -> tuple[Any, Any]:
     """A tiny model in float64 whose maps have biases that are not zero, and its adapter."""
     model = tiny(kind).double().eval()
     for name, value in model.named_parameters():
@@ -42,7 +44,8 @@ def factors_of(site, width, seed=0):
 def test_a_head_is_the_same_in_every_basis_and_narrower_ones_are_the_products(kind):
     """The cut model is the dense one with the product in the place of the map behind attention, biases and all."""
     model, adapter = opened(kind)
-    dense, sites = logits(model), [s for s in adapter.sites_of(model, GROUPS, "narrow") if isinstance(s.form, Values)]
+    dense = logits(model)
+    sites: list[Any] = [s for s in adapter.sites_of(model, GROUPS, "narrow") if isinstance(s.form, Values)]
     assert sites
     for site in sites:  # in a basis that is no rotation
         block = adapter.blocks(model)[site.block]

@@ -1,6 +1,7 @@
 """Heads that stay and get narrower, through a run: exact prices, classes that load, the same bytes after a kill."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def pruned(quick):
         options = {
             key: value for key, value in quick().items() if key.partition("__")[0] not in ("pruner", "allocator")
         }
-        recipe = {"recipe": "olica", "objective": "expected-error"}
+        recipe: dict[str, Any] = {"recipe": "olica", "objective": "expected-error"}
         recipe |= {} if "target" in changes else {"sparsity": 0.4}
         return prunekit.prune(folder, output=output, **options | recipe | changes)
 
@@ -83,13 +84,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, result, tmp_path, 
 
 
 def test_what_is_loaded_is_what_was_judged(result):
-    small, ids = AutoModelForCausalLM.from_pretrained(result), torch.arange(40).reshape(2, 20)
+    small: Any = AutoModelForCausalLM.from_pretrained(result)
+    ids = torch.arange(20)[None]
     data = DataSpec(dataset=str(result / "README.md"), evaluation_tokens=64, seqlen=32)
     report, found = json.loads((result / "report.json").read_text()), evaluate(str(result), data)
     assert found["parameters"] == report["pruned"]["parameters"]
     with torch.no_grad():
-        cached = small.generate(ids[:1], max_new_tokens=4, do_sample=False, use_cache=True, pad_token_id=0)
-        plain = small.generate(ids[:1], max_new_tokens=4, do_sample=False, use_cache=False, pad_token_id=0)
+        cached = small.generate(ids, max_new_tokens=4, do_sample=False, use_cache=True, pad_token_id=0)
+        plain = small.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False, pad_token_id=0)
     assert torch.equal(cached, plain)
 
 

@@ -64,7 +64,7 @@ def test_all_directions_of_a_basis_are_the_head_as_it_was(form, truncate):
 
 @pytest.mark.parametrize(("form", "each"), [(OWN, 1), (SHARED, 2)])
 def test_no_narrower_values_lose_less_and_what_is_lost_are_the_singular_values_behind_them(form, each):
-    layer = exact(form) if each == 1 else alike(exact(form))
+    layer, stacked, gram, tail = exact(form) if each == 1 else alike(exact(form)), torch.empty(0), torch.empty(0), 0.0
     for rank, found in enumerate(Olica(truncate="optimal").prune(layer, [1, 2, 3]), 1):
         for head in range(0, form.heads, each):
             stacked = layer.weight.unflatten(1, (-1, 4))[:, head : head + each].movedim(1, 0).flatten(0, 1)
