@@ -57,8 +57,8 @@ from prunekit_strategies.learners import bypass_bp, ddp, hard_concrete, lora_pru
 from prunekit_strategies.pruners.alps import ALPS, alternate
 from prunekit_strategies.pruners.asvd import ASVD, MeanAbsolute
 from prunekit_strategies.pruners.expert_frequency import ExpertFrequency
+from prunekit_strategies.pruners.olica import Olica
 from prunekit_strategies.pruners.reap import REAP
-from prunekit_strategies.pruners.score import Olica
 from prunekit_strategies.pruners.svd_llm import SVDLLM
 from prunekit_strategies.signals.outliers import Outliers
 from prunekit_strategies.signals.tail_exponent import spectrum, tail_exponent

@@ -27,6 +27,20 @@ def whole_parts(piece: Workpiece) -> Workpiece:
     return replace(piece, sites=sites, plan=counts, kept=tuple(tuple(range(count)) for count in counts))
 
 
+def sub_layers(piece: Workpiece) -> Workpiece:
+    """The same work seen by sub-layers: attention whose heads were narrowed is one of them, all groups of it, in the
+    place of the linear maps inside."""
+    whole = {(site.block, site.name): site for site in piece.adapter.sites(piece.dense)}
+    found = list[tuple[Site, int, tuple[int, ...]]]()
+    for site, count, groups in zip(piece.sites, piece.plan, piece.kept, strict=True):
+        if site.form.coupled:
+            found.append((site, count, groups))
+        elif (attention := whole.get((site.block, site.name))) is not None:  # the map behind it
+            found.append((attention, attention.n_groups, tuple(range(attention.n_groups))))
+    sites, plan, kept = zip(*found, strict=True)
+    return replace(piece, sites=sites, plan=plan, kept=kept)
+
+
 class Twin:
     """Calibration tokens on their way through a workpiece.
 

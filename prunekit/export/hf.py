@@ -75,12 +75,10 @@ def to_transformers(model: PreTrainedModel, adapter: ModelAdapter) -> PreTrained
     added = [[part for part in adapter.biased(blocks[index]) if part not in native] for index in kept]
     if any(added):
         sizes = [size | {"biased": parts} for size, parts in zip(sizes, added, strict=True)]
-    ranks = [adapter.ranks(blocks[index]) for index in kept]
-    if any(ranks):
-        sizes = [size | {"ranks": of_layer} for size, of_layer in zip(sizes, ranks, strict=True)]
-    patches = [adapter.patch_rank(blocks[index]) for index in kept]
-    if any(patches):
-        sizes = [size | {"patch": rank} for size, rank in zip(sizes, patches, strict=True)]
+    for key, found_in in (("ranks", adapter.ranks), ("values", adapter.value_width), ("patch", adapter.patch_rank)):
+        found = [found_in(blocks[index]) for index in kept]
+        if any(found):
+            sizes = [size | {key: each} for size, each in zip(sizes, found, strict=True)]
     stock = _stock_config(family, values, sizes, head_dim)
     config, causal = _language_model(family, stock, values, sizes)
     if own is not model.config:  # the language model is a part of another, which stays
@@ -278,7 +276,7 @@ def _stock_config(
 ) -> PreTrainedConfig | None:
     """The config of a stock class that can hold layers of these sizes, if there is one."""
     first = sizes[0]
-    ours = {"skip", "biased", "ranks", "patch", *(() if family.mixer is None else family.mixer.fixed(values))}
+    ours = {"skip", "biased", "ranks", "values", "patch", *(() if family.mixer is None else family.mixer.fixed(values))}
     if ours & first.keys() or any(size != first for size in sizes):
         return None
     hidden = values["hidden_size"]

@@ -20,7 +20,8 @@ class Candidate:
 
     kept: tuple[int, ...] | None  # ids, ascending; None when the structure has no groups
     weight: Float[Tensor, "d_out d_in"]
-    factors: tuple[Float[Tensor, "d_out r"], Float[Tensor, "r d_in"]] | None = None  # of low rank; None: not factored
+    factors: tuple[Float[Tensor, "d_out m"], Float[Tensor, "k n"]] | None = None
+    """Of low rank, U (d_out, r) and V (r, d_in); of narrower values, those of `narrow_product`. None: not factored."""
     producers: tuple[Tensor, ...] = ()
     """Weights of the producer layers of a cut sub-layer, in order, as `CutSubLayer.candidate` makes them; (): the rows
     of the dense ones."""
@@ -41,6 +42,24 @@ def product(left: Float[Tensor, "d_out r"], right: Float[Tensor, "r d_in"]) -> F
     """Of two factors, in float32 or better: the model multiplies by one after the other, and never rounds it."""
     wide = torch.promote_types(left.dtype, torch.float32)
     return left.to(wide) @ right.to(wide)
+
+
+def narrow_product(
+    left: Float[Tensor, "d_out columns"], right: Float[Tensor, "rows width"], heads: int
+) -> Float[Tensor, "d_out d_in"]:
+    """Of the map behind attention, where values get narrower, in float32 or better.
+
+        Ŵ_h = U_h B_g        (d_out, width), of every query head h and its KV head g
+
+    Args:
+        left: all U_h (d_out, r), side by side.
+        right: all B_g (r, width), one below the other; the query heads of one of them are neighbours.
+        heads: query heads.
+    """
+    wide, rank = torch.promote_types(left.dtype, torch.float32), left.shape[1] // heads
+    bases = right.to(wide).unflatten(0, (-1, rank))  # (KV heads, r, width)
+    shares = left.to(wide).unflatten(1, (len(bases), -1, rank))  # (d_out, KV heads, query heads of each, r)
+    return torch.einsum("ogqr,grw->ogqw", shares, bases).flatten(1)
 
 
 def is_sparse(weight: Float[Tensor, "d_out d_in"], keep: int, m: int = 0) -> bool:

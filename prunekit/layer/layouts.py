@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from prunekit.layer.candidates import Candidate, is_sparse, product
-from prunekit.space.forms import Units
+from prunekit.layer.candidates import Candidate, is_sparse, narrow_product, product
+from prunekit.space.forms import Units, Values
 from prunekit.space.sites import Site
 
 Stored = Mapping[str, tuple[torch.dtype, Sequence[int]]]
@@ -210,7 +210,7 @@ class RankLayout(Layout):
         if candidate.kept is not None:
             return "a weight without groups was asked, and some were named"
         found = None if candidate.factors is None else [tuple(factor.shape) for factor in candidate.factors]
-        asked = None if kept == site.n_groups else [(site.d_out, kept), (kept, site.d_in)]
+        asked = None if kept == site.n_groups else [*self.shapes(site, kept)]
         if found != asked:
             return f"factors of shapes {asked} were asked, not {found}" if asked else "no factors were asked"
         if not all(bool(torch.isfinite(factor).all()) for factor in candidate.factors or ()):
@@ -221,7 +221,15 @@ class RankLayout(Layout):
         if candidate.factors is None:
             return super().rounded(candidate, dtype)
         left, right = (factor.to(dtype) for factor in candidate.factors)
-        return Candidate(None, product(left, right), (left, right))
+        return Candidate(None, self.product(left, right, candidate.weight.shape[1]), (left, right))
+
+    def shapes(self, site: Site, kept: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of both factors."""
+        return (site.d_out, kept), (kept, site.d_in)
+
+    def product(self, left: Float[Tensor, "d_out m"], right: Float[Tensor, "k n"], d_in: int) -> Tensor:
+        """The weight (d_out, d_in) that two factors stand for."""
+        return product(left, right)
 
     def encode(self, site: Site, kept: int, candidate: Candidate) -> dict[str, Tensor]:
         if candidate.factors is None:
@@ -233,12 +241,13 @@ class RankLayout(Layout):
         if kept == site.n_groups:
             return Candidate(None, read("weight"))
         left, right = read("left"), read("right")
-        return Candidate(None, product(left, right), (left, right))
+        return Candidate(None, self.product(left, right, site.d_in), (left, right))
 
     def stored(self, site: Site, kept: int, dtype: torch.dtype) -> Stored:
         if kept == site.n_groups:
             return {"weight": (dtype, [site.d_out, site.d_in])}
-        return {"left": (dtype, [site.d_out, kept]), "right": (dtype, [kept, site.d_in])}
+        left, right = self.shapes(site, kept)
+        return {"left": (dtype, left), "right": (dtype, right)}
 
     def width(self, site: Site, kept: int) -> int:
         return site.d_in
@@ -252,7 +261,19 @@ class RankLayout(Layout):
     def stand_in(self, site: Site, kept: int, weight: Tensor) -> Candidate:
         if kept == site.n_groups:
             return Candidate(None, weight)
-        return Candidate(None, weight, (weight.new_empty(site.d_out, kept), weight.new_empty(kept, site.d_in)))
+        left, right = self.shapes(site, kept)
+        return Candidate(None, weight, (weight.new_empty(left), weight.new_empty(right)))
+
+
+class ValueLayout(RankLayout):
+    """Narrower values: what reads them, and their bases; or the weight where they stay as they are."""
+
+    def shapes(self, site: Site, kept: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        assert isinstance(site.form, Values)
+        return (site.d_out, site.form.heads * kept), (site.form.kv_heads * kept, site.n_groups)
+
+    def product(self, left: Float[Tensor, "d_out m"], right: Float[Tensor, "k n"], d_in: int) -> Tensor:
+        return narrow_product(left, right, d_in // right.shape[1])
 
 
 NEURONS = NeuronLayout()
@@ -261,6 +282,7 @@ LAYOUTS: Mapping[Units, Layout] = {
     "weights": SparseLayout(),
     "n:m": SparseLayout(),
     "low-rank": RankLayout(),
+    "values": ValueLayout(),
 }
 
 

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prunekit.layer.candidates import Candidate, product
+from prunekit.layer.candidates import Candidate, narrow_product, product
 from prunekit.layer.solving import factored, inverted, margin, solved
 from prunekit.layer.statistics import Need, named, required
 from prunekit.layer.sublayer import SubLayer
-from prunekit.space.forms import GROUPS, Form, Units
+from prunekit.space.forms import GROUPS, Form, Units, Values
 
 VALUES_AT_ONCE = 2**22  # of what is judged at once: 32 MiB in float64
 CELLS_AT_ONCE = 2**24  # of the matrices that are solved side by side: 128 MiB in float64
@@ -71,7 +71,8 @@ class LayerProblem:
     weight: Float[Tensor, "d_out d_in"]
     gram: Float[Tensor, "d_in d_in"]  # H = E[x̂ x̂ᵀ]
     group_size: int = 1
-    form: Form = GROUPS  # of single weights a group is a column, a count the weights kept per row; or counts are ranks
+    form: Form = GROUPS  # of single weights a group is a column, a count the weights kept per row; or counts are ranks,
+    # or the values of a head
     damping: float = 0.01  # ridge, as a share of the mean of diag H
     cross: Float[Tensor, "d_out d_in"] | None = None  # R = E[y x̂ᵀ], y = W x with the dense model's input x
     drift: Float[Tensor, "d_out d_in"] | None = None  # D = E[δ x̂ᵀ], δ what earlier layers lost in the residual stream
@@ -94,8 +95,8 @@ class LayerProblem:
                 f"not {tuple(self.cross.shape)}"
             )
         for producer in self.producers:
-            if len(producer.weight) % self.n_groups:
-                raise ValueError(f"{self.name}: {len(producer.weight)} rows of {producer.name}, {self.n_groups} groups")
+            if len(producer.weight) % self.most:
+                raise ValueError(f"{self.name}: {len(producer.weight)} rows of {producer.name}, {self.most} groups")
         for whose, owner in (("its", self), *((f"{producer.name}'s", producer) for producer in self.producers)):
             for name, value in {**vars(owner), **owner.statistics}.items():
                 if isinstance(value, Tensor) and not _finite(torch.atleast_1d(value)):
@@ -145,7 +146,7 @@ class LayerProblem:
 
     @property
     def structure(self) -> Units:
-        """groups, weights, n:m, or low-rank."""
+        """groups, weights, n:m, low-rank, or values."""
         return self.form.units
 
     @property
@@ -286,6 +287,20 @@ class LayerProblem:
     def truncated(self, basis: Float[Tensor, "d_out m"]) -> Truncated:
         """The truncations U_r U_rᵀ W* to all ranks r, U_r the first r of orthonormal columns that span those of W*."""
         return Truncated(self, basis)
+
+    def narrowed(self, left: Float[Tensor, "d_out columns"], right: Float[Tensor, "rows width"]) -> Candidate:
+        """The candidate of narrower values from the factors of `narrow_product`; the weight itself where nothing gets
+        narrower.
+
+        Args:
+            left: U_h (d_out, r) of all query heads, side by side.
+            right: B_g (r, width) of all KV heads, one below the other.
+        """
+        assert isinstance(self.form, Values)
+        if left.shape[1] == self.d_in:
+            return Candidate(None, self._whole().weight)
+        left, right = self.rounded(left), self.rounded(right)
+        return Candidate(None, self.rounded(narrow_product(left, right, self.form.heads)), (left, right))
 
     def _whole(self) -> Candidate:
         """Keep everything: the weight itself, bit for bit, unless other inputs ask for W*."""

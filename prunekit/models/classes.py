@@ -1,9 +1,9 @@
 """Models whose layers differ in size, or lack attention or MLP, as ordinary transformers classes.
 
 The stock model is built from the global sizes, then every layer is cut to its entry of the config's
-`per_layer_config`, given the biases that its `biased` names, its linear maps that `ranks` names become two, and its
-MLP gets a linear map beside it, of the rank that `patch` says. Layers stay what they were, so checkpointing, adapters
-and serving engines find the classes they know.
+`per_layer_config`, given the biases that its `biased` names, its linear maps that `ranks` names become two, its heads
+have as many values as `values` says, and its MLP gets a linear map beside it, of the rank that `patch` says. Layers
+stay what they were, so checkpointing, adapters and serving engines find the classes they know.
 Exported models may carry a copy of this file: it needs torch and transformers and nothing of prunekit.
 """
 
@@ -303,6 +303,13 @@ class Family:
         return bool(path) and has(block, path)
 
     @property
+    def separate(self) -> tuple[str, str, str] | None:
+        """The linear maps of queries, keys and values, where each is one by itself; None: they are not."""
+        query, key, value = paths = tuple(f"{self.attention}.{name}_proj" for name in ("q", "k", "v"))
+        there = [self.rows.get(path) for path in paths]
+        return (query, key, value) if there == ["query", "kv", "kv"] else None
+
+    @property
     def patches(self) -> bool:
         """Whether there is an MLP, one module, that a linear map can stand beside."""
         return self.mlp is not None and "mlp" in self.columns and self.experts is None
@@ -357,10 +364,7 @@ class Family:
             _resize(block, self.columns[part], bias=True)
         if self.there(block, "attention"):
             self.recount(block.get_submodule(self.attention), *self.heads(layer_config))
-        for path, rank in getattr(layer_config, "ranks", {}).items():
-            whole = block.get_submodule(path)
-            assert isinstance(whole, nn.Linear)
-            block.set_submodule(path, LowRank.of(whole, rank))
+        self._narrow(block, layer_config, head_dim)
         if (rank := getattr(layer_config, "patch", 0)) and "mlp" not in getattr(layer_config, "skip", ()):
             assert self.mlp is not None  # checked with the config
             first, last = block.get_submodule(self.producers("mlp")[0]), block.get_submodule(self.columns["mlp"])
@@ -374,6 +378,24 @@ class Family:
         for part in getattr(layer_config, "skip", ()):
             for path, stub in self.skipped(block, part, index, head_dim).items():
                 block.set_submodule(path, stub)
+
+    def _narrow(self, block: nn.Module, layer_config: Any, head_dim: int) -> None:
+        """Make maps two where they are of low rank, and heads narrower where they have fewer values, in place."""
+        for path, rank in getattr(layer_config, "ranks", {}).items():
+            whole = block.get_submodule(path)
+            assert isinstance(whole, nn.Linear)
+            block.set_submodule(path, LowRank.of(whole, rank))
+        if (kept := getattr(layer_config, "values", 0)) and "attention" not in getattr(layer_config, "skip", ()):
+            assert self.separate is not None  # checked with the config
+            query, kv = self.heads(layer_config)
+            for path, heads, kind in (
+                (self.separate[-1], kv, NarrowValues), (self.columns["attention"], query, NarrowHeads),
+            ):  # fmt: skip
+                rows, columns = (heads * kept, None) if kind is NarrowValues else (None, heads * kept)
+                _resize(block, path, rows=rows, columns=columns)
+                linear = block.get_submodule(path)
+                assert isinstance(linear, nn.Linear)
+                block.set_submodule(path, kind(linear, heads, head_dim))
 
     def _cut_rows(self, block: nn.Module, part: Part, count: Mapping[str, int]) -> None:
         for path in self.producers(part):
@@ -407,10 +429,20 @@ class Family:
             if strange := set(getattr(layer_config, name, ())) - {*parts}:
                 listed = f"{', '.join(parts[:-1])} and {parts[-1]}"
                 raise ValueError(f"layer {index}: {name} lists {listed}, not {', '.join(sorted(strange))}")
+        self._check_maps(layer_config, index)
+
+    def _check_maps(self, layer_config: Any, index: int) -> None:
+        """Refuse ranks and widths no linear map can have, as `check`."""
         known = {*self.rows, *self.producers("mixer"), *self.columns.values()}
         ranks = getattr(layer_config, "ranks", {})
         if strange := sorted(path for path, rank in ranks.items() if path not in known or not rank >= 1):
             raise ValueError(f"layer {index}: ranks names linear maps, each with a rank of 1 or more, not {strange[0]}")
+        values = getattr(layer_config, "values", 0)
+        if not isinstance(values, int) or values < 0 or (values and self.separate is None):
+            raise ValueError(
+                f"layer {index}: values is how many every head has, of a family with linear maps of queries, keys and "
+                f"values by themselves, not {values!r} of {self.prefix}"
+            )
         patch = getattr(layer_config, "patch", 0)
         if not isinstance(patch, int) or patch < 0:
             raise ValueError(f"layer {index}: patch is the rank of a linear map beside the MLP, not {patch!r}")
@@ -643,6 +675,63 @@ class LowRank(nn.Sequential):
     @property
     def bias(self) -> nn.Parameter | None:
         return self.u.bias
+
+
+class NarrowValues(nn.Module):
+    """Values of which every head has the first few alone: `narrow`, a linear map to these.
+
+    Zeros stand in the place of the others, so that attention, its kernels and caches find heads of one width.
+    """
+
+    def __init__(self, narrow: nn.Linear, heads: int, width: int) -> None:
+        """`heads`: KV heads; `width`: of a query or a key."""
+        super().__init__()
+        self.narrow, self.heads, self.width = narrow, heads, width
+
+    @property
+    def in_features(self) -> int:
+        return self.narrow.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.heads * self.width
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.narrow.bias
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        each = self.narrow(hidden_states).unflatten(-1, (self.heads, -1))
+        return nn.functional.pad(each, (0, self.width - each.shape[-1])).flatten(-2)
+
+
+class NarrowHeads(nn.Module):
+    """The linear map behind attention whose values are `NarrowValues`: `narrow` reads the first few of every head."""
+
+    def __init__(self, narrow: nn.Linear, heads: int, width: int) -> None:
+        """`heads`: query heads; `width`: of each."""
+        super().__init__()
+        self.narrow, self.heads, self.width = narrow, heads, width
+
+    @property
+    def kept(self) -> int:
+        """Values of a head."""
+        return self.narrow.in_features // self.heads
+
+    @property
+    def in_features(self) -> int:
+        return self.heads * self.width
+
+    @property
+    def out_features(self) -> int:
+        return self.narrow.out_features
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.narrow.bias
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return self.narrow(values.unflatten(-1, (self.heads, self.width))[..., : self.kept].flatten(-2))
 
 
 class Patched(nn.Module):

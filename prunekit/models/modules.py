@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from prunekit.models.classes import LowRank
+from prunekit.models.classes import LowRank, NarrowHeads, NarrowValues
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +44,40 @@ def low_rank(left: Tensor, right: Tensor, *, like: Tensor) -> LowRank:
     for part, factor in ((small.v, right), (small.u, left)):
         part.weight = nn.Parameter(factor.detach().to(like), like.requires_grad)
     return small
+
+
+def narrowed_heads(
+    values: nn.Linear, reading: nn.Linear, left: Tensor, right: Tensor
+) -> tuple[NarrowValues, NarrowHeads]:
+    """The map that makes values and the one behind attention, made for narrower values.
+
+        W_v,g -> B_g W_v,g,   b_v,g -> B_g b_v,g,   W_o,h -> U_h        of every KV head g and its query heads h
+
+    Args:
+        values: W_v (KV heads · width, d).
+        reading: W_o (d_out, query heads · width); its bias is shared.
+        left: all U_h (d_out, r), side by side.
+        right: all B_g (r, width), one below the other. What is made with them is rounded to their dtype, which is that
+            of the checkpoint.
+    """
+    width, kv = right.shape[1], values.out_features // right.shape[1]
+    query = reading.in_features // width
+    bases = right.double().unflatten(0, (kv, -1))  # (KV heads, r, width)
+
+    def turned(rows: Tensor) -> Tensor:
+        made = bases @ rows.detach().to(bases).unflatten(0, (kv, width))
+        return made.flatten(0, 1).to(right.dtype).to(rows)
+
+    made, read = turned(values.weight), left.detach().to(reading.weight)
+    small = nn.Linear(made.shape[1], len(made), bias=False, device="meta")
+    small.weight = nn.Parameter(made, values.weight.requires_grad)
+    if values.bias is not None:
+        small.bias = nn.Parameter(turned(values.bias[:, None])[:, 0], values.bias.requires_grad)
+    behind = nn.Linear(read.shape[1], len(read), bias=False, device="meta")
+    behind.weight, behind.bias = nn.Parameter(read, reading.weight.requires_grad), reading.bias
+    return NarrowValues(small, kv, width).train(values.training), NarrowHeads(behind, query, width).train(
+        reading.training
+    )
 
 
 def shallow(module: M) -> M:

@@ -19,7 +19,9 @@ from prunekit.space.sites import Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Heads = Literal["kv", "query"]
+Heads = Literal["kv", "query", "narrow"]
+"""What goes of attention: KV heads with their query heads, query heads of every KV head, or, of heads that all stay,
+ranks of queries and keys and the width of values."""
 Inside = Literal["whole", "neurons"]
 """What goes of a mixture of experts: whole experts, or neurons of every one."""
 
@@ -88,11 +90,12 @@ class ModelAdapter(ABC):
 
     def sites(self, model: nn.Module, heads: Heads = "kv") -> tuple[Site, ...]:
         """All sites where groups are removed, in order of execution. Heads go by whole KV groups, or evenly from every
-        KV group; where every KV head has one query head, the two are the same.
+        KV group; where every KV head has one query head, the two are the same. Or all stay, and there are sites inside
+        of them: the maps of queries and keys, of low rank, and narrower values.
 
         Raises:
-            UnsupportedModel: the family has no groups, or a linear map is not a plain one, say because the model is
-                quantized.
+            UnsupportedModel: the family has no groups, or no maps of queries, keys and values by themselves, or a
+                linear map is not a plain one, say because the model is quantized.
         """
         name = getattr(model.config, "model_type", type(model).__name__)
         raise UnsupportedModel(

@@ -40,7 +40,7 @@ from prunekit.plugins.signal import Signal
 from prunekit.plugins.width import Width
 from prunekit.recipe.schema import Recipe
 from prunekit.recipe.specs import SpareSpec
-from prunekit.space.forms import Form, parse_form
+from prunekit.space.forms import Form, Units, parse_form
 from prunekit.space.latency import LatencySpec
 from prunekit.space.metrics import Metric
 
@@ -137,6 +137,11 @@ class Parts:
         """Take another metric, or the same with what was measured, and write it into the recipe."""
         return replace(self, metric=metric, recipe=_with_metric(self.recipe, metric))
 
+    @property
+    def units(self) -> Units:
+        """The structure that whoever writes or reads the result must know."""
+        return "values" if self.recipe.heads == "narrow" else self.form.units
+
     def determining(self) -> dict[str, Any]:
         """The values that determine the weights: neither device nor packaging does (`WITHOUT_EFFECT`)."""
         unread = self.recipe.unsaid | WITHOUT_EFFECT | (self.recipe.sections.keys() - {self.recipe.metric_spec["name"]})
@@ -146,6 +151,10 @@ class Parts:
     def digest(self) -> str:
         """sha256 of what determines the weights."""
         return hashlib.sha256(json.dumps(self.determining(), sort_keys=True).encode()).hexdigest()
+
+
+Named = tuple[str, Mapping[str, Any], LocalPruner | Finisher | Exporter | Learner]
+"""(kind, what the recipe says, plug-in)."""
 
 
 def resolve(recipe: Recipe) -> Parts:
@@ -195,6 +204,7 @@ def resolve(recipe: Recipe) -> Parts:
     parts = replace(parts, recipe=_with_metric(recipe, parts.metric).model_copy(update=complete))
     _check_consent(parts.recipe)
     _check_structure(parts)
+    _check_narrow_heads(parts)
     _check_readers(parts)
     _check_patches(parts)
     _check_learner(parts)
@@ -279,12 +289,7 @@ def _check_structure(parts: Parts) -> None:
             f"structure {recipe.structure} says its own sparsity, so there is no family of several; "
             "take structure groups or weights"
         )
-    named: list[tuple[str, Mapping[str, Any], LocalPruner | Finisher | Exporter | Learner]] = [
-        ("pruner", recipe.pruner, parts.pruner),
-        *([("learner", recipe.learner, parts.learner)] if recipe.learner and parts.learner else []),
-        *(("finisher", *each) for each in zip(recipe.finishers, parts.finishers, strict=True)),
-        *(("exporter", *each) for each in zip(recipe.exporters, parts.exporters, strict=True)),
-    ]
+    named = _named(parts)
     for kind, spec, plugin in named:
         if form.units not in plugin.structures:
             there = ", ".join(sorted(plugin.structures))
@@ -310,6 +315,37 @@ def _check_structure(parts: Parts) -> None:
             f"structure {recipe.structure} removes {float(1 - own):.4g} of the weights of all linear maps in "
             "blocks; leave sparsity and of away, or take structure weights"
         )
+
+
+def _named(parts: Parts) -> list[Named]:
+    """Everybody who must know what is removed."""
+    recipe = parts.recipe
+    return [
+        ("pruner", recipe.pruner, parts.pruner),
+        *([("learner", recipe.learner, parts.learner)] if recipe.learner and parts.learner else []),
+        *(("finisher", *each) for each in zip(recipe.finishers, parts.finishers, strict=True)),
+        *(("exporter", *each) for each in zip(recipe.exporters, parts.exporters, strict=True)),
+    ]
+
+
+def _check_narrow_heads(parts: Parts) -> None:
+    """Inside of attention, ranks and widths of values are counted; beside it, groups."""
+    recipe, instead = parts.recipe, "choose heads: kv, or leave it away"
+    if recipe.heads != "narrow":
+        return
+    if not parts.form.coupled:
+        raise WrongInput(f"heads: narrow goes with structure groups, not {recipe.structure}; leave one of them away")
+    for kind, spec, plugin in _named(parts):
+        if not plugin.structures >= ({"low-rank", "values"} if kind == "pruner" else {"values"}):
+            raise WrongInput(
+                f"{kind} {spec['name']!r} does not know the narrower heads that heads: narrow makes; leave it away, or "
+                "choose heads: kv"
+            )
+    parts.metric.check("values")
+    if recipe.width is not None:
+        raise WrongInput(f"heads: narrow and width do not go together yet; {instead}")
+    if "scores" in parts.allocator.needs and recipe.allocator is not None:
+        raise WrongInput(f"allocator {recipe.allocator['name']!r} ranks groups, of which heads have none; {instead}")
 
 
 def _check_patches(parts: Parts) -> None:

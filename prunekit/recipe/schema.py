@@ -41,7 +41,10 @@ class Recipe(Strict):
     spare: SpareSpec = SpareSpec()  # blocks that stay whole; the others lose so much more
     structure: Annotated[str, BeforeValidator(as_pattern)] = "groups"  # or weights, or N:M, which says the sparsity
     multiple_of: Annotated[int, Field(ge=1)] = 1  # counts of neurons, where some of them go
-    heads: Literal["kv", "query"] = "kv"  # a group: a KV head with its query heads, or query heads of every KV head
+    heads: Literal["kv", "query", "narrow"] = (
+        "kv"  # a group: a KV head with its query heads, or query heads of every KV
+    )
+    # head; narrow: all stay, queries and keys become maps of low rank, and values get narrower
     experts: Literal["whole", "neurons", "both"] = "whole"  # a group: an expert, or neurons of every expert of a layer
     experts_share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of what is removed, by whole experts first, with both
     pruner: Spec

@@ -18,7 +18,7 @@ from prunekit.export.formats import FILE, check_installed, why_not_run
 from prunekit.export.record import FOLDER, Record
 from prunekit.export.write import prove, write
 from prunekit.models import paging
-from prunekit.models.classes import LowRank
+from prunekit.models.classes import LowRank, NarrowHeads
 from prunekit.models.opening import load_tokenizer, skeleton, stored_as
 from prunekit.models.places import located
 from prunekit.models.shards import Shards
@@ -149,6 +149,8 @@ def _ordered(source: str, recipe: Recipe | None, memory: str, *, trust_remote_co
     units = parse_form("groups" if recipe is None else recipe.structure).units
     if any(isinstance(module, LowRank) for module in shape.modules()):  # which a folder without a recipe may be, too
         units = "low-rank"
+    if any(isinstance(module, NarrowHeads) for module in shape.modules()):  # whoever knows these knows the former
+        units = "values"
     limit = parse_size(memory)
     blocks = None if limit is None or OVERHEAD * 4 * parameters < limit else max(1, limit // 5)
     return Order(adapter, units, code, parameters, _bytes_per_parameter(source), shape.config, settled=True), blocks

@@ -287,7 +287,7 @@ def open_session(parts: Parts, job: Job, asked: Sequence[float] | None = None) -
             trust_remote_code=recipe.trust_remote_code, shares=plan.shares,
         )  # fmt: skip
         order = Order(
-            dense.adapter, parts.form.units, recipe.code, config=dense.model.config, tokenizer=dense.tokenizer,
+            dense.adapter, parts.units, recipe.code, config=dense.model.config, tokenizer=dense.tokenizer,
             spared=frozenset(recipe.spare.kinds),
         )  # fmt: skip
         for exporter in parts.exporters:
@@ -473,7 +473,7 @@ def make_plan(
     for finisher in parts.finishers:
         finisher.check(adapter)
     spared = frozenset(parts.recipe.spare.kinds)
-    order = Order(adapter, parts.form.units, parts.recipe.code, config=shape.config, spared=spared)
+    order = Order(adapter, parts.units, parts.recipe.code, config=shape.config, spared=spared)
     for exporter in parts.exporters:
         check_installed(exporter, f"exporter {EXPORTERS.name_of(exporter)!r}")
         exporter.check(order)

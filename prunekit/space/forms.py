@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from prunekit.errors import WrongInput
 
-Units = Literal["groups", "weights", "n:m", "low-rank"]
+Units = Literal["groups", "weights", "n:m", "low-rank", "values"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,16 @@ class Form(ABC):
     def each(self, d_in: int, d_out: int) -> int:
         """Parameters of a linear map (d_out, d_in) that one more of a count keeps, where nothing else goes along."""
         return d_out
+
+    def whole(self, d_in: int, d_out: int) -> int | None:
+        """Parameters of a linear map (d_out, d_in), which is what the largest count stands for; None: as many as counts
+        say."""
+        return None
+
+    @property
+    def parts(self) -> int:
+        """Equal parts that the columns of a linear map fall into."""
+        return 1
 
     @abstractmethod
     def describe(self, kept: int, of: int, d_in: int, d_out: int) -> str:
@@ -131,8 +141,44 @@ class Ranks(Form):
     def each(self, d_in: int, d_out: int) -> int:
         return d_in + d_out
 
+    def whole(self, d_in: int, d_out: int) -> int:
+        return d_in * d_out
+
     def describe(self, kept: int, of: int, d_in: int, d_out: int) -> str:
         return f"rank {kept:,} of {min(d_in, d_out):,}" if kept < of else "dense"
+
+
+@dataclass(frozen=True)
+class Values(Form):
+    """Narrower values: all heads stay, and each adds up fewer numbers than its queries and keys have.
+
+    A count is that of the values of one head, the same for all heads of a layer; all there is: the head as it is. What
+    goes with it is in two maps, the one that makes the values and the one behind attention that reads them. The basis
+    in which values are counted is any, of every KV head its own.
+    """
+
+    units = "values"
+    shrinks = True
+    coupled = False
+
+    heads: int  # query heads, by which the columns of the map behind attention are read
+    kv_heads: int  # by which values are made; they share the query heads evenly
+
+    @property
+    def parts(self) -> int:
+        return self.heads
+
+    def least(self, d_in: int) -> int:
+        return 1  # a map without columns is no linear map
+
+    def most(self, groups: int, d_in: int, d_out: int) -> int:
+        return d_in // self.heads
+
+    def each(self, d_in: int, d_out: int) -> int:
+        return (self.heads + self.kv_heads) * d_out  # values are made of what attention adds to
+
+    def describe(self, kept: int, of: int, d_in: int, d_out: int) -> str:
+        return f"{kept:,} of {of:,} values a head"
 
 
 GROUPS, WEIGHTS, RANKS = Groups(), Weights(), Ranks()

@@ -20,7 +20,7 @@ class Metric(ABC):
     """
 
     unit: ClassVar[str]  # in sentences: sparsity 0.5 of parameters, 12 parameters
-    structures: ClassVar[frozenset[str]] = frozenset({"groups", "weights", "n:m", "low-rank"})
+    structures: ClassVar[frozenset[str]] = frozenset({"groups", "weights", "n:m", "low-rank", "values"})
     """Whose removal it counts."""
     counts_width: ClassVar[bool] = True
     """Whether prices of the sites of a narrower model, and what is outside them, say what its width has freed."""

@@ -30,6 +30,9 @@ class Site:
     Of the other forms the kind is linear. Where single weights are removed, a count is that of the weights kept per
     output row, in exact mean over the rows; keeping 0 leaves a map of zeros and its bias. Of low rank, it is the rank
     of what takes the place of the map, and the largest count the map itself.
+
+    Where values get narrower, the map is the one behind attention, the kind attention, and a count that of the values
+    of each of its heads.
     """
 
     name: str  # module path of the linear map inside the model
@@ -109,7 +112,8 @@ class Site:
     def parameters(self, kept: int) -> int:
         """Parameters of the sub-layer when `kept` groups are kept; of low rank, never more than the map's own."""
         parameters = kept * self.params_per_group + (self.params_fixed if kept else 0)
-        return min(parameters, self.d_in * self.d_out) if self.inputs else parameters
+        most = self.form.whole(self.d_in, self.d_out)
+        return parameters if most is None else min(parameters, most)
 
     def columns(self, groups: Sequence[int]) -> list[int]:
         """Input columns of `groups`, group by group."""

@@ -12,7 +12,7 @@ from prunekit.layer.candidates import Candidate
 from prunekit.layer.problem import LayerProblem, Producer
 from prunekit.layer.statistics import MapShape, Need, Received, Statistic
 from prunekit.layer.sublayer import CutSubLayer, SubLayer
-from prunekit.space.forms import GROUPS, RANKS, WEIGHTS, Form, Pattern
+from prunekit.space.forms import GROUPS, RANKS, WEIGHTS, Form, Pattern, Values
 
 Quirk = Literal["plain", "dead", "duplicate", "constant", "low rank", "loud", "zero weight", "silent"]
 QUIRKS: tuple[Quirk, ...] = get_args(Quirk)
@@ -75,8 +75,11 @@ def toy_layer(
     if form is None:
         form = GROUPS if block is None else Pattern(1, block) if block else WEIGHTS
     fed, learnt = {}, {}
-    for name, rows in (("wide", group_size), ("narrow", 1)) if form.coupled else ():  # as queries, and shared keys
-        fed[name], size = normal(n_groups * rows, 3), (n_groups * rows, 3)
+    front = (("wide", d_in), ("narrow", n_groups)) if form.coupled else ()  # as queries, and shared keys
+    if isinstance(form, Values):
+        front = (("values", form.kv_heads * form.most(d_in, d_in, d_out)),)
+    for name, rows in front:
+        fed[name], size = normal(rows, 3), (rows, 3)
         learnt[name] = {"power": normal(3).square(), "gradient": normal(*size), "fisher": normal(*size).square()}
     statistics["influence"] = normal(1).square()[0]
     own = added_up(needs, x, weight, fed, seed)
@@ -223,8 +226,11 @@ def with_statistics(layer: LayerProblem, **statistics: torch.Tensor) -> LayerPro
 
 
 def counts_of(layer: LayerProblem) -> range:
-    """All counts that may be asked of a layer, 0, or rank 1, to all; of a pattern, whole weights of every block."""
-    return range(int(layer.structure == "low-rank"), layer.most + 1, layer.d_in // layer.m if layer.m else 1)
+    """All counts that may be asked of a layer, 0, or rank or width 1, to all; of a pattern, whole weights of every
+    block."""
+    return range(
+        int(layer.structure in ("low-rank", "values")), layer.most + 1, layer.d_in // layer.m if layer.m else 1
+    )
 
 
 def few_tokens(
@@ -268,6 +274,11 @@ STRUCTURES: dict[str, Zoo] = {
         "one column": partial(toy_layer, 1, form=RANKS),
         "tall": partial(toy_layer, 6, 1, 20, form=RANKS),
         "few tokens": partial(few_tokens, 8, 5, 3),
+    },
+    "values": _zoo(12, "rows", form=Values(4, 2))
+    | {
+        "one value": partial(toy_layer, 3, form=Values(3, 1)),
+        "one head": partial(toy_layer, 4, 1, 9, form=Values(1, 1)),
     },
 }
 """Layers for every structure, by its name."""

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from prunekit.calibration.statistics import statistics_of
-from prunekit.layer.candidates import Candidate, is_sparse, product
+from prunekit.layer.candidates import Candidate, is_sparse, narrow_product, product
 from prunekit.layer.problem import LayerProblem
 from prunekit.plugins.pruner import LocalPruner, Within
-from prunekit.space.forms import RANKS
+from prunekit.space.forms import RANKS, Values
 from prunekit.testing.layers import (
     STRUCTURES,
     MapAlone,
@@ -51,7 +51,7 @@ def checked(pruner: LocalPruner, layer: LayerProblem, keeps: Sequence[int]) -> l
         of_layer = layer.weight
         assert (weight.shape, weight.dtype, weight.device) == (of_layer.shape, of_layer.dtype, of_layer.device)
         assert bool(torch.isfinite(weight).all())
-        if layer.structure == "low-rank":
+        if layer.structure in ("low-rank", "values"):
             assert kept is None
             checked_factors(layer, keep, candidate)
             continue
@@ -70,17 +70,22 @@ def checked(pruner: LocalPruner, layer: LayerProblem, keeps: Sequence[int]) -> l
 
 
 def checked_factors(layer: LayerProblem, keep: int, candidate: Candidate) -> None:
-    """A candidate of low rank is two factors of its rank, and their product; all there is, the weight, no factors."""
+    """A candidate of low rank, or of narrower values, is two factors of its count, and their product; all there is,
+    the weight, no factors."""
     if keep == layer.most:
         assert candidate.factors is None, "all there is stays one map"
         return
     assert candidate.factors is not None
     (d_out, d_in), (left, right) = layer.weight.shape, candidate.factors
-    assert (tuple(left.shape), tuple(right.shape)) == ((d_out, keep), (keep, d_in)), "the rank that was asked for"
+    shapes, made = ((d_out, keep), (keep, d_in)), product
+    if isinstance(form := layer.form, Values):
+        shapes = (d_out, form.heads * keep), (form.kv_heads * keep, layer.most)
+        made = partial(narrow_product, heads=form.heads)
+    assert (tuple(left.shape), tuple(right.shape)) == shapes, "the count that was asked for"
     for factor in (left, right):
         assert (factor.dtype, factor.device) == (layer.weight.dtype, layer.weight.device)
         assert bool(torch.isfinite(factor).all())
-    assert torch.equal(candidate.weight, layer.rounded(product(left, right))), "the weight is the product"
+    assert torch.equal(candidate.weight, layer.rounded(made(left, right))), "the weight is the product"
 
 
 PLAIN: dict[str, Zoo] = {
@@ -88,6 +93,10 @@ PLAIN: dict[str, Zoo] = {
     "weights": {"weights": partial(toy_layer, 12, block=0)},
     "n:m": {"fours": partial(toy_layer, 12, block=4)},
     "low-rank": {"wide": partial(toy_layer, 12, 1, 9, form=RANKS), "tall": partial(toy_layer, 6, 1, 15, form=RANKS)},
+    "values": {
+        "shared": partial(toy_layer, 12, 1, 9, form=Values(4, 2)),
+        "own": partial(toy_layer, 8, 1, 9, form=Values(2, 2)),
+    },
 }
 SHARED = {
     structure: {name: made for name, made in zoo.items() if name.startswith(("plain", "dead", "bf", "float"))}
@@ -108,7 +117,11 @@ class PrunerSuite:
         """The structures that the pruner knows; what is said of groups meets groups only."""
         known = sorted(self.plugin.structures)
         kinds = {"groups": ["groups"], "single": ["weights", "n:m"], "ranks": ["low-rank"]}
-        kinds |= {"structure": known, "by_row": ["weights", "n:m", "low-rank"], "priced": ["groups", "low-rank"]}
+        kinds |= {
+            "structure": known,
+            "by_row": ["weights", "n:m", "low-rank", "values"],
+            "priced": ["groups", "low-rank"],
+        }
         for name, some in kinds.items():
             if name in metafunc.fixturenames:
                 metafunc.parametrize(name, [structure for structure in some if structure in known])
@@ -279,6 +292,11 @@ class PrunerSuite:
             elif structure == "low-rank":
                 d_in, options = n_groups * group_size, {"quirk": quirk, "seed": seed, "needs": self.plugin.needs}
                 layer = toy_layer(d_in, 1, d_out, form=RANKS, **options)
+            elif structure == "values":
+                form = Values(group_size, group_size if seed % 2 else 1)
+                layer = toy_layer(
+                    n_groups * group_size, 1, d_out, form=form, quirk=quirk, seed=seed, needs=self.plugin.needs
+                )
             else:
                 d_in, block = n_groups * (group_size + 1), group_size + 1 if structure == "n:m" else 0
                 layer = toy_layer(d_in, 1, d_out, quirk=quirk, seed=seed, block=block, needs=self.plugin.needs)

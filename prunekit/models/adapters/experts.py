@@ -123,7 +123,7 @@ class MixtureOfExperts(Transformer):
     def _sites(self, model: nn.Module, heads: Heads, experts: Inside) -> tuple[Site, ...]:
         found = list[Site]()
         for index, block in enumerate(self.blocks(model)):
-            found += [self._site(block, index, part, heads) for part in self.left(block)]
+            found += [site for part in self.left(block) for site in self.sites_in(block, index, part, heads)]
             if self.experts.there(block):
                 found += [] if self.experts.shared is None else [self._shared_site(block, index)]
                 found.append((self._experts_site if experts == "whole" else self._neurons_site)(block, index))

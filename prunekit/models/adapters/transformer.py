@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from prunekit.layer.candidates import Candidate
 from prunekit.models.classes import (
     Family,
     LowRank,
+    NarrowHeads,
+    NarrowValues,
     Part,
     Patched,
     SkippedMixer,
@@ -27,8 +29,9 @@ from prunekit.models.classes import (
     depthwise,
     patched,
 )
-from prunekit.models.modules import factored, grafted, low_rank, sliced
+from prunekit.models.modules import factored, grafted, low_rank, narrowed_heads, sliced
 from prunekit.plugins.adapter import Cut, Heads, ModelAdapter, UnsupportedModel, check_plain, linear_at
+from prunekit.space.forms import RANKS, Values
 from prunekit.space.sites import Site
 
 PARTS: tuple[Part, ...] = get_args(Part)  # in order of execution
@@ -57,9 +60,10 @@ class Transformer(ModelAdapter):
 
     def sites(self, model: nn.Module, heads: Heads = "kv") -> tuple[Site, ...]:
         return tuple(
-            self._site(block, index, part, heads)
+            site
             for index, block in enumerate(self.blocks(model))
             for part in self.left(block)
+            for site in self.sites_in(block, index, part, heads)
         )
 
     def stages(self, block: nn.Module) -> list[tuple[str, ...]]:
@@ -67,6 +71,12 @@ class Transformer(ModelAdapter):
         for part in self.left(block):
             stages += [self.family.producers(part), (self.family.columns[part],)]
         return stages
+
+    def linear(self, block: nn.Module, site: Site) -> nn.Linear:
+        found = block.get_submodule(self.path(site))
+        if isinstance(found, NarrowHeads) and site.form.coupled:  # of a small model, to be run and listened to
+            return cast(nn.Linear, found)
+        return super().linear(block, site)
 
     def part(self, site: Site) -> Part | None:
         path = self.path(site)
@@ -108,6 +118,10 @@ class Transformer(ModelAdapter):
         block.set_submodule(self.family.mlp, patched(mlp, beside.train(mlp.training)))
 
     def pruned(self, block: nn.Module, site: Site, candidate: Candidate) -> dict[str, nn.Module]:
+        if candidate.factors is not None and isinstance(site.form, Values):
+            made, reading = self.values_path(site), self.path(site)
+            narrow = narrowed_heads(linear_at(block, made), linear_at(block, reading), *candidate.factors)
+            return dict(zip((made, reading), narrow, strict=True))
         if candidate.factors is not None:
             return {self.path(site): factored(self.linear(block, site), *candidate.factors)}
         if not site.form.coupled:
@@ -143,6 +157,10 @@ class Transformer(ModelAdapter):
     # -- how a block is made ---------------------------------------------------------------------------
 
     def cuts(self, block: nn.Module, site: Site) -> Sequence[Cut]:
+        if isinstance(site.form, Values):
+            path = self.values_path(site)
+            rows = torch.arange(linear_at(block, path).out_features)[None]
+            return Cut(path, 0, rows), Cut(self.path(site), 1, torch.arange(site.d_in)[None])
         if not site.form.coupled:
             return super().cuts(block, site)
         own = torch.tensor(site.columns(range(site.n_groups))).reshape(site.n_groups, -1)
@@ -226,6 +244,11 @@ class Transformer(ModelAdapter):
         maps = {path: map_at(block, path) for path in paths}
         return {path: found.rank for path, found in maps.items() if isinstance(found, LowRank)}
 
+    def value_width(self, block: nn.Module) -> int:
+        """Values of every head of a block where they are fewer than its width; 0: as many, or there is no attention."""
+        reading = map_at(block, self.family.columns["attention"]) if "attention" in self.left(block) else None
+        return reading.kept if isinstance(reading, NarrowHeads) else 0
+
     def patch_rank(self, block: nn.Module) -> int:
         """The rank of the linear map beside the MLP of a block; 0: there is none."""
         beside = self._patch(block)
@@ -256,6 +279,42 @@ class Transformer(ModelAdapter):
     def _patch(self, block: nn.Module) -> LowRank | None:
         mlp = None if self.family.mlp is None else block.get_submodule(self.family.mlp)
         return mlp.patch if isinstance(mlp, Patched) else None
+
+    def sites_in(self, block: nn.Module, index: int, part: Part, heads: Heads) -> tuple[Site, ...]:
+        """The sites of a part of a block: it is one, or, of attention whose heads stay, three are inside."""
+        if part == "attention" and heads == "narrow":
+            return self._narrow_sites(block, index)
+        return (self._site(block, index, part, heads),)
+
+    def _narrow_sites(self, block: nn.Module, index: int) -> tuple[Site, ...]:
+        family, reading = self.family, self.family.columns["attention"]
+        paths = family.separate
+        if paths is None:
+            raise UnsupportedModel(
+                f"models of type {family.model_type!r} have no linear maps of queries, keys and values by themselves; "
+                "choose heads: kv"
+            )
+        name = f"{self.layers}.{index}.{reading}"
+        for path in (*paths, reading):
+            check_plain(block, path, name)
+        query, kv, width = self.heads(block)
+        if query % kv:
+            raise UnsupportedModel(f"{name}: {query} query heads do not share {kv} KV heads evenly")
+        *front, made = paths
+        ranks = tuple(self._linear_site(block, index, path, tuple(front), RANKS) for path in front)
+        values, own = linear_at(block, made), linear_at(block, reading)
+        each = query * own.out_features + kv * (values.in_features + (values.bias is not None))
+        site = Site(
+            name, index, "attention", width, 1, each,
+            d_out=own.out_features, form=Values(query, kv), inputs=own.in_features,
+        )  # fmt: skip
+        return *ranks, site
+
+    def values_path(self, site: Site) -> str:
+        """The linear map that makes the values of a site whose values get narrower."""
+        paths = self.family.separate
+        assert paths is not None, site.name
+        return paths[-1]
 
     def _site(self, block: nn.Module, index: int, part: Part, heads: Heads) -> Site:
         path = self.family.columns[part]
@@ -317,10 +376,10 @@ class Transformer(ModelAdapter):
         mixer.recount(whole, len(kept))
 
 
-def map_at(block: nn.Module, path: str) -> nn.Linear | LowRank:
-    """A linear map of a block, in one piece or two."""
+def map_at(block: nn.Module, path: str) -> nn.Linear | LowRank | NarrowValues | NarrowHeads:
+    """A linear map of a block, in one piece or two, or of narrower values."""
     found = block.get_submodule(path)
-    assert isinstance(found, nn.Linear | LowRank)
+    assert isinstance(found, nn.Linear | LowRank | NarrowValues | NarrowHeads)
     return found
 
 

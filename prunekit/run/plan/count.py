@@ -408,7 +408,7 @@ class Count:
                 flops=self._runs(self.after), unknown=self.after.unknown, member=member.name,
             )  # fmt: skip
         largest = max(p.numel() for p in shape.model.parameters()) * (size + shape.stored.itemsize)
-        order = Order(shape.adapter, self.parts.form.units, recipe.code, stays, shape.stored.itemsize)
+        order = Order(shape.adapter, self.parts.units, recipe.code, stays, shape.stored.itemsize)
         streamed, saved = paged and not recipe.finishers, sum(each.size(order) for each in self.parts.exporters)
         exported = held + self._page + largest if streamed else both
         read = (2 * self._stored if streamed else 0) + (saved if recipe.verify else 0)  # for the probe, and to write

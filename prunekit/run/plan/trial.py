@@ -74,7 +74,7 @@ class Trials:
         return self.known[key]
 
     def _tried(self, site: Site, fed: Fed, ladder: Sequence[float], made: Sequence[float]) -> float:
-        part, columns = math.lcm(site.group_size, site.form.m or 1), min(FIRST, site.d_in)
+        part, columns = math.lcm(site.group_size, site.form.m or 1, site.form.parts), min(FIRST, site.d_in)
         while True:
             width = site.d_in if columns == site.d_in else max(1, columns // part) * part
             layer, step = self._stand_in(site, width, fed), site.form.step(width)
@@ -112,7 +112,8 @@ class Trials:
         def less(count: int) -> int:
             return max(1, round(share * count))
 
-        needs, n_groups, d_out = named(self.needs), width // site.group_size, less(site.d_out)
+        needs, d_out = named(self.needs), less(site.d_out)
+        n_groups = site.form.most(width // site.group_size, width, d_out)
         tokens = WINDOW * (2 * width // WINDOW + 1)
         x = (normal(tokens, width) + normal(tokens, 1)) * normal(width).exp()  # correlated, of very different size
         linear = nn.Linear(width, d_out, bias=False, device="meta")

@@ -27,7 +27,7 @@ ROUNDED = {"float16": 0.1, "bfloat16": 0.8}  # nats: weights have 11 and 8 bits;
 class HF(pk.Exporter):
     """Config, safetensors and tokenizer as transformers saves them, proved by loading them in a fresh process."""
 
-    structures: ClassVar[frozenset[str]] = frozenset({"groups", "weights", "n:m", "low-rank"})
+    structures: ClassVar[frozenset[str]] = frozenset({"groups", "weights", "n:m", "low-rank", "values"})
     engine: ClassVar[str] = "transformers"
     asks_engine: ClassVar[bool] = True
 

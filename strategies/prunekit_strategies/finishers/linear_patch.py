@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunekit import Finisher, ModelAdapter, Site, Workpiece, WrongInput, check_choices, solved
-from prunekit.calibration.twin import Aim, SubLayer, Twin
+from prunekit.calibration.twin import Aim, SubLayer, Twin, sub_layers
 
 Truncate = Literal["optimal", "released"]
 Chunks = Iterable[tuple[Tensor, Tensor, float]]  # inputs x and outputs e, tokens first, and the power of what is wanted
@@ -52,6 +52,8 @@ class LinearPatch(Finisher):
     Costs two passes through both models, one where all MLPs but the last get a map, and one solve for each.
     """
 
+    structures = frozenset({"groups", "values"})
+
     layers: int = 6  # MLPs with a map beside them, at most
     rank: float = 0.03  # of each map, as a share of d; at least 1
     damping: float = 0.5  # ridge at 16,384 tokens, as a share of the mean of diag H; less with more
@@ -85,6 +87,7 @@ class LinearPatch(Finisher):
     @torch.no_grad()
     def finish(self, piece: Workpiece) -> dict[str, Any]:
         self.check(piece.adapter)
+        piece = sub_layers(piece)
         errors, added = dict[str, Any](), 0
         chosen = self._chosen(piece)
         with piece.progress.stage("linear patch", len(chosen)) as stage:

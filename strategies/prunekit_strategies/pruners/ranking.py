@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prunekit import Candidate, LayerProblem, LocalPruner, best_weights
 from prunekit.layer.candidates import Per, ranked
-from prunekit.layer.problem import Nested
+from prunekit.layer.problem import Nested, Truncated
 
 
 class Ranking(LocalPruner):
@@ -41,7 +41,7 @@ class Ranking(LocalPruner):
     def keep(self, layer: LayerProblem, groups: Sequence[int], scales: Tensor | None = None) -> Candidate:
         return layer.refitted(groups) if self.refit else layer.masked(groups, scales)
 
-    def nested(self, layer: LayerProblem) -> Nested | None:
+    def nested(self, layer: LayerProblem) -> Nested | Truncated | None:
         return layer.nested(self.ranking(layer)) if self.refit else None
 
     def ranking(self, layer: LayerProblem) -> list[int]:

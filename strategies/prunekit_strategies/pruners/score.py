@@ -197,38 +197,6 @@ class Wanda(Score):
 
 
 @dataclass(frozen=True)
-class Olica(Score):
-    """Keep the neurons whose rows of up and gate and column of down are long, each weighed by what it receives.
-
-        u_g = ‖up_g ∘ z‖₂ + ‖gate_g ∘ z‖₂ + ‖W_:g‖₂ x_g        z, x: root mean squares of the inputs    (6)
-
-    Weights stay as they are. The spared share of lowest score goes last: the released code sorts the scores, passes
-    over the first int(0.01 n), and removes those that follow.
-
-    Source: Olica (He & Lin 2025, arXiv 2506.08436), the score of its MLPs, from its released code. Ours: of heads, the
-    sum of (6) over all rows and columns of a KV group; the paper removes none, but narrows their values. Its linear
-    calibration is the finisher `linear-patch`. On a tie the lower id stays.
-    """
-
-    structures: ClassVar[frozenset[str]] = frozenset({"groups"})
-
-    weight_norm: float = 2.0
-    scope: Scope = "coupled"
-    within: Within = "block"
-    spared: float = 0.01  # share of the groups, those of lowest score, that is removed last; 0: none
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.spared < 1:
-            raise ValueError(f"a share of the groups is spared, from 0 to below 1, not {self.spared}")
-
-    def ranking(self, layer: LayerProblem) -> list[int]:
-        order = super().ranking(layer)
-        rest = len(order) - int(self.spared * len(order))
-        return order[rest:] + order[:rest]
-
-
-@dataclass(frozen=True)
 class FASP(Score):
     """Wanda's column sums, then the kept columns are refitted by least squares.
 

@@ -35,6 +35,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"refit": True, "reduce": "first"},
     ],
     "asvd": [{"alpha": 0}, {"alpha": 1}],
+    "olica": [{"truncate": "optimal"}],
     "magnitude": [{"refit": True}],
     "optishear": [
         {"weights": "log", "weight_share": "row", "inputs": "sqrt"},

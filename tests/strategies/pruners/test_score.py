@@ -8,6 +8,7 @@ from prunekit import LayerProblem
 from prunekit.layer.problem import Producer
 from prunekit.space.forms import WEIGHTS, Pattern
 from prunekit.testing import toy_layer, with_statistics
+from prunekit_strategies.pruners.olica import Olica
 from prunekit_strategies.pruners.score import (
     ACE,
     FASP,
@@ -19,7 +20,6 @@ from prunekit_strategies.pruners.score import (
     FLAPVariance,
     Magnitude,
     Minitron,
-    Olica,
     SafetyPotential,
     Score,
     Wanda,

@@ -39,7 +39,7 @@ class VLLM(pk.Exporter):
     of one head in the cache. Equal layers take the class that vLLM has for the family.
     """
 
-    structures: ClassVar[frozenset[str]] = HF.structures
+    structures: ClassVar[frozenset[str]] = HF.structures - {"values"}
     engine: ClassVar[str] = "vllm"
     engine_modules: ClassVar[tuple[str, ...]] = ("vllm",)
     install: ClassVar[str] = "vllm"
