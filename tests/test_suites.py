@@ -34,7 +34,7 @@ def test_every_suite_is_named_in_a_document() -> None:
 
 REFUSED = {"distilled", "safety-potential"}  # by the base recipe of `everything`, which says why
 EXPERTS = {"expert-frequency", "reap"}  # the bundled model has none
-ASKS = {"self-pruner"}  # a language model
+APART = {"self-pruner", "olica", "minitron"}  # asks a language model, is of narrower heads, is of equal blocks
 
 
 def test_everything_has_every_pruner_of_groups_and_every_allocator() -> None:
@@ -43,7 +43,7 @@ def test_everything_has_every_pruner_of_groups_and_every_allocator() -> None:
     groups = {name for name, pruner in pruners.items() if "groups" in pruner.structures}
     assert groups - {str(spec["name"]) for spec in suite.pruners} == REFUSED | EXPERTS
     allocators = {name for name, entry in ALLOCATORS.items() if entry.owner == "prunekit"}
-    assert allocators - {str(spec["name"]) for spec in suite.allocators} == ASKS
+    assert allocators - {str(spec["name"]) for spec in suite.allocators} == APART
     for name in REFUSED:
         with pytest.raises(WrongInput, match=r"carry=dense|data\.contrast_dataset"):
             resolve(suite.base().with_overrides({"pruner": name}))

@@ -22,6 +22,11 @@ class Template(pk.LocalPruner):
 
     refit: bool = True  # least-squares weights for what stays; else the weights as they are
 
+    @property
+    def keeps_scales(self) -> bool:
+        """Whether `keep` multiplies by a learner's scales: weights that were solved for need none."""
+        return not self.refit
+
     def prune(self, layer: pk.LayerProblem, keeps: Sequence[int]) -> Sequence[pk.Candidate]:
         """One candidate for every count in `keeps`."""
         return [self.keep(layer, groups) for groups in pk.best_groups(self.scores(layer), keeps)]

@@ -83,7 +83,7 @@ class MetricSuite:
             same = dataclasses.replace(metric)  # type: ignore[type-var]
             assert (metric, hash(metric)) == (same, hash(same))
         assert self.plugin.unit.strip()
-        assert frozenset(STRUCTURES) >= self.plugin.structures > frozenset()
+        assert frozenset(get_args(Units)) >= self.plugin.structures > frozenset()
 
     def test_prices_are_whole_numbers_that_never_fall(self) -> None:
         for site in self._every_site():

@@ -26,6 +26,10 @@ class LeaveOneOut(pk.LocalPruner):
 
     refit: bool = True  # least-squares weights for what stays; else the weights as they are
 
+    @property
+    def keeps_scales(self) -> bool:
+        return not self.refit
+
     def prune(self, layer: pk.LayerProblem, keeps: Sequence[int]) -> Sequence[pk.Candidate]:
         w, h = layer.weight.double(), layer.gram.double()  # (d_out, d_in), (d_in, d_in)
         groups = [layer.columns([g]) for g in range(layer.n_groups)]
