@@ -156,36 +156,34 @@ def test_a_recipe_can_name_the_model(asked: list[Any], tmp_path: Path) -> None:
     assert asked[0][0].model == "some/model"
 
 
-def test_what_a_run_takes_is_said_before_it_begins_and_what_would_take_less(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    few = ["--calibration-tokens", "64", "--search-tokens", "64", "--seqlen", "8", "--allocator", "uniform"]
-    flags = [str(model), "-o", str(tmp_path / "out"), "--pruner", "magnitude", "--dataset", str(text), *few]
-    flags += ["--set", "data.evaluation_tokens=64", "--set", "verify=false", "--objective", "perplexity"]
-    said = run("prune", *flags).stderr.splitlines()
+@pytest.fixture
+def few(model: Path, text: Path, tmp_path: Path) -> list[str]:
+    """Options of a run of a moment."""
+    flags = [str(model), "-o", str(tmp_path / "out"), "--pruner", "magnitude", "--dataset", str(text), "--seqlen", "8"]
+    flags += ["--calibration-tokens", "64", "--search-tokens", "64", "--allocator", "uniform"]
+    return [*flags, "--set", "data.evaluation_tokens=64", "--set", "verify=false", "--objective", "perplexity"]
+
+
+def test_what_a_run_takes_is_said_before_it_begins(few: list[str]) -> None:
+    said = run("prune", *few).stderr.splitlines()
     (line,) = [number for number, each in enumerate(said) if re.match(r"this takes [\d.]+ s, ", each)]
     assert re.search(r"of memory and .* of disk; `prunekit plan` with the same options says where$", said[line])
     assert line < min(number for number, each in enumerate(said) if each.startswith("prune 1 "))
     assert "--recipe fast" not in "".join(said)
+    assert "this takes" not in run("prune", *few, "--overwrite", "--quiet").stderr
+
+
+@pytest.mark.slow
+def test_of_a_long_run_what_takes_less_is_said(few: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "LONG", 0.0)
-    said = run("prune", *flags, "--overwrite").stderr
-    assert "--recipe fast" not in said  # it would take longer than this one
-    many = [
-        *flags,
-        "--set",
-        "pruner.name=obs",
-        "--set",
-        "allocator.name=evolution",
-        "--set",
-        "objective.name=divergence",
-    ]
-    said = run("prune", *many, "--search-tokens", "1024", "--overwrite").stderr
-    assert re.search(
-        r"with --recipe fast --calibration-tokens \d+ in the place of .* takes [\d.]+ s; ctrl-c stops", said
-    )
-    assert "this takes" not in run("prune", *flags, "--overwrite", "--quiet").stderr
+    assert "--recipe fast" not in run("prune", *few).stderr  # it would take longer than this one
+    settings = ("pruner.name=obs", "allocator.name=evolution", "objective.name=divergence")
+    many = [*few, *(part for each in settings for part in ("--set", each)), "--search-tokens", "1024", "--overwrite"]
+    said = run("prune", *many).stderr
+    shorter = r"with --recipe fast --calibration-tokens \d+ in the place of .* takes [\d.]+ s; ctrl-c stops"
+    assert re.search(shorter, said)
     pattern = ["--structure", "2:4", "--pruner", "sparsegpt"]  # which the pruner of the shorter recipe does not know
-    assert run("prune", *flags, *pattern, "--overwrite").exit_code == 0
+    assert run("prune", *few, *pattern, "--overwrite").exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(
             "import transformers; transformers.AutoConfig; import prunekit", id="transformers", marks=pytest.mark.slow
         ),
-        pytest.param("import prunekit, transformers", id="prunekit"),
+        pytest.param("import prunekit, transformers", id="prunekit", marks=pytest.mark.slow),
         pytest.param("import prunekit; from transformers import AutoTokenizer", id="tokenizer", marks=pytest.mark.slow),
         pytest.param("import prunekit; from transformers import LlamaForCausalLM", id="llama", marks=pytest.mark.slow),
         pytest.param(

@@ -30,6 +30,7 @@ def test_what_is_equal_is_no_difference():
     assert found.low <= 0 <= found.high
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_true_difference_as_often_as_they_say():
     rng, hits, times = np.random.default_rng(1), 0, 200
     for trial in range(times):
@@ -98,6 +99,7 @@ def test_noise_makes_no_winner_and_a_gap_does():
     assert isinstance(found["best"], Standing)
 
 
+@pytest.mark.slow
 def test_a_gap_is_no_tie_among_hundreds():
     rng = np.random.default_rng(0)
     text = rng.normal(3.8, 0.3, 32)

@@ -145,6 +145,7 @@ def timed(saved_tiny: Any, quick: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_the_recipe_beside_the_result_makes_it_again_without_a_clock(timed: dict[str, Any], tmp_path: Path) -> None:
     said = prunekit.prune(output=tmp_path / "one", **timed).report["finishers"][0]
     recipe = Recipe.load(tmp_path / "one")
@@ -155,6 +156,7 @@ def test_the_recipe_beside_the_result_makes_it_again_without_a_clock(timed: dict
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_what_was_chosen_and_what_the_clock_has_said(
     timed: dict[str, Any], tmp_path: Path, killed_at: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ def test_what_candidates_were_trained_on_is_counted_and_planned(whole: Path, fol
     assert not any(stage.trained for stage in make_plan(none, *skeleton(str(folder)), None).stages)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_in_its_library_ends_in_the_same_bytes(
     whole: Path, folder: Path, settings: dict[str, Any], tmp_path: Path, killed_at: Any, content: Any
 ) -> None:

@@ -196,6 +196,7 @@ def test_an_interrupted_family_goes_on_to_the_same_bytes(
     assert not output.with_name("out.partial").exists()
 
 
+@pytest.mark.slow
 def test_the_recipe_of_a_member_makes_it_again_to_the_same_bytes(made, tmp_path):
     prunekit.prune(recipe=made[0] / "0.2", output=tmp_path / "again", quiet=True)
     assert {f"0.2/{f}": (tmp_path / "again" / f).read_bytes() for f in FILES}.items() <= content(made[0]).items()

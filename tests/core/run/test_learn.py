@@ -306,6 +306,7 @@ def test_decisions_of_a_family_nest(folder: Path, learning: Any) -> None:
     assert all(bool((less <= more).all()) for more, less in pairwise(masks))
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_copy_that_is_trained_and_its_states(folder: Path) -> None:
     def planned(learner: str, *more: str) -> dict[str, Any]:
         asked = ["plan", str(folder), "--learner", learner, "--dataset", "python-docs", "--json", *more]

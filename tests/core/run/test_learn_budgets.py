@@ -44,6 +44,7 @@ def test_a_folder_holds_what_was_learnt_and_from_what(learnt, recipe):
     assert len(facts["budgets"]) == 3
 
 
+@pytest.mark.slow
 def test_a_budget_that_was_never_searched_costs_no_question(learnt, recipe):
     changes = {"sparsity": 0.5, "family": [], "allocator": {"name": "lop", "model": str(learnt)}, "verify": False}
     result = prunekit.prune(recipe=recipe.with_overrides(changes), quiet=True)

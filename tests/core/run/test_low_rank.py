@@ -155,6 +155,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, searched, tmp_path
         assert mine.replace(b"verify: false", b"verify: true") == theirs, file
 
 
+@pytest.mark.slow
 def test_evaluation_reads_what_was_saved(folder, searched):
     data = DataSpec(dataset=str(folder / "text.txt"), evaluation_tokens=512, seqlen=32)
     found, report = evaluate(str(searched), data), json.loads((searched / "report.json").read_text())

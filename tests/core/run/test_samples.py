@@ -85,6 +85,7 @@ def test_a_model_that_is_read_block_by_block_writes_nothing(
     assert "samples" not in report
 
 
+@pytest.mark.slow
 def test_evaluate_prints_them(saved_tiny: Any) -> None:
     asked = ["evaluate", str(saved_tiny()), "--tokens", "256", "--seqlen", "32", "--samples", "2", "--quiet"]
     told = CliRunner().invoke(app, asked)

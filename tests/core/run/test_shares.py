@@ -97,7 +97,7 @@ def test_the_ledger_says_what_each_share_had_and_then_how_the_best_was_found(cho
     assert plain[0] == plain[1]
 
 
-@pytest.mark.parametrize("last", [3, 6, 11])
+@pytest.mark.parametrize("last", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 11))])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(chosen, pruned, tmp_path, killed_at, last):
     """In the first search, in the last, and when the width was chosen and its records are taken over."""
     place = (Ledger, "answer", last) if last < 11 else (Ledger, "note", 11)

@@ -330,6 +330,7 @@ def test_what_lies_in_a_working_folder_and_no_run_has_made_is_not_removed(tmp_pa
 # -- stopped at any moment ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_wherever_it_is_stopped_the_same_command_goes_on(tmp_path, monkeypatch):
     """Making the place, discarding another's, publishing and tidying up: stopped before every change of a file."""
     ended, last = False, 0

@@ -385,6 +385,7 @@ def pruned(folder, text, server):
     return run
 
 
+@pytest.mark.slow
 def test_a_killed_run_asks_no_more_than_a_whole_one_and_neither_tells_the_key(
     pruned, server, breeder, tmp_path, killed_at
 ):

@@ -122,6 +122,7 @@ def test_weights_are_stored_once_and_nothing_of_this_machine_is(written: tuple[A
     assert str(Path(__file__).parents[3]).encode() not in (path / MODEL).read_bytes()
 
 
+@pytest.mark.slow
 def test_onnxruntime_answers_what_the_judged_network_does(written: tuple[Any, Path]) -> None:
     model, path = written
     probe = pk.Probe(IDS, logits(model, IDS), sum(p.numel() for p in model.parameters()))

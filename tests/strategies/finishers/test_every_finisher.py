@@ -27,7 +27,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-INTERRUPTED = ("bias", "reconstruction")  # at every save; others are among the slow tests
+INTERRUPTED = ("bias",)  # at every save; others are among the slow tests
 interrupted = FinisherSuite.test_a_work_interrupted_at_any_save_ends_in_the_same_bits
 
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 import prunekit
 from prunekit.demo import MODEL
 
@@ -19,6 +21,7 @@ FEW: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_the_default_aims_at_the_residual_stream_and_loses_less_than_without() -> None:
     assert prunekit.resolve(prunekit.Recipe.load()).recipe.pruner["aim"] == "stream"
 
