@@ -42,12 +42,13 @@ class ClosedForm(Allocator):
 
     The idea of an energy is from StruPrune (arXiv:2510.03246), whose equations were not found, and whose code, which is
     public, gives every layer the same share: (1)-(5) are derived. The error table costs nothing to read, so T is the
-    best on it unless given, and the answer is the start where that is better on it: never worse than uniform in
-    expected error.
+    best on it unless given, and the answer is the start where that is better on it: never worse than uniform in the
+    sum of that table. On SmolLM2-135M at 30 % (1) has a perplexity of 44.43 on nats and of 73.50 on relative errors,
+    which massive activations mislead, where uniform has 53.46.
     """
 
     rule: Rule = "fermi"
-    table: Literal["errors", "fisher"] = "errors"  # the error curve: relative errors, or nats
+    table: Literal["errors", "fisher"] = "fisher"  # the error curve: nats, or relative errors
     energy: Energy = "curve"  # what a site loses: by its error curve, or by the pruner's unit scores
     most: float = 1.0  # largest share of a site that may be removed
     temperature: float | None = None  # T of (1) and (2), in standard deviations of the energy; None: best on the table

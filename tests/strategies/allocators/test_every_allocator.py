@@ -36,7 +36,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "table, errors": {"name": "table", "table": "errors"},
     "table, fisher": {"name": "table", "table": "fisher"},
     "evolution, fisher": {"name": "evolution", "warm_start": "fisher"},
-    "softmax, fisher": {"name": "softmax", "table": "fisher"},
+    "softmax, errors": {"name": "softmax", "table": "errors"},
     "tyr of fisher": {"name": "tyr", "inner": {"name": "greedy", "by": "table", "table": "fisher"}},
     "table, drop or keep": {"name": "table", "around": "dense", "reach": 1.0, "stride": 1.0},
     "softmax, dilute": {"name": "softmax", "rule": "softmax", "temperature": 0.5},

@@ -2,6 +2,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -14,6 +15,7 @@ from prunekit.testing.spaces import additive, problem, small_llama
 from prunekit_strategies.allocators.softmax import ClosedForm, dilute, fermi, level, separable, slopes, standard
 
 ENERGIES, PRICES = [-1.2, 0.3, 0.9, -0.4], [7, 100, 31, 64]
+closed = partial(ClosedForm, table="errors")  # the curves that toys have
 LAWS = pytest.mark.parametrize("law", [fermi, dilute], ids=["fermi", "softmax"])
 
 
@@ -98,9 +100,9 @@ def test_z_scores_weigh_by_price_and_equal_energies_are_zero() -> None:
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
 @pytest.mark.parametrize("seed", range(3))
 def test_closes_much_of_the_gap_between_uniform_and_the_optimum(rule: str, share: float, seed: int) -> None:
-    toy = problem(ClosedForm().first_space(small_llama(share)), seed=seed)
+    toy = problem(closed().first_space(small_llama(share)), seed=seed)
     loss = additive(toy.errors, toy.space)
-    talk = converse(ClosedForm(rule), toy)  # type: ignore[arg-type]
+    talk = converse(closed(rule), toy)  # type: ignore[arg-type]
     optimum = best_allocation(toy.space, toy.errors)[1]
     assert len(talk.asked) == 1
     assert loss(talk.answer) - optimum < 0.75 * (loss(toy.start) - optimum)
@@ -113,18 +115,18 @@ def test_threshold_is_exact_where_one_price_fits_all() -> None:
     whole = type(whole).whole(whole.sites[1::2], whole.budget)  # MLP sites only
     toy = problem(whole.zoomed(whole.uniform(), stride=1 / 8, reach=8))
     loss = additive(toy.errors, toy.space)
-    found = converse(ClosedForm("threshold"), toy).answer
+    found = converse(closed("threshold"), toy).answer
     assert loss(found) == pytest.approx(best_allocation(toy.space, toy.errors)[1])
 
 
 @pytest.mark.parametrize("rule", ["compliance", "water-filling"])
 def test_quadratic_energies_are_at_their_least(rule: str) -> None:
-    toy = furnished(problem(small_llama(0.4)), ClosedForm(rule))  # type: ignore[arg-type]
+    toy = furnished(problem(small_llama(0.4)), closed(rule))  # type: ignore[arg-type]
     sites = toy.space.sites
     price = [s.parameters(s.n_groups) for s in sites]
     steep = [p * q for p, q in zip(price, slopes(toy, range(16)), strict=True)]
     energy = toy.signals[0] if rule == "compliance" else steep
-    wish = ClosedForm(rule, most=0.9).wish(toy)  # type: ignore[arg-type]
+    wish = closed(rule, most=0.9).wish(toy)  # type: ignore[arg-type]
     shares = [1 - k / s.n_groups for k, s in zip(wish, sites, strict=True)]
     assert math.fsum(p * (1 - s) for p, s in zip(price, shares, strict=True)) == pytest.approx(toy.space.budget.limit)
     assert max(shares) <= 0.9
@@ -145,9 +147,9 @@ def test_quadratic_energies_are_at_their_least(rule: str) -> None:
 def test_with_one_price_sites_lose_groups_in_proportion_to_their_compliance() -> None:
     sites = small_llama().sites[1::2]
     whole = Space.whole(sites, Budget.keeping(0.7, sites))
-    toy = furnished(problem(whole), ClosedForm("compliance"))
+    toy = furnished(problem(whole), closed("compliance"))
     compliance = [768**2 / a for a in toy.signals[0]]
-    removed = [768 - kept for kept in ClosedForm("compliance").wish(toy)]
+    removed = [768 - kept for kept in closed("compliance").wish(toy)]
     free = [r / c for r, c in zip(removed, compliance, strict=True) if r < 768 - 1e-6]
     assert max(free) == pytest.approx(min(free))
 
@@ -170,18 +172,18 @@ def test_threshold_over_unit_scores_is_one_quantile(seed: int) -> None:
     toy = replace(problem(space), scores=scores)
     tau = sorted(x for s in scores for x in s)[24 - 13]
     expected = [sum(x >= tau for x in s) for s in scores]
-    assert ClosedForm("threshold", energy="scores").wish(toy) == pytest.approx(expected)
+    assert closed("threshold", energy="scores").wish(toy) == pytest.approx(expected)
 
 
 def test_no_share_is_above_the_cap() -> None:
     toy = problem(small_llama(0.3))
     for rule in ("fermi", "softmax", "threshold", "water-filling"):
-        wish = ClosedForm(rule, most=0.8).wish(toy, 0.25)
+        wish = closed(rule, most=0.8).wish(toy, 0.25)
         assert min(k / s.n_groups for k, s in zip(wish, toy.space.sites, strict=True)) >= 0.2 - 1e-9
 
 
 def test_sites_that_lose_the_same_keep_the_same() -> None:
-    toy = problem(ClosedForm().first_space(small_llama()), errors=None)
+    toy = problem(closed().first_space(small_llama()), errors=None)
     equal = problem(
         toy.space,
         tuple(
@@ -190,5 +192,5 @@ def test_sites_that_lose_the_same_keep_the_same() -> None:
         ),
     )
     for rule in ("fermi", "softmax"):
-        wish = ClosedForm(rule).wish(equal)
+        wish = closed(rule).wish(equal)
         assert len({round(k / s.n_groups, 9) for k, s in zip(wish[1::2], toy.space.sites[1::2], strict=True)}) == 1
