@@ -387,6 +387,8 @@ class Family:
             block.set_submodule(path, LowRank.of(whole, rank))
         if (kept := getattr(layer_config, "values", 0)) and "attention" not in getattr(layer_config, "skip", ()):
             assert self.separate is not None  # checked with the config
+            if kept > head_dim:
+                raise ValueError(f"values is {kept}, and every head has {head_dim} at most")
             query, kv = self.heads(layer_config)
             for path, heads, kind in (
                 (self.separate[-1], kv, NarrowValues), (self.columns["attention"], query, NarrowHeads),

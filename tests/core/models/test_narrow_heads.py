@@ -118,3 +118,5 @@ def test_sizes_that_no_layer_can_have_are_refused():
     assert (block.v_proj.narrow.out_features, block.o_proj.narrow.in_features) == (9, 18)
     with pytest.raises(Exception, match="layer 0: values is how many every head has"):
         config(**options, per_layer_config={0: sizes | {"values": -1}})
+    with torch.device("meta"), pytest.raises(ValueError, match="values is 5, and every head has 4 at most"):
+        causal(config(**options, per_layer_config={0: sizes | {"values": 5}}))
