@@ -135,12 +135,12 @@ def test_generations_are_bred_and_survive_an_interruption(quick, tmp_path: Path,
 def test_passes_are_shared_where_only_the_search_differs(quick, passes: list[str]) -> None:
     space = {
         "allocator": [
-            {"name": "softmax", "rule": ["fermi", "softmax"]},
+            {"name": "softmax", "table": "errors", "rule": ["fermi", "softmax"]},
             {"name": "evolution", "generations": {"low": 1, "high": 2}, "offspring": 2},
         ],
         "objective": ["expected-error", "divergence", {"name": "hidden-state", "beside": [None, "divergence"]}],
     }
-    tuned = prunekit.tune(**quick | {"allocator": "softmax"}, space=space, trials=8)
+    tuned = prunekit.tune(**quick | {"allocator": {"name": "softmax", "table": "errors"}}, space=space, trials=8)
     assert len({row.recipe for row in tuned.rows}) > 3
     assert passes == ["OBS"]
     prunekit.tune(**quick | {"output": quick["output"].with_name("two")}, space=SPACE | {"damping": 0.01}, trials=8)

@@ -192,7 +192,9 @@ def test_walks_of_coarse_to_fine_are_all_there():
     assert [len(space.ladders[0]) for space in spaces] == [9, 9, 9, 9, 1]
 
 
-@pytest.mark.parametrize("spec", [{"name": "uniform"}, {"name": "random", "draws": 8}, {"name": "softmax"}])
+@pytest.mark.parametrize(
+    "spec", [{"name": "uniform"}, {"name": "random", "draws": 8}, {"name": "softmax", "table": "errors"}]
+)
 def test_a_search_is_rehearsed_to_count_what_the_ledger_will(spec, tmp_path):
     net, tokens, ledger = toy_supernet(), toy_tokens(), Ledger(tmp_path / "ledger")
     allocator = ALLOCATORS.build(spec)
