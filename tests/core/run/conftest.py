@@ -49,6 +49,14 @@ def numbers() -> Callable[[int], str]:
     return text
 
 
+@pytest.fixture(scope="module")
+def folder(saved_tiny: Callable[..., Path], numbers: Callable[[int], str]) -> Path:
+    """A tiny model with one embedding, a text beside it; files that need another have a `folder` of their own."""
+    path = saved_tiny(intermediate_size=32, tie_word_embeddings=True)
+    (path / "text.txt").write_text(numbers(4000))
+    return path
+
+
 @pytest.fixture(scope="session")
 def content() -> Callable[[Path], dict[str, bytes]]:
     """The files of a result that the same recipe makes again to the same bytes."""

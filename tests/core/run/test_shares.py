@@ -25,13 +25,6 @@ FILES = ("model.safetensors", "config.json", "recipe.yaml", "ledger.jsonl")
 
 
 @pytest.fixture(scope="module")
-def folder(saved_tiny, numbers):
-    path = saved_tiny(intermediate_size=32, tie_word_embeddings=True)
-    (path / "text.txt").write_text(numbers(4000))
-    return path
-
-
-@pytest.fixture(scope="module")
 def pruned(quick, folder):
     """A run at 50 %, with a search."""
 

@@ -34,13 +34,6 @@ NAMES = ("slicegpt", "minitron")
 
 
 @pytest.fixture(scope="module")
-def folder(saved_tiny, numbers):
-    path = saved_tiny(intermediate_size=32, tie_word_embeddings=True)
-    (path / "text.txt").write_text(numbers(4000))
-    return path
-
-
-@pytest.fixture(scope="module")
 def pruned(quick):
     """A run."""
 
