@@ -52,6 +52,12 @@ def blocks(document: Path, language: str | None = None) -> list[Block]:
     return [block for block in found if language in (None, block.language)]
 
 
+def running(document: Path) -> Any:
+    """A case of a document whose examples run; those of the guide take half a minute."""
+    marks = [pytest.mark.slow] if document.name == "guide.md" else []
+    return pytest.param(document, id=str(document.relative_to(ROOT)), marks=marks)
+
+
 def commands(document: Path, program: str) -> list[list[str]]:
     """Calls of a program, in shell blocks and in the text."""
     text = document.read_text(encoding="utf-8")
@@ -72,9 +78,7 @@ def test_links_lead_to_files(document: Path) -> None:
     assert not [target for target in targets if not (document.parent / target).exists()]
 
 
-@pytest.mark.parametrize(
-    "document", [d for d in DOCUMENTS if blocks(d, "python")], ids=lambda path: str(path.relative_to(ROOT))
-)
+@pytest.mark.parametrize("document", [running(d) for d in DOCUMENTS if blocks(d, "python")])
 def test_python_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a document are one module, run from top to bottom in an empty folder, and judged on little text."""
     monkeypatch.chdir(tmp_path)
@@ -88,7 +92,9 @@ def test_python_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         exec(compile("\n" * (block.line - 1) + block.text, document, "exec"), module.__dict__)
 
 
-@pytest.mark.parametrize(("name", "part"), [("README.md", "Loudest"), ("docs/plugins.md", "")])
+@pytest.mark.parametrize(
+    ("name", "part"), [("README.md", "Loudest"), pytest.param("docs/plugins.md", "", marks=pytest.mark.slow)]
+)
 def test_plugins_pass_their_suites(name: str, part: str, tmp_path: Path, forks: Any) -> None:
     code = [block.text for block in blocks(ROOT / name, "python") if part in block.text]
     (tmp_path / "test_blocks.py").write_text("\n\n".join(code), encoding="utf-8")

@@ -222,6 +222,7 @@ def test_plan_has_every_option_of_prune_and_says_what_it_would_take(model: Path,
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_plan_counts_families_and_targets(model: Path) -> None:
     flags = f"{model} --recipe fast --pruner magnitude --calibration-tokens 64 --seqlen 8".split()
     said = run("plan", *flags, "--sparsity", "0.2,0.4").stdout

@@ -39,6 +39,7 @@ def test_no_long_paragraph_is_in_two_documents() -> None:
     assert len(long) == len(set(long))
 
 
+@pytest.mark.slow
 def test_a_fresh_reading_gives_the_same_documents() -> None:
     assert fresh_reading() == python_docs._documents()
 

@@ -31,7 +31,9 @@ IDS = torch.tensor([[3, 14, 15, 9, 26, 5]])
         pytest.param(
             "opt", [0], "import", "PrunekitOPTForCausalLM", id="after import prunekit", marks=pytest.mark.slow
         ),
-        pytest.param("qwen3", [0], "bundled", "PrunekitQwen3ForCausalLM", id="with bundled code"),
+        pytest.param(
+            "qwen3", [0], "bundled", "PrunekitQwen3ForCausalLM", id="with bundled code", marks=pytest.mark.slow
+        ),
         pytest.param("llama", [0, 1, 2], "import", "LlamaForCausalLM", id="transformers only"),
     ],
 )

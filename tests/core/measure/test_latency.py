@@ -234,6 +234,7 @@ def test_a_run_promises_and_tells_what_came_of_it(folder: Path, tmp_path: Path, 
     assert all(site["kept"] % TILE == 0 for site in result.report["sites"] if site["kind"] == "mlp")
 
 
+@pytest.mark.slow
 def test_the_same_table_makes_the_same_bytes(folder: Path, tmp_path: Path, clock: list[Workload], monkeypatch) -> None:
     prunekit.prune(folder, output=tmp_path / "out", **QUICK)
     # other hardware, which would make another table

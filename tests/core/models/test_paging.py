@@ -182,8 +182,12 @@ def text_in(folder) -> dict[str, Any]:
         ("llama", {"verify": True}),
         # gradients, tied embeddings, dropped sub-layers
         ("qwen2", {"pruner": "llm-pruner", "sparsity": 0.8, "allocator": "softmax", "objective": "expected-error"}),
-        ("gpt_neox", {"structure": "weights", "pruner": "wanda", "allocator": "uniform"}),
-        ("qwen2", {"structure": "low-rank", "pruner": "svd-llm", "allocator": "uniform"}),
+        pytest.param(
+            "gpt_neox", {"structure": "weights", "pruner": "wanda", "allocator": "uniform"}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "qwen2", {"structure": "low-rank", "pruner": "svd-llm", "allocator": "uniform"}, marks=pytest.mark.slow
+        ),
         ("mamba", {"structure": "weights", "pruner": "wanda", "allocator": "uniform"}),
         # another mixer than attention, with a convolution that is cut
         pytest.param("lfm2", {"pruner": "wanda", "allocator": "uniform", "sparsity": 0.3}, marks=pytest.mark.slow),
@@ -191,7 +195,11 @@ def text_in(folder) -> dict[str, Any]:
         ("mixtral", {"sparsity": 0.3}),
         pytest.param("qwen2_moe", {"sparsity": 0.3, "experts": "neurons"}, marks=pytest.mark.slow),
         pytest.param("gpt_oss", {"sparsity": 0.3, "allocator": "uniform"}, marks=pytest.mark.slow),
-        ("opt", {"finishers": ["bias"], "allocator": "softmax", "objective": "expected-error"}),
+        pytest.param(
+            "opt",
+            {"finishers": ["bias"], "allocator": "softmax", "objective": "expected-error"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_paged_run_writes_what_an_unpaged_one_writes(family, changes, folder, tmp_path):

@@ -283,6 +283,7 @@ def test_a_cell_that_trains_is_tried_on_a_part_of_its_text_which_judges_no_trial
     assert read == [(128, 64), (512, 256)]
 
 
+@pytest.mark.slow
 def test_progress_is_one_over_all_models_and_steps_with_an_estimate(asked: Any, saved_tiny: Any) -> None:
     told, models = list[dict[str, Any]](), [str(saved_tiny()), str(saved_tiny())]
     progress = Events(lambda line: told.append(json.loads(line)), every=0)

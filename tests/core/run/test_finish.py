@@ -130,7 +130,10 @@ def whole(folder, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("saves", [5, 13], ids=["between sub-layers", "in the second"])
+@pytest.mark.parametrize(
+    "saves",
+    [pytest.param(5, id="between sub-layers"), pytest.param(13, id="in the second", marks=pytest.mark.slow)],
+)
 def test_a_run_killed_while_it_trains_goes_on_to_the_same_bytes(folder, whole, tmp_path, killed_at, saves):
     out = tmp_path / "out"
     with killed_at(Checkpoints, "save", saves, after=True):

@@ -95,6 +95,7 @@ def family(recipe, tmp_path_factory):
     return output, done.stdout
 
 
+@pytest.mark.slow
 def test_a_family_whose_allocator_learns_has_beside_it_what_answers_any_other_target(family, learnt, recipe):
     output, said = family
     assert f"--set allocator.model={output / 'budgets'}" in said

@@ -143,7 +143,7 @@ def test_ranks_are_exact_and_what_is_saved_are_two_linear_maps(folder, searched)
     assert f"{gone / blocks:.1%} of the block parameters removed" in card
 
 
-@pytest.mark.parametrize("when", ["walk", "search"])
+@pytest.mark.parametrize("when", [pytest.param("walk", marks=pytest.mark.slow), "search"])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, searched, tmp_path, killed_at, when, pruned):
     place, name, last = {"walk": (CandidateStore, "put", 9), "search": (Ledger, "answer", 5)}[when]
     options = {"sparsity": 0.4, "code": "bundled", "verify": False}

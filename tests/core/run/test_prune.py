@@ -58,7 +58,9 @@ def test_the_recipe_beside_a_result_runs_again_to_the_same_bytes(whole, tmp_path
     assert content(tmp_path / "again") == content(whole)
 
 
-@pytest.mark.parametrize("when", ["walk", "search", "rebuild", "save"])
+@pytest.mark.parametrize(
+    "when", ["save", *(pytest.param(w, marks=pytest.mark.slow) for w in ("walk", "search", "rebuild"))]
+)
 def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, whole, tmp_path, killed_at, when, quick, content):
     place, name, last = {
         "walk": (CandidateStore, "put", 4),
@@ -179,6 +181,7 @@ def test_every_choice_runs_and_verifies(folder, settings, quick):
     assert torch.isfinite(result.model(ids).logits).all()
 
 
+@pytest.mark.slow
 def test_several_data_sets_are_judged_robustly_and_reported_apart(folder, tmp_path, quick):
     for name in ("one", "two"):
         (tmp_path / f"{name}.txt").write_text(f"{name} by {name} and so on, " * 400)

@@ -80,6 +80,7 @@ def test_the_result_is_that_of_the_run_with_the_best_share_alone(chosen, alone):
         assert report[key] == other.report[key], key
 
 
+@pytest.mark.slow
 def test_the_ledger_says_what_each_share_had_and_then_how_the_best_was_found(chosen, alone):
     lines = [json.loads(line) for line in (chosen / "ledger.jsonl").read_text().splitlines()]
     report = json.loads((chosen / "report.json").read_text())

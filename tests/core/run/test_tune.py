@@ -87,7 +87,7 @@ def test_the_best_recipe_is_the_best_row_and_prunes_to_what_was_measured(quick, 
     assert points(again) == points(tuned)
 
 
-@pytest.mark.parametrize("after", [1, 9])
+@pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 9])
 def test_an_interrupted_study_goes_on_to_the_same_study(quick, tmp_path: Path, killed_at, after: int) -> None:
     whole = prunekit.tune(**quick | {"output": tmp_path / "whole"}, space=SPACE, trials=3)
     with killed_at(stages.CandidateStore, "put", after + 1):
@@ -97,7 +97,7 @@ def test_an_interrupted_study_goes_on_to_the_same_study(quick, tmp_path: Path, k
 
 
 @pytest.mark.parametrize("call", ["create_new_trial", "set_trial_user_attr", "set_trial_state_values"])
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("before", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_study_killed_where_it_is_written_goes_on_to_the_same_study(
     quick, tmp_path: Path, monkeypatch, call: str, before: bool
 ) -> None:

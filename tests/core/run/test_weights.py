@@ -111,7 +111,7 @@ def test_counts_are_exact_and_what_is_saved_is_a_stock_model(folder, searched, s
 
 
 @pytest.mark.parametrize("structure", [pytest.param("weights", marks=pytest.mark.slow), "2:4"])
-@pytest.mark.parametrize("when", ["walk", "search", "rebuild"])
+@pytest.mark.parametrize("when", ["search", *(pytest.param(w, marks=pytest.mark.slow) for w in ("walk", "rebuild"))])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, searched, tmp_path, killed_at, structure, when, pruned):
     # between two maps with one input, on a question, in the second walk
     place, name, last = {

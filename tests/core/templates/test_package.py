@@ -88,7 +88,8 @@ def test_all_are_listed_with_their_owner_and_first_line(installed: None) -> None
         assert registry[name].load().__module__ == f"prunekit_{name.replace('-', '_')}"
 
 
-@pytest.mark.parametrize("kinds", [LIGHT, pytest.param(HEAVY, marks=pytest.mark.slow)], ids=["light", "heavy"])
+@pytest.mark.slow  # `make wheel` writes a pruner and runs its suite
+@pytest.mark.parametrize("kinds", [LIGHT, HEAVY], ids=["light", "heavy"])
 def test_their_suites_pass(kinds: tuple[str, ...], written: Path, tmp_path: Path, forks: Any) -> None:
     """In one process, which has all of them on its path."""
     script = tmp_path / "run.py"

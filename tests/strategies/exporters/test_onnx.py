@@ -83,6 +83,7 @@ def test_logits_are_those_of_the_model_whole_and_step_by_step(written: tuple[Any
     assert float((torch.from_numpy(alone) - expected[:1]).abs().max()) <= EXACT
 
 
+@pytest.mark.slow
 def test_padding_on_the_left_changes_nothing(written: tuple[Any, Path]) -> None:
     model, path = written
     session, text = _opened(path), IDS[:1, :9]
