@@ -32,7 +32,7 @@ from prunekit.space.ladders import Space
 from prunekit.space.sites import Allocation
 from prunekit.system.memory import SHARES, Shares, give_back
 
-LOGITS_AT_ONCE = 1 << 25  # values; logits are made window by window, never tokens x vocabulary
+LOGITS_AT_ONCE = 1 << 22  # values, unless a window has more: larger buffers are mapped anew, page by page, on a CPU
 
 
 class Supernet:

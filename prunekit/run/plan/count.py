@@ -20,7 +20,7 @@ from prunekit.calibration.sublayer import chunked, token_forwards
 from prunekit.layer.layouts import layout_of
 from prunekit.layer.problem import judging_flops
 from prunekit.layer.statistics import MapShape, Statistic
-from prunekit.measure.perplexity import HIDDEN_BYTES, LOGITS_AT_ONCE
+from prunekit.measure.perplexity import HIDDEN_BYTES, tokens_at_once
 from prunekit.measure.samples import NEW
 from prunekit.models.adapters.transformer import Transformer
 from prunekit.models.blocks import TOKENS_AT_ONCE, forward_flops
@@ -45,6 +45,7 @@ from prunekit.space.sites import Site
 from prunekit.system.memory import Shares
 
 FLOAT, DOUBLE = 4, 8  # bytes
+CPU = torch.device("cpu")
 CUSHION = 64 << 20  # bytes: what libraries take when they are first used; of a run on a tiny model 64 MB were measured
 STEP = 96  # a step of writing reads all weights, and takes as long as so many tokens that are read at once
 FACTORING = 6  # float64 matrices (d_out, d_in) while ranks are made: the map, whitened, its factors, what makes them
@@ -171,6 +172,7 @@ class Count:
     together: int = 0  # layers that devices with the first one's memory work on while the next is reached; 0: none
     narrowed: int | None = None  # parameters of the narrower model, or that of fewer experts, before groups go
     first: Space | None = None  # of whole experts, where they go before; None: they do not
+    device: torch.device = CPU  # the first, which judges
 
     @cached_property
     def everything(self) -> int:
@@ -367,7 +369,7 @@ class Count:
             rebuilt = self._pass(member.called("rebuild"), member.last, shares, held + working, member.name)
             yield replace(rebuilt, disk=rebuilt.disk + member.unlike_uniform * shape.stored.itemsize)
         stays = self._whole - member.freed  # parameters
-        some = min(judged, max(self.seqlen, LOGITS_AT_ONCE // shape.vocabulary))  # tokens of a forward pass
+        some = min(judged, max(self.seqlen, tokens_at_once(shape.vocabulary, self.device)))
         forward = max(2 * FLOAT * some * shape.vocabulary, self._activations(some))
         hidden = min(HIDDEN_BYTES, judged * shape.width * size)
         both = held + (self._page + hidden if paged else stays * size)

@@ -106,7 +106,9 @@ def planned(
         narrowed = shape.parameters(model) - gone
     # each works on a layer where the model fits all of them, and those of the host have one memory
     together = 0 if len(devices) == 1 else len(devices) if device.type == "cpu" else 1
-    count = Count(parts, shape, tokens, seqlen, members, before, after, records, trials, together, narrowed, first)
+    count = Count(
+        parts, shape, tokens, seqlen, members, before, after, records, trials, together, narrowed, first, device
+    )
 
     def of(shares: Shares) -> Plan:
         stages = tuple(count.stages(shares))
