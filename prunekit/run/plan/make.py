@@ -118,8 +118,8 @@ def planned(
         )  # fmt: skip
 
     plan, tight = of(Shares()), of(Shares(blocks=0))
-    # else it is in memory already, or very small
-    can = next(model.parameters()).is_meta and tight.least < plan.least
+    # else it is in memory already, or so small that its blocks are a hundredth of what is needed
+    can = next(model.parameters()).is_meta and tight.least < 0.99 * plan.least
     if not (can and not measured and plan.least > limit):
         return of(Shares.of(limit - plan.least, paged=False))
     devices = every_device(recipe.device)
