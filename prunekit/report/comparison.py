@@ -65,6 +65,7 @@ class Row:
     prefill_ratio_interval: tuple[float, ...] = ()  # holds it with 95 %
     decode_ratio: float | None = None
     decode_ratio_interval: tuple[float, ...] = ()
+    rounds: int = 0  # in which it was timed
     workload: Mapping[str, int] = field(default_factory=dict)  # what was timed: batch, prompt, new_tokens
     timed: str = ""  # the same in words, and where; or why it was not
 

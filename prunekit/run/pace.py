@@ -101,20 +101,17 @@ def time_cell(session: Session, small: PreTrainedModel, dense: Row) -> dict[str,
 
 
 def seconds_of(dense: Row) -> float:
-    """What timing a cell takes at most, about: as many rounds as there are, of two turns of the dense model.
+    """What timing a cell takes at most, about: as many rounds as there are time for, of two turns of the dense model.
 
     Args:
-        dense: the row of the dense model.
+        dense: the row of the dense model, whose seconds are those of judging alone.
 
     Returns:
-        Seconds; 0 where nothing is timed.
+        Seconds on the wall; 0 where nothing is timed.
     """
-    if not dense.prefill_tokens_per_second or not dense.decode_tokens_per_second:
+    if not dense.rounds:
         return 0.0
-    work = Workload(**dense.workload)
-    read = work.batch * work.prompt / dense.prefill_tokens_per_second
-    step = work.batch / dense.decode_tokens_per_second
-    a_round = 2 * (2 * read + (work.new_tokens + 1) * step)  # a turn begins with a pass and a step that do not count
+    a_round = 2 * (dense.wall - dense.seconds) / dense.rounds
     return max(FEWEST * a_round, min(ROUNDS * a_round, SECONDS + a_round))
 
 
@@ -129,7 +126,7 @@ def announcement(dense: Row, cells: int) -> str:
 
 def _told(speed: Speed) -> dict[str, Any]:
     found = speed.as_dict()
-    kept = ("prefill_tokens_per_second", "decode_tokens_per_second", "workload")
+    kept = ("prefill_tokens_per_second", "decode_tokens_per_second", "workload", "rounds")
     return {key: found[key] for key in kept} | {"timed": speed.how}
 
 

@@ -54,7 +54,8 @@ def test_a_seed_without_a_finite_perplexity_is_last() -> None:
 FAST: dict[str, Any] = {
     "prefill_tokens_per_second": 1500.0, "decode_tokens_per_second": 15.0, "prefill_ratio": 1.5,
     "prefill_ratio_interval": (1.4, 1.6), "decode_ratio": 1.02, "decode_ratio_interval": (0.97, 1.07),
-    "workload": {"batch": 2, "prompt": 8, "new_tokens": 4}, "timed": "2 × 8 tokens read, 4 made on 1 CPU thread",
+    "rounds": 15, "workload": {"batch": 2, "prompt": 8, "new_tokens": 4},
+    "timed": "2 × 8 tokens read, 4 made on 1 CPU thread",
 }  # fmt: skip
 
 

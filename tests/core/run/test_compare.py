@@ -372,6 +372,16 @@ def test_a_cell_that_cannot_be_timed_keeps_what_it_was_judged_to_be(monkeypatch:
     assert found == {"timed": "not timed: RuntimeError: out of memory"}
 
 
+def test_what_timing_takes_is_foreseen_of_the_dense_models_turns() -> None:
+    of = Row("m", DENSE, 0.0, 0)
+    assert pace.seconds_of(of) == 0
+    few, some, many = (replace(of, wall=5.0 + rounds * turn, seconds=5.0, rounds=rounds)
+                       for rounds, turn in ((15, 0.1), (15, 1.0), (3, 6.0)))  # fmt: skip
+    assert pace.seconds_of(few) == pytest.approx(15 * 0.2)  # all rounds
+    assert pace.seconds_of(some) == pytest.approx(15 + 2)  # until no further one begins
+    assert pace.seconds_of(many) == pytest.approx(6 * 12)  # the fewest that make an interval
+
+
 def test_zeros_are_not_timed_because_they_take_as_long(asked: Any) -> None:
     with pytest.raises(WrongInput, match=r"structure 2:4 leaves zeros, which take as long .* leave speed away"):
         prunekit.compare(**asked | FEW, structure="2:4", speed=True)
