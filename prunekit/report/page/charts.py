@@ -208,7 +208,7 @@ def tried(name: str, rows: Rows, steps: int) -> Chart:
 
 def front(
     name: str, rows: Rows, size: str, loss: str = "perplexity", title: str = "", share: bool = False,
-    beaten: str = "beaten in both",
+    beaten: str = "beaten in both", log: bool = False,
 ) -> Chart:  # fmt: skip
     """Two things of which both are better when lower, such as size and perplexity.
 
@@ -221,6 +221,7 @@ def front(
         title: what the one is, if its key does not say it.
         share: whether it is a share of the dense model's.
         beaten: what is said of a point that is not on the front.
+        log: whether the axis of the other is logarithmic.
     """
     import altair as alt
 
@@ -233,7 +234,8 @@ def front(
         scale=alt.Scale(zero=False, padding=16),
         axis=alt.Axis(format="%" if share else "~s", tickCount=6),
     )
-    y = alt.Y(f"{loss}:Q", scale=alt.Scale(zero=False, padding=16))
+    wide = alt.Y(f"{loss}:Q", scale=alt.Scale(type="log", nice=False, padding=16), axis=alt.Axis(**EVERY))
+    y = wide if log else alt.Y(f"{loss}:Q", scale=alt.Scale(zero=False, padding=16))
     line = alt.Chart(data).mark_line(color=GREY).encode(x=x, y=y).transform_filter("datum.front")
     measured = [row for row in known if "low" in row and (row["front"] or len(known) <= SHOWN)]
     noise = (

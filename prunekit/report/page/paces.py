@@ -40,9 +40,9 @@ def parts_of_paces(found: Comparison, model: str, title: str, anchor: str) -> li
         if not points:
             return []
         whole = {"name": DENSE, "perplexity": dense, "time": 1.0, "low": 1.0, "high": 1.0, "said": "as it is"}
-        words = f"{what}: measured time as a share of the dense model's"
+        words = f"{what} time as a share of dense"  # as wide as a phone
         rows, beaten = beyond_noise([*points, whole]), "a better one takes no longer"
-        drawn.append(charts.front(f"{anchor}-{what}", rows, "time", title=words, share=True, beaten=beaten))
+        drawn.append(charts.front(f"{anchor}-{what}", rows, "time", title=words, share=True, beaten=beaten, log=True))
     timed = sum(entry.pace(PACES[0]) is not None for _, entry in cells)
     text = (
         f"{timed} of {len(cells)} cells were timed. Lines through points are 95 % intervals of time. A cell is on the "

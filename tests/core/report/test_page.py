@@ -64,7 +64,7 @@ def comparison(folder: Path, evil: str = "", *, speed: bool = False) -> Path:
 
     def row(cell: str, sparsity: float, seed: int, above: float) -> Row:
         losses = base + above + 0.01 * rng.normal(size=16)
-        fast = {}
+        fast: dict[str, Any] = {}
         if speed and cell == DENSE:
             fast = {"prefill_tokens_per_second": 1000.0, "decode_tokens_per_second": 10.0}
         elif speed and (cell, sparsity) != ("twin", 0.25):

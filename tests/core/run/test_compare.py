@@ -16,7 +16,6 @@ from prunekit import WrongInput
 from prunekit.calibration import fill
 from prunekit.errors import PluginError
 from prunekit.measure import speed
-from prunekit.measure.ratios import Ratio
 from prunekit.recipe.suite import Suite
 from prunekit.report.comparison import COMPLETE, DENSE, FAILED, LEFT, REFUSED, Comparison, Row, Rows
 from prunekit.run import compare, pace, stages
@@ -354,7 +353,9 @@ def test_cells_are_timed_in_turns_with_the_dense_model_where_that_is_asked_for(a
         times = dense.parameters / row.parameters
         assert times > 1
         for what in ("prefill", "decode"):
-            assert row.pace(what) == Ratio(*[pytest.approx(times)] * 3)
+            ratio = row.pace(what)
+            assert ratio is not None
+            assert (ratio.median, ratio.low, ratio.high) == pytest.approx((times, times, times))
     assert found.rows == prunekit.compare(**few, speed=True).rows  # they come back as they are
     assert any(line.startswith("every cell is timed in turns") and line.endswith(" for 3") for line in lines)
     with pytest.raises(WrongInput, match="holds this comparison with speed, and small models are not kept"):
