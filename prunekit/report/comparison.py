@@ -84,7 +84,7 @@ class Rows:
         whole = text[: text.rfind(b"\n") + 1]  # a killed writer leaves half a line
         for line in whole.splitlines():
             try:
-                row = _row_of(json.loads(line))
+                row = row_of(json.loads(line))
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise Damaged(f"{path} was changed since it was written; begin again with --overwrite") from error
             self._keep(row)
@@ -110,7 +110,8 @@ class Rows:
         return iter(self.found.values())
 
 
-def _row_of(values: Mapping[str, Any]) -> Row:
+def row_of(values: Mapping[str, Any]) -> Row:
+    """Read a row that was written as JSON."""
     found = {**values, "losses": tuple(values["losses"]), "trace": tuple(map(tuple, values["trace"]))}
     return Row(**found)
 
@@ -179,7 +180,10 @@ class Comparison:
     @cached_property
     def places(self) -> list[tuple[str, float]]:
         """(model, sparsity) pairs that have final rows, in order."""
-        return list(dict.fromkeys((row.model, row.sparsity) for row in self._final if row.cell != DENSE))
+        found = dict.fromkeys((row.model, row.sparsity) for row in self._final if row.cell != DENSE)
+        models = list(dict.fromkeys(model for model, _ in found))
+        order = {sparsity: i for i, sparsity in enumerate(self.suite.sparsity)}  # rows may come in another one
+        return sorted(found, key=lambda place: (models.index(place[0]), order.get(place[1], len(order))))
 
     def dense(self, model: str) -> Row:
         """The row of a model as it was."""

@@ -66,11 +66,17 @@ class Bench:
     exact: bool = False  # whether the optimum of what is searched is looked for, where it can be known
     _together: dict[str, Measures] = field(default_factory=dict)  # by what makes a calibration pass
 
-    def announce(self, parts: Parts) -> None:
-        """Say that a recipe comes: who makes its calibration pass first measures what all read there."""
-        if parts.learner is None:
-            pass_, own = self._pass_of(parts, self._space(parts))
-            self._together[pass_] = own.joined(self._together.get(pass_, own))
+    def announce(self, parts: Parts) -> str | None:
+        """Say that a recipe comes: who makes its calibration pass first measures what all read there.
+
+        Returns:
+            The name of that pass; None: a learner decides, and it is its own.
+        """
+        if parts.learner is not None:
+            return None
+        pass_, own = self._pass_of(parts, self._space(parts))
+        self._together[pass_] = own.joined(self._together.get(pass_, own))
+        return pass_
 
     def separate(self, parts: Parts) -> bool:
         """Let every run of this calibration pass measure for itself; whether they did not so far."""
