@@ -218,7 +218,8 @@ class Comparison:
     def seconds(self, row: Row) -> float:
         """What a row has taken: its own seconds, and an equal share of every calibration pass that rows have in common.
 
-        So the seconds of all rows add up to what it took to make them.
+        So the seconds of all rows add up to what it took one worker to make them; a pass that several workers have
+        made counts once.
         """
         return row.own + sum(spent / self._readers[row.model, name] for name, spent in row.passes.items())
 

@@ -155,5 +155,5 @@ class Column:
         Halving(
             self.cells, suite.sparsity, suite.seeds, REFERENCE, until, costs, makers,
             known=lambda *key: self.find(key) is not None, leave_out=self.leave_out, expect=self.grid.expect,
-            say=say, after=lambda: self.grid.writing,
+            say=say, after=lambda: self.grid.writing, clock=time.perf_counter,
         ).run()  # fmt: skip

@@ -203,7 +203,7 @@ class Pretended:
             return
         begun = world.now
         row = world.make(*key)
-        (name, takes), = row.passes.items()
+        ((name, takes),) = row.passes.items()
         by = next((one for one in free if name in self.shelves.get(one, ())), free[0])
         shelf = self.shelves.setdefault(by, set())
         wall = row.stages["search"] + (0.0 if name in shelf else takes)
