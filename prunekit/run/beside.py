@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -194,7 +194,8 @@ class Together:
             foreseen = column.foreseen(task.key for task in (*self._waiting, *self.busy.values()))
             coming = len(self._waiting) + len(self.busy)
             column.grid.expect(coming, None if foreseen is None else foreseen / self.size)
-            self._hear()
+            while not self._hear():
+                pass
             self._copy_twins()
 
     # -- as makers of a halving ------------------------------------------------------------------------
@@ -217,9 +218,9 @@ class Together:
     def finished(self, *, every: bool = False) -> list[tuple[Row, int]]:
         """Wait until a worker is free, or all that was begun is done."""
         while (self.busy or self._waiting) if every else not self.free:
-            self._hear()
-            self._copy_twins()
-            self._begin_waiting()
+            if self._hear():
+                self._copy_twins()
+                self._begin_waiting()
         done, self._done = self._done, []
         return done
 
@@ -271,8 +272,12 @@ class Together:
 
     # -- what they tell --------------------------------------------------------------------------------
 
-    def _hear(self) -> None:
-        """Wait for what one of them tells, and take note of it."""
+    def _hear(self) -> bool:
+        """Wait for what one of them tells, and take note of it.
+
+        Returns:
+            Whether a worker came, went or has made a row, so that others may begin.
+        """
         if not (self.free or self.busy or self.opening):
             raise CannotGoOn("no worker is left; give fewer --workers, and the same command continues from here")
         while (heard := self.crew.hear(EVERY)) is None:
@@ -282,18 +287,14 @@ class Together:
             self._ended(number, message)
         elif "error" in message:
             self._broken(number, message)
+        elif "opened" in message:
+            self._opened(number, message)
+        elif "row" in message:
+            self._made(number, message)
         else:
-            for kind, take in self._takes.items():
-                if kind in message:
-                    take(number, message)
-                    return
-
-    @property
-    def _takes(self) -> Mapping[str, Callable[[int, Message], None]]:
-        return {
-            "opened": self._opened, "row": self._made, "say": self._say, "part": self._part,
-            "describe": self._describe, "measured": self._measured, "at": self._at,
-        }  # fmt: skip
+            self._show(number, message)
+            return False
+        return True
 
     def _opened(self, number: int, message: Message) -> None:
         self.opening.discard(number)
@@ -371,18 +372,24 @@ class Together:
 
     # -- what is shown ---------------------------------------------------------------------------------
 
-    def _say(self, number: int, message: Message) -> None:
-        if (line := message["say"]) not in self._said:  # of several that open one model
-            self._said.add(line)
-            self.progress.say(line)
-
-    def _part(self, number: int, message: Message) -> None:
-        if message["part"] is None:
+    def _show(self, number: int, message: Message) -> None:
+        """Show what a worker tells of what it is at; of its cell as of a part of its own."""
+        name, _, part = self._parts.get(number, (f"worker {number}", None, None))
+        if "say" in message:
+            if message["say"] not in self._said:  # several that open one model say the same
+                self._said.add(message["say"])
+                self.progress.say(message["say"])
+        elif "at" in message:
+            self.order.column.grid.note(f"{name}: {message['at']}")
+        elif "part" in message and message["part"] is None:
             self._leave_part(number, done=message["done"])
-            return
-        stack = ExitStack()
-        told = stack.enter_context(self.progress.part(message["part"]))
-        self._parts[number] = message["part"], stack, told
+        elif "part" in message:
+            stack = ExitStack()
+            self._parts[number] = message["part"], stack, stack.enter_context(self.progress.part(message["part"]))
+        elif part is not None and "describe" in message:
+            part.describe(message["describe"])
+        elif "measured" in message and (part is not None or self._base is None):  # opening it is told once
+            (part or self.progress).measured(message["measured"], message["step"])
 
     def _leave_part(self, number: int, *, done: bool) -> None:
         _, stack, _ = self._parts.pop(number, ("", ExitStack(), self.progress))
@@ -394,20 +401,6 @@ class Together:
         """Say of all that is shown that it did not come to its end."""
         for number in [*self._parts]:
             self._leave_part(number, done=False)
-
-    def _describe(self, number: int, message: Message) -> None:
-        if number in self._parts:
-            self._parts[number][2].describe(message["describe"])
-
-    def _measured(self, number: int, message: Message) -> None:
-        if number in self._parts:
-            self._parts[number][2].measured(message["measured"], message["step"])
-        elif self._base is None:
-            self.progress.measured(message["measured"], message["step"])
-
-    def _at(self, number: int, message: Message) -> None:
-        name, *_ = self._parts.get(number, (f"worker {number}",))
-        self.order.column.grid.note(f"{name}: {message['at']}")
 
 
 class _NotDone(Exception):

@@ -345,7 +345,13 @@ def test_what_workers_leave_is_known_as_theirs_and_nothing_else_is(tmp_path: Pat
 def test_several_workers_are_refused_where_there_cannot_be_any(saved_tiny: Any, tmp_path: Path) -> None:
     from prunekit.testing import tiny
 
-    asked = {"recipe": "fast", "recipes": ["fast"], "output": tmp_path / "out", "workers": 2, "quiet": True}
+    asked: dict[str, Any] = {
+        "recipe": "fast",
+        "recipes": ["fast"],
+        "output": tmp_path / "out",
+        "workers": 2,
+        "quiet": True,
+    }
     with pytest.raises(WrongInput, match="in memory cannot be sent to them; save it and give its folder"):
         prunekit.compare(tiny("llama"), **asked)
     with pytest.raises(WrongInput, match="engine ray shares out the work inside a cell"):
@@ -368,7 +374,12 @@ def timeless(rows: Iterable[Row]) -> dict[Any, Row]:
 @pytest.mark.slow
 def test_two_workers_make_the_rows_that_one_makes(quick: Any, tmp_path: Path) -> None:
     keys = {key: value for key, value in quick().items() if key.startswith("data__")}
-    asked = {"recipe": "fast", "pruners": ["magnitude"], "allocators": ["uniform", "table", "greedy"], **keys}
+    asked: dict[str, Any] = {
+        "recipe": "fast",
+        "pruners": ["magnitude"],
+        "allocators": ["uniform", "table", "greedy"],
+        **keys,
+    }
     asked |= {"cells": {"no such": {"allocator": {"name": "milp", "limits": [["nonsense", 0.5]]}}}, "seeds": 2}
     heard = Heard()
     one = prunekit.compare(MODEL, **asked, output=tmp_path / "one", quiet=True)
@@ -388,7 +399,12 @@ def test_two_workers_make_the_rows_that_one_makes(quick: Any, tmp_path: Path) ->
 @pytest.mark.slow
 def test_killed_at_work_nobody_is_left_and_the_same_command_goes_on(quick: Any, tmp_path: Path) -> None:
     keys = {key: value for key, value in quick().items() if key.startswith("data__")}
-    asked = {"recipe": "fast", "pruners": ["magnitude", "wanda"], "allocators": ["uniform", "table"], **keys}
+    asked: dict[str, Any] = {
+        "recipe": "fast",
+        "pruners": ["magnitude", "wanda"],
+        "allocators": ["uniform", "table"],
+        **keys,
+    }
     script = "import sys, json, prunekit; prunekit.compare(sys.argv[1], **json.loads(sys.argv[2]))"
     told = json.dumps(asked | {"output": str(tmp_path / "out"), "workers": 2, "quiet": True})
     command = [sys.executable, "-c", script, str(MODEL), told]

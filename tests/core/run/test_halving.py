@@ -196,10 +196,11 @@ class Pretended:
     done: list[tuple[Row, int]] = field(default_factory=list)
     shelves: dict[int, set[str]] = field(default_factory=dict)
 
-    def begin(self, *key: float | str) -> None:
+    def begin(self, cell: str, sparsity: float, seed: int, share: float) -> None:
+        key = cell, sparsity, seed, share
         world, free = self.world, sorted({*range(self.size)} - {by for _, by, _ in self.work})
         if key in world.rows:
-            self.done.append((world.rows[key], 0))  # type: ignore[index]
+            self.done.append((world.rows[key], 0))
             return
         begun = world.now
         row = world.make(*key)
@@ -208,7 +209,7 @@ class Pretended:
         shelf = self.shelves.setdefault(by, set())
         wall = row.stages["search"] + (0.0 if name in shelf else takes)
         shelf.add(name)
-        del world.rows[key]  # type: ignore[arg-type]
+        del world.rows[key]
         world.now = begun
         self.work.append((begun + wall, by, replace(row, wall=wall)))
 
