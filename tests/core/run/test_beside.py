@@ -377,7 +377,7 @@ def test_two_workers_make_the_rows_that_one_makes(quick: Any, tmp_path: Path) ->
     asked: dict[str, Any] = {
         "recipe": "fast",
         "pruners": ["magnitude"],
-        "allocators": ["uniform", "table", "greedy"],
+        "allocators": ["uniform", "table", "random"],
         **keys,
     }
     asked |= {"cells": {"no such": {"allocator": {"name": "milp", "limits": [["nonsense", 0.5]]}}}, "seeds": 2}
