@@ -98,11 +98,16 @@ def _make_cells(told: Message, folder: Path, asked: queue.SimpleQueue[Message], 
         rows = Held(Path(told["rows"]), [] if told["dense"] is None else [row_of(told["dense"])])
         work = Work(bench, suite, cells, told["model"], rows, Grid(suite, rows, folder, Stage(), 1, 1, None), None)
         dense = work.dense()
-        coming = [[*key, *of] for share in told["shares"] for key, of in work.announce(share).items()]
+        known = {key: of for share in told["shares"] for key, of in work.announce(share).items()}
+        coming = [
+            [*key, recipe, None if pass_ is None else bench.candidates_of(pass_)]
+            for key, (recipe, pass_) in known.items()
+            if first
+        ]
         if first:
             work.warn_of_limit()
         measured = found.model_dump(mode="json", include={"dtype", "metric", "latency"})
-        tell({"opened": measured, "dense": asdict(dense), "coming": coming if first else []})
+        tell({"opened": measured, "dense": asdict(dense), "coming": coming})
         while True:
             cell, sparsity, seed, share = asked.get()["make"]
             tell({"row": asdict(work.make((cell, sparsity, seed, share)))})

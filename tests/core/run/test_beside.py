@@ -26,6 +26,7 @@ from prunekit.run.beside import Order, make_beside
 from prunekit.run.crew import Crew, Ended
 from prunekit.run.dealing import Deal, Share, Task, find_twin, share_devices, without_twins
 from prunekit.run.grid import Column, Grid
+from prunekit.run.together import Measures, same_candidates
 from prunekit.run.workplace import claimed
 from prunekit.system.progress import Progress, Stage
 
@@ -62,7 +63,8 @@ class Heard(Progress):
     @property
     def workers(self) -> dict[str, Mapping[str, Any]]:
         """By cell, what who has made it has told."""
-        return {key.removeprefix("describe "): value for key, value in self.told if key.startswith("describe ")}
+        told = {key.removeprefix("describe "): value for key, value in self.told if key.startswith("describe ")}
+        return {cell: value for cell, value in told.items() if cell}
 
 
 class Counted(Stage):
@@ -163,6 +165,22 @@ def test_every_cell_is_made_once_no_later_than_by_one_worker(seed: int) -> None:
     assert set(made) == {task.recipe or task.key[0] for task in every}
     assert shop.now <= one.now
     assert set(one.times.values()) <= {1}
+
+
+def test_seeds_share_a_pass_in_which_nothing_is_drawn() -> None:
+    names = [json.dumps({"seed": seed, "width": None, "data": {"shuffle": False}}) for seed in (0, 1)]
+    assert len({same_candidates(name, Measures(scores=True)) for name in names}) == 1
+    assert len({same_candidates(name, Measures(nats=True)) for name in names}) == 2
+    assert len({same_candidates(name.replace("false", "true"), Measures()) for name in names}) == 2
+
+
+def test_a_recipe_is_told_to_a_worker_with_who_has_said_what(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("sparsity: 0.1\nengine: {name: ray, address: ray://elsewhere:1}\nmodel: m\n")
+    recipe = Recipe.load(file).with_overrides({"data.dataset": ["a.txt", "b.txt"]})
+    told = Recipe.of_told(json.loads(json.dumps(recipe.as_told())))
+    assert told == recipe
+    assert told.from_file == recipe.from_file == {"engine.address"}
 
 
 def test_devices_are_divided_among_workers() -> None:
@@ -391,7 +409,13 @@ def test_two_workers_make_the_rows_that_one_makes(quick: Any, tmp_path: Path) ->
     assert any("2 workers side by side" in line for line in heard.of("say"))
     assert {path.name for path in (tmp_path / "two" / "model-0").iterdir()} == {"worker-0", "worker-1"}
     told = {row.cell for row in two.rows if row.state == COMPLETE} - {DENSE}
-    assert {name.split(",")[0] for name in heard.workers} <= told
+    assert {name.split(",")[0] for name in heard.workers} == told
+    times = Counter(
+        path.name for path in (tmp_path / "two" / "model-0").glob("*/walks/walk-*") if any(path.glob("*.safetensors"))
+    )
+    readers = Counter(name for row in two.rows for name in row.passes)
+    assert set(readers) <= set(times)
+    assert {times[name] for name, rows in readers.items() if rows > 1} == {1}  # also where the readers are two seeds
     again = prunekit.compare(MODEL, **asked, output=tmp_path / "two", quiet=True)  # by one, nothing is left to do
     assert list(again.rows) == list(two.rows)
 
