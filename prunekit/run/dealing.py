@@ -129,8 +129,8 @@ def share_devices(devices: Sequence[str], workers: int, *, named: str) -> list[S
         )
     cuts = [round(i * len(devices) / workers) for i in range(workers + 1)]
     parts = [devices[a:b] for a, b in pairwise(cuts)]
-    firsts = [part[0] for part in parts]
-    return [Share(",".join(part), firsts.count(part[0])) for part in parts]
+    memories = ["cpu" if part[0].startswith("cpu") else part[0] for part in parts]
+    return [Share(",".join(part), memories.count(own)) for part, own in zip(parts, memories, strict=True)]
 
 
 def without_twins(waiting: Sequence[Task], busy: Mapping[int, Task]) -> list[Task]:

@@ -190,6 +190,7 @@ def test_devices_are_divided_among_workers() -> None:
     assert [share.device for share in share_devices(cuda, 2, named="cuda")] == ["cuda:0,cuda:1", "cuda:2,cuda:3"]
     assert [share.device for share in share_devices(cuda, 3, named="cuda")] == ["cuda:0", "cuda:1,cuda:2", "cuda:3"]
     assert share_devices(["cuda:1"] * 2, 2, named="cuda:1,cuda:1") == [Share("cuda:1", 2)] * 2
+    assert share_devices(["cpu:0", "cpu:1"], 2, named="cpu:0,cpu:1") == [Share("cpu:0", 2), Share("cpu:1", 2)]
     with pytest.raises(WrongInput, match=r"4 workers were asked.*2 devices \(cuda:0, cuda:1\).*--device cuda:0,cuda:0"):
         share_devices(cuda[:2], 4, named="cuda:0,cuda:1")
 
