@@ -1,8 +1,8 @@
 """Stands for `prunekit.run.worker` where nothing is made: opens no model, and does with a cell what its name says.
 
 `NAME PASS RECIPE [dies | breaks]`: the calibration pass that it reads and the digest of its recipe, and what becomes of
-who makes it. The first worker on model `with 1` waits until there is a second one, on `no 1` until that one has failed.
-It imports no prunekit, so that it starts at once.
+who makes it. On model `with 1` the first worker waits until there is a second one, on `no 1` and `refused by 1` until that
+one has failed. It imports no prunekit, so that it starts at once.
 """
 
 import json
@@ -53,6 +53,9 @@ coming = [
     [cell, sparsity, seed, share, f"{named(cell)[1]} {sparsity} {seed}", f"{named(cell)[0]} {sparsity} {share}"]
     for share in told["shares"] for cell in cells for sparsity in sparsities for seed in seeds
 ]  # fmt: skip
+if told["model"] == f"refused by {number}":
+    tell(error="WrongInput", text="there is no text in it; give another")
+    raise SystemExit(1)
 tell(say="the model is open")
 tell(
     opened={"dtype": "float32"},
@@ -71,8 +74,8 @@ for line in sys.stdin:
         tell(error="OSError", errno=28, text="No space left on device", filename=None)
         print("no space", file=sys.stderr)
         raise SystemExit(1)
-    if number == 0 and told["model"] in ("with 1", "no 1"):
-        wait_for(Path(told["folder"]).with_name("worker-1"), gone=told["model"] == "no 1")
+    if number == 0 and told["model"] in ("with 1", "no 1", "refused by 1"):
+        wait_for(Path(told["folder"]).with_name("worker-1"), gone=told["model"] != "with 1")
     tell(measured={"loss": 1.0}, step=8)
     tell(part=None, done=True)
     tell(row=row_of(told, key, recipe=f"{recipe} {key[1]} {key[2]}", passes={f"{reads} {key[1]} {key[3]}": 1.0}))

@@ -238,15 +238,24 @@ def test_one_that_dies_takes_no_other_cell_with_it(tmp_path: Path) -> None:
     assert rows["b p s dies"].wall > 0
 
 
-def test_one_that_cannot_open_the_model_is_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "why"), [("no 1", "ended with code 1: it does not fit"), ("refused by 1", "there is no text in it")]
+)
+def test_one_that_cannot_open_the_model_is_left_out(tmp_path: Path, model: str, why: str) -> None:
     heard = Heard()
-    make_beside(order(tmp_path / "some", ["a p r", "b q s", "c t u"], model="no 1"), heard, PRETENDED)
-    assert {row.state for row in rows_of(tmp_path / "some").values()} == {COMPLETE}
+    make_beside(order(tmp_path, ["a p r", "b q s", "c t u"], model=model), heard, PRETENDED)
+    assert {row.state for row in rows_of(tmp_path).values()} == {COMPLETE}
     (warning,) = [line for line in heard.of("say") if line.startswith("warning")]
     assert "worker 1 is left out" in warning
-    assert "ended with code 1: it does not fit" in warning
+    assert why in warning
+
+
+def test_where_the_first_cannot_open_the_model_nobody_can(tmp_path: Path) -> None:
+    heard = Heard()
     with pytest.raises(CannotGoOn, match=r"could not be opened by a worker: .*it does not fit"):
-        make_beside(order(tmp_path / "none", ["a p r", "b q s"], model="no 0"), heard, PRETENDED)
+        make_beside(order(tmp_path / "died", ["a p r", "b q s"], model="no 0"), heard, PRETENDED)
+    with pytest.raises(WrongInput, match=r"^there is no text in it; give another$"):
+        make_beside(order(tmp_path / "refused", ["a p r", "b q s"], model="refused by 0"), heard, PRETENDED)
 
 
 def test_what_would_end_one_process_ends_several(tmp_path: Path) -> None:
