@@ -1,8 +1,8 @@
 """Stands for `prunekit.run.worker` where nothing is made: opens no model, and does with a cell what its name says.
 
 `NAME PASS RECIPE [dies | breaks]`: the calibration pass that it reads and the digest of its recipe, and what becomes of
-who makes it. On model `with 1` the first worker waits until there is a second one, on `no 1` and `refused by 1` until that
-one has failed. It imports no prunekit, so that it starts at once.
+who makes it. On model `with 1` the first worker waits until there is a second one, on `no 1` and `refused by 1` until
+that one has failed. It imports no prunekit, so that it starts at once.
 """
 
 import json
