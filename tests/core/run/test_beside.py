@@ -385,7 +385,7 @@ def test_several_workers_are_refused_where_there_cannot_be_any(saved_tiny: Any, 
     with pytest.raises(WrongInput, match="engine ray shares out the work inside a cell"):
         prunekit.compare("m", engine="ray", **asked)
     with pytest.raises(WrongInput, match="workers are 1 or more, not 0"):
-        prunekit.compare("m", **asked | {"workers": 0})
+        prunekit.compare("m", **asked | dict[str, Any](workers=0))
     assert not (tmp_path / "out").exists()
 
 
