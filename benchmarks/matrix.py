@@ -35,7 +35,7 @@ from prunekit.export.hf import to_transformers
 from prunekit.export.write import write
 from prunekit.layer.candidates import Candidate
 from prunekit.layer.layouts import layout_of
-from prunekit.measure.rounds import Ratio
+from prunekit.measure.ratios import Ratio
 from prunekit.measure.speed import speeds
 from prunekit.models import classes
 from prunekit.models.adapters.find import adapter_for

@@ -186,8 +186,8 @@ def compare(
         track: trackers in which the run can be watched: names, {"name": ..., option: value}, or instances.
         resume: whether an earlier comparison is continued.
         overwrite: whether another one in `output` may be replaced.
-        settings: keys of a suite, as pruners=["obs", "wanda"], seeds=3; all others are recipe keys for all cells, as
-            of `prune`.
+        settings: keys of a suite, as pruners=["obs", "wanda"], seeds=3, or speed=True to time every small model in
+            turns with the dense one; all others are recipe keys for all cells, as of `prune`.
 
     Returns:
         All rows, and what can be said of them.

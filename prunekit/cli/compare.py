@@ -73,6 +73,14 @@ def compare(
     seeds: Annotated[
         int | None, option("How often every cell is run: with seeds 0, 1, up to N - 1.", METHOD, metavar="N", min=1)
     ] = None,
+    speed: Annotated[
+        bool | None,
+        switch(
+            "Prefill and decode of every small model, timed in turns with the dense one; off by default: it takes "
+            "some 15 seconds a cell, and times are noisy.",
+            METHOD,
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None, option("A recipe value for all cells. Repeatable.", METHOD, "--set", metavar="KEY=VALUE")
     ] = None,
@@ -118,6 +126,7 @@ def compare(
         "models": [name for word in models for name in word.split(",")] or None,
         "recipes": _split(recipes), "pruners": _split(pruners), "allocators": _split(allocators),
         "learners": _split(learners), "objectives": _split(objectives), "recipe": recipe, "seeds": seeds,
+        "speed": speed,
         "sparsity": None if sparsity is None else [_share(text) for text in sparsity.split(",")],
     }  # fmt: skip
     found |= {key: value for key, value in given.items() if value is not None}

@@ -84,7 +84,7 @@ def evaluate(
         check_installed()
     from prunekit.data.spec import DataSpec
     from prunekit.measure.evaluate import evaluate as measure
-    from prunekit.measure.rounds import Ratio
+    from prunekit.measure.ratios import Ratio
     from prunekit.system.progress import progress_for
 
     quiet_libraries()

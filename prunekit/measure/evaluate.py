@@ -19,9 +19,9 @@ from prunekit.data.tokens import TokenBatch
 from prunekit.errors import WrongInput, one_line
 from prunekit.measure.harness import ask, batch_of, check_tokenizer, results
 from prunekit.measure.perplexity import Perplexity, bits_per_byte, perplexity
-from prunekit.measure.rounds import FEWEST, Ratio
+from prunekit.measure.ratios import FEWEST
 from prunekit.measure.samples import PROMPTS, samples
-from prunekit.measure.speed import Speed, size, speeds, zeros
+from prunekit.measure.speed import Speed, ratios, size, speeds, zeros
 from prunekit.models.modules import evaluating, text_config
 from prunekit.models.opening import DTYPES, load_tokenizer, resolved_device
 from prunekit.models.opening import loaded as loaded_from
@@ -204,13 +204,7 @@ def _ratios(paces: dict[str, Speed] | None) -> dict[str, Any]:
     """The other's speed, and how many times as fast the first is, round by round."""
     if paces is None:
         return {}
-    pace, other = paces["model"], paces["against"]
-    found = other.as_dict()
-    for what, a, b in (("prefill", pace.prefill, other.prefill), ("decode", pace.decode, other.decode)):
-        ratio = Ratio.of(a, b)
-        found[f"{what}_ratio"], found[f"{what}_ratio_interval"] = ratio.median, [ratio.low, ratio.high]
-        found[f"{what}_ratio_clear"] = ratio.clear
-    return found
+    return paces["against"].as_dict() | ratios(paces["model"], paces["against"])
 
 
 def load(model: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Any:

@@ -1,4 +1,4 @@
-"""Times taken in interleaved rounds, and what may be said of them in spite of noise.
+"""Times taken in interleaved rounds.
 
 In every round each has one turn, in an order of its own, so that a machine that slows down does so for all; what is
 compared is compared round by round.
@@ -6,13 +6,10 @@ compared is compared round by round.
 
 from __future__ import annotations
 
-import math
 import random
-import statistics
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -20,62 +17,8 @@ import torch
 from prunekit.system.progress import Progress
 from prunekit.system.rates import wait_for
 
-FEWEST = 6  # pairs that an interval takes: with five, chance alone gives one side of 1 more often than ERROR
-ERROR = 0.05  # of all intervals miss the true ratio
-
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The median of some measurements, and the range of the half of them in the middle; in their unit."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """The quartiles of at least one measurement."""
-        low, median, high = statistics.quantiles([*values] * (1 + (len(values) == 1)), n=4, method="inclusive")
-        return cls(median, low, high)
-
-    def __str__(self) -> str:
-        digits = 1 if self.median < 1000 else 0
-        return f"{self.median:,.{digits}f} ±{(self.high - self.low) / 2 / self.median:.1%}"
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """The median of ratios pair by pair, and the interval of the sign test, which assumes no shape of the noise."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float], base: Sequence[float]) -> Ratio:
-        """`values` over `base`; those of the same place were measured in the same round.
-
-        Raises:
-            ValueError: they are not as many, or fewer than `FEWEST`.
-        """
-        ratios = sorted(a / b for a, b in zip(values, base, strict=True))
-        if (n := len(ratios)) < FEWEST:
-            raise ValueError(f"an interval takes {FEWEST} pairs, not {n}")
-        # the true median lies below the k-th smallest, or above the k-th largest, as often as n tosses have < k heads
-        chances = [2 * sum(math.comb(n, i) for i in range(k)) / 2**n for k in range(1, n // 2 + 1)]
-        k = sum(chance <= ERROR for chance in chances)
-        return cls(statistics.median(ratios), ratios[k - 1], ratios[n - k])
-
-    @property
-    def clear(self) -> bool:
-        """Whether the noise leaves no doubt that there is a difference."""
-        return not self.low <= 1 <= self.high
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})" if self.clear else "no difference beyond noise"
 
 
 def interleaved(

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from prunekit.measure.rounds import FEWEST, Ratio, Spread, elapsed, interleaved, own_time
+from prunekit.measure.ratios import FEWEST, Ratio, Spread
+from prunekit.measure.rounds import elapsed, interleaved, own_time
 from prunekit.models.modules import evaluating, text_config
 from prunekit.space.prices import Workload
 from prunekit.system.progress import Progress
@@ -51,10 +52,15 @@ class Speed:
             "clock": "thread" if self.own_time else "wall",
         }
 
-    def __str__(self) -> str:
+    @property
+    def how(self) -> str:
+        """What was timed, and where."""
         where = self.device if self.device != "cpu" else f"{self.threads} CPU thread{'s' * (self.threads > 1)}"
         clock = ", its own time" if self.own_time else ""
-        return f"{self.work} on {where}{clock}; medians of {len(self.prefill)} rounds, ± half of the middle half"
+        return f"{self.work} on {where}{clock}"
+
+    def __str__(self) -> str:
+        return f"{self.how}; medians of {len(self.prefill)} rounds, ± half of the middle half"
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,16 @@ def workload(model: Any) -> Workload:
         if step >= STEP or batch >= BATCH:
             return Workload(batch, prompt, max(pilot.new_tokens, min(most, TURN // max(1, step))))
         batch *= 2
+
+
+def ratios(speed: Speed, base: Speed) -> dict[str, Any]:
+    """Say how many times as fast one is as another that was timed in the same rounds, for reports."""
+    found = dict[str, Any]()
+    for what, a, b in (("prefill", speed.prefill, base.prefill), ("decode", speed.decode, base.decode)):
+        ratio = Ratio.of(a, b)
+        found[f"{what}_ratio"], found[f"{what}_ratio_interval"] = ratio.median, [ratio.low, ratio.high]
+        found[f"{what}_ratio_clear"] = ratio.clear
+    return found
 
 
 def compared(dense: Speed, pruned: Speed) -> list[tuple[str, str, str, str]]:

@@ -10,6 +10,7 @@ pruners: [obs, {name: wanda}]            # a grid: every one with every allocato
 allocators: [uniform, table]
 objectives: [divergence]
 cells: {greedy-short: {allocator: {name: greedy, steps: 4}}}
+speed: true                              # time every small model in turns with the dense one; without it: no
 set: {data.calibration_tokens: 65536}    # of all cells
 """
 
@@ -63,6 +64,7 @@ class Suite(Strict):
         0.5,
     )
     seeds: Annotated[int, Field(ge=1)] = 1  # 0, 1, ...
+    speed: bool = False  # whether every small model is timed in turns with the dense one
     recipe: str = "default"  # what the grid and the cells differ from
     recipes: tuple[str, ...] = ()
     pruners: Specs = ()

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from prunekit.measure.ratios import Ratio
 from prunekit.recipe.suite import Suite
 from prunekit.report.markup import table
 from prunekit.report.statistics import Ranks, Standing, ranks, standings
@@ -58,11 +59,25 @@ class Row:
     passes: Mapping[str, float] = field(default_factory=dict)  # of these, calibration passes by what makes them
     wall: float = 0.0  # that this run took for it
     trace: tuple[tuple[int, float], ...] = ()  # (token-forwards, lowest loss so far), on the most tokens
+    prefill_tokens_per_second: float | None = None  # a median of rounds; None: it was not timed
+    decode_tokens_per_second: float | None = None
+    prefill_ratio: float | None = None  # how many times as fast as the dense model, in turns with it
+    prefill_ratio_interval: tuple[float, ...] = ()  # holds it with 95 %
+    decode_ratio: float | None = None
+    decode_ratio_interval: tuple[float, ...] = ()
+    rounds: int = 0  # in which it was timed
+    workload: Mapping[str, int] = field(default_factory=dict)  # what was timed: batch, prompt, new_tokens
+    timed: str = ""  # the same in words, and where; or why it was not
 
     @property
     def key(self) -> tuple[str, str, float, int, float]:
         """What no other row has."""
         return self.model, self.cell, self.sparsity, self.seed, self.share
+
+    def pace(self, what: str) -> Ratio | None:
+        """How many times as fast as the dense model, of one of `PACES`; None: it was not timed in turns with it."""
+        median: float | None = getattr(self, f"{what}_ratio")
+        return None if median is None else Ratio(median, *getattr(self, f"{what}_ratio_interval"))
 
     @property
     def own(self) -> float:
@@ -113,6 +128,7 @@ class Rows:
 def row_of(values: Mapping[str, Any]) -> Row:
     """Read a row that was written as JSON."""
     found = {**values, "losses": tuple(values["losses"]), "trace": tuple(map(tuple, values["trace"]))}
+    found |= {key: tuple(values[key]) for key in ("prefill_ratio_interval", "decode_ratio_interval") if key in values}
     return Row(**found)
 
 
@@ -120,6 +136,13 @@ HEADS = (
     "", "cell", "perplexity", "log ratio to the best", f"to {REFERENCE}", "removed", "token-forwards", "s", "seeds",
 )  # fmt: skip
 
+PACES = ("prefill", "decode")  # reading prompts in one pass, making tokens one by one
+PACED = ("prefill, × dense", "decode, × dense")  # further columns where cells were timed
+PACED_TEXT = (
+    "× dense is how many times as many tokens per second as of the dense model, timed in turns with it, with a 95 % "
+    "interval of the sign test over rounds; of several seeds the median, and an interval that holds all of theirs. "
+    "Prefill reads prompts in one pass, decode makes tokens one by one from the cache."
+)
 
 WITHOUT = ("cell", "model", "removed", "seed", "state", "reason")
 
@@ -148,6 +171,17 @@ class Entry:
     def perplexity(self) -> float:
         """Of the mean loss; inf where that is not finite."""
         return _exp(self.standing.loss)
+
+    def pace(self, what: str) -> Ratio | None:
+        """How many times as fast as the dense model, of one of `PACES`, over seeds; None: a seed was not timed."""
+        found = [row.pace(what) for row in self.rows]
+        known = [ratio for ratio in found if ratio is not None]
+        return Ratio.together(known) if len(known) == len(found) else None
+
+    @property
+    def paces(self) -> tuple[str, ...]:
+        """What `PACED` says, as it is printed."""
+        return tuple("not timed" if (found := self.pace(what)) is None else str(found) for what in PACES)
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -202,6 +236,37 @@ class Comparison:
         if (model, sparsity) not in self._boards:  # intervals take a second each
             self._boards[model, sparsity] = self._ordered(self.of(model, sparsity))
         return self._boards[model, sparsity]
+
+    def board(self, model: str, sparsity: float) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """The heads and the rows of that leaderboard, with how fast cells are where any of the comparison was timed."""
+        entries = self.leaderboard(model, sparsity)
+        if not self.is_timed:
+            return HEADS, [each.cells for each in entries]
+        return (*HEADS, *PACED), [(*each.cells, *each.paces) for each in entries]
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether it is known of any cell how fast it is."""
+        return any(row.prefill_ratio is not None for row in self._final)
+
+    def timing(self, model: str, sparsity: float) -> str:
+        """Sentences on how cells were timed, and which were not; empty where none of the comparison was."""
+        if not self.is_timed:
+            return ""
+        rows = [row for rows in self.of(model, sparsity).values() for row in rows]
+        how = "; ".join(dict.fromkeys(row.timed for row in rows if row.prefill_ratio is not None))
+        why = {row.cell: row.timed for row in rows if row.prefill_ratio is None}
+        text = f"Timed at {sparsity:.0%} removed: {how}." if how else f"No cell was timed at {sparsity:.0%}."
+        some = "; ".join(f"{cell} ({reason})" if reason else cell for cell, reason in list(why.items())[:LIMITED])
+        more = f" and {len(why) - LIMITED} more" if len(why) > LIMITED else ""
+        return text + (f" Not timed: {some}{more}." if why and how else "")
+
+    def words_of_dense(self, model: str) -> str:
+        """The dense model in a sentence: perplexity, of what, and how fast where it was timed."""
+        row = self.dense(model)
+        read, made = row.prefill_tokens_per_second, row.decode_tokens_per_second
+        pace = "" if read is None or made is None else f"; {read:,.0f} tokens/s of prefill, {made:,.1f} of decode"
+        return f"Dense: {number(row.perplexity)} ({row.label}){pace}."
 
     def _ordered(self, found: Mapping[str, Sequence[Row]]) -> list[Entry]:
         losses = {
@@ -272,8 +337,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         boards = [
-            table(f"{model}, {sparsity:.0%} removed", HEADS, [each.cells for each in self.leaderboard(model, sparsity)])
-            for model, sparsity in self.places
+            table(f"{model}, {sparsity:.0%} removed", *self.board(model, sparsity)) for model, sparsity in self.places
         ]
         return "".join(boards) + (table("Cells without a result", WITHOUT, self.missing) if self.without else "")
 
@@ -286,16 +350,17 @@ class Comparison:
         """All of it as Markdown."""
         lines = []
         for model, sparsity in self.places:
-            dense = self.dense(model)
             lines += [
                 f"## {model}, {sparsity:.0%} removed",
                 "",
-                f"Dense: {number(dense.perplexity)} ({dense.label}). Intervals hold the difference with 95 %, over "
-                f"windows and seeds; = is not separated from the best. {SECONDS}",
+                f"{self.words_of_dense(model)} Intervals hold the difference with 95 %, over windows and seeds; = is "
+                f"not separated from the best. {SECONDS}",
                 "",
-                *_markdown(HEADS, [each.cells for each in self.leaderboard(model, sparsity)]),
+                *_markdown(*self.board(model, sparsity)),
             ]
             lines.append("")
+            if timing := self.timing(model, sparsity):
+                lines += [f"{PACED_TEXT} {timing}", ""]
             if limited := self.limited(model, sparsity):
                 lines += [limited, ""]
             if near := self.optima(model, sparsity):
@@ -321,7 +386,10 @@ class Comparison:
             "suite": self.suite.model_dump(mode="json"),
             "standings": [
                 {"model": model, "sparsity": sparsity, "dense": self.dense(model).perplexity,
-                 "cells": [_plain(asdict(each.standing)) for each in self.leaderboard(model, sparsity)],
+                 **_dense_speed(self.dense(model)),
+                 "cells": [
+                     _plain(asdict(each.standing)) | _speed(each) for each in self.leaderboard(model, sparsity)
+                 ],
                  "optima": [
                      {"cell": row.cell, "seed": row.seed, "reached": row.reached, "optimum": row.optimum,
                       "by": row.known_by}
@@ -359,13 +427,36 @@ def write_parquet(rows: Sequence[Row], path: Path) -> None:
 
     table = pa.Table.from_pylist(
         [
-            {**asdict(row), "stages": json.dumps(dict(row.stages)), "passes": json.dumps(dict(row.passes))}
+            asdict(row) | {key: json.dumps(dict(getattr(row, key))) for key in ("stages", "passes", "workload")}
             for row in rows
         ]
     )
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_bytes(path, buffer.getvalue())
+
+
+def _speed(entry: Entry) -> dict[str, Any]:
+    """For programs, as `prunekit evaluate --json` says it: how many times as fast as the dense model a cell is."""
+    found = dict[str, Any]()
+    for what in PACES:
+        if (ratio := entry.pace(what)) is not None:
+            found |= {f"{what}_ratio": ratio.median, f"{what}_ratio_interval": [ratio.low, ratio.high],
+                      f"{what}_ratio_clear": ratio.clear}  # fmt: skip
+    return found
+
+
+def _dense_speed(row: Row) -> dict[str, Any]:
+    """The same of a dense model, in tokens per second."""
+    if row.prefill_tokens_per_second is None:
+        return {}
+    return {
+        "dense_speed": {
+            "prefill_tokens_per_second": row.prefill_tokens_per_second,
+            "decode_tokens_per_second": row.decode_tokens_per_second,
+            "workload": dict(row.workload), "timed": row.timed,
+        }
+    }  # fmt: skip
 
 
 def _above(reached: float, optimum: float) -> float:

@@ -19,12 +19,13 @@ import torch
 from prunekit.errors import CannotGoOn, WrongInput
 from prunekit.models.opening import every_device
 from prunekit.recipe.schema import Recipe
-from prunekit.recipe.suite import Cell
+from prunekit.recipe.suite import Cell, Suite
 from prunekit.report.comparison import FAILED, Row, row_of
 from prunekit.run.crew import Crew, Ended, Message
 from prunekit.run.dealing import Deal, Share, Task, find_twin, share_devices, without_twins
 from prunekit.run.grid import Column, Key
 from prunekit.run.halving import SHARES, WHOLE
+from prunekit.run.pace import announcement, seconds_of
 from prunekit.run.session import Job
 from prunekit.system.progress import Progress
 from prunekit.system.sizes import amount
@@ -59,11 +60,12 @@ class Order:
         )
 
 
-def check_workers(workers: int, base: Recipe, job: Job) -> None:
+def check_workers(workers: int, suite: Suite, base: Recipe, job: Job) -> None:
     """Refuse several workers where there cannot be any.
 
     Args:
         workers: how many were asked for.
+        suite: what is compared.
         base: the recipe whose machine all cells have.
         job: of the comparison.
 
@@ -84,7 +86,12 @@ def check_workers(workers: int, base: Recipe, job: Job) -> None:
             f"engine {base.engine['name']} shares out the work inside a cell, and workers share out the cells of this "
             "machine; give one of them"
         )
-    share_devices([*map(str, every_device(base.device))], workers, named=base.device)
+    shares = share_devices([*map(str, every_device(base.device))], workers, named=base.device)
+    if suite.speed and any(share.among > 1 for share in shares):
+        raise WrongInput(
+            f"speed times every small model, and of {workers} workers others would be at work on {shares[0].device} "
+            "meanwhile; give a device for each, or leave workers or speed away"
+        )
 
 
 def share_out(
@@ -168,13 +175,16 @@ class Together:
         while self._base is None:
             self._hear()
         assert self._dense is not None
+        if column.grid.suite.speed:
+            self.progress.say(announcement(self._dense, len(column.whole)))
         column.count(self._dense)
         if order.until is None:
             self._make_all()
             return
         for number in range(1, len(order.shares)):
             self._start(number)
-        column.halve(self, order.until, self._dense.wall, self.progress.say)
+        evaluation = self._dense.seconds + seconds_of(self._dense)
+        column.halve(self, order.until, evaluation, self.progress.say)
 
     def _make_all(self) -> None:
         """Every cell on all of the text."""

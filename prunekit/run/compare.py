@@ -36,17 +36,19 @@ from prunekit.report.comparison import (
     Row,
     Rows,
 )
-from prunekit.run.bench import Bench
+from prunekit.run.bench import Bench, Made
 from prunekit.run.beside import check_workers, make_beside, share_out
 from prunekit.run.grid import Column, Grid, Key
 from prunekit.run.halving import SHARES, WHOLE, Alone
+from prunekit.run.pace import announcement, check_speed, identity_of, seconds_of, time_cell, time_dense
 from prunekit.run.session import MORE, Job, open_session
 from prunekit.run.workplace import claimed
 from prunekit.search.exact import Optimum
 from prunekit.search.ledger import Ledger
 
 # of a row, for programs
-TOLD = ("perplexity", "objective", "optimum", "reached", "parameters", "removed", "token_forwards", "seconds")
+TOLD = ("perplexity", "objective", "optimum", "reached", "parameters", "removed", "token_forwards", "seconds",
+        "prefill_ratio", "decode_ratio")  # fmt: skip
 FEW = 8  # cells that a line names
 LEAST = 8  # windows that a cell is judged on where it is tried on a part of the text
 
@@ -84,9 +86,10 @@ def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20
     for name in set(models):
         if models.count(name) > 1:
             raise WrongInput(f"model {name} is given twice; give it once")
-    check_workers(workers, base, job)
+    check_speed(suite, job)
+    check_workers(workers, suite, base, job)
     versions = {name: metadata.version(name) for name in ("prunekit", "torch", "transformers")}
-    identity: dict[str, Any] = {"suite": suite.model_dump(mode="json"), "models": models, "versions": versions}
+    identity: dict[str, Any] = {"suite": identity_of(suite), "models": models, "versions": versions}
     identity |= identify_code([cell.recipe.model_dump(mode="json") for cell in cells])
     with claimed(output, identity, "a comparison", resume=job.resume, overwrite=job.overwrite) as place:
         rows = Rows(place / ROWS)
@@ -152,6 +155,9 @@ class Work:
         for share in SHARES if self.until is not None else (WHOLE,):
             self.announce(share)
         self.warn_of_limit()
+        if self.suite.speed:
+            many = len(self.suite.sparsity) * len(self.cells) * self.suite.seeds
+            self.bench.session.progress.say(announcement(dense, many))
         self.column.count(dense)
         if self.until is None:
             self._all()
@@ -167,7 +173,8 @@ class Work:
 
     def _in_time(self, until: float, dense: Row) -> None:
         """The better cells on all of the text, as many as there is time for."""
-        self.column.halve(Alone(self._row), until, dense.wall, self.bench.session.progress.say)
+        evaluation = dense.seconds + seconds_of(dense)
+        self.column.halve(Alone(self._row), until, evaluation, self.bench.session.progress.say)
 
     def dense(self) -> Row:
         """The model as it was; its row says of which weights and which text all rows are.
@@ -187,10 +194,12 @@ class Work:
         if known is not None:
             return known
         begun = clocks.perf_counter()
+        timed = time_dense(session) if self.suite.speed else {}
+        judging = clocks.perf_counter()
         measured = perplexity(session.dense.model, session.draws.evaluation, progress=session.progress)
-        took, size = clocks.perf_counter() - begun, reporting.count(session.dense.model)
-        row = Row(self.model, DENSE, 0.0, 0, recipe=of, wall=took, seconds=took, parameters=size)
-        return self.rows.add(replace(row, **_measured(measured)))
+        now, size = clocks.perf_counter(), reporting.count(session.dense.model)
+        row = Row(self.model, DENSE, 0.0, 0, recipe=of, wall=now - begun, seconds=now - judging, parameters=size)
+        return self.rows.add(replace(row, **_measured(measured), **timed))
 
     def announce(self, share: float) -> dict[Key, tuple[str, str | None]]:
         """Tell the bench which cells come on so much of the text; what cannot be resolved is refused in its turn.
@@ -291,11 +300,18 @@ class Work:
                 removed=float(1 - spent / budget.dense), token_forwards=told["token_forwards"],
                 questions=told["questions"], limited=_limited(ledger), seconds=sum(clock.values()),
                 stages=dict(clock), passes=made.run.clock.all_passes, trace=_trace(ledger.text()),
-                **_measured(measured), **optimum,
+                **_measured(measured), **optimum, **self._timed(made, blank),
             )  # fmt: skip
             values = {name: getattr(row, name) for name in TOLD}
             made.run.progress.measured({name: value for name, value in values.items() if value is not None})
             return row
+
+    def _timed(self, made: Made, blank: Row) -> dict[str, Any]:
+        """How fast a cell is that was judged on all of the text, where that is asked for."""
+        if not self.suite.speed or blank.share < 1:
+            return {}
+        dense = self.rows.found[self.model, DENSE, 0.0, 0, 1.0]
+        return time_cell(self.bench.session, made.small, dense)
 
     def _part(self, blank: Row) -> str:
         """The name of a cell among all parts of the comparison."""

@@ -14,7 +14,8 @@ from prunekit.export.compare import Row, compare
 from prunekit.export.formats import choose_formats, why_not_run
 from prunekit.export.question import Question
 from prunekit.export.record import FOLDER, OWN, Record, continue_greedily
-from prunekit.measure.rounds import FEWEST, interleaved, own_time
+from prunekit.measure.ratios import FEWEST
+from prunekit.measure.rounds import interleaved, own_time
 from prunekit.measure.speed import ROUNDS, SECONDS, Speed, compared
 from prunekit.models import paging
 from prunekit.models.adapters.find import adapter_for

@@ -54,11 +54,11 @@ def _tall(rows: Sequence[object]) -> int:
     return 24 * max(1, len(rows))
 
 
-def _named(made: Chart, field: str) -> Chart:
+def _named(made: Chart, field: str, avoid: Sequence[str] = ()) -> Chart:
     """With names beside the points of the layer `dots`, at any width none on another: where there is no room, no name.
 
     Vega places such labels, Vega-Lite does not say how, so the mark is added to what it compiles to. Earlier points get
-    their names first.
+    their names first; none is on a mark of the layers to `avoid`.
     """
     places = ["top-right", "right", "bottom-right", "top-left", "left", "bottom-left", "top", "bottom"]
     room = "[max(9, width), max(9, height)]"  # on the way to a new width it may be 0 for a moment
@@ -67,7 +67,8 @@ def _named(made: Chart, field: str) -> Chart:
         "encode": {"enter": {"text": {"field": f"datum.{field}"}, "fill": {"value": INK}, "fontSize": {"value": 11},
                              "font": {"value": CONFIG["font"]}}},
         "transform": [
-            {"type": "label", "size": {"signal": room}, "anchor": places, "offset": [3] * len(places)}
+            {"type": "label", "size": {"signal": room}, "anchor": places, "offset": [3] * len(places),
+             "avoidMarks": [f"{layer}_marks" for layer in avoid]}
         ],
     }  # fmt: skip
     patch = [{"op": "add", "path": "/marks/-", "value": mark}]
@@ -205,16 +206,22 @@ def tried(name: str, rows: Rows, steps: int) -> Chart:
     return _wide(made, sites)
 
 
-def front(name: str, rows: Rows, size: str, loss: str = "perplexity", title: str = "", share: bool = False) -> Chart:
+def front(
+    name: str, rows: Rows, size: str, loss: str = "perplexity", title: str = "", share: bool = False,
+    beaten: str = "beaten in both", log: bool = False,
+) -> Chart:  # fmt: skip
     """Two things of which both are better when lower, such as size and perplexity.
 
     Args:
         name: of the chart.
-        rows: of every point its `name`, both things, and whether it is on the `front`.
+        rows: of every point its `name`, both things, and whether it is on the `front`; where it was measured with
+            noise, `low` and `high` of the one as well, and what can be `said` of it.
         size: key of the one.
         loss: of the other.
         title: what the one is, if its key does not say it.
         share: whether it is a share of the dense model's.
+        beaten: what is said of a point that is not on the front.
+        log: whether the axis of the other is logarithmic.
     """
     import altair as alt
 
@@ -227,19 +234,33 @@ def front(name: str, rows: Rows, size: str, loss: str = "perplexity", title: str
         scale=alt.Scale(zero=False, padding=16),
         axis=alt.Axis(format="%" if share else "~s", tickCount=6),
     )
-    y = alt.Y(f"{loss}:Q", scale=alt.Scale(zero=False, padding=16))
+    wide = alt.Y(f"{loss}:Q", scale=alt.Scale(type="log", nice=False, padding=16), axis=alt.Axis(**EVERY))
+    y = wide if log else alt.Y(f"{loss}:Q", scale=alt.Scale(zero=False, padding=16))
     line = alt.Chart(data).mark_line(color=GREY).encode(x=x, y=y).transform_filter("datum.front")
-    words = {True: "on the front", False: "beaten in both"}
+    measured = [row for row in known if "low" in row and (row["front"] or len(known) <= SHOWN)]
+    noise = (
+        alt.Chart(alt.Data(values=measured), name="noise")
+        .mark_rule(color=GREY, opacity=0.8)
+        .encode(x="low:Q", x2="high:Q", y=y)
+    )
+    words = {True: "on the front", False: beaten}
     said = alt.Scale(domain=list(words.values()), range=[BLUE, GREY])
     shapes = alt.Scale(domain=list(words.values()), range=["circle", "square"])
     dots = alt.Chart(data, name="dots").mark_point(filled=True, size=80).encode(
-        x=x, y=y, tooltip=["name:N", f"{size}:Q", f"{loss}:Q"],
+        x=x, y=y, tooltip=["name:N", f"{size}:Q", f"{loss}:Q", *(["said:N"] if measured else [])],
         color=alt.Color("on:N", title=None, scale=said), shape=alt.Shape("on:N", title=None, scale=shapes),
     ).transform_calculate(on=f"datum.front ? '{words[True]}' : '{words[False]}'")  # fmt: skip
-    told = "; ".join(f"{row['name']}: {row[size]:.1%}, {row[loss]}" if share else
-                     f"{row['name']}: {row[size]:,}, {row[loss]}" for row in rows)  # fmt: skip
+    described = rows if len(rows) <= SHOWN else [row for row in rows if row["front"]]
+    which = "Points" if len(described) == len(rows) else f"{len(rows)} points; on the front"
+    told = "; ".join(f"{row['name']}: {row[size]:.1%}{_words_of(row)}, {row[loss]}" if share else
+                     f"{row['name']}: {row[size]:,}, {row[loss]}" for row in described)  # fmt: skip
     caption = f"{title[:1].upper()}{title[1:]} against {loss}"
-    return _named(_made(name, caption, f"Points: {told}.", line + dots), "name")
+    made = _made(name, caption, f"{which}: {told}.", line + noise + dots if measured else line + dots)
+    return _named(made, "name", ["noise"] if measured else [])
+
+
+def _words_of(row: Mapping[str, Any]) -> str:
+    return f" ({row['said']})" if "said" in row else ""
 
 
 def trials(name: str, rows: Rows, metric: str) -> Chart:

@@ -30,6 +30,7 @@ from prunekit.report.comparison import (
 from prunekit.report.markup import folded, paragraph, table
 from prunekit.report.page import charts
 from prunekit.report.page.grid import drawn_grids
+from prunekit.report.page.paces import parts_of_paces
 from prunekit.report.page.part import Part
 from prunekit.report.statistics import Standing
 from prunekit.report.words import finite, number
@@ -75,6 +76,7 @@ def parts_of_comparison(folder: Path, name: str) -> list[Part]:
         parts += _parts_of_place(found, model, sparsity, title, f"{name}-{i}")
     for i, model in enumerate(models):
         parts += _parts_of_sizes(found, model, title, f"{name}-sizes-{i}")
+        parts += parts_of_paces(found, model, title, f"{name}-paces-{i}")
     if (ranked := found.ranks()) is not None:
         text = paragraph(
             f"Friedman's p that all are alike: {ranked.p:.3g}, over {ranked.blocks} blocks of model and "
@@ -133,10 +135,10 @@ def _parts_of_place(found: Comparison, model: str, sparsity: float, title: str, 
 
 def _said(found: Comparison, model: str, board: Sequence[Entry]) -> str:
     """The result in a few sentences."""
-    dense, first, tied = found.dense(model), board[0], sum(each.standing.tied for each in board) - 1
+    first, tied = board[0], sum(each.standing.tied for each in board) - 1
     best = f"The best of {len(board)} is {first.standing.name}, {number(first.perplexity)}; "
     best += f"{tied} {'is' if tied == 1 else 'are'} not separated from it. " if tied else "no other is level with it. "
-    return f"{best if math.isfinite(first.perplexity) else ''}Dense: {number(dense.perplexity)} ({dense.label})."
+    return f"{best if math.isfinite(first.perplexity) else ''}{found.words_of_dense(model)}"
 
 
 def _first_cells(board: Sequence[Entry]) -> str:
@@ -200,7 +202,9 @@ def _limits(found: Comparison, models: Sequence[str]) -> str:
         + ("Of another model nothing is said." if len(models) == 1 else "Of others nothing is said."),
         "A tie, marked =, means that this text cannot separate a cell from the best after Holm's correction, not that "
         "they are alike; the first place among ties is an accident.",
-        "Seconds are of this machine, with whatever else it did. How fast pruned models are was not measured.",
+        "Seconds are of this machine, with whatever else it did. "
+        + ("How fast pruned models are is of this machine too, and of what was timed; with other prompts, batches or "
+           "kernels it is another." if found.is_timed else "How fast pruned models are was not measured."),
     ]  # fmt: skip
     return "<ul>" + "".join(f"<li>{html.escape(each)}</li>" for each in said) + "</ul>"
 

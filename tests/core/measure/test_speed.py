@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from prunekit.measure import speed as module
-from prunekit.measure.rounds import Spread
+from prunekit.measure.ratios import Spread
 from prunekit.measure.speed import BATCH, PROMPT, READ, Speed, compared, speeds, workload
 from prunekit.space.prices import Workload
 from prunekit.testing import tiny

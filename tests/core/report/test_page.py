@@ -15,6 +15,7 @@ from prunekit.recipe.suite import Suite
 from prunekit.report.comparison import DENSE, FAILED, Comparison, Row, Rows
 from prunekit.report.notebook import show_family, show_result
 from prunekit.report.page import add_page, write_page
+from prunekit.report.page.paces import beyond_noise
 from prunekit.report.page.sizes import marked
 from prunekit.report.page.study import listed_recipes
 from prunekit.system.files import write_state
@@ -53,8 +54,8 @@ def result(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def comparison(folder: Path, evil: str = "") -> Path:
-    """The files of a comparison."""
+def comparison(folder: Path, evil: str = "", *, speed: bool = False) -> Path:
+    """The files of a comparison; with `speed` all cells but `twin` at a quarter were timed, decode within noise."""
     folder.mkdir()
     suite = Suite.of_mapping({"recipes": ["fast"], "models": ["m"], "sparsity": [0.25, 0.5]})
     write_state(folder / "run.json", {"identity": {"suite": suite.model_dump(mode="json")}})
@@ -63,10 +64,22 @@ def comparison(folder: Path, evil: str = "") -> Path:
 
     def row(cell: str, sparsity: float, seed: int, above: float) -> Row:
         losses = base + above + 0.01 * rng.normal(size=16)
+        fast: dict[str, Any] = {}
+        if speed and cell == DENSE:
+            fast = {"prefill_tokens_per_second": 1000.0, "decode_tokens_per_second": 10.0}
+        elif speed and (cell, sparsity) != ("twin", 0.25):
+            times = 1 / (1 - 0.6 * sparsity + 0.1 * (cell == "uniform"))
+            fast = {
+                "prefill_ratio": times,
+                "prefill_ratio_interval": (0.98 * times, 1.02 * times),
+                "decode_ratio": 1.01,
+                "decode_ratio_interval": (0.97, 1.05),
+                "timed": "2 × 8 tokens read",
+            }
         return Row(
             "m", cell, sparsity, seed, losses=tuple(losses), perplexity=float(np.exp(losses.mean())), label="ppl/t",
             seconds=2.0 + above, wall=1.0, parameters=50, removed=sparsity, token_forwards=64, trace=((32, 0.5),),
-            questions=1 if cell == "uniform" else 4, stages={"prune": 1.5, "search": 0.5 + above},
+            questions=1 if cell == "uniform" else 4, stages={"prune": 1.5, "search": 0.5 + above}, **fast,
         )  # fmt: skip
 
     rows.add(row(DENSE, 0.0, 0, 0.0))
@@ -363,6 +376,36 @@ def test_a_comparison_over_sparsities_has_size_against_perplexity_stages_and_wha
     assert "Seeds: 2" in text
     assert "Models: 1" in text
     assert "run-0-sizes-0" not in write_page([grid(tmp_path / "g")], tmp_path / "grid.html").read_text()  # one sparsity
+
+
+def test_a_comparison_that_was_timed_has_time_against_perplexity_beyond_noise(tmp_path: Path) -> None:
+    text = write_page([comparison(tmp_path / "c", speed=True)], tmp_path / "page.html").read_text()
+    charts = charts_of(text)
+    points = {point["name"]: point for point in rows_of(charts["run-0-paces-0-prefill"])}
+    assert set(points) == {"dense"} | {f"{c}, {s}" for c in ("uniform", "ours", "twin") for s in ("25%", "50%")} - {
+        "twin, 25%"
+    }
+    assert points["ours, 50%"]["time"] == pytest.approx(0.7)
+    assert points["ours, 50%"]["low"] == pytest.approx(0.7 / 1.02)
+    assert {name for name, point in points.items() if point["front"]} == {"dense", "ours, 50%"}
+    decode = rows_of(charts["run-0-paces-0-decode"])
+    assert {point["name"] for point in decode if point["front"]} == {"dense"}  # no cell is faster beyond noise
+    assert {point["said"] for point in decode} == {"as it is", "no difference beyond noise"}
+    assert "5 of 6 cells were timed." in text
+    assert "Not timed: twin." in text
+    assert text.count("<td>not timed</td>") == 2
+    assert text.count("<td>no difference beyond noise</td>") == 5
+    assert "How fast pruned models are was not measured" not in text
+    plain = write_page([comparison(tmp_path / "d")], tmp_path / "plain.html").read_text()
+    assert not [name for name in charts_of(plain) if "paces" in name]
+    assert "How fast pruned models are was not measured" in plain
+
+
+def test_what_noise_cannot_tell_apart_is_not_on_the_front_for_it() -> None:
+    places = [(20.0, 0.50, 0.52), (21.0, 0.51, 0.53), (22.0, 0.40, 0.44), (22.0, 0.30, 0.34), (22.0, 0.33, 0.35)]
+    points = [{"perplexity": y, "low": low, "high": high} for y, low, high in places]
+    lost: dict[str, Any] = {"perplexity": None, "low": 0.1, "high": 0.2}
+    assert [each["front"] for each in beyond_noise([*points, lost])] == [True, False, False, True, True, False]
 
 
 def test_several_results_begin_with_size_and_time_against_perplexity(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def browser() -> Any:
         opened.close()
 
 
-CHARTS = {"results": 13, "study": 4, "grid": 3, "family": 2}  # at least; of a study trials, front and two choices
+CHARTS = {"results": 15, "study": 4, "grid": 3, "family": 2}  # at least; of a study trials, front and two choices
 
 
 @pytest.fixture(params=CHARTS)
@@ -55,7 +55,7 @@ def shown(browser: Any, tmp_path: Path, kind: str) -> Any:
     elif kind == "family":
         folders = [pages.family(tmp_path / "f", metric="latency")]
     else:
-        folders = [pages.comparison(tmp_path / "c"), pages.result(tmp_path / "a")]
+        folders = [pages.comparison(tmp_path / "c", speed=True), pages.result(tmp_path / "a")]
     file = write_page(folders, tmp_path / "page.html")
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     page.complaints, page.requests = [], []

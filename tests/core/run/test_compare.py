@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -14,9 +15,10 @@ import prunekit
 from prunekit import WrongInput
 from prunekit.calibration import fill
 from prunekit.errors import PluginError
+from prunekit.measure import speed
 from prunekit.recipe.suite import Suite
 from prunekit.report.comparison import COMPLETE, DENSE, FAILED, LEFT, REFUSED, Comparison, Row, Rows
-from prunekit.run import compare, grid, stages
+from prunekit.run import compare, grid, pace, stages
 from prunekit.run.bench import Bench
 from prunekit.system.events import Events
 from prunekit.system.progress import Progress, Stage
@@ -326,6 +328,64 @@ def test_enough_time_is_no_halving(asked: Any, done: Comparison) -> None:
     ]
     assert finals[0] == finals[1]
     assert not timed.without
+
+
+def test_cells_are_timed_in_turns_with_the_dense_model_where_that_is_asked_for(asked: Any, monkeypatch: Any) -> None:
+    """On a machine that takes a microsecond for every parameter and token."""
+    lines = list[str]()
+
+    def timed(model: Any, work: Any) -> tuple[int, int]:
+        size = sum(p.numel() for p in model.parameters())
+        return 1000 * size * work.batch * work.prompt, 1000 * size * work.batch * work.new_tokens
+
+    class Said(Progress):
+        def say(self, line: str) -> None:
+            lines.append(line)
+
+    monkeypatch.setattr(speed, "timed", timed)
+    few = asked | FEW | {"progress": Said()}
+    found = prunekit.compare(**few, speed=True)
+    dense, *rows = found.rows
+    assert dense.prefill_ratio is None
+    assert dense.decode_tokens_per_second == pytest.approx(1e6 / dense.parameters)
+    assert {row.timed for row in rows} == {dense.timed}
+    for row in rows:
+        times = dense.parameters / row.parameters
+        assert times > 1
+        for what in ("prefill", "decode"):
+            ratio = row.pace(what)
+            assert ratio is not None
+            assert (ratio.median, ratio.low, ratio.high) == pytest.approx((times, times, times))
+    assert found.rows == prunekit.compare(**few, speed=True).rows  # they come back as they are
+    assert any(line.startswith("every cell is timed in turns") and line.endswith(" for 3") for line in lines)
+    with pytest.raises(WrongInput, match="holds this comparison with speed, and small models are not kept"):
+        prunekit.compare(**few)
+
+
+def test_a_cell_that_cannot_be_timed_keeps_what_it_was_judged_to_be(monkeypatch: Any) -> None:
+    def breaking(*_: Any) -> Any:
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(pace.hf, "to_transformers", breaking)
+    session: Any = SimpleNamespace(dense=SimpleNamespace(model=None, adapter=None), progress=Progress())
+    small: Any = None
+    found = pace.time_cell(session, small, Row("m", DENSE, 0.0, 0))
+    assert found == {"timed": "not timed: RuntimeError: out of memory"}
+
+
+def test_what_timing_takes_is_foreseen_of_the_dense_models_turns() -> None:
+    of = Row("m", DENSE, 0.0, 0)
+    assert pace.seconds_of(of) == 0
+    few, some, many = (replace(of, wall=5.0 + rounds * turn, seconds=5.0, rounds=rounds)
+                       for rounds, turn in ((15, 0.1), (15, 1.0), (3, 6.0)))  # fmt: skip
+    assert pace.seconds_of(few) == pytest.approx(15 * 0.2)  # all rounds
+    assert pace.seconds_of(some) == pytest.approx(15 + 2)  # until no further one begins
+    assert pace.seconds_of(many) == pytest.approx(6 * 12)  # the fewest that make an interval
+
+
+def test_zeros_are_not_timed_because_they_take_as_long(asked: Any) -> None:
+    with pytest.raises(WrongInput, match=r"structure 2:4 leaves zeros, which take as long .* leave speed away"):
+        prunekit.compare(**asked | FEW, structure="2:4", speed=True)
 
 
 def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
