@@ -161,6 +161,7 @@ def compare(
     suite: str | Path | Mapping[str, Any] | Suite | None = None,
     output: str | Path,
     time: str | float | None = None,
+    workers: int = 1,
     quiet: bool = False,
     progress: Progress | None = None,
     track: Spec | Sequence[Spec] = (),
@@ -178,6 +179,8 @@ def compare(
         suite: what is compared: a YAML file, a preset by name, or what such a file says.
         output: folder for the rows and tables.
         time: to spend, as "2h" or in seconds; None: as long as it takes.
+        workers: processes that make cells side by side, each with the model open and its share of devices, threads,
+            memory and disk.
         quiet: whether progress is not shown.
         progress: receives the progress instead of the terminal.
         track: trackers in which the run can be watched: names, {"name": ..., option: value}, or instances.
@@ -213,7 +216,7 @@ def compare(
     chosen = Suite.of_mapping({**found, **said, "set": {**found.get("set", {}), **keys}})
     with tracked(progress or progress_for(quiet), build_trackers(track), Path(output)) as told:
         job = Job(in_memory, tokenizer, Path(output), told, resume, overwrite)
-        return comparing.compare(chosen, job, time=as_seconds(time))
+        return comparing.compare(chosen, job, time=as_seconds(time), workers=workers)
 
 
 def evaluate(

@@ -95,6 +95,9 @@ def compare(
         option("Where the work is done: local, ray or ray://HOST:PORT.", RUN, autocompletion=one_of(plugins("engine"))),
     ] = None,
     disk: Annotated[float, option("Disk space for what cells share.", RUN, metavar="GB", min=0)] = 20,
+    workers: Annotated[
+        int, option("Processes that make cells side by side, on a share of --device each.", RUN, metavar="N", min=1)
+    ] = 1,
     trust_remote_code: Trust = False,
     resume: Annotated[bool, switch("Continuation of an interrupted comparison.", RUN)] = True,
     overwrite: Annotated[bool, switch("Replacement of an earlier one in --output.", RUN, "--overwrite")] = False,
@@ -145,7 +148,7 @@ def compare(
     quiet_libraries()
     with watched(quiet, trackers, output) as progress:
         job = Job(output=output, progress=progress, resume=resume, overwrite=overwrite)
-        comparison = run(suite, job, time=seconds, disk=round(disk * 1e9))
+        comparison = run(suite, job, time=seconds, disk=round(disk * 1e9), workers=workers)
     if json_:
         import json
 

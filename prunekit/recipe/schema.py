@@ -127,6 +127,17 @@ class Recipe(Strict):
         except ValidationError as error:
             raise WrongInput(sentence(error)) from None
 
+    def as_told(self) -> dict[str, Any]:
+        """Write it for another process of this machine, which `of_told` gives it back to."""
+        return {"values": self.model_dump(mode="json"), "from_file": sorted(self._from_file)}
+
+    @classmethod
+    def of_told(cls, told: Mapping[str, Any]) -> Self:
+        """Read what `as_told` has written: who has said what is kept."""
+        recipe = cls.of_mapping(told["values"])
+        recipe._from_file = frozenset(told["from_file"])
+        return recipe
+
     def with_overrides(self, overrides: Mapping[str, Any]) -> Self:
         """Replace values.
 

@@ -99,7 +99,7 @@ class Rows:
         whole = text[: text.rfind(b"\n") + 1]  # a killed writer leaves half a line
         for line in whole.splitlines():
             try:
-                row = _row_of(json.loads(line))
+                row = row_of(json.loads(line))
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise Damaged(f"{path} was changed since it was written; begin again with --overwrite") from error
             self._keep(row)
@@ -125,7 +125,8 @@ class Rows:
         return iter(self.found.values())
 
 
-def _row_of(values: Mapping[str, Any]) -> Row:
+def row_of(values: Mapping[str, Any]) -> Row:
+    """Read a row that was written as JSON."""
     found = {**values, "losses": tuple(values["losses"]), "trace": tuple(map(tuple, values["trace"]))}
     found |= {key: tuple(values[key]) for key in ("prefill_ratio_interval", "decode_ratio_interval") if key in values}
     return Row(**found)
@@ -213,7 +214,10 @@ class Comparison:
     @cached_property
     def places(self) -> list[tuple[str, float]]:
         """(model, sparsity) pairs that have final rows, in order."""
-        return list(dict.fromkeys((row.model, row.sparsity) for row in self._final if row.cell != DENSE))
+        found = dict.fromkeys((row.model, row.sparsity) for row in self._final if row.cell != DENSE)
+        models = list(dict.fromkeys(model for model, _ in found))
+        order = {sparsity: i for i, sparsity in enumerate(self.suite.sparsity)}  # rows may come in another one
+        return sorted(found, key=lambda place: (models.index(place[0]), order.get(place[1], len(order))))
 
     def dense(self, model: str) -> Row:
         """The row of a model as it was."""
@@ -279,7 +283,8 @@ class Comparison:
     def seconds(self, row: Row) -> float:
         """What a row has taken: its own seconds, and an equal share of every calibration pass that rows have in common.
 
-        So the seconds of all rows add up to what it took to make them.
+        So the seconds of all rows add up to what it took one worker to make them; a pass that several workers have
+        made counts once.
         """
         return row.own + sum(spent / self._readers[row.model, name] for name, spent in row.passes.items())
 

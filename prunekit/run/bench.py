@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from prunekit.run.search import run_search
 from prunekit.run.session import Session
 from prunekit.run.spaces import whole_space
 from prunekit.run.stages import Run, assemble, clear_folder
-from prunekit.run.together import Measures, same_pass
+from prunekit.run.together import Measures, same_candidates, same_pass
 from prunekit.search.exact import Optimum, find_optimum
 from prunekit.search.supernet import Supernet
 from prunekit.space.ladders import Space
@@ -66,11 +67,21 @@ class Bench:
     exact: bool = False  # whether the optimum of what is searched is looked for, where it can be known
     _together: dict[str, Measures] = field(default_factory=dict)  # by what makes a calibration pass
 
-    def announce(self, parts: Parts) -> None:
-        """Say that a recipe comes: who makes its calibration pass first measures what all read there."""
-        if parts.learner is None:
-            pass_, own = self._pass_of(parts, self._space(parts))
-            self._together[pass_] = own.joined(self._together.get(pass_, own))
+    def announce(self, parts: Parts) -> str | None:
+        """Say that a recipe comes: who makes its calibration pass first measures what all read there.
+
+        Returns:
+            The name of that pass; None: a learner decides, and it is its own.
+        """
+        if parts.learner is not None:
+            return None
+        pass_, own = self._pass_of(parts, self._space(parts))
+        self._together[pass_] = own.joined(self._together.get(pass_, own))
+        return pass_
+
+    def candidates_of(self, pass_: str) -> str:
+        """Short name of the candidates of a pass, once all were announced; recipes that read the same have the same."""
+        return hashlib.sha256(same_candidates(pass_, self._together[pass_]).encode()).hexdigest()[:16]
 
     def separate(self, parts: Parts) -> bool:
         """Let every run of this calibration pass measure for itself; whether they did not so far."""

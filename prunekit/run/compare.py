@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from prunekit.data.tokens import TokenBatch
@@ -31,34 +30,30 @@ from prunekit.report.comparison import (
     COMPLETE,
     DENSE,
     FAILED,
-    LEFT,
-    REFERENCE,
     REFUSED,
     ROWS,
     Comparison,
     Row,
     Rows,
-    number,
-    write_summary,
 )
 from prunekit.run.bench import Bench, Made
-from prunekit.run.halving import SHARES, WHOLE, Costs, Halving
+from prunekit.run.beside import check_workers, make_beside, share_out
+from prunekit.run.grid import Column, Grid, Key
+from prunekit.run.halving import SHARES, WHOLE, Alone
 from prunekit.run.pace import announcement, check_speed, identity_of, seconds_of, time_cell, time_dense
 from prunekit.run.session import MORE, Job, open_session
 from prunekit.run.workplace import claimed
 from prunekit.search.exact import Optimum
 from prunekit.search.ledger import Ledger
-from prunekit.system.progress import Stage, span
 
 # of a row, for programs
 TOLD = ("perplexity", "objective", "optimum", "reached", "parameters", "removed", "token_forwards", "seconds",
         "prefill_ratio", "decode_ratio")  # fmt: skip
 FEW = 8  # cells that a line names
 LEAST = 8  # windows that a cell is judged on where it is tried on a part of the text
-OFTEN = 20  # times as long as they take to write, tables are left as they are
 
 
-def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20 << 30) -> Comparison:
+def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20 << 30, workers: int = 1) -> Comparison:
     """Run all cells of a suite that have no row yet, and say what can be said of them.
 
     Args:
@@ -69,6 +64,7 @@ def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20
             first step takes more than its third of the time, the second is left out. None: all cells on all of it, as
             long as it takes.
         disk: bytes of candidates to keep for cells to come.
+        workers: processes that make cells side by side, each with the model open and its share of the machine.
 
     Returns:
         All rows, those of earlier calls included.
@@ -91,92 +87,53 @@ def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20
         if models.count(name) > 1:
             raise WrongInput(f"model {name} is given twice; give it once")
     check_speed(suite, job)
+    check_workers(workers, suite, base, job)
     versions = {name: metadata.version(name) for name in ("prunekit", "torch", "transformers")}
     identity: dict[str, Any] = {"suite": identity_of(suite), "models": models, "versions": versions}
     identity |= identify_code([cell.recipe.model_dump(mode="json") for cell in cells])
     with claimed(output, identity, "a comparison", resume=job.resume, overwrite=job.overwrite) as place:
         rows = Rows(place / ROWS)
         job.progress.describe({"suite": suite.model_dump(mode="json"), "models": models})
-        end = None if time is None else began + time - sum(row.wall for row in rows)
+        end = None if time is None else began + time - sum(row.wall for row in rows) / workers
         each = len(suite.sparsity) * len(cells) * (suite.seeds + (time is not None)) + 1
         with job.progress.stage("compare", len(models) * each) as stage:
-            grid = _Grid(suite, rows, place, stage, len(models), each, end)
+            grid = Grid(suite, rows, place, stage, len(models), each, end, workers)
             for i, model in enumerate(models):
                 over = base if job.model is not None else base.with_overrides({"model": model})
-                until = grid.begin_model()
-                with _bench(resolve(over), job, place / f"model-{i}", disk) as bench:
-                    _Work(bench, suite, cells, model, rows, grid, until).run()
+                until, parts, folder = grid.begin_model(), resolve(over), place / f"model-{i}"
+                column = Column(grid, model, [cell.name for cell in cells])
+                if (order := share_out(column, cells, over, folder, workers, disk, until)) is not None:
+                    make_beside(order, job.progress)
+                else:
+                    with open_bench(parts, job, folder, disk) as bench:
+                        Work(bench, suite, cells, model, rows, grid, until).run()
                 grid.write()
         return Comparison(suite, list(rows), place)
 
 
-@dataclass
-class _Grid:
-    """How far the whole comparison is, as one stage, and its tables as they stand."""
-
-    suite: Suite
-    rows: Rows
-    place: Path
-    stage: Stage
-    models: int  # to come
-    each: int  # rows of a model, at most
-    end: float | None  # what the clock says when all has to be done
-    until: float | None = None  # when the model at work has to be
-    done: int = 0
-    writing: float = 0.0  # seconds that it took to write the tables
-    _written: float = 0.0
-
-    def begin_model(self) -> float | None:
-        """Go on to the next model; when it has to be done: at its share of the time that is left."""
-        now = clocks.perf_counter()
-        self.until = None if self.end is None else now + (self.end - now) / self.models
-        self.models -= 1
-        self.expect(self.each, None if self.until is None else max(0.0, self.until - now))
-        return self.until
-
-    def expect(self, coming: int, seconds: float | None) -> None:
-        """Say how many rows of the model at work may come, and what they take; None: that is unknown."""
-        if seconds is not None and self.models:
-            known = [row.wall for row in self.rows if row.cell != DENSE]
-            if self.end is not None and self.until is not None:
-                seconds += max(0.0, self.end - self.until)
-            elif known:
-                seconds += self.models * self.each * sum(known) / len(known)
-        self.stage.expect(self.done + coming + self.models * self.each, seconds)
-
-    def count(self, said: str) -> None:
-        """Show that a row is there."""
-        self.done += 1
-        self.stage.advance(1, said)
-
-    def write_at_times(self) -> None:
-        """Write the tables, unless that would cost much of the time: of hundreds of cells it takes seconds."""
-        if clocks.perf_counter() - self._written >= OFTEN * self.writing:
-            self.write()
-
-    def write(self) -> None:
-        """Write the tables of all rows that are there."""
-        began = clocks.perf_counter()
-        write_summary(Comparison(self.suite, list(self.rows), self.place), self.place)
-        self._written = clocks.perf_counter()
-        self.writing = self._written - began
-
-
 @contextmanager
-def _bench(parts: Parts, job: Job, folder: Path, disk: int) -> Iterator[Bench]:
-    """An open model, in a folder of its own for what cells share."""
+def open_bench(parts: Parts, job: Job, folder: Path, disk: int, priced: Path | None = None) -> Iterator[Bench]:
+    """Open a model.
+
+    Args:
+        parts: of the base recipe.
+        job: of the comparison.
+        folder: of its own for what cells share.
+        disk: bytes of calibration passes that are kept there.
+        priced: folder in which an earlier run may have left the prices of a measured metric; None: that one.
+    """
     folder.mkdir(exist_ok=True)
     session = open_session(parts, replace(job, output=folder))
     if session.draws.search.answers is not None:
         raise WrongInput("questions have no perplexity to compare; give a text as data.search_dataset")
-    session = session.with_prices(folder)
+    session = session.with_prices(priced or folder)
     session.make_spaces()  # can the budget be met, at these prices?
     with session.work_in(nullcontext(folder)) as (session, place):
         yield Bench(session, place, disk, exact=True)
 
 
 @dataclass
-class _Work:
+class Work:
     """The cells of a suite on one model."""
 
     bench: Bench
@@ -184,19 +141,24 @@ class _Work:
     cells: Sequence[Cell]
     model: str
     rows: Rows
-    grid: _Grid
+    grid: Grid
     until: float | None  # what the clock says when all has to be done; None: it takes as long as it takes
+
+    @property
+    def column(self) -> Column:
+        """Its rows."""
+        return Column(self.grid, self.model, [cell.name for cell in self.cells])
 
     def run(self) -> None:
         """Make all rows that are not there yet."""
-        dense = self._dense()
+        dense = self.dense()
         for share in SHARES if self.until is not None else (WHOLE,):
-            self._announce(share)
-        self._warn_of_limit()
+            self.announce(share)
+        self.warn_of_limit()
         if self.suite.speed:
             many = len(self.suite.sparsity) * len(self.cells) * self.suite.seeds
             self.bench.session.progress.say(announcement(dense, many))
-        self.grid.count(self._said("dense", dense))
+        self.column.count(dense)
         if self.until is None:
             self._all()
         else:
@@ -204,45 +166,17 @@ class _Work:
 
     def _all(self) -> None:
         """Every cell on all of the text."""
-        coming = [
-            (cell, sparsity, seed)
-            for seed in range(self.suite.seeds) for sparsity in self.suite.sparsity for cell in self.cells
-        ]  # fmt: skip
-        for i, (cell, sparsity, seed) in enumerate(coming):
-            self.grid.expect(len(coming) - i, self._foreseen(coming[i:]))
-            self._row(cell, sparsity, seed, WHOLE)
-
-    def _foreseen(self, coming: Sequence[tuple[Cell, float, int]]) -> float | None:
-        """Seconds of rows that are not there yet, as of those that are: of the same cell, or of all."""
-        walls = dict[str, list[float]]()
-        for row in self.rows:
-            if row.model == self.model and row.cell != DENSE:
-                walls.setdefault(row.cell, []).append(row.wall)
-        every = [wall for some in walls.values() for wall in some]
-        if not every:
-            return None
-        missing = [cell.name for cell, sparsity, seed in coming if not self._is_known(cell.name, sparsity, seed, WHOLE)]
-        return sum(fmean(walls.get(name, every)) for name in missing)
+        coming = self.column.whole
+        for i, key in enumerate(coming):
+            self.grid.expect(len(coming) - i, self.column.foreseen(coming[i:]))
+            self._row(*key)
 
     def _in_time(self, until: float, dense: Row) -> None:
         """The better cells on all of the text, as many as there is time for."""
-        by_name, costs = {cell.name: cell for cell in self.cells}, Costs(dense.seconds + seconds_of(dense))
-        for row in self.rows:
-            if row.model == self.model:
-                costs.add(row)
-        Halving(
-            list(by_name), self.suite.sparsity, self.suite.seeds, REFERENCE, until, costs,
-            make=lambda name, *place: self._row(by_name[name], *place), known=self._is_known,
-            leave_out=self._leave_out, expect=self.grid.expect, say=self.bench.session.progress.say,
-            after=lambda: self.grid.writing, clock=clocks.perf_counter,
-        ).run()  # fmt: skip
+        evaluation = dense.seconds + seconds_of(dense)
+        self.column.halve(Alone(self._row), until, evaluation, self.bench.session.progress.say)
 
-    def _is_known(self, cell: str, sparsity: float, seed: int, share: float) -> bool:
-        """Whether a row is there that need not be made."""
-        row = self.rows.found.get((self.model, cell, sparsity, seed, share))
-        return row is not None and row.state != LEFT
-
-    def _dense(self) -> Row:
+    def dense(self) -> Row:
         """The model as it was; its row says of which weights and which text all rows are.
 
         Raises:
@@ -267,20 +201,23 @@ class _Work:
         row = Row(self.model, DENSE, 0.0, 0, recipe=of, wall=now - begun, seconds=now - judging, parameters=size)
         return self.rows.add(replace(row, **_measured(measured), **timed))
 
-    def _leave_out(self, cell: str, sparsity: float, seed: int, share: float, reason: str) -> None:
-        row = Row(self.model, cell, sparsity, seed, share, LEFT, reason)
-        if row.key not in self.rows.found:
-            self.rows.add(row)
+    def announce(self, share: float) -> dict[Key, tuple[str, str | None]]:
+        """Tell the bench which cells come on so much of the text; what cannot be resolved is refused in its turn.
 
-    def _announce(self, share: float) -> None:
-        """Tell the bench which cells come on so much of the text; what cannot be resolved is refused in its turn."""
+        Returns:
+            Of every row that can be resolved the digest of its recipe, and the name of the calibration pass that it
+            shares with others.
+        """
+        found = dict[Key, tuple[str, str | None]]()
         for sparsity in self.suite.sparsity:
             for seed in range(self.suite.seeds if share == 1 else 1):
                 for cell in self.cells:
                     with suppress(WrongInput, RuntimeError):
-                        self.bench.announce(self._parts(cell, Row(self.model, cell.name, sparsity, seed, share)))
+                        parts = self._parts(cell, Row(self.model, cell.name, sparsity, seed, share))
+                        found[cell.name, sparsity, seed, share] = parts.digest, self.bench.announce(parts)
+        return found
 
-    def _warn_of_limit(self) -> None:
+    def warn_of_limit(self) -> None:
         """Name the cells whose searches the limit will end among their probes: they will look alike."""
         asked, found = dict[str, bool](), dict[float, list[str]]()
         if self.bench.session.parts.recipe.search_budget is None:
@@ -302,27 +239,22 @@ class _Work:
                 f"{MORE}"
             )
 
-    def _row(self, cell: Cell, sparsity: float, seed: int, share: float) -> Row:
+    def _row(self, cell: str, sparsity: float, seed: int, share: float) -> Row:
         """The row of a cell: that on file, that of the same recipe under another name, or a new one."""
-        known = self.rows.found.get((self.model, cell.name, sparsity, seed, share))
-        if known is None or known.state == LEFT:
-            begun = clocks.perf_counter()
-            blank = Row(self.model, cell.name, sparsity, seed, share)
-            try:
-                made = self._tried(cell, blank)
-            except WrongInput as error:
-                made = replace(blank, state=REFUSED, reason=first_line(error))
-            except (RuntimeError, ArithmeticError, MemoryError) as error:  # broken promises, memory, factorisations
-                made = replace(blank, state=FAILED, reason=f"{type(error).__name__}: {first_line(error)}")
-            known = self.rows.add(replace(made, wall=clocks.perf_counter() - begun))
-            self.grid.write_at_times()
-        self.grid.count(f"{self._said(cell.name, known)}, {span(known.seconds)}")
-        return known
+        key = (cell, sparsity, seed, share)
+        return self.column.count(self.column.find(key) or self.column.keep(self.make(key)))
 
-    def _said(self, name: str, row: Row) -> str:
-        """A row in a few words."""
-        model = f"{Path(self.model).name}: " if len(self.suite.models) > 1 else ""
-        return f"{model}{name} {number(row.perplexity) if row.state == COMPLETE else row.state}"
+    def make(self, key: Key) -> Row:
+        """Make a row, of what cannot be or breaks too."""
+        begun, cell = clocks.perf_counter(), next(cell for cell in self.cells if cell.name == key[0])
+        blank = Row(self.model, *key)
+        try:
+            made = self._tried(cell, blank)
+        except WrongInput as error:
+            made = replace(blank, state=REFUSED, reason=first_line(error))
+        except (RuntimeError, ArithmeticError, MemoryError) as error:  # broken promises, memory, factorisations
+            made = replace(blank, state=FAILED, reason=f"{type(error).__name__}: {first_line(error)}")
+        return replace(made, wall=clocks.perf_counter() - begun)
 
     def _parts(self, cell: Cell, blank: Row) -> Parts:
         """What is run for a row.

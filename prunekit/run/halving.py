@@ -9,6 +9,11 @@ on more text is
 where passes, which read the text, are as many times longer as those of cells measured at both shares were, and as the
 text where none was; and the rest, such as the search and judging, is longer by what theirs was, and by the evaluation
 text where none was. Between two shares passes are taken as linear, which is exact for a fixed part and one per token.
+
+Several workers make rows side by side. What one of them begins must be done in time by itself, passes that only others
+have included; what many rows take is bounded as in list scheduling (Graham, 1966), whatever their order:
+
+    seconds(all) <= sum / workers + (1 - 1 / workers) longest          (2)
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from prunekit.report.comparison import COMPLETE, DENSE, Row
 from prunekit.system.progress import span
@@ -73,7 +79,7 @@ class Costs:
         self.evaluation = evaluation
         self._of_recipe = dict[str, _Cost]()  # of who made it; another cell with the same recipe takes nothing
         self._tried = dict[Place, str]()  # recipe on the smallest share
-        self._seen = set[str]()  # passes
+        self._seen = dict[int, set[str]]()  # by who has made rows: passes that it has
         self._walls = dict[str, dict[float, float]]()  # by cell and sparsity: seconds that a try took
         self._mean, self._tries = 0.0, 0  # of these
         self._done = dict[tuple[float, int], set[str]]()  # (share, seed) -> recipes, as on the smallest share
@@ -81,12 +87,18 @@ class Costs:
         self._grown = {share: _Grown() for share in SHARES[1:]}
         self._own = dict[Place, dict[float, float]]()  # share -> how many times as long passes took
 
-    def add(self, row: Row) -> None:
-        """Learn from a row; one without a result says nothing."""
+    def add(self, row: Row, by: int = 0) -> None:
+        """Learn from a row; one without a result says nothing.
+
+        Args:
+            row: that is there.
+            by: number of the worker that has made it.
+        """
         if row.state != COMPLETE or row.cell == DENSE:
             return
-        new = sum(spent for name, spent in row.passes.items() if name not in self._seen)
-        self._seen |= set(row.passes)
+        seen = self._seen.setdefault(by, set())
+        new = sum(spent for name, spent in row.passes.items() if name not in seen)
+        seen |= set(row.passes)
         beside = max(0.0, sum(row.stages.get(stage, 0.0) for stage in TEXT) - sum(row.passes.values()))
         cost = _Cost(row.recipe, row.passes, beside, max(0.0, row.wall - new - beside))
         made = row.recipe not in self._of_recipe
@@ -117,11 +129,22 @@ class Costs:
         known = self._walls.get(place[0])
         return MARGIN * (max(known.values()) if known else self._mean)
 
-    def together(self, places: Iterable[Place], share: float, seeds: Iterable[int] = (0,)) -> float:
-        """Seconds of cells that were tried on the smallest share, on a larger one; what they share is counted once."""
+    def together(
+        self, places: Iterable[Place], share: float, seeds: Iterable[int] = (0,), *, anew: bool = False
+    ) -> float:
+        """Seconds of cells that were tried on the smallest share, on a larger one; what they share is counted once.
+
+        Args:
+            places: the cells.
+            share: of the text.
+            seeds: of each.
+            anew: whether passes are made again that are there.
+        """
         total, several = 0.0, list(places)
         for seed in seeds:
-            done, made = set(self._done.get((share, seed), ())), set(self._made.get((share, seed), ()))
+            done, made = set(self._done.get((share, seed), ())), set[str]()
+            if not anew:
+                made |= self._made.get((share, seed), set())
             for place in several:
                 base = self._base(place)
                 if base is None or base.recipe in done:
@@ -151,6 +174,48 @@ class Costs:
         return max(0.0, base.rest + more)
 
 
+class Makers(Protocol):
+    """Those who make rows, or bring those that are on file."""
+
+    @property
+    def size(self) -> int:
+        """How many may be made at once."""
+        ...
+
+    def begin(self, cell: str, sparsity: float, seed: int, share: float) -> None:
+        """Begin a row; one of them is free."""
+        ...
+
+    def finished(self, *, every: bool = False) -> list[tuple[Row, int]]:
+        """Wait until one of them is free.
+
+        Args:
+            every: whether all that was begun is waited for.
+
+        Returns:
+            Rows that were finished since this was asked last, each with the number of who has made it.
+        """
+        ...
+
+
+@dataclass
+class Alone:
+    """Makes a row when it is asked to."""
+
+    make: Callable[[str, float, int, float], Row]
+    size: int = 1
+    _made: list[tuple[Row, int]] = field(default_factory=list)
+
+    def begin(self, cell: str, sparsity: float, seed: int, share: float) -> None:
+        """Make it."""
+        self._made.append((self.make(cell, sparsity, seed, share), 0))
+
+    def finished(self, *, every: bool = False) -> list[tuple[Row, int]]:
+        """What was made since."""
+        made, self._made = self._made, []
+        return made
+
+
 @dataclass
 class Halving:
     """One model's cells under an end."""
@@ -161,7 +226,7 @@ class Halving:
     reference: str  # the cell that all are compared with: it comes first
     end: float  # what the clock says when all has to be done
     costs: Costs
-    make: Callable[[str, float, int, float], Row]  # the row of (cell, sparsity, seed, share), made or on file
+    makers: Makers
     known: Callable[[str, float, int, float], bool]  # whether it is on file
     leave_out: Callable[[str, float, int, float, str], None]  # (cell, sparsity, seed, share, reason)
     expect: Callable[[int, float], None]  # how many rows may still come, and the seconds they take
@@ -180,7 +245,9 @@ class Halving:
         began, left = self.clock(), self._spare
         self._try_others(self._affordable(), began + TRIES * left)
         tried = {sparsity: self._order(sparsity) for sparsity in self.sparsities}
-        everything = self.costs.together(self._places(tried), WHOLE, range(self.seeds))
+        everything = self.costs.together(self._places(tried), WHOLE, range(self.seeds)) / self.makers.size
+        longest = max((self._cost(place, WHOLE) for place in self._places(tried)), default=0.0)
+        everything += (1 - 1 / self.makers.size) * longest  # (2)
         # that all are tried is worth more than a step between
         if not self._fits(everything) and self.clock() - began <= left / len(SHARES):
             tried = self._halve(tried)
@@ -210,10 +277,10 @@ class Halving:
         for sparsity in self.sparsities:
             place = (self.reference, sparsity)
             row, final = self._rows.get((place, QUARTER)), self._rows.get((place, WHOLE))
-            whole = self._cost(place, WHOLE) if final is None else MARGIN * final.wall
-            if row is not None and self._fits(total + self.costs.first(place) + whole):
+            takes = self.costs.first(place) + (self._cost(place, WHOLE) if final is None else MARGIN * final.wall)
+            if row is not None and self._fits(total + takes):
                 found.append(sparsity)
-                total += self.costs.first(place) + whole
+                total += takes / self.makers.size
         return found
 
     def _try_others(self, sparsities: Sequence[float], until: float) -> None:
@@ -223,51 +290,65 @@ class Halving:
                 place = (cell, sparsity)
                 if cell == self.reference:
                     continue
+                self._collect()
                 there = self.known(cell, sparsity, 0, QUARTER)
                 takes = self.costs.first(place) + self._reserve(sparsities)
                 if there or (sparsity in sparsities and self.clock() <= until and self._fits(takes)):
-                    self._make(place, 0, QUARTER)
+                    self._begin(place, 0, QUARTER)
                 else:
                     self._leave_out(place, QUARTER, SPENT)
+        self._collect(every=True)
 
     def _halve(self, tried: Mapping[float, Sequence[str]]) -> dict[float, list[str]]:
         """The better ones on half of the text, for half of the time that is left."""
-        until, found = self.clock() + self._spare / 2, {sparsity: list[str]() for sparsity in tried}
+        until, unproven = self.clock() + self._spare / 2, dict[float, str]()
         several = {sparsity: [c for c in cells if c != self.reference] for sparsity, cells in tried.items()}
         halves = {sparsity: cells for sparsity, cells in several.items() if len(cells) > 1}
         self._open |= {(place, 0, HALF) for place in self._places(halves)}
         for cell, sparsity in self._places(several):
-            place, cells = (cell, sparsity), found[sparsity]
-            takes = self._cost(place, HALF)
+            self._collect()
+            place, takes = (cell, sparsity), self._cost((cell, sparsity), HALF)
             if (
                 sparsity in halves
                 and self.clock() + takes <= until
                 and self._fits(takes + self._reserve(self.sparsities))
             ):
-                if self._make(place, 0, HALF).state == COMPLETE:
-                    cells.append(cell)
-            elif not cells:  # the best of them needs no further proof
+                self._begin(place, 0, HALF)
+                continue
+            self._collect(every=True)
+            if sparsity not in unproven and not self._halved(several, sparsity):  # the best needs no further proof
                 self._open.discard((place, 0, HALF))
-                cells.append(cell)
+                unproven[sparsity] = cell
             else:
                 self._leave_out(place, WHOLE, f"others were better on {QUARTER:.0%} of the text")
-        for sparsity, cells in found.items():
-            cells.sort(key=lambda cell: self._perplexity((cell, sparsity), HALF))
-            cells[:0] = [cell for cell in tried[sparsity] if cell == self.reference]
+        self._collect(every=True)
+        found = dict[float, list[str]]()
+        for sparsity in tried:
+            cells = sorted(self._halved(several, sparsity), key=lambda c: self._perplexity((c, sparsity), HALF))
+            first = [cell for cell in tried[sparsity] if cell == self.reference]
+            found[sparsity] = [*first, *([unproven[sparsity]] if sparsity in unproven else []), *cells]
         return found
+
+    def _halved(self, several: Mapping[float, Sequence[str]], sparsity: float) -> list[str]:
+        """The cells that have a result on half of the text."""
+        rows = {cell: self._rows.get(((cell, sparsity), HALF)) for cell in several[sparsity]}
+        return [cell for cell, row in rows.items() if row is not None and row.state == COMPLETE]
 
     def _finish(self, chosen: Mapping[float, Sequence[str]]) -> None:
         """The best ones on all of the text, as many as there is time for; of the first two as many seeds."""
         for place in self._places(chosen):
+            self._collect()
             every = [seed for seed in range(self.seeds) if (place, seed, WHOLE) in self._open]
             if place[0] not in chosen[place[1]][:2] and not self._fits(self._cost(place, WHOLE, every)):
                 self._leave_out(place, WHOLE, self._reason(place))
                 continue
             for seed in every:
+                self._collect()
                 if not self.known(*place, seed, WHOLE) and not self._fits(self._cost(place, WHOLE, [seed])):
                     self._leave_out(place, WHOLE, self._reason(place), seed)
                     break
-                self._make(place, seed, WHOLE)
+                self._begin(place, seed, WHOLE)
+        self._collect(every=True)
 
     def _warn(self) -> None:
         """Name the sparsities that have no cell on all of the text."""
@@ -297,18 +378,33 @@ class Halving:
         return seconds <= self._spare
 
     def _cost(self, place: Place, share: float, seeds: Iterable[int] = (0,)) -> float:
-        return self.costs.together([place], share, seeds)
+        """Of one cell: whoever of several makes it may not have the passes that others have made."""
+        alone = [self.costs.together([place], share, [seed], anew=self.makers.size > 1) for seed in seeds]
+        return self._bound(alone) if self.makers.size > 1 else self.costs.together([place], share, seeds)
+
+    def _bound(self, alone: Sequence[float]) -> float:
+        """Seconds of several rows, of what each takes."""
+        return sum(alone) / self.makers.size + (1 - 1 / self.makers.size) * max(alone, default=0.0)  # (2)
 
     def _make(self, place: Place, seed: int, share: float) -> Row:
+        self._begin(place, seed, share)
+        self._collect(every=True)
+        return self._rows[place, share]
+
+    def _begin(self, place: Place, seed: int, share: float) -> None:
         self._tell()
-        row = self.make(*place, seed, share)
-        self._open.discard((place, seed, share))
-        self.costs.add(row)
-        if seed == 0:
-            self._rows[place, share] = row
-        if share < WHOLE and row.state != COMPLETE:
-            self._close(place, 0)
-        return row
+        self.makers.begin(*place, seed, share)
+
+    def _collect(self, *, every: bool = False) -> None:
+        """Wait until somebody is free, or everybody, and learn from the rows that are there since."""
+        for row, by in self.makers.finished(every=every):
+            place = (row.cell, row.sparsity)
+            self._open.discard((place, row.seed, row.share))
+            self.costs.add(row, by)
+            if row.seed == 0:
+                self._rows[place, row.share] = row
+            if row.share < WHOLE and row.state != COMPLETE:
+                self._close(place, 0)
 
     def _leave_out(self, place: Place, share: float, reason: str, seed: int = 0) -> None:
         """Say that a cell comes no further."""
@@ -330,7 +426,7 @@ class Halving:
                 foreseen += self.costs.together(coming, share, [seed])
         if tries and tried:  # of what is not tried yet, as of others
             foreseen += len(tries) / len(tried) * self.costs.together(tried, WHOLE, range(self.seeds))
-        self.expect(len(self._open), max(0.0, min(self._spare, foreseen)))
+        self.expect(len(self._open), max(0.0, min(self._spare, foreseen / self.makers.size)))
 
     def _reason(self, place: Place) -> str:
         if place[0] == self.reference:
@@ -340,15 +436,15 @@ class Halving:
 
     def _reserve(self, sparsities: Sequence[float]) -> float:
         """Seconds to be kept for the best so far on all of the text, at these sparsities; first as of the reference."""
-        total = 0.0
+        kept = list[float]()
         for sparsity in sparsities:
             best = next((cell for cell in self._order(sparsity) if cell != self.reference), None)
             final = self._rows.get(((self.reference, sparsity), WHOLE))
             if best is not None:
-                total += self._cost((best, sparsity), WHOLE)
+                kept.append(self._cost((best, sparsity), WHOLE))
             elif final is not None:
-                total += MARGIN * final.wall
-        return total
+                kept.append(MARGIN * final.wall)
+        return self._bound(kept)
 
     def _order(self, sparsity: float) -> list[str]:
         """Cells that have a result on the smallest share, the reference and then the best first."""

@@ -168,9 +168,7 @@ class Session:
         """Work in a folder, with the engine's workers, until the work is done."""
         opening = Opening(self.source, self.parts.recipe.dtype, self.parts.recipe.trust_remote_code)
         with place as folder, self.parts.engine.team(self.dense, opening, self.devices) as team:
-            write_prices(self.parts.recipe, folder)  # beside the recipes that name it
-            if (folder / FILE).exists():
-                write_state(folder / PRICED, digest(folder / FILE))
+            keep_prices(self.parts.recipe, folder)
             yield replace(self, team=team), folder
 
     def start_runs(
@@ -553,6 +551,13 @@ def _intact(folder: Path) -> Path | None:
     except (Damaged, OSError):
         pass
     raise WrongInput(f"{file} is not what was written; begin again with --no-resume --overwrite")
+
+
+def keep_prices(recipe: Recipe, folder: Path) -> None:
+    """Write the prices into the folder of a run, beside the recipes that name them, where `with_prices` finds them."""
+    write_prices(recipe, folder)
+    if (folder / FILE).exists():
+        write_state(folder / PRICED, digest(folder / FILE))
 
 
 def write_prices(recipe: Recipe, folder: Path) -> None:

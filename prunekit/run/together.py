@@ -49,3 +49,16 @@ def same_pass(parts: Parts, space: Space, depth: int) -> str:
         sort_keys=True,
         default=repr,
     )
+
+
+def same_candidates(pass_: str, measures: Measures) -> str:
+    """A name that runs share which read the same candidates: also those of several seeds, where nothing is drawn.
+
+    Args:
+        pass_: as of `same_pass`.
+        measures: what it measures, for all who share it.
+    """
+    said = json.loads(pass_)
+    if measures.nats or said["width"] is not None or said["data"]["shuffle"]:
+        return pass_
+    return json.dumps(said | {"seed": None}, sort_keys=True)

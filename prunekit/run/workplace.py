@@ -42,8 +42,8 @@ from prunekit.system.files import (
 LOCK = ".prunekit.lock"  # in a folder that one process at a time may use
 CARD = "run.json"
 _MADE = re.compile(  # whatever runs and studies write below the folder that they work in
-    # a model of a comparison, a member of a family, a share of the width
-    r"(model-\d+/)?(\d[\d.e-]*/)?(share-\d[\d.e-]*/)?("
+    # a model of a comparison, one of several workers, a member of a family, a share of the width
+    r"model-\d+/worker-\d+/worker\.log|(model-\d+/)?(worker-\d+/)?(\d[\d.e-]*/)?(share-\d[\d.e-]*/)?("
     r"(walks/)?(walk|gradients|fisher|stream)-[\w-]+/.*\.(safetensors|json)"
     r"|(teacher|activations|learner|finisher-\d+)/.*\.(safetensors|json)"
     r"|replaced/.*|\.?(run|prices|priced|base|trials)\.json|ledger\.jsonl|\.prunekit\.lock"

@@ -227,20 +227,21 @@ def _write_all(descriptor: int, line: bytes) -> None:
 
 def encode(event: object) -> bytes:
     """One line of JSON in ASCII; what JSON does not have becomes null or text."""
-    return json.dumps(_plain(event), allow_nan=False).encode() + b"\n"
+    return json.dumps(plain(event), allow_nan=False).encode() + b"\n"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON can say it."""
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "item") and getattr(value, "size", None) == 1:  # a number of numpy
-        return _plain(value.item())
+        return plain(value.item())
     return str(value)
 
 

@@ -18,7 +18,7 @@ from prunekit.errors import PluginError
 from prunekit.measure import speed
 from prunekit.recipe.suite import Suite
 from prunekit.report.comparison import COMPLETE, DENSE, FAILED, LEFT, REFUSED, Comparison, Row, Rows
-from prunekit.run import compare, pace, stages
+from prunekit.run import compare, grid, pace, stages
 from prunekit.run.bench import Bench
 from prunekit.system.events import Events
 from prunekit.system.progress import Progress, Stage
@@ -111,7 +111,7 @@ def test_a_comparison_that_was_killed_goes_on_to_the_same_rows(asked: Any, done:
         return make(self, parts, name)
 
     monkeypatch.setattr(Bench, "make", killed)
-    monkeypatch.setattr(compare, "OFTEN", 0)  # tables after every row
+    monkeypatch.setattr(grid, "OFTEN", 0)  # tables after every row
     with pytest.raises(KeyboardInterrupt):
         prunekit.compare(**asked)
     columns = pq.read_table(asked["output"] / "rows.parquet").to_pylist()
@@ -310,15 +310,15 @@ def test_tables_are_written_as_often_as_that_costs_little(tmp_path: Path, monkey
         written.append(now[0])
 
     monkeypatch.setattr(compare.clocks, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(compare, "write_summary", write)
+    monkeypatch.setattr(grid, "write_summary", write)
     rows = Rows(tmp_path / "rows")
-    grid = compare._Grid(Suite(recipes=("fast",)), rows, tmp_path, Stage(), models=1, each=100, end=None)
+    made = grid.Grid(Suite(recipes=("fast",)), rows, tmp_path, Stage(), models=1, each=100, end=None)
     for _ in range(100):
         now[0] += 2.0
-        grid.write_at_times()
+        made.write_at_times()
     assert written[0] == 3  # with the first row
-    assert sum(1.0 for _ in written) <= now[0] / compare.OFTEN + 1
-    assert len(written) >= 200 / (compare.OFTEN + 4)
+    assert sum(1.0 for _ in written) <= now[0] / grid.OFTEN + 1
+    assert len(written) >= 200 / (grid.OFTEN + 4)
 
 
 @pytest.mark.slow

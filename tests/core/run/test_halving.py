@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from prunekit.report.comparison import COMPLETE, FAILED, Row
-from prunekit.run.halving import QUARTER, SHARES, WHOLE, Costs, Halving
+from prunekit.run.halving import QUARTER, SHARES, WHOLE, Alone, Costs, Halving
 
 Key = tuple[str, float, int, float]
 
@@ -41,12 +41,13 @@ class World:
     said: list[str] = field(default_factory=list)
     made: list[Key] = field(default_factory=list)
 
-    def run(self) -> World:
+    def run(self, workers: int = 1) -> World:
         costs, begun = Costs(), self.now
+        makers = Alone(self.make) if workers == 1 else Pretended(self, workers)
         for row in self.rows.values():
             costs.add(row)
         Halving(
-            list(self.cells), self.sparsities, self.seeds, "uniform", begun + self.time, costs, self.make,
+            list(self.cells), self.sparsities, self.seeds, "uniform", begun + self.time, costs, makers,
             lambda *key: key in self.rows, self.leave_out, lambda *told: self.expected.append(told), self.said.append,
             clock=lambda: self.now,
         ).run()  # fmt: skip
@@ -183,3 +184,70 @@ def test_what_breaks_on_a_part_of_the_text_comes_no_further() -> None:
     cells["uniform"].state = FAILED
     world = World(cells, 500).run()
     assert len(world.on(WHOLE)) == 3
+
+
+@dataclass
+class Pretended:
+    """Workers that make rows of a `World` side by side, each with the passes that it has made itself."""
+
+    world: World
+    size: int
+    work: list[tuple[float, int, Row]] = field(default_factory=list)  # (when it is done, by whom, row)
+    done: list[tuple[Row, int]] = field(default_factory=list)
+    shelves: dict[int, set[str]] = field(default_factory=dict)
+
+    def begin(self, cell: str, sparsity: float, seed: int, share: float) -> None:
+        key = cell, sparsity, seed, share
+        world, free = self.world, sorted({*range(self.size)} - {by for _, by, _ in self.work})
+        if key in world.rows:
+            self.done.append((world.rows[key], 0))
+            return
+        begun = world.now
+        row = world.make(*key)
+        ((name, takes),) = row.passes.items()
+        by = next((one for one in free if name in self.shelves.get(one, ())), free[0])
+        shelf = self.shelves.setdefault(by, set())
+        wall = row.stages["search"] + (0.0 if name in shelf else takes)
+        shelf.add(name)
+        del world.rows[key]
+        world.now = begun
+        self.work.append((begun + wall, by, replace(row, wall=wall)))
+
+    def finished(self, *, every: bool = False) -> list[tuple[Row, int]]:
+        while self.work and (every or len(self.work) == self.size):
+            first = min(self.work, key=lambda each: each[:2])
+            self.work.remove(first)
+            self.world.now = max(self.world.now, first[0])
+            self.world.rows[first[2].key[1:]] = first[2]
+            self.done.append((first[2], first[1]))
+        done, self.done = self.done, []
+        return done
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_end_is_kept_by_several_workers_too(seed: int) -> None:
+    rng = random.Random(seed)
+    still, workers = rng.choice([0.0, 0.5, 5.0]), rng.randint(2, 4)
+    cells = {
+        f"cell {i}": Method(20 + rng.random(), rng.uniform(8, 12), still, rng.uniform(0.5, 4), f"pruner {i % 3}")
+        for i in range(rng.randint(1, 9))
+    }
+    cells["uniform"] = Method(25.0, 10.0, still, 1.0)
+    sparsities, one = rng.choice([(0.5,), (0.3, 0.5)]), still + 2.5 + 4
+    world = World(cells, one * rng.uniform(1, 60), sparsities, rng.choice([1, 1, 3]))
+    world.run(workers)
+    assert world.now <= world.time
+    for cell in cells:
+        for sparsity in sparsities:
+            finals = {s for c, sp, s, share in world.made if (c, sp, share) == (cell, sparsity, WHOLE)}
+            named = {s for c, sp, s, _ in world.left if (c, sp) == (cell, sparsity)}
+            assert finals == set(range(min(named, default=world.seeds)))
+    assert len(world.made) == len(set(world.made))
+    assert world.expected[-1] == (0, 0)
+    assert all(rows >= 0 and 0 <= seconds <= world.time for rows, seconds in world.expected)
+
+
+def test_more_workers_bring_more_cells_to_all_of_the_text() -> None:
+    finals = [len(World(several(12), 100).run(workers).on(WHOLE)) for workers in (1, 2, 4)]
+    assert finals[0] < finals[1] < finals[2]
+    assert World(several(12), 100).run(4).now <= 100

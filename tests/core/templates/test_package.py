@@ -133,7 +133,7 @@ def test_rows_of_code_that_was_changed_since_are_not_gone_on_with(
     def opened(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(comparing, "_bench", opened)  # a comparison that is stopped as it begins
+    monkeypatch.setattr(comparing, "open_bench", opened)  # a comparison that is stopped as it begins
     suite = Suite.of_mapping({"models": ["m"], "pruners": ["my-pruner"], "recipe": "fast"})
     job, code = Job(output=tmp_path / "out"), written / "pruner/prunekit_my_pruner.py"
     before = code.read_text("utf-8")
