@@ -47,7 +47,7 @@ from prunekit.testing import tiny
 from prunekit.testing.exporters import record_of
 from prunekit.testing.models import EXPERTS, HYBRIDS, SIZES
 from prunekit_strategies.exporters.vllm import VLLM, engine
-from prunekit_strategies.exporters.vllm.exporter import BACKEND, REFUSED
+from prunekit_strategies.exporters.vllm.exporter import BACKEND, REFUSED, WHOLE
 
 VARIABLE = VLLM.engine_python
 IDS = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -149,7 +149,7 @@ def test_what_vllm_cannot_serve_is_refused_before_any_work_with_the_reason(model
     if (why := REFUSED.get(model_type)) is not None:
         with pytest.raises(pk.WrongInput, match=rf"format 'vllm' cannot write \w+ models of unequal layers: {why}"):
             VLLM().check(order)
-        VLLM(equal=True).check(replace(order, spared=frozenset({"attention", "mixer"})))
+        VLLM(equal=True).check(replace(order, spared=frozenset({"attention", "mixer", "mlp"})))
         VLLM().check(pk.Order(adapter, "weights", "import"))
         VLLM().check(pk.Order(adapter, "groups", "import", config=AutoConfig.for_model(model_type), settled=True))
     elif adapter.images:
@@ -175,6 +175,19 @@ def test_fewer_heads_are_refused_where_vllm_has_no_way_to_run_them() -> None:
         order = pk.Order(adapter, "groups", "import", config=config, settled=True)
         with pytest.raises(pk.WrongInput, match=sentence) if refused else nullcontext():
             VLLM().check(order)
+
+
+def test_falcon_is_served_with_all_its_heads_and_neurons_alone() -> None:
+    adapter, sentence = adapter_for("falcon"), "Falcon models with fewer heads or neurons: vLLM's own class takes the "
+    whole = AutoConfig.for_model("falcon")
+    narrow = AutoConfig.for_model("falcon", ffn_hidden_size=2 * whole.hidden_size)
+    spared = pk.Order(adapter, "groups", "import", config=whole, spared=frozenset({"attention"}))
+    for units, config, settled in (("groups", narrow, True), ("weights", narrow, False)):
+        with pytest.raises(pk.WrongInput, match=sentence):
+            VLLM().check(pk.Order(adapter, units, "import", config=config, settled=settled))
+    with pytest.raises(pk.WrongInput, match=sentence):  # before they go
+        VLLM(equal=True).check(spared)
+    VLLM().check(pk.Order(adapter, "weights", "import", config=whole))
 
 
 def test_a_broken_promise_of_equal_layers_writes_nothing(tmp_path: Path) -> None:
@@ -372,6 +385,7 @@ def test_speed_is_taken_in_a_process_of_its_own_again_and_again(
 def test_why_it_failed_is_the_last_error_that_it_named() -> None:
     said = "INFO 11-29\n  File x\nValueError: Layer 0 is odd\n[rank0] bye"
     assert engine.cause_of(said) == "ValueError: Layer 0 is odd"
+    assert engine.cause_of("[rank0]: RuntimeError: it is too long\nLoading: 0%") == "RuntimeError: it is too long"
     assert engine.cause_of("killed") == "killed"
     assert engine.cause_of("") == "it ended without a word"
 
@@ -382,7 +396,6 @@ def test_why_it_failed_is_the_last_error_that_it_named() -> None:
 MLPS = {(block, kind): few for block in range(3) for kind, few in (("mlp", 8), ("experts", 4))}  # of 17, of six
 EQUAL = MLPS | {(block, "attention"): 2 for block in range(3)}  # of three groups
 NEURONS = LOST | {(block, "mlp"): 1 for block in range(3)}  # in experts; of two groups
-WHOLE = ("falcon", "lfm2")  # of which vLLM's own class takes no fewer heads
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e4,
@@ -393,13 +406,15 @@ YARN = {
 AS_RELEASED: dict[str, dict[str, Any]] = {  # what vLLM's own classes read, as configs of released models have it
     "gpt_oss": {"rope_parameters": YARN | {"beta_fast": 32.0, "beta_slow": 1.0}},
     "lfm2": {"conv_dim": 192, "block_dim": 192},
+    "falcon": {"ffn_hidden_size": 768},
 }
 CASES: dict[str, tuple[str, dict[tuple[int, str], int], Any]] = {
     **{name: (name, LOST, "import") for name in (*SIZES, *EXPERTS) if name not in REFUSED},
     "llama, bundled": ("llama", LOST, "bundled"),
     "mixtral, neurons": ("mixtral", NEURONS, "import"),
     **{f"{name}, equal": (name, EQUAL, "import") for name in (*SIZES, *EXPERTS, *HYBRIDS) if name not in WHOLE},
-    **{f"{name}, equal": (name, MLPS, "import") for name in WHOLE},
+    "lfm2, equal": ("lfm2", MLPS, "import"),
+    "falcon, dense": ("falcon", {}, "import"),
 }
 
 

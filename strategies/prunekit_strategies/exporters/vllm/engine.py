@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -43,7 +44,7 @@ SETTINGS = {  # of the environment, where the user has not set them
 
 def cause_of(said: str) -> str:
     """The line that says why, in what a process said before it failed."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception", "Exit"))]
     return (errors or lines or ["it ended without a word"])[-1][:600]
 
