@@ -47,7 +47,7 @@ from prunekit.testing import tiny
 from prunekit.testing.exporters import record_of
 from prunekit.testing.models import EXPERTS, HYBRIDS, SIZES
 from prunekit_strategies.exporters.vllm import VLLM, engine
-from prunekit_strategies.exporters.vllm.exporter import BACKEND, REFUSED, WHOLE
+from prunekit_strategies.exporters.vllm.exporter import REFUSED, WHOLE
 
 VARIABLE = VLLM.engine_python
 IDS = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -224,16 +224,22 @@ def test_every_family_has_a_row_in_the_table() -> None:
     assert all(why in rows[name] for name, why in REFUSED.items())
 
 
-def test_equal_layers_take_another_road_where_vllms_own_class_counts_heads_otherwise(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "way"), [("qwen2", "TransformersForCausalLM"), ("qwen2_moe", "TransformersMoEForCausalLM")]
+)
+def test_equal_layers_take_another_road_where_vllms_own_class_counts_heads_otherwise(
+    model_type: str, way: str, tmp_path: Path
+) -> None:
     fewer = {(block, "attention"): 2 for block in range(3)}  # of three groups, so that 4 heads of 4 are not 24
-    model = pruned("qwen2", fewer)
+    model = pruned(model_type, fewer)
     VLLM().write(pk.Product(model), tmp_path / "fewer")
     config = json.loads((tmp_path / "fewer/config.json").read_text())
-    assert (config["model_type"], config["architectures"]) == ("qwen2", [BACKEND])
+    assert (config["model_type"], config["architectures"]) == (model_type, [way])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fewer").eval()
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
-    VLLM().write(pk.Product(pruned("qwen2", {})), tmp_path / "all")
-    assert json.loads((tmp_path / "all/config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
+    whole = pruned(model_type, {})
+    VLLM().write(pk.Product(whole), tmp_path / "all")
+    assert json.loads((tmp_path / "all/config.json").read_text())["architectures"] == [type(whole).__name__]
 
 
 def test_the_folder_of_a_result_is_run_by_two_engines_and_asked_of_one(served: tuple[Any, Path]) -> None:

@@ -25,7 +25,10 @@ REFUSED: Mapping[str, str] = {  # of unequal layers, by model type
     "qwen3_next": "vLLM's way through transformers takes blocks with attention, and some blocks have another mixer",
 }
 EXPERTS = 2e-3  # nats: by the kernel that adds up experts; 0.0009 was seen in float32
-BY_HIDDEN = ("qwen2",)  # whose own class in vLLM takes the width of a head from hidden size / heads
+BY_HIDDEN: Mapping[str, str] = {  # where vLLM's own class takes the width of a head from hidden size / heads, and which
+    "qwen2": "TransformersForCausalLM",  # of its classes then runs the model as transformers has it
+    "qwen2_moe": "TransformersMoEForCausalLM",
+}
 WHOLE: Mapping[str, tuple[frozenset[Kind], str]] = {  # what has to stay whole where no other way leads through vLLM
     "lfm2": (
         frozenset({"attention"}),
@@ -38,7 +41,6 @@ WHOLE: Mapping[str, tuple[frozenset[Kind], str]] = {  # what has to stay whole w
         "of 4 x hidden size, and there is no way through transformers; remove single weights, or take format 'hf'",
     ),
 }
-BACKEND = "TransformersForCausalLM"  # vLLM's name of the class that runs a model as transformers has it
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class VLLM(pk.Exporter):
         config = read_json(path / "config.json")
         heads, width = config.get("num_attention_heads"), config.get("head_dim")
         if config["model_type"] in BY_HIDDEN and width and heads * width != config["hidden_size"]:
-            write_json(path / "config.json", config | {"architectures": [BACKEND]})
+            write_json(path / "config.json", config | {"architectures": [BY_HIDDEN[config["model_type"]]]})
 
     def verify(self, path: Path, probe: pk.Probe) -> None:
         self._hf.verify(path, probe)
