@@ -182,9 +182,12 @@ def test_falcon_is_served_with_all_its_heads_and_neurons_alone() -> None:
     whole = AutoConfig.for_model("falcon")
     narrow = AutoConfig.for_model("falcon", ffn_hidden_size=2 * whole.hidden_size)
     spared = pk.Order(adapter, "groups", "import", config=whole, spared=frozenset({"attention"}))
-    for units, config, settled in (("groups", narrow, True), ("weights", narrow, False)):
+    for order in (
+        pk.Order(adapter, "groups", "import", config=narrow, settled=True),
+        pk.Order(adapter, "weights", "import", config=narrow),
+    ):
         with pytest.raises(pk.WrongInput, match=sentence):
-            VLLM().check(pk.Order(adapter, units, "import", config=config, settled=settled))
+            VLLM().check(order)
     with pytest.raises(pk.WrongInput, match=sentence):  # before they go
         VLLM(equal=True).check(spared)
     VLLM().check(pk.Order(adapter, "weights", "import", config=whole))
