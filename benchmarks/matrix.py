@@ -188,7 +188,7 @@ def loaded(exporter: Exporter, product: Product, folder: Path) -> tuple[str, str
     try:
         response = exporter.answers(path, record.inquiry)
     except NotVerified as error:
-        return "saved", "not loaded", "", first_line(error)
+        return "saved", "not loaded", "", first_line(error).replace(str(path), "it")
     found = compare(record, response, exporter.tolerance(path, torch.float32))
     if wrong := [row for row in found if row.agrees is False]:
         return "loaded", "differs", exporter.engine, f"{wrong[0].what}: {wrong[0].found}, not {wrong[0].judged}"
