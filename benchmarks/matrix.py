@@ -5,7 +5,8 @@
 
 Models of random weights in float32, half of every site removed. `uneven`: one attention and one MLP are dropped whole,
 others keep different counts; `equal`: all layers keep the same. Experts are never dropped altogether, and `equal` keeps
-three quarters of them; `neurons`: of every expert half of its neurons, or other numbers by layer.
+three quarters of them; `neurons`: of every expert half of its neurons, or other numbers by layer; `mlps`: half of every
+MLP and nothing else, of families that other programs take with all heads alone.
 
 What transformers loads is compared here with the model in memory, logit by logit; every other format is asked in the
 engine that runs it, in a process of its own, for log-probabilities and greedy tokens (`Exporter.answers`). A row whose
@@ -67,10 +68,12 @@ OTHERWISE: dict[str, dict[str, Any]] = {  # as released models of the family are
         }
     },
     "llava": {"intermediate_size": WIDTH},
+    "lfm2": {"conv_dim": HIDDEN, "block_dim": HIDDEN},
     "qwen2_5_vl": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}},
 }
 IDS = torch.arange(2, 130).reshape(2, 64)
 BEGIN, END = "<!-- rows of benchmarks/matrix.py -->", "<!-- end of rows -->"
+WHOLE_HEADS = ("falcon", "lfm2", "qwen2_5_vl")  # whose stock classes hold no fewer heads, or no fewer channels
 WITH_ZEROS = ("hf", "gguf")  # formats that are tried with zeros in dense matrices; others store them as any number
 COLUMNS = "family", "structure", "format", "parameters", "class", "parity", "engine", "prefill", "decode"
 
@@ -87,11 +90,17 @@ def equal(site: Site) -> int:
     return 3 * site.n_groups // 4 if site.kind == "experts" else max(1, site.n_groups // 2)
 
 
+def mlps(site: Site) -> int:
+    """Groups kept: all, of MLPs half."""
+    return site.n_groups // 2 if site.kind == "mlp" else site.n_groups
+
+
 STRUCTURES: dict[str, tuple[str, Callable[[Site], int]]] = {  # the form, and the counts of groups
     "groups, uneven": ("groups", uneven),
     "groups, equal": ("groups", equal),
     "neurons, uneven": ("groups", uneven),
     "neurons, equal": ("groups", equal),
+    "mlps, equal": ("groups", mlps),
     "weights": ("weights", lambda site: site.n_groups // 2),
     "2:4": ("2:4", lambda site: site.n_groups // 2),
 }
@@ -179,7 +188,7 @@ def loaded(exporter: Exporter, product: Product, folder: Path) -> tuple[str, str
     try:
         response = exporter.answers(path, record.inquiry)
     except NotVerified as error:
-        return "saved", "not loaded", "", first_line(error)
+        return "saved", "not loaded", "", first_line(error).replace(str(path), "it")
     found = compare(record, response, exporter.tolerance(path, torch.float32))
     if wrong := [row for row in found if row.agrees is False]:
         return "loaded", "differs", exporter.engine, f"{wrong[0].what}: {wrong[0].found}, not {wrong[0].judged}"
@@ -237,8 +246,9 @@ def jobs(families: Sequence[str], structures: Sequence[str], formats: Sequence[s
         for structure in structures:
             if format_ not in WITH_ZEROS and not parse_form(STRUCTURES[structure][0]).shrinks:
                 continue
+            only = MIXTURES if "neurons" in structure else WHOLE_HEADS if "mlps" in structure else families
             for family in families:
-                if "neurons" not in structure or family in MIXTURES:
+                if family in only:
                     yield family, structure, format_
 
 

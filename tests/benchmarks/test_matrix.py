@@ -30,6 +30,7 @@ class Pretended(pk.Exporter):
 
     engine: ClassVar[str] = "pretended"
     apart: float = 0.0
+    fails: bool = False
 
     @property
     def place(self) -> str:
@@ -46,6 +47,8 @@ class Pretended(pk.Exporter):
 
     @torch.no_grad()
     def answers(self, path: Path, inquiry: pk.Inquiry) -> pk.Response:
+        if self.fails:
+            raise pk.NotVerified(f"pretended does not run {path}: it is odd")
         model: Any = tiny("llama").float()
         logprobs, likeliest = pk.Response.read(model(inquiry.ids, use_cache=False).logits, inquiry)
         made = model.generate(inquiry.prompt[None], max_new_tokens=inquiry.new_tokens, do_sample=False, pad_token_id=0)
@@ -62,6 +65,8 @@ def test_only_the_engine_of_a_format_says_that_it_is_right(
     reached, parity, engine, why = matrix.loaded(Pretended(apart=0.1), product, tmp_path / "two")
     assert (reached, parity, engine) == ("loaded", "differs", "pretended")
     assert why.startswith("log-probabilities: within 0.1")
+    found = matrix.loaded(Pretended(fails=True), product, tmp_path / "failed")
+    assert found == ("saved", "not loaded", "", "pretended does not run it: it is odd")
     monkeypatch.setattr(matrix, "why_not_run", lambda _: "it is not installed")
     found = matrix.loaded(Pretended(), product, tmp_path / "three")
     assert found == ("saved", "nobody was asked", "", "it is not installed")

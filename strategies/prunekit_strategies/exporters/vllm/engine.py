@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 PACKAGE = "vllm"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 MARK = "prunekit: "  # in front of what a process answers, among what vLLM prints
+NATIVE: dict[str, list[str]] = {  # by model type: what vLLM's kernels get wrong, and its PyTorch code does not
+    # vLLM's class passes queries as (tokens, heads, width), and the kernel for CPUs of 0.32.0 counts heads in the last
+    # dimension alone: it takes every head for a token, and turns the i-th head of all by the position of the i-th token
+    "lfm2": ["rotary_embedding"],
+}
 LIKELIEST = 20  # tokens whose log-probabilities vLLM tells at every position, without being told to tell more
 SETTINGS = {  # of the environment, where the user has not set them
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, which ends with the one that asked
@@ -38,7 +44,7 @@ SETTINGS = {  # of the environment, where the user has not set them
 
 def cause_of(said: str) -> str:
     """The line that says why, in what a process said before it failed."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception", "Exit"))]
     return (errors or lines or ["it ended without a word"])[-1][:600]
 
@@ -127,10 +133,18 @@ def answer(
 def opened(path: str, length: int, **settings: Any) -> Any:
     """A model in vLLM, that reads and makes so many tokens at most."""
     os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})
+    if native := NATIVE.get(_model_type(Path(path))):
+        settings["compilation_config"] = {"custom_ops": [f"-{name}" for name in native]}
     return importlib.import_module(PACKAGE).LLM(
         model=path, max_model_len=length, skip_tokenizer_init=True, generation_config="vllm", trust_remote_code=False,
         enable_prefix_caching=False, seed=0, max_num_seqs=4, disable_log_stats=True, **settings,
     )  # fmt: skip
+
+
+def _model_type(folder: Path) -> str:
+    """What a folder says it is; "" where it says nothing, which vLLM then tells."""
+    file = folder / "config.json"
+    return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", "")) if file.exists() else ""
 
 
 def _read(model: Any, windows: Sequence[Sequence[int]]) -> list[list[dict[int, float]]]:

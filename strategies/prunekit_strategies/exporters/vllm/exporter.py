@@ -14,6 +14,7 @@ from prunekit.export.fresh import Failed, ask_fresh, python_of
 from prunekit.models.classes import Family
 from prunekit.models.shards import SHARD_BYTES, Shards
 from prunekit.space.prices import Workload
+from prunekit.space.sites import Kind
 from prunekit.system.files import read_json, write_json
 from prunekit_strategies.exporters.hf import HF
 from prunekit_strategies.exporters.vllm import engine as runner
@@ -24,9 +25,22 @@ REFUSED: Mapping[str, str] = {  # of unequal layers, by model type
     "qwen3_next": "vLLM's way through transformers takes blocks with attention, and some blocks have another mixer",
 }
 EXPERTS = 2e-3  # nats: by the kernel that adds up experts; 0.0009 was seen in float32
-BY_HIDDEN = ("qwen2",)  # whose own class in vLLM takes the width of a head from hidden size / heads
-WHOLE_HEADS = ("lfm2",)  # the same, of families for which there is no other way through vLLM
-BACKEND = "TransformersForCausalLM"  # vLLM's name of the class that runs a model as transformers has it
+BY_HIDDEN: Mapping[str, str] = {  # where vLLM's own class takes the width of a head from hidden size / heads, and which
+    "qwen2": "TransformersForCausalLM",  # of its classes then runs the model as transformers has it
+    "qwen2_moe": "TransformersMoEForCausalLM",
+}
+WHOLE: Mapping[str, tuple[frozenset[Kind], str]] = {  # what has to stay whole where no other way leads through vLLM
+    "lfm2": (
+        frozenset({"attention"}),
+        "with fewer heads: vLLM's own class takes the width of a head from hidden size / heads, and its way through "
+        "transformers takes no block with another mixer; prune with spare.kinds=[attention,mixer], or take format 'hf'",
+    ),
+    "falcon": (
+        frozenset({"attention", "mlp"}),
+        "with fewer heads or neurons: vLLM's own class takes the width of a head from hidden size / heads and an MLP "
+        "of 4 x hidden size, and there is no way through transformers; remove single weights, or take format 'hf'",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,7 @@ class VLLM(pk.Exporter):
         unequal = order.units in ("groups", "low-rank") and not (order.settled and not _is_ours(order.config))
         if unequal and not self.equal:
             _check_family(family)
-        _check_heads(family, order)
+        _check_whole(family, order)
         if order.settled and _is_ours(order.config):
             _check_experts(family, order.config)
 
@@ -86,7 +100,7 @@ class VLLM(pk.Exporter):
         config = read_json(path / "config.json")
         heads, width = config.get("num_attention_heads"), config.get("head_dim")
         if config["model_type"] in BY_HIDDEN and width and heads * width != config["hidden_size"]:
-            write_json(path / "config.json", config | {"architectures": [BACKEND]})
+            write_json(path / "config.json", config | {"architectures": [BY_HIDDEN[config["model_type"]]]})
 
     def verify(self, path: Path, probe: pk.Probe) -> None:
         self._hf.verify(path, probe)
@@ -131,21 +145,19 @@ def _check_family(family: Family) -> None:
         raise pk.WrongInput(f"format 'vllm' cannot write {family.prefix} models of unequal layers: {why}")
 
 
-def _check_heads(family: Family, order: pk.Order) -> None:
-    """Refuse fewer heads, before they go or after, where vLLM takes the width of a head from hidden size / heads."""
-    if family.model_type not in WHOLE_HEADS or order.units != "groups":
+def _check_whole(family: Family, order: pk.Order) -> None:
+    """Refuse fewer heads or neurons, before they go or after, where vLLM takes their number from the hidden size."""
+    if family.model_type not in WHOLE:
         return
-    config = order.config
-    fewer = "attention" not in order.spared
-    if order.settled and config is not None:
+    kinds, why = WHOLE[family.model_type]
+    fewer = order.units == "groups" and not order.settled and not kinds <= order.spared
+    if (config := order.config) is not None:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        fewer = width * config.num_attention_heads != config.hidden_size
+        heads = width * config.num_attention_heads != config.hidden_size
+        neurons = "mlp" in kinds and getattr(config, family.width) != 4 * config.hidden_size
+        fewer |= neurons or (order.settled and heads)
     if fewer:
-        raise pk.WrongInput(
-            f"format 'vllm' cannot write {family.prefix} models with fewer heads: vLLM's own class takes the width of "
-            "a head from hidden size / heads, and its way through transformers takes no block with another mixer; "
-            "prune with spare.kinds=[attention,mixer], or take format 'hf'"
-        )
+        raise pk.WrongInput(f"format 'vllm' cannot write {family.prefix} models {why}")
 
 
 def _check_experts(family: Family, config: Any) -> None:
