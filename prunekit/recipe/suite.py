@@ -37,6 +37,7 @@ SHARED = ("version", "model", "sparsity", "family", "of", "metric", "latency", "
           "heads", "experts", "experts_share", "data", "seed", "search_budget", "time", "engine", "device", "dtype",
           "memory", "trust_remote_code", "code", "exporters", "samples", "verify")  # fmt: skip
 """Recipe keys that are the comparison's and not the cell's: the model, the price, the text and the machine."""
+GROUPS = Recipe.model_fields["structure"].default
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Specs = Annotated[tuple[Spec, ...], BeforeValidator(as_specs)]
@@ -50,8 +51,21 @@ class Cell:
     recipe: Recipe
 
     def under(self, base: Recipe, sparsity: float, seed: int) -> Recipe:
-        """The recipe of this cell for the model, the text, the price and the machine of a base recipe."""
+        """The recipe of this cell for the model, the text, the price and the machine of a base recipe.
+
+        A cell whose recipe makes heads narrower does so here too: what it frees are parameters of the same blocks.
+
+        Raises:
+            WrongInput: it removes something else than the comparison does, so that no price would be the same.
+        """
+        if base.structure == GROUPS != self.recipe.structure:
+            raise WrongInput(
+                f"{self.name} has structure: {self.recipe.structure}, and this comparison structure: {base.structure}; "
+                f"compare such recipes among themselves, with --set structure={self.recipe.structure}"
+            )
         shared = {key: getattr(base, key) for key in SHARED} | {"sparsity": sparsity, "seed": seed, "family": ()}
+        if self.recipe.heads == "narrow":
+            del shared["heads"]
         return self.recipe.model_copy(update=shared)
 
 

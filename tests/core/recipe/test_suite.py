@@ -55,6 +55,17 @@ def test_recipes_are_cells_and_one_of_a_baselines_name_replaces_it(tmp_path):
     assert "random" in found
 
 
+def test_a_cell_keeps_its_narrower_heads_and_removes_what_the_others_remove():
+    suite = Suite.of_mapping({"recipes": ["olica", "fast", "svd-llm"], "set": {"heads": "query"}})
+    base, cells = suite.base(), {cell.name: cell for cell in suite.every_cell()}
+    assert cells["olica"].under(base, 0.5, 0).heads == "narrow"
+    assert cells["fast"].under(base, 0.5, 0).heads == "query"
+    with pytest.raises(WrongInput, match=r"svd-llm has structure: low-rank, and this comparison structure: groups"):
+        cells["svd-llm"].under(base, 0.5, 0)
+    alike = suite.model_copy(update={"set": {"structure": "low-rank"}}).base()
+    assert cells["svd-llm"].under(alike, 0.5, 0).structure == "low-rank"
+
+
 def test_what_all_cells_share_is_the_base_recipes():
     suite = Suite.of_mapping({"recipes": ["fast"], "set": {"data.calibration_tokens": 4096, "damping": 0.5}})
     (cell,) = [cell for cell in suite.every_cell() if cell.name == "fast"]
