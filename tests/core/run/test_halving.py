@@ -83,23 +83,33 @@ def several(count: int, **method: float) -> dict[str, Method]:
     return {**dict(list(found.items())[:2]), "uniform": Method(perplexity=50.0, **method), **found}  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_the_end_is_kept_and_what_has_no_row_is_named(seed: int) -> None:
-    rng = random.Random(seed)
-    still = rng.choice([0.0, 0.5, 5.0])
+def drawn(rng: random.Random, still: float) -> World:
+    """A world of up to nine methods, with time for a few of them or for all; `still` does not grow with the text."""
     cells = {
         f"cell {i}": Method(20 + rng.random(), rng.uniform(8, 12), still, rng.uniform(0.5, 4), f"pruner {i % 3}")
         for i in range(rng.randint(1, 9))
     }
     cells["uniform"] = Method(25.0, 10.0, still, 1.0)
     sparsities, one = rng.choice([(0.5,), (0.3, 0.5)]), still + 2.5 + 4  # seconds of one on a quarter, at most
-    world = World(cells, one * rng.uniform(1, 60), sparsities, rng.choice([1, 1, 3])).run()
-    assert world.now <= world.time
-    for cell in cells:
-        for sparsity in sparsities:
+    return World(cells, one * rng.uniform(1, 60), sparsities, rng.choice([1, 1, 3]))
+
+
+def check_finals(world: World) -> None:
+    """On all of the text a cell has all seeds before the first that was left out."""
+    for cell in world.cells:
+        for sparsity in world.sparsities:
             finals = {s for c, sp, s, share in world.made if (c, sp, share) == (cell, sparsity, WHOLE)}
             named = {s for c, sp, s, _ in world.left if (c, sp) == (cell, sparsity)}
             assert finals == set(range(min(named, default=world.seeds)))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_end_is_kept_and_what_has_no_row_is_named(seed: int) -> None:
+    rng = random.Random(seed)
+    still = rng.choice([0.0, 0.5, 5.0])
+    world = drawn(rng, still).run()
+    assert world.now <= world.time
+    check_finals(world)
     assert world.expected[-1] == (0, 0)
     assert all(rows >= 0 and 0 <= seconds <= world.time for rows, seconds in world.expected)
 
@@ -228,20 +238,10 @@ class Pretended:
 def test_the_end_is_kept_by_several_workers_too(seed: int) -> None:
     rng = random.Random(seed)
     still, workers = rng.choice([0.0, 0.5, 5.0]), rng.randint(2, 4)
-    cells = {
-        f"cell {i}": Method(20 + rng.random(), rng.uniform(8, 12), still, rng.uniform(0.5, 4), f"pruner {i % 3}")
-        for i in range(rng.randint(1, 9))
-    }
-    cells["uniform"] = Method(25.0, 10.0, still, 1.0)
-    sparsities, one = rng.choice([(0.5,), (0.3, 0.5)]), still + 2.5 + 4
-    world = World(cells, one * rng.uniform(1, 60), sparsities, rng.choice([1, 1, 3]))
+    world = drawn(rng, still)
     world.run(workers)
     assert world.now <= world.time
-    for cell in cells:
-        for sparsity in sparsities:
-            finals = {s for c, sp, s, share in world.made if (c, sp, share) == (cell, sparsity, WHOLE)}
-            named = {s for c, sp, s, _ in world.left if (c, sp) == (cell, sparsity)}
-            assert finals == set(range(min(named, default=world.seeds)))
+    check_finals(world)
     assert len(world.made) == len(set(world.made))
     assert world.expected[-1] == (0, 0)
     assert all(rows >= 0 and 0 <= seconds <= world.time for rows, seconds in world.expected)
