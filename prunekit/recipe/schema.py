@@ -27,6 +27,9 @@ from prunekit.system.strict import Strict
 from prunekit.system.times import as_seconds
 
 
+TIMED = frozenset({"calibration_tokens", "evaluation_tokens"})  # what a time chooses; a search has those it needs
+
+
 class Recipe(Strict):
     """What to prune, how far, with which parts and on which text."""
 
@@ -71,6 +74,7 @@ class Recipe(Strict):
     samples: Annotated[int, Field(ge=0, le=10)] = 0  # prompts that both models continue, for the report
     verify: bool = True  # load the result in a fresh process and compare
     _from_file: frozenset[str] = PrivateAttr(frozenset())  # options of `OUTWARD` that a file says, and no caller
+    _proposed: frozenset[str] = PrivateAttr(frozenset())  # amounts of text that a preset says, and no caller
 
     @model_validator(mode="before")
     @classmethod
@@ -103,7 +107,9 @@ class Recipe(Strict):
             priced = {key: found[key] for key in ("latency", "metric") if isinstance(found.get(key), dict)}
             found |= {key: beside(part, path if path.is_dir() else path.parent) for key, part in priced.items()}
         recipe = cls.of_mapping(found if name == "default" else laid_over(default, found))
-        if str(name) not in presets():
+        if str(name) in presets():
+            recipe._proposed = TIMED & set(found.get("data", {}))
+        else:
             recipe._from_file = frozenset(recipe.outward)
         if recipe.trust_remote_code and not trust_remote_code:
             raise WrongInput(
@@ -142,7 +148,8 @@ class Recipe(Strict):
         """Replace values.
 
         Naming the plug-in that is there already keeps its options. Digests of tokens go with the data they are of,
-        a table of prices goes with its model, workload and device.
+        a table of prices goes with its model, workload and device. Amounts of text that a preset proposes make way for
+        a time, which chooses them.
 
         Args:
             overrides: dotted key -> plain value: sparsity, pruner, pruner.refit, data.seqlen,
@@ -151,7 +158,10 @@ class Recipe(Strict):
         Raises:
             WrongInput: no such key, with the nearest; or no such value.
         """
-        found = self.of_mapping(override(self.model_dump(mode="python"), overrides))
+        proposed = self._proposed - {key.removeprefix("data.") for key in overrides}
+        free = {f"data.{key}": None for key in proposed} if overrides.get("time") is not None else {}
+        found = self.of_mapping(override(self.model_dump(mode="python"), {**free, **overrides}))
+        found._proposed = frozenset() if free else proposed
         said = (outward(as_engine(value) if key == "engine" else value, key) for key, value in overrides.items())
         found._from_file = self._from_file.difference(*said)
         return found

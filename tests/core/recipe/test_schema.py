@@ -54,6 +54,19 @@ def test_a_file_says_what_differs_from_the_default(recipe: Recipe, tmp_path: Pat
     assert Recipe.load(file) == recipe.with_overrides({"sparsity": 0.3, "data.seqlen": 64})
 
 
+def test_a_time_takes_the_place_of_the_amounts_that_a_preset_proposes(tmp_path: Path) -> None:
+    fast, said = Recipe.load("fast"), {"data.calibration_tokens": 2_048}
+    assert fast.data.calibration_tokens == fast.data.evaluation_tokens == 16_384
+    free = fast.with_overrides({"seed": 1}).with_overrides({"time": "15m"})
+    assert free.data.calibration_tokens is free.data.evaluation_tokens is None
+    for kept in (fast.with_overrides(said | {"time": 90}), fast.with_overrides(said).with_overrides({"time": 90})):
+        assert (kept.data.calibration_tokens, kept.data.evaluation_tokens) == (2_048, None)
+    assert fast.with_overrides({"seed": 1}).data == fast.with_overrides({"time": None}).data == fast.data
+    assert Recipe.load("tyr").with_overrides({"time": "1h"}).data == Recipe.load("tyr").data, "its search needs them"
+    (tmp_path / "mine.yaml").write_text("data: {calibration_tokens: 16_384}\n")  # a file's are the caller's own
+    assert Recipe.load(tmp_path / "mine.yaml").with_overrides({"time": 90}).data.calibration_tokens == 16_384
+
+
 def test_the_folder_of_a_pruned_model_is_a_recipe(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     assert Recipe.load(tmp_path) == recipe
