@@ -27,11 +27,13 @@ WELL, FIRST = 16_384, 0.8  # tokens of calibration that gain more than training 
 RECOVERING = 0.5  # share that a search leaves to training
 JUDGING = 0.1  # share of the time to measure both models on evaluation text, and half as much to judge the answer
 MOST = 1 << 20  # tokens of a part: more are not read, whatever the time
-WORK = 1.1  # a pass takes so many times what is planned: plug-ins are guarded, memory is given back
+WORK = 1.2  # passes and judging take so many times what is planned: plug-ins are guarded, memory is given back, and
+# the rates are those of a loop of products alone
 NEARLY = 1.1  # what takes at least so many times the time is refused
 AROUND = 12.0  # seconds to start, and to load the result in a fresh process: twice what torch and transformers take
 LEARNING = 4  # a token that is learnt takes so many times one that is judged: back, and the teacher
 PASSES = ("gradients", "fisher", "prune", "rebuild")  # names of stages begin so
+MODEL = (*PASSES, "evaluate", HEARING)  # what reads text with the model, but for searches
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +140,7 @@ def share_text(
 
     def seconds(plan: Plan) -> float:
         took = {stage: stage.seconds(rates) or 0.0 for stage in plan.stages}
-        return planning + AROUND + sum(WORK * s if stage.name.startswith(PASSES) else s for stage, s in took.items())
+        return planning + AROUND + sum(WORK * s if stage.name.startswith(MODEL) else s for stage, s in took.items())
 
     def judging(plan: Plan) -> float:
         return sum(stage.seconds(rates) or 0.0 for stage in plan.stages if stage.name.startswith(("evaluate", HEARING)))

@@ -18,6 +18,7 @@ from prunekit import TokenBatch, Workpiece, WrongInput, check_choices
 from prunekit.models.blocks import chunks
 from prunekit.system.checkpoints import Checkpoints
 from prunekit.system.progress import Stage
+from prunekit_strategies.finishers.shares import Loading, Shares
 
 WARMUP = 0.05  # share of all steps in which the rate rises to its full height
 CLIP = 1.0  # norm of a gradient
@@ -35,6 +36,7 @@ class Course(NamedTuple):
     losses: list[float]  # held-out, at the start and after every epoch; none where there was no step
     steps: tuple[int, ...]  # of every epoch of `losses` that was not only a look for a rate
     epochs: int  # of the whole cosine, of which the last may be missing
+    shares: Mapping[str, float] = {}  # of data sets by label, in the end, where they are weighed
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Training:
     held_out: float = 0.125  # share of the windows, the last ones
     steps: int | tuple[int, ...] | None = None  # in all, for as many epochs as have 8 each, or those of each epoch, the
     # first of `epochs`; 0: none; None: each has one on every batch
+    loading: Loading = "fixed"  # of several data sets, whether their shares move after every epoch, and by which rule
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -150,11 +153,15 @@ class Training:
             stage.advance(self.epochs)
             return Course([], (), self.epochs)
         some, rest = held_out(piece.tokens, self.held_out)
-        train, judge = (list(chunks(each, self.batch_tokens)) for each in (weighed(some, piece.domains), rest))
-        return self.fit(
-            parameters, lambda i: loss(train[i]), len(train), lambda: loss.mean(judge),
+        shares = Shares(
+            some, rest, piece.domains, self.loading, self.epochs, self.batch_tokens, piece.checkpoints, name
+        )
+        shares.resume(loss.dense_mean)
+        course = self.fit(
+            parameters, lambda i: loss(shares.batches[i]), len(shares.batches), lambda: shares.judge(loss.mean),
             seed=piece.seed, checkpoints=piece.checkpoints, name=name, stage=stage, ends=ends,
         )  # fmt: skip
+        return course._replace(shares=shares.now)
 
     def fit(
         self,
@@ -289,12 +296,16 @@ def gained(piece: Workpiece, name: str, training: Training, course: Course) -> d
     """What a finisher that trains the whole model has to report; said to the user, too."""
     history = course.losses
     piece.progress.say(told(name, history))
-    if piece.domains and piece.tokens.origins and {*piece.tokens.origins} <= piece.domains.keys():
-        shares = ", ".join(f"{label} {piece.domains[label]:.3f}" for label in dict.fromkeys(piece.tokens.origins))
-        piece.progress.say(f"{name}: data sets had the shares that the learner has come to: {shares}")
+    moved = training.loading != "fixed"
+    if course.shares:
+        shares = ", ".join(f"{label} {share:.3f}" for label, share in course.shares.items())
+        which = "these shares in the end" if moved else "the shares that the learner has come to"
+        piece.progress.say(f"{name}: data sets had {which}: {shares}")
     found: dict[str, Any] = {"epochs": 0, "undone": 0}
     if history:
         found = {"held_out_loss": [history[0], min(history)], "epochs": len(history) - 1, "undone": undone(history)}
+    if moved and course.shares:
+        found["shares"] = dict(course.shares)
     if piece.seconds is None:
         return found
     options: dict[str, Any] = {"steps": [*course.steps] or 0, "held_out": training.held_out, "epochs": course.epochs}
@@ -340,28 +351,6 @@ def held_out(tokens: TokenBatch, share: float) -> tuple[TokenBatch, TokenBatch]:
     return tokens.rows([*range(first)]), tokens.rows([*range(first, len(tokens))])
 
 
-def weighed(tokens: TokenBatch, domains: Mapping[str, float]) -> TokenBatch:
-    """As many windows, every data set with its share of them: of one with more than it has windows some come again.
-
-    The same text where no shares are known of all its data sets: a learner that weighs them has learned on others.
-    """
-    names = list(dict.fromkeys(tokens.origins))
-    total = sum(domains.get(name, 0.0) for name in names)
-    if not names or not {*names} <= domains.keys() or total <= 0:
-        return tokens
-    exact = {name: len(tokens) * domains[name] / total for name in names}
-    counts = {name: int(share) for name, share in exact.items()}
-    rest = sorted(names, key=lambda name: counts[name] - exact[name])[: len(tokens) - sum(counts.values())]
-    own = {name: [i for i, origin in enumerate(tokens.origins) if origin == name] for name in names}
-    placed = [
-        ((turn + 0.5) / count, own[name][turn % len(own[name])])
-        for name in names
-        for count in [counts[name] + (name in rest)]
-        for turn in range(count)
-    ]
-    return tokens.rows([i for _, i in sorted(placed)])
-
-
 @dataclass(frozen=True, eq=False)
 class LanguageLoss:
     """truth · next-token loss + teacher · τ² KL(dense ‖ small), nats per token, at temperature τ.
@@ -391,6 +380,10 @@ class LanguageLoss:
     def mean(self, batches: Sequence[Tensor]) -> float:
         """Over windows of equal length."""
         return sum(float(self(ids)) * len(ids) for ids in batches) / sum(map(len, batches))
+
+    def dense_mean(self, batches: Sequence[Tensor]) -> float:
+        """What the dense model has, which is as near to itself as can be."""
+        return replace(self, model=self.dense, teacher=0.0).mean(batches) if self.truth else 0.0
 
     def _hidden(self, model: Any, ids: Tensor) -> Tensor:
         return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)

@@ -58,7 +58,7 @@ def test_as_much_text_as_the_time_allows_and_no_window_more(time: float, recipe:
     share = CALIBRATING[recipe == "search", recipe == "default-recover"] * time
 
     def seconds(calibration: int) -> float:
-        passes = WORK * 60 * FORWARD * calibration + 2 * FORWARD * found["evaluation"]
+        passes = WORK * (60 * FORWARD * calibration + 2 * FORWARD * found["evaluation"])
         return AROUND + 1 + passes / RATES.flops
 
     assert all(tokens % seqlen == 0 and tokens >= LEAST for tokens in found.values())
@@ -101,7 +101,7 @@ def test_what_was_said_is_kept() -> None:
 
 def test_a_time_that_is_too_short_says_what_it_takes() -> None:
     with pytest.raises(
-        WrongInput, match=r"5\.0 s are too short: recipe and model take about 14\.9 s here at the least"
+        WrongInput, match=r"5\.0 s are too short: recipe and model take about 15\.1 s here at the least"
     ):
         share_text(parts_of(5), 32, plan_of, RATES)
     share_text(parts_of(14.9), 32, plan_of, RATES)  # nearly enough

@@ -1,7 +1,9 @@
 """The loop is AdamW with a cosine, keeps the best it met, and goes on after an interruption bit for bit."""
 
+import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ from torch import nn
 
 from prunekit import TokenBatch, WrongInput
 from prunekit.system.checkpoints import Checkpoints
-from prunekit.system.progress import Stage
+from prunekit.system.progress import Progress, Stage
 from prunekit.testing import tiny, toy_tokens
 from prunekit_strategies.finishers import training
-from prunekit_strategies.finishers.training import LanguageLoss, Training, held_out, in_vain, told, undone, weighed
+from prunekit_strategies.finishers.shares import Shares, weighed
+from prunekit_strategies.finishers.training import LanguageLoss, Training, gained, held_out, in_vain, told, undone
+from prunekit_strategies.learners.domains import worst
 
 TARGETS = torch.tensor([[1.0, -2.0], [3.0, 0.5], [-1.0, 4.0]], dtype=torch.float64)
 
@@ -298,6 +302,89 @@ def test_text_goes_on_with_the_shares_of_its_data_sets():
     assert weighed(plain, {"toy": 1.0}) is plain
     rounded = weighed(tokens, {"toy-1": 0.3, "toy-2": 0.7})
     assert (rounded.origins.count("toy-1"), len(rounded)) == (2, 8)
+
+
+LOST = ({"toy-1": 3.0, "toy-2": 2.0}, {"toy-1": 2.5, "toy-2": 2.0}, {"toy-1": 1.0, "toy-2": 2.0})
+
+
+def sharing(rule, checkpoints=None, begin=None):
+    """Shares of two data sets, and means of their losses at one judging after the other."""
+    tokens = toy_tokens(windows=12, sources=2)
+    some, rest = held_out(tokens, 1 / 3)
+    return Shares(some, rest, begin or {}, rule, 4, len(tokens.ids[0]), checkpoints or Checkpoints(), "toy"), rest
+
+
+def judged(shares, rest, losses):
+    first = {name: part.ids[0] for name, part in rest.parts.items()}
+
+    def mean(batches):
+        (name,) = [name for name, ids in first.items() if torch.equal(ids, batches[0][0])]
+        return losses[name]
+
+    return shares.judge(mean)
+
+
+@pytest.mark.parametrize("rule", ["dynamic", "robust"])
+def test_shares_move_to_the_data_set_that_is_farther_above_the_dense_model(rule):
+    shares, rest = sharing(rule)
+    shares.resume(lambda _: 1.0)
+    assert shares.now == {"toy-1": 0.5, "toy-2": 0.5}, "those of the text"
+    assert judged(shares, rest, LOST[0]) == 2.5, "and all windows count alike in what is judged"
+    if rule == "dynamic":  # softmax(log w + loss - reference), the reference is the same for both
+        raised = math.e / (1 + math.e)
+        assert shares.now["toy-1"] == pytest.approx((1 - 1e-4) * raised + 1e-4 / 2)
+    else:
+        assert shares.now["toy-1"] == pytest.approx(worst([0.5, 0.5], [2.0, 1.0], 0.1, 0.2)[0])
+    assert shares.now["toy-1"] > 0.6
+    dealt = torch.cat(shares.batches)
+    own = {tuple(ids.tolist()) for ids in shares.learned.parts["toy-1"].ids}
+    assert sum(tuple(ids.tolist()) in own for ids in dealt) == round(8 * shares.now["toy-1"])
+    assert len(dealt) == 8, "as many windows as before"
+
+
+def test_shares_stay_where_they_are_told_to_or_there_is_one_data_set():
+    shares, rest = sharing("fixed", begin={"toy-1": 3.0, "toy-2": 1.0})
+    shares.resume(lambda _: 1.0)
+    shares.judge(lambda _: 2.0)
+    assert shares.now == {"toy-1": 0.75, "toy-2": 0.25}
+    alone = Shares(toy_tokens(), toy_tokens(), {}, "dynamic", 4, 8, Checkpoints(), "toy")
+    alone.resume(lambda _: 1.0)
+    assert alone.judge(lambda _: 2.0) == 2.0
+    assert alone.now == {}
+
+
+def test_shares_go_on_after_an_interruption_where_they_were(tmp_path):
+    checkpoints, ways = Checkpoints(tmp_path), []
+    shares, rest = sharing("dynamic", checkpoints)
+    shares.resume(lambda _: 1.0)
+    for losses in LOST:
+        judged(shares, rest, losses)
+        ways.append(shares.now)
+    # killed behind the third judging, before the state of the second epoch was written: it is made again
+    checkpoints.save("toy", {"history": torch.zeros(2)})
+    again, rest = sharing("dynamic", checkpoints)
+    again.resume(lambda _: pytest.fail("the dense model is heard once"))
+    assert again.now == ways[1]
+    judged(again, rest, LOST[2])
+    assert again.now == ways[2]
+
+
+def test_a_training_moves_its_shares_and_reports_them(tmp_path):
+    dense = tiny("llama")
+    small, tokens = copy.deepcopy(dense), toy_tokens(windows=12, sources=2)
+    torch.manual_seed(0)
+    for parameter in small.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    piece = SimpleNamespace(
+        tokens=tokens, domains={}, checkpoints=Checkpoints(tmp_path), seed=0, seconds=None, progress=Progress(),
+    )  # fmt: skip
+    regime = Training(rate=1e-3, epochs=2, batch_tokens=8, held_out=1 / 3, loading="dynamic")
+    loss = LanguageLoss(small, dense, truth=1.0, teacher=1.0)
+    course = regime.learn(piece, loss, list(small.parameters()), "model", Stage(), math.inf)
+    assert min(course.losses) < course.losses[0]
+    assert sum(course.shares.values()) == pytest.approx(1)
+    assert course.shares["toy-1"] != 0.5
+    assert gained(piece, "toy", regime, course)["shares"] == course.shares
 
 
 def test_what_is_held_out_is_the_text_as_it_is():
