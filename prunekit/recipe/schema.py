@@ -26,7 +26,6 @@ from prunekit.space.prices import FILE
 from prunekit.system.strict import Strict
 from prunekit.system.times import as_seconds
 
-
 TIMED = frozenset({"calibration_tokens", "evaluation_tokens"})  # what a time chooses; a search has those it needs
 
 

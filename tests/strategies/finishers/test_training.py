@@ -343,7 +343,7 @@ def test_shares_move_to_the_data_set_that_is_farther_above_the_dense_model(rule)
 
 
 def test_shares_stay_where_they_are_told_to_or_there_is_one_data_set():
-    shares, rest = sharing("fixed", begin={"toy-1": 3.0, "toy-2": 1.0})
+    shares, _ = sharing("fixed", begin={"toy-1": 3.0, "toy-2": 1.0})
     shares.resume(lambda _: 1.0)
     shares.judge(lambda _: 2.0)
     assert shares.now == {"toy-1": 0.75, "toy-2": 0.25}
