@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from released_tools import ATTENTION, MLP, Rows, World, corr, taken
+from released_tools import ATTENTION, MLP, Rows, World, taken
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
@@ -154,7 +154,9 @@ def shortgpt(world: World, code: Path) -> Rows:
     stream = {key: torch.cat(parts) for key, parts in seen.items()}
     keys = list(stream)
     theirs = {key: float(released.block_influence(stream[key], stream[after]).mean()) for key, after in pairwise(keys)}
-    adapter, ours, asked = adapter_for("llama"), dict[str, float](), frozenset({"gram", *Influence().needs})
+    signals = Influence(), Influence(since="block")
+    adapter, ours = adapter_for("llama"), list[tuple[float, ...]]()
+    asked = frozenset({"gram"}).union(*(signal.needs for signal in signals))
     flow, block = BlockFlow(world.model, adapter, world.tokens, dense=False), 0
     for site in adapter.sites(world.model):
         if site.block > block:
@@ -162,19 +164,17 @@ def shortgpt(world: World, code: Path) -> Rows:
             block = site.block
         moments = flow.received(site, statistics_of(asked))
         layer = layer_problem(world.model, adapter, site, moments, asked, damping=1e-9)
-        ours[f"{site.block}.{site.kind}"] = Influence().measure(layer)
+        ours.append(tuple(signal.measure(layer) for signal in signals))
         flow.carry(site, adapter.linear(adapter.blocks(world.model)[site.block], site).weight)
-    most = max(abs(ours[key] - theirs[key]) for key in ours)
+    most = max(abs(alone - theirs[key]) for (alone, _), key in zip(ours, keys, strict=False))
     yield f"influence of {len(ours)} sub-layers", f"{most:.0e} at most"
     depth = len(world.model.model.layers)
     starts = [*(stream[f"{i}.attention"] for i in range(depth)), stream["end"]]
     whole = [float(released.block_influence(a, b).mean()) for a, b in pairwise(starts)]
-    halves = [(ours[f"{i}.attention"] + ours[f"{i}.mlp"]) / 2 for i in range(depth)]
-    order = [sorted(range(depth), key=values.__getitem__) for values in (whole, halves)]
-    yield (
-        "its influence of whole blocks, and the mean of both sub-layers",
-        (f"correlation {corr(whole, halves):.3f}; least first {order[0]} and {order[1]}"),
-    )
+    turned = [ours[2 * i + 1][1] for i in range(depth)]
+    order = [sorted(range(depth), key=values.__getitem__) for values in (whole, turned)]
+    most = max(abs(a - b) for a, b in zip(turned, whole, strict=True))
+    yield f"influence of {depth} blocks, and their order", f"{most:.0e} at most; least first {order[0]} and {order[1]}"
 
 
 def divergence(world: World, code: Path) -> Rows:

@@ -163,7 +163,8 @@ class BlockFlow:
 
         def at(stream: Stream, linear: nn.Linear, caught: Tensor | None, dense: Received | None = None) -> Received:
             inputs = partial(stream.inputs.__getitem__, i) if caught is None else lambda: caught
-            return Received(inputs, linear, self.seqlen, partial(stream.residual, i), dense, site.channels)
+            entered = partial(stream.hidden.__getitem__, i)
+            return Received(inputs, linear, self.seqlen, partial(stream.residual, i), dense, site.channels, entered)
 
         if self.dense is None:
             return at(self.stream, linear, None)

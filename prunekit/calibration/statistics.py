@@ -82,8 +82,23 @@ class Influence(Statistic):
     def add(self, sums: Sums, received: Received) -> None:
         # of whole tokens; in float64, for 1 - cos of nearly equal vectors cancels
         before, added = (received.by_token(x.double()).flatten(1) for x in (received.residual, received.output))
-        turned = 1 - torch.nn.functional.cosine_similarity(before, before + added, dim=-1)
+        turned = 1 - torch.nn.functional.cosine_similarity(self.base(received, before), before + added, dim=-1)
         sums["sum"] += received.channels * turned.sum()
+
+    def base(self, received: Received, before: Tensor) -> Tensor:
+        """What the sum is compared with."""
+        return before
+
+
+@dataclass(frozen=True)
+class Turn(Influence):
+    """1 - E cos(h, x + f(x)), h the residual stream before the block: of the last sub-layer, what the block turns."""
+
+    name: ClassVar[str] = "turn"
+    sees: ClassVar[Sees] = frozenset({"residual", "output", "entered"})
+
+    def base(self, received: Received, before: Tensor) -> Tensor:
+        return received.by_token(received.entered.double()).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -158,7 +173,7 @@ class Drift(Statistic):
 
 
 STATISTICS: Mapping[str, tuple[Statistic, ...]] = {
-    **{each.name: (each,) for each in (Mean(), Variance(), Absolute(), Relative(), Influence(), Power())},
+    **{each.name: (each,) for each in (Mean(), Variance(), Absolute(), Relative(), Influence(), Turn(), Power())},
     "cross": (Cross(), Energy()),
     "drift": (Cross(), Energy(), Drift()),  # nothing aims at it alone
     "gram": (),  # every site has it

@@ -24,7 +24,7 @@ T = TypeVar("T")
 Sums = dict[str, Tensor]
 """Running sums of one statistic, by its own names."""
 
-Part = Literal["output", "residual", "dense", "producers"]
+Part = Literal["output", "residual", "entered", "dense", "producers"]
 """What a statistic may look at beside the inputs x̂ of a map: see `Statistic.sees`."""
 
 
@@ -47,8 +47,9 @@ class Statistic(ABC):
     name: ClassVar[str]  # by which plug-ins `require` it
     sees: ClassVar[frozenset[Part]] = frozenset()
     """What it looks at beside inputs and windows: `output` of the map; `residual`, the stream that a sub-layer is added
-    to, only there where it is the output of one; `dense`, the same in the dense model, which is streamed beside; or
-    `producers`: it is taken of what every producer layer receives, not of what the map does."""
+    to, only there where it is the output of one; `entered`, that stream before the block, beside `residual`; `dense`,
+    the same in the dense model, which is streamed beside; or `producers`: it is taken of what every producer layer
+    receives, not of what the map does."""
 
     def sizes(self, shape: MapShape) -> Mapping[str, tuple[int, ...]]:
         """The shapes of its sums, by name."""
@@ -103,10 +104,11 @@ class Received:
         residual: Callable[[], Tensor] | None = None,
         dense: Received | None = None,
         channels: int = 1,
+        entered: Callable[[], Tensor] | None = None,
     ) -> None:
-        """`caught` and `residual` give (..., d); `length`: tokens of a window; `channels`: inputs of a token."""
+        """`caught`, `residual` and `entered` give (..., d); `length`: tokens of a window; `channels`: inputs of one."""
         self._caught, self._linear, self._length, self._residual, self._dense = caught, linear, length, residual, dense
-        self.channels = channels
+        self.channels, self._entered = channels, entered
 
     @cached_property
     def _inputs(self) -> Tensor:
@@ -148,8 +150,15 @@ class Received:
     @property
     def residual(self) -> Float[Tensor, "tokens d_out"]:
         """The sum that the output is added to."""
-        residual = _there(self._residual, "residual")()
-        return residual.flatten(0, -2) if self.channels == 1 else residual.reshape(-1, 1)
+        return self._by_input(_there(self._residual, "residual")())
+
+    @property
+    def entered(self) -> Float[Tensor, "tokens d_out"]:
+        """What the block has received."""
+        return self._by_input(_there(self._entered, "entered")())
+
+    def _by_input(self, stream: Tensor) -> Tensor:
+        return stream.flatten(0, -2) if self.channels == 1 else stream.reshape(-1, 1)
 
     @property
     def _d_out(self) -> int:

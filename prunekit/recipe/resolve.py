@@ -307,7 +307,7 @@ def _check_structure(parts: Parts) -> None:
     if "scores" in parts.allocator.needs and recipe.allocator is not None:
         raise WrongInput(f"allocator {recipe.allocator['name']!r} ranks groups; it goes with structure groups")
     for signal in parts.signals:
-        if "influence" in signal.needs:
+        if {"influence", "turn"} & signal.needs:
             name = SIGNALS.name_of(signal)
             raise WrongInput(f"signal {name!r} is of whole sub-layers; it goes with structure groups")
     if own is not None and (recipe.sparsity != float(1 - own) or recipe.of == "model"):

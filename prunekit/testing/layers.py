@@ -81,7 +81,7 @@ def toy_layer(
     for name, rows in front:
         fed[name], size = normal(rows, 3), (rows, 3)
         learnt[name] = {"power": normal(3).square(), "gradient": normal(*size), "fisher": normal(*size).square()}
-    statistics["influence"] = normal(1).square()[0]
+    statistics |= {name: normal(1).square()[0] for name in ("influence", "turn")}
     own = added_up(needs, x, weight, fed, seed)
     if "output-fisher" in needs:
         slope = torch.randn(2 * d_out, d_out, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -115,8 +115,8 @@ def added_up(
     linear = torch.nn.Linear(x.shape[1], len(weight), bias=False)
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
     residual = torch.randn(n, len(weight), generator=generator, dtype=x.dtype)
-    dense = Received(lambda: x, linear, 8, lambda: residual)
-    moments.add(Received(lambda: x, linear, 8, lambda: residual, dense))
+    dense = Received(lambda: x, linear, 8, lambda: residual, entered=lambda: residual)
+    moments.add(Received(lambda: x, linear, 8, lambda: residual, dense, entered=lambda: residual))
     for name, layer in layers.items():
         inputs = torch.randn(n, layer.d_in, generator=generator, dtype=x.dtype)
         moments.add_producer(name, Received(lambda inputs=inputs: inputs, length=8))

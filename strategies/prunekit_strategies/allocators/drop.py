@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from math import isnan
 from typing import Literal
 
-from prunekit import Allocation, Allocator, Problem, Query, Search, Space, check_choices
+from prunekit import Allocation, Allocator, Problem, Query, Search, Signal, Space, check_choices
 from prunekit_strategies.allocators.competing import best_of
 from prunekit_strategies.allocators.removals import all_or_none, emptied, excess, saved, settled
+from prunekit_strategies.signals.influence import Influence
 
 
 @dataclass(frozen=True)
@@ -20,21 +21,25 @@ class Drop(Allocator):
         once     the units in the order of J({u})                                           (2)
 
     (1) asks Σ_{t<T} (U - t) questions for T of U units, (2) asks U. `by: scores` is (2) on the sum of the pruner's
-    scores of a unit's groups, without a question. `per_price` divides what J rises by by what is saved.
+    scores of a unit's groups, `by: influence` on 1 - E cos of the residual stream before and behind it, both without a
+    question. `per_price` divides what J rises by by what is saved.
 
     What the last removal saves beyond the budget is given back: the removed sub-layer that can take most of it keeps so
     many groups after all.
 
     Sources: (1) on sub-layers by perplexity is BlockPruner (Zhong et al., arXiv:2406.10594). (2) on blocks, by
     perplexity or by Taylor scores, is Shortened LLaMA (Kim et al., arXiv:2402.02834), which spares the first four and
-    the last two of 32 blocks: `spare` of a recipe. (2) on operators by `latent-stats` is LD-Pruner (Castells et al.,
-    arXiv:2404.11936). They remove a number of units; here the budget is met, and the start competes, so that the
-    answer is never worse than it on the objective: `compete: false` is the papers'.
+    the last two of 32 blocks: `spare` of a recipe. (2) on blocks by influence is ShortGPT (Men et al.,
+    arXiv:2403.03853), on attention and MLP, together or one of them, LLM-Drop (He et al., arXiv:2406.15786). (2) on
+    operators by `latent-stats` is LD-Pruner (Castells et al., arXiv:2404.11936). They remove a number of units; here
+    the budget is met, and the start competes, so that the answer is never worse than it on the objective; `compete:
+    false` is the papers'.
     """
 
     unit: Literal["sub-layers", "blocks"] = "sub-layers"
     order: Literal["greedy", "once"] = "greedy"
-    by: Literal["loss", "scores"] = "loss"  # what a unit is worth: the objective says, or the pruner's scores
+    by: Literal["loss", "scores", "influence"] = "loss"  # what a unit is worth: what the objective or the pruner's
+    # scores say, or how far it turns the residual stream
     per_price: bool = False  # relative to what is saved of the budget
     tokens: int | None = None  # to judge a removal on; None: all
     compete: bool = True  # let the start win where the objective prefers it
@@ -43,12 +48,17 @@ class Drop(Allocator):
         check_choices(self)
         if self.tokens is not None and self.tokens < 1:
             raise ValueError(f"tokens is at least 1, not {self.tokens}")
-        if self.by == "scores" and self.order == "greedy":
-            raise ValueError("scores do not change when a unit goes, so they order units once: order: once")
+        if self.by != "loss" and self.order == "greedy":
+            raise ValueError(f"{self.by} of a unit was measured with all there, so it orders them once: order: once")
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"scores"} if self.by == "scores" else ())
+
+    @property
+    def signals(self) -> tuple[Signal, ...]:
+        since: Literal["block", "sub-layer"] = "block" if self.unit == "blocks" else "sub-layer"
+        return (Influence(since),) if self.by == "influence" else ()
 
     @property
     def asks(self) -> bool:
@@ -71,6 +81,9 @@ class Drop(Allocator):
             assert problem.scores is not None
             worth = [sum(sum(problem.scores[i]) for i in unit) for unit in units]
             answer = self._in_order(space, top, units, worth)
+        elif self.by == "influence":
+            (turned,) = problem.signals  # at the last sub-layer of a block, that of the block
+            answer = self._in_order(space, top, units, [turned[unit[-1]] for unit in units])
         elif self.order == "once":
             answer = yield from self._once(problem, top, units)
         else:

@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal
 
-from prunekit import Allocation, Allocator, Problem, Query, Search, Space
+from prunekit import Allocation, Allocator, Problem, Query, Search, Signal, Space, check_choices
 from prunekit_strategies.allocators.competing import best_of
 from prunekit_strategies.allocators.removals import emptied, excess, saved
+from prunekit_strategies.signals.influence import Influence
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Minitron(Allocator):
 
     With J(b) the loss without block b alone, E what exceeds the budget and p the mean price of a block:
 
-        n_D = round(D E / p)                  blocks go, those of least J                       (1)
+        n_D = round(D E / p)                  blocks go, those of least J, or of least influence (1)
         c_D   the same counts of every other block, by kind, of which none can be raised       (2)
 
     for every D of `depth`, and the candidate of least loss is the answer. (1) asks one question per block, and there is
@@ -26,17 +28,19 @@ class Minitron(Allocator):
 
     Source: Minitron (Muralidharan et al., arXiv:2407.14679): layers ranked by perplexity without each, one number of
     heads and neurons for all, candidates over both. There a candidate is ranked after 1.8 billion tokens of training:
-    `objective: after-training` is that in small. Its other criterion of a layer, block influence, is out. Derived is
-    (1), where the paper lists numbers of layers. The start competes, so that the answer is never worse than it on the
-    objective; `compete: false` is the paper's.
+    `objective: after-training` is that in small. Its other criterion of a layer is block influence, `by: influence`,
+    without a question. Derived is (1), where the paper lists numbers of layers. The start competes, so that the answer
+    is never worse than it on the objective; `compete: false` is the paper's.
     """
 
     depth: float | tuple[float, ...] = (0.0, 0.25, 0.5)  # D: of what exceeds the budget, that goes with whole blocks
     equal: bool = True  # one count for all sites of a kind, so that stock classes hold the model; spends less
+    by: Literal["loss", "influence"] = "loss"  # which blocks go: what the objective misses, or 1 - E cos of in and out
     tokens: int | None = None  # to judge the removal of a block on; None: all
     compete: bool = True  # let the start win where the objective prefers it
 
     def __post_init__(self) -> None:
+        check_choices(self)
         depths = self.depths
         if not depths or any(not 0 <= depth <= 1 for depth in depths) or any(a >= b for a, b in pairwise(depths)):
             raise ValueError(f"depth is a share from 0 to 1, or several, ascending, not {self.depth}")
@@ -47,6 +51,10 @@ class Minitron(Allocator):
     def depths(self) -> tuple[float, ...]:
         """All D."""
         return self.depth if isinstance(self.depth, tuple) else (self.depth,)
+
+    @property
+    def signals(self) -> tuple[Signal, ...]:
+        return (Influence("block"),) if self.by == "influence" else ()
 
     def first_space(self, whole: Space) -> Space:
         """Of every site nothing, all, and the counts of the candidates."""
@@ -70,7 +78,10 @@ class Minitron(Allocator):
         candidates = list(self._candidates(Space.whole(space.sites, space.budget)))
         units = _blocks(space)
         if units and any(count for count, _ in candidates):
-            losses = yield [Query(emptied(space, top, unit), self.tokens, probe=True) for unit in units]
+            if self.by == "influence":
+                losses = [problem.signals[0][unit[-1]] for unit in units]  # of the whole block, at its last sub-layer
+            else:
+                losses = yield [Query(emptied(space, top, unit), self.tokens, probe=True) for unit in units]
             units = [unit for _, unit in sorted(zip(losses, units, strict=True), key=lambda pair: pair[0])]
         asked = [emptied(space, counts, sum(units[:count], ())) for count, counts in candidates]  # (1), (2)
         able = [plan for plan in asked if space.is_feasible(plan)]  # unequal blocks may save less than was counted on

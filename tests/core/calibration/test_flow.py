@@ -132,12 +132,20 @@ def test_the_influence_is_the_turn_of_the_residual_stream_by_hand(family):
     expected = []
     for site in sites:
         before = hidden[site.block] + (added[sites[2 * site.block]] if site.kind == "mlp" else 0)
-        expected.append(1 - torch.cosine_similarity(before, before + added[site], dim=-1).mean().item())
+        since = [
+            1 - torch.cosine_similarity(x, before + added[site], dim=-1).mean() for x in (before, hidden[site.block])
+        ]
+        expected.append([each.item() for each in since])
+    hidden.append(hidden[-1] + added[sites[-2]] + added[sites[-1]])  # behind all blocks, in front of the last norm
     stream = BlockFlow(tiny(family), adapter, tokens, dense=False)
     weights = own(model, adapter, sites)
     for site, by_hand in zip(along(stream, sites), expected, strict=True):
-        moments = stream.received(site, statistics_of({"influence"}))
-        assert float(moments.values(weights[site])["influence"]) == pytest.approx(by_hand)
+        moments = stream.received(site, statistics_of({"influence", "turn"}))
+        values = moments.values(weights[site])
+        assert [float(values["influence"]), float(values["turn"])] == pytest.approx(by_hand)
+        if site.kind == "mlp":  # what enters and what leaves the block: block influence
+            ends = hidden[site.block : site.block + 2]
+            assert float(values["turn"]) == pytest.approx(1 - torch.cosine_similarity(*ends, dim=-1).mean().item())
 
 
 def test_a_dropped_sub_layer_takes_its_bias_along():

@@ -8,6 +8,7 @@ from prunekit.testing import converse
 from prunekit.testing.spaces import additive, problem, rough_table, sites_of, small_llama
 from prunekit_strategies.allocators.drop import Drop
 from prunekit_strategies.allocators.removals import settled
+from prunekit_strategies.signals.influence import Influence
 
 
 def toy(blocks=4, share=0.5, seed=0, attention=(4, 48), mlp=(16, 16), **budget):
@@ -81,6 +82,18 @@ def test_scores_are_summed_over_a_unit_and_nobody_is_asked():
     assert gone(talk.answer) == {0, 1, 4, 5, 6, 7}
 
 
+def test_what_turns_the_stream_least_goes_and_nobody_is_asked():
+    turned = (0.9, 0.4, 0.1, 0.5, 0.2, 0.6, 0.8, 0.3)  # at the mlp, last of a block, that of the block
+    here = replace(toy(mlp=(12, 16)), signals=(turned,))
+    once = {"order": "once", "by": "influence", "compete": False}
+    blocks, alone = Drop(unit="blocks", **once), Drop(**once)
+    talk = converse(blocks, here)
+    assert (gone(talk.answer), talk.asks) == ({0, 1, 6, 7}, ())
+    assert gone(converse(alone, here).answer) == {2, 4, 7, 1}
+    assert [drop.signals for drop in (blocks, alone)] == [(Influence("block"),), (Influence(),)]
+    assert Drop().signals == ()
+
+
 def test_per_price_prefers_what_saves_more():
     here = toy(attention=(4, 10), mlp=(16, 50), share=0.9)
     loss = additive(tuple((1.0, 0.0) if i % 2 else (0.9, 0.0) for i in range(8)), here.space)
@@ -117,3 +130,5 @@ def test_nothing_is_asked_where_nothing_need_go():
 def test_scores_have_one_order():
     with pytest.raises(ValueError, match="order: once"):
         Drop(by="scores")
+    with pytest.raises(ValueError, match="influence of a unit"):
+        Drop(by="influence")

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -92,6 +93,18 @@ def test_what_equal_blocks_leave_goes_to_single_sites_where_that_is_asked():
     assert gone(plan) == gone(answer)
     assert 0 <= whole.budget.limit - whole.cost(plan) < 768, "the price of a neuron"
     assert whole.cost(plan) > whole.cost(answer)
+
+
+def test_blocks_of_least_influence_go_without_a_question():
+    by = Minitron(0.5, by="influence", compete=False)
+    (signal,) = by.signals
+    assert signal.since == "block"
+    whole = small_llama(0.4)
+    turned = tuple(1.0 / (1 + i) for i in range(len(whole.sites)))  # the later, the less
+    here = replace(problem(by.first_space(whole), seed=1), signals=(turned,))
+    talk = converse(by, here)
+    assert gone(talk.answer) == {b for b in range(8) if b >= 8 - len(gone(talk.answer))} != set()
+    assert [len(ask) for ask in talk.asks] == [1], "the candidate alone, for the ledger"
 
 
 def test_where_nothing_need_go_all_stays():
