@@ -177,7 +177,7 @@ class SubLayer:
         dense     f(h)        the dense sub-layer in the dense model
         stream    f(h) + δ    and what the residual stream has lost before it, where a block is a sum; else f(h)
         """
-        twin, dtype = self.twin, self.linear.weight.dtype
+        twin, dtype = self.twin, next(self.linear.parameters()).dtype
         if aim == "own" and not self.site.form.coupled:
             return self.dense_linear(self.inputs(i).to(twin.dense.dtype)).to(dtype)
         if aim == "own":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prunekit import Finisher, LayerProblem, Workpiece, check_choices, solved
 from prunekit.calibration.twin import Aim, SubLayer, Twin
+from prunekit.models.classes import LowRank
 from prunekit_strategies.pruners.compensation import best
 
 
@@ -39,9 +40,11 @@ class LeastSquares(Finisher):
         Δ_K = Δ* H_:K (H_KK)⁻¹          Δ* of (1),   K the weights that the row has                (5)
 
     exactly up to `exact` inputs, by conjugate gradients on all rows at once beyond. It is the compensation of any mask.
+    Of a map of low rank U V it is U that is refitted, on V x̂.
 
     Source: the refit every correct compensation of a mask comes to (OBS, Hassibi & Stork 1993), here for all
-    columns that are left. Ours: a pruner refits one site for the layers it expects in front of it, often a mixture of
+    columns that are left. Of low rank, with `aim: own` and `damping: 0`, it is the update of U in SVD-LLM's released
+    code (Wang et al., arXiv 2403.07378), there on what the dense block makes of its pruned input. Ours: a pruner refits one site for the layers it expects in front of it, often a mixture of
     candidates; this one sees those that were chosen. Behind dense layers and at damping 0 the two are the same.
 
     Memory: float64 (kept)² and (d_out, kept) of one site, and the streams of a `Twin`. One solve per site, or by (5) a
@@ -49,7 +52,7 @@ class LeastSquares(Finisher):
     name on the budget.
     """
 
-    structures = frozenset({"groups", "weights", "n:m"})
+    structures = frozenset({"groups", "weights", "n:m", "low-rank"})
 
     aim: Aim = "stream"
     bias: bool = False  # free biases too; families that have none get them, at the cost of d_out parameters each
@@ -74,14 +77,14 @@ class LeastSquares(Finisher):
         twin = Twin(piece, piece.tokens)
         with piece.progress.stage("least squares", len(twin)) as stage:
             for here in twin:
-                linear, sums = here.linear, Sums.of(here, self.aim)
+                linear, sums = last_of(here.linear), Sums.of(here, self.aim)
                 gram, reached = sums.gram, sums.reached
                 if self.bias:
                     gram = gram - sums.mean[:, None] * sums.mean
                     reached = reached - sums.missing[:, None] * sums.mean
                 problem = LayerProblem(linear.weight, gram, damping=self.damping, name=here.site.name)
                 change = solved(problem.hessian, reached.T).T  # (1)
-                if not here.site.form.coupled:
+                if linear is here.linear and not here.site.form.coupled:
                     alone = replace(problem, weight=change)
                     change = best(alone, linear.weight != 0, exact=self.exact, steps=self.steps).weight  # (5)
                 gain = 2 * float((change * reached).sum()) - float(((change @ gram) * change).sum())
@@ -97,9 +100,14 @@ class LeastSquares(Finisher):
         return {"parameters_added": added, "errors": errors}
 
 
+def last_of(linear: nn.Linear | LowRank) -> nn.Linear:
+    """The map whose outputs are the sub-layer's; of low rank there are two."""
+    return linear.u if isinstance(linear, LowRank) else linear
+
+
 @dataclass(eq=False)
 class Sums:
-    """Means over tokens of what a linear map receives and misses."""
+    """Means over tokens of what a linear map, of low rank its second, receives and misses."""
 
     gram: Float[Tensor, "kept kept"]  # E[x̂ x̂ᵀ]
     reached: Float[Tensor, "d_out kept"]  # E[r x̂ᵀ]
@@ -111,12 +119,13 @@ class Sums:
     @classmethod
     def of(cls, here: SubLayer, aim: Aim) -> Sums:
         """Over all tokens of a twin, products in float32 or better, sums in float64."""
-        rows, columns = here.linear.weight.shape
-        tokens, zeros = 0, partial(torch.zeros, dtype=torch.float64, device=here.linear.weight.device)
+        linear, front = last_of(here.linear), here.linear.v if isinstance(here.linear, LowRank) else nn.Identity()
+        rows, columns = linear.weight.shape
+        tokens, zeros = 0, partial(torch.zeros, dtype=torch.float64, device=linear.weight.device)
         sums = cls(zeros(columns, columns), zeros(rows, columns), zeros(columns), zeros(rows))
         for i in range(len(here)):
-            x, y = here.inputs(i).flatten(0, -2), here.wanted(i, aim).flatten(0, -2)
-            r = y - here.linear(x)
+            x, y = front(here.inputs(i)).flatten(0, -2), here.wanted(i, aim).flatten(0, -2)
+            r = y - linear(x)
             tokens += len(x)
             sums.gram += x.T @ x
             sums.reached += r.T @ x

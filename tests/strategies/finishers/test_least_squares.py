@@ -88,6 +88,21 @@ def test_every_row_has_the_solution_of_lstsq_on_its_support(structure, aim, exac
         assert after == pytest.approx(float((y - x @ weight.T).square().sum() / y.square().sum()), rel=1e-6)
 
 
+@pytest.mark.parametrize("aim", ["own", "stream"])
+def test_of_low_rank_the_second_map_has_the_solution_of_lstsq(aim):
+    net = toy_supernet(structure="low-rank")
+    piece = toy_workpiece(net, plan=tuple(max(1, site.n_groups // 2) for site in net.space.sites), tokens=MANY)
+    first = {here.site: here.linear.v.weight.clone() for here in Twin(piece, MANY, tokens=999)}
+    said = LeastSquares(aim=aim, damping=0.0).finish(piece)
+    for here in Twin(piece, MANY, tokens=999):
+        assert torch.equal(here.linear.v.weight, first[here.site])
+        x, y = flat(here.linear.v(here.inputs(0))), flat(here.wanted(0, aim))
+        theirs = x @ torch.linalg.lstsq(x, y, driver="gelsd").solution
+        torch.testing.assert_close(x @ here.linear.u.weight.T, theirs, rtol=1e-6, atol=1e-6)
+        before, after = said["errors"][here.site.name]
+        assert after <= before * (1 + 1e-9)
+
+
 def test_with_a_bias_it_beats_either_alone():
     net, left = toy_supernet(), {}
     plan = tuple(s.n_groups if i != 1 else 8 for i, s in enumerate(net.space.sites))
