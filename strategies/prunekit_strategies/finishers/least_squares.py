@@ -42,10 +42,11 @@ class LeastSquares(Finisher):
     exactly up to `exact` inputs, by conjugate gradients on all rows at once beyond. It is the compensation of any mask.
     Of a map of low rank U V it is U that is refitted, on V x̂.
 
-    Source: the refit every correct compensation of a mask comes to (OBS, Hassibi & Stork 1993), here for all
-    columns that are left. Of low rank, with `aim: own` and `damping: 0`, it is the update of U in SVD-LLM's released
-    code (Wang et al., arXiv 2403.07378), there on what the dense block makes of its pruned input. Ours: a pruner refits one site for the layers it expects in front of it, often a mixture of
-    candidates; this one sees those that were chosen. Behind dense layers and at damping 0 the two are the same.
+    Source: the refit every correct compensation of a mask comes to (OBS, Hassibi & Stork 1993), here for all columns
+    that are left. Of low rank, with `aim: own` and `damping: 0`, it is the update of U in SVD-LLM's released code (Wang
+    et al., arXiv 2403.07378), there on what the dense block makes of its pruned input. Ours: a pruner refits one site
+    for the layers it expects in front of it, often a mixture of candidates; this one sees those that were chosen.
+    Behind dense layers and at damping 0 the two are the same.
 
     Memory: float64 (kept)² and (d_out, kept) of one site, and the streams of a `Twin`. One solve per site, or by (5) a
     row; it is deterministic, so nothing is kept for a resumed run. `bias` goes with groups; see the finisher of that
