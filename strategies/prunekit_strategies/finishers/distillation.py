@@ -12,13 +12,13 @@ from torch import nn
 
 from prunekit import Finisher, Workpiece
 from prunekit.models.paging import whole
-from prunekit_strategies.finishers.training import LanguageLoss, Training, gained, holding_zeros
+from prunekit_strategies.finishers.training import LanguageLoss, TextTraining, gained, holding_zeros
 
 Scope = Literal["model", "blocks", "cut"]
 
 
 @dataclass(frozen=True)
-class Distillation(Training, Finisher):
+class Distillation(TextTraining, Finisher):
     """Train the small model on the recovery tokens to predict what the dense model predicts.
 
         min over θ   τ² KL(softmax(z / τ) ‖ softmax(ẑ / τ)) + truth · CE(ẑ, next token)      (1)
@@ -85,7 +85,7 @@ class Distillation(Training, Finisher):
             teacher = teacher.float()
         theta = list(teacher.requires_grad_(True).parameters())
         rate = self.rate / 10 if self.correction_rate is None else self.correction_rate
-        own = replace(self, rate=rate, epochs=self.correction, steps=None, correction=0)
+        own = replace(self, rate=rate, epochs=self.correction, steps=None, correction=0, loading="fixed")
         loss = LanguageLoss(teacher, None, 1.0, 0.0)
         with piece.progress.stage("correct the teacher", self.correction) as stage:
             course = own.learn(piece, loss, theta, "teacher", stage, math.inf)

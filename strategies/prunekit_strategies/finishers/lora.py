@@ -13,11 +13,11 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from prunekit import Finisher, Workpiece
-from prunekit_strategies.finishers.training import LanguageLoss, Training, gained
+from prunekit_strategies.finishers.training import LanguageLoss, TextTraining, gained
 
 
 @dataclass(frozen=True)
-class LoRA(Training, Finisher):
+class LoRA(TextTraining, Finisher):
     """Train Ŵ + (α / r) B A on the recovery tokens, A (r, d_in), B (d_out, r) for every linear map, then merge.
 
         min over A, B   CE(ẑ, next token) + teacher · KL(softmax(z) ‖ softmax(ẑ))      (1)

@@ -58,7 +58,6 @@ class Training:
     held_out: float = 0.125  # share of the windows, the last ones
     steps: int | tuple[int, ...] | None = None  # in all, for as many epochs as have 8 each, or those of each epoch, the
     # first of `epochs`; 0: none; None: each has one on every batch
-    loading: Loading = "fixed"  # of several data sets, whether their shares move after every epoch, and by which rule
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -136,33 +135,6 @@ class Training:
         epochs = self._dealt(self.steps)
         return [self.steps * (i + 1) // epochs - self.steps * i // epochs for i in range(epochs)], epochs
 
-    def learn(
-        self,
-        piece: Workpiece,
-        loss: LanguageLoss,
-        parameters: Sequence[nn.Parameter],
-        name: str,
-        stage: Stage,
-        ends: float,
-    ) -> Course:
-        """Lower a loss of the whole model on the text of `piece`.
-
-        `ends`: of `deadline`, asked before the first work.
-        """
-        if self.steps == 0:
-            stage.advance(self.epochs)
-            return Course([], (), self.epochs)
-        some, rest = held_out(piece.tokens, self.held_out)
-        shares = Shares(
-            some, rest, piece.domains, self.loading, self.epochs, self.batch_tokens, piece.checkpoints, name
-        )
-        shares.resume(loss.dense_mean)
-        course = self.fit(
-            parameters, lambda i: loss(shares.batches[i]), len(shares.batches), lambda: shares.judge(loss.mean),
-            seed=piece.seed, checkpoints=piece.checkpoints, name=name, stage=stage, ends=ends,
-        )  # fmt: skip
-        return course._replace(shares=shares.now)
-
     def fit(
         self,
         parameters: Sequence[nn.Parameter],
@@ -229,6 +201,40 @@ class Training:
         return Course(history, tuple(state.dealt), epochs)
 
 
+@dataclass(frozen=True)
+class TextTraining(Training):
+    """A training of the whole model on text, of one data set or of several."""
+
+    loading: Loading = "fixed"  # of several data sets, whether their shares move after every epoch, and by which rule
+
+    def learn(
+        self,
+        piece: Workpiece,
+        loss: LanguageLoss,
+        parameters: Sequence[nn.Parameter],
+        name: str,
+        stage: Stage,
+        ends: float,
+    ) -> Course:
+        """Lower a loss of the whole model on the text of `piece`.
+
+        `ends`: of `deadline`, asked before the first work.
+        """
+        if self.steps == 0:
+            stage.advance(self.epochs)
+            return Course([], (), self.epochs)
+        some, rest = held_out(piece.tokens, self.held_out)
+        shares = Shares(
+            some, rest, piece.domains, self.loading, self.epochs, self.batch_tokens, piece.checkpoints, name
+        )
+        shares.resume(loss.dense_mean)
+        course = self.fit(
+            parameters, lambda i: loss(shares.batches[i]), len(shares.batches), lambda: shares.judge(loss.mean),
+            seed=piece.seed, checkpoints=piece.checkpoints, name=name, stage=stage, ends=ends,
+        )  # fmt: skip
+        return course._replace(shares=shares.now)
+
+
 @cache
 def _order(turn: int, batches: int, seed: int) -> list[int]:
     """Of the batches, when all of them have had so many turns."""
@@ -292,7 +298,7 @@ def in_vain(history: Sequence[float]) -> int:
     return next((epoch for epoch, loss in enumerate(history[1:]) if loss < history[0]), len(history) - 1)
 
 
-def gained(piece: Workpiece, name: str, training: Training, course: Course) -> dict[str, Any]:
+def gained(piece: Workpiece, name: str, training: TextTraining, course: Course) -> dict[str, Any]:
     """What a finisher that trains the whole model has to report; said to the user, too."""
     history = course.losses
     piece.progress.say(told(name, history))

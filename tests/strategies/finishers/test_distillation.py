@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from prunekit.system.checkpoints import Checkpoints
 from prunekit.testing import toy_supernet, toy_tokens, toy_workpiece
 from prunekit_strategies.finishers.distillation import Distillation
 from prunekit_strategies.finishers.training import LanguageLoss, held_out
@@ -76,8 +77,6 @@ def test_a_corrected_teacher_has_learnt_the_text_and_is_what_is_learnt_from():
 
 
 def test_an_interrupted_correction_teaches_the_same(killed_at):
-    from prunekit.system.checkpoints import Checkpoints
-
     corrected = Distillation(correction=2, correction_rate=3e-3, **QUICK)
     whole, piece = toy_workpiece(tokens=MANY), toy_workpiece(tokens=MANY)
     corrected.finish(whole)
@@ -85,6 +84,22 @@ def test_an_interrupted_correction_teaches_the_same(killed_at):
         corrected.finish(piece)
     again = replace(toy_workpiece(tokens=MANY), checkpoints=piece.checkpoints)
     corrected.finish(again)
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("last", [1, 2, 3, 4])
+def test_an_interrupted_training_whose_shares_move_ends_in_the_same_bits(killed_at, tmp_path, last):
+    tokens = toy_tokens(windows=16, sources=2)
+    moving = Distillation(loading="dynamic", truth=1.0, correction=1, **QUICK)
+    whole, piece, again = (
+        replace(toy_workpiece(tokens=tokens), checkpoints=Checkpoints(folder))
+        for folder in (None, tmp_path, tmp_path)
+    )  # fmt: skip
+    shares = moving.finish(whole)["shares"]
+    assert shares["toy-1"] != 0.5
+    with killed_at(Checkpoints, "save", last + 1, after=True):  # behind that of the teacher
+        moving.finish(piece)
+    assert moving.finish(again)["shares"] == shares
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True))
 
 

@@ -15,7 +15,16 @@ from prunekit.system.progress import Progress, Stage
 from prunekit.testing import tiny, toy_tokens
 from prunekit_strategies.finishers import training
 from prunekit_strategies.finishers.shares import Shares, weighed
-from prunekit_strategies.finishers.training import LanguageLoss, Training, gained, held_out, in_vain, told, undone
+from prunekit_strategies.finishers.training import (
+    LanguageLoss,
+    TextTraining,
+    Training,
+    gained,
+    held_out,
+    in_vain,
+    told,
+    undone,
+)
 from prunekit_strategies.learners.domains import worst
 
 TARGETS = torch.tensor([[1.0, -2.0], [3.0, 0.5], [-1.0, 4.0]], dtype=torch.float64)
@@ -378,7 +387,7 @@ def test_a_training_moves_its_shares_and_reports_them(tmp_path):
     piece = SimpleNamespace(
         tokens=tokens, domains={}, checkpoints=Checkpoints(tmp_path), seed=0, seconds=None, progress=Progress(),
     )  # fmt: skip
-    regime = Training(rate=1e-3, epochs=2, batch_tokens=8, held_out=1 / 3, loading="dynamic")
+    regime = TextTraining(rate=1e-3, epochs=2, batch_tokens=8, held_out=1 / 3, loading="dynamic")
     loss = LanguageLoss(small, dense, truth=1.0, teacher=1.0)
     course = regime.learn(piece, loss, list(small.parameters()), "model", Stage(), math.inf)
     assert min(course.losses) < course.losses[0]
