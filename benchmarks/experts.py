@@ -62,7 +62,8 @@ def measured(model: Any, path: Path) -> str:
         least(lambda: session.step(ids, session.empty(1)), 8),
         least(lambda: session.step(ids[:, :1], past), 20),
     )
-    return f"{nodes:,} | {beside / 1e3:.0f} kB | {written:.1f} s | {opened:.2f} s | {1e3 * read:.1f} ms | {1e3 * made:.2f} ms"
+    sizes = f"{nodes:,} | {beside / 1e3:.0f} kB"
+    return f"{sizes} | {written:.1f} s | {opened:.2f} s | {read:.1f} ms | {made:.2f} ms"
 
 
 def main(

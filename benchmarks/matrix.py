@@ -69,11 +69,11 @@ OTHERWISE: dict[str, dict[str, Any]] = {  # as released models of the family are
     },
     "llava": {"intermediate_size": WIDTH},
     "lfm2": {"conv_dim": HIDDEN, "block_dim": HIDDEN},
-    "qwen3_next": {  # filters of whole blocks of 32 channels, for vLLM's kernels
+    "qwen3_next": {  # vLLM's kernels for CPUs take heads of 64 or 128
         "linear_num_key_heads": 4,
         "linear_num_value_heads": 8,
-        "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
     },
     "qwen2_5_vl": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}},
 }

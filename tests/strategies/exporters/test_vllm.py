@@ -441,7 +441,7 @@ AS_RELEASED: dict[str, dict[str, Any]] = {  # what vLLM's own classes read, as c
     "gpt_oss": {"rope_parameters": YARN | {"beta_fast": 32.0, "beta_slow": 1.0}},
     "lfm2": {"conv_dim": 192, "block_dim": 192},
     "falcon": {"ffn_hidden_size": 768},
-    "qwen3_next": {"linear_key_head_dim": 32, "linear_value_head_dim": 32},
+    "qwen3_next": {"linear_key_head_dim": 64, "linear_value_head_dim": 64},
 }
 CASES: dict[str, tuple[str, dict[tuple[int, str], int], Any]] = {
     **{name: (name, LOST, "import") for name in (*SIZES, *EXPERTS) if name not in REFUSED},
