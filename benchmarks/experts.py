@@ -33,7 +33,7 @@ def unrolled(step: Any, total: Any, stacks: Sequence[Any]) -> Any:
 
 
 def model_of(experts: int, selected: int) -> Any:
-    sizes = {"num_experts": experts, "num_local_experts": experts, "num_experts_per_tok": selected}
+    sizes: dict[str, Any] = {"num_experts": experts, "num_local_experts": experts, "num_experts_per_tok": selected}
     sizes |= {"hidden_size": HIDDEN, "moe_intermediate_size": NEURONS, "head_dim": 32, "num_hidden_layers": 2}
     sizes |= {"vocab_size": 1024, "max_position_embeddings": 512, "mlp_only_layers": []}
     return tiny("qwen3_moe", **sizes, initializer_range=0.02).float().requires_grad_(False)

@@ -306,10 +306,14 @@ def _overview(rows: Mapping[tuple[str, str, str], Row], wanted: Sequence[tuple[s
     for family in sorted({family for family, _, _ in wanted}):
         cells = list[str]()
         for format_ in formats:
-            tried = [rows.get(key) for key in wanted if (key[0], key[2]) == (family, format_)]
-            works = [row.structure for row in tried if row is not None and row.reached == "loaded" and not row.why]
-            whole, part = ("all", "none") if tried else ("", "")
-            cells.append(whole if len(works) == len(tried) else "; ".join(works) or part)
+            asked = [key for key in wanted if (key[0], key[2]) == (family, format_)]
+            tried = [rows.get(key) for key in asked]
+            good = [row is not None and row.reached == "loaded" and not row.why for row in tried]
+            works, fails = ([key[1] for key, yes in zip(asked, good, strict=True) if yes is of] for of in (True, False))
+            if len(fails) < len(works):
+                cells.append(f"all but {'; '.join(fails)}" if fails else "all")
+            else:
+                cells.append("; ".join(works) or ("none" if asked else ""))
         lines.append(f"| {family} | {' | '.join(cells)} |")
     return lines
 

@@ -142,6 +142,9 @@ def test_what_is_refused_or_fails_or_was_not_run_is_told(matrix: Any) -> None:
     more = rows[0].__class__("llama", "weights", "hf", "loaded", 1.0, "Llama", "differs", "transformers", why="odd")
     text = matrix.tables({row.key: row for row in [*rows, more]}, [*wanted, more.key])
     assert "| llama | groups, equal |  |  |" in text
+    other = rows[0].__class__("llama", "2:4", "hf", "loaded", 1.0, "Llama", "equal", "transformers")
+    text = matrix.tables({row.key: row for row in [*rows, more, other]}, [*wanted, more.key, other.key])
+    assert "| llama | all but weights |  |  |" in text
 
 
 def test_the_document_has_the_table_that_is_made(matrix: Any) -> None:
