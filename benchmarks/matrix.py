@@ -69,6 +69,12 @@ OTHERWISE: dict[str, dict[str, Any]] = {  # as released models of the family are
     },
     "llava": {"intermediate_size": WIDTH},
     "lfm2": {"conv_dim": HIDDEN, "block_dim": HIDDEN},
+    "qwen3_next": {  # vLLM's kernels for CPUs take heads of 64 or 128
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+    },
     "qwen2_5_vl": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}},
 }
 IDS = torch.arange(2, 130).reshape(2, 64)
@@ -260,11 +266,13 @@ def read(path: Path) -> dict[tuple[str, str, str], Row]:
 
 
 def tables(rows: Mapping[tuple[str, str, str], Row], wanted: Iterable[tuple[str, str, str]]) -> str:
-    """All rows as a document has them: what was loaded, what is refused and why, what failed, what was not run."""
+    """All rows as a document has them: a table of a row for every family, what was loaded, what is refused and why,
+    what failed, what was not run."""
     wanted = [*wanted]
     found = [rows[key] for key in wanted if key in rows]
     tried = [row for row in found if row.reached != "refused"]
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(str, tried)]
+    lines = [*_overview(rows, wanted), "", "Row by row:", ""]
+    lines += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(str, tried)]
     loads = [row.load for row in tried if row.load is not None]
     if loads:
         lines += ["", f"Speeds were taken at {min(loads):.1f} to {max(loads):.1f} busy processes for every core."]
@@ -289,6 +297,25 @@ def tables(rows: Mapping[tuple[str, str, str], Row], wanted: Iterable[tuple[str,
         lines += ["", "Not run:", ""]
         lines += [f"- `{format_}`, {_listed(families)}" for format_, families in missing.items()]
     return "\n".join(lines)
+
+
+def _overview(rows: Mapping[tuple[str, str, str], Row], wanted: Sequence[tuple[str, str, str]]) -> list[str]:
+    """By family and format: with which structures a result was loaded by the engine, and answered the same."""
+    formats = [*dict.fromkeys(format_ for _, _, format_ in wanted)]
+    lines = [f"| family | {' | '.join(formats)} |", "|---" * (1 + len(formats)) + "|"]
+    for family in sorted({family for family, _, _ in wanted}):
+        cells = list[str]()
+        for format_ in formats:
+            asked = [key for key in wanted if (key[0], key[2]) == (family, format_)]
+            tried = [rows.get(key) for key in asked]
+            good = [row is not None and row.reached == "loaded" and not row.why for row in tried]
+            works, fails = ([key[1] for key, yes in zip(asked, good, strict=True) if yes is of] for of in (True, False))
+            if len(fails) < len(works):
+                cells.append(f"all but {'; '.join(fails)}" if fails else "all")
+            else:
+                cells.append("; ".join(works) or ("none" if asked else ""))
+        lines.append(f"| {family} | {' | '.join(cells)} |")
+    return lines
 
 
 def _listed(families: Mapping[str, Sequence[str]]) -> str:

@@ -132,9 +132,23 @@ def test_what_is_refused_or_fails_or_was_not_run_is_told(matrix: Any) -> None:
     assert "- `vllm`, phi3 (groups, equal): not installed" in text
     assert "- `vllm`, phi3, opt (groups, uneven)" in text.partition("Not run:")[2]
     assert "2.5 to 2.5 busy processes" in text
+    assert text.splitlines()[:5] == [
+        "| family | hf | gguf | vllm |",
+        "|---|---|---|---|",
+        "| llama | all |  |  |",
+        "| opt |  | none | none |",
+        "| phi3 |  |  | none |",
+    ]
+    more = rows[0].__class__("llama", "weights", "hf", "loaded", 1.0, "Llama", "differs", "transformers", why="odd")
+    text = matrix.tables({row.key: row for row in [*rows, more]}, [*wanted, more.key])
+    assert "| llama | groups, equal |  |  |" in text
+    other = rows[0].__class__("llama", "2:4", "hf", "loaded", 1.0, "Llama", "equal", "transformers")
+    text = matrix.tables({row.key: row for row in [*rows, more, other]}, [*wanted, more.key, other.key])
+    assert "| llama | all but weights |  |  |" in text
 
 
 def test_the_document_has_the_table_that_is_made(matrix: Any) -> None:
     text = (ROOT / "docs/families.md").read_text(encoding="utf-8")
     inside = text.partition(matrix.BEGIN)[2].partition(matrix.END)[0]
-    assert inside.strip().startswith(f"| {' | '.join(matrix.COLUMNS)} |")
+    assert inside.strip().startswith("| family | hf | gguf | onnx | vllm |")
+    assert f"| {' | '.join(matrix.COLUMNS)} |" in inside

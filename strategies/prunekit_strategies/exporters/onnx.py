@@ -35,8 +35,9 @@ class ONNX(pk.Exporter):
 
     The model that transformers runs is traced once, by `torch.onnx.export`, with batch, new tokens and past tokens of
     any number; prefill and decoding are the same graph. Of a mixture every expert reads the tokens that select it, one
-    expert after the other. It computes in float32. Weights are stored once, tied ones too;
-    in float16 they are stored in half the bytes and widened when the file is loaded.
+    expert after the other, in one node `Scan` for every layer, so a graph is as large for hundreds of experts as for
+    two. It computes in float32. Weights are stored once, tied ones too; in float16 they are stored in half the bytes
+    and widened when the file is loaded.
     """
 
     engine: ClassVar[str] = "onnxruntime"
@@ -168,7 +169,7 @@ def _traced(model: Any) -> Any:
     given = [torch.zeros(batch, heads, before, width) for pair in shapes.values() for heads, width in pair]
     ids, mask = torch.ones(batch, new, dtype=torch.long), torch.ones(batch, before + new, dtype=torch.long)
     dynamic = ({0: free, 1: free}, {0: free, 1: free}, [{0: free, 2: free}] * len(given))
-    with _eager(model), _sorted(model), _quietly(), torch.no_grad():
+    with _eager(model), _scanned(model), _quietly(), torch.no_grad():
         program = torch.onnx.export(
             _step(model, list(shapes)), (ids, mask, given), dynamo=True, dynamic_shapes=dynamic, opset_version=OPSET,
             input_names=["input_ids", "attention_mask", *past], output_names=["logits", *present],
@@ -292,10 +293,19 @@ def _name_dimensions(graph: Any) -> None:
                 dim.dim_param = name
     del graph.graph.value_info[:]
     inside = graph.graph
-    nodes = [*inside.node, *(node for function in graph.functions for node in function.node)]
+    nodes = [node for part in (inside, *graph.functions) for node in _nodes(part)]
     for each in (graph, inside, *nodes, *inside.initializer, *inside.input, *inside.output):
         del each.metadata_props[:]
         each.doc_string = ""
+
+
+def _nodes(part: Any) -> Iterator[Any]:
+    """The nodes of a graph or a function, and of the graphs inside them."""
+    for node in part.node:
+        yield node
+        for each in node.attribute:
+            if each.HasField("g"):
+                yield from _nodes(each.g)
 
 
 def _halve(graph: Any) -> None:
@@ -335,44 +345,55 @@ def _eager(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _sorted(model: Any) -> Iterator[None]:
+def _scanned(model: Any) -> Iterator[None]:
     """Experts one after the other, each with the tokens that select it, as long as it is traced.
 
     Which these are depends on values, so a graph has to say it: where the router selects an expert, at most once for a
-    token, is looked up; its rows are computed, and added to the others' in their places. Same as the loop that
-    transformers runs, over all experts and not over those alone that are selected.
+    token, is looked up; its rows are computed, and added to the others' in their places. That is said once in a layer,
+    however many experts it has: `scan` hands their matrices in one after the other, as slices that are not copied.
+    Same as the loop that transformers runs, over all experts and not over those alone that are selected.
     """
-    import torch
-
     from prunekit.models.classes import FAMILIES
 
     family = FAMILIES[model.config.model_type.removeprefix("prunekit_")]
     blocks = model.base_model.get_submodule(family.layers).children() if family.experts is not None else ()
     found = [b.get_submodule(family.experts.path) for b in blocks if family.experts and family.experts.there(b)]
-
-    def runner(module: Any) -> Callable[..., Any]:
-        def times(x: Any, which: str, expert: int) -> Any:
-            matrix = getattr(module, which)[expert]
-            made = x @ (matrix if module.is_transposed else matrix.T)
-            return made + getattr(module, f"{which}_bias")[expert] if module.has_bias else made
-
-        def run(hidden: Any, ids: Any, weights: Any) -> Any:
-            total = torch.zeros_like(hidden)
-            for expert in range(module.num_experts):
-                tokens, place = (ids == expert).nonzero(as_tuple=True)
-                made = times(module._apply_gate(times(hidden[tokens], "gate_up_proj", expert)), "down_proj", expert)
-                total = total.index_add(0, tokens, made * weights[tokens, place, None].to(made.dtype))
-            return total
-
-        return run
-
     for module in found:
-        module.forward = runner(module)
+        module.forward = _added_up(module)
     try:
         yield
     finally:
         for module in found:
             del module.forward
+
+
+def _added_up(module: Any) -> Callable[..., Any]:
+    """The forward method of a module with the matrices of all experts, as a graph can hold it."""
+    import torch
+
+    def times(x: Any, matrix: Any, bias: Any = 0.0) -> Any:
+        return x @ (matrix if module.is_transposed else matrix.T) + bias
+
+    def run(hidden: Any, ids: Any, weights: Any) -> Any:
+        def add(total: Any, each: Sequence[Any]) -> tuple[Any, Any]:
+            expert, (first, *first_bias), (last, *last_bias) = each[0], each[1::2], each[2::2]
+            tokens, place = (ids == expert).nonzero(as_tuple=True)
+            made = times(module._apply_gate(times(hidden[tokens], first, *first_bias)), last, *last_bias)
+            made = made * weights[tokens, place, None].to(made.dtype)
+            return total.index_add(0, tokens, made), total.new_zeros(())  # nothing is made besides
+
+        names = ["gate_up_proj", "down_proj", *(["gate_up_proj_bias", "down_proj_bias"] if module.has_bias else [])]
+        stacks = torch.arange(module.num_experts), *(getattr(module, name) for name in names)
+        return _scan(add, torch.zeros_like(hidden), stacks)
+
+    return run
+
+
+def _scan(step: Callable[[Any, Sequence[Any]], tuple[Any, Any]], start: Any, stacks: Sequence[Any]) -> Any:
+    """What is carried from slice to slice of tensors that are as long as each other, at the end."""
+    from torch._higher_order_ops.scan import scan  # not public yet; the exporter of torch knows it
+
+    return scan(step, start, tuple(stacks))[0]
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from prunekit.space.sites import Site
 from prunekit.testing import tiny
 from prunekit.testing.exporters import record_of
 from prunekit.testing.models import EXPERTS, SIZES
-from prunekit_strategies.exporters.onnx import MODEL, ONNX, _halve, _opened, _sorted
+from prunekit_strategies.exporters import onnx as onnx_exporter
+from prunekit_strategies.exporters.onnx import MODEL, ONNX, _halve, _nodes, _opened, _scanned
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -175,16 +176,44 @@ def test_values_that_float16_cannot_hold_are_refused(written: tuple[Any, Path]) 
 
 
 @pytest.mark.parametrize("model_type", EXPERTS)
-def test_experts_one_after_the_other_add_up_to_what_the_model_computes(model_type: str) -> None:
+def test_experts_one_after_the_other_add_up_to_what_the_model_computes(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_turn(step: Any, total: torch.Tensor, stacks: tuple[torch.Tensor, ...]) -> torch.Tensor:  # what Scan does
+        for each in zip(*stacks, strict=True):
+            total, _ = step(total, each)
+        return total
+
+    monkeypatch.setattr(onnx_exporter, "_scan", in_turn)
     model = pruned(model_type)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if name.endswith("_proj_bias"):  # of experts, which are zeros in new models
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
     expected = logits(model, IDS)
     before = [module for module in model.modules() if "forward" in vars(module)]
-    with _sorted(model):
+    with _scanned(model):
         inside = [module for module in model.modules() if "forward" in vars(module)]
         found = logits(model, IDS)
     assert len(inside) > len(before)  # else this is the same computation twice
     assert [module for module in model.modules() if "forward" in vars(module)] == before
     assert float((found - expected).abs().max()) <= EXACT
+
+
+@pytest.mark.slow
+def test_a_graph_is_as_large_for_many_experts_as_for_few(tmp_path: Path) -> None:
+    sizes = list[int]()
+    for experts in (3, 24):
+        model, path = tiny("qwen3_moe", num_experts=experts, num_local_experts=experts).float(), tmp_path / f"{experts}"
+        ONNX().write(pk.Product(model), path)
+        graph = onnx.load(path / MODEL)
+        sizes.append(sum(1 for part in (graph.graph, *graph.functions) for _ in _nodes(part)))
+        session = _opened(path)
+        for ids in (IDS, IDS[:1, :1]):  # one token selects two experts, and the others get no row
+            found = torch.from_numpy(session.step(ids.numpy(), session.empty(len(ids)))[0])
+            assert float((found - logits(model, ids)).abs().max()) <= EXACT
+        assert str(Path(__file__).parents[3]).encode() not in (path / MODEL).read_bytes()
+    assert abs(sizes[1] - sizes[0]) <= 2  # constants that are equal by chance are one
 
 
 @pytest.mark.parametrize(

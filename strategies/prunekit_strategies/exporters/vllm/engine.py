@@ -30,6 +30,7 @@ NATIVE: dict[str, list[str]] = {  # by model type: what vLLM's kernels get wrong
     # dimension alone: it takes every head for a token, and turns the i-th head of all by the position of the i-th token
     "lfm2": ["rotary_embedding"],
 }
+IN_BFLOAT16 = ("qwen3_next",)  # model types that vLLM's build for CPUs computes in bfloat16 alone: their delta nets
 LIKELIEST = 20  # tokens whose log-probabilities vLLM tells at every position, without being told to tell more
 SETTINGS = {  # of the environment, where the user has not set them
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, which ends with the one that asked
@@ -108,12 +109,13 @@ class Timer:
 def answer(
     asked: Mapping[str, Tensor], path: str, new_tokens: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:  # called by a fresh process
-    """What vLLM says of windows, and how it continues a prompt: in float32, whatever dtype the files have."""
+    """What vLLM says of windows, and how it continues a prompt: in float32, whatever dtype the files have, or where it
+    cannot in bfloat16."""
     import torch
 
     windows, prompt, new = asked["ids"].tolist(), asked["prompt"].tolist(), int(new_tokens)
     length = max(len(windows[0]) + 1, len(prompt) + new)
-    model = opened(path, length, dtype="float32", enforce_eager=True)
+    model = opened(path, length, dtype=_dtype(path), enforce_eager=True)
     logprobs = torch.full(asked["tokens"].shape, torch.nan)
     likeliest = torch.zeros(asked["ids"].shape, dtype=torch.long)
     for window, row in enumerate(_read(model, windows)):
@@ -133,7 +135,7 @@ def answer(
 def opened(path: str, length: int, **settings: Any) -> Any:
     """A model in vLLM, that reads and makes so many tokens at most."""
     os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})
-    if native := NATIVE.get(_model_type(Path(path))):
+    if native := NATIVE.get(model_type_of(Path(path))):
         settings["compilation_config"] = {"custom_ops": [f"-{name}" for name in native]}
     return importlib.import_module(PACKAGE).LLM(
         model=path, max_model_len=length, skip_tokenizer_init=True, generation_config="vllm", trust_remote_code=False,
@@ -141,7 +143,15 @@ def opened(path: str, length: int, **settings: Any) -> Any:
     )  # fmt: skip
 
 
-def _model_type(folder: Path) -> str:
+def _dtype(path: str) -> str:
+    """What a model is asked in: the dtype that rounds least, of those that vLLM computes it in here."""
+    if model_type_of(Path(path)) not in IN_BFLOAT16:
+        return "float32"
+    on_cpu = importlib.import_module(f"{PACKAGE}.platforms").current_platform.is_cpu()
+    return "bfloat16" if on_cpu else "float32"
+
+
+def model_type_of(folder: Path) -> str:
     """What a folder says it is; "" where it says nothing, which vLLM then tells."""
     file = folder / "config.json"
     return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", "")) if file.exists() else ""

@@ -16,7 +16,7 @@ from prunekit.models.shards import SHARD_BYTES, Shards
 from prunekit.space.prices import Workload
 from prunekit.space.sites import Kind
 from prunekit.system.files import read_json, write_json
-from prunekit_strategies.exporters.hf import HF
+from prunekit_strategies.exporters.hf import HF, ROUNDED
 from prunekit_strategies.exporters.vllm import engine as runner
 
 REFUSED: Mapping[str, str] = {  # of unequal layers, by model type
@@ -115,7 +115,9 @@ class VLLM(pk.Exporter):
         return pk.Response(**found, parameters=told["parameters"], tensors=told["tensors"])  # type: ignore[arg-type]
 
     def tolerance(self, path: Path, dtype: torch.dtype | None = None) -> float:
-        return max(self._hf.tolerance(path, dtype), EXPERTS if _has_experts(path) else 0.0)
+        rounded = runner.model_type_of(path) in runner.IN_BFLOAT16  # where vLLM runs on a CPU, which is not known here
+        allowed = ROUNDED["bfloat16"] if rounded else EXPERTS if _has_experts(path) else 0.0
+        return max(self._hf.tolerance(path, dtype), allowed)
 
     def timer(self, path: Path) -> Callable[[Workload], tuple[int, int]]:
         run = runner.Timer(path, python_of(self.engine_python), torch.get_num_threads())
