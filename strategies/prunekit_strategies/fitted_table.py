@@ -16,6 +16,8 @@ Floats = NDArray[np.float64]
 STEPS = 50  # of Gauss-Newton, at most
 FAR = 2.0  # largest change of a logarithm in a step
 MOST = 20.0  # largest logarithm
+TRUSTS = tuple(10.0 ** (k / 4) for k in range(-16, 41))  # λ
+WRONG = {True: 0.3, False: 2.0}  # largest deviation of a logarithm: of prices in nats, and of errors
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ def fitted(searches: Sequence[Searched]) -> FittedTable | None:
     loss of that level: what is far from the best tells little about it. The factors are those of a site, not of a
     budget, so that what was judged under one budget tells about all others.
 
-    t is the price in nats where the searches were given it, which is right up to moderate factors: λ is then at most
-    100. Else it is the output error, which knows nothing of what is behind a site, and λ is at most 1,000. (1) is met
+    t is the price in nats where the searches were given it, which is right up to moderate factors: √λ σ is then at most
+    0.3. Else it is the output error, which knows nothing of what is behind a site, and √λ σ is at most 2. (1) is met
     by Gauss-Newton steps, in each of which λ is that of greatest restricted likelihood.
 
     Source: ours. Ridge regression and its evidence are textbook (Bishop, Pattern Recognition and Machine Learning,
@@ -61,7 +63,7 @@ def fitted(searches: Sequence[Searched]) -> FittedTable | None:
     lowest = np.full(len(levels), np.inf)
     np.minimum.at(lowest, level, losses)
     exact = all(each.problem is None or each.problem.nats is not None for each in searches)
-    u, v = _factors(level, t, x, np.log(losses), (lowest[level] / losses) ** 2, 1e2 if exact else 1e3)
+    u, v = _factors(level, t, x, np.log(losses), (lowest[level] / losses) ** 2, WRONG[exact])
     return _bent(searches, u, v)
 
 
@@ -94,7 +96,6 @@ def _factors(
 ) -> tuple[Floats, Floats]:
     """u and v of (1), by site."""
     sites = t.shape[1]
-    trusts = [most * 10.0 ** (-k / 2) for k in range(13)]
     level_of = np.eye(level.max() + 1)[level]
     freedom = len(y) - level_of.shape[1]
     found = np.zeros(2 * sites + 1)  # u, v and γ - 1
@@ -114,7 +115,7 @@ def _factors(
         left, d, right = np.linalg.svd(without(slopes), full_matrices=False)
         r = left.T @ target
         rest = max(float(target @ target - r @ r), 0.0) + 1e-12
-        trust = max(trusts, key=lambda trust: _evidence(trust, d, r, rest, freedom))  # λ
+        trust = _trust(d, r, rest, freedom, most)
         step = right.T @ (trust * d * r / (1 + trust * d**2)) - found
         away = float(np.abs(step).max())
         found = np.clip(found + step * min(1.0, FAR / max(away, 1e-12)), -MOST, MOST)
@@ -124,10 +125,18 @@ def _factors(
     return found[:sites], found[sites:-1]
 
 
-def _evidence(trust: float, d: Floats, r: Floats, rest: float, freedom: int) -> float:
-    """Restricted log likelihood of λ over σ², of singular values d and the parts r of the target along each."""
-    grown = 1 + trust * d**2
-    return -(freedom * math.log(float(np.sum(r**2 / grown)) + rest) + float(np.log(grown).sum())) / 2
+def _trust(d: Floats, r: Floats, rest: float, freedom: int, most: float) -> float:
+    """λ of greatest restricted likelihood, √λ σ at most `most`; d singular values, r the target's part along each."""
+    found, best = TRUSTS[0], -math.inf
+    for trust in TRUSTS:
+        grown = 1 + trust * d**2
+        variance = (float(np.sum(r**2 / grown)) + rest) / freedom  # σ²
+        if trust * variance > most**2:
+            break
+        evidence = -(freedom * math.log(variance) + float(np.log(grown).sum())) / 2
+        if evidence > best:
+            found, best = trust, evidence
+    return found
 
 
 def _bent(searches: Sequence[Searched], u: Floats, v: Floats) -> FittedTable:

@@ -1,8 +1,9 @@
-"""A table fitted to what several searches have judged: whose order it has, what it does not depend on, what it spends."""
+"""A table fitted to what several searches have judged: whose order it has, and what it does not depend on."""
 
 import math
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -82,10 +83,11 @@ def test_the_level_of_a_budget_is_free_and_so_is_the_unit(table):
         assert two == pytest.approx(one, rel=1e-5)
 
 
-@pytest.mark.parametrize("change", [lambda _, loss: loss**1.5, lambda _, loss: 3 + loss])
+@pytest.mark.parametrize("change", [lambda _, loss: loss**1.5, lambda _, loss: 0.3 + loss])
 def test_a_loss_that_grows_in_another_way_has_the_same_order(change):
     table = fitted(searches(change))
-    assert max(above(table.losses, share) for share in UNSEEN) < 0.03
+    for share in UNSEEN:
+        assert above(table.losses, share) < 0.4 * above(convex_table(space_of(share)), share)
 
 
 def test_no_site_gains_from_losing_groups(table):
@@ -110,7 +112,7 @@ def test_optima_spend_budgets_from_the_least_to_the_largest(table):
     limits = [space.budget.limit for space, _ in found]
     assert limits[0] == space_of(0.3).budget.limit
     assert limits[-1] == space_of(0.6).budget.limit
-    steps = [b - a for a, b in zip(limits, limits[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(limits)]
     assert max(steps) - min(steps) <= 1
     for space, allocation in found:
         assert space.is_feasible(allocation)

@@ -3,7 +3,6 @@
 import json
 import math
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch
 from prunekit import Allocator, Searched, WrongInput
 from prunekit.testing import best_allocation, converse
 from prunekit.testing.spaces import additive, convex_table, problem, small_llama
+from prunekit_strategies import budget_network
 from prunekit_strategies.allocators.lop import LOP, Node, Range, bound, leaf
 from prunekit_strategies.allocators.uniform import Uniform
 from prunekit_strategies.budget_network import Predictor, load, taught
@@ -157,33 +157,30 @@ def test_another_model_another_metric_and_damaged_files_are_refused(folder, tmp_
         LOP(model=str(tmp_path)).ready()
 
 
-def test_what_searches_came_to_by_luck_does_not_teach(tmp_path):
-    """Of a few draws each the best is far from the optimum; all of them together have its order."""
-    searches = []
-    for share in SHARES:
-        whole, rng = small_llama(share), random.Random(0)
-        toy = problem(LOP().first_space(whole), tokens=0)
-        loss = additive(toy.errors, toy.space)
-        centre = [kept / site.n_groups for kept, site in zip(toy.start, whole.sites, strict=True)]
-        drawn = [Node.at(toy.space, [r + rng.uniform(-0.2, 0.2) for r in centre]).allocation for _ in range(8)]
-        judged = sorted(((loss(a), a) for a in dict.fromkeys(drawn)), key=lambda pair: pair[0])
-        searches.append(Searched(whole, tuple((a, x) for x, a in judged), (0,) * len(judged), toy))
-    quick, answers = LOP(**QUICK, grid=16), list[list[float]]()
-    for allocator in (quick, replace(quick, grid=0)):
-        folder = tmp_path / str(allocator.grid)
-        folder.mkdir()
-        allocator.learn(searches, folder)
-        assert json.loads((folder / "learnt.json").read_text())["pairs"] == (allocator.grid or len(SHARES))
-        answers.append([])
-        for share in UNSEEN:
-            space = LOP().first_space(small_llama(share))
-            table = convex_table(space)
-            best, worst = best_allocation(space, table)[1], additive(table, space)(space.uniform())
-            here = additive(table, space)(LOP(model=str(folder)).predicted(space))
-            answers[-1].append((here - best) / (worst - best))  # 0 the optimum, 1 uniform
-    fitted, published = answers
-    assert max(fitted) < 0.1
-    assert min(published) > 0.3
+def test_the_pairs_are_of_a_table_fitted_to_all_that_was_judged_or_what_each_search_judged_best(tmp_path, monkeypatch):
+    searches, taught_by = [], dict[int, list[float]]()
+    for share in (0.3, 0.5, 0.7):
+        toy = problem(LOP().first_space(small_llama(share)), tokens=0)
+        loss, rng = additive(toy.errors, toy.space), random.Random(0)
+        drawn = {Node.at(toy.space, [rng.random() for _ in toy.start]).allocation: None for _ in range(16)}
+        judged = sorted(((a, loss(a)) for a in drawn), key=lambda pair: pair[1])
+        searches.append(Searched(small_llama(share), tuple(judged), (), toy))
+    optimum = best_allocation(toy.space, toy.errors)[1]
+
+    def seen(budgets, shares, **_):
+        counts = tuple(round(r * site.n_groups) for r, site in zip(shares[-1], toy.space.sites, strict=True))
+        taught_by[len(budgets)] = [budgets[-1], loss(toy.space.nearest(counts)) / optimum]
+        return Predictor(16, 16, 1, 2)
+
+    monkeypatch.setattr(budget_network, "taught", seen)
+    for allocator in (LOP(grid=5), LOP(grid=0), LOP(grid=0, pairs=2)):
+        allocator.learn(searches, tmp_path)
+        assert json.loads((tmp_path / "learnt.json").read_text())["pairs"] in taught_by
+    assert list(taught_by) == [5, 3, 6]
+    assert {budget for budget, _ in taught_by.values()} == {budget_network.share_of(searches[-1].whole)}
+    assert taught_by[5][1] < 1.05
+    assert taught_by[3][1] == pytest.approx(judged[0][1] / optimum)
+    assert taught_by[3][1] > 1.5
 
 
 def test_two_budgets_are_too_few_and_others_do_not_learn(tmp_path):
