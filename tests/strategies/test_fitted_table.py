@@ -53,6 +53,13 @@ def searches(change=lambda share, loss: loss, judged=24, nats=True):
     return found
 
 
+def fit(*arguments, **options):
+    """A table fitted to `searches`, where there is one."""
+    table = fitted(searches(*arguments, **options))
+    assert table is not None
+    return table
+
+
 def above(table, share):
     """How far the optimum of a table is above that of the truth, as a share of the truth's."""
     space = space_of(share)
@@ -61,7 +68,7 @@ def above(table, share):
 
 @pytest.fixture(scope="module")
 def table():
-    return fitted(searches())
+    return fit()
 
 
 @pytest.mark.parametrize("share", UNSEEN)
@@ -78,14 +85,14 @@ def test_factors_are_found_where_nothing_else_is_wrong(table):
 
 
 def test_the_level_of_a_budget_is_free_and_so_is_the_unit(table):
-    other = fitted(searches(lambda share, loss: loss * (7.0 if share > 0.5 else 0.1)))
+    other = fit(lambda share, loss: loss * (7.0 if share > 0.5 else 0.1))
     for one, two in zip(table.losses, other.losses, strict=True):
         assert two == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.parametrize("change", [lambda _, loss: loss**1.5, lambda _, loss: 0.3 + loss])
 def test_a_loss_that_grows_in_another_way_has_the_same_order(change):
-    table = fitted(searches(change))
+    table = fit(change)
     for share in UNSEEN:
         assert above(table.losses, share) < 0.4 * above(convex_table(space_of(share)), share)
 
@@ -96,7 +103,7 @@ def test_no_site_gains_from_losing_groups(table):
 
 
 def test_without_prices_in_nats_errors_are_bent():
-    table = fitted(searches(nats=False))
+    table = fit(nats=False)
     assert max(above(table.losses, share) for share in UNSEEN) < 0.005
 
 
