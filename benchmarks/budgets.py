@@ -3,7 +3,8 @@
     python benchmarks/budgets.py MODEL --dataset search.txt --simulations 60 --tokens 1024 --search-tokens 4096
 
 One calibration pass along the rungs of all budgets; a search of each; the network learns from every second one, and the
-others are what it never saw. Its answers and the searches' are judged on the same rungs and tokens.
+others are what it never saw. Its answers and the searches' are judged on the same rungs and tokens; so are those of a
+network that learns the searches' answers themselves, as published.
 """
 
 from __future__ import annotations
@@ -58,20 +59,28 @@ def main(
         seconds = [run.clock.seconds["search"] for run in runs]
         with TemporaryDirectory() as folder:
             allocator = runs[0].parts.allocator
-            begun = time.perf_counter()
-            allocator.learn([searched(run) for run in runs[::2]], Path(folder))
-            print(f"learnt from {len(runs[::2])} budgets in {time.perf_counter() - begun:.1f} s")
-            answering = replace(allocator, model=folder)  # type: ignore[type-var]
-            print("removed | uniform | search | network | network / search | token-forwards | search s | network s")
+            answering = []
+            for name, grid in ("published", 0), ("fitted", allocator.grid):  # type: ignore[attr-defined]
+                begun = time.perf_counter()
+                learner = replace(allocator, grid=grid)  # type: ignore[type-var]
+                (Path(folder) / name).mkdir()
+                learner.learn([searched(run) for run in reversed(runs[::2])], Path(folder) / name)  # ascending
+                print(
+                    f"{name}: learnt from {len(runs[::2])} budgets in {time.perf_counter() - begun:.1f} s", flush=True
+                )
+                answering.append(replace(learner, model=str(Path(folder) / name)))
+            print(
+                "removed | uniform | search | as published | network | network / search | token-forwards | search s | s"
+            )
             for run, (net, answer), spent in list(zip(runs, found, seconds, strict=True))[1::2]:
                 space = allocator.first_space(run.whole)
                 begun = time.perf_counter()
-                predicted = answering.predicted(space)  # type: ignore[attr-defined]
-                took = time.perf_counter() - begun
+                published, predicted = (one.predicted(space) for one in answering)
+                took = (time.perf_counter() - begun) / 2
                 objective, judged = run.parts.objective, run.draws.search
-                losses = [net.loss(objective, a, judged) for a in (space.uniform(), answer, predicted)]
-                cells = [f"{run.parts.recipe.sparsity:.0%}", *(f"{loss:.4f}" for loss in losses)]
-                cells += [f"{losses[2] / losses[1]:.3f}", f"{run.ledger.tokens:,}", f"{spent:.1f}", f"{took:.3f}"]
+                losses = [net.loss(objective, a, judged) for a in (space.uniform(), answer, published, predicted)]
+                cells = [f"{run.parts.recipe.sparsity:.1%}", *(f"{loss:.4f}" for loss in losses)]
+                cells += [f"{losses[3] / losses[1]:.3f}", f"{run.ledger.tokens:,}", f"{spent:.1f}", f"{took:.3f}"]
                 print(" | ".join(cells), flush=True)
 
 

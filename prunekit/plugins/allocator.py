@@ -77,6 +77,8 @@ class Searched:
     judged: tuple[tuple[Allocation, float], ...]
     """Feasible allocations, each once with its loss on the most tokens it was judged on: those on most tokens first,
     and of them the best."""
+    tokens: tuple[int, ...] = ()  # that each of them was judged on
+    problem: Problem | None = None  # what the allocator was given, in the last pass
 
 
 class Allocator(ABC):

@@ -101,7 +101,9 @@ def searched(run: Run) -> Searched:
         raise WrongInput("no allocation was judged, so that there is nothing to learn; take an allocator that asks")
     # few are judged on all tokens: the others follow, on fewer and fewer
     ranked = sorted(able, key=lambda item: (-item[2], item[1]))
-    losses: dict[Allocation, float] = {}
-    for allocation, loss, _ in ranked:
-        losses.setdefault(allocation, loss)
-    return Searched(run.whole, tuple(losses.items()))
+    most: dict[Allocation, tuple[float, int]] = {}
+    for allocation, loss, tokens in ranked:
+        most.setdefault(allocation, (loss, tokens))
+    judged = tuple((allocation, loss) for allocation, (loss, _) in most.items())
+    problem = run.problems[-1] if run.problems else None
+    return Searched(run.whole, judged, tuple(tokens for _, tokens in most.values()), problem)

@@ -78,6 +78,7 @@ class Run:
     decided: dict[str, int] = field(default_factory=dict)  # recipe key -> what the clock has said
     learned: dict[str, Any] = field(default_factory=dict)  # what the learner has read, for the report
     domains: dict[str, float] = field(default_factory=dict)  # share of the text, as the learner has left it, by label
+    problems: list[Problem] = field(default_factory=list)  # that its allocator was given, pass by pass
     wide: Dense | None = None  # the model of which `dense` is a narrower one, or one of fewer experts; None: neither
     measures: Measures | None = None  # of its first calibration pass, with what others read there; None: its own
     share: float | None = None  # of what is to go, that the residual width takes, where several are tried; None: no
@@ -227,6 +228,7 @@ class Run:
             space, net.table(space), start, recipe.seed, self.draws.search.n_tokens, signals, scores,
             net.table(space, net.nats) if "nats" in allocator.needs else None,
         )  # fmt: skip
+        self.problems.append(problem)
         self.ledger.note(reporting.space_record(number, problem))
         objective, limit = self.parts.objective, self.search_budget()
         with self.clock("search"), unchanged(objective, values=True, model=self.dense.model):

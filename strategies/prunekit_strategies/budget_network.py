@@ -60,28 +60,38 @@ class Predictor(nn.Module):
 
 
 def taught(
-    budgets: Sequence[float], shares: Sequence[Sequence[float]], *, epochs: int, rate: float, seed: int, **sizes: int
+    budgets: Sequence[float],
+    shares: Sequence[Sequence[float]],
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    seed: int,
+    **sizes: int,
 ) -> Predictor:
     """A predictor that was trained on pairs of a budget and its shares, by least squares.
 
     Args:
         budgets: of every pair.
         shares: of every pair, one for each site.
-        epochs: steps of Adam, each on all pairs; the rate falls to zero along a cosine.
+        steps: of Adam; the rate falls to zero along a cosine.
+        batch: pairs of a step, drawn anew for each; all where there are no more.
         rate: at the start.
-        seed: of the first weights; the global random state stays as it is.
+        seed: of the first weights and the draws; the global random state stays as it is.
         sizes: of `Predictor`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Predictor(len(shares[0]), **sizes)
     adam = torch.optim.Adam(model.parameters(), lr=rate)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, epochs)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     c, r = torch.tensor(budgets), torch.tensor(shares)
+    draws = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
-        for _ in range(epochs):
+        for _ in range(steps):
+            some = torch.randperm(len(c), generator=draws)[:batch] if batch < len(c) else torch.arange(len(c))
             adam.zero_grad(set_to_none=True)
-            (model(c, r) - r).square().mean().backward()
+            (model(c[some], r[some]) - r[some]).square().mean().backward()
             adam.step()
             falling.step()
     return model.eval().requires_grad_(False)

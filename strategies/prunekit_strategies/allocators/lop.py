@@ -29,10 +29,13 @@ class LOP(Allocator):
     between low and high; gives the leaf it comes to `children` children r + U(±max(step · 0.9^depth, 0.01)); and asks
     about one of them, drawn. The best of all that were asked about are judged again on all tokens, beside the start.
 
-    The network: pairs (c, r) of a budget, as a share of the price of all groups, and the `pairs` best allocations of a
-    search under it. A causal transformer has r_i from c and r_1 … r_{i-1}, by least squares:
+    The network: pairs (c, r) of a budget, as a share of the price of all groups, and an allocation for it. A causal
+    transformer has r_i from c and r_1 … r_{i-1}, by least squares:
 
         min Σ (r̂_i(c, r_<i) - r_i)²                                                               (2)
+
+    The pairs are the optima, under `grid` budgets, of one additive table that is fitted to all judgements of all
+    searches (see `fitted`); with `grid: 0`, as published, the `pairs` best allocations of every search.
 
     `prunekit learn-budgets MODEL` makes it, with this search or an `inner` one. A budget then costs no question.
 
@@ -41,7 +44,9 @@ class LOP(Allocator):
     search masks the model and rewards accuracy on benchmark questions, its constraint bounds the plain mean of shares
     from above, and its answer is the node of best mean, also of one that was visited once. Ours: every node spends
     the budget exactly, the objective rewards, (1) measures differences of means in the range of losses, since losses
-    are not between 0 and 1, and the answer is what was judged best itself.
+    are not between 0 and 1, the answer is what was judged best itself, and the fitted table makes the pairs: what one
+    search finds is the best of a few near ties, which of them changes from budget to budget, and a network can learn
+    no rule of that.
     """
 
     model: str | None = None  # folder of `prunekit learn-budgets`; None: search
@@ -53,8 +58,10 @@ class LOP(Allocator):
     least: float = 0.1  # smallest share a node may want of a site
     tokens: int = 2_048  # to judge a node on
     finalists: int = 4  # judged again on all tokens
-    pairs: int = 1  # best of every search, to learn from: more are nearer to the mean of all, which is uniform
-    epochs: int = 1_000  # steps on all pairs
+    grid: int = 64  # budgets whose optimum of the fitted table is learnt; 0: what searches judged best is
+    pairs: int = 1  # best of every search, with `grid: 0`: more are nearer to the mean of all, which is uniform
+    epochs: int = 1_000  # steps of training
+    batch: int = 16  # pairs of a step
     rate: float = 1e-3
     width: int = 128
     layers: int = 2
@@ -62,8 +69,10 @@ class LOP(Allocator):
 
     def __post_init__(self) -> None:
         counts = (self.simulations, self.children, self.tokens, self.finalists, self.pairs, self.epochs, self.layers)
-        if min(*counts, self.heads) < 1 or self.width < self.heads or self.width % self.heads:
+        if min(*counts, self.heads, self.batch) < 1 or self.width < self.heads or self.width % self.heads:
             raise ValueError("counts are at least 1, and width is a multiple of heads")
+        if self.grid < 0 or 0 < self.grid < MIN_BUDGETS:
+            raise ValueError(f"grid is 0 or at least {MIN_BUDGETS} budgets, not {self.grid}")
         if not (self.explore >= 0 and self.step > 0 and 0 <= self.least < 1 and self.rate > 0):
             raise ValueError("explore ≥ 0, step > 0, 0 ≤ least < 1 and rate > 0 are needed")
 
@@ -141,18 +150,21 @@ class LOP(Allocator):
 
     def learn(self, searches: Sequence[Searched], folder: Path) -> None:
         from prunekit_strategies.budget_network import facts_of, save, share_of, taught
+        from prunekit_strategies.fitted_table import fitted, optima
 
         if len(searches) < MIN_BUDGETS:
             raise WrongInput(f"{len(searches)} budgets are too few to learn from; give {MIN_BUDGETS} or more")
-        budgets, shares = list[float](), list[list[float]]()
-        for each in searches:
-            for allocation, _ in each.judged[: self.pairs]:
-                budgets.append(share_of(each.whole))
-                sites = zip(allocation, each.whole.sites, strict=True)
-                shares.append([kept / site.n_groups for kept, site in sites])
+        table = fitted(searches) if self.grid else None
+        if table is None:  # as published
+            pairs = [(each.whole, allocation) for each in searches for allocation, _ in each.judged[: self.pairs]]
+        else:
+            pairs = optima(searches, table, self.grid)
+        budgets = [share_of(whole) for whole, _ in pairs]
+        shares = [[kept / site.n_groups for kept, site in zip(a, whole.sites, strict=True)] for whole, a in pairs]
         sizes = {"width": self.width, "layers": self.layers, "heads": self.heads}
-        network = taught(budgets, shares, epochs=self.epochs, rate=self.rate, seed=0, **sizes)
-        save(network, facts_of(searches[0].whole) | {"budgets": sorted(set(budgets))}, folder)
+        network = taught(budgets, shares, steps=self.epochs, batch=self.batch, rate=self.rate, seed=0, **sizes)
+        searched = [share_of(each.whole) for each in searches]
+        save(network, facts_of(searches[0].whole) | {"budgets": sorted(searched), "pairs": len(pairs)}, folder)
 
     @cached_property
     def _learnt(self) -> tuple[Any, dict[str, Any]]:

@@ -18,7 +18,7 @@ from prunekit.system.progress import Progress
 
 SHARES = [0.2, 0.4, 0.6]
 FILES = ("learnt.json", "learnt.safetensors", "searches.json")
-LOP = {"name": "lop", "simulations": 4, "tokens": 64, "epochs": 3, "width": 16, "layers": 1, "heads": 2, "pairs": 2}
+LOP = {"name": "lop", "simulations": 4, "tokens": 64, "epochs": 3, "width": 16, "layers": 1, "heads": 2, "grid": 5}
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,7 @@ def test_a_folder_holds_what_was_learnt_and_from_what(learnt, recipe):
     assert limits == sorted(limits)
     facts = json.loads((learnt / "learnt.json").read_text())
     assert len(facts["budgets"]) == 3
+    assert facts["pairs"] == 5  # a table was fitted: searches say what they were given
 
 
 @pytest.mark.slow

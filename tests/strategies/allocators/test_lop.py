@@ -10,6 +10,7 @@ import torch
 from prunekit import Allocator, Searched, WrongInput
 from prunekit.testing import best_allocation, converse
 from prunekit.testing.spaces import additive, convex_table, problem, small_llama
+from prunekit_strategies import budget_network
 from prunekit_strategies.allocators.lop import LOP, Node, Range, bound, leaf
 from prunekit_strategies.allocators.uniform import Uniform
 from prunekit_strategies.budget_network import Predictor, load, taught
@@ -132,7 +133,7 @@ def test_budgets_it_never_saw_are_answered_nearly_as_by_a_search_and_spent(folde
 
 def test_the_same_pairs_teach_the_same_network(folder, tmp_path):
     shares = [[0.2, 0.4], [0.3, 0.5], [0.4, 0.6]]
-    one, two = (taught([0.3, 0.4, 0.5], shares, epochs=5, rate=1e-3, seed=1, width=16) for _ in range(2))
+    one, two = (taught([0.3, 0.4, 0.5], shares, steps=5, batch=2, rate=1e-3, seed=1, width=16) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
     net, facts = load(folder / "learnt.json")
     assert facts["groups"] == [4, 768] * 8
@@ -154,6 +155,32 @@ def test_another_model_another_metric_and_damaged_files_are_refused(folder, tmp_
     (tmp_path / "learnt.safetensors").write_bytes(b"no tensors")
     with pytest.raises(WrongInput, match="learn-budgets"):
         LOP(model=str(tmp_path)).ready()
+
+
+def test_the_pairs_are_of_a_table_fitted_to_all_that_was_judged_or_what_each_search_judged_best(tmp_path, monkeypatch):
+    searches, taught_by = [], dict[int, list[float]]()
+    for share in (0.3, 0.5, 0.7):
+        toy = problem(LOP().first_space(small_llama(share)), tokens=0)
+        loss, rng = additive(toy.errors, toy.space), random.Random(0)
+        drawn = {Node.at(toy.space, [rng.random() for _ in toy.start]).allocation: None for _ in range(16)}
+        judged = sorted(((a, loss(a)) for a in drawn), key=lambda pair: pair[1])
+        searches.append(Searched(small_llama(share), tuple(judged), (), toy))
+    optimum = best_allocation(toy.space, toy.errors)[1]
+
+    def seen(budgets, shares, **_):
+        counts = tuple(round(r * site.n_groups) for r, site in zip(shares[-1], toy.space.sites, strict=True))
+        taught_by[len(budgets)] = [budgets[-1], loss(toy.space.nearest(counts)) / optimum]
+        return Predictor(16, 16, 1, 2)
+
+    monkeypatch.setattr(budget_network, "taught", seen)
+    for allocator in (LOP(grid=5), LOP(grid=0), LOP(grid=0, pairs=2)):
+        allocator.learn(searches, tmp_path)
+        assert json.loads((tmp_path / "learnt.json").read_text())["pairs"] in taught_by
+    assert list(taught_by) == [5, 3, 6]
+    assert {budget for budget, _ in taught_by.values()} == {budget_network.share_of(searches[-1].whole)}
+    assert taught_by[5][1] < 1.05
+    assert taught_by[3][1] == pytest.approx(judged[0][1] / optimum)
+    assert taught_by[3][1] > 1.5
 
 
 def test_two_budgets_are_too_few_and_others_do_not_learn(tmp_path):
