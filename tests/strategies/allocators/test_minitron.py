@@ -7,6 +7,7 @@ from prunekit import Budget, Space
 from prunekit.testing import converse
 from prunekit.testing.spaces import additive, problem, rough_table, sites_of, small_llama
 from prunekit_strategies.allocators.minitron import Minitron
+from prunekit_strategies.signals.influence import Influence
 
 PAPER = Minitron(compete=False)
 
@@ -98,7 +99,7 @@ def test_what_equal_blocks_leave_goes_to_single_sites_where_that_is_asked():
 def test_blocks_of_least_influence_go_without_a_question():
     by = Minitron(0.5, by="influence", compete=False)
     (signal,) = by.signals
-    assert signal.since == "block"
+    assert signal == Influence("block")
     whole = small_llama(0.4)
     turned = tuple(1.0 / (1 + i) for i in range(len(whole.sites)))  # the later, the less
     here = replace(problem(by.first_space(whole), seed=1), signals=(turned,))

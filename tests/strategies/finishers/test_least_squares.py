@@ -8,6 +8,7 @@ import torch
 from prunekit import Recipe, WrongInput, resolve
 from prunekit.calibration.twin import Twin
 from prunekit.layer.problem import LayerProblem
+from prunekit.models.classes import LowRank
 from prunekit.testing import toy_supernet, toy_tokens, toy_workpiece
 from prunekit_strategies.finishers.bias import Bias
 from prunekit_strategies.finishers.least_squares import LeastSquares
@@ -92,13 +93,18 @@ def test_every_row_has_the_solution_of_lstsq_on_its_support(structure, aim, exac
 def test_of_low_rank_the_second_map_has_the_solution_of_lstsq(aim):
     net = toy_supernet(structure="low-rank")
     piece = toy_workpiece(net, plan=tuple(max(1, site.n_groups // 2) for site in net.space.sites), tokens=MANY)
-    first = {here.site: here.linear.v.weight.clone() for here in Twin(piece, MANY, tokens=999)}
+    blocks = piece.adapter.blocks(piece.model)
+    maps = {site: piece.adapter.linear(blocks[site.block], site) for site in piece.sites}
+    pairs = {site: found for site, found in maps.items() if isinstance(found, LowRank)}
+    assert len(pairs) == len(piece.sites)
+    first = {site: found.v.weight.clone() for site, found in pairs.items()}
     said = LeastSquares(aim=aim, damping=0.0).finish(piece)
     for here in Twin(piece, MANY, tokens=999):
-        assert torch.equal(here.linear.v.weight, first[here.site])
-        x, y = flat(here.linear.v(here.inputs(0))), flat(here.wanted(0, aim))
+        low = pairs[here.site]
+        assert torch.equal(low.v.weight, first[here.site])
+        x, y = flat(low.v(here.inputs(0))), flat(here.wanted(0, aim))
         theirs = x @ torch.linalg.lstsq(x, y, driver="gelsd").solution
-        torch.testing.assert_close(x @ here.linear.u.weight.T, theirs, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(x @ low.u.weight.T, theirs, rtol=1e-6, atol=1e-6)
         before, after = said["errors"][here.site.name]
         assert after <= before * (1 + 1e-9)
 

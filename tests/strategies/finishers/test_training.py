@@ -4,6 +4,7 @@ import copy
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -384,7 +385,7 @@ def test_a_training_moves_its_shares_and_reports_them(tmp_path):
     torch.manual_seed(0)
     for parameter in small.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    piece = SimpleNamespace(
+    piece: Any = SimpleNamespace(
         tokens=tokens, domains={}, checkpoints=Checkpoints(tmp_path), seed=0, seconds=None, progress=Progress(),
     )  # fmt: skip
     regime = TextTraining(rate=1e-3, epochs=2, batch_tokens=8, held_out=1 / 3, loading="dynamic")
