@@ -76,7 +76,7 @@ class StatisticSuite:
     @torch.no_grad()
     def _of(self, shape: MapShape, windows: slice, sees: frozenset[Part] | None = None) -> Sums:
         sums = self.plugin.start(shape, torch.device("cpu"))
-        every = frozenset[Part]({"output", "residual", "dense"})
+        every = frozenset[Part]({"output", "residual", "entered", "dense"})
         for window in range(WINDOWS)[windows]:  # each a batch
             one = slice(window, window + 1)
             self.plugin.add(sums, toy_received(shape, one, every if sees is None else sees))
@@ -110,7 +110,9 @@ def toy_received(shape: MapShape, windows: slice, sees: frozenset[Part]) -> Rece
 
     def at(x: Tensor, residual: Tensor, beside: Received | None) -> Received:
         stream: Callable[[], Tensor] | None = (lambda: residual) if "residual" in sees else None
-        return Received(lambda: x, linear if beside is None or "output" in sees else None, LENGTH, stream, beside)
+        entered: Callable[[], Tensor] | None = (lambda: 0.7 * residual + 0.1) if "entered" in sees else None
+        made = linear if beside is None or "output" in sees else None
+        return Received(lambda: x, made, LENGTH, stream, beside, entered=entered)
 
     return at(carried, residuals[0], at(dense, residuals[1], None) if "dense" in sees else None)
 

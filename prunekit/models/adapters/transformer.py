@@ -73,9 +73,10 @@ class Transformer(ModelAdapter):
         return stages
 
     def linear(self, block: nn.Module, site: Site) -> nn.Linear:
-        found = block.get_submodule(self.path(site))
-        if isinstance(found, LowRank | NarrowHeads):  # of a small model, to be run and listened to
-            return cast(nn.Linear, found)
+        if site.form == RANKS or (site.form.coupled and self.path(site) == self.family.columns.get("attention")):
+            found = block.get_submodule(self.path(site))
+            if isinstance(found, LowRank | NarrowHeads):  # of a small model, to be run and listened to
+                return cast(nn.Linear, found)
         return super().linear(block, site)
 
     def part(self, site: Site) -> Part | None:

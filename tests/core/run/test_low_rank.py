@@ -195,7 +195,7 @@ def test_a_model_already_of_low_rank_is_refused_in_a_sentence(searched, tmp_path
         ({"structure": "groups"}, "pruner 'svd-llm' does not know structure groups; it knows low-rank"),
         ({"allocator": "global-rank"}, "allocator 'global-rank' ranks groups"),
         ({"finishers": "bias"}, "finisher 'bias' does not know structure low-rank"),
-        ({"finishers": "least-squares"}, "finisher 'least-squares' does not know structure low-rank"),
+        ({"finishers": "alternating"}, "finisher 'alternating' does not know structure low-rank"),
         ({"target": "kv-cache=0.5"}, "structure low-rank frees nothing in kv-cache"),
         ({"target": "latency=0.5"}, "of low rank no map was timed; latency goes with structure groups"),
         ({"apart": True}, "apart gives attention and MLP each their share of groups"),
