@@ -70,8 +70,8 @@ class Shares:
 
     @property
     def moves(self) -> bool:
-        """Whether there is more than one data set to weigh, and a rule to do it by."""
-        return self.rule != "fixed" and len(self.labels) > 1
+        """Whether there are several data sets to weigh, a rule to do it by, and a window to judge one of them on."""
+        return self.rule != "fixed" and len(self.labels) > 1 and not self.judged.parts.keys().isdisjoint(self.labels)
 
     def resume(self, reference: Callable[[Sequence[Tensor]], float]) -> None:
         """Hear the dense model, and move the shares as in the judgings that there were before an interruption."""
@@ -94,7 +94,8 @@ class Shares:
         if not self.moves:
             return mean(list(chunks(self.judged, self.batch_tokens)))
         losses = self._by_label(mean)
-        windows = [self.judged.origins.count(label) for label in self.labels]
+        parts = self.judged.parts  # of a single data set, too, whose windows have no labels of their own
+        windows = [len(parts[label]) if label in parts else 0 for label in self.labels]
         self._move(losses, len(self.losses))
         told = {"losses": self.losses, "reference": self._loading.reference}
         tensors = {key: torch.tensor(value, dtype=torch.float64) for key, value in told.items()}

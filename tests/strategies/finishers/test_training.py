@@ -363,6 +363,21 @@ def test_shares_stay_where_they_are_told_to_or_there_is_one_data_set():
     assert alone.now == {}
 
 
+@pytest.mark.parametrize("rule", ["dynamic", "robust"])
+def test_shares_move_by_a_single_window_or_stay_where_none_is_of_them(rule):
+    tokens = toy_tokens(windows=12, sources=2)
+    some, rest = held_out(tokens, 1 / 12)
+    shares = Shares(some, rest, {}, rule, 4, len(tokens.ids[0]), Checkpoints(), "toy")
+    shares.resume(lambda _: 1.0)
+    before = shares.now
+    assert shares.judge(lambda _: 2.0) == 2.0
+    assert shares.now == pytest.approx(before, abs=1e-3), "the other has the mean of what is known"
+    other = Shares(some, toy_tokens(windows=1), {}, rule, 4, len(tokens.ids[0]), Checkpoints(), "toy")
+    other.resume(lambda _: 1.0)
+    assert other.judge(lambda _: 2.0) == 2.0
+    assert other.now == {}
+
+
 def test_shares_go_on_after_an_interruption_where_they_were(tmp_path):
     checkpoints, ways = Checkpoints(tmp_path), []
     shares, rest = sharing("dynamic", checkpoints)
