@@ -77,7 +77,7 @@ def _begun(run: Run, each: Shared, among: int) -> Run:
         dense, wide = narrow(parts, run.dense, text, run.shelf, run.progress, clock), run.dense
     return replace(
         run, parts=parts, dense=dense, wide=wide, whole=each.space, ledger=ledger, place=place, share=each.share,
-        decided={}, learned={}, domains={}, measures=None if each.share else run.measures,
+        decided={}, learned={}, domains={}, problems=[], measures=None if each.share else run.measures,
     )  # fmt: skip
 
 
