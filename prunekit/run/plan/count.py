@@ -516,9 +516,10 @@ class Count:
         size, streams = shape.computed.itemsize, 1 + any("dense" in each.sees for each in statistics)
         stated = solved = disk = spill = doubles = trained = 0
         trains, paged = "sub-layer" in self.parts.pruner.needs, shares.blocks is not None
-        took: float | None = 0.0
+        took: float | None = 0.0  # by the pruner, if it was tried
         twice = self.parts.pruner.within == "block" and self.recipe.carry != "dense"  # dense, and pruned to the next
-        flops = (streams + twice) * shape.forward(tokens, self.seqlen, head=False)
+        flops, adding = self._adding(space, statistics)
+        flops += (streams + twice) * shape.forward(tokens, self.seqlen, head=False)
         for _, members in groupby(space.sites, key=lambda site: site.block):
             block = [(s.kept_width, shape.adapter.part(s) is not None, bool(s.input_group)) for s in members]
             spill = max(spill, BlockFlow.peak(tokens, shape.width, size, block, streams))
@@ -557,7 +558,6 @@ class Count:
                 trained, flops = trained + sent, flops + work
                 solved = max(solved, moments + weights + max(solve, held_too) + len(there_at_once) * each * grown)
                 disk += sum(grown * kept_ // site.n_groups for kept_ in kept) * shape.stored.itemsize
-            flops += times * Moments.flops(there, own, fed, tokens * site.channels)
             cross = "cross" in needs and site.form.coupled
             widths = [layout_of(site).width(site, count) if cross else site.d_in for count in asked]
             doubles += times * judging_flops(site.d_in, d_out, widths, cross=cross)
@@ -570,9 +570,20 @@ class Count:
         read = self._stored_blocks if paged else 0
         unknown = "" if took is not None else f"the work of {self.recipe.pruner['name']} itself"
         return Stage(
-            name, held + memory, (shares.blocks or 0) + inside, disk, spilled, read, flops, doubles, took or 0.0,
-            unknown, member=member, trained=trained,
+            name, held + memory, (shares.blocks or 0) + inside, disk, spilled, read, flops, doubles,
+            adding + (took or 0.0), unknown, member=member, trained=trained,
         )  # fmt: skip
+
+    def _adding(self, space: Space, statistics: Sequence[Statistic]) -> tuple[int, float]:
+        """(FLOPs, seconds) of adding up statistics: seconds of those that were tried, FLOPs of the others."""
+        shape, flops, seconds = self.shape, 0, 0.0
+        for place in space.sites:
+            own, there, fed = shape.map(place.one), shape.collected(place, statistics), shape.producers(place)
+            count = Moments.flops(there, own, fed, self.tokens["calibration"] * place.one.channels)
+            count *= place.experts or 1
+            pace = None if self.trials is None else self.trials.adding(there, own, fed, shape.computed)
+            flops, seconds = (flops + count, seconds) if pace is None else (flops, seconds + count / pace)
+        return flops, seconds
 
     def _training(self, site: Site, counts: Sequence[int]) -> tuple[int, int, int, int]:
         """What a pruner that trains the sub-layer of a site takes for some counts.

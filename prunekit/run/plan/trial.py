@@ -1,4 +1,5 @@
-"""How long a pruner works, and how fast blocks run, measured on what stands in for those of the model."""
+"""How long a pruner works, and how fast blocks run and statistics are added up, measured on what stands in for those of
+the model."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from prunekit.calibration.fill import PRICED_AT_ONCE
 from prunekit.calibration.moments import Moments, collected
 from prunekit.calibration.statistics import statistics_of
 from prunekit.layer.problem import LayerProblem, Producer
-from prunekit.layer.statistics import MapShape, Need, Received, named
+from prunekit.layer.statistics import MapShape, Need, Received, Statistic, named
 from prunekit.models.blocks import TOKENS_AT_ONCE, entered
 from prunekit.plugins.adapter import ModelAdapter
 from prunekit.plugins.pruner import LocalPruner
@@ -27,7 +28,8 @@ from prunekit.system.rates import wait_for
 FIRST = 512  # columns of the first stand-in
 ENOUGH = 0.3  # seconds: what takes as long is not tried on a wider layer
 WINDOW = 8  # tokens of a stand-in's windows
-RUNS = 3  # of a block, of which the fastest counts
+RUNS = 3  # of a block and of statistics, of which the fastest counts
+WIDEST = 2048  # inputs and outputs of a map whose statistics are tried
 
 Fed = Sequence[tuple[int, int]]
 """(rows that go with a group, columns) of every producer layer."""
@@ -37,14 +39,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trials:
-    """Seconds that a pruner takes, as far as it was tried; every question is answered once."""
+    """What a pruner and its statistics take, as far as they were tried; every question is answered once."""
 
     pruner: LocalPruner
     needs: frozenset[Need]
     damping: float
     device: torch.device
     stored: torch.dtype  # of weights
-    known: dict[Any, float | None] = field(default_factory=dict)
+    known: dict[Any, float | None] = field(default_factory=dict)  # seconds of the pruner
+    paces: dict[Any, float | None] = field(default_factory=dict)  # FLOP/s of statistics
 
     def seconds(
         self, site: Site, producers: Mapping[str, MapShape], ladder: Sequence[int], made: Sequence[int] | None
@@ -72,6 +75,62 @@ class Trials:
                 _log.info("%s was not tried on %s: %s", type(self.pruner).__name__, site.name, error)
                 self.known[key] = None
         return self.known[key]
+
+    def adding(
+        self, statistics: tuple[Statistic, ...], own: MapShape, fed: Mapping[str, MapShape], computed: torch.dtype
+    ) -> float | None:
+        """FLOP/s at which the statistics of a map are added up: of its own shape, or of a narrower one's.
+
+        Thin products, sums in float64 and what is made wide for them are slower than the products of a model.
+
+        Args:
+            statistics: that are collected there.
+            own: of the map.
+            fed: the linear maps whose rows go with its groups, by name.
+            computed: dtype of what the map receives.
+
+        Returns:
+            None: they could not be tried, or nothing is counted of them.
+        """
+        key = (statistics, own, tuple(fed.values()), computed)
+        if key not in self.paces:
+            try:
+                with torch.random.fork_rng(devices=()):
+                    self.paces[key] = self._added(statistics, own, fed, computed)
+            except Exception as error:  # a plug-in's own statistics may refuse what is made up
+                _log.info("the statistics of a map of %d inputs were not tried: %s", own.d_in, error)
+                self.paces[key] = None
+        return self.paces[key]
+
+    @torch.no_grad()
+    def _added(
+        self, statistics: tuple[Statistic, ...], own: MapShape, fed: Mapping[str, MapShape], computed: torch.dtype
+    ) -> float | None:
+        def narrow(shape: MapShape) -> MapShape:
+            return replace(shape, d_in=min(shape.d_in, WIDEST), d_out=min(shape.d_out, WIDEST))
+
+        shape, producers = narrow(own), {path: narrow(each) for path, each in fed.items()}
+        tokens = TOKENS_AT_ONCE // WINDOW * WINDOW
+        moments = Moments.empty(statistics, shape, self.device, producers)
+
+        def drawn(width: int) -> Tensor:
+            return torch.randn(tokens, width, device=self.device, dtype=computed)
+
+        x, before, stream, other, entered = map(drawn, (shape.d_in, shape.d_in, *(shape.d_out,) * 3))
+        inputs = {path: drawn(each.d_in) for path, each in producers.items()}
+        linear = nn.Linear(shape.d_in, shape.d_out, bias=False, device=self.device, dtype=computed)
+        took = []
+        for _ in range(1 + RUNS):  # the first time pays for what later ones find ready
+            dense = Received(lambda: before, linear, WINDOW, lambda: other)
+            _ = dense.made  # the passes of the dense model make it
+            wait_for(self.device)
+            started = time.perf_counter()
+            moments.add(Received(lambda: x, linear, WINDOW, lambda: stream, dense, entered=lambda: entered))
+            for path, values in inputs.items():
+                moments.add_producer(path, Received(values.clone, length=WINDOW))
+            wait_for(self.device)
+            took.append(time.perf_counter() - started)
+        return Moments.flops(statistics, shape, producers, tokens) / min(took[1:]) or None
 
     def _tried(self, site: Site, fed: Fed, ladder: Sequence[float], made: Sequence[float]) -> float:
         part, columns = math.lcm(site.group_size, site.form.m or 1, site.form.parts), min(FIRST, site.d_in)

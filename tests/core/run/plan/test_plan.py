@@ -297,21 +297,27 @@ def test_layers_that_several_devices_work_on_are_in_memory_at_once(large):
     assert held(1, memory="1GB") == held(3, memory="1GB")  # one copy of a paged model: nobody else works
 
 
-def test_a_pass_takes_as_long_as_its_pruner_where_it_was_tried(folder):
+def untimed(plan):
+    return [stage for stage in plan.stages if stage.name in ("prune 1", "rebuild")]
+
+
+def test_a_pass_takes_as_long_as_its_pruner_and_statistics_where_they_were_tried(folder):
     recipe = Recipe.load("fast").with_overrides({"model": str(folder), "samples": 3, "data.seqlen": 16})
     parts, shape = resolve(recipe), skeleton(str(folder))
     trials, untried = session.tried(parts, shape), make_plan(parts, *shape, None)
     by_name = {stage.name: stage for stage in make_plan(parts, *shape, None, rehearse=True, trials=trials).stages}
     passes = [by_name["prune 1"], by_name["rebuild"]]
     assert all(stage.own > 0 and not stage.unknown for stage in passes)
+    assert all((stage.flops or 0) < (other.flops or 0) for stage, other in zip(passes, untimed(untried), strict=True))
+    added = (untimed(untried)[0].flops or 0) - (passes[0].flops or 0)
+    paces = [pace for pace in trials.paces.values() if pace]
+    least, most = (added / pace for pace in (max(paces), min(paces)))
     known = [seconds for seconds in trials.known.values() if seconds is not None]
     few, many = (count * len(sites_of(*shape, "groups")) for count in (min(known), max(known)))
-    assert all(few <= stage.own <= many for stage in passes)
+    assert few + least <= passes[0].own <= many + most
     rates = Rates(1e9, 1e9, 1e8, 1e8)
     assert (by_name["rebuild"].seconds(rates) or 0) > by_name["rebuild"].own
-    assert [stage.unknown for stage in untried.stages if stage.name in ("prune 1", "rebuild")] == [
-        "the work of obs itself"
-    ] * 2
+    assert [stage.unknown for stage in untimed(untried)] == ["the work of obs itself"] * 2
     assert (by_name["sample"].flops or 0) > (by_name["evaluate"].flops or 0) / 100
     plain = make_plan(resolve(recipe.with_overrides({"samples": 0})), *shape, None)
     assert "sample" not in [stage.name for stage in plain.stages]

@@ -10,8 +10,10 @@ import torch
 
 from prunekit import Candidate, LayerProblem, LocalPruner
 from prunekit.calibration.fill import PRICED_AT_ONCE
+from prunekit.calibration.moments import Moments, collected
+from prunekit.calibration.statistics import statistics_of
 from prunekit.layer.problem import Nested
-from prunekit.layer.statistics import MapShape
+from prunekit.layer.statistics import MapShape, Received, Statistic, Sums
 from prunekit.models.adapters.find import adapter_for
 from prunekit.models.blocks import TOKENS_AT_ONCE
 from prunekit.plugins.registry import PRUNERS
@@ -102,6 +104,43 @@ def test_a_pruner_that_refuses_the_layer_is_not_known() -> None:
             raise ValueError("not this layer")
 
     assert trials(Choosy()).seconds(site(8), {}, [4], None) is None
+
+
+NEEDS = statistics_of(("drift", "power"))
+MAPS = {"up": MapShape(8, 24)}
+
+
+def test_statistics_are_added_up_at_a_pace_that_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(1000))
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: float(next(ticks)))  # each time takes a second
+    statistics, tried = collected(NEEDS, residual=True), trials(Slow())
+    before = torch.get_rng_state()
+    found = tried.adding(statistics, MapShape(24, 8), MAPS, torch.float32)
+    assert found == Moments.flops(statistics, MapShape(24, 8), MAPS, TOKENS_AT_ONCE)
+    asked = next(ticks)
+    assert tried.adding(statistics, MapShape(24, 8), MAPS, torch.float32) == found
+    assert next(ticks) == asked + 1
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_pace_of_a_wide_map_is_that_of_a_narrower_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "WIDEST", 16)
+    sizes: list[MapShape] = []
+    empty = Moments.empty
+    monkeypatch.setattr(Moments, "empty", lambda *args: sizes.append(args[1]) or empty(*args))
+    assert trials(Slow()).adding(collected((), residual=False), MapShape(64, 8), {}, torch.bfloat16)
+    assert sizes == [MapShape(16, 8)]
+
+
+def test_statistics_that_refuse_what_is_made_up_have_no_pace() -> None:
+    @dataclass(frozen=True)
+    class Choosy(Statistic):
+        name = "choosy"
+
+        def add(self, sums: Sums, received: Received) -> None:
+            raise ValueError("not these tokens")
+
+    assert trials(Slow()).adding((Choosy(),), MapShape(8, 8), {}, torch.float32) is None
 
 
 FORMS = {"groups": GROUPS, "weights": WEIGHTS, "n:m": Pattern(2, 4), "low-rank": RANKS}
