@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prunekit.errors import PluginError
 from prunekit.layer.statistics import MapShape, Received, Statistic, Sums, Total
+from prunekit.system.products import of_halves
 
 VALUES_AT_ONCE = 2**21  # that are made wide at once, to be added: 16 MiB in float64
 STRIPS = 8  # of rows, of a symmetric product: each ends at its diagonal, 9/16 of the work of a whole one
@@ -32,8 +33,9 @@ class Gram(Statistic):
     def add(self, sums: Sums, received: Received) -> None:
         seen = received.inputs
         wide = seen if seen.is_cuda else precise(seen)
-        for strip in strips(seen.shape[1]):
-            add_product(sums["outer"][strip, : strip.stop], wide[:, strip], wide[:, : strip.stop])
+        with of_halves(seen):
+            for strip in strips(seen.shape[1]):
+                add_product(sums["outer"][strip, : strip.stop], wide[:, strip], wide[:, : strip.stop])
 
     def finish(self, sums: Sums, total: Total) -> Tensor:
         return mirrored(sums["outer"]) / total.tokens
@@ -209,7 +211,8 @@ def multiplied(left: Float[Tensor, "tokens m"], right: Float[Tensor, "tokens n"]
     """
     if left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(left.T, right, out_dtype=torch.float32)
-    return precise(left).T @ precise(right)
+    with of_halves(left, right):
+        return precise(left).T @ precise(right)
 
 
 def precise(x: Tensor) -> Tensor:

@@ -14,13 +14,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Generic, TypeVar
 
 import torch
+
+from prunekit.system.products import threads_at_work
 
 M = TypeVar("M")
 R = TypeVar("R")
@@ -47,6 +49,7 @@ class Pool:
             self._free.put(device)
         self._ends = deque[Future[None]]()  # those that nobody has looked at, in order
         self._over = False  # nothing is begun any more
+        self._beside = ExitStack()  # what holds while its threads work
         if devices:
             # what torch keeps by thread is as it is here, so that bits are too
             self._grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
@@ -78,6 +81,8 @@ class Pool:
             self._ends.append(self._last.submit(self._close, close))
 
     def __enter__(self) -> Pool:
+        if self._count:
+            self._beside.enter_context(threads_at_work())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -87,15 +92,17 @@ class Pool:
         """
         if not self._count:
             return
-        try:
+        self._beside.callback(self._shut_down)
+        with self._beside:
             if kind is None or issubclass(kind, Exception):
                 for end in self._ends:
                     with suppress(CancelledError):  # one before it has failed, which was raised
                         end.result()
-        finally:
-            self._over = True
-            for threads in (self._threads, self._last):
-                threads.shutdown(cancel_futures=True)
+
+    def _shut_down(self) -> None:
+        self._over = True
+        for threads in (self._threads, self._last):
+            threads.shutdown(cancel_futures=True)
 
     def _do(self, device: torch.device, work: Work[M, R], task: Task[M, R]) -> None:
         at = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
