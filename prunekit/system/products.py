@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-UNITS = ("amx_bf16", "avx512_bf16")  # as torch names them
+UNITS = "amx_bf16"  # as torch names them; instructions without units (AVX512-BF16) are slower than float32
 _others = 0  # pools of threads that multiply beside the one that asks
 
 
@@ -52,7 +52,7 @@ def of_halves(*operands: torch.Tensor) -> Iterator[None]:
 def has_units() -> bool:
     """Whether this CPU has such units, and torch the switch; nothing is timed, since bits depend on it."""
     known = getattr(torch.cpu, "get_capabilities", dict)()
-    return hasattr(_switch(), "fp32_precision") and any(known.get(unit) for unit in UNITS)
+    return hasattr(_switch(), "fp32_precision") and bool(known.get(UNITS))
 
 
 def _switch() -> Any:
