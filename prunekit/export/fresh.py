@@ -29,6 +29,11 @@ MOST_SAID = 4000  # letters of what a process said before it failed
 class Failed(Exception):
     """The fresh process ended without an answer; says what it said."""
 
+    def __init__(self, said: str, code: int = 1) -> None:
+        """`code`: that it ended with, below 0 the signal that ended it."""
+        super().__init__(said)
+        self.code = code
+
 
 def python_of(variable: str) -> str:
     """The Python that an environment variable names, for engines that cannot be installed here; unset: this one.
@@ -87,7 +92,7 @@ def ask_fresh(
             check=False,
         )
         if child.returncode:
-            raise Failed(child.stderr[-MOST_SAID:].strip())
+            raise Failed(child.stderr[-MOST_SAID:].strip(), child.returncode)
         return json.loads(child.stdout.splitlines()[-1]), load_file(found) if found.exists() else {}
 
 

@@ -165,6 +165,9 @@ class Exporter(ABC):
 
         Returns:
             A function that runs a workload once and gives the nanoseconds of reading, and of decoding.
+
+        Raises:
+            NotVerified: the engine ended, here or when that function was called.
         """
         return None
 

@@ -31,6 +31,7 @@ from prunekit.system.progress import Progress
 
 WINDOW = 128  # tokens of a model without record
 PROMPT, NEW = 256, 32  # tokens that are timed
+LOADS = "loads"  # the row of an engine that does not run the files
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def verify_result(
             if asked is not None and all(row.agrees is not False for row in rows):
                 rows.append(Row("answer", "", asked.put(exporter, folder)))
             stage.advance()
-        speed = () if against is None else _paces(exporter, folder, against, progress)
+        runs = all(row.what != LOADS or row.agrees is not False for row in rows)
+        speed = () if against is None or not runs else _paces(exporter, folder, against, progress)
         checks.append(Check(name, exporter.engine, tuple(rows), tuple(speed)))
     return Verdict(str(folder), record.against, tuple(_sizes(folder, lost)), tuple(checks))
 
@@ -148,7 +150,7 @@ def ask(exporter: Exporter, folder: Path, record: Record) -> list[Row]:
     try:
         response = exporter.answers(path, record.inquiry)
     except NotVerified as error:
-        return [Row("loads", "yes", str(error), False)]
+        return [Row(LOADS, "yes", str(error), False)]
     return compare(record, response, exporter.tolerance(path, getattr(torch, record.dtype)))
 
 
@@ -250,13 +252,16 @@ def _paces(exporter: Exporter, folder: Path, against: str, progress: Progress) -
         return [("speed", f"{folders['dense'] / exporter.place} is not there: export the dense model too", "", "")]
     dense, pruned = (sum(file.stat().st_size for file in exporter.files(each)) for each in folders.values())
     rows = [("size on disk", f"{dense / 1e6:,.1f} MB", f"{pruned / 1e6:,.1f} MB", f"{pruned / dense:.2f}")]
-    timers = {name: exporter.timer(each / exporter.place) for name, each in folders.items()}
-    turns = {name: timer for name, timer in timers.items() if timer is not None}
-    if len(turns) < len(timers):
-        return [*rows, ("speed", f"{exporter.engine} is not timed", "", "")]
     work = _workload(folder)
-    calls = {name: lambda timer=timer: timer(work) for name, timer in turns.items()}
-    times = interleaved(calls, progress, "speed", rounds=ROUNDS, fewest=FEWEST, seconds=SECONDS)
+    try:
+        timers = {name: exporter.timer(each / exporter.place) for name, each in folders.items()}
+        turns = {name: timer for name, timer in timers.items() if timer is not None}
+        if len(turns) < len(timers):
+            return [*rows, ("speed", f"{exporter.engine} is not timed", "", "")]
+        calls = {name: lambda timer=timer: timer(work) for name, timer in turns.items()}
+        times = interleaved(calls, progress, "speed", rounds=ROUNDS, fewest=FEWEST, seconds=SECONDS)
+    except NotVerified as error:
+        return [*rows, ("speed", str(error), "", "")]
     told, own = torch.get_num_threads(), own_time(torch.device("cpu"))
     paces = [
         Speed(

@@ -189,6 +189,30 @@ def test_a_tensor_that_nothing_uses_differs(copy: Path) -> None:
     assert "loads" in differing(verify_result(str(copy)))
 
 
+def test_an_engine_that_does_not_run_the_files_is_not_timed(
+    copy: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"spare": torch.zeros(3)}, copy / "spare.safetensors")
+    monkeypatch.setattr(HF, "timer", lambda *_: pytest.fail("was opened"))
+    (check,) = verify_result(str(copy), against=str(dense)).checks
+    assert [row.what for row in check.rows if row.agrees is False] == ["loads"]
+    assert check.speed == ()
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_an_engine_that_ends_while_it_is_timed_is_a_row(
+    copy: Path, dense: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    def ended(*_: Any) -> Any:
+        raise NotVerified("the engine ended")
+
+    monkeypatch.setattr(HF, "timer", (lambda *_: ended) if late else ended)
+    verdict = verify_result(str(copy), against=str(dense))
+    (check,) = verdict.checks
+    assert [row[:2] for row in check.speed[1:]] == [("speed", "the engine ended")]
+    assert verdict.agrees
+
+
 def test_a_record_that_was_changed_judges_nothing(copy: Path) -> None:
     file = copy / "judged/answers.safetensors"
     content_of = bytearray(file.read_bytes())

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from prunekit import NotVerified, Order, Probe, Product, WrongInput
 from prunekit.demo import MODEL
+from prunekit.export.fresh import Failed
 from prunekit.export.hf import save, to_transformers
 from prunekit.layer.candidates import Candidate
 from prunekit.layer.layouts import layout_of
@@ -743,3 +744,53 @@ def test_speed_and_a_chat_are_answered(tmp_path: Path) -> None:
     speeds = engine.measure(file.path, prompt=32, new=4, rounds=2)
     assert min(speeds.prefill, speeds.decode) > 0
     assert isinstance(engine.chat(file.path, [{"role": "user", "content": "the cat"}], new=4), str)
+
+
+def fake_engine(monkeypatch: pytest.MonkeyPatch, codes: dict[bool, int]) -> list[tuple[str, bool]]:
+    """An engine that ends with these codes, by whether weights are as they are stored; what it is asked."""
+    asked = list[tuple[str, bool]]()
+
+    def ask(_: str, __: Any, arguments: list[Any], **___: Any) -> Any:
+        stored = json.loads(arguments[2])["stored"]
+        asked.append((arguments[1], stored))
+        if codes[stored]:
+            raise Failed("", codes[stored])
+        return {"tokens": [1]}, {}
+
+    monkeypatch.setattr("prunekit.export.fresh.ask_fresh", ask)
+    monkeypatch.setattr(engine, "_runs", {})
+    return asked
+
+
+def test_an_engine_that_crashes_with_weights_laid_out_for_a_processor_is_asked_with_them_as_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked, file = fake_engine(monkeypatch, {False: -11, True: 0}), tmp_path / "model.gguf"
+    assert engine.generate(file, [1, 2], 1) == [1]
+    assert asked == [("generate", False), ("generate", True)]
+    assert "laid out for this processor" in caplog.text
+    caplog.clear()
+    engine.generate(file, [1, 2], 1)  # it is known now
+    engine.open_timer(file)
+    assert asked[2:] == [("generate", True)]
+    assert not caplog.text
+
+
+def test_a_file_is_tried_in_another_process_before_it_is_timed_in_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = fake_engine(monkeypatch, {False: 0, True: 0})
+    engine.open_timer(tmp_path / "model.gguf")
+    assert asked == [("generate", False)]
+
+
+@pytest.mark.parametrize(
+    ("codes", "times"), [({False: -9, True: 0}, 1), ({False: 1, True: 0}, 1), ({False: -11, True: -11}, 2)]
+)
+def test_what_ends_an_engine_otherwise_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: dict[bool, int], times: int
+) -> None:
+    asked = fake_engine(monkeypatch, codes)
+    with pytest.raises(engine.EngineFailed, match=rf"cannot run .*model.gguf: it ended with code {codes[times > 1]}"):
+        engine.generate(tmp_path / "model.gguf", [1, 2], 1)
+    assert len(asked) == times

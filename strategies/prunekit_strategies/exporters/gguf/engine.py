@@ -8,8 +8,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -27,6 +30,10 @@ INSTALL = 'pip install "prunekit[llama-cpp]"'
 F32 = 0  # of ggml: keys and values are cached as they are computed
 CHAT = 1024  # tokens that a chat may have
 PART = 512  # tokens of a prompt that are computed together
+CRASHES = (signal.SIGSEGV, signal.SIGILL, signal.SIGBUS)  # what ends it where its layout for a processor is broken
+
+_log = logging.getLogger(__name__)
+_runs = dict[Path, bool]()  # files that it has run -> whether only as they are stored
 
 
 class EngineFailed(RuntimeError):
@@ -104,11 +111,14 @@ def open_timer(path: Path, threads: int = 1) -> Callable[[int, int, int], tuple[
         making the new tokens, one prompt after the other.
     """
     models: dict[int, Any] = {}
+    if path.resolve() not in _runs:  # of what ends it, this process would die too
+        _ask(path, "generate", ids=[1] * PART, new=1, threads=threads)
+    stored = _runs[path.resolve()]
 
     def run(batch: int, prompt: int, new: int) -> tuple[int, int]:
         if prompt + new not in models:
             models.clear()
-            models[prompt + new] = _opened(str(path), prompt + new, threads)
+            models[prompt + new] = _opened(str(path), prompt + new, threads, stored=stored)
             _pace(models[prompt + new], prompt, 1)  # the first run does not count
         paces = [_pace(models[prompt + new], prompt, new) for _ in range(batch)]
         return sum(read for read, _ in paces), sum(made for _, made in paces)
@@ -117,13 +127,27 @@ def open_timer(path: Path, threads: int = 1) -> Callable[[int, int, int], tuple[
 
 
 def _ask(path: Path, do: str, asked: Mapping[str, Tensor] | None = None, **request: Any) -> tuple[Any, Any]:
+    """Ask in a fresh process; again, with weights as they are stored, if their layout for this processor ends it."""
     from prunekit.export.fresh import Failed, ask_fresh
 
-    try:
-        return ask_fresh(__file__, asked or {}, [path.resolve(), do, json.dumps(request)])
-    except Failed as error:
-        said = " ".join(str(error).split())[-600:] or "it ended without a word"
-        raise EngineFailed(f"llama.cpp cannot run {path}: {said}") from error
+    file = path.resolve()
+    for stored in (False, True) if file not in _runs else (_runs[file],):
+        try:
+            found = ask_fresh(__file__, asked or {}, [file, do, json.dumps(request | {"stored": stored})])
+        except Failed as error:
+            if -error.code in CRASHES and not stored:
+                continue
+            said = " ".join(str(error).split())[-600:] or f"it ended with code {error.code}, without a word"
+            raise EngineFailed(f"llama.cpp cannot run {path}: {said}") from error
+        if do not in ("quantize", "tokenize"):  # which read no weights, or do not compute with them
+            if stored and file not in _runs:
+                _log.warning(
+                    "llama.cpp crashes with the weights of %s laid out for this processor; it runs them as they are "
+                    "stored, which other programs that use it may have to be told (use_extra_bufts = false)", path.name
+                )  # fmt: skip
+            _runs[file] = stored
+        return found
+    raise AssertionError  # the second try returns or raises
 
 
 # -- in the fresh process --------------------------------------------------------------------------------
@@ -133,7 +157,7 @@ def answer(tensors: Mapping[str, Tensor], path: str, do: str, asked: str) -> tup
     """What was asked."""
     llama_cpp: Any = importlib.import_module(PACKAGE)
     request = json.loads(asked)
-    threads = request.get("threads", 1)
+    threads, stored = request.get("threads", 1), request["stored"]
     if do == "quantize":
         _quantize(llama_cpp, path, request)
         return {}, {}
@@ -143,21 +167,21 @@ def answer(tensors: Mapping[str, Tensor], path: str, do: str, asked: str) -> tup
         return {"tokens": [model.tokenize(t.encode(), add_bos=whole, special=True) for t in request["texts"]]}, {}
     if do == "logits":
         windows, ids = list[np.ndarray](), tensors["ids"].tolist()
-        model = _opened(path, len(ids[0]), threads, exact=True, logits_all=True)
+        model = _opened(path, len(ids[0]), threads, exact=True, logits_all=True, stored=stored)
         for window in ids:
             model.reset()
             model.eval(window)
             windows.append(np.array(model.scores[: len(window)], dtype=np.float32))
         return {}, {"logits": torch.from_numpy(np.stack(windows))}
     if do == "generate":
-        model = _opened(path, len(request["ids"]) + request["new"], threads, exact=True)
+        model = _opened(path, len(request["ids"]) + request["new"], threads, exact=True, stored=stored)
         return {"tokens": [*_likeliest(model, request["ids"], request["new"])]}, {}
     if do == "chat":
-        model = _opened(path, CHAT, threads, exact=True)
+        model = _opened(path, CHAT, threads, exact=True, stored=stored)
         found: Any = model.create_chat_completion(request["messages"], temperature=0, max_tokens=request["new"])
         return {"text": found["choices"][0]["message"]["content"]}, {}
     prompt, new, rounds = request["prompt"], request["new"], request["rounds"]
-    model = _opened(path, prompt + new, threads)
+    model = _opened(path, prompt + new, threads, stored=stored)
     _pace(model, prompt, 1)  # the first run does not count
     paces = [_pace(model, prompt, new) for _ in range(rounds)]
     return {
@@ -166,13 +190,34 @@ def answer(tensors: Mapping[str, Tensor], path: str, do: str, asked: str) -> tup
     }, {}
 
 
-def _opened(path: str, length: int, threads: int, *, exact: bool = False, logits_all: bool = False) -> Any:
+def _opened(
+    path: str, length: int, threads: int, *, exact: bool = False, logits_all: bool = False, stored: bool = False
+) -> Any:
     llama_cpp: Any = importlib.import_module(PACKAGE)
     cached = {"type_k": F32, "type_v": F32} if exact else {}
-    return llama_cpp.Llama(
-        path, n_ctx=length, n_batch=length, n_ubatch=min(length, PART), n_threads=threads, n_threads_batch=threads,
-        logits_all=logits_all, verbose=False, **cached,
-    )  # fmt: skip
+    with _as_stored(llama_cpp.llama_cpp) if stored else nullcontext():
+        return llama_cpp.Llama(
+            path, n_ctx=length, n_batch=length, n_ubatch=min(length, PART), n_threads=threads, n_threads_batch=threads,
+            logits_all=logits_all, verbose=False, **cached,
+        )  # fmt: skip
+
+
+@contextmanager
+def _as_stored(bindings: Any) -> Iterator[None]:
+    """Within: weights are not laid out for a processor's units when a file is opened, for which the package has no
+    option."""
+    defaults = bindings.llama_model_default_params
+
+    def plain() -> Any:
+        settings = defaults()
+        settings.use_extra_bufts = False
+        return settings
+
+    bindings.llama_model_default_params = plain
+    try:
+        yield
+    finally:
+        bindings.llama_model_default_params = defaults
 
 
 def _likeliest(model: Any, prompt: Sequence[int], new: int) -> Iterator[int]:

@@ -192,7 +192,10 @@ class GGUF(pk.Exporter):
     def timer(self, path: Path) -> Callable[[Workload], tuple[int, int]] | None:
         if not runner.installed():
             return None
-        run = runner.open_timer(path, torch.get_num_threads())
+        try:
+            run = runner.open_timer(path, torch.get_num_threads())
+        except runner.EngineFailed as error:
+            raise pk.NotVerified(str(error)) from error
         return lambda work: run(work.batch, work.prompt, work.new_tokens)
 
     def size(self, order: pk.Order) -> int:

@@ -121,7 +121,14 @@ class VLLM(pk.Exporter):
 
     def timer(self, path: Path) -> Callable[[Workload], tuple[int, int]]:
         run = runner.Timer(path, python_of(self.engine_python), torch.get_num_threads())
-        return lambda work: run(work.batch, work.prompt, work.new_tokens)
+
+        def timed(work: Workload) -> tuple[int, int]:
+            try:
+                return run(work.batch, work.prompt, work.new_tokens)
+            except RuntimeError as error:
+                raise pk.NotVerified(f"{error}; `prunekit verify {path} --engine vllm` says why") from error
+
+        return timed
 
     def size(self, order: pk.Order) -> int:
         return self._hf.size(order)
