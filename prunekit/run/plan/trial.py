@@ -130,7 +130,7 @@ class Trials:
             started = time.perf_counter()
             moments.add(Received(lambda: x, linear, WINDOW, lambda: stream, dense, entered=lambda: entered))
             for path, values in inputs.items():
-                moments.add_producer(path, Received(values.clone, length=WINDOW))
+                moments.add_producer(path, Received(lambda values=values: values, length=WINDOW))
             wait_for(self.device)
             took.append(time.perf_counter() - started)
         return Moments.flops(statistics, shape, producers, tokens) / min(took[1:]) or None

@@ -30,7 +30,7 @@ INSTALL = 'pip install "prunekit[llama-cpp]"'
 F32 = 0  # of ggml: keys and values are cached as they are computed
 CHAT = 1024  # tokens that a chat may have
 PART = 512  # tokens of a prompt that are computed together
-CRASHES = (signal.SIGSEGV, signal.SIGILL, signal.SIGBUS)  # what ends it where its layout for a processor is broken
+CRASHES = ("SIGSEGV", "SIGILL", "SIGBUS")  # what ends it where its layout for a processor is broken; some, of a system
 
 _log = logging.getLogger(__name__)
 _runs = dict[Path, bool]()  # files that it has run -> whether only as they are stored
@@ -135,7 +135,7 @@ def _ask(path: Path, do: str, asked: Mapping[str, Tensor] | None = None, **reque
         try:
             found = ask_fresh(__file__, asked or {}, [file, do, json.dumps(request | {"stored": stored})])
         except Failed as error:
-            if -error.code in CRASHES and not stored:
+            if -error.code in [getattr(signal, name, None) for name in CRASHES] and not stored:
                 continue
             said = " ".join(str(error).split())[-600:] or f"it ended with code {error.code}, without a word"
             raise EngineFailed(f"llama.cpp cannot run {path}: {said}") from error
