@@ -24,6 +24,7 @@ from prunekit.errors import WrongInput, first_line
 from prunekit.measure.perplexity import Perplexity, perplexity
 from prunekit.plugins.registry import identify_code
 from prunekit.recipe.resolve import Parts, resolve
+from prunekit.recipe.schema import Recipe
 from prunekit.recipe.suite import Cell, Suite
 from prunekit.report import document as reporting
 from prunekit.report.comparison import (
@@ -100,6 +101,7 @@ def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20
             grid = Grid(suite, rows, place, stage, len(models), each, end, workers)
             for i, model in enumerate(models):
                 over = base if job.model is not None else base.with_overrides({"model": model})
+                over = _to_open_with(over, cells, suite.sparsity[0])
                 until, parts, folder = grid.begin_model(), resolve(over), place / f"model-{i}"
                 column = Column(grid, model, [cell.name for cell in cells])
                 if (order := share_out(column, cells, over, folder, workers, disk, until)) is not None:
@@ -109,6 +111,22 @@ def compare(suite: Suite, job: Job, *, time: float | None = None, disk: int = 20
                         Work(bench, suite, cells, model, rows, grid, until).run()
                 grid.write()
         return Comparison(suite, list(rows), place)
+
+
+def _to_open_with(base: Recipe, cells: Sequence[Cell], sparsity: float) -> Recipe:
+    """The base recipe or, where its plug-ins do not know what is removed, that of the first cell whose plug-ins do.
+
+    Raises:
+        WrongInput: there is no such cell; says what is wrong with the base recipe.
+    """
+    try:
+        resolve(base)
+    except WrongInput:
+        for cell in cells:
+            with suppress(WrongInput):
+                return resolve(cell.under(base, sparsity, base.seed)).recipe
+        raise
+    return base
 
 
 @contextmanager

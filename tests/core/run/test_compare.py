@@ -216,6 +216,18 @@ def test_what_breaks_while_it_is_measured_for_one_cell_breaks_no_other(
     assert [len(signals) for signals in passes] == [0, 0, 1, 0, 1]  # together, and then each of the two for itself
 
 
+def test_what_the_base_recipe_does_not_prune_is_compared_by_the_cells_that_do(asked: Any) -> None:
+    alone = {"pruner": "magnitude", "allocator": "uniform", "objective": "expected-error"}
+    few = {**asked, **FEW, "recipe": "default", "structure": "weights", "pruners": [], "allocators": []}
+    found = prunekit.compare(**few | {"cells": {"mine": alone}})
+    states = {row.cell: (row.state, row.reason) for row in found.rows if row.cell != DENSE}
+    assert states.pop("mine") == (COMPLETE, "")
+    assert {name: state for name, (state, _) in states.items()} == {"uniform": REFUSED, "random": REFUSED}
+    assert all("does not know structure weights" in reason for _, reason in states.values())
+    with pytest.raises(WrongInput, match="'obs' does not know structure weights"):
+        prunekit.compare(**few | {"cells": {"mine": {"pruner": "obs"}}, "output": asked["output"].with_name("none")})
+
+
 def test_rows_of_other_weights_or_text_are_not_gone_on_with(asked: Any, saved_tiny: Any) -> None:
     asked |= FEW | {"model": str(saved_tiny())}
     prunekit.compare(**asked)
