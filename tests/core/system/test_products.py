@@ -14,7 +14,7 @@ from prunekit.system.products import of_halves, threads_at_work
 
 CPU = torch.device("cpu")
 SWITCH: Any = getattr(torch.backends.mkldnn, "matmul", None)
-pytestmark = pytest.mark.skipif(not hasattr(SWITCH, "fp32_precision"), reason="torch has no such switch")
+reads_switch = pytest.mark.skipif(not hasattr(SWITCH, "fp32_precision"), reason="torch has no such switch")
 
 
 def switched() -> str:
@@ -56,6 +56,7 @@ def test_float32_stays_float32() -> None:
     assert ((multiplied(left, right) - exact).abs() <= 1e-6 * scale).all()
 
 
+@reads_switch
 @pytest.mark.usefixtures("units")
 def test_the_switch_is_put_back_whatever_happens() -> None:
     before, x = switched(), drawn(8, 8, torch.bfloat16)
@@ -67,6 +68,7 @@ def test_the_switch_is_put_back_whatever_happens() -> None:
     assert switched() == before
 
 
+@reads_switch
 @pytest.mark.usefixtures("units")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_other_values_do_not_switch(dtype: torch.dtype) -> None:
@@ -75,6 +77,7 @@ def test_other_values_do_not_switch(dtype: torch.dtype) -> None:
         assert switched() == before
 
 
+@reads_switch
 @pytest.mark.usefixtures("units")
 def test_nothing_is_switched_while_other_threads_multiply() -> None:
     before, x = switched(), drawn(8, 8, torch.bfloat16)
@@ -97,6 +100,7 @@ def test_nothing_is_switched_while_other_threads_multiply() -> None:
         assert seen() == "bf16"
 
 
+@reads_switch
 def test_a_cpu_without_units_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     before = switched()
     monkeypatch.setattr(products, "has_units", lambda: False)
