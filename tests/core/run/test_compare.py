@@ -218,7 +218,7 @@ def test_what_breaks_while_it_is_measured_for_one_cell_breaks_no_other(
 
 def test_what_the_base_recipe_does_not_prune_is_compared_by_the_cells_that_do(asked: Any) -> None:
     alone = {"pruner": "magnitude", "allocator": "uniform", "objective": "expected-error"}
-    few = {**asked, **FEW, "recipe": "default", "structure": "weights", "pruners": [], "allocators": []}
+    few: Any = {**asked, **FEW, "recipe": "default", "structure": "weights", "pruners": [], "allocators": []}
     found = prunekit.compare(**few | {"cells": {"mine": alone}})
     states = {row.cell: (row.state, row.reason) for row in found.rows if row.cell != DENSE}
     assert states.pop("mine") == (COMPLETE, "")
