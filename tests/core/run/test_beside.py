@@ -293,9 +293,10 @@ except KeyboardInterrupt:
     open(sys.argv[1], "w").close()
 """
 PARENT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from prunekit.run.crew import Crew
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
 with Crew([sys.executable, "-c", *sys.argv[1:3]]) as crew:
     crew.start(0, Path(sys.argv[2] + ".log"))
     crew.tell(0, {"make": "something"})
